@@ -1,0 +1,1 @@
+"""What a person runs: training, comparisons, benchmarks, and the modules they share."""

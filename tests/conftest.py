@@ -1,0 +1,45 @@
+"""Settings and fixtures that all tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Figures are only written to files, never shown.
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import jax
+import pytest
+
+# Eight virtual devices, so that the parallel modes are tested on any machine. The number has to be
+# set before JAX starts its backends, which the first use of a device does.
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+# Silent broadcasting between ranks hides shape bugs. (Strict dtype promotion cannot be on for
+# everything, because Optax's own schedules multiply integer counts by floats: see
+# `strict_dtypes`.)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Runs one test in double precision."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def strict_dtypes() -> Iterator[None]:
+    """Makes implicit promotion between different dtypes an error during one test."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with real data sets; skips the test where none is named."""
+    value = os.environ.get("OPTAX_ACCEL_DATA")
+    if not value:
+        pytest.skip("OPTAX_ACCEL_DATA names no data directory")
+    return Path(value)
