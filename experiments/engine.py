@@ -1,0 +1,228 @@
+"""One training step and one evaluation as pure functions: what `train` and `compare` share.
+
+A Flax NNX model is split once into ``(graphdef, params, rest)``; everything after that is a
+function of pytrees, so the same step runs under ``jit``, ``vmap``, ``pmap`` and ``shard_map``.
+``rest`` is all state that is not trained: batch statistics, dropout keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import lax
+
+import optax_accel as oa
+
+PyTree = Any
+Batch = tuple[jax.Array, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """Everything that one step reads and writes.
+
+    Attributes:
+      step: number of steps done, int32 scalar.
+      params: the trained parameters.
+      rest: the model's other variables (batch statistics, random streams).
+      opt_state: the state of the optimizer.
+    """
+
+    step: jax.Array
+    params: PyTree
+    rest: PyTree
+    opt_state: PyTree
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef[Any], PyTree, PyTree]:
+    """Splits a model into its static part, its parameters and the rest, all plain arrays.
+
+    Args:
+      model: a Flax NNX model.
+
+    Returns:
+      ``(graphdef, params, rest)``; ``params`` holds the ``nnx.Param`` variables.
+    """
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    # Without the `Variable` wrappers an optimizer sees arrays only, and so does a checkpoint.
+    return graphdef, nnx.as_pure(params), nnx.as_pure(rest)
+
+
+def objective(
+    graphdef: nnx.GraphDef[Any],
+    rest: PyTree,
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    axis_name: str | None = None,
+) -> oa.Objective:
+    """The training loss of one batch: mean softmax cross-entropy, model in training mode.
+
+    Args:
+      graphdef: static part of the model.
+      rest: the model's other variables; held fixed, so the loss depends on parameters only.
+      x: inputs, ``(batch, ...)``.
+      y: integer labels, ``(batch,)``.
+      axis_name: axis over which replicas are averaged (``pmap``, ``shard_map``).
+
+    Returns:
+      An objective of the parameters.
+    """
+    return oa.Objective(
+        predict=lambda params: _forward(graphdef, params, rest, x)[0],
+        loss=lambda logits: _cross_entropy(logits, y),
+        axis_name=axis_name,
+    )
+
+
+def init_state(tx: optax.GradientTransformation, params: PyTree, rest: PyTree) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      tx: the optimizer.
+      params: initial parameters.
+      rest: initial other variables.
+
+    Returns:
+      A state with ``step == 0``.
+    """
+    return TrainState(jnp.zeros((), jnp.int32), params, rest, tx.init(params))
+
+
+def train_step(
+    tx: optax.GradientTransformationExtraArgs,
+    graphdef: nnx.GraphDef[Any],
+    state: TrainState,
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    curvature: Batch | None = None,
+    refresh: bool | str | None = None,
+    axis_name: str | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step on one batch.
+
+    The optimizer gets every extra argument a method of this project can ask for; those that do
+    not ask ignore them, and XLA drops what nobody uses.
+
+    Args:
+      tx: the optimizer.
+      graphdef: static part of the model.
+      state: the state before the step.
+      x: inputs, ``(batch, ...)``; under ``axis_name`` this replica's part.
+      y: integer labels, ``(batch,)``.
+      curvature: ``(x, y)`` on which curvature is estimated; ``None`` for the batch itself.
+      refresh: static; what the optimizer does about its curvature estimate in this step
+        (``Method.refresh``). ``None`` for methods without curvature or to decide in the graph.
+      axis_name: axis over which replicas are averaged. Batch normalization uses the statistics of
+        each replica's own batch, and its running statistics are averaged.
+
+    Returns:
+      The new state and ``{"loss": scalar}``, the training loss at the point where the method
+      evaluated it: the current one, except for extragradient (the extrapolated point).
+    """
+
+    def loss_fn(params: PyTree) -> tuple[jax.Array, PyTree]:
+        logits, rest = _forward(graphdef, params, state.rest, x)
+        return _cross_entropy(logits, y), rest
+
+    (loss, rest), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+        _varying(state.params, axis_name)
+    )
+    if axis_name is not None:
+        loss, grads = lax.pmean((loss, grads), axis_name)
+        rest = jax.tree.map(lambda leaf: _mean_if_float(leaf, axis_name), rest)
+
+    value_fn = objective(graphdef, state.rest, x, y, axis_name=axis_name)
+    extra_args: dict[str, Any] = {"value": loss, "grad": grads, "value_fn": value_fn}
+    if curvature is not None:
+        extra_args["curvature_value_fn"] = objective(
+            graphdef, state.rest, *curvature, axis_name=axis_name
+        )
+    if refresh is not None:
+        extra_args["refresh"] = refresh
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra_args)
+    params = optax.apply_updates(state.params, updates)
+    # A method that evaluates the loss elsewhere keeps that value in its state. Reporting it lets
+    # XLA drop the pass at the current parameters where the method has no use for it.
+    logged = find_in_state(opt_state, "value")
+    metrics = {"loss": loss if logged is None else logged}
+    return TrainState(state.step + 1, params, rest, opt_state), metrics
+
+
+def evaluate(
+    graphdef: nnx.GraphDef[Any], params: PyTree, rest: PyTree, x: jax.Array, y: jax.Array
+) -> dict[str, jax.Array]:
+    """Loss and accuracy of a model in evaluation mode (running statistics, no dropout).
+
+    Args:
+      graphdef: static part of the model.
+      params: parameters.
+      rest: the other variables.
+      x: inputs, ``(batch, ...)``.
+      y: integer labels, ``(batch,)``.
+
+    Returns:
+      ``{"loss": mean cross-entropy, "accuracy": share of correct labels}``.
+    """
+    model = nnx.merge(graphdef, params, rest, copy=True)
+    model.eval()
+    logits = model(x)
+    accuracy = jnp.mean((jnp.argmax(logits, axis=-1) == y).astype(jnp.float32))
+    return {"loss": _cross_entropy(logits, y), "accuracy": accuracy}
+
+
+def find_in_state(opt_state: PyTree, name: str) -> Any:
+    """The value that an optimizer's state has under a name, e.g. ``"alignment"``.
+
+    As ``optax.tree.get``, but only for fields of states: a parameter that has the same name (the
+    ``value`` projection of an attention layer, say) does not count.
+
+    Args:
+      opt_state: the state of the optimizer.
+      name: name of a field of one of the states in it.
+
+    Returns:
+      The field of the last state in the chain that has it, ``None`` if there is none.
+    """
+    found = optax.tree_utils.tree_get_all_with_path(
+        opt_state,
+        name,
+        filtering=lambda path, _: isinstance(path[-1], optax.tree_utils.NamedTupleKey),
+    )
+    return found[-1][1] if found else None
+
+
+def _forward(
+    graphdef: nnx.GraphDef[Any], params: PyTree, rest: PyTree, x: jax.Array
+) -> tuple[jax.Array, PyTree]:
+    """Logits in training mode and the other variables as this pass leaves them."""
+    # The copy is made of the tracers at hand: NNX refuses to write batch statistics that belong
+    # to an outer trace, which `rest` does inside `grad`.
+    model = nnx.merge(graphdef, params, rest, copy=True)
+    model.train()
+    logits = model(x)
+    return logits, nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param)))
+
+
+def _cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
+
+
+def _varying(tree: PyTree, axis_name: str | None) -> PyTree:
+    """Marks replicated values as differing between replicas.
+
+    Under ``shard_map`` the gradient with respect to a replicated value is summed over the axis
+    behind the scenes; the mean taken afterwards would then be too large by the axis size.
+    """
+    if axis_name is None or axis_name not in jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+    return jax.tree.map(lambda leaf: lax.pcast(leaf, axis_name, to="varying"), tree)
+
+
+def _mean_if_float(leaf: jax.Array, axis_name: str) -> jax.Array:
+    # Counters and random keys are the same on every replica already.
+    return lax.pmean(leaf, axis_name) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf

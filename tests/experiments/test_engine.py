@@ -1,0 +1,259 @@
+"""The shared training step: what it computes, and that it is a pure function of pytrees."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import optax_accel as oa
+from experiments import engine
+
+
+class Mlp(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.hidden = nnx.Linear(4, 8, rngs=rngs)
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(jnp.tanh(self.hidden(x)))
+
+
+class NormDropout(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm = nnx.BatchNorm(4, momentum=0.9, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.head = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.dropout(self.norm(x)))
+
+
+def make_batch(n=12, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(2.0, 3.0, (n, 4)).astype(np.float32)
+    return jnp.asarray(x), jnp.asarray(rng.integers(0, 3, n), jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return make_batch()
+
+
+@pytest.fixture(scope="module")
+def mlp():
+    return engine.split(Mlp(nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def norm_dropout():
+    return engine.split(NormDropout(nnx.Rngs(0)))
+
+
+def extra(tx):
+    return optax.with_extra_args_support(tx)
+
+
+class SpyState(NamedTuple):
+    value: jax.Array
+    given: dict
+
+
+def spy(value=None):
+    """An optimizer that keeps what it was given."""
+
+    def init(params):
+        zero = jnp.zeros(())
+        return SpyState(zero, {"value": zero, "grad": params, "loss": zero, "curvature": zero})
+
+    def update(updates, state, params, *, curvature_value_fn=None, **given):
+        del state
+        result = {
+            "value": given["value"],
+            "grad": given["grad"],
+            "loss": given["value_fn"](params),
+            "curvature": jnp.zeros(())
+            if curvature_value_fn is None
+            else curvature_value_fn(params),
+        }
+        assert ("refresh" in given) == (curvature_value_fn is not None)
+        kept = given["value"] if value is None else jnp.asarray(value)
+        return optax.tree.scale(-0.1, updates), SpyState(kept, result)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def test_split_gives_plain_arrays_and_sorts_them(norm_dropout):
+    _, params, rest = norm_dropout
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((params, rest)))
+    assert sorted(params) == ["head", "norm"]
+    assert sorted(rest) == ["dropout", "norm"]
+
+
+def test_step_is_the_textbook_step(mlp, batch):
+    graphdef, params, rest = mlp
+    x, y = batch
+    tx = extra(optax.adam(1e-2))
+
+    def loss_fn(p):
+        h = jnp.tanh(x @ p["hidden"]["kernel"] + p["hidden"]["bias"][None])
+        logits = h @ p["head"]["kernel"] + p["head"]["bias"][None]
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(y)), y])
+
+    expected = nnx.to_pure_dict(params)
+    opt_state = tx.init(expected)
+    state = engine.init_state(tx, params, rest)
+    step = jax.jit(lambda s: engine.train_step(tx, graphdef, s, x, y))
+    for _ in range(3):
+        loss, grads = jax.jit(jax.value_and_grad(loss_fn))(expected)
+        updates, opt_state = tx.update(grads, opt_state, expected)
+        expected = optax.apply_updates(expected, updates)
+        state, metrics = step(state)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    assert int(state.step) == 3
+    # A handful of float32 roundings apart: both sides fuse differently.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        nnx.to_pure_dict(state.params),
+        expected,
+    )
+
+
+def test_step_is_pure_and_keeps_the_structure(norm_dropout, batch):
+    graphdef, params, rest = norm_dropout
+    tx = extra(optax.sgd(0.1, momentum=0.9))
+    state = engine.init_state(tx, params, rest)
+    before = jax.tree.map(jnp.copy, state)
+    step = jax.jit(lambda s, x, y: engine.train_step(tx, graphdef, s, x, y))
+    first, _ = step(state, *batch)
+    again, _ = step(state, *batch)
+    assert jax.tree.structure(first) == jax.tree.structure(state)
+    assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, state)
+    for left, right in ((state, before), (first, again)):
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), left, right))
+
+
+def test_batch_statistics_and_random_streams_advance(norm_dropout, batch):
+    graphdef, params, rest = norm_dropout
+    x, y = batch
+    tx = extra(optax.sgd(0.1))
+    state, _ = engine.train_step(tx, graphdef, engine.init_state(tx, params, rest), x, y)
+    # Running statistics start at mean 0, variance 1 and forget a tenth per step.
+    np.testing.assert_allclose(state.rest["norm"]["mean"], 0.1 * x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(state.rest["norm"]["var"], 0.9 + 0.1 * x.var(0), rtol=1e-5)
+    count = state.rest["dropout"]["rngs"]["count"]
+    assert int(count) == int(rest["dropout"]["rngs"]["count"]) + 1
+
+
+def test_evaluation_uses_running_statistics_and_no_dropout(norm_dropout, batch):
+    graphdef, params, rest = norm_dropout
+    x, y = batch
+    metrics = engine.evaluate(graphdef, params, rest, x, y)
+    # Running mean 0 and variance 1: normalization is the identity up to its epsilon of 1e-5.
+    logits = x @ params["head"]["kernel"] + params["head"]["bias"][None]
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
+    np.testing.assert_allclose(metrics["accuracy"], (logits.argmax(-1) == y).mean(), rtol=1e-6)
+
+
+def test_optimizer_gets_all_extra_arguments(mlp, batch):
+    graphdef, params, rest = mlp
+    x, y = batch
+    tx = spy()
+    curvature = make_batch(7, seed=1)
+    state = engine.init_state(tx, params, rest)
+    new, metrics = engine.train_step(tx, graphdef, state, x, y, curvature=curvature, refresh="warm")
+    given = new.opt_state.given
+    loss, grads = engine.objective(graphdef, rest, x, y).value_and_grad(params)
+    on_curvature = engine.objective(graphdef, rest, *curvature)(params)
+    np.testing.assert_allclose(given["value"], loss, rtol=1e-6)
+    np.testing.assert_allclose(given["loss"], loss, rtol=1e-6)
+    np.testing.assert_allclose(given["curvature"], on_curvature, rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), given["grad"], grads)
+    # Without curvature and refresh neither is passed, so that plain Optax optimizers work.
+    engine.train_step(tx, graphdef, state, x, y)
+
+
+def test_logged_loss_is_the_one_the_method_evaluated(mlp, batch):
+    graphdef, params, rest = mlp
+    tx = spy(value=42.0)
+    state = engine.init_state(tx, params, rest)
+    _, metrics = engine.train_step(tx, graphdef, state, *batch)
+    assert float(metrics["loss"]) == 42.0
+
+
+def test_state_lookup_ignores_parameters_of_that_name():
+    tx = optax.chain(optax.trace(0.9), optax.trace(0.8), spy())
+    opt_state = tx.init({"value": jnp.ones(3), "trace": jnp.ones(2)})
+    assert engine.find_in_state(opt_state, "value").shape == ()
+    assert engine.find_in_state(opt_state, "trace") is opt_state[1].trace
+    assert engine.find_in_state(opt_state, "alignment") is None
+
+
+def test_vmap_over_runs_equals_single_runs(norm_dropout, batch):
+    graphdef, params, rest = norm_dropout
+
+    def run(learning_rate):
+        tx = extra(optax.sgd(learning_rate, momentum=0.9))
+        state = engine.init_state(tx, params, rest)
+        for _ in range(2):
+            state, _ = engine.train_step(tx, graphdef, state, *batch)
+        return state.params, engine.evaluate(graphdef, state.params, state.rest, *batch)
+
+    rates = jnp.array([0.1, 0.5])
+    together = jax.jit(jax.vmap(run))(rates)
+    single = jax.jit(run)
+    for i, rate in enumerate(rates):
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6),
+            together,
+            single(rate),
+        )
+
+
+def test_replicas_average_to_the_global_batch(mlp, norm_dropout, batch):
+    x, y = batch
+    parts = x.reshape(4, 3, 4), y.reshape(4, 3)
+    tx = extra(optax.sgd(0.1))
+
+    def replicated(graphdef, state):
+        step = jax.vmap(
+            lambda x, y: engine.train_step(tx, graphdef, state, x, y, axis_name="batch"),
+            axis_name="batch",
+        )
+        return jax.jit(step)(*parts)
+
+    graphdef, *variables = mlp
+    state = engine.init_state(tx, *variables)
+    expected, metrics = engine.train_step(tx, graphdef, state, x, y)
+    replicas, replica_metrics = replicated(graphdef, state)
+    for i in range(4):
+        np.testing.assert_allclose(replica_metrics["loss"][i], metrics["loss"], rtol=1e-6)
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-7),
+            replicas.params,
+            expected.params,
+        )
+
+    # Running statistics: the mean over replicas of each replica's own batch statistics.
+    graphdef, *variables = norm_dropout
+    replicas, _ = replicated(graphdef, engine.init_state(tx, *variables))
+    var = 0.9 + 0.1 * parts[0].var(1).mean(0)
+    for i in range(4):
+        np.testing.assert_allclose(replicas.rest["norm"]["mean"][i], 0.1 * x.mean(0), rtol=1e-5)
+        np.testing.assert_allclose(replicas.rest["norm"]["var"][i], var, rtol=1e-5)
+
+
+def test_objective_has_the_methods_of_the_library(mlp, batch):
+    graphdef, params, rest = mlp
+    objective = engine.objective(graphdef, rest, *batch)
+    assert isinstance(objective, oa.Objective)
+    assert objective.outputs(params).shape == (12, 3)
+    product = objective.hvp(params, params)
+    assert jax.tree.structure(product) == jax.tree.structure(params)
