@@ -46,9 +46,10 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef[Any], PyTree, PyTree]:
     Returns:
       ``(graphdef, params, rest)``; ``params`` holds the ``nnx.Param`` variables.
     """
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    graphdef, *states = nnx.split(model, nnx.Param, ...)
     # Without the `Variable` wrappers an optimizer sees arrays only, and so does a checkpoint.
-    return graphdef, nnx.as_pure(params), nnx.as_pure(rest)
+    params, rest = (nnx.as_pure(state) for state in states)
+    return graphdef, params, rest
 
 
 def objective(
