@@ -1,0 +1,63 @@
+"""Training-acceleration methods from the literature as composable Optax transformations."""
+# ruff: noqa: I001  (grouped by family, not by module name)
+
+from optax_accel import curvature
+
+# The loss as a value
+from optax_accel.objective import Objective
+
+# Dominant and bulk Hessian subspace
+from optax_accel.curvature import BlockTracker
+from optax_accel.subspace import InterpolateSubspacesState, interpolate_subspaces
+from optax_accel.subspace import project_to_bulk, project_to_dominant, refresh_at
+from optax_accel.subspace import bulk_sgd, dom_sgd, interpolated_sgd
+
+# Momentum decay
+from optax_accel.momentum import ScaleByDemonAdamState, scale_by_demon, scale_by_demon_adam
+from optax_accel.momentum import demon_adam, demon_schedule, demon_sgd
+
+# Gradient sampling
+from optax_accel.sampling import SampleGradientsState, sample_gradients
+from optax_accel.sampling import bernoulli_per_element, bernoulli_per_tensor
+from optax_accel.sampling import stoch_grad_adam
+
+# Extragradient
+from optax_accel.extrapolation import ExtragradientState, extragradient
+from optax_accel.extrapolation import extra_adam, extrap_sgd
+
+# Hyperparameters that change
+from optax_accel.hyperparams import WithSchedulesState, with_schedules
+from optax_accel.hyperparams import inject_hyperparams, static_arguments
+
+__all__ = [
+    "BlockTracker",
+    "ExtragradientState",
+    "InterpolateSubspacesState",
+    "Objective",
+    "SampleGradientsState",
+    "ScaleByDemonAdamState",
+    "WithSchedulesState",
+    "bernoulli_per_element",
+    "bernoulli_per_tensor",
+    "bulk_sgd",
+    "curvature",
+    "demon_adam",
+    "demon_schedule",
+    "demon_sgd",
+    "dom_sgd",
+    "extra_adam",
+    "extragradient",
+    "extrap_sgd",
+    "inject_hyperparams",
+    "interpolate_subspaces",
+    "interpolated_sgd",
+    "project_to_bulk",
+    "project_to_dominant",
+    "refresh_at",
+    "sample_gradients",
+    "scale_by_demon",
+    "scale_by_demon_adam",
+    "static_arguments",
+    "stoch_grad_adam",
+    "with_schedules",
+]

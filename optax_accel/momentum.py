@@ -1,0 +1,355 @@
+r"""Demon: decaying momentum.
+
+The momentum :math:`\beta_t` decays so that the total influence of a gradient on later steps,
+:math:`\beta_t / (1 - \beta_t)`, falls linearly to zero:
+
+.. math::
+  \beta_t = \beta_0 \, \frac{1 - t/T}{(1 - \beta_0) + \beta_0 (1 - t/T)} .
+
+Chen, Wolfe, Li, Kyrillidis, `Demon: Improved neural network training with momentum decay
+<https://arxiv.org/abs/1910.04952>`_ (v4), ICASSP 2022.  Faithful: the schedule (equation of section
+2), Algorithm 1 (Demon SGDM) and Algorithm 2 (Demon Adam, ``form="paper"``).  Ours: the delayed
+start, ``form="ema"``, and steps counted from zero, so that the first one uses ``momentum`` itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_accel._arguments import check_choice, check_integer, check_number
+from optax_accel.hyperparams import with_schedules
+
+PyTree = Any
+
+
+def demon_schedule(init_value: float, decay_steps: int, delay_steps: int = 0) -> optax.Schedule:
+    r"""The momentum of Demon: from ``init_value`` at step 0 to 0 at step ``decay_steps``.
+
+    Args:
+      init_value: :math:`\beta_0` in [0, 1); the paper tunes it in {0.9, 0.95, 0.97}.
+      decay_steps: T, the step (not the epoch) at which the momentum reaches 0, counted from step 0
+        and including ``delay_steps``; usually the length of training.  It stays 0 after.
+      delay_steps: steps to hold ``init_value`` before the decay (0 in the paper; an older post of
+        its first author delays by 75 % of the training). Less than ``decay_steps``.
+
+    Returns:
+      A schedule: a function of the zero-based step count, traceable.
+
+    Raises:
+      ValueError: an argument outside its range.
+
+    Example:
+      >>> import optax_accel as oa
+      >>> schedule = oa.demon_schedule(0.9, 10)
+      >>> [round(float(schedule(t)), 4) for t in (0, 5, 9, 10, 99)]
+      [0.9, 0.8182, 0.4737, 0.0, 0.0]
+
+    References:
+      Chen et al., `Demon <https://arxiv.org/abs/1910.04952>`_, section 2.
+    """
+    check_number("init_value", init_value, 0, 1, open_high=True)
+    check_integer("decay_steps", decay_steps, 1)
+    check_integer("delay_steps", delay_steps, 0)
+    if delay_steps >= decay_steps:
+        raise ValueError(
+            f"`delay_steps` must be less than `decay_steps`, got {delay_steps} and {decay_steps}."
+        )
+
+    def schedule(count: Any) -> jax.Array:
+        elapsed = (count - delay_steps) / (decay_steps - delay_steps)
+        remaining = 1 - jnp.clip(elapsed, 0, 1)
+        return init_value * remaining / ((1 - init_value) + init_value * remaining)
+
+    return schedule
+
+
+def scale_by_demon(
+    decay_steps: int,
+    momentum: float = 0.9,
+    *,
+    delay_steps: int = 0,
+    nesterov: bool = False,
+    accumulator_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Heavy-ball momentum that decays by :func:`demon_schedule`.
+
+    ``v = momentum_t * v + g``, and ``v`` is the update; ``optax.trace`` with a scheduled decay.
+
+    Args:
+      decay_steps: step at which the momentum reaches 0.
+      momentum: its initial value, in [0, 1).
+      delay_steps: steps before the decay.
+      nesterov: Nesterov's form of the update (not in the paper).
+      accumulator_dtype: dtype of ``v``; ``None``: that of the parameters.
+
+    Returns:
+      A transformation with state :class:`~optax_accel.WithSchedulesState`; the current momentum is
+      ``state.values["decay"]``.
+
+    Raises:
+      ValueError: an argument outside its range.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import optax_accel as oa
+      >>> tx = optax.chain(oa.scale_by_demon(decay_steps=1000), optax.scale_by_learning_rate(0.1))
+      >>> state = tx.init(jnp.zeros(2))
+    """
+    schedule = demon_schedule(momentum, decay_steps, delay_steps)
+    return with_schedules(optax.trace, decay=schedule)(
+        nesterov=nesterov, accumulator_dtype=accumulator_dtype
+    )
+
+
+def demon_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    decay_steps: int,
+    momentum: float = 0.9,
+    *,
+    delay_steps: int = 0,
+    nesterov: bool = False,
+    lr_in_momentum: bool = False,
+    accumulator_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Demon SGDM: SGD with decaying momentum.
+
+    Args:
+      learning_rate: float or schedule; the paper's runs hold it constant.
+      decay_steps: number of training steps.
+      momentum: initial momentum, in [0, 1); paper: tuned in {0.9, 0.95, 0.97}.
+      delay_steps: steps before the decay; 0 in the paper.
+      nesterov: Nesterov's form (not in the paper).
+      lr_in_momentum: accumulates ``learning_rate * g``, as Algorithm 1 writes it, instead of
+        multiplying the accumulated gradient by the rate, as Optax and the paper's text do.  The
+        same for a constant rate.
+      accumulator_dtype: dtype of the momentum; ``None``: that of the parameters.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: an argument outside its range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import optax_accel as oa
+      >>> loss = lambda p: 0.5 * p**2
+      >>> tx = oa.demon_sgd(learning_rate=0.1, decay_steps=4)
+      >>> param = jnp.array(1.0)
+      >>> state = tx.init(param)
+      >>> for _ in range(5):
+      ...     updates, state = tx.update(jax.grad(loss)(param), state, param)
+      ...     param = optax.apply_updates(param, updates)
+      >>> round(float(param), 6)
+      0.274305
+
+    References:
+      Chen et al., `Demon <https://arxiv.org/abs/1910.04952>`_, Algorithm 1.
+    """
+    parts = [
+        scale_by_demon(
+            decay_steps,
+            momentum,
+            delay_steps=delay_steps,
+            nesterov=nesterov,
+            accumulator_dtype=accumulator_dtype,
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+    ]
+    return optax.chain(*(reversed(parts) if lr_in_momentum else parts))
+
+
+class ScaleByDemonAdamState(NamedTuple):
+    """State of :func:`scale_by_demon_adam`.
+
+    Attributes:
+      count: number of updates made; int32 scalar.
+      momentum: the momentum of the last update (before the first: of the first); scalar.
+      momentum_product: product of all momenta used so far; scalar.
+      mu: first moment, like the parameters.
+      nu: second moment, like the parameters.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count
+    momentum: jax.Array
+    momentum_product: jax.Array
+    mu: PyTree
+    nu: PyTree
+
+
+def scale_by_demon_adam(
+    decay_steps: int,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    delay_steps: int = 0,
+    form: Literal["paper", "ema"] = "paper",
+    nu_bias_correction: bool | None = None,
+    mu_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam whose first moment decays by :func:`demon_schedule`.
+
+    ``form="paper"`` is Algorithm 2: the first moment sums gradients, :math:`m_t = g_t + \beta_t
+    m_{t-1}`, without the factor :math:`1 - \beta_t`, so that the momentum changes while the weight
+    of the current gradient does not.  Near a momentum of 0.9 its steps are about 10 times Adam's:
+    tune the learning rate down.  ``form="ema"`` averages, :math:`m_t = (1-\beta_t) g_t + \beta_t
+    m_{t-1}`, and divides by the exact normalizer :math:`1 - \prod_{j \le t} \beta_j`: Adam, for a
+    constant :math:`\beta`.
+
+    Args:
+      decay_steps: step at which the momentum reaches 0.
+      b1: initial momentum in [0, 1), or a schedule of one's own (a rival of Demon's), for which
+        ``decay_steps`` and ``delay_steps`` have no effect.
+      b2: decay of the second moment, in [0, 1).
+      eps: added to the denominator; inside the root for ``nu_bias_correction=False``, as in
+        Algorithm 2, else outside, as in Adam.
+      delay_steps: steps before the decay.
+      form: ``"paper"`` (default) or ``"ema"``.
+      nu_bias_correction: divides the second moment by ``1 - b2 ** t``.  ``None`` (default): False
+        for ``"paper"``, as Algorithm 2 has it (a footnote says that the step is left out of the
+        description for clarity, so the published runs may have had it), True for ``"ema"``.
+      mu_dtype: dtype of the first moment; ``None``: that of the parameters.
+
+    Returns:
+      A transformation with state :class:`ScaleByDemonAdamState`.
+
+    Raises:
+      ValueError: an argument outside its range.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import optax_accel as oa
+      >>> tx = optax.chain(
+      ...     oa.scale_by_demon_adam(decay_steps=1000), optax.scale_by_learning_rate(1e-4))
+      >>> state = tx.init(jnp.zeros(2))
+      >>> round(float(optax.tree.get(state, "momentum")), 4)
+      0.9
+
+    References:
+      Chen et al., `Demon <https://arxiv.org/abs/1910.04952>`_, Algorithm 2 and footnote 1.
+    """
+    check_number("b2", b2, 0, 1, open_high=True)
+    check_number("eps", eps, 0)
+    check_choice("form", form, ("paper", "ema"))
+    schedule = b1 if callable(b1) else demon_schedule(b1, decay_steps, delay_steps)
+    average = form == "ema"
+    correct_nu = average if nu_bias_correction is None else nu_bias_correction
+
+    def momentum_at(count: jax.Array) -> jax.Array:
+        return jnp.asarray(schedule(count), jnp.promote_types(float, jnp.float32))
+
+    def init_fn(params: PyTree) -> ScaleByDemonAdamState:
+        count = jnp.zeros((), jnp.int32)
+        momentum = momentum_at(count)
+        return ScaleByDemonAdamState(
+            count=count,
+            momentum=momentum,
+            momentum_product=jnp.ones_like(momentum),
+            mu=optax.tree.zeros_like(params, dtype=mu_dtype),
+            nu=optax.tree.zeros_like(params),
+        )
+
+    def update_fn(
+        updates: PyTree,
+        state: ScaleByDemonAdamState,
+        params: PyTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, ScaleByDemonAdamState]:
+        del params, extra_args
+        momentum = momentum_at(state.count)
+        product = state.momentum_product * momentum
+        count = optax.safe_increment(state.count)
+        mu_norm = 1 - product if average else 1
+        nu_norm = 1 - b2 ** count.astype(momentum.dtype) if correct_nu else 1
+
+        def first_moment(g: jax.Array, m: jax.Array) -> jax.Array:
+            beta = momentum.astype(m.dtype)
+            return beta * m + (1 - beta) * g if average else g + beta * m
+
+        def second_moment(g: jax.Array, v: jax.Array) -> jax.Array:
+            return b2 * v + (1 - b2) * g**2
+
+        def direction(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
+            m, v = m / mu_norm, v / nu_norm
+            step = m / (jnp.sqrt(v) + eps) if correct_nu else m / jnp.sqrt(v + eps)
+            return step.astype(g.dtype)
+
+        mu = jax.tree.map(first_moment, updates, state.mu)
+        nu = jax.tree.map(second_moment, updates, state.nu)
+        new_updates = jax.tree.map(direction, updates, mu, nu)
+        return new_updates, ScaleByDemonAdamState(
+            count=count,
+            momentum=momentum,
+            momentum_product=product,
+            mu=optax.tree.cast_like(mu, state.mu),
+            nu=optax.tree.cast_like(nu, state.nu),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def demon_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    decay_steps: int,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    delay_steps: int = 0,
+    form: Literal["paper", "ema"] = "paper",
+    nu_bias_correction: bool | None = None,
+    mu_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Demon Adam: Adam with a decaying first moment.
+
+    Args:
+      learning_rate: float or schedule. With ``form="paper"`` about a tenth of Adam's.
+      decay_steps: number of training steps.
+      b1: as in :func:`scale_by_demon_adam`, like the following ones.
+      b2: see there.
+      eps: see there.
+      delay_steps: see there.
+      form: see there.
+      nu_bias_correction: see there.
+      mu_dtype: see there.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: an argument outside its range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import optax_accel as oa
+      >>> loss = lambda p: 0.5 * p**2
+      >>> tx = oa.demon_adam(learning_rate=0.01, decay_steps=4, nu_bias_correction=True)
+      >>> param = jnp.array(1.0)
+      >>> state = tx.init(param)
+      >>> for _ in range(4):
+      ...     updates, state = tx.update(jax.grad(loss)(param), state, param)
+      ...     param = optax.apply_updates(param, updates)
+      >>> round(float(param), 6)
+      0.91868
+
+    References:
+      Chen et al., `Demon <https://arxiv.org/abs/1910.04952>`_, Algorithm 2.
+    """
+    return optax.chain(
+        scale_by_demon_adam(
+            decay_steps,
+            b1,
+            b2,
+            eps,
+            delay_steps=delay_steps,
+            form=form,
+            nu_bias_correction=nu_bias_correction,
+            mu_dtype=mu_dtype,
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+    )

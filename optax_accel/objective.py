@@ -1,0 +1,403 @@
+"""The loss as a value: the one place that knows how to evaluate and differentiate it.
+
+Optax hands a transformation that needs more than the gradient a function, ``value_fn``.  An
+:class:`Objective` is such a function, ``objective(params) -> scalar``, that also gives the products
+the methods of this package ask for and that owns the collectives: with ``axis_name`` every value,
+gradient and product is the mean over the replicas, so no method writes its own ``pmean``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+PyTree = Any
+ValueFn = Callable[..., jax.Array]
+
+
+class Objective:
+    r"""A scalar loss of the parameters, with its first and second derivatives.
+
+    ``Objective(predict, loss)`` composes :math:`L(\theta) = \ell(f(\theta))` from
+    ``predict: params -> outputs`` and ``loss: outputs -> scalar``; the split is what gives the
+    Gauss-Newton operator.  ``Objective.from_value_fn(value_fn)`` wraps a plain closure, for which
+    everything but the Gauss-Newton products and the outputs is available.
+
+    ``predict`` and ``loss`` (or ``value_fn``) may take further keyword arguments.  They are given
+    by name, either in the call, ``objective(params, x=x, y=y)``, or as extra arguments of
+    ``tx.update(..., value_fn=objective, x=x, y=y)``, as in Optax's line searches.
+
+    Args:
+      predict: maps parameters (any pytree) to outputs (any pytree of float arrays).
+      loss: maps the outputs to a scalar (shape ``()``); for a batch, the *mean* over its examples,
+        so that means over replicas are means over the global batch.
+      axis_name: name of the ``pmap``, ``shard_map`` or ``vmap`` axis over which values, gradients
+        and products are averaged. ``None`` (default) for one device and for global-view ``jit``,
+        where the mean over a sharded batch is global already.
+      hvp_mode: how Hessian products are differentiated. ``"forward_over_reverse"`` (default) is
+        the cheapest, 1 to 2 gradients a product (Pearlmutter 1994); ``"reverse_over_reverse"``
+        works for losses whose gradient has no forward-mode rule (some custom kernels).
+
+    Raises:
+      ValueError: unknown ``hvp_mode``.
+      TypeError: ``predict`` or ``loss`` is not callable.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import optax_accel as oa
+      >>> x, y = jnp.ones((4, 3)), jnp.zeros((4, 2))
+      >>> objective = oa.Objective(
+      ...     predict=lambda params: x @ params["w"],
+      ...     loss=lambda outputs: 0.5 * jnp.mean(jnp.sum((outputs - y) ** 2, axis=-1)),
+      ... )
+      >>> params = {"w": jnp.ones((3, 2))}
+      >>> float(objective(params))
+      9.0
+      >>> objective.hvp(params, params)["w"].shape
+      (3, 2)
+
+    References:
+      Pearlmutter, `Fast exact multiplication by the Hessian
+      <https://doi.org/10.1162/neco.1994.6.1.147>`_, 1994; Schraudolph, `Fast curvature
+      matrix-vector products <https://doi.org/10.1162/08997660260028683>`_, 2002.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[..., PyTree],
+        loss: Callable[..., jax.Array],
+        axis_name: str | None = None,
+        *,
+        hvp_mode: Literal["forward_over_reverse", "reverse_over_reverse"] = "forward_over_reverse",
+    ):
+        for name, fn in (("predict", predict), ("loss", loss)):
+            if not callable(fn):
+                raise TypeError(f"Objective: `{name}` must be callable, got {type(fn).__name__}.")
+        if hvp_mode not in ("forward_over_reverse", "reverse_over_reverse"):
+            raise ValueError(
+                f"Objective: unknown hvp_mode {hvp_mode!r}; allowed are 'forward_over_reverse' "
+                "and 'reverse_over_reverse'."
+            )
+        self._predict: Callable[..., PyTree] | None = predict
+        self._loss = loss
+        self.axis_name = axis_name
+        self.hvp_mode = hvp_mode
+
+    @classmethod
+    def from_value_fn(
+        cls,
+        value_fn: ValueFn,
+        axis_name: str | None = None,
+        *,
+        hvp_mode: Literal["forward_over_reverse", "reverse_over_reverse"] = "forward_over_reverse",
+    ) -> Objective:
+        """An objective from a plain function ``value_fn(params, **kwargs) -> scalar``.
+
+        Args:
+          value_fn: the local loss of a replica; it must not average over ``axis_name`` itself.
+          axis_name: as for :class:`Objective`.
+          hvp_mode: as for :class:`Objective`.
+
+        Returns:
+          The objective; :meth:`ggn_vp` and :meth:`outputs` raise ``ValueError`` on it.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import optax_accel as oa
+          >>> objective = oa.Objective.from_value_fn(lambda w: jnp.sum(w**4))
+          >>> objective.grad(jnp.ones(2)).tolist()
+          [4.0, 4.0]
+        """
+        # `outputs = params` and `loss = value_fn`: one composition rule serves both constructors.
+        objective = cls(lambda params: params, value_fn, axis_name, hvp_mode=hvp_mode)
+        objective._predict = None
+        return objective
+
+    def __repr__(self) -> str:
+        kind = "from_value_fn" if self._predict is None else "predict, loss"
+        return f"Objective({kind}, axis_name={self.axis_name!r})"
+
+    # -- derived objectives ------------------------------------------------------------------
+
+    def _copy(
+        self, predict: Callable[..., PyTree] | None, loss: ValueFn, axis_name: str | None
+    ) -> Objective:
+        new = Objective(predict or (lambda p: p), loss, axis_name, hvp_mode=self.hvp_mode)
+        new._predict = predict
+        return new
+
+    @property
+    def local(self) -> Objective:
+        """The same objective without collectives: this replica's own loss."""
+        return self if self.axis_name is None else self._copy(self._predict, self._loss, None)
+
+    def bind(self, **kwargs: Any) -> Objective:
+        """Fixes the keyword arguments that ``predict`` and ``loss`` take; ignores the others.
+
+        Args:
+          **kwargs: candidates, as the extra arguments of an Optax ``update``.
+
+        Returns:
+          An objective of the parameters alone.
+
+        Raises:
+          TypeError: an argument without a default was not given.
+        """
+        predict = None if self._predict is None else _bind_by_name(self._predict, kwargs)
+        return self._copy(predict, _bind_by_name(self._loss, kwargs), self.axis_name)
+
+    def precompose(self, transform: Callable[[PyTree], PyTree]) -> Objective:
+        """The objective of ``transform(params)``, e.g. of a part of the parameters.
+
+        Args:
+          transform: maps the new parameters to the ones this objective takes.
+
+        Returns:
+          An objective of the new parameters.
+        """
+        outer = self._loss if self._predict is None else self._predict
+
+        @functools.wraps(outer)
+        def composed(params: PyTree, **kwargs: Any) -> PyTree:
+            return outer(transform(params), **kwargs)
+
+        if self._predict is None:
+            return self._copy(None, composed, self.axis_name)
+        return self._copy(composed, self._loss, self.axis_name)
+
+    # -- values and first derivatives --------------------------------------------------------
+
+    def _local_value(self, params: PyTree, **kwargs: Any) -> jax.Array:
+        if self._predict is None:
+            value = _call_by_name(self._loss, params, kwargs)
+        else:
+            outputs = _call_by_name(self._predict, params, kwargs)
+            value = _call_by_name(self._loss, outputs, kwargs)
+        value = jnp.asarray(value)
+        if value.shape != ():
+            raise ValueError(
+                f"Objective: the loss must be a scalar, got shape {value.shape}; reduce it, "
+                "e.g. with jnp.mean."
+            )
+        return value
+
+    def __call__(self, params: PyTree, **kwargs: Any) -> jax.Array:
+        """The loss at ``params``: a scalar, the mean over replicas when ``axis_name`` is set."""
+        return self._mean(self._local_value(params, **kwargs))
+
+    def value_and_grad(self, params: PyTree, **kwargs: Any) -> tuple[jax.Array, PyTree]:
+        """The loss and its gradient (like ``params`` in structure, shapes and dtypes)."""
+        local = functools.partial(self._local_value, **kwargs)
+        return self._mean(jax.value_and_grad(local)(self._vary(params)))
+
+    def grad(self, params: PyTree, **kwargs: Any) -> PyTree:
+        """The gradient at ``params``, like ``params`` in structure, shapes and dtypes."""
+        return self.value_and_grad(params, **kwargs)[1]
+
+    def outputs(self, params: PyTree, **kwargs: Any) -> PyTree:
+        """The network outputs ``predict(params)`` of this replica's batch.
+
+        Raises:
+          ValueError: the objective was built from a value function.
+        """
+        return _call_by_name(self._need_predict("outputs"), params, kwargs)
+
+    # -- second derivatives ------------------------------------------------------------------
+
+    def hessian(self, params: PyTree, **kwargs: Any) -> Callable[[PyTree], PyTree]:
+        """The Hessian at ``params`` as a linear function of a pytree like ``params``.
+
+        The gradient is linearized once; each call of the result costs one product.  Vectors may
+        have another float dtype than the parameters (a float32 basis for bfloat16 parameters):
+        they are cast for the product, and the result has the vector's dtype.
+        """
+        params = self._vary(params)
+        gradient = jax.grad(functools.partial(self._local_value, **kwargs))
+        if self.hvp_mode == "forward_over_reverse":
+            _, product = jax.linearize(gradient, params)
+        else:
+            _, pullback = jax.vjp(gradient, params)
+
+            def product(vector: PyTree) -> PyTree:
+                return pullback(vector)[0]
+
+        return self._operator(product, params)
+
+    def gauss_newton(self, params: PyTree, **kwargs: Any) -> Callable[[PyTree], PyTree]:
+        r"""The generalized Gauss-Newton matrix at ``params`` as a linear function.
+
+        :math:`G = J^\top (\nabla^2_f \ell) J` with ``J`` the Jacobian of ``predict``; the
+        functional Hessian is ``hessian - gauss_newton``.
+
+        Raises:
+          ValueError: the objective was built from a value function.
+        """
+        predict = self._need_predict("ggn_vp")
+        params = self._vary(params)
+        outputs, push = jax.linearize(lambda p: _call_by_name(predict, p, kwargs), params)
+        pull = jax.linear_transpose(push, params)
+        _, loss_hessian = jax.linearize(
+            jax.grad(lambda out: _call_by_name(self._loss, out, kwargs)), outputs
+        )
+        return self._operator(lambda v: pull(loss_hessian(push(v)))[0], params)
+
+    def hvp(self, params: PyTree, vector: PyTree, **kwargs: Any) -> PyTree:
+        """Hessian-vector product; ``vector`` and the result are like ``params``."""
+        return self.hessian(params, **kwargs)(vector)
+
+    def hvp_block(self, params: PyTree, block: PyTree, **kwargs: Any) -> PyTree:
+        """Hessian products with every row of a block (leaves ``(k, *leaf.shape)``), vectorized."""
+        return jax.vmap(self.hessian(params, **kwargs))(block)
+
+    def ggn_vp(self, params: PyTree, vector: PyTree, **kwargs: Any) -> PyTree:
+        """Gauss-Newton-vector product; ``vector`` and the result are like ``params``.
+
+        Raises:
+          ValueError: the objective was built from a value function.
+        """
+        return self.gauss_newton(params, **kwargs)(vector)
+
+    def ggn_vp_block(self, params: PyTree, block: PyTree, **kwargs: Any) -> PyTree:
+        """Gauss-Newton products with every row of a block (leaves ``(k, *leaf.shape)``).
+
+        Raises:
+          ValueError: the objective was built from a value function.
+        """
+        return jax.vmap(self.gauss_newton(params, **kwargs))(block)
+
+    # -- internals ---------------------------------------------------------------------------
+
+    def _need_predict(self, what: str) -> Callable[..., PyTree]:
+        if self._predict is None:
+            raise ValueError(
+                f"Objective.{what} needs the network outputs, but this objective was built from a "
+                "value function; build it with Objective(predict, loss)."
+            )
+        return self._predict
+
+    def _operator(
+        self, product: Callable[[PyTree], PyTree], params: PyTree
+    ) -> Callable[[PyTree], PyTree]:
+        def operator(vector: PyTree) -> PyTree:
+            tangent = jax.tree.map(lambda v, p: v.astype(p.dtype), vector, params)
+            result = self._mean(product(self._vary(tangent)))
+            return jax.tree.map(lambda r, v: r.astype(v.dtype), result, vector)
+
+        return operator
+
+    def _vary(self, tree: PyTree) -> PyTree:
+        return vary_over(tree, self.axis_name)
+
+    def _mean(self, tree: PyTree) -> PyTree:
+        return tree if self.axis_name is None else lax.pmean(tree, self.axis_name)
+
+
+def vary_over(tree: PyTree, axis_name: str | None) -> PyTree:
+    """Marks replicated values as differing between the replicas of a ``shard_map`` axis.
+
+    The gradient with respect to a value that ``shard_map`` knows to be replicated is summed over
+    the axis behind the scenes; a mean on top would then be wrong by the number of replicas.
+    """
+    if axis_name is None or axis_name not in jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+
+    def vary(x: jax.Array) -> jax.Array:
+        return x if axis_name in jax.typeof(x).vma else lax.pcast(x, axis_name, to="varying")
+
+    return jax.tree.map(vary, tree)
+
+
+def as_objective(
+    value_fn: Objective | ValueFn | None,
+    extra_args: dict[str, Any],
+    *,
+    method: str,
+    params: PyTree,
+    why: str,
+    argument: str = "value_fn",
+) -> Objective:
+    """What a method makes of the ``value_fn`` extra argument of its ``update``.
+
+    Args:
+      value_fn: an :class:`Objective` or a function ``value_fn(params, **kwargs) -> scalar``.
+      extra_args: the extra arguments of ``update``; those that ``value_fn`` names are bound to it.
+      method: name of the calling method, for messages.
+      params: the parameters given to ``update``.
+      why: what the method evaluates the loss for, for messages.
+      argument: name of the extra argument, for messages.
+
+    Returns:
+      An objective of the parameters alone.
+
+    Raises:
+      ValueError: ``value_fn`` or ``params`` is missing, or ``params`` has masked-out holes.
+      TypeError: ``value_fn`` is not callable or lacks an argument.
+    """
+    call = f"tx.update(grads, state, params, {argument}=objective)"
+    if value_fn is None:
+        raise ValueError(
+            f"{method} needs the extra argument `{argument}` to {why}. Call it as: {call}, with an "
+            "optax_accel.Objective or any function of the parameters that returns the scalar loss."
+        )
+    if not callable(value_fn):
+        raise TypeError(f"{method}: `{argument}` must be callable, got {type(value_fn).__name__}.")
+    check_params(params, method, call)
+    if not isinstance(value_fn, Objective):
+        value_fn = Objective.from_value_fn(value_fn)
+    return value_fn.bind(**extra_args)
+
+
+def check_params(params: PyTree, method: str, call: str = "tx.init(params)") -> None:
+    """Raises ``ValueError`` if ``params`` is missing or has the holes of ``optax.masked``."""
+    if params is None:
+        raise ValueError(f"{method} needs the parameters. Call it as: {call}.")
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
+        raise ValueError(
+            f"{method} met a MaskedNode: inside optax.masked or optax.partition the loss cannot be "
+            f"evaluated, because a part of the parameters is hidden. Give {method} its own `mask=` "
+            "instead and chain it outside."
+        )
+
+
+def _argument_names(fn: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
+    """Names of all and of the required arguments after the first, and whether ** is taken."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # some builtins have none: they get no extra arguments
+        return [], [], False
+    parameters = list(signature.parameters.values())
+    keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    first_is_positional = parameters and parameters[0].kind is not inspect.Parameter.KEYWORD_ONLY
+    named = [p for p in parameters[1 if first_is_positional else 0 :] if p.kind in keyword]
+    required = [p.name for p in named if p.default is inspect.Parameter.empty]
+    variadic = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return [p.name for p in named], required, variadic
+
+
+def _call_by_name(fn: Callable[..., Any], first: PyTree, kwargs: dict[str, Any]) -> Any:
+    if not kwargs:
+        return fn(first)
+    names, _, variadic = _argument_names(fn)
+    return fn(first, **(kwargs if variadic else {k: v for k, v in kwargs.items() if k in names}))
+
+
+def _bind_by_name(fn: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[[PyTree], Any]:
+    # Only arguments that are named are bound: as in Optax, a bare ** gets nothing.
+    names, required, _ = _argument_names(fn)
+    missing = [name for name in required if name not in kwargs]
+    if missing:
+        label = getattr(fn, "__name__", type(fn).__name__)
+        raise TypeError(
+            f"`{label}` takes the arguments {missing}, which were not given; pass them as extra "
+            f"arguments of update, e.g. tx.update(..., value_fn=value_fn, {missing[0]}=...)."
+        )
+    bound = {k: v for k, v in kwargs.items() if k in names}
+    return functools.partial(fn, **bound) if bound else fn

@@ -1,0 +1,297 @@
+r"""Gradient sampling: train on a random part of every gradient.
+
+At each step every gradient entry is kept with probability ``rate`` and set to zero otherwise:
+:math:`\phi_t = \Omega_t \odot g_t` with independent Bernoulli(``rate``) entries of
+:math:`\Omega_t`. The mask acts on the gradient only: moments decay for every entry, so entries that
+are not sampled still move on their momentum.
+
+Yun, `Stochastic gradient sampling for enhancing neural networks training
+<https://arxiv.org/abs/2310.17042>`_, 2023.  Rule and defaults as in the only public port (the
+paper's tables and its author's code were not available to us); the one-based exponent of the bias
+correction is our reading, ``bias_offset=1`` is the port's.  Masking comes after back-propagation:
+it saves no gradient computation.  In the steady state the step is about ``sqrt(rate)`` of Adam's,
+since the first moment shrinks by ``rate`` and the root of the second by ``sqrt(rate)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_accel._arguments import check_integer, check_number, value_of
+
+PyTree = Any
+Sampler = Callable[[jax.Array, PyTree, Any], PyTree]
+
+
+def bernoulli_per_element(key: jax.Array, tree: PyTree, rate: Any) -> PyTree:
+    """Independent Bernoulli(``rate``) masks for every entry, from eight random bits each.
+
+    With a uniform number written as ``(b + u) / 256``, ``b`` a random byte of each entry and ``u``
+    in [0, 1) shared by the leaf, every entry is kept with probability exactly ``rate``; sharing
+    ``u`` correlates two entries of a leaf by less than ``1e-5 / (rate (1 - rate))``.  A byte an
+    entry is a quarter of the bits of a float, and random bits dominate the cost on a CPU.
+
+    Args:
+      key: PRNG key of the step; the same on every replica gives the same mask.
+      tree: the gradients.
+      rate: probability of keeping an entry, in [0, 1].
+
+    Returns:
+      Boolean masks like ``tree``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from optax_accel import bernoulli_per_element
+      >>> mask = bernoulli_per_element(jax.random.key(0), jnp.zeros((100, 100)), 0.8)
+      >>> bool(abs(mask.mean() - 0.8) < 0.02)
+      True
+    """
+    threshold = jnp.asarray(rate, jnp.float32) * 256
+    low = jnp.floor(threshold)
+
+    def mask(leaf_key: jax.Array, leaf: jax.Array) -> jax.Array:
+        byte_key, shared_key = jax.random.split(leaf_key)
+        round_up = jax.random.uniform(shared_key) < threshold - low
+        limit = low.astype(jnp.int32) + round_up.astype(jnp.int32)
+        return _random_bytes(byte_key, leaf.shape).astype(jnp.int32) < limit
+
+    return _map_with_keys(mask, key, tree)
+
+
+def bernoulli_per_tensor(key: jax.Array, tree: PyTree, rate: Any) -> PyTree:
+    """One Bernoulli(``rate``) decision for each leaf; for study, not in the paper.
+
+    Args:
+      key: PRNG key of the step.
+      tree: the gradients.
+      rate: probability of keeping a leaf, in [0, 1].
+
+    Returns:
+      Boolean scalars in the structure of ``tree``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from optax_accel import bernoulli_per_tensor
+      >>> bernoulli_per_tensor(jax.random.key(0), {"w": jnp.zeros((3, 2))}, 1.0)["w"].tolist()
+      True
+    """
+    return _map_with_keys(lambda k, _: jax.random.uniform(k) < rate, key, tree)
+
+
+class SampleGradientsState(NamedTuple):
+    """State of :func:`sample_gradients`.
+
+    Attributes:
+      count: number of updates made; int32 scalar.
+      key: the PRNG key given at construction; step ``t`` draws from ``fold_in(key, t)``.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count
+    key: jax.Array
+
+
+def sample_gradients(
+    rate: optax.ScalarOrSchedule = 0.8,
+    key: jax.Array | int = 0,
+    *,
+    sampler: Sampler = bernoulli_per_element,
+    rescale: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps each gradient entry with probability ``rate``, else sets it to zero.
+
+    Under data parallelism all replicas draw the same mask, since all hold the same key.
+
+    Args:
+      rate: probability of keeping an entry, in (0, 1]; float or schedule. 1 keeps everything. The
+        default, 0.8, is that of the public port of StochGradAdam.
+      key: PRNG key or integer seed.
+      sampler: what is kept or dropped together, a function ``(key, gradients, rate) -> masks``:
+        :func:`bernoulli_per_element` (default, the paper's), :func:`bernoulli_per_tensor`, or
+        one's own, e.g. with fixed masks.
+      rescale: divides what is kept by ``rate``, so that the expectation is the gradient. False
+        (default) as in the paper.
+
+    Returns:
+      A transformation with state :class:`SampleGradientsState`.
+
+    Raises:
+      ValueError: ``rate`` outside (0, 1].
+      TypeError: ``key`` is neither a key nor an integer.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import optax_accel as oa
+      >>> tx = optax.chain(oa.sample_gradients(rate=0.5, key=0), optax.sgd(1.0))
+      >>> grads = jnp.ones(1000)
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> bool(400 < -updates.sum() < 600)
+      True
+    """
+    check_number("rate", rate, 0, 1, open_low=True, allow_schedule=True)
+    initial_key = as_key(key)
+
+    def init_fn(params: PyTree) -> SampleGradientsState:
+        del params
+        # A copy, so that a donated state does not take the caller's key with it.
+        return SampleGradientsState(jnp.zeros((), jnp.int32), jnp.copy(initial_key))
+
+    def update_fn(
+        updates: PyTree,
+        state: SampleGradientsState,
+        params: PyTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, SampleGradientsState]:
+        del params, extra_args
+        step_rate = value_of(rate, state.count)
+        masks = sampler(jax.random.fold_in(state.key, state.count), updates, step_rate)
+
+        def keep(mask: jax.Array, g: jax.Array) -> jax.Array:
+            kept = g / jnp.asarray(step_rate, g.dtype) if rescale else g
+            return jnp.where(mask, kept, jnp.zeros_like(g))
+
+        sampled = jax.tree.map(keep, masks, updates)
+        return sampled, SampleGradientsState(optax.safe_increment(state.count), state.key)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def stoch_grad_adam(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    rate: optax.ScalarOrSchedule = 0.8,
+    key: jax.Array | int = 0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    weight_decay: float = 0.0,
+    beta1_decay: float = 1.0,
+    bias_offset: int = 0,
+    sampler: Sampler = bernoulli_per_element,
+    rescale: bool = False,
+    mu_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """StochGradAdam: Adam on sampled gradients.
+
+    Args:
+      learning_rate: float or schedule.
+      rate: as in :func:`sample_gradients`. 1 is Adam, bit for bit.
+      key: PRNG key or integer seed.
+      b1: decay of the first moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
+      eps: added to the root of the second moment.
+      weight_decay: coupled L2 decay, added to the gradient before the mask; needs ``params`` in
+        ``update`` when it is not 0.
+      beta1_decay: factor d of the port's ``b1_t = b1 * d ** (t - 1)``; 1 (default) is off.  The
+        bias correction keeps the constant ``b1``, as in the port.
+      bias_offset: 1 gives the port's bias correction, with the exponent ``t + 1``, whose first step
+        is 0.744 of the learning rate; 0 (default) is Adam's.
+      sampler: as in :func:`sample_gradients`.
+      rescale: as in :func:`sample_gradients`.
+      mu_dtype: dtype of the first moment; ``None``: that of the parameters.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError: an argument outside its range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import optax_accel as oa
+      >>> tx = oa.stoch_grad_adam(learning_rate=0.1, rate=0.8, key=0)
+      >>> params = jnp.ones(3)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)
+      >>> set(round(float(u), 4) for u in updates) <= {-0.1, 0.0}
+      True
+
+    References:
+      Yun, `Stochastic gradient sampling <https://arxiv.org/abs/2310.17042>`_, 2023.
+    """
+    for name, value in (("b1", b1), ("b2", b2)):
+        check_number(name, value, 0, 1, open_high=True)
+    check_number("eps", eps, 0)
+    check_number("weight_decay", weight_decay, 0)
+    check_number("beta1_decay", beta1_decay, 0, 1)
+    check_integer("bias_offset", bias_offset, 0)
+    decays = isinstance(weight_decay, jax.Array) or weight_decay != 0
+    if bias_offset == 0 and not isinstance(beta1_decay, jax.Array) and beta1_decay == 1:
+        adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
+    else:
+        adam = _scale_by_port_adam(b1, b2, eps, beta1_decay, bias_offset, mu_dtype)
+    return optax.chain(
+        *([optax.add_decayed_weights(weight_decay)] if decays else []),
+        sample_gradients(rate, key, sampler=sampler, rescale=rescale),
+        adam,
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _scale_by_port_adam(
+    b1: Any, b2: Any, eps: Any, beta1_decay: Any, bias_offset: int, mu_dtype: Any
+) -> optax.GradientTransformation:
+    """Adam with the public port's decaying b1 and its offset in the bias correction."""
+
+    def init_fn(params: PyTree) -> optax.ScaleByAdamState:
+        return optax.scale_by_adam(mu_dtype=mu_dtype).init(params)
+
+    def update_fn(
+        updates: PyTree, state: optax.ScaleByAdamState, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.ScaleByAdamState]:
+        del params
+        count = optax.safe_increment(state.count)
+        step_b1 = b1 * beta1_decay**state.count
+        mu = optax.tree.update_moment(updates, state.mu, step_b1, 1)
+        nu = optax.tree.update_moment(updates, state.nu, b2, 2)
+        mu_hat = optax.tree.bias_correction(mu, b1, count + bias_offset)
+        nu_hat = optax.tree.bias_correction(nu, b2, count + bias_offset)
+        new_updates = jax.tree.map(
+            lambda m, v, g: (m / (jnp.sqrt(v) + eps)).astype(g.dtype), mu_hat, nu_hat, updates
+        )
+        mu = optax.tree.cast_like(mu, state.mu)
+        nu = optax.tree.cast_like(nu, state.nu)
+        return new_updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def as_key(key: jax.Array | int) -> jax.Array:
+    """A typed PRNG key from a key of either kind or an integer seed.
+
+    Raises:
+      TypeError: it is neither.
+    """
+    if isinstance(key, int) and not isinstance(key, bool):
+        return jax.random.key(key)
+    if isinstance(key, jax.Array):
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            return key
+        if key.dtype == jnp.uint32 and key.shape == (2,):
+            return jax.random.wrap_key_data(key)
+    raise TypeError(f"`key` must be a PRNG key (jax.random.key(0)) or an integer, got {key!r}.")
+
+
+def _map_with_keys(fn: Callable[[jax.Array, Any], Any], key: jax.Array, tree: PyTree) -> PyTree:
+    leaves, treedef = jax.tree.flatten(tree)
+    return jax.tree.unflatten(
+        treedef, [fn(jax.random.fold_in(key, i), leaf) for i, leaf in enumerate(leaves)]
+    )
+
+
+def _random_bytes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Random uint8 numbers, four from each 32-bit draw; ``jax.random.bits`` makes a draw for each.
+
+    Only the last axis is packed, so a leaf sharded along another one draws its bits where they are.
+    """
+    if not shape:
+        return jax.random.bits(key, (), jnp.uint8)
+    words = -(-shape[-1] // 4)
+    drawn = jax.random.bits(key, (*shape[:-1], words), jnp.uint32)
+    packed = lax.bitcast_convert_type(drawn, jnp.uint8)
+    return packed.reshape(*shape[:-1], 4 * words)[..., : shape[-1]]

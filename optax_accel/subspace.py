@@ -1,0 +1,533 @@
+r"""Training inside, outside or between the dominant and the bulk subspace of the Hessian.
+
+With :math:`u_1, \dots, u_k` the leading eigenvectors of the loss Hessian and
+:math:`P = \sum_i u_i u_i^\top`, the projection onto the *dominant* subspace, an incoming update
+:math:`\delta` becomes
+
+.. math::
+  a\, P \delta + b\, (I - P) \delta .
+
+``(a, b) = (1, 0)`` is Dom-SGD, ``(0, 1)`` Bulk-SGD (Song, Ahn, Yun, `Does SGD really happen in tiny
+subspaces? <https://arxiv.org/abs/2405.16002>`_, ICLR 2025), anything between them the interpolated
+methods of Zakarin, Singh, `Accelerating neural network training along sharp and flat directions
+<https://arxiv.org/abs/2505.11972>`_, 2025.
+
+Faithful: the projection acts on the applied update, at the parameters before the step, with one
+Faithful: the projection acts on the applied update, at the parameters before the step, with one
+  eigenspace of the whole parameter vector; dominant means algebraically largest.  Our reading: the
+  linear form with weights ``a`` and ``b``, which covers every linear interpolation (the second
+  paper's own formula was not available to us).  Ours: the eigenspace is tracked by warm-started
+  block sweeps instead of solved from scratch at every step, and on a curvature batch of the
+  caller's choice instead
+of the whole training set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_accel._arguments import (
+    check_choice,
+    check_integer,
+    check_number,
+    check_real_leaves,
+    value_of,
+)
+from optax_accel.curvature import BlockTracker, Eigenspace, blocks
+from optax_accel.objective import as_objective, check_params
+
+PyTree = Any
+Mask = PyTree | Callable[[PyTree], PyTree] | None
+BaseOptimizer = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
+Refresh = bool | str | None
+
+
+class InterpolateSubspacesState(NamedTuple):
+    """State of :func:`interpolate_subspaces`; every field can be read with ``optax.tree.get``.
+
+    Attributes:
+      count: number of updates made; int32 scalar.
+      space: the tracked :class:`~optax_accel.curvature.Eigenspace`: ``basis`` (orthonormal, leaves
+        ``(k, *leaf.shape)``; masked-out leaves are ``optax.MaskedNode``), ``eigenvalues`` ``(k,)``.
+      alignment: chi_k of the last incoming update, ``|P d| / |d|`` in [0, 1] (0 for ``d = 0``).
+      alignment_ema: its exponential moving average, started at the first value.
+      active: whether the projection has been switched on; boolean scalar.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count
+    space: Eigenspace
+    alignment: jax.Array
+    alignment_ema: jax.Array
+    active: jax.Array
+
+
+def refresh_at(step: int, refresh_every: int = 5, start_step: int = 0) -> bool | str:
+    """The ``refresh`` argument for a training loop that drives the eigenspace from the host.
+
+    Args:
+      step: zero-based training step, a Python integer.
+      refresh_every: as the tracker's.
+      start_step: as the transformation's.
+
+    Returns:
+      ``"cold"`` at the first step, ``"warm"`` when a refresh is due, else ``False``.
+
+    Example:
+      >>> from optax_accel import refresh_at
+      >>> [refresh_at(step, refresh_every=2) for step in range(5)]
+      ['cold', False, 'warm', False, 'warm']
+    """
+    if step == start_step:
+        return "cold"
+    return "warm" if step > start_step and (step - start_step) % refresh_every == 0 else False
+
+
+def interpolate_subspaces(
+    num_directions: int,
+    dominant_weight: optax.ScalarOrSchedule,
+    bulk_weight: optax.ScalarOrSchedule,
+    *,
+    tracker: BlockTracker | None = None,
+    start_step: int = 0,
+    switch_alignment: float | None = None,
+    alignment_decay: float = 0.9,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Weights the dominant and the bulk component of the updates: ``a P d + b (I - P) d``.
+
+    The place in the chain decides what is projected.  *Last*, ``optax.chain(base,
+    interpolate_subspaces(...))``, it works on the applied update: momentum and Adam moments keep
+    seeing the full gradient, as in the papers' code.  *First*, it works on the gradient: the
+    moments see the projected gradient.  For plain SGD the two agree.
+
+    ``update`` takes these extra arguments:
+
+    * ``value_fn``: an :class:`~optax_accel.Objective` or a function of the parameters, as in
+      Optax's line searches; required unless the one below is given.
+    * ``curvature_value_fn``: the objective whose curvature is tracked; default ``value_fn``.  The
+      papers use the whole training set; a fixed few hundred examples give nearly the same subspace.
+    * ``refresh``: ``None`` (default): the eigenspace is refreshed inside the compiled step, by
+      ``lax.cond`` on the step count.  A static Python value drives it from the host, so that the
+      loop alternates compiled steps without a conditional (required for speed with convolutions on
+      CPU, and under ``vmap``, where a conditional runs both its branches): ``False`` keeps the
+      basis, ``True`` refreshes it, ``"cold"`` and ``"warm"`` also say how; see :func:`refresh_at`.
+
+    Until there is a basis, and while the curvature is not finite, updates pass unchanged.
+
+    Args:
+      num_directions: k, usually the number of classes. 0: everything is bulk; at least the number
+        of parameters: everything is dominant.
+      dominant_weight: a, the weight of the component in the dominant subspace; float or schedule.
+      bulk_weight: b, the weight of the component orthogonal to it; float or schedule.
+      tracker: how the eigenspace is followed; default ``BlockTracker()``.
+      start_step: updates pass unchanged, and nothing is tracked, before this step.
+      switch_alignment: if given, tracking starts at ``start_step``, but the projection is switched
+        on, for good, only when the moving average of chi_k exceeds this value (0.95 in public
+        replications of Song et al.).
+      alignment_decay: decay of that average (0.9 there).
+      mask: pytree of booleans like the parameters, or a function from the parameters to one: True
+        leaves take part, the others are held fixed in the curvature and their updates pass
+        unchanged.  Use this instead of ``optax.masked``, inside which no loss can be evaluated.
+
+    Returns:
+      A transformation with state :class:`InterpolateSubspacesState`.  Memory: ``k`` (plus the
+      tracker's oversampling) copies of the parameters.
+
+    Raises:
+      ValueError: an argument outside its range, here; a missing ``value_fn``, in ``update``.
+      TypeError: an argument of another kind; parameters that are not real floating point.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import optax_accel as oa
+      >>> loss = lambda p: 0.5 * jnp.sum(jnp.array([10.0, 1.0, 0.1]) * p**2)
+      >>> tx = optax.chain(optax.sgd(0.1), oa.interpolate_subspaces(1, 0.25, 0.75))
+      >>> params = jnp.ones(3)
+      >>> state = tx.init(params)
+      >>> grads = jnp.array([1.0, 2.0, 2.0])
+      >>> updates, state = tx.update(grads, state, params, value_fn=loss)
+      >>> [round(float(u), 4) for u in updates]
+      [-0.025, -0.15, -0.15]
+      >>> round(float(optax.tree.get(state, "alignment")), 4)
+      0.3333
+    """
+    tracker = BlockTracker() if tracker is None else tracker
+    check_integer("num_directions", num_directions, 0)
+    check_number("dominant_weight", dominant_weight, allow_schedule=True)
+    check_number("bulk_weight", bulk_weight, allow_schedule=True)
+    check_integer("start_step", start_step, 0)
+    if switch_alignment is not None:
+        check_number("switch_alignment", switch_alignment, 0, 1)
+    check_number("alignment_decay", alignment_decay, 0, 1, open_high=True)
+    name = "interpolate_subspaces"
+
+    def init_fn(params: PyTree) -> InterpolateSubspacesState:
+        check_params(params, name)
+        selected = _select(params, mask)
+        check_real_leaves(selected, name)
+        space = tracker.init(selected, num_directions)
+        zero = jnp.zeros((), space.shift.dtype)
+        return InterpolateSubspacesState(
+            count=jnp.zeros((), jnp.int32),
+            space=space,
+            alignment=zero,
+            alignment_ema=zero,
+            active=jnp.zeros((), bool),
+        )
+
+    def update_fn(
+        updates: PyTree,
+        state: InterpolateSubspacesState,
+        params: PyTree | None = None,
+        *,
+        value_fn: Any = None,
+        curvature_value_fn: Any = None,
+        refresh: Refresh = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, InterpolateSubspacesState]:
+        _check_refresh(refresh)
+        count, space = state.count, state.space
+        k = space.eigenvalues.shape[0]
+        tracked_from = count >= start_step
+        if k > 0 and refresh is not False:
+            objective = as_objective(
+                value_fn if curvature_value_fn is None else curvature_value_fn,
+                extra_args,
+                method=name,
+                params=params,
+                why="track the dominant subspace of its Hessian",
+            )
+            selected = _select(params, mask)
+            objective = objective.precompose(lambda part: _merge(part, params, mask))
+
+            def cold(old: Eigenspace) -> Eigenspace:
+                return tracker.cold_start(old, objective, selected)
+
+            def warm(old: Eigenspace) -> Eigenspace:
+                return tracker.refresh(old, objective, selected)
+
+            def either(old: Eigenspace) -> Eigenspace:
+                return lax.cond(old.ready, warm, cold, old)
+
+            if refresh is None:
+                due = tracked_from & ((count - start_step) % tracker.refresh_every == 0)
+                space = lax.cond(due, either, lambda old: old, space)
+            else:
+                space = {True: either, "cold": cold, "warm": warm}[refresh](space)
+
+        vector = _select(updates, mask)
+        everything = k == blocks.dimension(vector)
+        dominant, alignment = _dominant_component(vector, space, everything)
+        measured = space.ready & tracked_from
+        alignment = jnp.where(measured, alignment, 0)
+        ema = alignment_decay * state.alignment_ema + (1 - alignment_decay) * alignment
+        ema = jnp.where(state.space.ready, ema, alignment)
+        switched = True if switch_alignment is None else ema > switch_alignment
+        # Without directions there is nothing to track and nothing to wait for.
+        active = (tracked_from if k == 0 else measured) & switched | state.active
+
+        a = jnp.where(active, value_of(dominant_weight, count), 1)
+        b = jnp.where(active, value_of(bulk_weight, count), 1)
+
+        def weigh(u: jax.Array, d: jax.Array) -> jax.Array:
+            bulk = jnp.zeros_like(d) if everything else u.astype(d.dtype) - d
+            mixed = (a.astype(d.dtype) * d + b.astype(d.dtype) * bulk).astype(u.dtype)
+            # Not 1 * P u + 1 * (u - P u), which rounds: inactive means untouched.
+            return jnp.where(active, mixed, u)
+
+        weighted = jax.tree.map(weigh, vector, dominant)
+        new_state = InterpolateSubspacesState(
+            count=optax.safe_increment(count),
+            space=space,
+            alignment=alignment,
+            alignment_ema=ema,
+            active=active,
+        )
+        return _merge(weighted, updates, mask), new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def project_to_dominant(
+    num_directions: int,
+    *,
+    tracker: BlockTracker | None = None,
+    start_step: int = 0,
+    switch_alignment: float | None = None,
+    alignment_decay: float = 0.9,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Projects updates onto the dominant Hessian subspace: ``P d``.
+
+    Arguments, extra arguments, state and errors as in :func:`interpolate_subspaces`, which see,
+    with weights 1 and 0.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import optax_accel as oa
+      >>> loss = lambda p: 0.5 * jnp.sum(jnp.array([10.0, 1.0, 0.1]) * p**2)
+      >>> tx = oa.project_to_dominant(1)
+      >>> params = jnp.ones(3)
+      >>> updates, _ = tx.update(jnp.ones(3), tx.init(params), params, value_fn=loss)
+      >>> [round(abs(float(u)), 4) for u in updates]
+      [1.0, 0.0, 0.0]
+    """
+    return interpolate_subspaces(
+        num_directions,
+        1.0,
+        0.0,
+        tracker=tracker,
+        start_step=start_step,
+        switch_alignment=switch_alignment,
+        alignment_decay=alignment_decay,
+        mask=mask,
+    )
+
+
+def project_to_bulk(
+    num_directions: int,
+    *,
+    tracker: BlockTracker | None = None,
+    start_step: int = 0,
+    switch_alignment: float | None = None,
+    alignment_decay: float = 0.9,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Removes the dominant Hessian subspace from updates: ``d - P d``.
+
+    Arguments, extra arguments, state and errors as in :func:`interpolate_subspaces`, which see,
+    with weights 0 and 1.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import optax_accel as oa
+      >>> loss = lambda p: 0.5 * jnp.sum(jnp.array([10.0, 1.0, 0.1]) * p**2)
+      >>> tx = oa.project_to_bulk(1)
+      >>> params = jnp.ones(3)
+      >>> updates, _ = tx.update(jnp.ones(3), tx.init(params), params, value_fn=loss)
+      >>> [round(abs(float(u)), 4) for u in updates]
+      [0.0, 1.0, 1.0]
+    """
+    return interpolate_subspaces(
+        num_directions,
+        0.0,
+        1.0,
+        tracker=tracker,
+        start_step=start_step,
+        switch_alignment=switch_alignment,
+        alignment_decay=alignment_decay,
+        mask=mask,
+    )
+
+
+def interpolated_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    num_directions: int,
+    dominant_weight: optax.ScalarOrSchedule,
+    bulk_weight: optax.ScalarOrSchedule,
+    *,
+    base: BaseOptimizer = optax.sgd,
+    tracker: BlockTracker | None = None,
+    start_step: int = 0,
+    switch_alignment: float | None = None,
+    alignment_decay: float = 0.9,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The base optimizer with its update's dominant and bulk components weighted.
+
+    SGD is ``(1, 1)``, Dom-SGD ``(1, 0)``, Bulk-SGD ``(0, 1)``; between SGD and Bulk-SGD
+    ``(1 - alpha, 1)``, between Dom- and Bulk-SGD ``(1 - alpha, alpha)`` (our reading of Zakarin,
+    Singh, 2025).
+
+    Args:
+      learning_rate: float or schedule, given to ``base``.
+      num_directions: k, usually the number of classes.
+      dominant_weight: a.
+      bulk_weight: b.
+      base: the optimizer, as a function of the learning rate: ``optax.sgd`` (default),
+        ``optax.adam``, ``functools.partial(optax.sgd, momentum=0.9)`` ...
+      tracker: as in :func:`interpolate_subspaces`, like the following ones.
+      start_step: see there.
+      switch_alignment: see there.
+      alignment_decay: see there.
+      mask: see there.
+
+    Returns:
+      A transformation whose ``update`` takes the extra arguments of :func:`interpolate_subspaces`.
+
+    Raises:
+      ValueError, TypeError: as :func:`interpolate_subspaces`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_accel as oa
+      >>> loss = lambda p: 0.5 * jnp.sum(jnp.array([10.0, 1.0, 0.1]) * p**2)
+      >>> tx = oa.interpolated_sgd(0.1, 1, dominant_weight=0.5, bulk_weight=1.0)
+      >>> params = jnp.ones(3)
+      >>> updates, _ = tx.update(jnp.ones(3), tx.init(params), params, value_fn=loss)
+      >>> [round(float(u), 4) for u in updates]
+      [-0.05, -0.1, -0.1]
+    """
+    return optax.chain(
+        base(learning_rate),
+        interpolate_subspaces(
+            num_directions,
+            dominant_weight,
+            bulk_weight,
+            tracker=tracker,
+            start_step=start_step,
+            switch_alignment=switch_alignment,
+            alignment_decay=alignment_decay,
+            mask=mask,
+        ),
+    )
+
+
+def dom_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    num_directions: int,
+    *,
+    base: BaseOptimizer = optax.sgd,
+    tracker: BlockTracker | None = None,
+    start_step: int = 0,
+    switch_alignment: float | None = None,
+    alignment_decay: float = 0.9,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Dom-SGD: the base optimizer restricted to the dominant subspace.
+
+    A diagnostic, not an accelerator: Song et al. (arXiv 2405.16002) show that it stops reducing the
+    training loss although the gradient lies mostly in that subspace.
+
+    Arguments, errors and extra arguments as in :func:`interpolated_sgd`, with weights 1 and 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_accel as oa
+      >>> loss = lambda p: 0.5 * jnp.sum(jnp.array([10.0, 1.0, 0.1]) * p**2)
+      >>> tx = oa.dom_sgd(0.1, num_directions=1)
+      >>> params = jnp.ones(3)
+      >>> updates, _ = tx.update(jnp.ones(3), tx.init(params), params, value_fn=loss)
+      >>> [round(abs(float(u)), 4) for u in updates]
+      [0.1, 0.0, 0.0]
+    """
+    return interpolated_sgd(
+        learning_rate,
+        num_directions,
+        1.0,
+        0.0,
+        base=base,
+        tracker=tracker,
+        start_step=start_step,
+        switch_alignment=switch_alignment,
+        alignment_decay=alignment_decay,
+        mask=mask,
+    )
+
+
+def bulk_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    num_directions: int,
+    *,
+    base: BaseOptimizer = optax.sgd,
+    tracker: BlockTracker | None = None,
+    start_step: int = 0,
+    switch_alignment: float | None = None,
+    alignment_decay: float = 0.9,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Bulk-SGD: the base optimizer restricted to the complement of the dominant subspace.
+
+    Arguments, errors and extra arguments as in :func:`interpolated_sgd`, with weights 0 and 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import optax_accel as oa
+      >>> loss = lambda p: 0.5 * jnp.sum(jnp.array([10.0, 1.0, 0.1]) * p**2)
+      >>> tx = oa.bulk_sgd(0.1, num_directions=1)
+      >>> params = jnp.ones(3)
+      >>> state = tx.init(params)
+      >>> for _ in range(3):
+      ...     value, grads = jax.value_and_grad(loss)(params)
+      ...     updates, state = tx.update(grads, state, params, value_fn=loss)
+      ...     params = optax.apply_updates(params, updates)
+      >>> [round(float(p), 4) for p in params]
+      [1.0, 0.729, 0.9703]
+    """
+    return interpolated_sgd(
+        learning_rate,
+        num_directions,
+        0.0,
+        1.0,
+        base=base,
+        tracker=tracker,
+        start_step=start_step,
+        switch_alignment=switch_alignment,
+        alignment_decay=alignment_decay,
+        mask=mask,
+    )
+
+
+def _dominant_component(
+    vector: PyTree, space: Eigenspace, everything: bool
+) -> tuple[PyTree, jax.Array]:
+    """``P v`` in the basis' dtype, and ``|P v| / |v|``."""
+    dtypes = jax.tree.map(lambda b: b.dtype, space.basis)
+    wide = jax.tree.map(lambda v, dtype: v.astype(dtype), vector, dtypes)
+    block = blocks.as_block(wide)
+    k = space.eigenvalues.shape[0]
+    if k == 0:
+        return jax.tree.map(jnp.zeros_like, wide), jnp.zeros((), space.shift.dtype)
+    squared = blocks.inner(block, block)[0, 0]
+    coefficients = blocks.inner(space.basis, block)[:, 0]
+    ratio = jnp.sum(coefficients**2) / jnp.where(squared > 0, squared, 1)
+    alignment = jnp.sqrt(jnp.minimum(ratio, 1)).astype(space.shift.dtype)
+    return (wide if everything else blocks.combine(coefficients, space.basis)), alignment
+
+
+def _check_refresh(refresh: Any) -> None:
+    if isinstance(refresh, jax.Array):
+        raise TypeError(
+            "`refresh` must be a static Python value, got an array: mark it with "
+            'jax.jit(step, static_argnames="refresh").'
+        )
+    if refresh is not None and not isinstance(refresh, bool):
+        check_choice("refresh", refresh, ("cold", "warm"))
+
+
+def _leaf_mask(tree: PyTree, mask: Mask) -> PyTree:
+    resolved = mask(tree) if callable(mask) else mask
+    try:
+        return jax.tree.map(  # broadcast a prefix to the leaves
+            lambda m, sub: jax.tree.map(lambda _: bool(m), sub), resolved, tree
+        )
+    except ValueError as error:
+        raise ValueError(
+            "`mask` must be a pytree of booleans like the parameters (or a prefix of it), or a "
+            f"function that returns one: {error}"
+        ) from error
+
+
+def _select(tree: PyTree, mask: Mask) -> PyTree:
+    """The part of a tree that takes part; the rest becomes ``MaskedNode``, without leaves."""
+    if mask is None:
+        return tree
+    return jax.tree.map(lambda m, x: x if m else optax.MaskedNode(), _leaf_mask(tree, mask), tree)
+
+
+def _merge(part: PyTree, whole: PyTree, mask: Mask) -> PyTree:
+    """The whole tree with the selected part replaced."""
+    if mask is None:
+        return part
+    flat, treedef = jax.tree.flatten(whole)
+    chosen = jax.tree.leaves(_leaf_mask(whole, mask))
+    replacements = iter(jax.tree.leaves(part))
+    return jax.tree.unflatten(
+        treedef, [next(replacements) if m else x for m, x in zip(chosen, flat, strict=True)]
+    )
