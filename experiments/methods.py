@@ -1,0 +1,349 @@
+"""The catalogue: every method that the experiments can run, ours and Optax's, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optax
+
+import optax_accel as oa
+
+# Every method is tuned on a grid of this many rates, in steps of about 3 (the multiples of Chen et
+# al., 2022, section 4): an equal budget.
+SGD_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+ADAM_RATES = (0.0003, 0.001, 0.003, 0.01, 0.03)
+# Demon Adam in the paper's form takes steps about ten times Adam's at the same rate.
+DEMON_ADAM_RATES = (0.00003, 0.0001, 0.0003, 0.001, 0.003)
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a method may need to know of a run besides its learning rate.
+
+    Attributes:
+      total_steps: length of the run; schedules end there.
+      num_classes: the dominant subspace has one direction a class (Gur-Ari et al., 2018).
+      seed: of the method's own randomness.
+      axis_name: replica axis, for methods with a local form.
+    """
+
+    total_steps: int
+    num_classes: int
+    seed: int = 0
+    axis_name: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One entry of the catalogue.
+
+    Attributes:
+      name: on the command line.
+      family: what the method does.
+      summary: one line.
+      paper: authors and year.
+      link: to the paper, or to Optax's documentation name.
+      fidelity: ``"Optax"``, ``"faithful"``, ``"as public code"`` or ``"our reading"``.
+      base: name of the method it modifies, which its time is compared with; None: itself a base.
+      learning_rates: the grid it is tuned on.
+      make: the optimizer from a learning rate and a :class:`Context`.
+      gradients_per_step: mini-batch gradients a step.
+      refresh_every: steps between refreshes of the curvature; None: it uses none.
+    """
+
+    name: str
+    family: str
+    summary: str
+    paper: str
+    link: str
+    fidelity: str
+    base: str | None
+    learning_rates: tuple[float, ...]
+    make: Callable[[Any, Context], optax.GradientTransformation]
+    gradients_per_step: int = 1
+    refresh_every: int | None = None
+
+    def build(
+        self,
+        learning_rate: Any,
+        *,
+        total_steps: int,
+        num_classes: int,
+        seed: int = 0,
+        axis_name: str | None = None,
+    ) -> optax.GradientTransformationExtraArgs:
+        """The optimizer for one run.
+
+        Args:
+          learning_rate: a float, a schedule or a traced scalar.
+          total_steps: as in :class:`Context`, like the following ones.
+          num_classes: see there.
+          seed: see there.
+          axis_name: see there.
+
+        Returns:
+          A transformation that takes any extra argument.
+        """
+        context = Context(total_steps, num_classes, seed, axis_name)
+        return optax.with_extra_args_support(self.make(learning_rate, context))
+
+    def refresh(self, step: int) -> bool | str | None:
+        """The static ``refresh`` argument of the update at a step; None without curvature."""
+        return None if self.refresh_every is None else oa.refresh_at(step, self.refresh_every)
+
+    def products(self, refresh: bool | str | None, params: Any, num_classes: int) -> int:
+        """Hessian-vector products that an update with this ``refresh`` argument makes."""
+        if not refresh:
+            return 0
+        tracker = oa.BlockTracker()
+        return tracker.num_products(params, num_classes, cold=refresh == "cold")
+
+
+_MOMENTUM = functools.partial(optax.sgd, momentum=0.9)
+_DEMON = ("Chen et al., 2022", "https://arxiv.org/abs/1910.04952")
+_SONG = ("Song et al., 2025", "https://arxiv.org/abs/2405.16002")
+_ZAKARIN = ("Zakarin and Singh, 2025", "https://arxiv.org/abs/2505.11972")
+_YUN = ("Yun, 2023", "https://arxiv.org/abs/2310.17042")
+_LIN = ("Lin et al., 2020", "https://arxiv.org/abs/2006.05720")
+_GIDEL = ("Gidel et al., 2019", "https://arxiv.org/abs/1802.10551")
+
+
+def _momentum_schedule(schedule: Callable[[int], optax.Schedule]) -> Callable[[Any, Context], Any]:
+    """SGD with a momentum schedule made from the number of steps: a rival of Demon."""
+
+    def make(learning_rate: Any, context: Context) -> optax.GradientTransformation:
+        momentum = schedule(context.total_steps)
+        return oa.with_schedules(optax.sgd, momentum=momentum)(learning_rate)
+
+    return make
+
+
+def _onecycle_momentum(steps: int) -> optax.Schedule:
+    """The momentum part of OneCycle: 0.95 to 0.85 and back (Chen et al., 2022, section 4)."""
+    half = max(steps // 2, 1)
+    return optax.join_schedules(
+        [optax.linear_schedule(0.95, 0.85, half), optax.linear_schedule(0.85, 0.95, half)], [half]
+    )
+
+
+_ALL = (
+    Method(
+        "sgd",
+        "base",
+        "SGD with momentum 0.9",
+        "Sutskever et al., 2013",
+        "optax.sgd",
+        "Optax",
+        None,
+        SGD_RATES,
+        lambda lr, c: _MOMENTUM(lr),
+    ),
+    Method(
+        "plain_sgd",
+        "base",
+        "SGD without momentum",
+        "Robbins and Monro, 1951",
+        "optax.sgd",
+        "Optax",
+        None,
+        SGD_RATES,
+        lambda lr, c: optax.sgd(lr),
+    ),
+    Method(
+        "nesterov_sgd",
+        "base",
+        "SGD with Nesterov momentum 0.9",
+        "Nesterov, 1983",
+        "optax.sgd",
+        "Optax",
+        "sgd",
+        SGD_RATES,
+        lambda lr, c: _MOMENTUM(lr, nesterov=True),
+    ),
+    Method(
+        "adam",
+        "base",
+        "Adam",
+        "Kingma and Ba, 2015",
+        "optax.adam",
+        "Optax",
+        None,
+        ADAM_RATES,
+        lambda lr, c: optax.adam(lr),
+    ),
+    Method(
+        "demon_sgd",
+        "momentum decay",
+        "SGD with momentum decaying from 0.9 to 0",
+        *_DEMON,
+        fidelity="faithful",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        make=lambda lr, c: oa.demon_sgd(lr, c.total_steps),
+    ),
+    Method(
+        "demon_adam",
+        "momentum decay",
+        "Adam with a decaying, summed first moment",
+        *_DEMON,
+        fidelity="faithful",
+        base="adam",
+        learning_rates=DEMON_ADAM_RATES,
+        make=lambda lr, c: oa.demon_adam(lr, c.total_steps, nu_bias_correction=True),
+    ),
+    Method(
+        "demon_adam_ema",
+        "momentum decay",
+        "Adam with a decaying, averaged first moment",
+        *_DEMON,
+        fidelity="our reading",
+        base="adam",
+        learning_rates=ADAM_RATES,
+        make=lambda lr, c: oa.demon_adam(lr, c.total_steps, form="ema"),
+    ),
+    Method(
+        "cosine_momentum_sgd",
+        "momentum decay",
+        "rival of Demon: momentum 0.9 to 0 by a cosine",
+        *_DEMON,
+        fidelity="faithful",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        make=_momentum_schedule(lambda steps: optax.cosine_decay_schedule(0.9, steps)),
+    ),
+    Method(
+        "linear_momentum_sgd",
+        "momentum decay",
+        "rival of Demon: momentum 0.9 to 0 linearly",
+        *_DEMON,
+        fidelity="faithful",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        make=_momentum_schedule(lambda steps: optax.linear_schedule(0.9, 0.0, steps)),
+    ),
+    Method(
+        "exponential_momentum_sgd",
+        "momentum decay",
+        "rival of Demon: momentum 0.9 exp(-5 t / T)",
+        *_DEMON,
+        fidelity="faithful",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        make=_momentum_schedule(
+            lambda steps: optax.exponential_decay(0.9, steps, decay_rate=0.006737947)
+        ),
+    ),
+    Method(
+        "onecycle_momentum_sgd",
+        "momentum decay",
+        "rival of Demon: momentum 0.95, 0.85, 0.95",
+        *_DEMON,
+        fidelity="faithful",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        make=_momentum_schedule(_onecycle_momentum),
+    ),
+    Method(
+        "stoch_grad_adam",
+        "gradient sampling",
+        "Adam on a random 80 % of the gradient entries",
+        *_YUN,
+        fidelity="as public code",
+        base="adam",
+        learning_rates=ADAM_RATES,
+        make=lambda lr, c: oa.stoch_grad_adam(lr, rate=0.8, key=c.seed),
+    ),
+    Method(
+        "bulk_sgd",
+        "Hessian subspace",
+        "SGD outside the dominant Hessian subspace",
+        *_SONG,
+        fidelity="faithful",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        make=lambda lr, c: oa.bulk_sgd(lr, c.num_classes, base=_MOMENTUM),
+        refresh_every=5,
+    ),
+    Method(
+        "dom_sgd",
+        "Hessian subspace",
+        "SGD inside the dominant Hessian subspace (diagnostic)",
+        *_SONG,
+        fidelity="faithful",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        make=lambda lr, c: oa.dom_sgd(lr, c.num_classes, base=_MOMENTUM),
+        refresh_every=5,
+    ),
+    Method(
+        "interpolated_sgd",
+        "Hessian subspace",
+        "SGD with the dominant component halved",
+        *_ZAKARIN,
+        fidelity="our reading",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        make=lambda lr, c: oa.interpolated_sgd(lr, c.num_classes, 0.5, 1.0, base=_MOMENTUM),
+        refresh_every=5,
+    ),
+    Method(
+        "extrap_sgd",
+        "extragradient",
+        "Nesterov SGD on extrapolated gradients",
+        *_LIN,
+        fidelity="our reading",
+        base="nesterov_sgd",
+        learning_rates=SGD_RATES,
+        make=lambda lr, c: oa.extrap_sgd(lr, axis_name=c.axis_name),
+        gradients_per_step=2,
+    ),
+    Method(
+        "extrap_sgd_past",
+        "extragradient",
+        "the same, extrapolating with the past gradient",
+        *_LIN,
+        fidelity="our reading",
+        base="nesterov_sgd",
+        learning_rates=SGD_RATES,
+        make=lambda lr, c: oa.extrap_sgd(lr, direction="past", axis_name=c.axis_name),
+    ),
+    Method(
+        "extra_adam",
+        "extragradient",
+        "two Adam half-steps that share their moments",
+        *_GIDEL,
+        fidelity="faithful",
+        base="adam",
+        learning_rates=ADAM_RATES,
+        make=lambda lr, c: oa.extra_adam(lr),
+        gradients_per_step=2,
+    ),
+    Method(
+        "optimistic_sgd",
+        "extragradient",
+        "optimistic gradient descent",
+        "Mokhtari et al., 2020",
+        "optax.optimistic_gradient_descent",
+        "Optax",
+        "plain_sgd",
+        SGD_RATES,
+        lambda lr, c: optax.optimistic_gradient_descent(lr),
+    ),
+)
+METHODS: dict[str, Method] = {method.name: method for method in _ALL}
+
+
+def get_methods(names: Sequence[str]) -> list[Method]:
+    """The methods of these names, in their order, each once.
+
+    Raises:
+      ValueError: no name, or an unknown one; the message lists the valid ones.
+    """
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or not names:
+        what = f"unknown method {unknown[0]!r}" if unknown else "no method given"
+        raise ValueError(f"{what}; valid methods are {', '.join(METHODS)}")
+    return [METHODS[name] for name in dict.fromkeys(names)]
