@@ -61,4 +61,4 @@ def activation_function(activation: str) -> Callable[[jax.Array], jax.Array]:
 
 def as_logits(x: jax.Array) -> jax.Array:
     """At least float32, so that a loss on bfloat16 outputs keeps its precision."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
