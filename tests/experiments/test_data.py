@@ -1,0 +1,423 @@
+"""Loading on files that the tests write, and on real ones where there are any."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import pickle
+import struct
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import data
+
+ROWS = 10_020  # more than a 5k subset and its validation need
+
+
+def arrays(shape, rows=ROWS, test_rows=30):
+    rng = np.random.default_rng(0)
+    return {
+        "x_train": rng.integers(0, 256, (rows, *shape), dtype=np.uint8),
+        "y_train": rng.integers(0, 10, rows, dtype=np.uint8),
+        "x_test": rng.integers(0, 256, (test_rows, *shape), dtype=np.uint8),
+        "y_test": rng.integers(0, 10, test_rows, dtype=np.uint8),
+    }
+
+
+@pytest.fixture(scope="module")
+def mnist():
+    return arrays((28, 28))
+
+
+@pytest.fixture(scope="module")
+def cifar():
+    return arrays((32, 32, 3))
+
+
+IDX_NAMES = {
+    "x_train": "train-images-idx3-ubyte",
+    "y_train": "train-labels-idx1-ubyte",
+    "x_test": "t10k-images-idx3-ubyte",
+    "y_test": "t10k-labels-idx1-ubyte",
+}
+
+
+def idx(array):
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def write_idx(folder, content, gzipped=False):
+    folder.mkdir(parents=True, exist_ok=True)
+    for key, name in IDX_NAMES.items():
+        if gzipped:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(idx(content[key]), compresslevel=1))
+        else:
+            (folder / name).write_bytes(idx(content[key]))
+
+
+def write_cifar_batches(folder, content):
+    """In the format of the original files: Python 2 pickles of NumPy 1 arrays."""
+    folder.mkdir()
+    parts = zip(
+        np.array_split(content["x_train"], 5), np.array_split(content["y_train"], 5), strict=True
+    )
+    batches = {f"data_batch_{i}": part for i, part in enumerate(parts, start=1)}
+    batches["test_batch"] = content["x_test"], content["y_test"]
+    for name, (x, y) in batches.items():
+        batch = {
+            b"batch_label": b"a batch",
+            b"labels": y.tolist(),
+            b"data": x.transpose(0, 3, 1, 2).reshape(len(x), 3072),
+            b"filenames": [b"an image.png"] * len(x),
+        }
+        pickled = pickle.dumps(batch, protocol=2)
+        (folder / name).write_bytes(pickled.replace(b"numpy._core", b"numpy.core"))
+
+
+def assert_is_mnist(task, content):
+    np.testing.assert_array_equal(task.train.y, content["y_train"][:5_000])
+    np.testing.assert_array_equal(task.validation.y, content["y_train"][5_000:10_000])
+    np.testing.assert_array_equal(task.test.y, content["y_test"])
+    expected = content["x_train"][:5_000, ..., np.newaxis] / 255
+    np.testing.assert_allclose(task.train.x, expected, rtol=1e-6)
+    assert task.train.x.dtype == np.float32
+    assert task.train.y.dtype == np.int32
+    assert task.input_shape == (28, 28, 1)
+
+
+def assert_fails(match, name, **options):
+    with pytest.raises(data.DataError, match=match) as caught:
+        data.load_task(name, **options)
+    assert "\n" not in str(caught.value)
+
+
+# Tasks.
+
+
+def test_digits_are_split_by_class_once_and_for_all():
+    task = data.load_task("digits")
+    splits = (task.train, task.validation, task.test)
+    assert [len(split) for split in splits] == [1077, 360, 360]
+    for split in splits:
+        assert split.x.shape == (len(split), 8, 8, 1)
+        assert split.x.dtype == np.float32
+        assert split.y.dtype == np.int32
+        assert 0 == split.x.min() < split.x.max() == 1
+        share = np.bincount(split.y, minlength=10) / len(split)
+        assert (abs(share - 0.1) < 0.01).all()
+    # No picture is in two splits (the data set itself has no doubles), and all are there.
+    pictures = np.concatenate([split.x.reshape(-1, 64) for split in splits])
+    assert len(np.unique(pictures, axis=0)) == 1797
+    # The split does not change between versions; results rest on it.
+    assert task.test.y[:12].tolist() == [7, 6, 3, 7, 7, 3, 2, 8, 9, 3, 2, 6]
+    assert (task.num_classes, task.input_shape, task.default_model) == (10, (8, 8, 1), "mlp")
+
+
+def test_mnist_without_subset_validates_on_the_last_rows(tmp_path, mnist):
+    np.savez(tmp_path / "mnist.npz", **mnist)
+    task = data.load_task("mnist", data_dir=tmp_path)
+    np.testing.assert_array_equal(task.train.y, mnist["y_train"][:-5_000])
+    np.testing.assert_array_equal(task.validation.y, mnist["y_train"][-5_000:])
+
+
+@pytest.mark.parametrize("place", [".", "MNIST/raw"])
+@pytest.mark.parametrize("gzipped", [False, True])
+def test_mnist_from_idx_files(tmp_path, mnist, place, gzipped):
+    write_idx(tmp_path / place, mnist, gzipped)
+    assert_is_mnist(data.load_task("mnist5k", data_dir=tmp_path), mnist)
+
+
+def test_data_directory_from_the_environment_unless_one_is_named(tmp_path, mnist, monkeypatch):
+    np.savez(tmp_path / "mnist.npz", **mnist)
+    monkeypatch.setenv("OPTAX_ACCEL_DATA", str(tmp_path))
+    assert_is_mnist(data.load_task("mnist5k"), mnist)
+    assert_fails("other: no such folder", "mnist5k", data_dir=tmp_path / "other")
+
+
+def test_cifar_from_python_batches_and_from_npz(tmp_path, cifar):
+    write_cifar_batches(tmp_path / "cifar-10-batches-py", cifar)
+    from_batches = data.load_task("cifar10", data_dir=tmp_path)
+    # Labels in a column, as Keras has them.
+    columns = {key: a[:, np.newaxis] if key[0] == "y" else a for key, a in cifar.items()}
+    np.savez(tmp_path / "cifar10.npz", **columns)
+    from_npz = data.load_task("cifar10", data_dir=tmp_path)
+    for one, other in zip(
+        (from_batches.train, from_batches.validation, from_batches.test),
+        (from_npz.train, from_npz.validation, from_npz.test),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one.x, other.x)
+        np.testing.assert_array_equal(one.y, other.y)
+    assert len(from_npz.train) == ROWS - 5_000
+    assert from_npz.input_shape == (32, 32, 3)
+
+
+def test_cifar_is_standardized_by_the_training_split(tmp_path, cifar):
+    content = {key: array.copy() for key, array in cifar.items()}
+    content["x_train"][:5_000, 0, 0, 0] = 7  # a pixel without variance must not give NaN
+    np.savez(tmp_path / "cifar10.npz", **content)
+    task = data.load_task("cifar10_5k", data_dir=tmp_path)
+    train = content["x_train"][:5_000] / 255.0
+    mean, std = train.mean(axis=0), train.std(axis=0)
+    std[0, 0, 0] = 1 / 255
+    np.testing.assert_allclose(task.train.x, (train - mean) / std, atol=1e-4)
+    np.testing.assert_allclose(task.test.x, (content["x_test"] / 255 - mean) / std, atol=1e-4)
+    assert (task.train.x[:, 0, 0, 0] == 0).all()
+
+
+def test_cifar_5k_file_is_preferred_and_halves_its_test_rows(tmp_path, cifar):
+    np.savez(tmp_path / "cifar10.npz", **cifar)
+    small = arrays((32, 32, 3), rows=5_000)
+    np.savez(tmp_path / "cifar10_5k.npz", **small)
+    task = data.load_task("cifar10_5k", data_dir=tmp_path)
+    np.testing.assert_array_equal(task.train.y, small["y_train"])
+    np.testing.assert_array_equal(task.validation.y, small["y_test"][:15])
+    np.testing.assert_array_equal(task.test.y, small["y_test"][15:])
+
+
+def test_real_mnist(data_dir):
+    task = data.load_task("mnist5k", data_dir=data_dir)
+    # The first labels of the training and test files, as on the MNIST page.
+    assert task.train.y[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+    assert task.test.y[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
+    assert (len(task.train), len(task.validation), len(task.test)) == (5_000, 5_000, 10_000)
+    # Well-known mean of all pixels: 0.1307.
+    assert abs(task.train.x.mean() - 0.1307) < 0.002
+
+
+def test_real_cifar(data_dir):
+    task = data.load_task("cifar10_5k", data_dir=data_dir)
+    assert len(task.train) == 5_000
+    np.testing.assert_allclose(task.train.x.mean(axis=0), 0, atol=1e-4)
+    np.testing.assert_allclose(task.train.x.std(axis=0), 1, atol=1e-4)
+
+
+# Missing and broken files.
+
+
+@pytest.mark.parametrize("name", [name for name in data.TASKS if name != "digits"])
+def test_no_data_directory_or_an_empty_one(tmp_path, name, monkeypatch):
+    monkeypatch.delenv("OPTAX_ACCEL_DATA", raising=False)
+    assert_fails("--data-dir or the environment variable OPTAX_ACCEL_DATA", name)
+    assert_fails(r"no such folder", name, data_dir=tmp_path / "nowhere")
+    expected = "expected mnist.npz" if "mnist" in name else "expected cifar10.*npz or the folder"
+    assert_fails(expected, name, data_dir=tmp_path)
+
+
+def test_unknown_task():
+    assert_fails("unknown task 'imagenet'; valid: digits, mnist, mnist5k", "imagenet")
+
+
+@pytest.mark.parametrize("gzipped", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[:-100], "truncated or damaged|unreadable"),
+        (lambda content: content[:9], "truncated or damaged|unreadable"),
+        (lambda content: b"", "expected IDX magic number 0x00000803"),
+        (lambda content: b"<html>not found</html>", "expected IDX magic number 0x00000803"),
+        (lambda content: idx(np.zeros(3, np.uint8)), "starts with 0x00000801, expected"),
+        (lambda content: idx(np.zeros((3, 9, 9), np.uint8)), r"\(3, 9, 9\), expected uint8"),
+    ],
+)
+def test_damaged_idx_file(tmp_path, damage, message, gzipped):
+    write_idx(tmp_path, arrays((28, 28), rows=20), gzipped)
+    path = tmp_path / (IDX_NAMES["x_train"] + ".gz" * gzipped)
+    path.write_bytes(damage(path.read_bytes()))
+    assert_fails(message, "mnist", data_dir=tmp_path)
+    assert_fails(str(tmp_path), "mnist", data_dir=tmp_path)
+
+
+def test_damaged_gzip_stream(tmp_path):
+    write_idx(tmp_path, arrays((28, 28), rows=20), gzipped=True)
+    path = tmp_path / (IDX_NAMES["x_train"] + ".gz")
+    content = bytearray(path.read_bytes())
+    content[200:300] = bytes(100)
+    path.write_bytes(content)
+    assert_fails(f"{path}: ", "mnist", data_dir=tmp_path)
+
+
+def test_one_idx_file_missing(tmp_path):
+    write_idx(tmp_path, arrays((28, 28), rows=20))
+    (tmp_path / IDX_NAMES["y_test"]).unlink()
+    assert_fails(f"{IDX_NAMES['y_test']}: unreadable.*No such file", "mnist", data_dir=tmp_path)
+
+
+def test_number_of_rows(tmp_path):
+    np.savez(tmp_path / "mnist.npz", **arrays((28, 28), rows=5_000))
+    assert_fails("5000 training examples, expected more than 5000", "mnist", data_dir=tmp_path)
+    np.savez(tmp_path / "mnist.npz", **arrays((28, 28), rows=9_999))
+    assert_fails("9999 training examples, expected 10000", "mnist5k", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x_test": None}, "no array x_test; expected x_train, y_train, x_test, y_test"),
+        ({"x_train": np.zeros((20, 28, 28), np.float32)}, "train images are float32"),
+        ({"x_train": np.zeros((20, 784), np.uint8)}, r"\(20, 784\), expected uint8 of shape"),
+        ({"x_train": np.zeros((0, 28, 28), np.uint8)}, r"train images are uint8 of shape \(0,"),
+        ({"y_train": np.zeros(19, np.uint8)}, r"labels are uint8 of shape \(19,\), expected"),
+        ({"y_train": np.zeros((20, 10), np.uint8)}, r"labels are uint8 of shape \(20, 10\)"),
+        ({"y_train": np.uint8(3)}, r"labels are uint8 of shape \(\)"),
+        ({"y_test": np.full(30, 2.5)}, "test labels are float64"),
+        ({"y_test": np.arange(30)}, "test labels lie between 0 and 29, expected 0 to 9"),
+        ({"y_test": np.array([None] * 30)}, "not a readable .npz file"),
+    ],
+)
+def test_wrong_arrays_in_npz(tmp_path, change, message):
+    content = arrays((28, 28), rows=20) | change
+    np.savez(tmp_path / "mnist.npz", **{k: a for k, a in content.items() if a is not None})
+    assert_fails(message, "mnist", data_dir=tmp_path)
+
+
+def test_damaged_npz(tmp_path):
+    path = tmp_path / "cifar10.npz"
+    np.savez(path, **arrays((32, 32, 3), rows=20))
+    whole = path.read_bytes()
+    for content in (whole[:-100], whole[: len(whole) // 2], b"", b"<html>not found</html>"):
+        path.write_bytes(content)
+        assert_fails("cifar10.npz: not a readable .npz file", "cifar10", data_dir=tmp_path)
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+    assert_fails(
+        "cifar10.npz: no array x_train, y_train, x_test, y_test", "cifar10", data_dir=tmp_path
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no pickle",
+        pickle.dumps({b"labels": [1]}),
+        pickle.dumps([1, 2]),
+        pickle.dumps({b"data": np.zeros(7, np.uint8), b"labels": [1]}),
+        pickle.dumps({b"data": [[1], [2, 3]], b"labels": [1]}),
+    ],
+)
+def test_damaged_cifar_batch(tmp_path, content):
+    folder = tmp_path / "cifar-10-batches-py"
+    write_cifar_batches(folder, arrays((32, 32, 3), rows=20))
+    (folder / "data_batch_3").write_bytes(content)
+    assert_fails("data_batch_3: unreadable, expected a CIFAR-10", "cifar10", data_dir=tmp_path)
+
+
+def test_cifar_batch_cannot_run_code(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "written"), "w"))
+
+    folder = tmp_path / "cifar-10-batches-py"
+    write_cifar_batches(folder, arrays((32, 32, 3), rows=20))
+    (folder / "test_batch").write_bytes(pickle.dumps({b"data": Attack(), b"labels": [1]}))
+    assert_fails("test_batch: .*does not belong in a data file", "cifar10", data_dir=tmp_path)
+    assert not (tmp_path / "written").exists()
+
+
+# Pipelines.
+
+
+def take(iterator, count):
+    return [np.asarray(batch) for batch in itertools.islice(iterator, count)]
+
+
+def test_every_epoch_is_a_new_order_of_all_indices():
+    batches = take(data.index_batches(13, batch_size=4, seed=0), 9)
+    assert {batch.dtype for batch in batches} == {np.dtype("int32")}
+    epochs = [np.concatenate(batches[i : i + 3]) for i in (0, 3, 6)]
+    for epoch in epochs:
+        assert len(np.unique(epoch)) == 12  # the remainder of one is dropped
+        assert epoch.min() >= 0
+        assert epoch.max() < 13
+    assert not (epochs[0] == epochs[1]).all()
+    assert not (epochs[1] == epochs[2]).all()
+
+
+def test_the_seed_decides_the_order_and_neighbors_share_none():
+    def epochs(seed):
+        return {tuple(b) for b in take(data.index_batches(50, batch_size=50, seed=seed), 10)}
+
+    assert epochs(0) == epochs(0)
+    assert len(epochs(0) | epochs(1) | epochs(2)) == 30
+
+
+def test_number_of_epochs():
+    assert len(list(data.index_batches(13, batch_size=4, seed=0, num_epochs=2))) == 6
+
+
+def test_all_positions_are_equally_likely():
+    orders = np.stack(take(data.index_batches(5, batch_size=5, seed=1), 2_000))
+    counts = np.stack([np.bincount(column, minlength=5) for column in orders.T])
+    # Binomial, mean 400 and standard deviation 18: five of them are never left by chance.
+    assert abs(counts - 400).max() < 90
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 14])
+def test_impossible_batch_size(batch_size):
+    with pytest.raises(ValueError, match=f"between 1 and the 13 examples, got {batch_size}"):
+        data.index_batches(13, batch_size=batch_size, seed=0)
+
+
+def test_batches_hold_the_examples_of_the_indices():
+    split = data.load_task("digits").train
+    indices = data.index_batches(len(split), batch_size=64, seed=3)
+    batches = data.batches(split, batch_size=64, seed=3)
+    for index, batch in itertools.islice(zip(indices, batches, strict=False), 20):
+        np.testing.assert_array_equal(batch["x"], split.x[index])
+        np.testing.assert_array_equal(batch["y"], split.y[index])
+
+
+def pipelines():
+    split = data.load_task("digits").validation
+    batches = data.batches(split, batch_size=100, seed=3)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.NamedSharding(mesh, jax.P("data"))
+    yield "host", lambda: iter(batches)
+    yield "device", lambda: data.prefetch_to_device(iter(batches), size=3)
+    yield "mesh", lambda: data.prefetch_to_device(iter(batches), sharding)
+
+
+@pytest.mark.parametrize("which", ["host", "device", "mesh"])
+def test_a_restored_iterator_continues_where_it_was_saved(which):
+    make = dict(pipelines())[which]
+    iterator = make()
+    for _ in range(4):  # into the second epoch of three batches
+        next(iterator)
+    state = iterator.get_state()
+    following = [next(iterator) for _ in range(4)]
+    again = make()
+    for target in (again, iterator):  # a fresh one, and one that has gone on
+        target.set_state(state)
+        for batch in following:
+            jax.tree.map(np.testing.assert_array_equal, next(target), batch)
+
+
+def test_prefetching_changes_nothing_but_the_place():
+    split = data.load_task("digits").validation
+    dataset = data.batches(split, batch_size=100, seed=3, num_epochs=2)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.NamedSharding(mesh, jax.P("data"))
+    fetched = list(data.prefetch_to_device(iter(dataset), sharding, size=4))
+    assert len(fetched) == 6
+    for on_device, on_host in zip(fetched, dataset, strict=True):
+        assert {leaf.sharding for leaf in on_device.values()} == {sharding}
+        jax.tree.map(np.testing.assert_array_equal, on_device, on_host)
+
+
+def test_prefetching_works_on_any_iterator_and_stays_ahead_by_its_size():
+    pulled = []
+
+    def source():
+        for i in range(5):
+            pulled.append(i)
+            yield np.full(2, i)
+
+    iterator = data.prefetch_to_device(source(), size=3)
+    assert next(iterator)[0] == 0
+    assert pulled == [0, 1, 2]
+    assert [int(batch[0]) for batch in iterator] == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+        data.prefetch_to_device(source(), size=0)
