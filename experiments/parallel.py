@@ -26,6 +26,16 @@ MODES = ("jit", "pmap", "shard_map")
 FETCH_EVERY = 16
 
 
+def check_divisible(size: int, num_devices: int, option: str) -> None:
+    """Raises ``ValueError`` naming ``option`` if a batch does not split evenly over the devices."""
+    if size % num_devices:
+        below = size - size % num_devices
+        nearest = f"{below} or {below + num_devices}" if below else f"{num_devices}"
+        raise ValueError(
+            f"{option} {size} does not split evenly over {num_devices} devices; use e.g. {nearest}"
+        )
+
+
 class Step(Protocol):
     """A training step: pure; ``refresh`` and ``axis_name`` are static."""
 
@@ -67,22 +77,15 @@ class Parallel:
         self._step = step
         self._compiled: dict[bool | str | None, Any] = {}
 
-    def check_divisible(self, size: int, option: str) -> None:
-        """Raises ``ValueError`` if ``size`` examples do not split evenly over the devices."""
-        if size % self.mesh.size:
-            below = size - size % self.mesh.size
-            nearest = f"{below} or {below + self.mesh.size}" if below else f"{self.mesh.size}"
-            raise ValueError(
-                f"{option} {size} does not split evenly over {self.mesh.size} devices; "
-                f"use e.g. {nearest}"
-            )
+    def shape_batch(self, batch: PyTree) -> PyTree:
+        """Gives arrays with a leading batch axis the shape that :meth:`step` wants."""
+        if self.mode == "pmap":  # wants the devices as an axis of their own
+            return jax.tree.map(lambda a: a.reshape(self.mesh.size, -1, *a.shape[1:]), batch)
+        return batch
 
     def put_batch(self, batch: PyTree) -> PyTree:
-        """Places arrays with a leading batch axis for :meth:`step`."""
-        if self.mode == "pmap":
-            # pmap wants the devices as an axis of their own.
-            batch = jax.tree.map(lambda a: a.reshape(self.mesh.size, -1, *a.shape[1:]), batch)
-        return jax.device_put(batch, self.sharded)
+        """Shapes and places arrays with a leading batch axis for :meth:`step`."""
+        return jax.device_put(self.shape_batch(batch), self.sharded)
 
     def put_state(self, state: PyTree) -> PyTree:
         """A copy of the state on every device, for :meth:`step`, which consumes it."""

@@ -12,7 +12,7 @@ from flax import nnx
 
 from experiments import engine
 from experiments.methods import METHODS
-from experiments.parallel import FETCH_EVERY, MODES, Parallel
+from experiments.parallel import FETCH_EVERY, MODES, Parallel, check_divisible
 
 STEPS = 20
 BATCH = 32
@@ -127,12 +127,11 @@ def test_state_survives_put_and_get(mode):
 
 
 def test_batch_that_does_not_split_is_refused():
-    parallel = Parallel("jit", jax.devices()[:4], lambda *args, **kwargs: None)
-    parallel.check_divisible(32, "--batch-size")
+    check_divisible(32, 4, "--batch-size")
     with pytest.raises(ValueError, match=r"--batch-size 33 .* 4 devices; use e\.g\. 32 or 36"):
-        parallel.check_divisible(33, "--batch-size")
+        check_divisible(33, 4, "--batch-size")
     with pytest.raises(ValueError, match=r"--batch-size 3 .* use e\.g\. 4"):
-        parallel.check_divisible(3, "--batch-size")
+        check_divisible(3, 4, "--batch-size")
 
 
 def test_unknown_mode_is_refused():

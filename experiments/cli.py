@@ -1,0 +1,53 @@
+"""What the command lines share: options, errors and files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+T = TypeVar("T")
+
+
+class UsageError(ValueError):
+    """Wrong input: one line saying which value, what is allowed, how to fix it."""
+
+
+def parse(default: T, argv: Sequence[str] | None, prog: str) -> T:
+    """Reads a command line; an unknown option's error lists the valid ones.
+
+    Args:
+      default: an instance of a dataclass with one field per option: the values of the options that
+        are not given.
+      argv: the arguments; ``None`` for those of the process.
+      prog: the command, for messages.
+
+    Returns:
+      The options. Wrong ones end the process with exit code 2.
+    """
+    try:
+        return tyro.cli(type(default), args=argv, prog=prog, default=default)
+    except SystemExit as stop:
+        if stop.code not in (0, None):
+            fields = dataclasses.fields(default)  # type: ignore[arg-type]
+            names = (f"--{field.name.replace('_', '-')}" for field in fields)
+            print(f"valid options: {' '.join(names)}", file=sys.stderr)
+        raise
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes a whole file or nothing: an interrupted run never leaves half a file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def to_json(value: Any) -> str:
+    """Indented JSON; numbers that are not finite are refused (None stands for them)."""
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
