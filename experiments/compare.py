@@ -1,0 +1,440 @@
+"""Compare training methods side by side on real data, each at its own best learning rate.
+
+    python -m experiments.compare --task digits --methods sgd,adam,demon_sgd,bulk_sgd --seeds 3
+
+Every method gets the same budget: as many learning rates, seeds, steps and batches as any other.
+All runs of a method (learning rate x seed) train together in one compiled program, as many at a
+time as memory allows. The learning rate is chosen on the validation split; the test split is read
+once, at the end of each run. `runs/<name>/` then holds
+
+    config.json             what was run: the same command continues it, another one is refused
+    metrics/<method>.jsonl  one line per evaluation: rate, seed, step, cost, losses, accuracy
+    timing.json             seconds per step, measured for all methods in alternation
+    results.json, .csv      the table
+    curves.png, rates.png   curves at the chosen rates; validation accuracy over the rates
+    report.html             all of it in one file
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+import models
+from experiments import cli, data, methods, report
+from experiments.cli import UsageError
+from experiments.replicas import TIMING_ROUNDS, Plan, Record, Replica, Trainer, measure_time
+
+PROG = "python -m experiments.compare"
+DEFAULT_EPOCHS = {"digits": 30, "mnist": 3, "mnist5k": 20, "cifar10": 5, "cifar10_5k": 20}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Compare training methods on real data, each at the best learning rate of its own grid."""
+
+    task: str = "digits"
+    """Data set; --list shows all."""
+    data_dir: Path | None = None
+    """Folder with the data files; default: OPTAX_ACCEL_DATA. Digits needs none."""
+    model: str | None = None
+    """Model; default: the task's own. --list shows all."""
+    methods: str = ",".join(report.PRINCIPAL)
+    """Methods, separated by commas; --list shows all."""
+    seeds: int = 3
+    """Seeds per method and learning rate: initial weights and batch order."""
+    epochs: int | None = None
+    """Passes over the training split; default: the task's own."""
+    steps: int | None = None
+    """Steps, instead of --epochs."""
+    batch_size: int = 64
+    """Examples per step."""
+    curvature_batch_size: int | None = None
+    """Examples (fixed per seed) for Hessian-vector products; default: twice the batch size."""
+    eval_every: int | None = None
+    """Steps between validations; default: up to 75 points per curve."""
+    target: float | None = None
+    """Validation accuracy to count the steps to, between 0 and 1; default: the task's own."""
+    name: str | None = None
+    """Name of the run's folder; default: the task and a hash of the settings."""
+    runs_dir: Path = Path("runs")
+    """Where the run's folder is made."""
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Replace an earlier run of the same name."""
+    max_replicas: int | None = None
+    """Most runs to train together."""
+    memory_gib: float | None = None
+    """Memory that the runs trained together may take; default: half of what is free."""
+    list: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print the methods (paper, fidelity, learning rates), tasks and models, then stop."""
+
+
+def resolve(options: Options) -> Plan:
+    """Checks the options and fills in the defaults.
+
+    Raises:
+      UsageError, data.DataError, ValueError: with one line that says what is allowed.
+    """
+    names = [name.strip() for name in options.methods.split(",") if name.strip()]
+    if not names:
+        raise UsageError(f"--methods names no method; valid: {', '.join(methods.METHODS)}")
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"--methods names {', '.join(duplicates)} more than once")
+    chosen = methods.get_methods(names)
+    if options.task not in data.TASKS:
+        raise UsageError(f"unknown task {options.task!r}; valid: {', '.join(data.TASKS)}")
+    if options.model is not None and options.model not in models.list():
+        raise UsageError(f"unknown model {options.model!r}; valid: {', '.join(models.list())}")
+    if options.epochs is not None and options.steps is not None:
+        raise UsageError("--epochs and --steps exclude each other; give one")
+    for name in (
+        "seeds",
+        "epochs",
+        "steps",
+        "batch_size",
+        "curvature_batch_size",
+        "eval_every",
+        "max_replicas",
+        "memory_gib",
+    ):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise UsageError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    if options.target is not None and not 0 < options.target <= 1:
+        raise UsageError(f"--target is an accuracy between 0 and 1, got {options.target}")
+    if options.name is not None and Path(options.name).name != options.name:
+        raise UsageError(
+            f"--name must be a plain folder name, got {options.name!r}; "
+            "--runs-dir says where the folder is made"
+        )
+
+    task = data.load_task(options.task, data_dir=options.data_dir)
+    examples = len(task.train.y)
+    curvature_batch_size = options.curvature_batch_size or min(2 * options.batch_size, examples)
+    for name, value in (
+        ("batch-size", options.batch_size),
+        ("curvature-batch-size", curvature_batch_size),
+    ):
+        if value > examples:
+            raise UsageError(
+                f"--{name} {value} is more than the {examples} training examples of {task.name}"
+            )
+    epochs = options.epochs or DEFAULT_EPOCHS.get(task.name, 10)
+    steps = options.steps or epochs * (examples // options.batch_size)
+    # Never look at more validation examples than training examples: at most a third of the time.
+    enough = math.ceil(len(task.validation.y) / options.batch_size)
+    return Plan(
+        task=task,
+        model=options.model or task.default_model,
+        methods=chosen,
+        seeds=options.seeds,
+        steps=steps,
+        batch_size=options.batch_size,
+        curvature_batch_size=curvature_batch_size,
+        eval_every=min(steps, options.eval_every or max(round(steps / 75), enough)),
+        target=task.target_accuracy if options.target is None else options.target,
+    )
+
+
+# Files ------------------------------------------------------------------------------------------
+
+
+def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """Names the first setting in which two configurations differ, with both values."""
+    for key in dict.fromkeys([*new, *old]):
+        if old.get(key) != new.get(key):
+            if key == "methods" and list(old.get(key, {})) != list(new[key]):
+                return f"methods {','.join(old.get(key, {}))}, now {','.join(new[key])}"
+            return f"{key} {old.get(key)}, now {new.get(key)}"
+    return None
+
+
+def open_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
+    """Makes the run's folder, or checks that the one there belongs to the same run.
+
+    Raises:
+      UsageError: the folder belongs to another run or is not a run's folder at all.
+    """
+    path = folder / "config.json"
+    if folder.exists() and not path.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} exists and is not a comparison's folder; give another --name")
+    if path.exists():
+        if overwrite:
+            shutil.rmtree(folder)
+        else:
+            try:
+                old = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                raise UsageError(
+                    f"{path} is not valid JSON; give another --name, or --overwrite to replace it"
+                ) from None
+            if difference := first_difference(old, config):
+                raise UsageError(
+                    f"{folder} holds a run with {difference}; give another --name, --overwrite "
+                    "to replace it, or the old settings to continue it"
+                )
+    (folder / "metrics").mkdir(parents=True, exist_ok=True)
+    cli.write_atomic(path, cli.to_json(config))
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of one method; none if nothing is finished yet."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# Results ----------------------------------------------------------------------------------------
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard error of the mean; no error for a single value."""
+    mean = statistics.fmean(values)
+    return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def diverged(run: Sequence[Record]) -> bool:
+    """Whether a run ended without finite losses."""
+    return run[-1]["validation_loss"] is None or run[-1]["train_loss"] is None
+
+
+def summarize_method(
+    plan: Plan, method: methods.Method, records: Sequence[Record]
+) -> dict[str, Any]:
+    """Chooses the learning rate on the validation split and reads the results there.
+
+    A diverged run is a failure: accuracy 0, loss infinite.
+    """
+    runs: dict[Replica, list[Record]] = {}
+    for record in sorted(records, key=lambda record: record["step"]):
+        runs.setdefault((record["learning_rate"], record["seed"]), []).append(record)
+
+    def final(run: list[Record], key: str) -> float:
+        return (math.inf if key.endswith("loss") else 0.0) if diverged(run) else run[-1][key]
+
+    rates: list[dict[str, Any]] = []
+    for rate in method.learning_rates:
+        own = [runs[rate, seed] for seed in range(plan.seeds)]
+        validation = mean_and_error([final(run, "validation_accuracy") for run in own])
+        loss = statistics.fmean(final(run, "validation_loss") for run in own)
+        rates.append(
+            {
+                "learning_rate": rate,
+                "validation_accuracy": validation[0],
+                "validation_accuracy_error": validation[1],
+                "validation_loss": loss if math.isfinite(loss) else None,
+                "diverged": sum(map(diverged, own)),
+            }
+        )
+
+    def quality(row: dict[str, Any]) -> tuple[float, float]:
+        loss = row["validation_loss"]
+        return row["validation_accuracy"], -math.inf if loss is None else -loss
+
+    best = max(rates, key=quality)
+    rate = best["learning_rate"]
+    own = [runs[rate, seed] for seed in range(plan.seeds)]
+    test = mean_and_error([final(run, "test_accuracy") for run in own])
+
+    reached = [
+        next((r for r in run if (r["validation_accuracy"] or 0.0) >= plan.target), None)
+        for run in own
+    ]
+    hits = [record for record in reached if record is not None]
+    curve: dict[str, list[Any]] = {
+        "step": [record["step"] for record in own[0]],
+        "gradient_evaluations": [record["gradient_evaluations"] for record in own[0]],
+    }
+    for key in ("train_loss", "validation_accuracy"):
+        curve[key], curve[f"{key}_error"] = [], []
+        for points in zip(*own, strict=True):
+            values = [record.get(key) for record in points]
+            point = (None, None) if None in values else mean_and_error(values)
+            curve[key].append(point[0])
+            curve[f"{key}_error"].append(point[1])
+
+    grid = sorted(method.learning_rates)
+    return {
+        "method": method.name,
+        "family": method.family,
+        "summary": method.summary,
+        "paper": method.paper,
+        "link": method.link,
+        "fidelity": method.fidelity,
+        "base": method.base,
+        "learning_rate": rate,
+        "grid_edge": "lowest" if rate == grid[0] else "highest" if rate == grid[-1] else None,
+        "test_accuracy": test[0],
+        "test_accuracy_error": test[1],
+        "validation_accuracy": best["validation_accuracy"],
+        "validation_loss": best["validation_loss"],
+        "diverged_at_rate": best["diverged"],
+        "diverged": sum(row["diverged"] for row in rates),
+        "seeds_at_target": len(hits),
+        # A mean over only the seeds that got there would flatter a method that often does not.
+        "steps_to_target": statistics.fmean(r["step"] for r in hits)
+        if len(hits) == plan.seeds
+        else None,
+        "gradient_evaluations_to_target": (
+            statistics.fmean(r["gradient_evaluations"] for r in hits)
+            if len(hits) == plan.seeds
+            else None
+        ),
+        "gradient_evaluations": own[0][-1]["gradient_evaluations"],
+        "rates": rates,
+        "curve": curve,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for the record."""
+    from importlib.metadata import version
+
+    return {
+        "python": sys.version.split()[0],
+        **{name: version(name) for name in ("jax", "optax", "flax")},
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+    }
+
+
+def train_missing(
+    plan: Plan, method: methods.Method, path: Path, trainer: Trainer, progress: Progress
+) -> list[Record]:
+    """Trains the runs of a method that its file lacks, a chunk at a time; returns all records."""
+    records = read_records(path)
+    finished = {(record["learning_rate"], record["seed"]) for record in records}
+    everyone = [(rate, seed) for rate in method.learning_rates for seed in range(plan.seeds)]
+    todo = [replica for replica in everyone if replica not in finished]
+    if not todo:
+        progress.console.print(f"  {method.name:<18} already done")
+        return records
+    size = trainer.chunk_size(method, len(todo))
+    bar = progress.add_task(
+        f"{method.name}: {len(todo)} runs", total=plan.steps * math.ceil(len(todo) / size)
+    )
+    begin = time.perf_counter()
+    for first in range(0, len(todo), size):
+        chunk = todo[first : first + size]
+        # The last chunk is filled up with copies, so that the compiled program fits.
+        padded = chunk + [chunk[-1]] * (size - len(chunk))
+        new = trainer.train(method, padded, functools.partial(progress.advance, bar))
+        records.extend({(r["learning_rate"], r["seed"], r["step"]): r for r in new}.values())
+        lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
+        cli.write_atomic(path, "".join(lines))
+    progress.remove_task(bar)
+    together = "" if size == len(todo) else f", {size} at a time"
+    seconds = time.perf_counter() - begin
+    progress.console.print(
+        f"  {method.name:<18} {len(todo)} runs of {plan.steps} steps{together}: {seconds:.1f} s"
+    )
+    return records
+
+
+def run(plan: Plan, folder: Path, trainer: Trainer, console: Console) -> dict[str, Any]:
+    """Trains what is not finished yet, measures the time; returns the results."""
+    everything: dict[str, list[Record]] = {}
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    terminal = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not terminal) as progress:
+        for method in plan.methods:
+            path = folder / "metrics" / f"{method.name}.jsonl"
+            everything[method.name] = train_missing(plan, method, path, trainer, progress)
+        path = folder / "timing.json"
+        if path.exists():
+            timing = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            bar = progress.add_task("time per step", total=(TIMING_ROUNDS + 1) * len(plan.methods))
+            begin = time.perf_counter()
+            timing = measure_time(trainer, functools.partial(progress.advance, bar))
+            cli.write_atomic(path, cli.to_json(timing))
+            seconds = time.perf_counter() - begin
+            console.print(f"  {'time per step':<18} {timing['rounds']} rounds: {seconds:.1f} s")
+
+    rows = []
+    for method in plan.methods:
+        parameters, opt_state = trainer.state_bytes(method)
+        row = summarize_method(plan, method, everything[method.name])
+        row["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(trainer.weights[0][0]))
+        row["state_relative_to_parameters"] = opt_state / parameters
+        row["seconds_per_step"] = timing["seconds_per_step"][method.name]
+        row["time_relative_to_base"] = timing["relative_to_base"].get(method.name)
+        rows.append(row)
+    return {
+        "config": plan.config(),
+        "environment": environment(),
+        "timing": {key: timing[key] for key in ("runs_together", "rounds")},
+        "rows": rows,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    options = cli.parse(Options(), argv, PROG)
+    if options.list:
+        print(report.catalogue(list(methods.METHODS.values())))
+        print(f"tasks: {', '.join(data.TASKS)}\nmodels: {', '.join(models.list())}")
+        return 0
+    try:
+        plan = resolve(options)
+        config = plan.config()
+        digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
+        folder = options.runs_dir / (options.name or f"{plan.task.name}-{digest}")
+        open_folder(folder, config, options.overwrite)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file or a pipe has no width of its own
+        console = Console(highlight=False, width=130)
+    rates = len(plan.methods[0].learning_rates)
+    console.print(
+        f"{plan.task.name}, {plan.model}: {len(plan.methods)} methods x {rates} learning rates x "
+        f"{plan.seeds} seeds, {plan.steps} steps of {plan.batch_size} examples -> {folder}"
+    )
+    try:
+        trainer = Trainer(
+            plan,
+            max_replicas=options.max_replicas,
+            memory=None if options.memory_gib is None else options.memory_gib * 2**30,
+        )
+        results = run(plan, folder, trainer, console)
+        cli.write_atomic(folder / "results.json", cli.to_json(results))
+        report.write_all(folder, results)
+    except KeyboardInterrupt:
+        print(
+            f"interrupted: finished runs are kept in {folder}; the same command continues",
+            file=sys.stderr,
+        )
+        return 130
+    console.print(report.table(results))
+    for note in report.footnotes(results):
+        console.print(note)
+    console.print(f"report: {folder / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

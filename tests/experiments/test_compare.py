@@ -1,0 +1,329 @@
+"""`python -m experiments.compare` as a person types it."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import compare, methods, replicas
+
+TINY = ["--task", "digits", "--methods", "sgd,adam", "--seeds", "2", "--steps", "12"]
+ROOT = Path(compare.__file__).parents[1]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments: str) -> int:
+    try:
+        return compare.main(list(arguments))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def test_table_and_files(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*TINY, "--name", "first", "--eval-every", "6") == 0
+    out = capsys.readouterr().out
+    assert "sgd" in out
+    assert "adam" in out
+    assert "standard error" in out
+
+    folder = here / "runs" / "first"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        *("config.json", "metrics", "timing.json", "results.json", "results.csv"),
+        *("curves.png", "rates.png", "report.html"),
+    }
+    for method in ("sgd", "adam"):
+        lines = (folder / "metrics" / f"{method}.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        assert len(records) == 5 * 2 * 3  # rates x seeds x evaluations at 0, 6 and 12
+        assert {record["step"] for record in records} == {0, 6, 12}
+        assert all("test_accuracy" in record for record in records if record["step"] == 12)
+        # One seed, one start: the untrained model scores the same at every rate.
+        start = [r["validation_loss"] for r in records if r["step"] == 0 and r["seed"] == 1]
+        np.testing.assert_allclose(start, start[0], rtol=1e-6)
+    results = json.loads((folder / "results.json").read_text())
+    sgd, adam = results["rows"]
+    assert (sgd["state_relative_to_parameters"], sgd["time_relative_to_base"]) == (1.0, None)
+    assert adam["state_relative_to_parameters"] == pytest.approx(2.0, abs=0.01)
+    assert sgd["gradient_evaluations"] == 12
+    with (folder / "results.csv").open() as file:
+        assert [row["method"] for row in csv.DictReader(file)] == ["sgd", "adam"]
+
+
+def test_both_methods_start_alike_and_differ_by_seed(here: Path) -> None:
+    assert run(*TINY, "--name", "a", "--eval-every", "12") == 0
+
+    def starts(method: str) -> dict[int, float]:
+        lines = (here / "runs/a/metrics" / f"{method}.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        return {r["seed"]: r["validation_loss"] for r in records if r["step"] == 0}
+
+    assert starts("sgd") == starts("adam")
+    assert len(set(starts("sgd").values())) == 2
+
+
+def test_curvature_is_counted(here: Path) -> None:
+    arguments = ["--methods", "bulk_sgd", "--seeds", "1", "--steps", "6", "--name", "bulk"]
+    assert run(*arguments, "--batch-size", "32", "--curvature-batch-size", "64") == 0
+    row = json.loads((here / "runs/bulk/results.json").read_text())["rows"][0]
+    method = methods.METHODS["bulk_sgd"]
+    plan = compare.resolve(
+        compare.Options(
+            methods="bulk_sgd", seeds=1, steps=6, batch_size=32, curvature_batch_size=64
+        )
+    )
+    products = replicas.Trainer(plan).products(method)
+    assert products[0] > products[5] > 0  # cold start, warm sweep
+    assert products[1] == 0
+    # Each product: two gradients of a batch twice as large.
+    assert row["gradient_evaluations"] == 6 + 4 * sum(products)
+    # The base is timed, though it was not asked for.
+    assert row["time_relative_to_base"] > 0
+
+
+def test_one_at_a_time_gives_the_same(here: Path) -> None:
+    assert run(*TINY, "--name", "together") == 0
+    assert run(*TINY, "--name", "alone", "--max-replicas", "1") == 0
+    assert run(*TINY, "--name", "chunks", "--max-replicas", "4") == 0  # 3, 3, 3 and 1 of 10
+
+    def losses(name: str) -> dict[tuple[float, int, int], float]:
+        lines = (here / "runs" / name / "metrics/sgd.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        return {(r["learning_rate"], r["seed"], r["step"]): r["validation_loss"] for r in records}
+
+    together = losses("together")
+    for name in ("alone", "chunks"):
+        other = losses(name)
+        assert other.keys() == together.keys()
+        keys = [key for key in together if key[0] <= 0.1]  # beyond, rounding errors grow
+        np.testing.assert_allclose(
+            [other[key] for key in keys], [together[key] for key in keys], rtol=1e-4
+        )
+
+
+def test_memory_limits_how_many_train_together() -> None:
+    plan = compare.resolve(compare.Options(seeds=3, steps=2))
+    method = methods.METHODS["adam"]
+    trainer = replicas.Trainer(plan)
+    parameters, state = trainer.state_bytes(method)
+    assert state == pytest.approx(2 * parameters, rel=0.01)
+    assert trainer.chunk_size(method, 15) == 15
+    trainer.memory = 6 * trainer.replica_bytes(method)
+    assert trainer.chunk_size(method, 15) == 5  # three equal chunks, none above six
+    trainer.memory = 1
+    assert trainer.chunk_size(method, 15) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--methods", "sgd,adamm"], ["adamm", "adam", "demon_sgd"]),
+        (["--methods", ","], ["no method", "demon_sgd"]),
+        (["--methods", "sgd,adam,sgd"], ["sgd more than once"]),
+        (["--task", "digit"], ["'digit'", "digits", "cifar10"]),
+        (["--model", "mlpp"], ["'mlpp'", "mlp", "resnet20"]),
+        (["--epoch-count", "3"], ["--epoch-count", "--epochs", "--seeds"]),
+        (["--seeds", "0"], ["--seeds", "positive", "0"]),
+        (["--seeds", "three"], ["--seeds", "three"]),
+        (["--steps", "5", "--epochs", "1"], ["--epochs", "--steps"]),
+        (["--target", "95"], ["--target", "between 0 and 1", "95"]),
+        (["--batch-size", "100000"], ["--batch-size 100000", "training examples"]),
+        (["--name", "../x"], ["--name", "'../x'", "--runs-dir"]),
+        (["--task", "mnist", "--data-dir", "nowhere"], ["nowhere"]),
+    ],
+)
+def test_wrong_input_is_explained_and_nothing_written(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: list[str]
+) -> None:
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    for part in expected:
+        assert part in captured.err
+    assert captured.out == ""
+    assert list(here.iterdir()) == []
+
+
+def test_catalogue(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--list") == 0
+    out = capsys.readouterr().out
+    for method in methods.METHODS.values():
+        assert method.name in out
+        assert method.link in out
+    assert list(here.iterdir()) == []
+
+
+def test_another_configuration_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*TINY, "--name", "a") == 0
+    before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
+    capsys.readouterr()
+    assert run(*TINY, "--name", "a", "--batch-size", "32") == 2
+    error = capsys.readouterr().err
+    assert "batch_size 64, now 32" in error
+    assert "--name" in error
+    assert "--overwrite" in error
+    assert before == {path: path.stat().st_mtime_ns for path in here.rglob("*")}
+    assert run(*TINY, "--name", "a", "--batch-size", "32", "--overwrite") == 0
+    assert json.loads((here / "runs/a/config.json").read_text())["batch_size"] == 32
+
+
+def test_a_strange_folder_is_left_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "runs/a").mkdir(parents=True)
+    (here / "runs/a/thesis.txt").write_text("years of work")
+    assert run(*TINY, "--name", "a", "--overwrite") == 2
+    assert "not a comparison's folder" in capsys.readouterr().err
+    assert (here / "runs/a/thesis.txt").exists()
+
+
+def test_interrupted_and_continued(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--methods", "sgd,adam", "--seeds", "2", "--steps", "400", "--name", "a"]
+    # A test runner in the background may have switched Ctrl-C off for its children.
+    command = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('experiments.compare', run_name='__main__', alter_sys=True)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", command, *arguments, "--runs-dir", str(here)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    first, second = here / "a/metrics/sgd.jsonl", here / "a/metrics/adam.jsonl"
+    deadline = time.monotonic() + 120
+    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "the same command continues" in error
+    assert "Traceback" not in error
+    assert not second.exists()
+    assert not (here / "a/results.json").exists()
+
+    before = first.stat().st_mtime_ns
+    assert run(*arguments, "--runs-dir", str(here)) == 0
+    out = capsys.readouterr().out
+    assert "sgd                already done" in out
+    assert first.stat().st_mtime_ns == before
+    assert len(json.loads((here / "a/results.json").read_text())["rows"]) == 2
+
+
+def test_only_missing_runs_are_trained(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*TINY, "--name", "a") == 0
+    path = here / "runs/a/metrics/sgd.jsonl"
+    whole = path.read_text()
+    kept = [line for line in whole.splitlines() if json.loads(line)["learning_rate"] != 0.1]
+    path.write_text("\n".join(kept) + "\n")
+    capsys.readouterr()
+    assert run(*TINY, "--name", "a") == 0
+    assert "2 runs of 12 steps" in capsys.readouterr().out
+    again = path.read_text().splitlines()
+    assert len(again) == len(whole.splitlines())
+    assert again[: len(kept)] == kept
+
+
+# Selection ------------------------------------------------------------------------------------
+
+
+def record(rate: float, seed: int, step: int, **values: float | None) -> replicas.Record:
+    point = {"train_loss": 0.5, "validation_loss": 0.4, "validation_accuracy": 0.9}
+    point |= {"test_loss": 0.4, "test_accuracy": 0.8}
+    return {
+        "learning_rate": rate,
+        "seed": seed,
+        "step": step,
+        "gradient_evaluations": 2.0 * step,
+        **point,
+        **values,
+    }
+
+
+@pytest.fixture
+def plan() -> replicas.Plan:
+    return dataclasses.replace(
+        compare.resolve(compare.Options(methods="sgd", seeds=2, steps=10)), target=0.95
+    )
+
+
+def test_selection(plan: replicas.Plan) -> None:
+    method = plan.methods[0]
+    last: dict[float, list[dict[str, float | None]]] = {
+        rate: [{}, {}] for rate in method.learning_rates
+    }
+    low, _, middle, high, highest = method.learning_rates
+    # The best mean counts, not the best seed, and not the test split.
+    last[low] = [{"test_accuracy": 1.0}, {"test_accuracy": 1.0}]
+    last[middle] = [{"validation_accuracy": 0.96, "test_accuracy": 0.7}] * 2
+    # Equal in accuracy, better in loss.
+    last[high] = [
+        {"validation_accuracy": 0.97, "validation_loss": 0.2, "test_accuracy": 0.90},
+        {"validation_accuracy": 0.95, "validation_loss": 0.3, "test_accuracy": 0.94},
+    ]
+    # Fails half of the time, however good the other half.
+    last[highest] = [
+        {"validation_accuracy": 1.0, "validation_loss": 0.0},
+        {"validation_accuracy": 0.1, "validation_loss": None, "train_loss": None},
+    ]
+    records = [
+        record(rate, seed, step, **(values if step == 10 else {}))
+        for rate, seeds in last.items()
+        for seed, values in enumerate(seeds)
+        for step in (0, 5, 10)
+    ]
+    row = compare.summarize_method(plan, method, records)
+    assert row["learning_rate"] == high
+    assert row["grid_edge"] is None
+    assert row["test_accuracy"] == pytest.approx(0.92)
+    assert row["test_accuracy_error"] == pytest.approx(0.02)
+    assert (row["diverged"], row["diverged_at_rate"]) == (1, 0)
+    assert (row["steps_to_target"], row["gradient_evaluations_to_target"]) == (10, 20)
+    assert row["rates"][-1]["validation_accuracy"] == 0.5
+    assert row["rates"][-1]["validation_loss"] is None
+    assert row["curve"]["step"] == [0, 5, 10]
+
+
+def test_everything_diverged(plan: replicas.Plan) -> None:
+    method = plan.methods[0]
+    failed = {"train_loss": None, "validation_loss": None, "test_loss": None}
+    records = [
+        record(rate, seed, step, **failed)
+        for rate in method.learning_rates
+        for seed in range(2)
+        for step in (0, 10)
+    ]
+    row = compare.summarize_method(plan, method, records)
+    assert row["diverged_at_rate"] == 2
+    assert row["test_accuracy"] == 0.0
+    assert row["steps_to_target"] is None
+    assert row["curve"]["train_loss"] == [None, None]
+    json.dumps(row, allow_nan=False)
+
+
+def test_diverging_runs_do_not_stop_the_others(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wild = dataclasses.replace(
+        methods.METHODS["plain_sgd"], learning_rates=(0.01, 0.1, 1e10, 1e30, 1e38)
+    )
+    monkeypatch.setitem(methods.METHODS, "plain_sgd", wild)
+    arguments = ["--methods", "plain_sgd", "--seeds", "1", "--steps", "4", "--name", "wild"]
+    assert run(*arguments) == 0
+    row = json.loads((here / "runs/wild/results.json").read_text())["rows"][0]
+    assert row["learning_rate"] in (0.01, 0.1)
+    assert row["diverged"] >= 1
+    assert "Diverged" in capsys.readouterr().out
