@@ -1,0 +1,286 @@
+"""Time every method of the catalogue against its Optax base, in one run.
+
+    python -m experiments.bench
+
+Two questions: what does a method's `update` cost on a tree of 10 million parameters, where the
+optimizer is all there is; and what does it cost in a whole training step of a dense model. Method
+and base run in alternation (A B A B, the order turned round every time), compiled, with donated
+buffers, waiting for every result, so a busy moment of the machine hits both. A ratio is the median
+of the ratios within a round; the quartiles beside it say how far to trust it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.table import Table
+
+import models
+from experiments import cli, engine
+from experiments.methods import METHODS, Method, get_methods
+
+# Highest ratio to the base that this project accepts.
+UPDATE_TARGETS = {"demon_sgd": 1.05, "demon_adam": 1.05, "stoch_grad_adam": 1.5}
+STEP_TARGETS = {"extrap_sgd_past": 1.10, "extrap_sgd": 2.1}
+BATCH_SIZE = 128
+NUM_CLASSES = 10
+TOTAL_STEPS = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Time every method of the catalogue against its Optax base."""
+
+    methods: str | None = None
+    """Methods, separated by commas, timed with their bases; default: all."""
+    repeats: int = 30
+    """Rounds; each one times every method and its base once."""
+    parameters: int = 10_000_000
+    """Parameters of the tree that is updated, in ten square float32 matrices."""
+    json: Path | None = None
+    """Also write the numbers to this file."""
+
+
+@dataclasses.dataclass
+class Case:
+    """One thing to time.
+
+    Attributes:
+      name: what is shown.
+      base: name of the case it is compared with; None for a base.
+      call: makes one call from the step number and the carried buffers, which it may donate.
+      carry: the buffers.
+      period: calls per timing, a multiple of the method's refresh period.
+      target: highest acceptable ratio.
+    """
+
+    name: str
+    base: str | None
+    call: Callable[[int, Any], Any]
+    carry: Any
+    period: int
+    target: float | None = None
+    step: int = 0
+
+    def time(self) -> float:
+        """Seconds per call, over one period."""
+        begin = time.perf_counter()
+        for _ in range(self.period):
+            self.carry = self.call(self.step, self.carry)
+            self.step += 1
+        jax.block_until_ready(self.carry)
+        return (time.perf_counter() - begin) / self.period
+
+
+def measure(cases: Sequence[Case], repeats: int) -> list[dict[str, Any]]:
+    """Times the cases in alternation.
+
+    Args:
+      cases: the cases; every base among them.
+      repeats: number of rounds.
+
+    Returns:
+      Per case: name, base, target, quartiles of milliseconds and of the ratio to the base.
+    """
+    for case in cases:  # compiles every form of the call, and lets the caches settle
+        case.time()
+        case.time()
+    seconds = {case.name: np.empty(repeats) for case in cases}
+    for i in range(repeats):
+        for case in cases if i % 2 == 0 else reversed(cases):
+            seconds[case.name][i] = case.time()
+    rows = []
+    for case in cases:
+        ratio = None if case.base is None else seconds[case.name] / seconds[case.base]
+        rows.append(
+            {
+                "name": case.name,
+                "base": case.base,
+                "milliseconds": _quartiles(1000 * seconds[case.name]),
+                "ratio": None if ratio is None else _quartiles(ratio),
+                "target": case.target,
+            }
+        )
+    return rows
+
+
+def _quartiles(values: np.ndarray) -> list[float]:
+    return [float(value) for value in np.quantile(values, [0.25, 0.5, 0.75])]
+
+
+# The two questions ----------------------------------------------------------------------------
+
+
+def update_cases(base: str, group: Sequence[Method], parameters: int) -> list[Case]:
+    """`update` and `apply_updates` of a base and its methods on a large tree.
+
+    Methods that evaluate a gradient inside their update (extragradient) have no cost of their own
+    here and are left out; curvature methods only project, they do not refresh.
+    """
+    side = max(1, math.isqrt(parameters // 10))
+    keys = jax.random.split(jax.random.key(0), 10)
+    grads = {f"matrix_{i}": jax.random.normal(key, (side, side)) for i, key in enumerate(keys)}
+
+    def call(step: int, carry: Any, update: Any) -> Any:
+        return update(grads, *carry)
+
+    cases = []
+    for method in group:
+        if method.family == METHODS["extrap_sgd"].family:
+            continue
+        tx = method.build(1e-3, total_steps=TOTAL_STEPS, num_classes=NUM_CLASSES)
+        extra = {} if method.refresh_every is None else {"refresh": False, "value_fn": _no_loss}
+
+        def update(
+            grads: Any, params: Any, state: Any, tx: Any = tx, extra: dict[str, Any] = extra
+        ) -> Any:
+            updates, state = tx.update(grads, state, params, **extra)
+            return optax.apply_updates(params, updates), state
+
+        params = jax.tree.map(jnp.zeros_like, grads)
+        cases.append(
+            Case(
+                name=method.name,
+                base=None if method.name == base else base,
+                call=functools.partial(call, update=jax.jit(update, donate_argnums=(1, 2))),
+                carry=(params, jax.jit(tx.init)(params)),
+                period=1,
+                target=UPDATE_TARGETS.get(method.name),
+            )
+        )
+    return cases if len(cases) > 1 else []
+
+
+def _no_loss(params: Any) -> Any:
+    raise AssertionError("an update without refresh evaluates no loss")
+
+
+def step_cases(base: str, group: Sequence[Method]) -> list[Case]:
+    """Whole training steps of a dense model: batch 128, images of MNIST's shape."""
+    model = models.create("mlp", input_shape=(28, 28, 1), num_classes=NUM_CLASSES, rngs=0)
+    graphdef, params, rest = engine.split(model)
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.random((BATCH_SIZE, 28, 28, 1), np.float32))
+    y = jnp.asarray(random.integers(0, NUM_CLASSES, BATCH_SIZE, np.int32))
+
+    def case(method: Method, tx: Any) -> Case:
+        @functools.partial(jax.jit, static_argnames="refresh", donate_argnames="state")
+        def step(state: Any, x: Any, y: Any, refresh: Any) -> Any:
+            return engine.train_step(tx, graphdef, state, x, y, refresh=refresh)[0]
+
+        period = method.refresh_every or 1
+        return Case(
+            name=method.name,
+            base=None if method.name == base else base,
+            call=lambda i, state: step(state, x, y, refresh=method.refresh(i)),
+            # Copies: the step donates its state, and the next case starts from the same weights.
+            carry=jax.tree.map(jnp.copy, engine.init_state(tx, params, rest)),
+            period=period * math.ceil(10 / period),
+            target=STEP_TARGETS.get(method.name),
+        )
+
+    cases = []
+    for method in group:
+        tx = method.build(1e-3, total_steps=TOTAL_STEPS, num_classes=NUM_CLASSES)
+        cases.append(case(method, tx))
+    return cases
+
+
+# Output -----------------------------------------------------------------------------------------
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """What to show beside a target."""
+    if row["target"] is None:
+        return ""
+    return f"<= {row['target']:.2f} {'pass' if row['ratio'][1] <= row['target'] else 'FAIL'}"
+
+
+def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """Medians, with quartiles in brackets."""
+    view = Table(title=title, title_justify="left")
+    view.add_column("method", no_wrap=True)
+    for name in ("milliseconds", "ratio to base", "base", "target"):
+        view.add_column(name, justify="left" if name == "base" else "right", no_wrap=True)
+    for row in rows:
+        low, median, high = row["milliseconds"]
+        time = f"{median:.2f} ({low:.2f} to {high:.2f})"
+        ratio = ""
+        if row["ratio"] is not None:
+            low, median, high = row["ratio"]
+            ratio = f"{median:.3f} ({low:.3f} to {high:.3f})"
+        view.add_row(row["name"], time, ratio, row["base"] or "", verdict(row))
+    return view
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    options = cli.parse(Options(), argv, "python -m experiments.bench")
+    for name in ("repeats", "parameters"):
+        if (value := getattr(options, name)) < 1:
+            print(f"error: --{name} must be at least 1, got {value}", file=sys.stderr)
+            return 2
+    try:
+        names = METHODS if options.methods is None else options.methods.split(",")
+        chosen = get_methods([name.strip() for name in names])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    groups: dict[str, list[Method]] = {}
+    for method in chosen:
+        if method.base is not None:
+            groups.setdefault(method.base, [METHODS[method.base]]).append(method)
+    if not groups:
+        print("error: --methods names only base methods; add one to compare", file=sys.stderr)
+        return 2
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=110)
+    side = max(1, math.isqrt(options.parameters // 10))
+    machine = {
+        "jax": jax.__version__,
+        "optax": optax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+    }
+    console.print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    questions: dict[str, tuple[str, Callable[..., list[Case]]]] = {
+        "update": (
+            f"update + apply, {10 * side * side:,} parameters",
+            functools.partial(update_cases, parameters=options.parameters),
+        ),
+        "step": (f"training step, MLP on 28 x 28 images, batch {BATCH_SIZE}", step_cases),
+    }
+    results: dict[str, Any] = {"machine": machine, "repeats": options.repeats}
+    for key, (title, make) in questions.items():
+        results[key] = [
+            row
+            for base, group in groups.items()
+            for row in measure(make(base, group), options.repeats)
+        ]
+        console.print(table(title, results[key]))
+    console.print(
+        f"Medians (quartiles) of {options.repeats} rounds. Updates of subspace methods project "
+        "without refreshing; their steps refresh at the usual rhythm, the cold start left out."
+    )
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        cli.write_atomic(options.json, cli.to_json(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
