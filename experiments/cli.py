@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import itertools
 import json
 import os
 import sys
@@ -31,13 +34,18 @@ def parse(default: T, argv: Sequence[str] | None, prog: str) -> T:
     Returns:
       The options. Wrong ones end the process with exit code 2.
     """
+    complaint = io.StringIO()
     try:
-        return tyro.cli(type(default), args=argv, prog=prog, default=default)
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(type(default), args=argv, prog=prog, default=default)
     except SystemExit as stop:
         if stop.code not in (0, None):
+            # Tyro draws a box: a title, what is wrong, and help below an empty line or a rule.
+            lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()]
+            reason = itertools.takewhile(lambda line: line.strip("─"), lines[1:])
             fields = dataclasses.fields(default)  # type: ignore[arg-type]
             names = (f"--{field.name.replace('_', '-')}" for field in fields)
-            print(f"valid options: {' '.join(names)}", file=sys.stderr)
+            print(f"error: {' '.join(reason)} Valid options: {' '.join(names)}", file=sys.stderr)
         raise
 
 
