@@ -82,8 +82,8 @@ def extragradient(
       so the caller decides between the same batch as ``value_fn`` and another, independent one; or
       ``extrapolation_value_fn`` gives the other batch.
     * ``"past"`` (1): the last extrapolated gradient, 0 at first: the single-call variant.  With
-      ``inner = sgd(r)`` and ``extrapolation_rate = r`` the extrapolated points are the iterates of
-      ``optax.optimistic_gradient_descent(r)``.
+      ``inner = sgd(r)`` and ``extrapolation_rate = r`` the extrapolated points obey the recursion
+      of ``optax.optimistic_gradient_descent(r)``, which takes its first gradient for the past one.
     * ``"gaussian"``, ``"uniform"`` (1): noise from N(0, I) or U[-1, 1]; the rate is its amplitude.
     * ``"filter_gaussian"``, ``"filter_uniform"`` (1): the noise of each filter (last axis of a
       leaf; each scalar of a vector) scaled to the filter's norm.

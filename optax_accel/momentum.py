@@ -60,6 +60,8 @@ def demon_schedule(init_value: float, decay_steps: int, delay_steps: int = 0) ->
         )
 
     def schedule(count: Any) -> jax.Array:
+        # The widest float: a 32-bit count divided by an integer is a 32-bit float even in x64 mode.
+        count = jnp.asarray(count, jnp.result_type(float))
         elapsed = (count - delay_steps) / (decay_steps - delay_steps)
         remaining = 1 - jnp.clip(elapsed, 0, 1)
         return init_value * remaining / ((1 - init_value) + init_value * remaining)
@@ -241,7 +243,7 @@ def scale_by_demon_adam(
     correct_nu = average if nu_bias_correction is None else nu_bias_correction
 
     def momentum_at(count: jax.Array) -> jax.Array:
-        return jnp.asarray(schedule(count), jnp.promote_types(float, jnp.float32))
+        return jnp.asarray(schedule(count), jnp.result_type(float))
 
     def init_fn(params: PyTree) -> ScaleByDemonAdamState:
         count = jnp.zeros((), jnp.int32)

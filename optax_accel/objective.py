@@ -309,7 +309,10 @@ def vary_over(tree: PyTree, axis_name: str | None) -> PyTree:
         return tree
 
     def vary(x: jax.Array) -> jax.Array:
-        return x if axis_name in jax.typeof(x).vma else lax.pcast(x, axis_name, to="varying")
+        try:
+            return lax.pcast(x, axis_name, to="varying")
+        except ValueError:  # it varies already
+            return x
 
     return jax.tree.map(vary, tree)
 

@@ -1,0 +1,96 @@
+"""Scheduled arguments for any factory, and inject_hyperparams with static arguments."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_accel as oa
+
+
+def test_with_schedules_agrees_with_inject_hyperparams():
+    schedule = optax.linear_schedule(0.9, 0.1, 5)
+    ours = oa.with_schedules(optax.adam, b1=schedule)(learning_rate=0.1)
+    theirs = optax.inject_hyperparams(optax.adam)(learning_rate=0.1, b1=schedule)
+    params = jnp.array([1.0, -2.0])
+    states = [tx.init(params) for tx in (ours, theirs)]
+    for _ in range(4):
+        results = [
+            tx.update(params, state, params)
+            for tx, state in zip((ours, theirs), states, strict=True)
+        ]
+        states = [state for _, state in results]
+        np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5)
+
+
+def test_mixed_precision_trees_keep_their_dtypes():
+    params = {"half": jnp.ones(2, jnp.bfloat16), "single": jnp.ones(2)}
+    tx = oa.with_schedules(optax.sgd, momentum=oa.demon_schedule(0.9, 10))(0.1)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, new_state = tx.update(params, state, params)
+        assert jax.tree.map(jnp.result_type, updates) == jax.tree.map(jnp.result_type, params)
+        assert jax.tree.map(jnp.result_type, new_state) == jax.tree.map(jnp.result_type, state)
+        state = new_state
+    # 0.9 in bfloat16 would be 0.8984: the momentum itself stays in float32.
+    assert state.values["momentum"].dtype == jnp.float32
+
+
+def test_several_arguments_and_integers_stay_static():
+    def factory(rate, power, scale):
+        assert isinstance(power, int)
+        return optax.scale(rate * scale**power)
+
+    tx = oa.with_schedules(factory, rate=lambda t: t + 1.0, scale=lambda t: 2.0)(power=3)
+    state = tx.init(jnp.ones(()))
+    first, state = tx.update(jnp.ones(()), state)
+    second, _ = tx.update(jnp.ones(()), state)
+    assert (first, second) == (8, 16)
+
+
+def test_wrong_schedules_raise_where_they_are_given():
+    with pytest.raises(ValueError, match="sgd has no argument 'beta'; it takes learning_rate"):
+        oa.with_schedules(optax.sgd, beta=optax.constant_schedule(0.9))
+    with pytest.raises(TypeError, match="`momentum` must be a schedule"):
+        oa.with_schedules(optax.sgd, momentum=0.9)
+    with pytest.raises(ValueError, match="at least one schedule"):
+        oa.with_schedules(optax.sgd)
+    build = oa.with_schedules(optax.sgd, momentum=optax.constant_schedule(0.9))
+    with pytest.raises(TypeError, match="'momentum' is scheduled and was given again"):
+        build(0.1, momentum=0.5)
+    with pytest.raises(TypeError, match="learning_rate"):
+        build()  # before any init
+
+
+def test_static_arguments_follow_the_annotations():
+    assert oa.static_arguments(oa.bulk_sgd) == (
+        "num_directions",
+        "base",
+        "tracker",
+        "start_step",
+        "mask",
+    )
+    assert "rate" not in oa.static_arguments(oa.stoch_grad_adam)
+    assert {"key", "bias_offset", "sampler"} <= set(oa.static_arguments(oa.stoch_grad_adam))
+
+
+def test_injected_rates_can_be_changed_between_steps():
+    tx = oa.inject_hyperparams(oa.interpolated_sgd)(0.1, 1, 0.5, 1.0)
+    params = jnp.ones(2)
+    state = tx.init(params)
+
+    def loss(p):
+        return jnp.sum(jnp.array([3.0, 1.0]) * p**2)
+
+    update = jax.jit(lambda s: tx.update(params, s, params, value_fn=loss))
+    np.testing.assert_allclose(update(state)[0], [-0.05, -0.1], rtol=1e-5)
+    state.hyperparams["learning_rate"] = jnp.asarray(1.0)
+    np.testing.assert_allclose(update(state)[0], [-0.5, -1.0], rtol=1e-5)
+
+
+def test_optax_inject_hyperparams_alone_is_refused_with_the_way_out():
+    with pytest.raises(TypeError, match=r"use optax_accel\.inject_hyperparams"):
+        optax.inject_hyperparams(oa.demon_sgd)(0.1, decay_steps=10).init(jnp.ones(2))
