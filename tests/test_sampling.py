@@ -89,26 +89,38 @@ def test_rate_one_is_adam_bit_for_bit():
 
 @pytest.mark.parametrize("rate", [0.003, 0.5, 0.8, 0.999, 1.0])
 def test_kept_fraction_is_the_rate(rate):
-    masks = oa.bernoulli_per_element(jax.random.key(1), {"a": jnp.zeros((999, 1001))}, rate)["a"]
-    deviation = 5 * np.sqrt(rate * (1 - rate) / masks.size)
-    # One leaf's threshold is rounded to 1/256 at random: average it out over leaves.
-    leaves = [jnp.zeros((40, 25))] * 1000
-    many = oa.bernoulli_per_element(jax.random.key(2), leaves, rate)
-    assert abs(float(np.mean([float(m.mean()) for m in many])) - rate) <= deviation + 1e-9
-    assert abs(float(masks.mean()) - rate) <= deviation + 1 / 256
+    leaves = [jnp.zeros((999, 1001)), jnp.zeros(()), jnp.zeros((7,)), jnp.zeros((0, 3))]
+    masks = oa.bernoulli_per_element(jax.random.key(1), leaves, rate)
+    assert [m.shape for m in masks] == [leaf.shape for leaf in leaves]
+    deviation = np.sqrt(rate * (1 - rate) / masks[0].size)
+    assert abs(float(masks[0].mean()) - rate) <= 5 * deviation + 2**-24
     if rate == 1.0:
-        assert bool(masks.all())
+        assert all(bool(m.all()) for m in masks)
 
 
 def test_entries_leaves_and_steps_are_independent():
-    tree = [jnp.zeros((64, 64)), jnp.zeros((64, 64))]
-    keys = [jax.random.fold_in(jax.random.key(0), t) for t in range(2)]
+    """No correlation between steps, leaves, replicas of a pattern, or entries at any small lag."""
+    tree = [jnp.zeros((256, 256)), jnp.zeros((256, 256))]
+    root = jax.random.key(0)
+    keys = [jax.random.fold_in(root, t) for t in range(3)]
     drawn = [m for key in keys for m in oa.bernoulli_per_element(key, tree, 0.5)]
-    drawn.append(jnp.roll(drawn[0], 1, axis=1))  # neighbors come from one 32-bit word
-    drawn.append(jnp.roll(drawn[0], 4, axis=1))
+    first = drawn[0].ravel()
+    drawn += [jnp.roll(first, lag) for lag in (1, 2, 3, 4, 8, 16, 255, 256, 257, 4096)]
     signs = np.stack([2.0 * np.asarray(m).ravel() - 1 for m in drawn])
     correlation = signs @ signs.T / signs.shape[1]
     assert np.abs(correlation - np.eye(len(drawn))).max() < 5 / np.sqrt(signs.shape[1])
+
+
+def test_patterns_of_neighbors_and_counts_are_uniform():
+    """Chi-square of eight-entry patterns, and the variance of the kept counts over keys."""
+    mask = np.asarray(oa.bernoulli_per_element(jax.random.key(3), jnp.zeros((1 << 18,)), 0.5))
+    patterns = np.bincount(np.packbits(mask), minlength=256)
+    expected = len(mask) / 8 / 256
+    assert 150 < ((patterns - expected) ** 2 / expected).sum() < 370  # 255 +- 5 sigma
+    keys = jax.random.split(jax.random.key(4), 2000)
+    counts = jax.vmap(lambda k: oa.bernoulli_per_element(k, jnp.zeros(1000), 0.8).sum())(keys)
+    assert abs(float(counts.mean()) - 800) < 5 * np.sqrt(160 / 2000)
+    assert 0.85 < float(counts.var()) / 160 < 1.15
 
 
 def test_masks_change_every_step_and_repeat_with_the_key():
