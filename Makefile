@@ -22,8 +22,7 @@ help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/demo.stamp  ## Train and compare the methods on the digits, with a table and a picture
-	$(BIN)/python -m experiments.compare --task digits --name demo --seeds 3 \
-		--methods sgd,adam,demon_sgd,demon_adam,stoch_grad_adam,bulk_sgd,interpolated_sgd,extrap_sgd
+	$(BIN)/python -m experiments.compare --task digits --name demo
 
 bench: $(VENV)/demo.stamp  ## Time every method against its Optax base
 	$(BIN)/python -m experiments.bench
