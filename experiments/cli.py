@@ -40,13 +40,25 @@ def parse(default: T, argv: Sequence[str] | None, prog: str) -> T:
             return tyro.cli(type(default), args=argv, prog=prog, default=default)
     except SystemExit as stop:
         if stop.code not in (0, None):
-            # Tyro draws a box: a title, what is wrong, and help below an empty line or a rule.
-            lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()]
-            reason = itertools.takewhile(lambda line: line.strip("─"), lines[1:])
+            reason = _first_paragraph(complaint.getvalue())
             fields = dataclasses.fields(default)  # type: ignore[arg-type]
             names = (f"--{field.name.replace('_', '-')}" for field in fields)
-            print(f"error: {' '.join(reason)} Valid options: {' '.join(names)}", file=sys.stderr)
+            print(f"error: {reason} Valid options: {' '.join(names)}", file=sys.stderr)
         raise
+
+
+def _first_paragraph(box: str) -> str:
+    """What is wrong, in one line, from the box that Tyro draws: a title, what is wrong, help."""
+    lines = (line.strip("│| ") for line in box.splitlines())
+
+    def is_gap(line: str) -> bool:  # an empty line or a rule
+        return not line.strip("─-")
+
+    text = itertools.dropwhile(is_gap, lines)
+    next(text, None)  # the title
+    return " ".join(
+        itertools.takewhile(lambda line: not is_gap(line), itertools.dropwhile(is_gap, text))
+    )
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -626,7 +626,6 @@ def train(
                 checkpoints.save(done, runner.get_state(state), data=batches.get_state())
 
         if done < plan.steps:
-            progress.stop()
             console.print(f"interrupted: saved step {done} of {plan.steps}")
             return stopped_by
         scores = evaluate(compiled_evaluate, runner, state, task.test)
