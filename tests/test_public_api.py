@@ -1,0 +1,250 @@
+"""What a user sees of the package: names, documentation, imports, error messages."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import optax_accel as oa
+from optax_accel import curvature
+from tests.helpers import least_squares, quick_jit
+
+ROOT = Path(__file__).parents[1]
+PUBLIC = {
+    f"{module.__name__}.{name}": value
+    for module in (oa, curvature)
+    for name, value in vars(module).items()
+    if not name.startswith("_") and not inspect.ismodule(value)
+}
+FUNCTIONS = {name: value for name, value in PUBLIC.items() if inspect.isfunction(value)}
+CLASSES = {name: value for name, value in PUBLIC.items() if inspect.isclass(value)}
+METHODS = {
+    f"{name}.{attribute}": value
+    for name, cls in CLASSES.items()
+    for attribute, value in vars(cls).items()
+    if not attribute.startswith("_") and callable(inspect.unwrap(getattr(cls, attribute)))
+}
+
+
+def test_all_is_sorted_and_complete() -> None:
+    assert oa.__all__ == sorted(oa.__all__)
+    exported = {
+        name.rpartition(".")[2] for name in PUBLIC if getattr(oa, name.rpartition(".")[2], 0)
+    }
+    assert set(oa.__all__) == exported | {"curvature"}
+
+
+def test_every_transformation_and_state_is_exported() -> None:
+    modules = [m for m in vars(oa).values() if isinstance(m, ModuleType) and m is not curvature]
+    for module in modules:
+        for name, value in vars(module).items():
+            if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
+                continue
+            builds = inspect.isfunction(value) and "optax." in str(
+                inspect.signature(value).return_annotation
+            )
+            if builds or (inspect.isclass(value) and name.endswith("State")):
+                assert name in oa.__all__
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_documented(name: str) -> None:
+    text = inspect.getdoc(FUNCTIONS[name]) or ""
+    # An alias may refer to the function that it calls: "Arguments ... as in :func:`...`".
+    for section in ("Args:", "Returns:"):
+        assert section in text or "Arguments" in text, f"no section {section}"
+    if "Args:" in text:
+        for parameter in inspect.signature(FUNCTIONS[name]).parameters:
+            assert re.search(rf"\b{parameter}:", text), f"argument {parameter} is not described"
+    assert ">>>" in text, "no example"
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_classes_are_documented(name: str) -> None:
+    text = inspect.getdoc(CLASSES[name]) or ""
+    fields = getattr(CLASSES[name], "_fields", ()) or getattr(
+        CLASSES[name], "__dataclass_fields__", ()
+    )
+    assert ("Attributes:" if hasattr(CLASSES[name], "_fields") else "Args:") in text
+    for field in fields:
+        assert re.search(rf"\b{field}:", text), f"field {field} is not described"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_are_documented(name: str) -> None:
+    assert inspect.getdoc(METHODS[name])
+
+
+def test_import_is_light() -> None:
+    """Importing the library imports its own dependencies and nothing of the experiments."""
+    heavy = [
+        *("flax", "equinox", "orbax", "grain", "sklearn", "matplotlib", "tensorboardX", "tyro"),
+        *("rich", "hypothesis", "models", "experiments"),
+    ]
+    code = f"import sys, optax_accel; print([m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert (result.stdout.strip(), result.stderr) == ("[]", "")
+
+
+X, LOSS = jnp.ones(3), lambda p: jnp.sum(p**2)
+BULK, EXTRAP = oa.bulk_sgd(0.1, 1), oa.extrap_sgd(0.1)
+
+
+def call(tx: Any, params: Any = X, **extra: Any) -> Any:
+    return tx.update(X, tx.init(X), params, **extra)
+
+
+# What a user types wrong, and the words that tell it: the argument, then the allowed range.
+WRONG: list[tuple[Callable[[], Any], str]] = [
+    # The loss as a value
+    (lambda: oa.Objective(None, LOSS), "`predict` must be callable"),
+    (lambda: oa.Objective(lambda p: p, 1.0), "`loss` must be callable"),
+    (lambda: oa.Objective(LOSS, LOSS, hvp_mode="x"), "hvp_mode .* 'forward_over_reverse'"),
+    (lambda: oa.Objective.from_value_fn(3), "must be callable"),
+    (lambda: oa.Objective.from_value_fn(lambda p: p)(X), r"loss must be a scalar, .* \(3,\)"),
+    (lambda: oa.Objective.from_value_fn(LOSS).outputs(X), r"Objective\(predict, loss\)"),
+    (lambda: oa.Objective.from_value_fn(LOSS).ggn_vp(X, X), r"Objective\(predict, loss\)"),
+    # Hessian subspace
+    (lambda: oa.BlockTracker(refresh_every=0), "`refresh_every` must be at least 1"),
+    (lambda: oa.BlockTracker(power_iterations=0), "`power_iterations` must be at least 1"),
+    (lambda: oa.BlockTracker(oversampling=-1), "`oversampling` must be at least 0"),
+    (lambda: oa.BlockTracker(cold_start_products=0), "`cold_start_products` must be at least 1"),
+    (lambda: oa.BlockTracker(order="largest"), "`order` must be one of 'algebraic', 'magnitude'"),
+    (lambda: oa.BlockTracker(curvature="fisher"), "`curvature` must be one of 'hessian'"),
+    (lambda: oa.project_to_bulk(-1), "`num_directions` must be at least 0, got -1"),
+    (lambda: oa.project_to_dominant(1.5), "`num_directions` must be an integer, got 1.5"),
+    (lambda: oa.interpolate_subspaces(1, "a", 1), "`dominant_weight` must be a number or a sched"),
+    (lambda: oa.interpolate_subspaces(1, 1, jnp.nan), r"`bulk_weight` must lie in \(-inf, inf\)"),
+    (lambda: oa.project_to_bulk(1, start_step=-1), "`start_step` must be at least 0"),
+    (lambda: oa.project_to_bulk(1, alignment_decay=1), r"`alignment_decay` must lie in \[0, 1\),"),
+    (lambda: oa.bulk_sgd(0.1, 1, switch_alignment=2), r"`switch_alignment` must lie in \[0, 1\],"),
+    (lambda: oa.dom_sgd(0.1, True), "`num_directions` must be an integer"),
+    (
+        lambda: oa.interpolated_sgd(0.1, 1, 1.0, None),
+        "`bulk_weight` must be a number or a schedule",
+    ),
+    (lambda: oa.bulk_sgd(0.1, 1, mask={"a": True}).init(X), "`mask` must be a pytree of booleans"),
+    (lambda: oa.refresh_at(1, refresh_every=0), "`refresh_every` must be at least 1"),
+    (lambda: call(BULK, value_fn=LOSS, refresh="hot"), "`refresh` must be one of 'cold', 'warm'"),
+    (
+        lambda: call(BULK, value_fn=LOSS, refresh=jnp.array(True)),
+        "`refresh` must be a static .*jit",
+    ),
+    # Momentum decay
+    (lambda: oa.demon_schedule(1.0, 10), r"`init_value` must lie in \[0, 1\)"),
+    (lambda: oa.demon_schedule(0.9, 0), "`decay_steps` must be at least 1"),
+    (lambda: oa.demon_schedule(0.9, 5, 5), "`delay_steps` must be less than `decay_steps`"),
+    (lambda: oa.scale_by_demon(10, momentum=-0.1), r"`momentum` must lie in \[0, 1\)"),
+    (lambda: oa.demon_sgd(0.1, 10, momentum=1.0), r"`momentum` must lie in \[0, 1\)"),
+    (lambda: oa.demon_sgd(0.1, 10.0), "`decay_steps` must be an integer"),
+    (lambda: oa.scale_by_demon_adam(10, b1=1.0), r"`b1` must lie in \[0, 1\)"),
+    (lambda: oa.demon_adam(0.1, 10, b2=1.0), r"`b2` must lie in \[0, 1\)"),
+    (lambda: oa.demon_adam(0.1, 10, eps=-1), r"`eps` must lie in \[0, inf\)"),
+    (lambda: oa.demon_adam(0.1, 10, form="torch"), "`form` must be one of 'paper', 'ema'"),
+    # Gradient sampling
+    (lambda: oa.sample_gradients(0), r"`rate` must lie in \(0, 1\]"),
+    (lambda: oa.sample_gradients(0.5, key="seed"), "`key` must be a PRNG key"),
+    (lambda: oa.stoch_grad_adam(rate=1.1), r"`rate` must lie in \(0, 1\]"),
+    (lambda: oa.stoch_grad_adam(b1=1), r"`b1` must lie in \[0, 1\)"),
+    (lambda: oa.stoch_grad_adam(weight_decay=-1), r"`weight_decay` must lie in \[0, inf\)"),
+    (lambda: oa.stoch_grad_adam(beta1_decay=2), r"`beta1_decay` must lie in \[0, 1\]"),
+    (lambda: oa.stoch_grad_adam(bias_offset=-1), "`bias_offset` must be at least 0"),
+    # Extragradient
+    (lambda: oa.extragradient(optax.sgd(0.1), -1), r"`extrapolation_rate` must lie in \[0, inf\)"),
+    (lambda: oa.extragradient(optax.sgd(0.1), 1, "up"), "`direction` must be one of 'gradient'"),
+    (
+        lambda: oa.extragradient(optax.sgd(0.1), 1, "inner_update", axis_name="data"),
+        "leave `axis_name` out",
+    ),
+    (lambda: oa.extrap_sgd(0.1, momentum=1), r"`momentum` must lie in \[0, 1\)"),
+    (lambda: oa.extra_adam(0.1, b2=-1), r"`b2` must lie in \[0, 1\)"),
+    (lambda: call(EXTRAP, value_fn=3), "`value_fn` must be callable"),
+    (lambda: call(EXTRAP, value_fn=lambda p, x: 0), r"\['x'\].*tx.update\(\.\.\., .*x=\.\.\.\)"),
+    (lambda: call(EXTRAP, params=None, value_fn=LOSS), "needs the parameters"),
+    # Hyperparameters that change
+    (lambda: oa.with_schedules(optax.sgd), "at least one schedule"),
+    (lambda: oa.with_schedules(optax.sgd, decay=abs), "no argument 'decay'; it takes .*momentum"),
+    (lambda: oa.with_schedules(optax.sgd, momentum=0.9), "`momentum` must be a schedule"),
+    (lambda: oa.with_schedules(optax.sgd, momentum=abs)(0.1, momentum=1), "was given again"),
+    (
+        lambda: oa.inject_hyperparams(oa.bulk_sgd)(0.1, -1).init(X),
+        "`num_directions` must be at lea",
+    ),
+    (
+        lambda: optax.inject_hyperparams(oa.demon_sgd)(0.1, 10).init(X),
+        "`decay_steps` .*optax_accel.inject_hyperparams",
+    ),
+    # Curvature
+    (
+        lambda: curvature.lanczos(abs, X, 2, key=jax.random.key(0), num_products=4),
+        "num_products <= dimension, got 2, 4, 3",
+    ),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_wrong_input(wrong: Callable[[], Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        wrong()
+    assert "\n" not in str(caught.value).partition("mask")[0]
+
+
+@pytest.mark.parametrize("tx", [BULK, oa.project_to_bulk(1), EXTRAP, oa.extra_adam(0.1)])
+def test_missing_value_fn_shows_the_call(tx: Any) -> None:
+    expected = r"`value_fn` to .*tx\.update\(grads, state, params, value_fn=objective\)"
+    with pytest.raises(ValueError, match=expected):
+        call(tx)
+
+
+@pytest.mark.parametrize("tx", [BULK, EXTRAP])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.masked(tx, {"a": True, "b": False}),
+        lambda tx: optax.partition({"x": tx, "y": optax.sgd(0.1)}, {"a": "x", "b": "y"}),
+    ],
+    ids=["masked", "partition"],
+)
+def test_masked_node_points_to_mask(tx: Any, wrap: Callable[[Any], Any]) -> None:
+    with pytest.raises(ValueError, match=r"MaskedNode: .* its own `mask=` instead"):
+        wrap(tx).init({"a": X, "b": X})
+
+
+def test_own_mask_is_what_the_message_promises() -> None:
+    """Masked-out leaves are held fixed in the curvature and get the base optimizer's update."""
+    problem = least_squares()
+    mask = {"dense": {"w": True}, "b": False}
+    objective = problem.objective()
+    grads = objective.grad(problem.params)
+    for tx in (oa.bulk_sgd(0.1, 2, mask=mask), oa.extrap_sgd(0.1, momentum=None, mask=mask)):
+        updates, _ = quick_jit(
+            lambda g, p, tx=tx: tx.update(g, tx.init(p), p, value_fn=objective, refresh="cold")
+        )(grads, problem.params)
+        # The inputs are orthogonal to the bias: its gradient is the same at the point ahead.
+        assert jnp.allclose(updates["b"], -0.1 * grads["b"], rtol=1e-5)
+        assert not jnp.allclose(updates["dense"]["w"], -0.1 * grads["dense"]["w"], rtol=1e-2)
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_library_only(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"optax_accel"}
+    assert "optax_accel/py.typed" in names
+    assert {"optax_accel/subspace.py", "optax_accel/curvature/blocks.py"} <= set(names)
