@@ -1,0 +1,453 @@
+"""The gauntlet: what every method has to pass, those of the catalogue and the bare building blocks.
+
+A method registered in `experiments.methods` is picked up from there. One tiny problem serves all
+tests, and the tests of one case run one after the other and share its compiled programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import optax_accel as oa
+from experiments.methods import ADAM_RATES, METHODS, SGD_RATES
+from optax_accel.extrapolation import Direction
+from tests.helpers import (
+    least_squares,
+    quick_jit,
+    signature,
+    tree_allclose,
+    tree_equal,
+    with_eigenspace,
+)
+
+PROBLEM = least_squares()
+K = PROBLEM.num_directions
+NUM_STEPS = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One method of the gauntlet and the part of the parameters that it optimizes."""
+
+    name: str
+    build: Callable[[Any], optax.GradientTransformationExtraArgs]
+    rates: tuple[float, ...] = SGD_RATES
+    optimizes: str = "everything"  # or "bulk", "dominant": the rest it must not touch
+    refresh: Callable[[int], bool | str | None] | None = None  # in a host-driven loop
+    slow: bool = False  # for what another case contains
+
+
+def from_catalogue(name: str) -> Case:
+    method = METHODS[name]
+    return Case(
+        name,
+        lambda rate: method.build(rate, total_steps=NUM_STEPS, num_classes=K),
+        method.learning_rates,
+        {"bulk_sgd": "bulk", "dom_sgd": "dominant"}.get(name, "everything"),
+        method.refresh if method.refresh_every else None,
+    )
+
+
+def chained(name: str, *parts: Any, rates: tuple[float, ...] = SGD_RATES, **kwargs: Any) -> Case:
+    return Case(
+        name, lambda rate: optax.chain(*parts, optax.scale_by_learning_rate(rate)), rates, **kwargs
+    )
+
+
+CURVED: dict[str, Any] = {"refresh": oa.refresh_at}
+TRACKER = oa.BlockTracker(refresh_every=2, oversampling=1, order="magnitude")
+CASES = (
+    *map(from_catalogue, METHODS),
+    chained("project_to_bulk", oa.project_to_bulk(K), optimizes="bulk", **CURVED, slow=True),
+    chained(
+        "project_to_dominant", oa.project_to_dominant(K), optimizes="dominant", **CURVED, slow=True
+    ),
+    Case(
+        "interpolate_subspaces after adam",
+        lambda rate: optax.chain(
+            optax.adam(rate), oa.interpolate_subspaces(K, 0.5, 1.5, tracker=TRACKER, start_step=1)
+        ),
+        ADAM_RATES,
+        refresh=lambda step: oa.refresh_at(step, refresh_every=2, start_step=1),
+    ),
+    chained("scale_by_demon", oa.scale_by_demon(NUM_STEPS, nesterov=True)),
+    chained("scale_by_demon_adam", oa.scale_by_demon_adam(NUM_STEPS, form="ema"), rates=ADAM_RATES),
+    chained("sample_gradients", oa.sample_gradients(0.5, key=1, rescale=True)),
+    chained(
+        "sample_gradients per tensor",
+        oa.sample_gradients(0.5, jax.random.key(2), sampler=oa.bernoulli_per_tensor),
+    ),
+    *(
+        Case(
+            f"extragradient {direction}",
+            lambda rate, direction=direction: oa.extragradient(
+                optax.sgd(rate), 0.1, direction, trust_ratio=direction == "gaussian"
+            ),
+        )
+        # The catalogue has the others.
+        for direction in get_args(Direction)
+        if direction not in ("gradient", "past", "inner_update")
+    ),
+    Case(
+        "with_schedules adamw",
+        lambda rate: oa.with_schedules(
+            optax.adamw, b1=optax.cosine_decay_schedule(0.9, NUM_STEPS), weight_decay=lambda t: 1e-4
+        )(rate),
+        ADAM_RATES,
+    ),
+    Case(
+        "with_schedules sgd",
+        lambda rate: oa.with_schedules(optax.sgd, momentum=oa.demon_schedule(0.9, NUM_STEPS))(
+            rate, nesterov=True
+        ),
+    ),
+)
+
+
+def update(tx: Any, params: Any, state: Any, x: Any, y: Any, **extra: Any) -> tuple[Any, Any]:
+    """One update that offers every extra argument that a method may ask for."""
+    objective = PROBLEM.objective(x, y)
+    value, grads = objective.value_and_grad(params)
+    return tx.update(grads, state, params, value=value, grad=grads, value_fn=objective, **extra)
+
+
+def step(tx: Any, params: Any, state: Any, x: Any, y: Any, **extra: Any) -> tuple[Any, Any]:
+    updates, state = update(tx, params, state, x, y, **extra)
+    return optax.apply_updates(params, updates), state
+
+
+def train(tx: Any, params: Any, x: Any, y: Any, num_steps: int) -> Any:
+    """Trains in one compiled loop; returns the parameters after each step."""
+
+    def body(carry: Any, _: None) -> tuple[Any, Any]:
+        carry = step(tx, *carry, x, y)
+        return carry, carry[0]
+
+    return jax.lax.scan(body, (params, tx.init(params)), length=num_steps)[1]
+
+
+def at(index: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+class Runner:
+    """A case with its compiled programs, each made at most once."""
+
+    def __init__(self, case: Case):
+        self.case = case
+        self.rates = np.float32(case.rates)
+        self.tx = case.build(case.rates[2])
+
+    def init(self) -> Any:
+        return self.tx.init(PROBLEM.params)
+
+    def _train(self, rate: Any, params: Any, x: Any, y: Any, num_steps: int) -> Any:
+        return train(self.case.build(rate), params, x, y, num_steps)
+
+    @functools.cached_property
+    def train(self) -> Callable[..., Any]:
+        return quick_jit(self._train, static_argnames="num_steps")
+
+    @functools.cached_property
+    def trajectory(self) -> Any:
+        """20 steps with the middle one of the learning rates."""
+        return self.train(self.rates[2], PROBLEM.params, PROBLEM.x, PROBLEM.y, 20)
+
+    @functools.cached_property
+    def trajectories(self) -> Any:
+        """One for each learning rate of the grid, computed together."""
+        run = jax.vmap(self._train, in_axes=(0, None, None, None, None))
+        return quick_jit(run, static_argnums=4)(
+            self.rates, PROBLEM.params, PROBLEM.x, PROBLEM.y, NUM_STEPS
+        )
+
+    @functools.cached_property
+    def donating_step(self) -> Callable[..., Any]:
+        def unknown_arguments_too(params: Any, state: Any) -> tuple[Any, Any]:
+            return step(self.tx, params, state, PROBLEM.x, PROBLEM.y, another_argument="unknown")
+
+        return quick_jit(unknown_arguments_too, donate_argnums=(0, 1))
+
+    def steps(self, params: Any, state: Any, num_steps: int) -> tuple[Any, Any]:
+        carry = jax.tree.map(jnp.copy, (params, state))
+        for _ in range(num_steps):
+            carry = self.donating_step(*carry)
+        return carry
+
+
+def as_params(cases: Any) -> list[Any]:
+    return [
+        pytest.param(
+            case, id=case.name.replace(" ", "-"), marks=[pytest.mark.slow] if case.slow else []
+        )
+        for case in cases
+    ]
+
+
+@pytest.fixture(scope="module", params=as_params(CASES))
+def run(request: pytest.FixtureRequest) -> Runner:
+    return Runner(request.param)
+
+
+def test_converges(run: Runner) -> None:
+    """On the part that it optimizes; `dom_sgd` does not converge on the rest, nor should it."""
+    objective, end = PROBLEM.objective(), at((slice(None), -1), run.trajectories)
+    choose = {"everything": np.ones_like, "bulk": np.logical_not, "dominant": np.array}
+    part = jax.tree.map(choose[run.case.optimizes], PROBLEM.dominant)
+    cut = functools.partial(jax.tree.map, jnp.where, part)
+    relative_loss = jax.vmap(lambda p: objective(cut(p, PROBLEM.optimum)))(end) / objective(
+        cut(PROBLEM.params, PROBLEM.optimum)
+    )
+    assert jnp.nanmin(relative_loss) < 0.01, f"losses for {run.case.rates}: {relative_loss}"
+    moved = jax.tree.map(
+        lambda p, x, x0: jnp.where(p[None], 0, x[:3] - x0[None]), part, end, PROBLEM.params
+    )
+    tree_allclose(moved, jax.tree.map(jnp.zeros_like, moved), atol=1e-4)
+
+
+def test_vmap_over_learning_rates_is_a_loop(run: Runner) -> None:
+    for i in range(3):
+        alone = run.train(run.rates[i], PROBLEM.params, PROBLEM.x, PROBLEM.y, 20)
+        # Batched matrix products may sum in another order.
+        tree_allclose(at((i, slice(20)), run.trajectories), alone, rtol=1e-5)
+
+
+def test_jit_is_no_jit(run: Runner) -> None:
+    """Also: refreshes driven from the host are those in the graph."""
+    params, state = PROBLEM.params, run.init()
+    for i in range(6):
+        refresh = run.case.refresh(i) if run.case.refresh else None
+        params, state = step(run.tx, params, state, PROBLEM.x, PROBLEM.y, refresh=refresh)
+        tree_allclose(params, at(i, run.trajectory), rtol=1e-6)
+
+
+def test_eight_devices_are_one_device(run: Runner) -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    data, everywhere = (jax.NamedSharding(mesh, spec) for spec in (jax.P("data"), jax.P()))
+    batch = jax.device_put((PROBLEM.x, PROBLEM.y), data)
+    rate, params = jax.device_put((run.rates[2], PROBLEM.params), everywhere)
+    tree_allclose(run.train(rate, params, *batch, 20), run.trajectory, rtol=1e-5)
+
+
+def test_chain_and_multi_steps(run: Runner) -> None:
+    """Neutral neighbors and micro-batches that are all alike change nothing."""
+    chain = optax.chain(
+        optax.clip_by_global_norm(1e6), run.case.build(run.rates[2]), optax.add_decayed_weights(0.0)
+    )
+    tx = optax.MultiSteps(chain, every_k_schedule=2)
+    micro = quick_jit(train, static_argnums=(0, 4))(tx, PROBLEM.params, PROBLEM.x, PROBLEM.y, 6)
+    tree_allclose(at(slice(1, None, 2), micro), at(slice(3), run.trajectory), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtypes", ["bf16", "bf16-f32", "f64"])
+def test_keeps_dtypes(run: Runner, dtypes: str) -> None:
+    """Dtypes stay what they were, so that `scan` accepts the step and `jit` compiles it once."""
+    with jax.enable_x64(dtypes == "f64"):
+        params = optax.tree.cast(PROBLEM.params, "float64" if dtypes == "f64" else "bfloat16")
+        if dtypes == "bf16-f32":
+            params["b"] = PROBLEM.params["b"]
+        state = jax.eval_shape(run.case.build(0.1).init, params)
+        updates, new_state = jax.eval_shape(
+            functools.partial(update, run.tx), params, state, PROBLEM.x, PROBLEM.y
+        )
+    assert [u.dtype for u in jax.tree.leaves(updates)] == [p.dtype for p in jax.tree.leaves(params)]
+    assert signature(new_state) == signature(state)
+
+
+def test_trains_mixed_precision(run: Runner) -> None:
+    params = optax.tree.cast(PROBLEM.params, jnp.bfloat16) | {"b": PROBLEM.params["b"]}
+    trajectory = run.train(run.rates[2], params, PROBLEM.x, PROBLEM.y, 20)
+    assert signature(at(-1, trajectory)) == signature(params)
+    loss = jax.vmap(PROBLEM.objective())(trajectory)
+    assert jnp.all(jnp.isfinite(loss))
+    assert loss[-1] < PROBLEM.objective()(params)
+
+
+def test_state_holds_arrays_of_known_shapes(run: Runner) -> None:
+    state = run.init()
+    leaves = jax.tree.leaves(state)
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+    assert len({id(leaf) for leaf in leaves}) == len(leaves)  # an array can be donated only once
+    assert signature(jax.eval_shape(run.tx.init, PROBLEM.params)) == signature(state)
+    # A checkpoint forgets weak types: the step would be compiled anew after a restart.
+    assert not any(getattr(leaf, "weak_type", False) for leaf in leaves)
+
+
+def test_donation(run: Runner) -> None:
+    for _ in range(2):  # a second run finds nothing deleted that the transformation keeps
+        carry = jax.tree.map(jnp.copy, PROBLEM.params), run.init()
+        for _ in range(3):
+            old, carry = carry, run.donating_step(*carry)
+            # Scalars that are only there to be read are not even given to the compiled step.
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old) if leaf.size > 1)
+
+
+def test_orbax_round_trip(run: Runner, tmp_path: Path) -> None:
+    saved = run.steps(PROBLEM.params, run.init(), 3)
+    target = jax.eval_shape(lambda: (PROBLEM.params, run.init()))
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    with ocp.CheckpointManager(tmp_path, options=options) as manager:
+        manager.save(3, args=ocp.args.StandardSave(saved))
+        restored = manager.restore(3, args=ocp.args.StandardRestore(target))
+    tree_equal(restored, saved)
+    tree_equal(run.steps(*restored, 3), run.steps(*saved, 3))
+
+
+@pytest.mark.parametrize("poisoned", ["gradient", "curvature"])
+@pytest.mark.parametrize("case", as_params(case for case in CASES if case.refresh))
+def test_non_finite_values_leave_the_basis_alone(case: Case, poisoned: str) -> None:
+    tx, params = case.build(0.1), PROBLEM.params
+    state = with_eigenspace(tx.init(params))
+    if poisoned == "gradient":
+        gradient = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
+        refresh, objective = False, PROBLEM.objective()
+    else:
+        gradient, refresh, objective = params, "warm", PROBLEM.objective(PROBLEM.x * np.nan)
+
+    @quick_jit
+    def once(gradient: Any, state: Any) -> tuple[Any, Any]:
+        return tx.update(gradient, state, params, value_fn=objective, refresh=refresh)
+
+    updates, new_state = once(gradient, state)
+    tree_equal(optax.tree.get(new_state, "space"), optax.tree.get(state, "space"))
+    assert jnp.isfinite(optax.tree.get(new_state, "alignment_ema"))
+    if poisoned == "curvature":
+        assert all(jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates))
+
+
+SGD = optax.sgd(0.1)
+# Every factory, with the arguments that have no default; hyperparameters are found by annotation.
+FACTORIES: dict[Callable[..., optax.GradientTransformationExtraArgs], dict[str, Any]] = {
+    oa.project_to_bulk: {"num_directions": K},
+    oa.project_to_dominant: {"num_directions": K},
+    oa.interpolate_subspaces: {"num_directions": K, "dominant_weight": 0.3, "bulk_weight": 0.7},
+    oa.bulk_sgd: {"learning_rate": 0.1, "num_directions": K},
+    oa.dom_sgd: {"learning_rate": 0.1, "num_directions": K},
+    oa.interpolated_sgd: {
+        "learning_rate": 0.1,
+        "num_directions": K,
+        "dominant_weight": 0.3,
+        "bulk_weight": 0.7,
+    },
+    oa.scale_by_demon: {"decay_steps": 10},
+    oa.demon_sgd: {"learning_rate": 0.1, "decay_steps": 10},
+    oa.scale_by_demon_adam: {"decay_steps": 10},
+    oa.demon_adam: {"learning_rate": 0.1, "decay_steps": 10},
+    oa.sample_gradients: {"rescale": True},
+    oa.stoch_grad_adam: {},
+    oa.extragradient: {"inner": SGD, "extrapolation_rate": 0.1, "direction": "gaussian"},
+    oa.extrap_sgd: {"learning_rate": 0.1, "extrapolation_rate": 0.05},
+    oa.extra_adam: {"learning_rate": 0.1},
+}
+
+
+def hyperparameters(factory: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, float]:
+    """Numbers that a person might schedule or inject, with their values."""
+    values = {
+        name: kwargs.get(name, parameter.default)
+        for name, parameter in inspect.signature(factory).parameters.items()
+        if name not in oa.static_arguments(factory)
+    }
+    return {name: value for name, value in values.items() if isinstance(value, float)}
+
+
+def three_updates(tx: Any, hyperparams: dict[str, Any] | None = None) -> list[Any]:
+    """Updates for three gradients, from a state with a basis."""
+    state, result = with_eigenspace(tx.init(PROBLEM.params)), []
+    if hyperparams:
+        state = state._replace(hyperparams={**state.hyperparams, **hyperparams})
+    for scale in (1.0, -2.0, 0.5):
+        updates, state = update(
+            tx, PROBLEM.params, state, PROBLEM.x, scale * PROBLEM.y, refresh=False
+        )
+        result.append(updates)
+    return result
+
+
+def distance(left: Any, right: Any) -> float:
+    return float(optax.tree.norm(optax.tree.sub(left, right)) / optax.tree.norm(right))
+
+
+@pytest.mark.parametrize("factory", FACTORIES, ids=lambda factory: factory.__name__)
+def test_inject_hyperparams(factory: Callable[..., Any]) -> None:
+    """Hyperparameters can be changed in the state, as if the method had been built with them."""
+    kwargs = FACTORIES[factory]
+    values = hyperparameters(factory, kwargs)
+    injected = oa.inject_hyperparams(factory)(**kwargs)
+    assert set(injected.init(PROBLEM.params).hyperparams) >= set(values)
+    from_state = quick_jit(lambda new: three_updates(injected, new))
+    built_with = quick_jit(lambda new: three_updates(factory(**{**kwargs, **new})))
+    # In float32, 1 - b2 has lost three digits.
+    tree_allclose(
+        from_state(values), quick_jit(three_updates, static_argnums=0)(factory(**kwargs)), rtol=1e-4
+    )
+    for name, value in values.items():
+        changed = {**values, name: value * 0.9 if value else 0.1}
+        tree_allclose(from_state(changed), built_with(changed), rtol=1e-6)
+
+
+SCHEDULABLE = [
+    pytest.param(factory, name, id=f"{factory.__name__}-{name}")
+    for factory, kwargs in FACTORIES.items()
+    for name in hyperparameters(factory, kwargs)
+    if "ScalarOrSchedule" in str(inspect.signature(factory).parameters[name].annotation)
+]
+
+
+@pytest.mark.parametrize(("factory", "name"), SCHEDULABLE)
+def test_schedules(factory: Callable[..., Any], name: str) -> None:
+    """A schedule's first value acts like that number, its later values act."""
+    kwargs = FACTORIES[factory]
+    value = hyperparameters(factory, kwargs)[name]
+
+    def scheduled(count: Any) -> jax.Array:
+        # Two steps, because `extra_adam` counts half-steps.
+        return jnp.where(count < 2, value, 0.5 * value)
+
+    constant = quick_jit(lambda: three_updates(factory(**{**kwargs, name: value})))()
+    changing = quick_jit(lambda: three_updates(factory(**{**kwargs, name: scheduled})))()
+    tree_allclose(changing[0], constant[0], rtol=1e-6)
+    assert distance(changing[2], constant[2]) > 0.01
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda key: oa.stoch_grad_adam(0.1, key=key),
+        lambda key: optax.chain(oa.sample_gradients(0.5, key), SGD),
+        lambda key: oa.extragradient(SGD, 0.1, "gaussian", key=key),
+    ],
+    ids=["stoch_grad_adam", "sample_gradients", "extragradient"],
+)
+def test_vmap_over_seeds_is_a_loop(build: Callable[[Any], Any]) -> None:
+    def run(key: Any) -> Any:
+        return train(build(key), PROBLEM.params, PROBLEM.x, PROBLEM.y, 5)
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    together, alone = quick_jit(jax.vmap(run))(keys), [quick_jit(run)(key) for key in keys]
+    tree_allclose(together, jax.tree.map(lambda *rows: jnp.stack(rows), *alone), rtol=1e-5)
+    assert distance(alone[0], alone[1]) > 1e-3
+
+
+def test_the_gauntlet_covers_every_factory() -> None:
+    public = {getattr(oa, name) for name in oa.__all__}
+    returns = {
+        fn
+        for fn in public
+        if inspect.isfunction(fn)
+        and "GradientTransformation" in str(inspect.signature(fn).return_annotation)
+        and "Callable" not in str(inspect.signature(fn).return_annotation)
+    }
+    assert returns == set(FACTORIES)
