@@ -142,7 +142,8 @@ def test_batch_statistics_and_random_streams_advance(norm_dropout, batch):
     graphdef, params, rest = norm_dropout
     x, y = batch
     tx = extra(optax.sgd(0.1))
-    state, _ = engine.train_step(tx, graphdef, engine.init_state(tx, params, rest), x, y)
+    step = jax.jit(lambda s: engine.train_step(tx, graphdef, s, x, y))
+    state, _ = step(engine.init_state(tx, params, rest))
     # Running statistics start at mean 0, variance 1 and forget a tenth per step.
     np.testing.assert_allclose(state.rest["norm"]["mean"], 0.1 * x.mean(0), rtol=1e-5)
     np.testing.assert_allclose(state.rest["norm"]["var"], 0.9 + 0.1 * x.var(0), rtol=1e-5)
@@ -167,7 +168,10 @@ def test_optimizer_gets_all_extra_arguments(mlp, batch):
     tx = spy()
     curvature = make_batch(7, seed=1)
     state = engine.init_state(tx, params, rest)
-    new, metrics = engine.train_step(tx, graphdef, state, x, y, curvature=curvature, refresh="warm")
+    step = jax.jit(
+        lambda s, c: engine.train_step(tx, graphdef, s, x, y, curvature=c, refresh="warm")
+    )
+    new, metrics = step(state, curvature)
     given = new.opt_state.given
     loss, grads = engine.objective(graphdef, rest, x, y).value_and_grad(params)
     on_curvature = engine.objective(graphdef, rest, *curvature)(params)
@@ -177,7 +181,7 @@ def test_optimizer_gets_all_extra_arguments(mlp, batch):
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), given["grad"], grads)
     # Without curvature and refresh neither is passed, so that plain Optax optimizers work.
-    engine.train_step(tx, graphdef, state, x, y)
+    jax.eval_shape(lambda s: engine.train_step(tx, graphdef, s, x, y), state)
 
 
 def test_logged_loss_is_the_one_the_method_evaluated(mlp, batch):
