@@ -4,9 +4,9 @@
 
 Two questions: what does a method's `update` cost on a tree of 10 million parameters, where the
 optimizer is all there is; and what does it cost in a whole training step of a dense model. Method
-and base run in alternation (A B A B, the order turned round every time), compiled, with donated
-buffers, waiting for every result, so a busy moment of the machine hits both. A ratio is the median
-of the ratios within a round; the quartiles beside it say how far to trust it.
+and base run side by side (A B, B A, A B, ...), compiled, with donated buffers, waiting for every
+result, so a busy moment of the machine hits both. A ratio is the median of the ratios of such
+pairs; the quartiles beside it say how far to trust it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -46,8 +47,8 @@ class Options:
 
     methods: str | None = None
     """Methods, separated by commas, timed with their bases; default: all."""
-    repeats: int = 30
-    """Rounds; each one times every method and its base once."""
+    repeats: int = 40
+    """Rounds; each one times every method once beside its base."""
     parameters: int = 10_000_000
     """Parameters of the tree that is updated, in ten square float32 matrices."""
     json: Path | None = None
@@ -86,10 +87,10 @@ class Case:
 
 
 def measure(cases: Sequence[Case], repeats: int) -> list[dict[str, Any]]:
-    """Times the cases in alternation.
+    """Times a base and its methods, each method right beside the base.
 
     Args:
-      cases: the cases; every base among them.
+      cases: the base, then its methods.
       repeats: number of rounds.
 
     Returns:
@@ -98,26 +99,29 @@ def measure(cases: Sequence[Case], repeats: int) -> list[dict[str, Any]]:
     for case in cases:  # compiles every form of the call, and lets the caches settle
         case.time()
         case.time()
-    seconds = {case.name: np.empty(repeats) for case in cases}
+    base, *others = cases
+    own: dict[str, list[float]] = {case.name: [] for case in cases}
+    ratios: dict[str, list[float]] = {case.name: [] for case in others}
     for i in range(repeats):
-        for case in cases if i % 2 == 0 else reversed(cases):
-            seconds[case.name][i] = case.time()
-    rows = []
-    for case in cases:
-        ratio = None if case.base is None else seconds[case.name] / seconds[case.base]
-        rows.append(
-            {
-                "name": case.name,
-                "base": case.base,
-                "milliseconds": _quartiles(1000 * seconds[case.name]),
-                "ratio": None if ratio is None else _quartiles(ratio),
-                "target": case.target,
-            }
-        )
-    return rows
+        for case in others:
+            pair = (base, case) if i % 2 == 0 else (case, base)
+            seconds = {member.name: member.time() for member in pair}
+            for name, value in seconds.items():
+                own[name].append(value)
+            ratios[case.name].append(seconds[case.name] / seconds[base.name])
+    return [
+        {
+            "name": case.name,
+            "base": case.base,
+            "milliseconds": [1000 * value for value in _quartiles(own[case.name])],
+            "ratio": None if case is base else _quartiles(ratios[case.name]),
+            "target": case.target,
+        }
+        for case in cases
+    ]
 
 
-def _quartiles(values: np.ndarray) -> list[float]:
+def _quartiles(values: Sequence[float]) -> list[float]:
     return [float(value) for value in np.quantile(values, [0.25, 0.5, 0.75])]
 
 
@@ -128,7 +132,8 @@ def update_cases(base: str, group: Sequence[Method], parameters: int) -> list[Ca
     """`update` and `apply_updates` of a base and its methods on a large tree.
 
     Methods that evaluate a gradient inside their update (extragradient) have no cost of their own
-    here and are left out; curvature methods only project, they do not refresh.
+    here and are left out, and so is a base without others; curvature methods only project, they do
+    not refresh.
     """
     side = max(1, math.isqrt(parameters // 10))
     keys = jax.random.split(jax.random.key(0), 10)
@@ -210,19 +215,27 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    """Medians, with quartiles in brackets."""
-    view = Table(title=title, title_justify="left")
+    """Medians, with quartiles in brackets; each base is followed by its methods."""
+    view = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
     view.add_column("method", no_wrap=True)
-    for name in ("milliseconds", "ratio to base", "base", "target"):
-        view.add_column(name, justify="left" if name == "base" else "right", no_wrap=True)
+    for name in ("milliseconds", "ratio to base", "target"):
+        view.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         low, median, high = row["milliseconds"]
-        time = f"{median:.2f} ({low:.2f} to {high:.2f})"
-        ratio = ""
-        if row["ratio"] is not None:
+        time = f"{median:#.3g} ({low:#.3g}–{high:#.3g})"
+        if row["base"] is None:
+            view.add_row(row["name"], time, "", "", style="bold")
+        else:
             low, median, high = row["ratio"]
-            ratio = f"{median:.3f} ({low:.3f} to {high:.3f})"
-        view.add_row(row["name"], time, ratio, row["base"] or "", verdict(row))
+            ratio = f"{median:.3f} ({low:.2f}–{high:.2f})"
+            view.add_row(f"  {row['name']}", time, ratio, verdict(row))
     return view
 
 
@@ -248,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=110)
+        console = Console(highlight=False, width=100)
     side = max(1, math.isqrt(options.parameters // 10))
     machine = {
         "jax": jax.__version__,
@@ -269,11 +282,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         results[key] = [
             row
             for base, group in groups.items()
-            for row in measure(make(base, group), options.repeats)
+            if (cases := make(base, group))
+            for row in measure(cases, options.repeats)
         ]
+        console.print()
         console.print(table(title, results[key]))
     console.print(
-        f"Medians (quartiles) of {options.repeats} rounds. Updates of subspace methods project "
+        f"\nMedians (quartiles) of {options.repeats} rounds. Updates of subspace methods project "
         "without refreshing; their steps refresh at the usual rhythm, the cold start left out."
     )
     if options.json is not None:
