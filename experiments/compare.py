@@ -39,7 +39,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 import models
 from experiments import cli, data, methods, report
 from experiments.cli import UsageError
-from experiments.replicas import TIMING_ROUNDS, Plan, Record, Replica, Trainer, measure_time
+from experiments.replicas import Plan, Record, Replica, Trainer, measure_time
 
 PROG = "python -m experiments.compare"
 DEFAULT_EPOCHS = {"digits": 30, "mnist": 3, "mnist5k": 20, "cifar10": 5, "cifar10_5k": 20}
@@ -365,9 +365,9 @@ def run(plan: Plan, folder: Path, trainer: Trainer, console: Console) -> dict[st
         if path.exists():
             timing = json.loads(path.read_text(encoding="utf-8"))
         else:
-            bar = progress.add_task("time per step", total=(TIMING_ROUNDS + 1) * len(plan.methods))
+            progress.add_task("time per step", total=None)
             begin = time.perf_counter()
-            timing = measure_time(trainer, functools.partial(progress.advance, bar))
+            timing = measure_time(trainer)
             cli.write_atomic(path, cli.to_json(timing))
             seconds = time.perf_counter() - begin
             console.print(f"  {'time per step':<18} {timing['rounds']} rounds: {seconds:.1f} s")
@@ -408,7 +408,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     console = Console(highlight=False)
     if not console.is_terminal:  # a file or a pipe has no width of its own
-        console = Console(highlight=False, width=130)
+        console = Console(highlight=False, width=100)
     rates = len(plan.methods[0].learning_rates)
     console.print(
         f"{plan.task.name}, {plan.model}: {len(plan.methods)} methods x {rates} learning rates x "
@@ -429,7 +429,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+    console.print()
     console.print(report.table(results))
+    console.print()
     for note in report.footnotes(results):
         console.print(note)
     console.print(f"report: {folder / 'report.html'}")

@@ -29,7 +29,10 @@ from experiments import data, engine, methods
 FETCH_EVERY = 16
 # Examples per forward pass of an evaluation: keeps its activations small next to a training step's.
 EVALUATION_BATCH = 1000
-TIMING_ROUNDS = 9
+# Rounds in which the time per step is measured: at least the first number, then, while they take no
+# longer than so many seconds, up to the second one.
+TIMING_ROUNDS = (9, 50)
+TIMING_SECONDS = 5.0
 
 Replica = tuple[float, int]  # (learning rate, seed)
 Record = dict[str, Any]
@@ -337,9 +340,7 @@ class Runs:
         return loss
 
 
-def measure_time(
-    trainer: Trainer, advance: Callable[[int], None] = lambda rounds: None
-) -> dict[str, Any]:
+def measure_time(trainer: Trainer) -> dict[str, Any]:
     """Seconds per training step of every method and base.
 
     They run in alternation, so that a busy moment of the machine hits all alike. What is timed: the
@@ -359,7 +360,9 @@ def measure_time(
     )
     count = max(1, min(len(everyone), together, trainer.max_replicas or together))
 
-    runs, lengths, seconds = {}, {}, {name: [] for name in timed}  # type: ignore[var-annotated]
+    runs: dict[str, Runs] = {}
+    lengths: dict[str, int] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
     for name, method in timed.items():
         lowest = min(method.learning_rates)  # stays finite; the time does not depend on the rate
         runs[name] = trainer.start(method, [(lowest, seed) for _, seed in everyone[:count]])
@@ -368,8 +371,11 @@ def measure_time(
         # Warm-up compiles each form of the step: cold start, refresh, plain.
         for step in range(2 * lengths[name]):
             jax.block_until_ready(runs[name].advance(step))
-        advance(1)
-    for done in range(TIMING_ROUNDS):
+    least, most = TIMING_ROUNDS
+    end = time.perf_counter() + TIMING_SECONDS
+    for done in range(most):
+        if done >= least and time.perf_counter() > end:
+            break
         for name in timed if done % 2 == 0 else reversed(timed):
             first = (2 + done) * lengths[name]
             begin = time.perf_counter()
@@ -377,10 +383,9 @@ def measure_time(
                 loss = runs[name].advance(step)
             jax.block_until_ready(loss)
             seconds[name].append((time.perf_counter() - begin) / lengths[name])
-            advance(1)
     return {
         "runs_together": count,
-        "rounds": TIMING_ROUNDS,
+        "rounds": len(seconds[plan.methods[0].name]),
         "seconds_per_step": {name: statistics.median(values) for name, values in seconds.items()},
         "relative_to_base": {
             method.name: statistics.median(

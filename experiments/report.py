@@ -19,6 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from rich import box
 from rich.table import Table
 
 from experiments import methods
@@ -80,13 +81,13 @@ def _accuracy(row: Row, config: dict[str, Any]) -> str:
 def _to_target(row: Row, key: str, config: dict[str, Any]) -> str:
     if row[key] is not None:
         return _count(row[key])
-    return f"{row['seeds_at_target']} of {config['seeds']} seeds"
+    return f"{row['seeds_at_target']} of {config['seeds']}"
 
 
 def _time(row: Row) -> str:
     if row["time_relative_to_base"] is None:
         return f"{1000 * row['seconds_per_step']:.2f} ms"
-    return f"{row['time_relative_to_base']:.2f} × {row['base']}"
+    return f"{row['time_relative_to_base']:.2f} ×"
 
 
 def cells(row: Row, config: dict[str, Any]) -> list[str]:
@@ -103,18 +104,18 @@ def cells(row: Row, config: dict[str, Any]) -> list[str]:
     ]
 
 
-def headers(config: dict[str, Any]) -> list[str]:
-    """The table's column names."""
+def headers(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """The table's column names: in full, and short enough for a terminal of 80 columns."""
     target = f"{100 * config['target']:g}%"
     return [
-        "method",
-        "learning rate",
-        "test accuracy %",
-        "validation %",
-        f"steps to {target}",
-        f"gradients to {target}",
-        "time per step",
-        "state / parameters",
+        ("method", "method"),
+        ("learning rate", "rate"),
+        ("test accuracy %", "test %"),
+        ("validation accuracy %", "val. %"),
+        (f"steps to {target}", f"steps\nto {target}"),
+        (f"gradients to {target}", f"grads\nto {target}"),
+        ("time per step", "time\nper step"),
+        ("state / parameters", "state\n/ par."),
     ]
 
 
@@ -126,9 +127,16 @@ def best(rows: Sequence[Row]) -> float:
 def table(results: Results) -> Table:
     """The table for a terminal; the highest test accuracy is bold."""
     config, rows = results["config"], results["rows"]
-    view = Table(title=f"{config['task']}, {config['model']}, {config['steps']} steps")
-    for i, name in enumerate(headers(config)):
-        view.add_column(name, justify="right" if i else "left", no_wrap=i in (0, 6))
+    view = Table(
+        title=f"{config['task']}, {config['model']}, {config['steps']} steps",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
+    for i, (_, name) in enumerate(headers(config)):
+        view.add_column(name, justify="right" if i else "left", vertical="bottom", no_wrap=True)
     for row in rows:
         bold = "bold" if row["test_accuracy"] == best(rows) else None
         view.add_row(*cells(row, config), style=bold)
@@ -143,6 +151,12 @@ def footnotes(results: Results) -> list[str]:
     error = "mean ± standard error over the seeds (below two errors a difference means little)"
     if config["seeds"] == 1:
         error = "one seed, so without an error: take no ranking from it"
+    bases: dict[str, list[str]] = {}
+    for row in rows:
+        if row["base"] is not None:
+            bases.setdefault(row["base"], []).append(row["method"])
+    pairs = "; ".join(f"{base} ({', '.join(names)})" for base, names in bases.items())
+    relative = f"× means times the base: {pairs}." if bases else ""
     notes = [
         (
             f"Budget: {rates} learning rates x {seeds} per method, {config['steps']} steps of "
@@ -166,7 +180,8 @@ def footnotes(results: Results) -> list[str]:
         *notes,
         (
             "To the target: mean over the seeds of the first validation (every "
-            f"{config['eval_every']} steps) at or above it; if not all seeds get there, how many."
+            f"{config['eval_every']} steps) at or above it; if not all seeds get there, how many "
+            "do."
         ),
         (
             "Gradients: mini-batch gradient evaluations; a Hessian-vector product counts as two, "
@@ -174,11 +189,11 @@ def footnotes(results: Results) -> list[str]:
             f"{config['batch_size']}."
         ),
         (
-            f"Time: median of {timing['rounds']} rounds, methods in alternation, of the compiled "
-            f"step that trains {timing['runs_together']} runs at once, with its curvature "
-            "refreshes; without compilation, first (cold) refresh and evaluation. State: bytes of "
-            "optimizer state / bytes of parameters."
+            f"Time: of the compiled step that trains {timing['runs_together']} runs at once, with "
+            "its curvature refreshes, without compilation, first (cold) refresh and evaluation; "
+            f"median of {timing['rounds']} rounds, methods in alternation. {relative}"
         ),
+        "State: bytes of optimizer state / bytes of parameters.",
     ]
 
 
@@ -431,7 +446,7 @@ _PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).fr
 <h1>{{ title }}</h1>
 <p class="lead">{{ lead }}</p>
 <div class="scroll"><table class="numbers">
-<thead><tr>{% for name in headers %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<thead><tr>{% for name in headers %}<th scope="col">{{ name[0] }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in lines %}<tr{% if row.best %} class="best"{% endif %}>
   <td><span class="key" style="background: {{ row.color }}"></span>{{ row.cells[0] }}</td>
