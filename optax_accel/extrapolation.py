@@ -27,9 +27,9 @@ import optax
 from jax import lax
 
 from optax_accel._arguments import check_choice, check_number, value_of
+from optax_accel._random import as_key, map_with_keys
 from optax_accel.hyperparams import with_schedules
 from optax_accel.objective import as_objective, check_params, vary_over
-from optax_accel.sampling import as_key
 
 PyTree = Any
 Direction = Literal[
@@ -369,7 +369,4 @@ def _noise(key: jax.Array, params: PyTree, direction: str) -> PyTree:
         norms = [jnp.sqrt(jnp.sum(a.astype(dtype) ** 2, axes, keepdims=True)) for a in (noise, x)]
         return noise / (norms[0] + 1e-6) * norms[1]
 
-    leaves, treedef = jax.tree.flatten(params)
-    return jax.tree.unflatten(
-        treedef, [leaf_noise(jax.random.fold_in(key, i), leaf) for i, leaf in enumerate(leaves)]
-    )
+    return map_with_keys(leaf_noise, key, params)

@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax import lax
 
 from optax_accel._arguments import check_integer, check_number, value_of
+from optax_accel._random import as_key, hash_bits, map_with_keys
 
 PyTree = Any
 Sampler = Callable[[jax.Array, PyTree, Any], PyTree]
@@ -35,7 +34,7 @@ def bernoulli_per_element(key: jax.Array, tree: PyTree, rate: Any) -> PyTree:
 
     Random bits dominate the cost of a mask: eight bits an entry from JAX's threefry take two to
     three times as long as a whole Adam update on a CPU.  Here each entry hashes its index with two
-    key words of its leaf, drawn from ``key``: a counter-based generator of seven integer operations
+    key words of its leaf, drawn from ``key``: a counter-based generator of a few integer operations
     that fuses into the update and needs no memory.  It is made for masks, not for cryptography.
 
     Args:
@@ -56,9 +55,9 @@ def bernoulli_per_element(key: jax.Array, tree: PyTree, rate: Any) -> PyTree:
     limit = (jnp.asarray(rate, jnp.float32) * 2**24).astype(jnp.uint32)
 
     def mask(leaf_key: jax.Array, leaf: jax.Array) -> jax.Array:
-        return _hash_indices(jax.random.bits(leaf_key, (2,), jnp.uint32), leaf.shape) >> 8 < limit
+        return hash_bits(leaf_key, leaf.shape) >> 8 < limit
 
-    return _map_with_keys(mask, key, tree)
+    return map_with_keys(mask, key, tree)
 
 
 def bernoulli_per_tensor(key: jax.Array, tree: PyTree, rate: Any) -> PyTree:
@@ -78,7 +77,7 @@ def bernoulli_per_tensor(key: jax.Array, tree: PyTree, rate: Any) -> PyTree:
       >>> bernoulli_per_tensor(jax.random.key(0), {"w": jnp.zeros((3, 2))}, 1.0)["w"].tolist()
       True
     """
-    return _map_with_keys(lambda k, _: jax.random.uniform(k) < rate, key, tree)
+    return map_with_keys(lambda k, _: jax.random.uniform(k) < rate, key, tree)
 
 
 class SampleGradientsState(NamedTuple):
@@ -256,44 +255,3 @@ def _scale_by_port_adam(
         return new_updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
-
-
-def as_key(key: jax.Array | int) -> jax.Array:
-    """A typed PRNG key from a key of either kind or an integer seed.
-
-    Raises:
-      TypeError: it is neither.
-    """
-    if isinstance(key, int) and not isinstance(key, bool):
-        return jax.random.key(key)
-    if isinstance(key, jax.Array):
-        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            return key
-        if key.dtype == jnp.uint32 and key.shape == (2,):
-            return jax.random.wrap_key_data(key)
-    raise TypeError(f"`key` must be a PRNG key (jax.random.key(0)) or an integer, got {key!r}.")
-
-
-def _map_with_keys(fn: Callable[[jax.Array, Any], Any], key: jax.Array, tree: PyTree) -> PyTree:
-    leaves, treedef = jax.tree.flatten(tree)
-    return jax.tree.unflatten(
-        treedef, [fn(jax.random.fold_in(key, i), leaf) for i, leaf in enumerate(leaves)]
-    )
-
-
-def _hash_indices(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """32 pseudo-random bits for every index of an array, from two key words.
-
-    The finalizer "lowbias32" (C. Wellons, hash prospector, 2018), with the second key word mixed in
-    between its two multiplications, so that masks of two keys are not permutations of each other.
-    """
-    index = jnp.zeros(shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(len(shape))):
-        position = lax.broadcasted_iota(jnp.uint32, shape, axis)
-        index = index + position * np.uint32(stride % 2**32)
-        stride *= shape[axis]
-    bits = index ^ words[0]
-    bits = (bits ^ (bits >> 16)) * np.uint32(0x7FEB352D)
-    bits = (bits ^ (bits >> 15) ^ words[1]) * np.uint32(0x846CA68B)
-    return bits ^ (bits >> 16)

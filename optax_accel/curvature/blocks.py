@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optax_accel._random import hash_bits, map_with_keys
+
 PyTree = Any
 
 
@@ -86,16 +88,13 @@ def rows(block: PyTree, start: int, stop: int) -> PyTree:
     return jax.tree.map(lambda b: b[start:stop], block)
 
 
-def random_normal(key: jax.Array, like: PyTree, num: int) -> PyTree:
-    """A block of ``num`` standard normal vectors with the shapes and dtypes of ``like``."""
-    leaves, treedef = jax.tree.flatten(like)
-    return jax.tree.unflatten(
-        treedef,
-        [
-            jax.random.normal(jax.random.fold_in(key, i), (num, *leaf.shape), leaf.dtype)
-            for i, leaf in enumerate(leaves)
-        ],
-    )
+def random(key: jax.Array, like: PyTree) -> PyTree:
+    """A vector of uniform entries in [-1, 1), with the shapes and dtypes of ``like``."""
+
+    def leaf(leaf_key: jax.Array, x: Any) -> jax.Array:
+        return (hash_bits(leaf_key, x.shape).astype(x.dtype) * 2.0**-31 - 1).astype(x.dtype)
+
+    return map_with_keys(leaf, key, like)
 
 
 def identity(like: PyTree) -> PyTree:

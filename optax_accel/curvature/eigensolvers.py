@@ -107,8 +107,8 @@ def lanczos(
         exhausted = beta <= tolerance * scale
 
         def restart() -> PyTree:
-            fresh = blocks.random_normal(jax.random.fold_in(restart_key, i), like, 1)
-            vector, _ = orthogonalize(jax.tree.map(lambda x: x[0], fresh), basis)
+            fresh = blocks.random(jax.random.fold_in(restart_key, i), like)
+            vector, _ = orthogonalize(fresh, basis)
             return scaled(vector, 1 / norm(vector))
 
         def proceed() -> PyTree:
@@ -123,7 +123,7 @@ def lanczos(
         off_diagonal = off_diagonal.at[i].set(jnp.where(exhausted, 0, beta))
         return basis, diagonal, off_diagonal, scale
 
-    first = jax.tree.map(lambda x: x[0], blocks.random_normal(start_key, like, 1))
+    first = blocks.random(start_key, like)
     first = scaled(first, 1 / norm(first))
     basis = jax.tree.map(lambda x: jnp.zeros((num_products, *x.shape), x.dtype), first)
     zeros = jnp.zeros((num_products,), dtype)

@@ -32,6 +32,11 @@ def operator(spectrum):
 LIKE = {"a": np.zeros((5, 6)), "b": np.zeros(10)}
 
 
+def random_basis(like, num):
+    rows = jax.vmap(lambda key: blocks.random(key, like))(jax.random.split(jax.random.key(0), num))
+    return blocks.orthonormalize(rows)
+
+
 def as_matrix(block):
     return np.concatenate([np.asarray(block["a"]).reshape(-1, 30), np.asarray(block["b"])], axis=1)
 
@@ -83,9 +88,7 @@ def test_lanczos_refuses_impossible_sizes():
 def test_sweeps_converge_to_the_algebraic_top_despite_large_negative_curvature(x64):
     matrix, product = operator(SPECTRA["negative"])
     products = jax.jit(jax.vmap(product))
-    basis = blocks.orthonormalize(
-        blocks.random_normal(jax.random.key(0), jax.tree.map(jnp.asarray, LIKE), 3)
-    )
+    basis = random_basis(jax.tree.map(jnp.asarray, LIKE), 3)
     for _ in range(300):
         values, basis, _ = subspace_sweep(products, basis, shift=jnp.asarray(30.0))
     np.testing.assert_allclose(values, [8, 6, 4], rtol=1e-6)
@@ -95,7 +98,7 @@ def test_sweeps_converge_to_the_algebraic_top_despite_large_negative_curvature(x
 
 def test_a_sweep_of_a_singular_operator_keeps_an_orthonormal_basis():
     diagonal = jnp.array([2.0, 0.0, 0.0, 0.0, 0.0])
-    basis = blocks.orthonormalize(blocks.random_normal(jax.random.key(0), diagonal, 3))
+    basis = random_basis(diagonal, 3)
     for scale in (1.0, 0.0):
         for _ in range(3):
             _, basis, _ = subspace_sweep(
