@@ -179,7 +179,10 @@ def test_optimizer_gets_all_extra_arguments(mlp, batch):
     np.testing.assert_allclose(given["loss"], loss, rtol=1e-6)
     np.testing.assert_allclose(given["curvature"], on_curvature, rtol=1e-6)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), given["grad"], grads)
+    # Both sides fuse differently: entries that nearly cancel differ by a rounding of the terms.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), given["grad"], grads
+    )
     # Without curvature and refresh neither is passed, so that plain Optax optimizers work.
     jax.eval_shape(lambda s: engine.train_step(tx, graphdef, s, x, y), state)
 
