@@ -25,6 +25,7 @@ import json
 import math
 import platform
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -363,13 +364,19 @@ class MetricFiles:
         self.columns = columns
         jsonl, table = folder / "metrics.jsonl", folder / "metrics.csv"
         header = ",".join(columns) + "\n"
-        rows = self._first_lines(jsonl, step, None)
-        cli.write_atomic(jsonl, "".join(rows))
+        lines = self._first_lines(jsonl, step, None)
         cli.write_atomic(table, header + "".join(self._first_lines(table, step, header)))
-        self.seconds = float(json.loads(rows[-1])["seconds"]) if rows else 0.0
+        cli.write_atomic(jsonl, "".join(lines))
+        rows: list[Row] = [json.loads(line) for line in lines]
+        self.seconds = float(rows[-1]["seconds"] or 0) if rows else 0.0
         self._jsonl = jsonl.open("a", encoding="utf-8")
         self._csv = table.open("a", encoding="utf-8", newline="")
-        self._events = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        # A killed run may have lost events that its writer still held in a queue, so the event
+        # files are made anew from the rows.
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        self._events = tensorboardX.SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
+        for row in rows:
+            self._add_events(row)
 
     @staticmethod
     def _first_lines(path: Path, number: int, header: str | None) -> list[str]:
@@ -392,18 +399,17 @@ class MetricFiles:
         for row in rows:
             writer.writerow(row)
             self._jsonl.write(json.dumps(row, allow_nan=False) + "\n")
-            for name, value in row.items():
-                if value is not None and name not in ("step", "epoch", "seconds"):
-                    split, _, short = name.partition("_")
-                    tag = f"validation/{short}" if split == "validation" else f"train/{name}"
-                    self._events.add_scalar(tag, value, row["step"])
+            self._add_events(row)
         self._csv.write(table.getvalue())
         self._jsonl.flush()
         self._csv.flush()
 
-    def flush(self) -> None:
-        """Writes the event files, which are buffered."""
-        self._events.flush()
+    def _add_events(self, row: Row) -> None:
+        for name, value in row.items():
+            if value is not None and name not in ("step", "epoch", "seconds"):
+                split, _, short = name.partition("_")
+                tag = f"validation/{short}" if split == "validation" else f"train/{name}"
+                self._events.add_scalar(tag, value, row["step"])
 
     def close(self) -> None:
         """Closes all files."""
@@ -622,7 +628,6 @@ def train(
             if save or len(pending) == parallel.FETCH_EVERY or time.monotonic() - fetched > 0.5:
                 fetch()
             if save:
-                files.flush()
                 checkpoints.save(done, runner.get_state(state), data=batches.get_state())
 
         if done < plan.steps:
