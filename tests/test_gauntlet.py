@@ -46,7 +46,7 @@ class Case:
     rates: tuple[float, ...] = SGD_RATES
     optimizes: str = "everything"  # or "bulk", "dominant": the rest it must not touch
     refresh: Callable[[int], bool | str | None] | None = None  # in a host-driven loop
-    slow: bool = False  # for what another case contains
+    slow: bool = False  # for variants of what another case covers
 
 
 def from_catalogue(name: str) -> Case:
@@ -81,6 +81,7 @@ CASES = (
         ),
         ADAM_RATES,
         refresh=lambda step: oa.refresh_at(step, refresh_every=2, start_step=1),
+        slow=True,
     ),
     chained("scale_by_demon", oa.scale_by_demon(NUM_STEPS, nesterov=True)),
     chained("scale_by_demon_adam", oa.scale_by_demon_adam(NUM_STEPS, form="ema"), rates=ADAM_RATES),
