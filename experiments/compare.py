@@ -169,26 +169,20 @@ def open_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
     """Makes the run's folder, or checks that the one there belongs to the same run.
 
     Raises:
-      UsageError: the folder belongs to another run or is not a run's folder at all.
+      UsageError: the folder belongs to another run or is not a comparison's folder at all.
     """
     path = folder / "config.json"
-    if folder.exists() and not path.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder} exists and is not a comparison's folder; give another --name")
-    if path.exists():
+    if folder.exists() and any(folder.iterdir()):
+        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if "methods" not in old:
+            raise UsageError(f"{folder} is not a comparison's folder; give another --name")
         if overwrite:
             shutil.rmtree(folder)
-        else:
-            try:
-                old = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                raise UsageError(
-                    f"{path} is not valid JSON; give another --name, or --overwrite to replace it"
-                ) from None
-            if difference := first_difference(old, config):
-                raise UsageError(
-                    f"{folder} holds a run with {difference}; give another --name, --overwrite "
-                    "to replace it, or the old settings to continue it"
-                )
+        elif difference := first_difference(old, config):
+            raise UsageError(
+                f"{folder} holds a run with {difference}; give another --name, --overwrite "
+                "to replace it, or the old settings to continue it"
+            )
     (folder / "metrics").mkdir(parents=True, exist_ok=True)
     cli.write_atomic(path, cli.to_json(config))
 
@@ -342,7 +336,8 @@ def train_missing(
     together = "" if size == len(todo) else f", {size} at a time"
     seconds = time.perf_counter() - begin
     progress.console.print(
-        f"  {method.name:<18} {len(todo)} runs of {plan.steps} steps{together}: {seconds:.1f} s"
+        f"  {method.name:<18} {report.plural(len(todo), 'run')} of "
+        f"{report.plural(plan.steps, 'step')}{together}: {seconds:.1f} s"
     )
     return records
 
@@ -402,17 +397,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
         folder = options.runs_dir / (options.name or f"{plan.task.name}-{digest}")
         open_folder(folder, config, options.overwrite)
-    except ValueError as error:
+    except json.JSONDecodeError as error:
+        print(f"error: {folder / 'config.json'} is broken: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
     console = Console(highlight=False)
     if not console.is_terminal:  # a file or a pipe has no width of its own
         console = Console(highlight=False, width=100)
-    rates = len(plan.methods[0].learning_rates)
     console.print(
-        f"{plan.task.name}, {plan.model}: {len(plan.methods)} methods x {rates} learning rates x "
-        f"{plan.seeds} seeds, {plan.steps} steps of {plan.batch_size} examples -> {folder}"
+        f"{plan.task.name}, {plan.model}: {report.plural(len(plan.methods), 'method')} x "
+        f"{len(plan.methods[0].learning_rates)} learning rates x "
+        f"{report.plural(plan.seeds, 'seed')}, {report.plural(plan.steps, 'step')} of "
+        f"{report.plural(plan.batch_size, 'example')} -> {folder}"
     )
     try:
         trainer = Trainer(
@@ -423,6 +422,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = run(plan, folder, trainer, console)
         cli.write_atomic(folder / "results.json", cli.to_json(results))
         report.write_all(folder, results)
+    except json.JSONDecodeError as error:
+        print(f"error: a file in {folder} is broken: {error}; delete it", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(
             f"interrupted: finished runs are kept in {folder}; the same command continues",

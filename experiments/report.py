@@ -63,6 +63,11 @@ def percent(mean: float, error: float | None) -> str:
     return f"{100 * mean:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
 
 
+def plural(number: int, noun: str) -> str:
+    """``3 seeds`` or ``1 seed``."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 def _count(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
 
@@ -147,7 +152,9 @@ def footnotes(results: Results) -> list[str]:
     """What a reader has to know before believing the table."""
     config, timing, rows = results["config"], results["timing"], results["rows"]
     rates = len(rows[0]["rates"])
-    seeds = f"{config['seeds']} seed" + ("s" if config["seeds"] > 1 else "")
+    seeds = plural(config["seeds"], "seed")
+    together = timing["runs_together"]
+    step = "step of one run" if together == 1 else f"step that trains {together} runs at once"
     error = "mean ± standard error over the seeds (below two errors a difference means little)"
     if config["seeds"] == 1:
         error = "one seed, so without an error: take no ranking from it"
@@ -189,8 +196,8 @@ def footnotes(results: Results) -> list[str]:
             f"{config['batch_size']}."
         ),
         (
-            f"Time: of the compiled step that trains {timing['runs_together']} runs at once, with "
-            "its curvature refreshes, without compilation, first (cold) refresh and evaluation; "
+            f"Time: of the compiled {step}, with its curvature refreshes, without compilation, "
+            "first (cold) refresh and evaluation; "
             f"median of {timing['rounds']} rounds, methods in alternation. {relative}"
         ),
         "State: bytes of optimizer state / bytes of parameters.",

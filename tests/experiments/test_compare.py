@@ -184,9 +184,27 @@ def test_another_configuration_is_refused(here: Path, capsys: pytest.CaptureFixt
 def test_a_strange_folder_is_left_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "runs/a").mkdir(parents=True)
     (here / "runs/a/thesis.txt").write_text("years of work")
-    assert run(*TINY, "--name", "a", "--overwrite") == 2
-    assert "not a comparison's folder" in capsys.readouterr().err
-    assert (here / "runs/a/thesis.txt").exists()
+    # One with settings, but those of a training run.
+    for settings in (None, '{"task": "digits", "method": "sgd"}'):
+        if settings is not None:
+            (here / "runs/a/config.json").write_text(settings)
+        assert run(*TINY, "--name", "a", "--overwrite") == 2
+        assert "not a comparison's folder" in capsys.readouterr().err
+        assert (here / "runs/a/thesis.txt").exists()
+    # A file where the folder should be.
+    (here / "runs/b").write_text("")
+    assert run(*TINY, "--name", "b") == 2
+    assert "runs/b" in capsys.readouterr().err
+
+
+def test_broken_files_are_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*TINY, "--name", "a") == 0
+    (here / "runs/a/metrics/adam.jsonl").write_text("{half a li")
+    assert run(*TINY, "--name", "a") == 2
+    assert f"a file in {Path('runs/a')} is broken" in capsys.readouterr().err
+    (here / "runs/a/config.json").write_text("{")
+    assert run(*TINY, "--name", "a") == 2
+    assert f"{Path('runs/a/config.json')} is broken" in capsys.readouterr().err
 
 
 def test_interrupted_and_continued(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
