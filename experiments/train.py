@@ -365,9 +365,12 @@ class MetricFiles:
         jsonl, table = folder / "metrics.jsonl", folder / "metrics.csv"
         header = ",".join(columns) + "\n"
         lines = self._first_lines(jsonl, step, None)
+        try:
+            rows: list[Row] = [json.loads(line) for line in lines]
+        except ValueError:
+            raise UsageError(f"{jsonl} is damaged; give another --name to start again") from None
         cli.write_atomic(table, header + "".join(self._first_lines(table, step, header)))
         cli.write_atomic(jsonl, "".join(lines))
-        rows: list[Row] = [json.loads(line) for line in lines]
         self.seconds = float(rows[-1]["seconds"] or 0) if rows else 0.0
         self._jsonl = jsonl.open("a", encoding="utf-8")
         self._csv = table.open("a", encoding="utf-8", newline="")

@@ -340,6 +340,9 @@ def test_damaged_run_is_refused(finished, capsys):
     assert train.main(resume) == 2
     assert "metrics.jsonl holds 7 of the 12 steps" in capsys.readouterr().err
     assert len(rows(finished)) == 7
+    metrics.write_text("\n" * 12)
+    assert train.main(resume) == 2
+    assert "metrics.jsonl is damaged" in capsys.readouterr().err
     (finished / "config.json").write_text("{}")
     assert train.main(resume) == 2
     assert "config.json is not the config.json of a run" in capsys.readouterr().err
