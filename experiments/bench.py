@@ -214,6 +214,10 @@ def verdict(row: dict[str, Any]) -> str:
     return f"<= {row['target']:.2f} {'pass' if row['ratio'][1] <= row['target'] else 'FAIL'}"
 
 
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
 def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     """Medians, with quartiles in brackets; each base is followed by its methods."""
     view = Table(
@@ -229,7 +233,7 @@ def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
         view.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         low, median, high = row["milliseconds"]
-        time = f"{median:#.3g} ({low:#.3g}–{high:#.3g})"
+        time = f"{_short(median)} ({_short(low)}–{_short(high)})"
         if row["base"] is None:
             view.add_row(row["name"], time, "", "", style="bold")
         else:
@@ -263,13 +267,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not console.is_terminal:
         console = Console(highlight=False, width=100)
     side = max(1, math.isqrt(options.parameters // 10))
-    machine = {
+    machine: dict[str, Any] = {
         "jax": jax.__version__,
         "optax": optax.__version__,
         "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
+        "cores": os.cpu_count() or 1,
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else 0.0,
     }
     console.print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    if machine["load"] > 0.5 * machine["cores"]:
+        console.print(
+            "other programs keep this machine busy: mind the quartiles, or come back later"
+        )
     questions: dict[str, tuple[str, Callable[..., list[Case]]]] = {
         "update": (
             f"update + apply, {10 * side * side:,} parameters",
