@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(", ".join(f"{key} {value}" for key, value in machine.items()))
     if machine["load"] > 0.5 * machine["cores"]:
         console.print(
-            "other programs keep this machine busy: mind the quartiles, or come back later"
+            "other programs keep the machine busy: mind the quartiles, or come back later"
         )
     questions: dict[str, tuple[str, Callable[..., list[Case]]]] = {
         "update": (
