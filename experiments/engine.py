@@ -16,6 +16,7 @@ from flax import nnx
 from jax import lax
 
 import optax_accel as oa
+from optax_accel.objective import vary_over
 
 PyTree = Any
 Batch = tuple[jax.Array, jax.Array]
@@ -131,7 +132,7 @@ def train_step(
         return _cross_entropy(logits, y), rest
 
     (loss, rest), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-        _varying(state.params, axis_name)
+        vary_over(state.params, axis_name)
     )
     if axis_name is not None:
         loss, grads = lax.pmean((loss, grads), axis_name)
@@ -211,17 +212,6 @@ def _forward(
 
 def _cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
-
-
-def _varying(tree: PyTree, axis_name: str | None) -> PyTree:
-    """Marks replicated values as differing between replicas.
-
-    Under ``shard_map`` the gradient with respect to a replicated value is summed over the axis
-    behind the scenes; the mean taken afterwards would then be too large by the axis size.
-    """
-    if axis_name is None or axis_name not in jax.sharding.get_abstract_mesh().manual_axes:
-        return tree
-    return jax.tree.map(lambda leaf: lax.pcast(leaf, axis_name, to="varying"), tree)
 
 
 def _mean_if_float(leaf: jax.Array, axis_name: str) -> jax.Array:

@@ -90,9 +90,16 @@ class Method:
         context = Context(total_steps, num_classes, seed, axis_name)
         return optax.with_extra_args_support(self.make(learning_rate, context))
 
-    def refresh(self, step: int) -> bool | str | None:
-        """The static ``refresh`` argument of the update at a step; None without curvature."""
-        return None if self.refresh_every is None else oa.refresh_at(step, self.refresh_every)
+    def refresh(self, step: int, *, cold_start: bool = True) -> bool | str | None:
+        """The static ``refresh`` argument of the update at a step; None without curvature.
+
+        Args:
+          step: zero-based training step.
+          cold_start: as in :func:`optax_accel.refresh_at`.
+        """
+        if self.refresh_every is None:
+            return None
+        return oa.refresh_at(step, self.refresh_every, cold_start=cold_start)
 
     def products(self, refresh: bool | str | None, params: Any, num_classes: int) -> int:
         """Hessian-vector products that an update with this ``refresh`` argument makes."""

@@ -111,9 +111,12 @@ class Trainer:
             for name, split in (("validation", task.validation), ("test", task.test))
         }
         self.max_replicas = max_replicas
+        # Two things that XLA does slowly on a CPU: grouped convolutions, which vmapped weights
+        # make, and convolutions in loops, which the Lanczos start makes (jax#12868).
+        self.cold_start = True
         if models.is_convolutional(plan.model) and jax.default_backend() == "cpu":
-            # Vmapped weights make grouped convolutions, which are slow on a CPU.
             self.max_replicas = 1
+            self.cold_start = False
         self.memory = free_memory() / 2 if memory is None else memory
         split = [
             engine.split(
@@ -184,7 +187,11 @@ class Trainer:
         """Hessian-vector products of every step."""
         params, classes = self.weights[0][0], self.plan.task.num_classes
         count = functools.cache(lambda refresh: method.products(refresh, params, classes))
-        return [count(method.refresh(step)) for step in range(self.plan.steps)]
+        return [count(self.refresh(method, step)) for step in range(self.plan.steps)]
+
+    def refresh(self, method: methods.Method, step: int) -> bool | str | None:
+        """The static ``refresh`` argument of a method's step."""
+        return method.refresh(step, cold_start=self.cold_start)
 
     def gradient_evaluations(self, method: methods.Method) -> np.ndarray:
         """Cumulative cost after 0, 1, ..., `plan.steps` steps, in mini-batch gradients.
@@ -335,7 +342,7 @@ class Runs:
             trainer.curvature[self.seeds],
             trainer.train_x,
             trainer.train_y,
-            refresh=self.method.refresh(step),
+            refresh=trainer.refresh(self.method, step),
         )
         return loss
 

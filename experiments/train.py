@@ -608,8 +608,10 @@ def train(
         # The loop.
         done = start
         stopped_by = None
+        # XLA runs the convolutions of the Lanczos loop many times slower on a CPU (jax#12868).
+        cold_start = plan.devices[0].platform != "cpu" or not models.is_convolutional(plan.model)
         while done < plan.steps and stopped_by is None:
-            refresh = method.refresh(done)
+            refresh = method.refresh(done, cold_start=cold_start)
             batch = next(batches)
             state, metrics = runner.step(state, batch, curvature if refresh else None, refresh)
             done += 1

@@ -74,8 +74,8 @@ def check_real_leaves(params: Any, method: str) -> None:
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
                 f"{method} works on real floating-point parameters, but the leaf "
-                f"{jax.tree_util.keystr(path) or '(root)'} has dtype {dtype}; exclude it with "
-                "`mask=`."
+                f"{jax.tree_util.keystr(path) or '(root)'} has dtype {dtype}; leave it out of "
+                "what is differentiated (`mask=`, where there is one)."
             )
 
 

@@ -26,7 +26,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_accel._arguments import check_choice, check_number, value_of
+from optax_accel._arguments import check_choice, check_number, check_real_leaves, value_of
+from optax_accel._masking import Mask, merge, select
 from optax_accel._random import as_key, map_with_keys
 from optax_accel.hyperparams import with_schedules
 from optax_accel.objective import as_objective, check_params, vary_over
@@ -72,7 +73,7 @@ def extragradient(
     axis_name: str | None = None,
     trust_ratio: bool = False,
     key: jax.Array | int = 0,
-    mask: PyTree = None,
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Feeds any transformation the gradient of an extrapolated point.
 
@@ -112,8 +113,8 @@ def extragradient(
         the direction's (1 if either is 0), as LARS scales steps.  Our reading of the paper's
         layer-wise variant.
       key: PRNG key or integer seed of the noise; under ``axis_name`` each replica draws its own.
-      mask: pytree of booleans like the parameters: leaves to extrapolate; the others stay at
-        ``params``.  ``None``: all.
+      mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
+        parameters to one: leaves to extrapolate; the others stay at ``params``.  ``None``: all.
 
     Returns:
       A transformation with state :class:`ExtragradientState`.
@@ -140,6 +141,8 @@ def extragradient(
             "extragradient: direction 'inner_update' advances the inner state with the incoming "
             "gradient, which must be the same on all replicas; leave `axis_name` out."
         )
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(f"`inner` must be an Optax transformation, got {inner!r}.")
     inner = optax.with_extra_args_support(inner)
     initial_key = as_key(key) if direction in _NOISE else None
     name = "extragradient"
@@ -147,6 +150,7 @@ def extragradient(
     def init_fn(params: PyTree) -> ExtragradientState:
         if direction != "none":
             check_params(params, name)
+            check_real_leaves(params, name)
         return ExtragradientState(
             count=jnp.zeros((), jnp.int32),
             value=jnp.full((), jnp.inf, jnp.float32),
@@ -187,8 +191,8 @@ def extragradient(
         inner_state = state.inner_state
 
         if direction == "inner_update":
-            ahead, inner_state = inner.update(updates, inner_state, params, **inner_args)
-            step = jax.tree.map(jnp.negative, ahead)
+            own, inner_state = inner.update(updates, inner_state, params, **inner_args)
+            step = jax.tree.map(jnp.negative, own)
         elif direction == "past":
             step = state.past
         elif state.key is not None:
@@ -209,7 +213,8 @@ def extragradient(
         else:
             step = updates if axis_name is None else objective.grad(point)
 
-        half = _extrapolate(point, step, rate, trust_ratio, mask)
+        ahead = _extrapolate(select(point, mask), select(step, mask), rate, trust_ratio)
+        half = merge(ahead, point, mask)
         value, own_gradient = objective.value_and_grad(half)
         gradient = own_gradient
         if axis_name is not None:
@@ -239,7 +244,7 @@ def extrap_sgd(
     axis_name: str | None = None,
     trust_ratio: bool = False,
     key: jax.Array | int = 0,
-    mask: PyTree = None,
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Extrap-SGD: SGD with (Nesterov) momentum on extrapolated gradients.
 
@@ -274,6 +279,7 @@ def extrap_sgd(
       >>> round(float(param + updates), 4)
       0.829
     """
+    check_number("learning_rate", learning_rate, allow_schedule=True)
     if momentum is not None:
         check_number("momentum", momentum, 0, 1, open_high=True)
     return extragradient(
@@ -336,9 +342,7 @@ def extra_adam(
     )
 
 
-def _extrapolate(
-    params: PyTree, step: PyTree, rate: Any, trust_ratio: bool, mask: PyTree
-) -> PyTree:
+def _extrapolate(params: PyTree, step: PyTree, rate: Any, trust_ratio: bool) -> PyTree:
     """``x - rate * step`` in the dtype of ``x``, leaf by leaf."""
 
     def move(x: jax.Array, xi: jax.Array) -> jax.Array:
@@ -350,9 +354,7 @@ def _extrapolate(
             scaled = scaled * jnp.where(usable, ours / jnp.where(usable, theirs, 1), 1)
         return (x.astype(wide) - scaled).astype(x.dtype)
 
-    if mask is None:
-        return jax.tree.map(move, params, step)
-    return jax.tree.map(lambda m, x, xi: move(x, xi) if m else x, mask, params, step)
+    return jax.tree.map(move, params, step)
 
 
 def _noise(key: jax.Array, params: PyTree, direction: str) -> PyTree:

@@ -95,7 +95,10 @@ def with_schedules(
             raise TypeError(f"with_schedules: {again[0]!r} is scheduled and was given again.")
 
         def values_at(count: jax.Array) -> dict[str, jax.Array]:
-            return {name: jnp.asarray(schedule(count)) for name, schedule in schedules.items()}
+            # With a dtype of its own, not a weak one: that is lost in a checkpoint, and a weak
+            # float32 times bfloat16 is bfloat16.
+            values = {name: jnp.asarray(schedule(count)) for name, schedule in schedules.items()}
+            return {name: value.astype(value.dtype) for name, value in values.items()}
 
         def inner(values: dict[str, jax.Array]) -> optax.GradientTransformationExtraArgs:
             return optax.with_extra_args_support(factory(*args, **kwargs, **values))

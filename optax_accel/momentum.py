@@ -101,6 +101,7 @@ def scale_by_demon(
       >>> tx = optax.chain(oa.scale_by_demon(decay_steps=1000), optax.scale_by_learning_rate(0.1))
       >>> state = tx.init(jnp.zeros(2))
     """
+    check_number("momentum", momentum, 0, 1, open_high=True)
     schedule = demon_schedule(momentum, decay_steps, delay_steps)
     return with_schedules(optax.trace, decay=schedule)(
         nesterov=nesterov, accumulator_dtype=accumulator_dtype
@@ -235,6 +236,8 @@ def scale_by_demon_adam(
     References:
       Chen et al., `Demon <https://arxiv.org/abs/1910.04952>`_, Algorithm 2 and footnote 1.
     """
+    if not callable(b1):
+        check_number("b1", b1, 0, 1, open_high=True)
     check_number("b2", b2, 0, 1, open_high=True)
     check_number("eps", eps, 0)
     check_choice("form", form, ("paper", "ema"))
@@ -274,7 +277,7 @@ def scale_by_demon_adam(
             return beta * m + (1 - beta) * g if average else g + beta * m
 
         def second_moment(g: jax.Array, v: jax.Array) -> jax.Array:
-            return b2 * v + (1 - b2) * g**2
+            return b2 * v + (1 - b2) * (g * g.conj()).real  # of the modulus, if complex
 
         def direction(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
             m, v = m / mu_norm, v / nu_norm

@@ -130,6 +130,10 @@ def sample_gradients(
       True
     """
     check_number("rate", rate, 0, 1, open_low=True, allow_schedule=True)
+    if not callable(sampler):
+        raise TypeError(
+            f"`sampler` must be a function (key, tree, rate) -> masks, got {sampler!r}."
+        )
     initial_key = as_key(key)
 
     def init_fn(params: PyTree) -> SampleGradientsState:

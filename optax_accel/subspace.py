@@ -13,13 +13,11 @@ methods of Zakarin, Singh, `Accelerating neural network training along sharp and
 <https://arxiv.org/abs/2505.11972>`_, 2025.
 
 Faithful: the projection acts on the applied update, at the parameters before the step, with one
-Faithful: the projection acts on the applied update, at the parameters before the step, with one
-  eigenspace of the whole parameter vector; dominant means algebraically largest.  Our reading: the
-  linear form with weights ``a`` and ``b``, which covers every linear interpolation (the second
-  paper's own formula was not available to us).  Ours: the eigenspace is tracked by warm-started
-  block sweeps instead of solved from scratch at every step, and on a curvature batch of the
-  caller's choice instead
-of the whole training set.
+eigenspace of the whole parameter vector; dominant means algebraically largest.  Our reading: the
+linear form with weights ``a`` and ``b``, which covers every linear interpolation (the second
+paper's own formula was not available to us).  Ours: the eigenspace is tracked by warm-started block
+sweeps instead of solved from scratch at every step, and on a curvature batch of the caller's choice
+instead of the whole training set.
 """
 
 from __future__ import annotations
@@ -39,11 +37,11 @@ from optax_accel._arguments import (
     check_real_leaves,
     value_of,
 )
+from optax_accel._masking import Mask, merge, select
 from optax_accel.curvature import BlockTracker, Eigenspace, blocks
 from optax_accel.objective import as_objective, check_params
 
 PyTree = Any
-Mask = PyTree | Callable[[PyTree], PyTree] | None
 BaseOptimizer = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
 Refresh = bool | str | None
 
@@ -67,13 +65,18 @@ class InterpolateSubspacesState(NamedTuple):
     active: jax.Array
 
 
-def refresh_at(step: int, refresh_every: int = 5, start_step: int = 0) -> bool | str:
+def refresh_at(
+    step: int, refresh_every: int = 5, start_step: int = 0, *, cold_start: bool = True
+) -> bool | str:
     """The ``refresh`` argument for a training loop that drives the eigenspace from the host.
 
     Args:
       step: zero-based training step, a Python integer.
       refresh_every: as the tracker's.
       start_step: as the transformation's.
+      cold_start: False for convolutional networks on a CPU, where the loop of the Lanczos start
+        runs many times slower than the same products outside it (jax#12868): the estimate then
+        grows from a random basis by a sweep in each of the first ten steps.
 
     Returns:
       ``"cold"`` at the first step, ``"warm"`` when a refresh is due, else ``False``.
@@ -83,9 +86,12 @@ def refresh_at(step: int, refresh_every: int = 5, start_step: int = 0) -> bool |
       >>> [refresh_at(step, refresh_every=2) for step in range(5)]
       ['cold', False, 'warm', False, 'warm']
     """
-    if step == start_step:
+    check_integer("refresh_every", refresh_every, 1)
+    elapsed = step - start_step
+    if cold_start and elapsed == 0:
         return "cold"
-    return "warm" if step > start_step and (step - start_step) % refresh_every == 0 else False
+    due = elapsed >= 0 and (elapsed % refresh_every == 0 or (elapsed < 10 and not cold_start))
+    return "warm" if due else False
 
 
 def interpolate_subspaces(
@@ -118,7 +124,8 @@ def interpolate_subspaces(
       CPU, and under ``vmap``, where a conditional runs both its branches): ``False`` keeps the
       basis, ``True`` refreshes it, ``"cold"`` and ``"warm"`` also say how; see :func:`refresh_at`.
 
-    Until there is a basis, and while the curvature is not finite, updates pass unchanged.
+    Until there is a basis, and while the curvature is not finite, updates pass unchanged.  Call
+    ``update`` under ``jit``: outside, the conditional is compiled anew at every step.
 
     Args:
       num_directions: k, usually the number of classes. 0: everything is bulk; at least the number
@@ -158,6 +165,8 @@ def interpolate_subspaces(
       0.3333
     """
     tracker = BlockTracker() if tracker is None else tracker
+    if not isinstance(tracker, BlockTracker):
+        raise TypeError(f"`tracker` must be a BlockTracker, got {tracker!r}.")
     check_integer("num_directions", num_directions, 0)
     check_number("dominant_weight", dominant_weight, allow_schedule=True)
     check_number("bulk_weight", bulk_weight, allow_schedule=True)
@@ -169,15 +178,16 @@ def interpolate_subspaces(
 
     def init_fn(params: PyTree) -> InterpolateSubspacesState:
         check_params(params, name)
-        selected = _select(params, mask)
+        selected = select(params, mask)
         check_real_leaves(selected, name)
         space = tracker.init(selected, num_directions)
-        zero = jnp.zeros((), space.shift.dtype)
+        # Two arrays, because one can be donated only once.
+        alignment, alignment_ema = (jnp.zeros((), space.shift.dtype) for _ in range(2))
         return InterpolateSubspacesState(
             count=jnp.zeros((), jnp.int32),
             space=space,
-            alignment=zero,
-            alignment_ema=zero,
+            alignment=alignment,
+            alignment_ema=alignment_ema,
             active=jnp.zeros((), bool),
         )
 
@@ -203,8 +213,8 @@ def interpolate_subspaces(
                 params=params,
                 why="track the dominant subspace of its Hessian",
             )
-            selected = _select(params, mask)
-            objective = objective.precompose(lambda part: _merge(part, params, mask))
+            selected = select(params, mask)
+            objective = objective.precompose(lambda part: merge(part, params, mask))
 
             def cold(old: Eigenspace) -> Eigenspace:
                 return tracker.cold_start(old, objective, selected)
@@ -221,13 +231,15 @@ def interpolate_subspaces(
             else:
                 space = {True: either, "cold": cold, "warm": warm}[refresh](space)
 
-        vector = _select(updates, mask)
+        vector = select(updates, mask)
         everything = k == blocks.dimension(vector)
         dominant, alignment = _dominant_component(vector, space, everything)
         measured = space.ready & tracked_from
         alignment = jnp.where(measured, alignment, 0)
         ema = alignment_decay * state.alignment_ema + (1 - alignment_decay) * alignment
         ema = jnp.where(state.space.ready, ema, alignment)
+        # One update that is not finite must not decide the switch for good.
+        ema = jnp.where(jnp.isfinite(ema), ema, state.alignment_ema)
         switched = True if switch_alignment is None else ema > switch_alignment
         # Without directions there is nothing to track and nothing to wait for.
         active = (tracked_from if k == 0 else measured) & switched | state.active
@@ -249,7 +261,7 @@ def interpolate_subspaces(
             alignment_ema=ema,
             active=active,
         )
-        return _merge(weighted, updates, mask), new_state
+        return merge(weighted, updates, mask), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -374,6 +386,11 @@ def interpolated_sgd(
       >>> [round(float(u), 4) for u in updates]
       [-0.05, -0.1, -0.1]
     """
+    if not callable(base):
+        raise TypeError(
+            f"`base` must be a function of the learning rate, such as optax.sgd, got {base!r}. "
+            "Under optax.inject_hyperparams use optax_accel.inject_hyperparams, which leaves it be."
+        )
     return optax.chain(
         base(learning_rate),
         interpolate_subspaces(
@@ -499,35 +516,3 @@ def _check_refresh(refresh: Any) -> None:
         )
     if refresh is not None and not isinstance(refresh, bool):
         check_choice("refresh", refresh, ("cold", "warm"))
-
-
-def _leaf_mask(tree: PyTree, mask: Mask) -> PyTree:
-    resolved = mask(tree) if callable(mask) else mask
-    try:
-        return jax.tree.map(  # broadcast a prefix to the leaves
-            lambda m, sub: jax.tree.map(lambda _: bool(m), sub), resolved, tree
-        )
-    except ValueError as error:
-        raise ValueError(
-            "`mask` must be a pytree of booleans like the parameters (or a prefix of it), or a "
-            f"function that returns one: {error}"
-        ) from error
-
-
-def _select(tree: PyTree, mask: Mask) -> PyTree:
-    """The part of a tree that takes part; the rest becomes ``MaskedNode``, without leaves."""
-    if mask is None:
-        return tree
-    return jax.tree.map(lambda m, x: x if m else optax.MaskedNode(), _leaf_mask(tree, mask), tree)
-
-
-def _merge(part: PyTree, whole: PyTree, mask: Mask) -> PyTree:
-    """The whole tree with the selected part replaced."""
-    if mask is None:
-        return part
-    flat, treedef = jax.tree.flatten(whole)
-    chosen = jax.tree.leaves(_leaf_mask(whole, mask))
-    replacements = iter(jax.tree.leaves(part))
-    return jax.tree.unflatten(
-        treedef, [next(replacements) if m else x for m, x in zip(chosen, flat, strict=True)]
-    )

@@ -360,7 +360,7 @@ def test_errors_teach():
         tx.update(params, state, params, value_fn=quadratic, refresh="hot")
     with pytest.raises(ValueError, match="Give interpolate_subspaces its own `mask="):
         optax.masked(tx, {"a": True, "b": False}).init({"a": params, "b": params})
-    with pytest.raises(TypeError, match=r"\['n'\] has dtype int32; exclude it with `mask="):
+    with pytest.raises(TypeError, match=r"\['n'\] has dtype int32; leave it out"):
         tx.init({"n": jnp.arange(3)})
     with pytest.raises(ValueError, match="`num_directions` must be at least 0, got -1"):
         oa.project_to_bulk(-1)

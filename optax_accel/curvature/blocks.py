@@ -116,7 +116,7 @@ def orthonormalize(block: PyTree, rounds: int = 2) -> PyTree:
     One round needs two passes over the block and one ``k x k`` factorization (and, for sharded
     leaves, one ``k x k`` all-reduce), against the serial column sweeps of Householder QR.  Two
     rounds give orthogonality to machine precision for condition numbers up to about ``eps ** -0.5``
-    (Yamamoto et al., `CholeskyQR2 <https://doi.org/10.1553/etna_vol44s306>`_, 2015). Rows are
+    (Yamamoto et al., Roundoff error analysis of CholeskyQR2, ETNA 44, 2015). Rows are
     scaled to unit length first, so that only their angles count, and a shift of a few ``k * eps``
     keeps the factorization alive for dependent rows (Fukaya et al., `Shifted Cholesky QR
     <https://doi.org/10.1137/18M1218212>`_, 2020).  Rows are processed in order: the first keep

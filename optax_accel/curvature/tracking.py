@@ -21,7 +21,7 @@ class Eigenspace(NamedTuple):
 
     Attributes:
       basis: orthonormal block, leaves ``(k, *leaf.shape)``, leading direction first.
-      guard: the oversampled directions, leaves ``(oversampling, *leaf.shape)``.
+      guard: the oversampled directions, leaves ``(oversampling, *leaf.shape)``; None without any.
       eigenvalues: Ritz values ``(k,)`` of the basis of the last refresh.
       shift: scalar added to the spectrum so that its algebraic top leads.
       ready: whether the basis holds an estimate yet; boolean scalar.
@@ -54,8 +54,6 @@ class BlockTracker:
       curvature: ``"hessian"`` (default) or ``"gauss_newton"`` (needs ``Objective(predict, loss)``).
       accumulator_dtype: dtype of basis and inner products; ``None`` (default): each leaf's own, but
         at least float32.
-      unroll_cold_start: writes the Lanczos loop out; for convolutional networks on a CPU, where
-        XLA runs convolutions inside loops many times slower (jax#12868).
       seed: of the random start.
 
     Raises:
@@ -69,7 +67,6 @@ class BlockTracker:
     order: Order = "algebraic"
     curvature: Literal["hessian", "gauss_newton"] = "hessian"
     accumulator_dtype: Any = None
-    unroll_cold_start: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -78,6 +75,14 @@ class BlockTracker:
         check_integer("oversampling", self.oversampling, 0)
         if self.cold_start_products is not None:
             check_integer("cold_start_products", self.cold_start_products, 1)
+        check_integer("seed", self.seed, 0)
+        if self.accumulator_dtype is not None and not jnp.issubdtype(
+            self.accumulator_dtype, jnp.floating
+        ):
+            raise ValueError(
+                "`accumulator_dtype` must be a real floating-point dtype, got "
+                f"{self.accumulator_dtype!r}."
+            )
         check_choice("order", self.order, ("algebraic", "magnitude"))
         check_choice("curvature", self.curvature, ("hessian", "gauss_newton"))
 
@@ -125,7 +130,8 @@ class BlockTracker:
         dtype = blocks.scalar_dtype(like)
         return Eigenspace(
             basis=zeros(k),
-            guard=zeros(tracked - k),
+            # Not a block of no rows: Orbax cannot save arrays of size zero.
+            guard=zeros(tracked - k) if tracked > k else None,
             eigenvalues=jnp.zeros((k,), dtype),
             shift=jnp.zeros((), dtype),
             ready=jnp.zeros((), bool),
@@ -150,14 +156,17 @@ class BlockTracker:
                 key=jax.random.key(self.seed),
                 num_products=self.num_products(params, k, cold=True),
                 order=self.order,
-                unroll=self.unroll_cold_start,
             )
         return self._accept(space, values, basis, self._shift(smallest))
 
     def refresh(self, space: Eigenspace, objective: Objective, params: PyTree) -> Eigenspace:
-        """A warm refresh: ``power_iterations`` block sweeps from the last basis."""
+        """A warm refresh: ``power_iterations`` block sweeps, at first from a random basis."""
         products = jax.vmap(self._operator(objective, params))
-        basis = blocks.concatenate(space.basis, space.guard)
+        basis = space.basis
+        if space.guard is not None:
+            basis = blocks.concatenate(basis, space.guard)
+        start = self._random_basis(basis)
+        basis = jax.tree.map(lambda b, s: jnp.where(space.ready, b, s), basis, start)
         shift, values = space.shift, space.eigenvalues
         for _ in range(self.power_iterations):
             values, basis, smallest = subspace_sweep(products, basis, shift=shift, order=self.order)
@@ -165,6 +174,12 @@ class BlockTracker:
             # away, so a direction gone from the block may still be there in the spectrum.
             shift = jnp.maximum(0.9 * shift, self._shift(smallest))
         return self._accept(space, values, basis, shift)
+
+    def _random_basis(self, like: PyTree) -> PyTree:
+        tracked = jax.tree.leaves(like)[0].shape[0]
+        vector = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), like)
+        keys = jax.random.split(jax.random.key(self.seed), tracked)
+        return blocks.orthonormalize(jax.vmap(lambda key: blocks.random(key, vector))(keys))
 
     def _operator(self, objective: Objective, params: PyTree) -> Any:
         if self.curvature == "hessian":
@@ -185,7 +200,7 @@ class BlockTracker:
         valid &= jnp.all(jnp.isfinite(values)) & jnp.isfinite(shift)
         new = Eigenspace(
             basis=blocks.rows(basis, 0, k),
-            guard=blocks.rows(basis, k, gram.shape[0]),
+            guard=None if old.guard is None else blocks.rows(basis, k, gram.shape[0]),
             eigenvalues=values[:k],
             shift=shift,
             ready=jnp.ones((), bool),

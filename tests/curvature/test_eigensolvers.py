@@ -60,16 +60,6 @@ def test_lanczos_agrees_with_arpack(x64, spectrum, order):
     np.testing.assert_allclose(smallest, min(SPECTRA[spectrum]), atol=0.05 * abs(want).max())
 
 
-def test_unrolled_lanczos_is_the_looped_one(x64):
-    _, product = operator(SPECTRA["geometric"])
-    like = jax.tree.map(jnp.asarray, LIKE)
-    runs = [
-        lanczos(product, like, 2, key=jax.random.key(0), num_products=5, unroll=unroll)[0]
-        for unroll in (False, True)
-    ]
-    np.testing.assert_allclose(*runs, rtol=1e-12)
-
-
 @pytest.mark.parametrize("spectrum", [np.ones(6), np.array([3.0, 3, 3, 1, 1, 0]), np.zeros(6)])
 def test_lanczos_finds_multiplicities(x64, spectrum):
     diagonal = jnp.asarray(spectrum)
