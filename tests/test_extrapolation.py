@@ -266,8 +266,11 @@ def test_trust_ratio_scales_matrices_to_their_norm(x64):
     np.testing.assert_allclose(halves["zero"], -0.1)
 
 
-def test_mask_extrapolates_only_what_it_selects():
-    tx = oa.extragradient(optax.sgd(1.0), 0.5, mask={"w": True, "v": False})
+@pytest.mark.parametrize(
+    "mask", [{"w": True, "v": False}, lambda p: jax.tree.map(lambda x: x.ndim > 1, p)]
+)
+def test_mask_extrapolates_only_what_it_selects(mask):
+    tx = oa.extragradient(optax.sgd(1.0), 0.5, mask=mask)
 
     def square(p):
         return 0.5 * sum(jnp.sum(x**2) for x in jax.tree.leaves(p))
@@ -323,6 +326,12 @@ def test_fresh_gradients_are_the_only_cost_of_past_extrapolation():
 def test_errors_teach():
     with pytest.raises(ValueError, match="`direction` must be one of 'gradient', 'past'"):
         oa.extragradient(optax.sgd(0.1), 0.1, "sideways")
+    with pytest.raises(TypeError, match="`inner` must be an Optax transformation, got None"):
+        oa.extragradient(None, 0.1)
+    with pytest.raises(TypeError, match="`learning_rate` must be a number or a schedule, got 'x'"):
+        oa.extrap_sgd("x")
+    with pytest.raises(TypeError, match="has dtype complex64"):
+        oa.extrap_sgd(0.1).init(jnp.ones(2, jnp.complex64))
     with pytest.raises(ValueError, match="`extrapolation_rate` must lie in"):
         oa.extragradient(optax.sgd(0.1), -0.1)
     with pytest.raises(ValueError, match="leave `axis_name` out"):

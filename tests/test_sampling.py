@@ -193,7 +193,9 @@ def test_rates_outside_the_range_raise(rate):
         oa.sample_gradients(rate)
 
 
-def test_wrong_keys_raise():
+def test_wrong_keys_and_samplers_raise():
+    with pytest.raises(TypeError, match="`sampler` must be a function"):
+        oa.sample_gradients(0.5, sampler=None)
     with pytest.raises(TypeError, match="`key` must be a PRNG key"):
         oa.sample_gradients(0.5, key=jnp.ones(3))
     with pytest.raises(TypeError, match="`key` must be a PRNG key"):

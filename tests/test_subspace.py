@@ -229,6 +229,26 @@ def test_the_tracked_subspace_follows_arpack_along_training(order):
             )
 
 
+def test_without_a_cold_start_sweeps_grow_the_estimate_from_a_random_basis():
+    assert [oa.refresh_at(i, 5, cold_start=False) for i in (0, 9, 10, 11, 15)] == [
+        *["warm"] * 3,
+        False,
+        "warm",
+    ]
+    assert oa.refresh_at(2, 5, start_step=3, cold_start=False) is False
+    objective, params = _network()
+    tx = oa.project_to_bulk(4)
+    update = jax.jit(
+        lambda state: tx.update(params, state, params, value_fn=objective, refresh="warm")[1]
+    )
+    grown = tx.init(params)
+    for _ in range(60):
+        grown = update(grown)
+    _, cold = tx.update(params, tx.init(params), params, value_fn=objective, refresh="cold")
+    np.testing.assert_allclose(grown.space.eigenvalues, cold.space.eigenvalues, rtol=0.02)
+    assert abs(grown.alignment - cold.alignment) < 0.02
+
+
 def test_gauss_newton_curvature_needs_the_outputs():
     objective, params = _network()
     tx = oa.project_to_bulk(2, tracker=oa.BlockTracker(curvature="gauss_newton"))
@@ -372,3 +392,11 @@ def test_errors_teach():
         oa.BlockTracker(refresh_every=0)
     with pytest.raises(ValueError, match="`mask` must be a pytree of booleans"):
         oa.project_to_bulk(1, mask={"a": True}).init({"b": params})
+    with pytest.raises(ValueError, match=r"`mask` must be a pytree of booleans.*found 'no' in it"):
+        oa.project_to_bulk(1, mask="no").init(params)
+    with pytest.raises(TypeError, match="`tracker` must be a BlockTracker, got 'fast'"):
+        oa.project_to_bulk(1, tracker="fast")
+    with pytest.raises(TypeError, match=r"`base` must be a function of the learning rate.*inject"):
+        oa.bulk_sgd(0.1, 1, base=optax.sgd(0.1))
+    with pytest.raises(ValueError, match="`accumulator_dtype` must be a real floating-point dtype"):
+        oa.BlockTracker(accumulator_dtype=jnp.int32)
