@@ -42,8 +42,10 @@ class BlockTracker:
     started from the last basis, follows it; only the first estimate needs a full eigensolver.
 
     Args:
-      refresh_every: steps between refreshes. The default, 5, with one sweep keeps the alignment
-        chi_k within about 0.002 of the exact one along SGD on MNIST-5k with k = 10.
+      refresh_every: steps between refreshes. With the default, 5, and one sweep on 500 of 5,000
+        MNIST images, k = 10, the alignment chi_k stayed within 0.007 of the one that ARPACK finds
+        on all of them, and the mean squared cosine of the bases above 0.99 (tanh MLP with 199,210
+        parameters, 300 steps of SGD); what is left of the error is the smaller batch's.
       power_iterations: block products of a warm refresh.
       oversampling: directions tracked beyond the ones asked for. They guard the last direction
         against a small gap behind it, at one more product each per refresh.
