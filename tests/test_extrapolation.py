@@ -136,7 +136,8 @@ def test_no_direction_is_the_inner_method_bit_for_bit(inner):
 @pytest.mark.parametrize("direction", ["gradient", "past", "gaussian", "filter_uniform"])
 def test_rate_zero_is_the_inner_method(direction):
     ours, _ = iterate(oa.extragradient(optax.adam(0.1), 0.0, direction))
-    assert_same(ours, iterate(optax.adam(0.1), extra=False)[0], rtol=1e-5)
+    # Adam divides by moments that nearly vanish where the loss is flat: hence the absolute part.
+    assert_same(ours, iterate(optax.adam(0.1), extra=False)[0], rtol=1e-5, atol=1e-6)
 
 
 def test_past_direction_is_optimistic_gradient_descent(x64):
