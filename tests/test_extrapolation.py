@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,10 @@ def quadratic(x, target):
 
 def quartic(x, target):
     return x**4 / 4 - target * x
+
+
+def quartic_sum(x, target):
+    return jnp.sum(quartic(x, target))
 
 
 def run_workers(tx, loss, x0, steps, *, average_gradients):
@@ -60,6 +65,37 @@ def test_golden_q_tells_local_from_global(x64, axis_name, want):
     tx = oa.extragradient(optax.sgd(0.1), 0.2, axis_name=axis_name)
     iterates, _ = run_workers(tx, quartic, 1.0, 1, average_gradients=True)
     np.testing.assert_allclose(iterates, [want], rtol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+def test_local_extrapolation_on_two_devices_with_one_all_reduce(mode):
+    """The golden values of Q, from incoming gradients that are averaged, hence not usable."""
+    tx = oa.extragradient(optax.sgd(0.1), 0.2, axis_name="workers")
+    objective = oa.Objective.from_value_fn(quartic_sum, axis_name="workers")
+    devices = jax.devices()[:2]
+
+    def worker(x, state, target):
+        bound = objective.bind(target=target.ravel())
+        updates, state = tx.update(bound.grad(x), state, x, value_fn=bound)
+        return optax.apply_updates(x, updates), state
+
+    x = jnp.ones(1)
+    targets = jnp.asarray(TARGETS, jnp.float32)[:, None]
+    if mode == "pmap":
+        step = jax.pmap(worker, "workers", in_axes=(None, None, 0), out_axes=None, devices=devices)
+    else:
+        mesh = jax.make_mesh(
+            (2,), ("workers",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices
+        )
+        specs = (jax.P(), jax.P(), jax.P("workers"))
+        step = jax.jit(
+            jax.shard_map(worker, mesh=mesh, in_specs=specs, out_specs=(jax.P(), jax.P()))
+        )
+    compiled = step.lower(x, tx.init(x), targets).compile()
+    reduced = re.findall(r"= (\S+) all-reduce\(|= \((.*)\) all-reduce\(", compiled.as_text())
+    # The averaged incoming gradient is dead code: what is left is the loss and one gradient.
+    assert 1 <= len(reduced) <= 2
+    np.testing.assert_allclose(step(x, tx.init(x), targets)[0], [0.8496], rtol=1e-6)
 
 
 def test_golden_w3_nesterov_and_its_look_ahead_form(x64):
