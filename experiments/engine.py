@@ -180,8 +180,8 @@ def evaluate(
 def find_in_state(opt_state: PyTree, name: str) -> Any:
     """The value that an optimizer's state has under a name, e.g. ``"alignment"``.
 
-    As ``optax.tree.get``, but only for fields of states: a parameter that has the same name (the
-    ``value`` projection of an attention layer, say) does not count.
+    As ``optax.tree.get``, but only for fields of states and scheduled values: a parameter that has
+    the same name (the ``value`` projection of an attention layer, say) does not count.
 
     Args:
       opt_state: the state of the optimizer.
@@ -190,11 +190,13 @@ def find_in_state(opt_state: PyTree, name: str) -> Any:
     Returns:
       The field of the last state in the chain that has it, ``None`` if there is none.
     """
-    found = optax.tree_utils.tree_get_all_with_path(
-        opt_state,
-        name,
-        filtering=lambda path, _: isinstance(path[-1], optax.tree_utils.NamedTupleKey),
-    )
+
+    def belongs_to_a_state(path: tuple[Any, ...], _: Any) -> bool:
+        if len(path) > 1 and getattr(path[-2], "tuple_name", None) == "WithSchedulesState":
+            return path[-2].name == "values"
+        return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
+
+    found = optax.tree_utils.tree_get_all_with_path(opt_state, name, filtering=belongs_to_a_state)
     return found[-1][1] if found else None
 
 

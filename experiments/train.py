@@ -338,9 +338,6 @@ def statistics(opt_state: PyTree) -> dict[str, jax.Array]:
         "momentum": engine.find_in_state(opt_state, "momentum"),
         "alignment": engine.find_in_state(opt_state, "alignment"),
     }
-    scheduled = engine.find_in_state(opt_state, "values")
-    if isinstance(scheduled, dict):  # of `optax_accel.with_schedules`; `optax.trace` says "decay"
-        found["momentum"] = scheduled.get("momentum", scheduled.get("decay", found["momentum"]))
     eigenvalues = engine.find_in_state(opt_state, "eigenvalues")
     if eigenvalues is not None:
         found["top_eigenvalue"] = jnp.max(eigenvalues)

@@ -90,7 +90,7 @@ def scale_by_demon(
 
     Returns:
       A transformation with state :class:`~optax_accel.WithSchedulesState`; the current momentum is
-      ``state.values["decay"]``.
+      ``state.values["momentum"]``.
 
     Raises:
       ValueError: an argument outside its range.
@@ -103,9 +103,11 @@ def scale_by_demon(
     """
     check_number("momentum", momentum, 0, 1, open_high=True)
     schedule = demon_schedule(momentum, decay_steps, delay_steps)
-    return with_schedules(optax.trace, decay=schedule)(
-        nesterov=nesterov, accumulator_dtype=accumulator_dtype
-    )
+
+    def trace(momentum: jax.Array) -> optax.GradientTransformation:  # names it in the state
+        return optax.trace(momentum, nesterov, accumulator_dtype)
+
+    return with_schedules(trace, momentum=schedule)()
 
 
 def demon_sgd(

@@ -157,7 +157,7 @@ def test_nesterov_is_optax_nesterov(x64):
 def test_state_can_be_read():
     tx = oa.demon_sgd(0.1, 4)
     state = tx.init(jnp.zeros(2))
-    assert optax.tree.get(state, "decay") == pytest.approx(0.9)
+    assert optax.tree.get(state, "momentum") == pytest.approx(0.9)
     assert optax.tree.get(oa.demon_adam(0.1, 4).init(jnp.zeros(2)), "momentum_product") == 1
 
 

@@ -189,10 +189,10 @@ def test_ctrl_c_saves_and_says_how_to_continue(runs, method, monkeypatch, capsys
 
     refresh = train.methods.Method.refresh
 
-    def interrupted(self, step):
+    def interrupted(self, step, **kwargs):
         if step == 6:
             signal.raise_signal(signal.SIGINT)
-        return refresh(self, step)
+        return refresh(self, step, **kwargs)
 
     capsys.readouterr()
     with monkeypatch.context() as patch:
