@@ -122,18 +122,20 @@ class BlockTracker:
         return min(max(wanted, tracked), size)
 
     def init(self, params: PyTree, num_directions: int) -> Eigenspace:
-        """An eigenspace without an estimate: a zero basis, not ready."""
+        """An eigenspace without an estimate: a random orthonormal basis, not ready."""
         k, tracked = self._sizes(params, num_directions)
         like = self._like(params)
-
-        def zeros(num: int) -> PyTree:
-            return jax.tree.map(lambda x: jnp.zeros((num, *x.shape), x.dtype), like)
-
+        if k:
+            keys = jax.random.split(jax.random.key(self.seed), tracked)
+            start = jax.vmap(lambda key: blocks.random(key, like))(keys)
+            basis = blocks.orthonormalize(start)
+        else:
+            basis = jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), like)
         dtype = blocks.scalar_dtype(like)
         return Eigenspace(
-            basis=zeros(k),
+            basis=blocks.rows(basis, 0, k),
             # Not a block of no rows: Orbax cannot save arrays of size zero.
-            guard=zeros(tracked - k) if tracked > k else None,
+            guard=blocks.rows(basis, k, tracked) if tracked > k else None,
             eigenvalues=jnp.zeros((k,), dtype),
             shift=jnp.zeros((), dtype),
             ready=jnp.zeros((), bool),
@@ -162,13 +164,11 @@ class BlockTracker:
         return self._accept(space, values, basis, self._shift(smallest))
 
     def refresh(self, space: Eigenspace, objective: Objective, params: PyTree) -> Eigenspace:
-        """A warm refresh: ``power_iterations`` block sweeps, at first from a random basis."""
+        """A warm refresh: ``power_iterations`` block sweeps from the last basis."""
         products = jax.vmap(self._operator(objective, params))
         basis = space.basis
         if space.guard is not None:
             basis = blocks.concatenate(basis, space.guard)
-        start = self._random_basis(basis)
-        basis = jax.tree.map(lambda b, s: jnp.where(space.ready, b, s), basis, start)
         shift, values = space.shift, space.eigenvalues
         for _ in range(self.power_iterations):
             values, basis, smallest = subspace_sweep(products, basis, shift=shift, order=self.order)
@@ -176,12 +176,6 @@ class BlockTracker:
             # away, so a direction gone from the block may still be there in the spectrum.
             shift = jnp.maximum(0.9 * shift, self._shift(smallest))
         return self._accept(space, values, basis, shift)
-
-    def _random_basis(self, like: PyTree) -> PyTree:
-        tracked = jax.tree.leaves(like)[0].shape[0]
-        vector = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), like)
-        keys = jax.random.split(jax.random.key(self.seed), tracked)
-        return blocks.orthonormalize(jax.vmap(lambda key: blocks.random(key, vector))(keys))
 
     def _operator(self, objective: Objective, params: PyTree) -> Any:
         if self.curvature == "hessian":
