@@ -376,7 +376,7 @@ def measure_time(trainer: Trainer) -> dict[str, Any]:
         period = method.refresh_every or 1
         lengths[name] = period * math.ceil(5 / period)
         # Warm-up compiles each form of the step: cold start, refresh, plain.
-        for step in range(2 * lengths[name]):
+        for step in range(3 * lengths[name]):  # past the ten sweeps that replace a cold start
             jax.block_until_ready(runs[name].advance(step))
     least, most = TIMING_ROUNDS
     end = time.perf_counter() + TIMING_SECONDS
@@ -384,7 +384,7 @@ def measure_time(trainer: Trainer) -> dict[str, Any]:
         if done >= least and time.perf_counter() > end:
             break
         for name in timed if done % 2 == 0 else reversed(timed):
-            first = (2 + done) * lengths[name]
+            first = (3 + done) * lengths[name]
             begin = time.perf_counter()
             for step in range(first, first + lengths[name]):
                 loss = runs[name].advance(step)

@@ -206,12 +206,14 @@ def interpolate_subspaces(
         k = space.eigenvalues.shape[0]
         tracked_from = count >= start_step
         if k > 0 and refresh is not False:
+            own = curvature_value_fn is not None
             objective = as_objective(
-                value_fn if curvature_value_fn is None else curvature_value_fn,
+                curvature_value_fn if own else value_fn,
                 extra_args,
                 method=name,
                 params=params,
                 why="track the dominant subspace of its Hessian",
+                argument="curvature_value_fn" if own else "value_fn",
             )
             selected = select(params, mask)
             objective = objective.precompose(lambda part: merge(part, params, mask))
