@@ -22,6 +22,21 @@ class UsageError(ValueError):
     """Wrong input: one line saying which value, what is allowed, how to fix it."""
 
 
+def check_known(kind: str, value: str | None, valid: Sequence[str]) -> None:
+    """Raises `UsageError`, listing the valid names, if a name is given and is none of them."""
+    if value is not None and value not in valid:
+        raise UsageError(f"unknown {kind} {value!r}; valid: {', '.join(valid)}")
+
+
+def check_folder_name(name: str | None) -> None:
+    """Raises `UsageError` if `--name` is a path instead of a plain folder name."""
+    if name is not None and Path(name).name != name:
+        raise UsageError(
+            f"--name must be a plain folder name, got {name!r}; "
+            "--runs-dir says where the folder is made"
+        )
+
+
 def parse(default: T, argv: Sequence[str] | None, prog: str) -> T:
     """Reads a command line; an unknown option's error lists the valid ones.
 

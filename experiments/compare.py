@@ -97,10 +97,8 @@ def resolve(options: Options) -> Plan:
     if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"--methods names {', '.join(duplicates)} more than once")
     chosen = methods.get_methods(names)
-    if options.task not in data.TASKS:
-        raise UsageError(f"unknown task {options.task!r}; valid: {', '.join(data.TASKS)}")
-    if options.model is not None and options.model not in models.list():
-        raise UsageError(f"unknown model {options.model!r}; valid: {', '.join(models.list())}")
+    cli.check_known("task", options.task, data.TASKS)
+    cli.check_known("model", options.model, models.list())
     if options.epochs is not None and options.steps is not None:
         raise UsageError("--epochs and --steps exclude each other; give one")
     for name in (
@@ -118,11 +116,7 @@ def resolve(options: Options) -> Plan:
             raise UsageError(f"--{name.replace('_', '-')} must be positive, got {value}")
     if options.target is not None and not 0 < options.target <= 1:
         raise UsageError(f"--target is an accuracy between 0 and 1, got {options.target}")
-    if options.name is not None and Path(options.name).name != options.name:
-        raise UsageError(
-            f"--name must be a plain folder name, got {options.name!r}; "
-            "--runs-dir says where the folder is made"
-        )
+    cli.check_folder_name(options.name)
 
     task = data.load_task(options.task, data_dir=options.data_dir)
     examples = len(task.train.y)

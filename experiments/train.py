@@ -162,14 +162,9 @@ def resolve(options: Options) -> Plan:
     Raises:
       ValueError: one line that says which option, what is allowed and how to fix it.
     """
-    if options.task not in data.TASKS:
-        raise UsageError(f"unknown task {options.task!r}; valid: {', '.join(data.TASKS)}")
-    if options.model is not None and options.model not in models.list():
-        raise UsageError(f"unknown model {options.model!r}; valid: {', '.join(models.list())}")
-    if options.parallel not in parallel.MODES:
-        raise UsageError(
-            f"unknown parallel mode {options.parallel!r}; valid: {', '.join(parallel.MODES)}"
-        )
+    cli.check_known("task", options.task, data.TASKS)
+    cli.check_known("model", options.model, models.list())
+    cli.check_known("parallel mode", options.parallel, parallel.MODES)
     (method,) = methods.get_methods([options.method])
     if options.epochs is not None and options.steps is not None:
         raise UsageError("--epochs and --steps exclude each other; give one")
@@ -193,11 +188,7 @@ def resolve(options: Options) -> Plan:
         rate = method.learning_rates[len(method.learning_rates) // 2]
     if not 0 < rate < math.inf:
         raise UsageError(f"--learning-rate must be positive and finite, got {rate}")
-    if options.name is not None and Path(options.name).name != options.name:
-        raise UsageError(
-            f"--name must be a plain folder name, got {options.name!r}; "
-            "--runs-dir says where the folder is made"
-        )
+    cli.check_folder_name(options.name)
     if options.curvature_batch_size is not None and method.refresh_every is None:
         raise UsageError(
             f"--curvature-batch-size: method {method.name} uses no curvature; leave it out"
