@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,28 @@ from optax_accel.curvature import blocks
 
 PyTree = Any
 Order = Literal["algebraic", "magnitude"]
+
+
+class Eigenpairs(NamedTuple):
+    """What an eigensolver found.
+
+    Attributes:
+      eigenvalues: Ritz values ``(k,)``, the leading one first.
+      basis: orthonormal block of the Ritz vectors, leaves ``(k, *shape)``, in the same order.
+      residual_norms: ``|A u - theta u|`` of each pair, ``(k,)``. For a symmetric operator there is
+        an eigenvalue within this distance of the Ritz value.
+      num_products: operator-vector products used; int32 scalar.
+      converged: ``(k,)``, whether the estimated relative error of each eigenvalue is within the
+        tolerance.
+      smallest: the smallest Ritz value seen, an estimate of the bottom of the spectrum.
+    """
+
+    eigenvalues: jax.Array
+    basis: PyTree
+    residual_norms: jax.Array
+    num_products: jax.Array
+    converged: jax.Array
+    smallest: jax.Array
 
 
 def sort_spectrum(
@@ -32,7 +54,7 @@ def lanczos(
     key: jax.Array,
     num_products: int,
     order: Order = "algebraic",
-) -> tuple[jax.Array, PyTree, jax.Array]:
+) -> Eigenpairs:
     """Leading eigenpairs by the Lanczos process with full reorthogonalization.
 
     The start is random; when the Krylov space is exhausted (multiple eigenvalues, low rank) the
@@ -47,9 +69,7 @@ def lanczos(
       order: ``"algebraic"``: the largest eigenvalues; ``"magnitude"``: the largest in magnitude.
 
     Returns:
-      ``(eigenvalues, basis, smallest)``: Ritz values of shape ``(num_directions,)``, the
-      orthonormal Ritz vectors as a block, and the smallest Ritz value, an estimate of the bottom of
-      the spectrum.
+      The :class:`Eigenpairs`.
 
     Raises:
       ValueError: ``num_directions > num_products`` or ``num_products`` exceeds the dimension.
@@ -58,9 +78,9 @@ def lanczos(
       >>> import jax, jax.numpy as jnp
       >>> from optax_accel.curvature import lanczos
       >>> diagonal = jnp.array([4.0, -5.0, 1.0, 2.0])
-      >>> values, basis, smallest = lanczos(
+      >>> pairs = lanczos(
       ...     lambda v: diagonal * v, diagonal, 2, key=jax.random.key(0), num_products=4)
-      >>> [round(float(v), 4) for v in values], round(float(smallest), 4)
+      >>> [round(float(v), 4) for v in pairs.eigenvalues], round(float(pairs.smallest), 4)
       ([4.0, 2.0], -5.0)
 
     References:
@@ -132,8 +152,16 @@ def lanczos(
     values, vectors = jnp.linalg.eigh(tridiagonal)
     smallest = values[0]
     values, vectors = sort_spectrum(values, vectors, order)
-    basis = blocks.combine(vectors[:, :num_directions].T, basis)
-    return values[:num_directions], blocks.orthonormalize(basis, rounds=1), smallest
+    values, vectors = values[:num_directions], vectors[:, :num_directions]
+    residual_norms = off_diagonal[-1] * jnp.abs(vectors[-1])
+    return Eigenpairs(
+        eigenvalues=values,
+        basis=blocks.orthonormalize(blocks.combine(vectors.T, basis), rounds=1),
+        residual_norms=residual_norms,
+        num_products=jnp.asarray(num_products, jnp.int32),
+        converged=residual_norms <= jnp.sqrt(jnp.finfo(dtype).eps) * jnp.abs(values),
+        smallest=smallest,
+    )
 
 
 def subspace_sweep(

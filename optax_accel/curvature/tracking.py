@@ -153,7 +153,7 @@ class BlockTracker:
                 jax.vmap(product), full, shift=space.shift, order=self.order
             )
         else:
-            values, basis, smallest = lanczos(
+            pairs = lanczos(
                 product,
                 like,
                 tracked,
@@ -161,6 +161,7 @@ class BlockTracker:
                 num_products=self.num_products(params, k, cold=True),
                 order=self.order,
             )
+            values, basis, smallest = pairs.eigenvalues, pairs.basis, pairs.smallest
         return self._accept(space, values, basis, self._shift(smallest))
 
     def refresh(self, space: Eigenspace, objective: Objective, params: PyTree) -> Eigenspace:
