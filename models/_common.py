@@ -17,7 +17,11 @@ def uniform_fan_in(fan_in: int) -> nnx.initializers.Initializer:
     This is what PyTorch layers start from by default, hence the start of every experiment that was
     published with PyTorch code and names no initializer.
     """
-    bound = 1.0 / math.sqrt(fan_in)
+    return uniform(1.0 / math.sqrt(fan_in))
+
+
+def uniform(bound: float) -> nnx.initializers.Initializer:
+    """Uniform within ±bound."""
 
     def init(
         key: jax.Array,

@@ -12,11 +12,25 @@ from flax import nnx
 import models
 
 INPUT_SHAPE = (8, 8, 3)
+# What each reads, besides images of that shape.
+OPTIONS = {"transformer": {"input_shape": (6,), "vocabulary_size": 11, "feedforward_size": 32}}
 
 
 @pytest.fixture(scope="module", params=models.list())
 def name(request):
     return request.param
+
+
+def create(name, num_classes=7, **options):
+    defaults = {"input_shape": INPUT_SHAPE} | OPTIONS.get(name, {})
+    return models.create(name, num_classes=num_classes, **defaults | options)
+
+
+def examples(name, n):
+    key = jax.random.key(0)
+    if name == "transformer":
+        return jax.random.randint(key, (n, 6), 0, 11)
+    return jax.random.normal(key, (n, *INPUT_SHAPE))
 
 
 def forward(model, x):
@@ -29,39 +43,34 @@ def count(model):
 
 
 def test_names():
-    assert models.list() == ("mlp", "cnn", "resnet20")
-    assert [models.is_convolutional(name) for name in models.list()] == [False, True, True]
+    assert models.list() == ("mlp", "cnn", "resnet20", "transformer")
+    convolutional = [name for name in models.list() if models.is_convolutional(name)]
+    assert convolutional == ["cnn", "resnet20"]
 
 
 def test_logits(name):
-    model = models.create(name, input_shape=INPUT_SHAPE, num_classes=7)
-    x = jax.random.normal(jax.random.key(0), (4, *INPUT_SHAPE))
-    logits = forward(model, x)
+    logits = forward(create(name), examples(name, 4))
     assert logits.shape == (4, 7)
     assert logits.dtype == jnp.float32
     assert np.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "transformer"])
 def test_half_precision_computes_low_and_returns_float32(name):
-    shape = {"input_shape": INPUT_SHAPE, "num_classes": 7}
-    x = jax.random.normal(jax.random.key(0), (4, *INPUT_SHAPE))
-    logits = forward(models.create(name, **shape, dtype=jnp.bfloat16), x)
-    full = forward(models.create(name, **shape), x)
+    x = examples(name, 4)
+    logits = forward(create(name, dtype=jnp.bfloat16), x)
+    full = forward(create(name), x)
     assert logits.dtype == jnp.float32
     # A few roundings to 8 bits of mantissa lie between the two, so they are close, not equal.
     np.testing.assert_allclose(logits, full, atol=0.02)
     assert (logits != full).any()
 
-    model = models.create(name, **shape, param_dtype=jnp.bfloat16)
+    model = create(name, param_dtype=jnp.bfloat16)
     assert {p.dtype for p in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("bfloat16")}
 
 
 def test_the_seed_decides_the_weights_and_not_the_structure(name):
-    one, same, other = (
-        nnx.split(models.create(name, input_shape=INPUT_SHAPE, num_classes=7, rngs=seed))
-        for seed in (0, 0, 1)
-    )
+    one, same, other = (nnx.split(create(name, rngs=seed)) for seed in (0, 0, 1))
     # Equal graph definitions let a compiled step serve all seeds.
     assert one[0] == same[0] == other[0]
     weights = [
@@ -72,8 +81,8 @@ def test_the_seed_decides_the_weights_and_not_the_structure(name):
 
 
 def test_seed_and_rngs_agree(name):
-    by_seed = models.create(name, input_shape=INPUT_SHAPE, num_classes=7, rngs=3)
-    by_rngs = models.create(name, input_shape=INPUT_SHAPE, num_classes=7, rngs=nnx.Rngs(3))
+    by_seed = create(name, rngs=3)
+    by_rngs = create(name, rngs=nnx.Rngs(3))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(by_seed), nnx.state(by_rngs))
 
 
@@ -89,8 +98,9 @@ def test_many_models_at_once_by_vmap():
 
 @pytest.mark.parametrize("shape", [(4, 8, 8), (4, 8, 8, 1), (4, 192), (8, 8, 3)])
 def test_wrong_input_names_the_expected_shape(name, shape):
-    model = models.create(name, input_shape=INPUT_SHAPE, num_classes=7)
-    with pytest.raises(ValueError, match=r"expects a batch of shape \(N, 8, 8, 3\)"):
+    model = create(name)
+    expected = r"\(N, 6\)" if name == "transformer" else r"\(N, 8, 8, 3\)"
+    with pytest.raises(ValueError, match=f"expects a batch of shape {expected}"):
         model(jnp.ones(shape))
 
 
@@ -102,9 +112,11 @@ def test_images_of_an_impossible_shape_are_refused(name, shape):
 
 
 def test_unknown_names_list_the_valid_ones():
-    with pytest.raises(ValueError, match="unknown model 'vit'; valid: mlp, cnn, resnet20"):
+    with pytest.raises(
+        ValueError, match="unknown model 'vit'; valid: mlp, cnn, resnet20, transformer"
+    ):
         models.create("vit", input_shape=INPUT_SHAPE, num_classes=7)
-    with pytest.raises(ValueError, match="valid: mlp, cnn, resnet20"):
+    with pytest.raises(ValueError, match="valid: mlp, cnn, resnet20, transformer"):
         models.is_convolutional("vit")
     with pytest.raises(ValueError, match="no option 'depth'; valid: hidden_sizes, activation"):
         models.create("mlp", input_shape=INPUT_SHAPE, num_classes=7, depth=3)
@@ -114,10 +126,16 @@ def test_unknown_names_list_the_valid_ones():
         models.create("resnet20", input_shape=INPUT_SHAPE, num_classes=7, shortcut="gated")
 
 
+def test_token_ids_and_images_are_told_apart():
+    with pytest.raises(ValueError, match=r"needs vocabulary_size.* images: mlp, cnn, resnet20"):
+        models.create("transformer", input_shape=(6,), num_classes=2)
+    with pytest.raises(ValueError, match=r"'mlp' does not read token ids .*does: transformer"):
+        models.create("mlp", input_shape=(6,), num_classes=2, vocabulary_size=11)
+
+
 def test_every_parameter_gets_a_gradient_and_training_lowers_the_loss(name):
-    model = models.create(name, input_shape=INPUT_SHAPE, num_classes=4)
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    x = jax.random.normal(jax.random.key(0), (16, *INPUT_SHAPE))
+    graphdef, params, rest = nnx.split(create(name, num_classes=4), nnx.Param, ...)
+    x = examples(name, 16)
     y = jnp.arange(16) % 4
 
     def loss(params):
