@@ -12,14 +12,26 @@ iterators save and restore their position (`get_state`, `set_state`) and so can 
 | `cifar10` | 45,000 / 5,000 / 10,000 | CIFAR-10 |
 | `cifar10_5k` | 5,000 / 5,000 / 10,000 | CIFAR-10 |
 | | 5,000 / first half / second half of its test rows | or `cifar10_5k.npz`, preferred |
+| `sst2` | 62,349 / 5,000 / 872 | SST-2 |
+| `sst2_1k` | 1,000 / 1,000 / 872 | SST-2 |
 
 MNIST is `mnist.npz` or the four IDX files, gzipped or not, in the data directory or its `MNIST/raw`
 (where torchvision puts them); CIFAR-10 is `cifar10.npz` or the folder `cifar-10-batches-py`. An
 `.npz` file holds `x_train`, `y_train`, `x_test` and `y_test`. Pixels are scaled to [0, 1]; CIFAR-10
-is then standardized per pixel and channel by mean and standard deviation of the training split. The
-5k subsets are the first 5,000 training rows, and validation the 5,000 after them; without subset,
-validation is the last 5,000. Preprocessing and subsets follow Song et al., "Does SGD really happen
-in tiny subspaces?" (2024); the validation splits are ours.
+is then standardized per pixel and channel by mean and standard deviation of the training split.
+
+SST-2 (GLUE's: sentences of film reviews, negative 0 or positive 1) is `sst2.train.tsv` and
+`sst2.dev.tsv`, or `SST-2/train.tsv` and `SST-2/dev.tsv` as GLUE unpacks them, each plain or `.gz`;
+the test split is `dev`, since GLUE keeps the labels of its own test rows. A sentence becomes a row
+of token ids: 0 is padding, 1 a word that the training split does not have, and from 2 on stand the
+lower-cased words of the training split, the most frequent first. Rows are as long as the longest of
+the whole training file (52 words), at most 100; what is longer is cut.
+
+The subsets are the first 5,000 (SST-2: 1,000) training rows, and validation as many after them;
+without subset, validation is the last 5,000. Preprocessing and subsets follow Song et al., "Does
+SGD really happen in tiny subspaces?" (2024). The validation splits are ours, and so are the words:
+their code reads the 30,522 word pieces of distilbert-base-uncased; the words of 1,000 rows are
+2,894.
 """
 
 from __future__ import annotations
@@ -28,6 +40,7 @@ import codecs
 import collections
 import functools
 import gzip
+import itertools
 import math
 import os
 import pickle
@@ -42,13 +55,16 @@ import grain
 import jax
 import numpy as np
 
-TASKS: tuple[str, ...] = ("digits", "mnist", "mnist5k", "cifar10", "cifar10_5k")
+TASKS: tuple[str, ...] = (
+    *("digits", "mnist", "mnist5k", "cifar10", "cifar10_5k"),
+    *("sst2", "sst2_1k"),
+)
 
-# The arrays of a file: x_train, y_train, x_test, y_test; images as bytes.
+# The arrays of a file: x_train, y_train, x_test, y_test; images as bytes, sentences as objects.
 Arrays = dict[str, np.ndarray]
 
 _ENVIRONMENT_VARIABLE = "OPTAX_ACCEL_DATA"
-_SUBSET = 5_000
+_SUBSETS = {"mnist5k": 5_000, "cifar10_5k": 5_000, "sst2_1k": 1_000}
 _VALIDATION = 5_000
 _MNIST_SHAPE = (28, 28)
 _MNIST_FILES = {
@@ -60,6 +76,10 @@ _MNIST_FILES = {
 _CIFAR_SHAPE = (32, 32, 3)
 _CIFAR_FOLDER = "cifar-10-batches-py"
 _CIFAR_FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
+# (training file, development file) of SST-2.
+_SST2_FILES = (("sst2.train.tsv", "sst2.dev.tsv"), ("SST-2/train.tsv", "SST-2/dev.tsv"))
+_UNKNOWN, _FIRST_WORD = 1, 2  # token ids; padding is 0
+_MAX_TOKENS = 100  # positions that the model of Song et al. knows
 
 
 class DataError(ValueError):
@@ -71,7 +91,7 @@ class Split:
     """Examples and their labels.
 
     Attributes:
-        x: Examples, float32, (N, height, width, channels).
+        x: Examples: float32, (N, height, width, channels), or token ids, int32, (N, length).
         y: Labels, int32, (N,).
     """
 
@@ -95,6 +115,7 @@ class Task:
         input_shape: Shape of one example.
         default_model: Name of a model in `models` that suits the task.
         target_accuracy: Validation accuracy that a good run of the default model reaches.
+        vocabulary_size: Token ids are 0 (padding) to `vocabulary_size` - 1; `None` for images.
     """
 
     name: str
@@ -105,6 +126,7 @@ class Task:
     input_shape: tuple[int, ...]
     default_model: str
     target_accuracy: float
+    vocabulary_size: int | None = None
 
 
 def load_task(name: str, *, data_dir: str | Path | None = None) -> Task:
@@ -131,14 +153,17 @@ def load_task(name: str, *, data_dir: str | Path | None = None) -> Task:
     if name == "digits":
         return _digits()
     folder = _data_folder(name, data_dir)
-    subset = name.endswith("5k")
+    subset = _SUBSETS.get(name)
     if name.startswith("mnist"):
         splits = _scale(_split(*_load_mnist(folder), subset))
-        model, target = "mlp", 0.92 if subset else 0.97
-    else:
-        splits = _standardize(_split(*_load_cifar(folder, subset), subset))
-        model, target = ("cnn", 0.50) if subset else ("resnet20", 0.80)
-    return _task(name, splits, model, target)
+        return _task(name, splits, "mlp", 0.92 if subset else 0.97)
+    if name.startswith("cifar10"):
+        splits = _standardize(_split(*_load_cifar(folder, subset is not None), subset))
+        return _task(name, splits, *(("cnn", 0.50) if subset else ("resnet20", 0.80)))
+    path, sentences = _load_sst2(folder)
+    splits, size = _tokenize(_split(path, sentences, subset), _longest(sentences["x_train"]))
+    target = 0.60 if subset else 0.80
+    return _task(name, splits, "transformer", target, num_classes=2, vocabulary_size=size)
 
 
 def index_batches(
@@ -295,17 +320,25 @@ def _digits() -> Task:
     return _task("digits", splits, "mlp", 0.95)
 
 
-def _task(name: str, splits: list[Split], model: str, target: float) -> Task:
+def _task(
+    name: str,
+    splits: list[Split],
+    model: str,
+    target: float,
+    num_classes: int = 10,
+    vocabulary_size: int | None = None,
+) -> Task:
     train, validation, test = splits
     return Task(
         name=name,
         train=train,
         validation=validation,
         test=test,
-        num_classes=10,
+        num_classes=num_classes,
         input_shape=train.x.shape[1:],
         default_model=model,
         target_accuracy=target,
+        vocabulary_size=vocabulary_size,
     )
 
 
@@ -322,21 +355,22 @@ def _data_folder(name: str, data_dir: str | Path | None) -> Path:
     return folder
 
 
-def _split(path: Path, arrays: Arrays, subset: bool) -> list[Split]:
+def _split(path: Path, arrays: Arrays, subset: int | None) -> list[Split]:
     x, y = arrays["x_train"], arrays["y_train"]
     test = Split(arrays["x_test"], arrays["y_test"])
-    if subset and len(y) == _SUBSET:
+    if len(y) == subset:
         half = len(test) // 2
         return [
             Split(x, y),
             Split(test.x[:half], test.y[:half]),
             Split(test.x[half:], test.y[half:]),
         ]
-    start = _SUBSET if subset else len(y) - _VALIDATION
-    rows = slice(start, start + _VALIDATION)
+    size = subset or _VALIDATION
+    start = subset or len(y) - size
+    rows = slice(start, start + size)
     validation = Split(x[rows], y[rows])
-    if start < 1 or len(validation) < _VALIDATION:
-        needed = f"{start + _VALIDATION}" if subset else f"more than {_VALIDATION}"
+    if start < 1 or len(validation) < size:
+        needed = f"{start + size}" if subset else f"more than {size}"
         raise DataError(f"{path}: {len(y)} training examples, expected {needed}")
     return [Split(x[:start], y[:start]), validation, test]
 
@@ -363,6 +397,29 @@ def _standardize(splits: list[Split]) -> list[Split]:
     return standardized
 
 
+def _tokenize(splits: list[Split], length: int) -> tuple[list[Split], int]:
+    """Rows of `length` token ids, and the number of different ids."""
+    counts = collections.Counter(itertools.chain.from_iterable(map(_words, splits[0].x)))
+    # Of equally frequent words the one that was read first.
+    ids = {word: i for i, (word, _) in enumerate(counts.most_common(), _FIRST_WORD)}
+    tokenized = []
+    for split in splits:
+        x = np.zeros((len(split), length), np.int32)
+        for row, sentence in zip(x, split.x, strict=True):
+            tokens = [ids.get(word, _UNKNOWN) for word in _words(sentence)[:length]]
+            row[: len(tokens)] = tokens
+        tokenized.append(Split(x, split.y))
+    return tokenized, _FIRST_WORD + len(ids)
+
+
+def _longest(sentences: np.ndarray) -> int:
+    return min(max(len(_words(sentence)) for sentence in sentences), _MAX_TOKENS)
+
+
+def _words(sentence: str) -> list[str]:
+    return sentence.lower().split()
+
+
 def _load_mnist(folder: Path) -> tuple[Path, Arrays]:
     npz = folder / "mnist.npz"
     if npz.exists():
@@ -381,6 +438,11 @@ def _load_mnist(folder: Path) -> tuple[Path, Arrays]:
 def _plain_or_gzipped(path: Path) -> Path:
     gzipped = path.with_name(path.name + ".gz")
     return gzipped if gzipped.exists() and not path.exists() else path
+
+
+def _read_plain_or_gzipped(path: Path) -> bytes:
+    content = path.read_bytes()
+    return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
 
 
 def _load_cifar(folder: Path, subset: bool) -> tuple[Path, Arrays]:
@@ -402,6 +464,45 @@ def _load_cifar(folder: Path, subset: bool) -> tuple[Path, Arrays]:
     return place, _checked(place, arrays, _CIFAR_SHAPE)
 
 
+def _load_sst2(folder: Path) -> tuple[Path, Arrays]:
+    for names in _SST2_FILES:
+        paths = [_plain_or_gzipped(folder / name) for name in names]
+        if any(path.exists() for path in paths):
+            (x_train, y_train), (x_test, y_test) = map(_read_sentences, paths)
+            arrays = {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
+            return paths[0], arrays
+    raise DataError(
+        f"{folder}: no SST-2 here, expected {' and '.join(_SST2_FILES[0])} or "
+        f"{' and '.join(_SST2_FILES[1])} of GLUE (also .gz)"
+    )
+
+
+def _read_sentences(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Sentences and labels of a file in GLUE's format: a header, then sentence, tab, label."""
+    try:
+        text = _read_plain_or_gzipped(path).decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        expected = "sentences and labels in UTF-8, gzipped or not"
+        raise DataError(f"{path}: unreadable, expected {expected} ({_reason(error)})") from error
+    header, *lines = text.removesuffix("\n").split("\n")
+    if header.split() != ["sentence", "label"]:
+        raise DataError(
+            f"{path}: line 1 is {header[:40]!r}, expected the header 'sentence', tab, 'label'"
+        )
+    sentences, labels = [], []
+    for number, line in enumerate(lines, start=2):
+        sentence, _, label = line.rpartition("\t")
+        if not sentence.strip() or label.strip() not in ("0", "1"):
+            raise DataError(
+                f"{path}: line {number} is {line[:40]!r}, expected a sentence, a tab and 0 or 1"
+            )
+        sentences.append(sentence)
+        labels.append(int(label))
+    if not labels:
+        raise DataError(f"{path}: no line after the header, expected sentences and labels")
+    return np.array(sentences, object), np.array(labels, np.int32)
+
+
 def _read_npz(path: Path, image_shape: tuple[int, ...]) -> Arrays:
     names = ("x_train", "y_train", "x_test", "y_test")
     try:
@@ -421,9 +522,7 @@ def _read_npz(path: Path, image_shape: tuple[int, ...]) -> Arrays:
 def _read_idx(path: Path, ndim: int) -> np.ndarray:
     """Reads the format of yann.lecun.com/exdb/mnist: magic number, sizes, bytes."""
     try:
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
+        content = _read_plain_or_gzipped(path)
     except (OSError, EOFError, zlib.error) as error:
         expected = "an IDX file, gzipped or not"
         raise DataError(f"{path}: unreadable, expected {expected} ({_reason(error)})") from error
