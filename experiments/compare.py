@@ -37,12 +37,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import models
-from experiments import cli, data, methods, report
+from experiments import cli, data, engine, methods, report
 from experiments.cli import UsageError
 from experiments.replicas import Plan, Record, Replica, Trainer, measure_time
 
 PROG = "python -m experiments.compare"
 DEFAULT_EPOCHS = {"digits": 30, "mnist": 3, "mnist5k": 20, "cifar10": 5, "cifar10_5k": 20}
+DEFAULT_EPOCHS |= {"sst2": 1, "sst2_1k": 10}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Options:
     """Folder with the data files; default: OPTAX_ACCEL_DATA. Digits needs none."""
     model: str | None = None
     """Model; default: the task's own. --list shows all."""
+    loss: str = "cross_entropy"
+    """Loss: cross_entropy, or mse (half the squared distance to the one-hot label)."""
     methods: str = ",".join(report.PRINCIPAL)
     """Methods, separated by commas; --list shows all."""
     seeds: int = 3
@@ -99,6 +102,7 @@ def resolve(options: Options) -> Plan:
     chosen = methods.get_methods(names)
     cli.check_known("task", options.task, data.TASKS)
     cli.check_known("model", options.model, models.list())
+    cli.check_known("loss", options.loss, tuple(engine.LOSSES))
     if options.epochs is not None and options.steps is not None:
         raise UsageError("--epochs and --steps exclude each other; give one")
     for name in (
@@ -136,6 +140,7 @@ def resolve(options: Options) -> Plan:
     return Plan(
         task=task,
         model=options.model or task.default_model,
+        loss=options.loss,
         methods=chosen,
         seeds=options.seeds,
         steps=steps,
@@ -387,6 +392,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         plan = resolve(options)
+        trainer = Trainer(
+            plan,
+            max_replicas=options.max_replicas,
+            memory=None if options.memory_gib is None else options.memory_gib * 2**30,
+        )
         config = plan.config()
         digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
         folder = options.runs_dir / (options.name or f"{plan.task.name}-{digest}")
@@ -408,11 +418,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{report.plural(plan.batch_size, 'example')} -> {folder}"
     )
     try:
-        trainer = Trainer(
-            plan,
-            max_replicas=options.max_replicas,
-            memory=None if options.memory_gib is None else options.memory_gib * 2**30,
-        )
         results = run(plan, folder, trainer, console)
         cli.write_atomic(folder / "results.json", cli.to_json(results))
         report.write_all(folder, results)

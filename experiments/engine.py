@@ -7,6 +7,7 @@ function of pytrees, so the same step runs under ``jit``, ``vmap``, ``pmap`` and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -56,28 +57,77 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef[Any], PyTree, PyTree]:
 def objective(
     graphdef: nnx.GraphDef[Any],
     rest: PyTree,
-    x: jax.Array,
-    y: jax.Array,
+    x: jax.Array | None = None,
+    y: jax.Array | None = None,
     *,
+    loss: str = "cross_entropy",
     axis_name: str | None = None,
 ) -> oa.Objective:
-    """The training loss of one batch: mean softmax cross-entropy, model in training mode.
+    """The training loss of one batch, the mean over its examples, model in training mode.
+
+    Without a batch the objective takes it by name in each call, ``objective(params, x=x, y=y)``,
+    as curvature operators over many batches need it.
 
     Args:
       graphdef: static part of the model.
       rest: the model's other variables; held fixed, so the loss depends on parameters only.
-      x: inputs, ``(batch, ...)``.
-      y: integer labels, ``(batch,)``.
+      x: inputs, ``(batch, ...)``; ``None`` to give them in each call.
+      y: integer labels, ``(batch,)``; given where ``x`` is.
+      loss: one of `LOSSES`.
       axis_name: axis over which replicas are averaged (``pmap``, ``shard_map``).
 
     Returns:
       An objective of the parameters.
+
+    Raises:
+      ValueError: unknown loss.
     """
-    return oa.Objective(
-        predict=lambda params: _forward(graphdef, params, rest, x)[0],
-        loss=lambda logits: _cross_entropy(logits, y),
+    unbound = oa.Objective(
+        predict=lambda params, x: _forward(graphdef, params, rest, x)[0],
+        loss=find_loss(loss),
         axis_name=axis_name,
     )
+    return unbound if x is None else unbound.bind(x=x, y=y)
+
+
+def _cross_entropy(outputs: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(outputs, y))
+
+
+def _mse(outputs: jax.Array, y: jax.Array) -> jax.Array:
+    targets = jax.nn.one_hot(y, outputs.shape[-1], dtype=outputs.dtype)
+    return jnp.mean(0.5 * jnp.sum((outputs - targets) ** 2, axis=-1))
+
+
+LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "cross_entropy": _cross_entropy,
+    "mse": _mse,
+}
+
+
+def find_loss(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The loss of that name, a function of outputs ``(batch, classes)`` and integer labels.
+
+    ``cross_entropy`` is softmax cross-entropy; ``mse`` is half the sum of squares over the outputs,
+    against 1 for the label and 0 for the others, as in Song et al. (2024). Both are means over the
+    examples.
+
+    >>> outputs, y = jnp.array([[1.0, 0.0], [0.5, 0.5]]), jnp.array([0, 1])
+    >>> float(find_loss("mse")(outputs, y))
+    0.125
+
+    Args:
+      name: one of `LOSSES`.
+
+    Returns:
+      The function; it returns a scalar.
+
+    Raises:
+      ValueError: unknown loss.
+    """
+    if name not in LOSSES:
+        raise ValueError(f"unknown loss {name!r}; valid: {', '.join(LOSSES)}")
+    return LOSSES[name]
 
 
 def init_state(tx: optax.GradientTransformation, params: PyTree, rest: PyTree) -> TrainState:
@@ -103,6 +153,7 @@ def train_step(
     *,
     curvature: Batch | None = None,
     refresh: bool | str | None = None,
+    loss: str = "cross_entropy",
     axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on one batch.
@@ -119,30 +170,35 @@ def train_step(
       curvature: ``(x, y)`` on which curvature is estimated; ``None`` for the batch itself.
       refresh: static; what the optimizer does about its curvature estimate in this step
         (``Method.refresh``). ``None`` for methods without curvature or to decide in the graph.
+      loss: one of `LOSSES`.
       axis_name: axis over which replicas are averaged. Batch normalization uses the statistics of
         each replica's own batch, and its running statistics are averaged.
 
     Returns:
       The new state and ``{"loss": scalar}``, the training loss at the point where the method
       evaluated it: the current one, except for extragradient (the extrapolated point).
+
+    Raises:
+      ValueError: unknown loss.
     """
+    loss_fn = find_loss(loss)
 
-    def loss_fn(params: PyTree) -> tuple[jax.Array, PyTree]:
-        logits, rest = _forward(graphdef, params, state.rest, x)
-        return _cross_entropy(logits, y), rest
+    def loss_and_rest(params: PyTree) -> tuple[jax.Array, PyTree]:
+        outputs, rest = _forward(graphdef, params, state.rest, x)
+        return loss_fn(outputs, y), rest
 
-    (loss, rest), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+    (value, rest), grads = jax.value_and_grad(loss_and_rest, has_aux=True)(
         vary_over(state.params, axis_name)
     )
     if axis_name is not None:
-        loss, grads = lax.pmean((loss, grads), axis_name)
+        value, grads = lax.pmean((value, grads), axis_name)
         rest = jax.tree.map(lambda leaf: _mean_if_float(leaf, axis_name), rest)
 
-    value_fn = objective(graphdef, state.rest, x, y, axis_name=axis_name)
-    extra_args: dict[str, Any] = {"value": loss, "grad": grads, "value_fn": value_fn}
+    value_fn = objective(graphdef, state.rest, x, y, loss=loss, axis_name=axis_name)
+    extra_args: dict[str, Any] = {"value": value, "grad": grads, "value_fn": value_fn}
     if curvature is not None:
         extra_args["curvature_value_fn"] = objective(
-            graphdef, state.rest, *curvature, axis_name=axis_name
+            graphdef, state.rest, *curvature, loss=loss, axis_name=axis_name
         )
     if refresh is not None:
         extra_args["refresh"] = refresh
@@ -151,12 +207,18 @@ def train_step(
     # A method that evaluates the loss elsewhere keeps that value in its state. Reporting it lets
     # XLA drop the pass at the current parameters where the method has no use for it.
     logged = find_in_state(opt_state, "value")
-    metrics = {"loss": loss if logged is None else logged}
+    metrics = {"loss": value if logged is None else logged}
     return TrainState(state.step + 1, params, rest, opt_state), metrics
 
 
 def evaluate(
-    graphdef: nnx.GraphDef[Any], params: PyTree, rest: PyTree, x: jax.Array, y: jax.Array
+    graphdef: nnx.GraphDef[Any],
+    params: PyTree,
+    rest: PyTree,
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    loss: str = "cross_entropy",
 ) -> dict[str, jax.Array]:
     """Loss and accuracy of a model in evaluation mode (running statistics, no dropout).
 
@@ -166,15 +228,20 @@ def evaluate(
       rest: the other variables.
       x: inputs, ``(batch, ...)``.
       y: integer labels, ``(batch,)``.
+      loss: one of `LOSSES`.
 
     Returns:
-      ``{"loss": mean cross-entropy, "accuracy": share of correct labels}``.
+      ``{"loss": mean over the examples, "accuracy": share of correct labels}``.
+
+    Raises:
+      ValueError: unknown loss.
     """
+    loss_fn = find_loss(loss)
     model = nnx.merge(graphdef, params, rest, copy=True)
     model.eval()
-    logits = model(x)
-    accuracy = jnp.mean((jnp.argmax(logits, axis=-1) == y).astype(jnp.float32))
-    return {"loss": _cross_entropy(logits, y), "accuracy": accuracy}
+    outputs = model(x)
+    accuracy = jnp.mean((jnp.argmax(outputs, axis=-1) == y).astype(jnp.float32))
+    return {"loss": loss_fn(outputs, y), "accuracy": accuracy}
 
 
 def find_in_state(opt_state: PyTree, name: str) -> Any:
@@ -203,17 +270,13 @@ def find_in_state(opt_state: PyTree, name: str) -> Any:
 def _forward(
     graphdef: nnx.GraphDef[Any], params: PyTree, rest: PyTree, x: jax.Array
 ) -> tuple[jax.Array, PyTree]:
-    """Logits in training mode and the other variables as this pass leaves them."""
+    """Outputs in training mode and the other variables as this pass leaves them."""
     # The copy is made of the tracers at hand: NNX refuses to write batch statistics that belong
     # to an outer trace, which `rest` does inside `grad`.
     model = nnx.merge(graphdef, params, rest, copy=True)
     model.train()
-    logits = model(x)
-    return logits, nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param)))
-
-
-def _cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
+    outputs = model(x)
+    return outputs, nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param)))
 
 
 def _mean_if_float(leaf: jax.Array, axis_name: str) -> jax.Array:

@@ -44,6 +44,7 @@ class Plan:
 
     task: data.Task
     model: str
+    loss: str
     methods: list[methods.Method]
     seeds: int
     steps: int
@@ -61,6 +62,7 @@ class Plan:
             "test_examples": len(self.task.test.y),
             "data_checksum": zlib.crc32(self.task.train.x.tobytes()),
             "model": self.model,
+            "loss": self.loss,
             "seeds": self.seeds,
             "steps": self.steps,
             "batch_size": self.batch_size,
@@ -124,6 +126,7 @@ class Trainer:
                     plan.model,
                     input_shape=plan.task.input_shape,
                     num_classes=plan.task.num_classes,
+                    vocabulary_size=plan.task.vocabulary_size,
                     rngs=seed,
                 )
             )
@@ -144,13 +147,10 @@ class Trainer:
             ]
         )
         self._steps: dict[tuple[str, bool], Callable[..., Any]] = {}
+        evaluate = functools.partial(engine.evaluate, self.graphdef, loss=plan.loss)
         self._evaluate = {
-            True: jax.jit(
-                jax.vmap(
-                    functools.partial(engine.evaluate, self.graphdef), in_axes=(0, 0, None, None)
-                )
-            ),
-            False: jax.jit(functools.partial(engine.evaluate, self.graphdef)),
+            True: jax.jit(jax.vmap(evaluate, in_axes=(0, 0, None, None))),
+            False: jax.jit(evaluate),
         }
 
     def _batches(self, seed: int, examples: int) -> np.ndarray:
@@ -230,6 +230,7 @@ class Trainer:
                     y[index],
                     curvature=(x[curvature], y[curvature]) if method.refresh_every else None,
                     refresh=refresh,
+                    loss=self.plan.loss,
                 )
 
             def step(

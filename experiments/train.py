@@ -72,11 +72,13 @@ class Options:
     """Train one model on one task with one method."""
 
     task: str = "digits"
-    """Data set: digits, mnist, mnist5k, cifar10 or cifar10_5k."""
+    """Data set: digits, mnist, mnist5k, cifar10, cifar10_5k, sst2 or sst2_1k."""
     data_dir: Path | None = None
     """Folder with the data files; default: OPTAX_ACCEL_DATA. Digits needs none."""
     model: str | None = None
-    """Model: mlp, cnn or resnet20; default: the task's own."""
+    """Model: mlp, cnn, resnet20 or transformer; default: the task's own."""
+    loss: str = "cross_entropy"
+    """Loss: cross_entropy, or mse (half the squared distance to the one-hot label)."""
     method: str = "sgd"
     """Training method; an unknown name lists all."""
     learning_rate: float | None = None
@@ -120,6 +122,7 @@ class Plan:
 
     task: data.Task
     model: str
+    loss: str
     method: methods.Method
     learning_rate: float
     steps: int
@@ -140,6 +143,7 @@ class Plan:
             "train_examples": len(self.task.train),
             "data_checksum": zlib.crc32(np.ascontiguousarray(self.task.train.x).data),
             "model": self.model,
+            "loss": self.loss,
             "method": self.method.name,
             "learning_rate": self.learning_rate,
             "steps": self.steps,
@@ -164,6 +168,7 @@ def resolve(options: Options) -> Plan:
     """
     cli.check_known("task", options.task, data.TASKS)
     cli.check_known("model", options.model, models.list())
+    cli.check_known("loss", options.loss, tuple(engine.LOSSES))
     cli.check_known("parallel mode", options.parallel, parallel.MODES)
     (method,) = methods.get_methods([options.method])
     if options.epochs is not None and options.steps is not None:
@@ -218,6 +223,7 @@ def resolve(options: Options) -> Plan:
     return Plan(
         task=task,
         model=options.model or task.default_model,
+        loss=options.loss,
         method=method,
         learning_rate=rate,
         steps=steps,
@@ -472,6 +478,7 @@ def build(
         plan.model,
         input_shape=plan.task.input_shape,
         num_classes=plan.task.num_classes,
+        vocabulary_size=plan.task.vocabulary_size,
         rngs=plan.seed,
     )
     graphdef, params, rest = engine.split(model)
@@ -499,6 +506,7 @@ def build(
             batch["y"],
             curvature=None if curvature is None else (curvature["x"], curvature["y"]),
             refresh=refresh,
+            loss=plan.loss,
             axis_name=axis_name,
         )
         return state, metrics | statistics(state.opt_state)
@@ -530,7 +538,7 @@ def train(
       UsageError, CheckpointError: what is in the folder does not fit; it is left as it is.
     """
     task, method, folder = plan.task, plan.method, plan.folder
-    compiled_evaluate = jax.jit(functools.partial(engine.evaluate, graphdef))
+    compiled_evaluate = jax.jit(functools.partial(engine.evaluate, graphdef, loss=plan.loss))
 
     # Data.
     dataset = data.batches(task.train, batch_size=plan.batch_size, seed=plan.seed)

@@ -264,3 +264,59 @@ def test_objective_has_the_methods_of_the_library(mlp, batch):
     assert objective.outputs(params).shape == (12, 3)
     product = objective.hvp(params, params)
     assert jax.tree.structure(product) == jax.tree.structure(params)
+    x, y = batch
+    unbound = engine.objective(graphdef, rest)
+    assert unbound(params, x=x, y=y) == objective(params)
+    with pytest.raises(TypeError, match="'y'"):
+        unbound(params, x=x)
+
+
+def test_mse_is_half_the_squared_distance_to_the_one_hot_label(mlp, batch):
+    graphdef, params, rest = mlp
+    x, y = batch
+    h = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"][None])
+    outputs = np.asarray(h @ params["head"]["kernel"] + params["head"]["bias"][None])
+    expected = 0.5 * ((outputs - np.eye(3)[np.asarray(y)]) ** 2).sum() / len(y)
+    objective = engine.objective(graphdef, rest, x, y, loss="mse")
+    np.testing.assert_allclose(objective(params), expected, rtol=1e-6)
+    scores = engine.evaluate(graphdef, params, rest, x, y, loss="mse")
+    np.testing.assert_allclose(scores["loss"], expected, rtol=1e-6)
+    np.testing.assert_allclose(scores["accuracy"], (outputs.argmax(-1) == y).mean(), rtol=1e-6)
+
+    tx = spy()
+    state = engine.init_state(tx, params, rest)
+    curvature = make_batch(7, seed=1)
+    new, metrics = engine.train_step(
+        tx, graphdef, state, x, y, curvature=curvature, refresh="warm", loss="mse"
+    )
+    given = new.opt_state.given
+    for value in (metrics["loss"], given["value"], given["loss"]):
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+    on_curvature = engine.objective(graphdef, rest, *curvature, loss="mse")
+    np.testing.assert_allclose(given["curvature"], on_curvature(params), rtol=1e-6)
+    # The gradient of the last bias is the mean residual.
+    residual = (outputs - np.eye(3)[np.asarray(y)]).mean(0)
+    np.testing.assert_allclose(given["grad"]["head"]["bias"], residual, rtol=1e-5, atol=1e-7)
+
+
+def test_gauss_newton_of_mse_of_a_linear_model_is_its_hessian():
+    graphdef, params, rest = engine.split(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    objective = engine.objective(graphdef, rest, *make_batch(), loss="mse")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        objective.hvp(params, params),
+        objective.ggn_vp(params, params),
+    )
+
+
+def test_unknown_loss(mlp, batch):
+    graphdef, params, rest = mlp
+    tx = extra(optax.sgd(0.1))
+    state = engine.init_state(tx, params, rest)
+    for call in (
+        lambda: engine.objective(graphdef, rest, *batch, loss="hinge"),
+        lambda: engine.train_step(tx, graphdef, state, *batch, loss="hinge"),
+        lambda: engine.evaluate(graphdef, params, rest, *batch, loss="hinge"),
+    ):
+        with pytest.raises(ValueError, match="unknown loss 'hinge'; valid: cross_entropy, mse"):
+            call()
