@@ -32,14 +32,23 @@ def scalar_dtype(tree: PyTree) -> jnp.dtype:
 
 
 def inner(left: PyTree, right: PyTree) -> jax.Array:
-    """All inner products of two blocks of ``k`` and ``m`` vectors: a ``(k, m)`` matrix."""
+    """All inner products of two blocks of ``k`` and ``m`` vectors: a ``(k, m)`` matrix.
+
+    Accumulated in :func:`scalar_dtype`, at least float32, whatever dtype a block is stored in.
+    """
     dtype = scalar_dtype((left, right))
+    # With several contracted axes, XLA's CPU backend transposes one block first, which triples the
+    # time. Merging them avoids that, but gathers a leaf that is sharded along an inner axis.
+    merge = jax.device_count() == 1
 
     def leaf_products(a: jax.Array, b: jax.Array) -> jax.Array:
+        if merge:
+            a, b = (x.reshape(x.shape[0], math.prod(x.shape[1:])) for x in (a, b))
         axes = tuple(range(1, a.ndim))
+        common = jnp.promote_types(a.dtype, b.dtype)
         return lax.dot_general(
-            a,
-            b,
+            a.astype(common),
+            b.astype(common),
             ((axes, axes), ((), ())),
             precision=lax.Precision.HIGHEST,
             preferred_element_type=dtype,
@@ -59,16 +68,18 @@ def combine(coefficients: jax.Array, block: PyTree) -> PyTree:
       block: leaves ``(k, *shape)``.
 
     Returns:
-      Leaves ``(*shape)`` or ``(m, *shape)``, of the block's dtype.
+      Leaves ``(*shape)`` or ``(m, *shape)``, of the block's dtype; summed in at least float32.
     """
 
     def leaf_combination(b: jax.Array) -> jax.Array:
-        return lax.dot_general(
-            coefficients.astype(b.dtype),
-            b,
+        dtype = jnp.promote_types(b.dtype, jnp.float32)
+        sums = lax.dot_general(
+            coefficients.astype(dtype),
+            b.astype(dtype),
             (((coefficients.ndim - 1,), (0,)), ((), ())),
             precision=lax.Precision.HIGHEST,
         )
+        return sums.astype(b.dtype)
 
     return jax.tree.map(leaf_combination, block)
 
@@ -97,6 +108,32 @@ def random(key: jax.Array, like: PyTree) -> PyTree:
     return map_with_keys(leaf, key, like)
 
 
+def random_basis(key: jax.Array, like: PyTree, num: int) -> PyTree:
+    """A random orthonormal block of ``num`` vectors with the shapes and dtypes of ``like``."""
+    keys = jax.random.split(key, num)
+    return orthonormalize(jax.vmap(lambda each: random(each, like))(keys))
+
+
+def zeros(num: int, like: PyTree) -> PyTree:
+    """A block of ``num`` zero vectors, placed like the leaves where these have a named sharding."""
+    return jax.tree.map(
+        lambda x: _placed(jnp.zeros((num, *x.shape), x.dtype), x, leading=True), like
+    )
+
+
+def place(tree: PyTree, like: PyTree) -> PyTree:
+    """A vector placed like the leaves of ``like`` where these have a named sharding."""
+    return jax.tree.map(_placed, tree, like)
+
+
+def _placed(x: jax.Array, like: Any, leading: bool = False) -> jax.Array:
+    sharding = None if isinstance(like, jax.core.Tracer) else getattr(like, "sharding", None)
+    if not isinstance(sharding, jax.NamedSharding):
+        return x
+    spec = jax.P(None, *sharding.spec) if leading else sharding.spec
+    return jax.device_put(x, jax.NamedSharding(sharding.mesh, spec))
+
+
 def identity(like: PyTree) -> PyTree:
     """The block of all unit vectors, ``dimension(like)`` rows. For tiny problems only."""
     size = dimension(like)
@@ -110,35 +147,65 @@ def identity(like: PyTree) -> PyTree:
     return jax.tree.unflatten(treedef, parts)
 
 
-def orthonormalize(block: PyTree, rounds: int = 2) -> PyTree:
+def orthonormalize(
+    block: PyTree,
+    *,
+    rotation: jax.Array | None = None,
+    gram: jax.Array | None = None,
+) -> PyTree:
     """Orthonormal rows with the span of the given ones, by scaled, shifted Cholesky QR.
 
     One round needs two passes over the block and one ``k x k`` factorization (and, for sharded
-    leaves, one ``k x k`` all-reduce), against the serial column sweeps of Householder QR.  Two
-    rounds give orthogonality to machine precision for condition numbers up to about ``eps ** -0.5``
-    (Yamamoto et al., Roundoff error analysis of CholeskyQR2, ETNA 44, 2015). Rows are
-    scaled to unit length first, so that only their angles count, and a shift of a few ``k * eps``
-    keeps the factorization alive for dependent rows (Fukaya et al., `Shifted Cholesky QR
-    <https://doi.org/10.1137/18M1218212>`_, 2020).  Rows are processed in order: the first keep
-    their directions.
+    leaves, one ``k x k`` all-reduce), against the serial column sweeps of Householder QR.  Rows are
+    scaled to unit length first, so that only their angles count.  Where these are far from zero
+    (their correlations sum to less than 1/2 in each row, so that the condition number is at most 3,
+    by Gershgorin) one round is orthogonal to a few roundings.  Otherwise a shift of a few ``k *
+    eps`` keeps the factorization alive for dependent rows (Fukaya et al., `Shifted Cholesky QR
+    <https://doi.org/10.1137/18M1218212>`_, 2020) and a second round follows: orthogonal to machine
+    precision for condition numbers up to about ``eps ** -0.5`` (Yamamoto et al., Roundoff error
+    analysis of CholeskyQR2, ETNA 44, 2015).  Rows are processed in order: the first keep their
+    directions.
 
     Args:
       block: leaves ``(k, *shape)``.
-      rounds: Cholesky QR sweeps.
+      rotation: ``(k, k)``, combines the rows first, at no cost; default: none.
+      gram: the inner products of the given rows, ``(k, k)``, where they are known; saves a pass.
 
     Returns:
       A block of the same shape. A zero row stays zero.
     """
-    for remaining in reversed(range(rounds)):
+    if gram is None:
         gram = inner(block, block)
-        num = gram.shape[0]
-        norms = jnp.sqrt(jnp.diagonal(gram))
-        scale = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
-        correlation = scale[:, None] * gram * scale[None, :]
-        # The shift shortens the rows a little, so the last round goes without: it meets rows that
-        # are nearly orthonormal, and a one in place of the zero pivot of a zero row.
-        shift = jnp.where(norms > 0, 11 * num * jnp.finfo(gram.dtype).eps * (remaining > 0), 1)
-        factor = jnp.linalg.cholesky(correlation + jnp.diag(shift.astype(gram.dtype)))
-        transform = lax.linalg.triangular_solve(factor, jnp.diag(scale), left_side=True, lower=True)
-        block = combine(transform, block)
+    if rotation is not None:
+        gram = rotation @ gram @ rotation.T
+
+    transform, well_conditioned = _cholesky_transform(gram, first=True)
+    if rotation is not None:
+        transform = transform @ rotation
+    return lax.cond(well_conditioned, _same, _second_round, combine(transform, block))
+
+
+def _cholesky_transform(gram: jax.Array, *, first: bool) -> tuple[jax.Array, jax.Array]:
+    """Combinations of the rows with these inner products that make them orthonormal."""
+    num = gram.shape[0]
+    norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
+    scale = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
+    correlation = scale[:, None] * gram * scale[None, :]
+    others = jnp.abs(correlation) * (1 - jnp.eye(num, dtype=gram.dtype))
+    well_conditioned = jnp.max(jnp.sum(others, axis=1), initial=0) < 0.5
+    # The shift shortens the rows a little, so rows that are nearly orthonormal, as all are in the
+    # second round, go without; a one takes the place of the zero pivot of a zero row.
+    shift = 11 * num * jnp.finfo(gram.dtype).eps * first * ~well_conditioned
+    shift = jnp.where(norms > 0, shift, 1).astype(gram.dtype)
+    factor = jnp.linalg.cholesky(correlation + jnp.diag(shift))
+    transform = lax.linalg.triangular_solve(factor, jnp.diag(scale), left_side=True, lower=True)
+    return transform, well_conditioned
+
+
+# The branches are not closures: outside `jit`, those would be compiled anew at every call.
+def _same(block: PyTree) -> PyTree:
     return block
+
+
+def _second_round(block: PyTree) -> PyTree:
+    return combine(_cholesky_transform(inner(block, block), first=False)[0], block)
