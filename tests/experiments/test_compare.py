@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 import signal
 import subprocess
@@ -11,10 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from experiments import compare, methods, replicas
+from experiments import compare, engine, methods, replicas
+from tests.experiments.test_data import write_sst2
 
 TINY = ["--task", "digits", "--methods", "sgd,adam", "--seeds", "2", "--steps", "12"]
 ROOT = Path(compare.__file__).parents[1]
@@ -116,6 +119,28 @@ def test_one_at_a_time_gives_the_same(here: Path) -> None:
         )
 
 
+def test_token_ids_and_another_loss(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas, "TIMING_SECONDS", 0.0)
+    write_sst2(here, rows=1_000)
+    arguments = ["--task", "sst2_1k", "--data-dir", str(here), "--methods", "sgd", "--seeds", "1"]
+    arguments += ["--steps", "2", "--batch-size", "8", "--loss", "mse"]
+    assert run(*arguments, "--name", "a") == 0
+    settings = json.loads((here / "runs/a/config.json").read_text())
+    assert (settings["model"], settings["loss"]) == ("transformer", "mse")
+    plan = compare.resolve(
+        compare.Options(task="sst2_1k", data_dir=here, methods="sgd", seeds=1, steps=2, loss="mse")
+    )
+    trainer = replicas.Trainer(plan)
+    score = functools.partial(engine.evaluate, trainer.graphdef, *trainer.weights[0], loss="mse")
+    start = jax.jit(score)(plan.task.validation.x, plan.task.validation.y)["loss"]
+    lines = (here / "runs/a/metrics/sgd.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    starts = [record["validation_loss"] for record in records if record["step"] == 0]
+    np.testing.assert_allclose(starts, [start] * 5, rtol=1e-5)
+    # Five rates, five results.
+    assert len({record["test_loss"] for record in records if record["step"] == 2}) == 5
+
+
 def test_memory_limits_how_many_train_together() -> None:
     plan = compare.resolve(compare.Options(seeds=3, steps=2))
     method = methods.METHODS["adam"]
@@ -137,6 +162,8 @@ def test_memory_limits_how_many_train_together() -> None:
         (["--methods", "sgd,adam,sgd"], ["sgd more than once"]),
         (["--task", "digit"], ["'digit'", "digits", "cifar10"]),
         (["--model", "mlpp"], ["'mlpp'", "mlp", "resnet20"]),
+        (["--model", "transformer"], ["needs vocabulary_size", "mlp, cnn, resnet20"]),
+        (["--loss", "hinge"], ["'hinge'", "cross_entropy", "mse"]),
         (["--epoch-count", "3"], ["--epoch-count", "--epochs", "--seeds"]),
         (["--seeds", "0"], ["--seeds", "positive", "0"]),
         (["--seeds", "three"], ["--seeds", "three"]),

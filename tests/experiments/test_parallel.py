@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import models
 from experiments import engine
 from experiments.methods import METHODS
 from experiments.parallel import FETCH_EVERY, MODES, Parallel, check_divisible
@@ -94,6 +95,35 @@ def test_eight_devices_equal_one(name, mode):
         norm += float(np.sum(b**2))
     assert difference**0.5 <= 1e-5 * norm**0.5
     assert int(state.step) == STEPS
+
+
+@functools.cache
+def train_on_token_ids(mode, num_devices):
+    options = {"embedding_size": 4, "num_heads": 2, "feedforward_size": 8, "num_layers": 1}
+    graphdef, params, rest = engine.split(
+        models.create("transformer", input_shape=(5,), num_classes=3, vocabulary_size=7, **options)
+    )
+    x = np.random.default_rng(0).integers(0, 7, (8, 5), dtype=np.int32)
+    _, tx = build("sgd")
+
+    def step(state, batch, curvature, *, refresh, axis_name):
+        del curvature, refresh
+        return engine.train_step(tx, graphdef, state, *batch, loss="mse", axis_name=axis_name)
+
+    parallel = Parallel(mode, jax.devices()[:num_devices], step)
+    state = parallel.put_state(engine.init_state(tx, params, rest))
+    for _ in range(3):
+        state, metrics = parallel.step(state, parallel.put_batch((x, x[:, 0] % 3)))
+    return jax.device_get((parallel.get_state(state).params, metrics["loss"]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_token_ids_and_another_loss_on_four_devices(mode):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        train_on_token_ids(mode, 4),
+        train_on_token_ids("jit", 1),
+    )
 
 
 @pytest.mark.parametrize("mode", ["pmap", "shard_map"])

@@ -20,9 +20,11 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from experiments import train
+import models
+from experiments import data, engine, train
 from experiments.checkpoints import Checkpoints
 from experiments.methods import METHODS
+from tests.experiments.test_data import write_sst2
 
 ROOT = Path(__file__).parents[2]
 # Small and quick to compile; 16 steps an epoch.
@@ -232,6 +234,36 @@ def test_parallel_modes_train_alike(runs, mode):
     assert train.main(["--runs-dir", str(runs), "--name", mode, "--resume"]) == 0
 
 
+def test_token_ids(runs, tmp_path):
+    write_sst2(tmp_path, rows=1_000)
+    quick = ["--task", "sst2_1k", "--data-dir", str(tmp_path), "--runs-dir", str(runs)]
+    quick += ["--batch-size", "8", "--devices", "1", "--steps", "4", "--checkpoint-every", "2"]
+    assert train.main([*quick, "--name", "run"]) == 0
+    expected = untimed(runs / "run")
+    assert json.loads((runs / "run" / "config.json").read_text())["run"]["model"] == "transformer"
+    # From the checkpoint in the middle it goes on with the same batches.
+    shutil.rmtree(runs / "run" / "checkpoints" / "4")
+    assert train.main(["--runs-dir", str(runs), "--name", "run", "--resume"]) == 0
+    assert untimed(runs / "run") == expected
+
+
+def test_loss_can_be_chosen(runs, capsys):
+    quick = [*QUICK, "--runs-dir", str(runs), "--name", "run", "--loss", "mse"]
+    assert train.main(quick) == 0
+    task = data.load_task("digits")
+    batch = next(iter(data.batches(task.train, batch_size=64, seed=0)))
+    graphdef, params, rest = engine.split(
+        models.create("mlp", input_shape=task.input_shape, num_classes=10)
+    )
+    first = engine.objective(graphdef, rest, batch["x"], batch["y"], loss="mse")(params)
+    np.testing.assert_allclose(rows(runs / "run")[0]["loss"], first, rtol=1e-6)
+    # Validation and test use it too: below the 2.3 of a cross entropy before it has learned.
+    assert rows(runs / "run")[-1]["validation_loss"] < 0.6
+    assert json.loads((runs / "run" / "result.json").read_text())["test_loss"] < 0.6
+    assert train.main([*quick[:-1], "cross_entropy", "--resume"]) == 2
+    assert "a run with loss mse, now cross_entropy" in capsys.readouterr().err
+
+
 def test_loss_that_is_not_finite_stays_valid_json(runs):
     quick = [*QUICK, "--runs-dir", str(runs), "--name", "run", "--learning-rate", "1e38"]
     assert train.main(quick) == 0
@@ -263,6 +295,8 @@ def test_statistics_of_the_optimizer(method, names):
     [
         ("--task foo", "unknown task 'foo'; valid: digits, mnist"),
         ("--model foo", "unknown model 'foo'; valid: mlp, cnn"),
+        ("--model transformer", "'transformer' reads token ids and needs vocabulary_size"),
+        ("--loss foo", "unknown loss 'foo'; valid: cross_entropy, mse"),
         ("--method foo", "unknown method 'foo'; valid methods are sgd, "),
         ("--parallel foo", "unknown parallel mode 'foo'; valid: jit, pmap, shard_map"),
         ("--learning-rate 0", "--learning-rate must be positive and finite, got 0.0"),
