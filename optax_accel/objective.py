@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.tree_util import Partial
 
 PyTree = Any
 ValueFn = Callable[..., jax.Array]
@@ -218,17 +219,25 @@ class Objective:
         have another float dtype than the parameters (a float32 basis for bfloat16 parameters):
         they are cast for the product, and the result has the vector's dtype.
         """
-        params = self._vary(params)
-        gradient = jax.grad(functools.partial(self._local_value, **kwargs))
-        if self.hvp_mode == "forward_over_reverse":
-            _, product = jax.linearize(gradient, params)
-        else:
-            _, pullback = jax.vjp(gradient, params)
+        return self._second_derivative(functools.partial(self._local_value, **kwargs), params)
 
-            def product(vector: PyTree) -> PyTree:
-                return pullback(vector)[0]
+    def functional_hessian(self, params: PyTree, **kwargs: Any) -> Callable[[PyTree], PyTree]:
+        r"""The functional Hessian at ``params``, ``hessian - gauss_newton``, as a linear function.
 
-        return self._operator(product, params)
+        :math:`H_f = \sum_j (\partial \ell / \partial f_j) \nabla^2_\theta f_j` is the Hessian of
+        :math:`\langle c, f(\theta) \rangle` with the loss gradient :math:`c` held fixed: one
+        Hessian product, without the cancellation of a difference of two.
+
+        Raises:
+          ValueError: the objective was built from a value function.
+        """
+        predict = self._need_predict("functional_hessian")
+        slope = jax.grad(lambda out: _call_by_name(self._loss, out, kwargs))(
+            _call_by_name(predict, params, kwargs)
+        )
+        return self._second_derivative(
+            lambda p: optax.tree.vdot(slope, _call_by_name(predict, p, kwargs)), params
+        )
 
     def gauss_newton(self, params: PyTree, **kwargs: Any) -> Callable[[PyTree], PyTree]:
         r"""The generalized Gauss-Newton matrix at ``params`` as a linear function.
@@ -242,11 +251,10 @@ class Objective:
         predict = self._need_predict("ggn_vp")
         params = self._vary(params)
         outputs, push = jax.linearize(lambda p: _call_by_name(predict, p, kwargs), params)
-        pull = jax.linear_transpose(push, params)
         _, loss_hessian = jax.linearize(
             jax.grad(lambda out: _call_by_name(self._loss, out, kwargs)), outputs
         )
-        return self._operator(lambda v: pull(loss_hessian(push(v)))[0], params)
+        return self._operator(Partial(congruence, push, loss_hessian, params), params)
 
     def hvp(self, params: PyTree, vector: PyTree, **kwargs: Any) -> PyTree:
         """Hessian-vector product; ``vector`` and the result are like ``params``."""
@@ -282,21 +290,56 @@ class Objective:
             )
         return self._predict
 
+    def _second_derivative(
+        self, value: Callable[[PyTree], jax.Array], params: PyTree
+    ) -> Callable[[PyTree], PyTree]:
+        params = self._vary(params)
+        if self.hvp_mode == "forward_over_reverse":
+            _, product = jax.linearize(jax.grad(value), params)
+        else:
+            _, pullback = jax.vjp(jax.grad(value), params)
+            product = Partial(_first_result, pullback)
+        return self._operator(product, params)
+
     def _operator(
         self, product: Callable[[PyTree], PyTree], params: PyTree
     ) -> Callable[[PyTree], PyTree]:
-        def operator(vector: PyTree) -> PyTree:
-            tangent = jax.tree.map(lambda v, p: v.astype(p.dtype), vector, params)
-            result = self._mean(product(self._vary(tangent)))
-            return jax.tree.map(lambda r, v: r.astype(v.dtype), result, vector)
-
-        return operator
+        # A Partial of Partials: what the linearization has stored are leaves of a pytree, which a
+        # jitted function can return and another take, so that products share it.
+        return Partial(functools.partial(_apply, self.axis_name), product, params)
 
     def _vary(self, tree: PyTree) -> PyTree:
         return vary_over(tree, self.axis_name)
 
     def _mean(self, tree: PyTree) -> PyTree:
-        return tree if self.axis_name is None else lax.pmean(tree, self.axis_name)
+        return _mean_over(tree, self.axis_name)
+
+
+def _apply(
+    axis_name: str | None, product: Callable[[PyTree], PyTree], params: PyTree, vector: PyTree
+) -> PyTree:
+    """The mean over replicas of a product in the dtypes of the parameters."""
+    tangent = jax.tree.map(lambda v, p: v.astype(p.dtype), vector, params)
+    result = _mean_over(product(vary_over(tangent, axis_name)), axis_name)
+    return jax.tree.map(lambda r, v: r.astype(v.dtype), result, vector)
+
+
+def _mean_over(tree: PyTree, axis_name: str | None) -> PyTree:
+    return tree if axis_name is None else lax.pmean(tree, axis_name)
+
+
+def _first_result(function: Callable[..., tuple[PyTree, ...]], *args: PyTree) -> PyTree:
+    return function(*args)[0]
+
+
+def congruence(
+    push: Callable[[PyTree], PyTree],
+    middle: Callable[[PyTree], PyTree],
+    params: PyTree,
+    vector: PyTree,
+) -> PyTree:
+    """``J^T M J`` times a vector, from the linear functions ``J`` and ``M``."""
+    return jax.linear_transpose(push, params)(middle(push(vector)))[0]
 
 
 def vary_over(tree: PyTree, axis_name: str | None) -> PyTree:
@@ -370,7 +413,7 @@ def check_params(params: PyTree, method: str, call: str = "tx.init(params)") -> 
         )
 
 
-def _argument_names(fn: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
+def argument_names(fn: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
     """Names of all and of the required arguments after the first, and whether ** is taken."""
     try:
         signature = inspect.signature(fn)
@@ -388,13 +431,13 @@ def _argument_names(fn: Callable[..., Any]) -> tuple[list[str], list[str], bool]
 def _call_by_name(fn: Callable[..., Any], first: PyTree, kwargs: dict[str, Any]) -> Any:
     if not kwargs:
         return fn(first)
-    names, _, variadic = _argument_names(fn)
+    names, _, variadic = argument_names(fn)
     return fn(first, **(kwargs if variadic else {k: v for k, v in kwargs.items() if k in names}))
 
 
 def _bind_by_name(fn: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[[PyTree], Any]:
     # Only arguments that are named are bound: as in Optax, a bare ** gets nothing.
-    names, required, _ = _argument_names(fn)
+    names, required, _ = argument_names(fn)
     missing = [name for name in required if name not in kwargs]
     if missing:
         label = getattr(fn, "__name__", type(fn).__name__)

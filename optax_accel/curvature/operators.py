@@ -1,0 +1,647 @@
+r"""Curvature matrices as matrix-free symmetric operators on pytrees.
+
+For a loss :math:`L(\theta) = \frac1n \sum_i \ell_i(\theta)`, the mean over examples, with outputs
+:math:`f_i(\theta)`, their Jacobians :math:`J_i` and per-example gradients
+:math:`g_i = \nabla \ell_i`:
+
+============================  =====================================================================
+:func:`hessian`               :math:`H = \nabla^2 L`
+:func:`gauss_newton`          :math:`G = \frac1n \sum_i J_i^\top (\nabla_f^2 \ell_i) J_i`
+:func:`functional_hessian`    :math:`H - G = \frac1n \sum_{i,c} (\partial \ell_i / \partial f_{ic})
+                              \nabla^2 f_{ic}`
+:func:`fisher`                :math:`\frac1n \sum_i J_i^\top F_i J_i`, :math:`F_i` the Fisher
+                              information of the model's own predictive distribution
+:func:`empirical_fisher`      :math:`\frac1n \sum_i g_i g_i^\top`
+:func:`gradient_covariance`   :math:`\frac1n \sum_i (g_i - \bar g) (g_i - \bar g)^\top`,
+                              :math:`\bar g = \nabla L`
+============================  =====================================================================
+
+Every function takes the data in one of two ways. ``**batch``: one batch in memory, as the keyword
+arguments that the objective's ``predict`` and ``loss`` name; the model is linearized once, when the
+operator is built, and what the linearization stores (about the activations of the batch) is kept
+for all products, which then cost about a quarter less than from scratch. Inside ``jit``,
+``shard_map`` or ``pmap`` this is the form to use. ``batches=``: a re-iterable of dicts of such
+keyword arguments (a list, a ``grain`` data set, ...), for data larger than memory; each product is
+one pass over it, linearizes each batch anew, and is the exact mean over all examples. An objective
+that holds its data already needs neither, except for the last two operators.
+
+Compiled code is kept with the objective: operators built later from the same objective, at other
+parameters or on other data of the same shapes, do not compile again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.tree_util import Partial
+
+from optax_accel._arguments import check_choice, check_real_leaves
+from optax_accel.curvature import blocks
+from optax_accel.objective import Objective, argument_names, check_params, congruence
+
+PyTree = Any
+Batch = Mapping[str, Any]
+Batches = Iterable[Batch]
+LinearFunction = Callable[[PyTree], PyTree]
+
+
+class CurvatureOperator:
+    """A symmetric linear operator on pytrees like the parameters.
+
+    Built by :func:`hessian` and its siblings. Vectors may be wider than the parameters (float32 for
+    bfloat16 parameters); a product has its vector's dtypes (over
+    ``batches`` at least float32).
+
+    Attributes:
+      like: structure, shapes and dtypes of the vectors, as ``jax.ShapeDtypeStruct``: those of the
+        parameters, in at least float32, with their sharding over a mesh.
+      dimension: number of rows and columns.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_accel as oa
+      >>> from optax_accel import curvature
+      >>> objective = oa.Objective(lambda w: w[0] * w[1], lambda f: 0.5 * (f - 5) ** 2)
+      >>> operator = curvature.hessian(objective, jnp.array([2.0, 3.0]))
+      >>> operator(jnp.array([1.0, 0.0])).tolist()
+      [9.0, 7.0]
+      >>> operator.dense().tolist()
+      [[9.0, 7.0], [7.0, 4.0]]
+    """
+
+    def __init__(
+        self,
+        name: str,
+        params: PyTree,
+        linear: LinearFunction | None,
+        terms: Callable[[], Iterable[tuple[LinearFunction, int]]] | None = None,
+    ):
+        self.like: PyTree = jax.tree.map(_vector_like, params)
+        self.dimension: int = blocks.dimension(params)
+        # Without a constraint the compiler may replicate the products of sharded vectors.
+        self._shardings = tuple(_automatic(leaf.sharding) for leaf in jax.tree.leaves(self.like))
+        self._name = name
+        # The operator as one function, or what gives the functions and weights it is the mean of.
+        self._linear = linear
+        self._terms = terms
+
+    def __repr__(self) -> str:
+        return f"CurvatureOperator({self._name}, dimension={self.dimension})"
+
+    def __call__(self, vector: PyTree) -> PyTree:
+        """The product with one vector, a pytree like ``like``."""
+        return self._mean(lambda linear: _product(linear, vector, self._shardings))
+
+    def block(self, block: PyTree) -> PyTree:
+        """The products with every row of a block, leaves ``(k, *shape)``.
+
+        Every batch is visited once. On a CPU the rows are taken one after the other, which is
+        faster than all at once where it matters (by a quarter on 5,000 MNIST images or on a
+        convolutional network: the working set of one row is smaller); on other devices and inside
+        ``jit`` they are vectorized.
+        """
+        leaves = jax.tree.leaves(block)
+        num_rows = leaves[0].shape[0] if leaves else 0
+        if num_rows == 0:
+            return block
+        if jax.default_backend() != "cpu" or _traced(leaves):
+            return self._mean(lambda linear: _block_product(linear, block, self._shardings))
+        rows = range(num_rows)
+        products = self._mean(
+            lambda linear: [_row_product(linear, block, i, self._shardings) for i in rows]
+        )
+        return _concatenate(products)
+
+    def dense(self) -> jax.Array:
+        """The operator as a matrix, ``(dimension, dimension)``. For tiny problems only."""
+        products = jax.tree.leaves(self.block(blocks.identity(self.like)))
+        columns = [leaf.reshape(self.dimension, -1) for leaf in products]
+        return jnp.concatenate(columns, axis=1).T if columns else jnp.zeros((0, 0))
+
+    def _mean(self, products: Callable[[Any], PyTree]) -> PyTree:
+        if self._terms is not None:
+            return _weighted_mean(self._name, products, self._terms())
+        return products(self._linear)
+
+
+def hessian(
+    objective: Objective, params: PyTree, *, batches: Batches | None = None, **batch: Any
+) -> CurvatureOperator:
+    """The Hessian of the loss.
+
+    Args:
+      objective: the loss; products are differentiated by its ``hvp_mode``.
+      params: where.
+      batches: data in batches, a re-iterable of dicts of keyword arguments of the objective; their
+        leaves' leading axis counts examples, and the last batch may be smaller.
+      **batch: or one batch in memory: the objective's keyword arguments. Neither, if the objective
+        holds its data.
+
+    Returns:
+      The operator.
+
+    Raises:
+      TypeError: ``objective`` is no Objective; an argument that it needs is missing; ``batches`` is
+        no re-iterable of dicts; a parameter is not real.
+      ValueError: both ``batches`` and a batch were given, or no batches or an empty one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_accel as oa
+      >>> from optax_accel import curvature
+      >>> objective = oa.Objective(lambda w, x: x @ w, lambda out, y: jnp.mean((out - y) ** 2) / 2)
+      >>> x, y, w = jnp.array([[1.0, 0.0], [1.0, 2.0]]), jnp.zeros(2), jnp.ones(2)
+      >>> curvature.hessian(objective, w, x=x, y=y).dense().tolist()
+      [[1.0, 1.0], [1.0, 2.0]]
+      >>> data = [{"x": x[:1], "y": y[:1]}, {"x": x[1:], "y": y[1:]}]
+      >>> curvature.hessian(objective, w, batches=data).dense().tolist()
+      [[1.0, 1.0], [1.0, 2.0]]
+    """
+    return _build("hessian", _hessian, objective, params, batches, batch)
+
+
+def gauss_newton(
+    objective: Objective, params: PyTree, *, batches: Batches | None = None, **batch: Any
+) -> CurvatureOperator:
+    """The generalized Gauss-Newton matrix of the loss, positive semidefinite for convex losses.
+
+    Args:
+      objective: the loss, built from ``predict`` and ``loss``.
+      params: as for :func:`hessian`.
+      batches: as for :func:`hessian`.
+      **batch: as for :func:`hessian`.
+
+    Returns:
+      The operator.
+
+    Raises:
+      ValueError: the objective was built from a value function; or as for :func:`hessian`.
+      TypeError: as for :func:`hessian`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_accel as oa
+      >>> from optax_accel import curvature
+      >>> objective = oa.Objective(lambda w: w[0] * w[1], lambda f: 0.5 * (f - 5) ** 2)
+      >>> curvature.gauss_newton(objective, jnp.array([2.0, 3.0])).dense().tolist()
+      [[9.0, 6.0], [6.0, 4.0]]
+
+    References:
+      Schraudolph, `Fast curvature matrix-vector products
+      <https://doi.org/10.1162/08997660260028683>`_, 2002.
+    """
+    return _build("gauss_newton", _gauss_newton, objective, params, batches, batch)
+
+
+def functional_hessian(
+    objective: Objective, params: PyTree, *, batches: Batches | None = None, **batch: Any
+) -> CurvatureOperator:
+    """The functional Hessian, ``hessian - gauss_newton``: the curvature of the network itself.
+
+    A product costs what one of the Hessian does.
+
+    Args:
+      objective: the loss, built from ``predict`` and ``loss``.
+      params: as for :func:`hessian`.
+      batches: as for :func:`hessian`.
+      **batch: as for :func:`hessian`.
+
+    Returns:
+      The operator.
+
+    Raises:
+      ValueError: the objective was built from a value function; or as for :func:`hessian`.
+      TypeError: as for :func:`hessian`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_accel as oa
+      >>> from optax_accel import curvature
+      >>> objective = oa.Objective(lambda w: w[0] * w[1], lambda f: 0.5 * (f - 5) ** 2)
+      >>> curvature.functional_hessian(objective, jnp.array([2.0, 3.0])).dense().tolist()
+      [[0.0, 1.0], [1.0, 0.0]]
+
+    References:
+      Singh, Bachmann, Hofmann, `Analytic insights into structure and rank of neural network Hessian
+      maps <https://arxiv.org/abs/2106.16225>`_, 2021.
+    """
+    return _build("functional_hessian", _functional_hessian, objective, params, batches, batch)
+
+
+def fisher(
+    objective: Objective,
+    params: PyTree,
+    *,
+    likelihood: Literal["categorical", "gaussian"] = "categorical",
+    batches: Batches | None = None,
+    **batch: Any,
+) -> CurvatureOperator:
+    """The Fisher information of the model's predictive distribution, exact: nothing is sampled.
+
+    It equals the Gauss-Newton matrix of the mean negative log-likelihood, whatever loss the
+    objective has; only the outputs of the objective are used.
+
+    Args:
+      objective: the loss, built from ``predict`` and ``loss``; ``predict`` returns one array.
+      params: as for :func:`hessian`.
+      likelihood: ``"categorical"`` (default): outputs are logits ``(..., classes)``, and the mean
+        is over all axes but the last. ``"gaussian"``: outputs are means of unit-variance Gaussians
+        (half the squared error, summed over outputs), and the mean is over the leading axis; an
+        output of shape ``()`` is one example.
+      batches: as for :func:`hessian`.
+      **batch: as for :func:`hessian`.
+
+    Returns:
+      The operator.
+
+    Raises:
+      ValueError: unknown likelihood, unsuitable outputs; or as for :func:`gauss_newton`.
+      TypeError: as for :func:`hessian`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_accel as oa
+      >>> from optax_accel import curvature
+      >>> objective = oa.Objective(predict=lambda w, x: x @ w, loss=jnp.mean)
+      >>> w, x = jnp.zeros((1, 2)), jnp.ones((5, 1))  # two classes, equally likely
+      >>> curvature.fisher(objective, w, x=x).dense().tolist()
+      [[0.25, -0.25], [-0.25, 0.25]]
+
+    References:
+      Martens, `New insights and perspectives on the natural gradient method
+      <https://arxiv.org/abs/1412.1193>`_, 2020, sections 5 and 9.
+    """
+    check_choice("likelihood", likelihood, ("categorical", "gaussian"))
+    linearize = functools.partial(_fisher, likelihood)
+    return _build(f"fisher, {likelihood}", linearize, objective, params, batches, batch)
+
+
+def empirical_fisher(
+    objective: Objective, params: PyTree, *, batches: Batches | None = None, **batch: Any
+) -> CurvatureOperator:
+    """The empirical Fisher matrix: the second moment of the per-example gradients.
+
+    The per-example losses are the objective's, on batches of one example: every keyword argument's
+    leaves are cut along their leading axis (leaves without axes are shared by all examples). A
+    model whose examples see each other, as in batch normalization in training mode, has no
+    per-example losses in this sense.
+
+    Args:
+      objective: the loss; for a batch the mean over its examples.
+      params: as for :func:`hessian`.
+      batches: as for :func:`hessian`.
+      **batch: as for :func:`hessian`; the objective must take its data as arguments.
+
+    Returns:
+      The operator.
+
+    Raises:
+      ValueError: no data; leading axes that differ; or as for :func:`hessian`.
+      TypeError: as for :func:`hessian`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_accel as oa
+      >>> from optax_accel import curvature
+      >>> objective = oa.Objective.from_value_fn(lambda w, x: jnp.mean(x @ w))
+      >>> x = jnp.array([[1.0, 0.0], [1.0, 2.0]])  # the per-example gradients
+      >>> curvature.empirical_fisher(objective, jnp.zeros(2), x=x).dense().tolist()
+      [[1.0, 1.0], [1.0, 2.0]]
+
+    References:
+      Kunstner, Balles, Hennig, `Limitations of the empirical Fisher approximation
+      <https://arxiv.org/abs/1905.12558>`_, 2019.
+    """
+    return _build(
+        "empirical_fisher", _gradient_moment, objective, params, batches, batch, per_example=True
+    )
+
+
+def gradient_covariance(
+    objective: Objective, params: PyTree, *, batches: Batches | None = None, **batch: Any
+) -> CurvatureOperator:
+    """The covariance of the per-example gradients: the empirical Fisher matrix, centred.
+
+    The mean gradient is that of the whole data; with ``batches`` it takes one more pass, made when
+    the operator is built.
+
+    Args:
+      objective: as for :func:`empirical_fisher`.
+      params: as for :func:`hessian`.
+      batches: as for :func:`hessian`.
+      **batch: as for :func:`empirical_fisher`.
+
+    Returns:
+      The operator.
+
+    Raises:
+      ValueError: as for :func:`empirical_fisher`.
+      TypeError: as for :func:`hessian`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_accel as oa
+      >>> from optax_accel import curvature
+      >>> objective = oa.Objective.from_value_fn(lambda w, x: jnp.mean(x @ w))
+      >>> x = jnp.array([[1.0, 0.0], [1.0, 2.0]])
+      >>> curvature.gradient_covariance(objective, jnp.zeros(2), x=x).dense().tolist()
+      [[0.0, 0.0], [0.0, 1.0]]
+    """
+    return _build(
+        "gradient_covariance",
+        _gradient_moment,
+        objective,
+        params,
+        batches,
+        batch,
+        per_example=True,
+        centred=True,
+    )
+
+
+# -- linear functions of one batch ---------------------------------------------------------------
+
+
+def _hessian(objective: Objective, params: PyTree, batch: Batch) -> LinearFunction:
+    return objective.hessian(params, **batch)
+
+
+def _gauss_newton(objective: Objective, params: PyTree, batch: Batch) -> LinearFunction:
+    return objective.gauss_newton(params, **batch)
+
+
+def _functional_hessian(objective: Objective, params: PyTree, batch: Batch) -> LinearFunction:
+    return objective.functional_hessian(params, **batch)
+
+
+def _gradient(objective: Objective, params: PyTree, batch: Batch) -> PyTree:
+    return objective.grad(params, **batch)
+
+
+def _fisher(likelihood: str, objective: Objective, params: PyTree, batch: Batch) -> LinearFunction:
+    params = objective._vary(params)
+    outputs, push = jax.linearize(lambda p: objective.outputs(p, **batch), params)
+    if not isinstance(outputs, jax.Array) or (likelihood == "categorical" and not outputs.ndim):
+        need = "one array of logits (..., classes)" if likelihood == "categorical" else "one array"
+        got = jax.tree.map(jnp.shape, outputs)
+        raise ValueError(f"fisher: `predict` must return {need}, got the shapes {got}.")
+    if likelihood == "categorical":
+        information = Partial(_categorical_information, jax.nn.softmax(outputs, axis=-1))
+    else:
+        information = Partial(_gaussian_information)
+    return objective._operator(Partial(congruence, push, information, params), params)
+
+
+def _categorical_information(probabilities: jax.Array, tangent: jax.Array) -> jax.Array:
+    mean = jnp.sum(probabilities * tangent, axis=-1, keepdims=True)
+    num_examples = probabilities.size // probabilities.shape[-1]
+    return probabilities * (tangent - mean) / num_examples
+
+
+def _gaussian_information(tangent: jax.Array) -> jax.Array:
+    return tangent / (tangent.shape[0] if tangent.ndim else 1)
+
+
+def _gradient_moment(
+    objective: Objective, params: PyTree, batch: Batch, mean_gradient: PyTree = None
+) -> LinearFunction:
+    params = objective._vary(params)
+    axes = jax.tree.map(lambda leaf: 0 if jnp.ndim(leaf) else None, batch)
+    examples = jax.tree.map(lambda leaf: leaf[:, None] if jnp.ndim(leaf) else leaf, batch)
+
+    def losses(p: PyTree) -> jax.Array:
+        def one(example: Batch) -> jax.Array:
+            return objective._local_value(p, **example)
+
+        return jax.vmap(one, in_axes=(axes,))(examples)
+
+    _, push = jax.linearize(losses, params)
+    return objective._operator(Partial(_second_moment, push, mean_gradient, params), params)
+
+
+def _second_moment(
+    push: LinearFunction, mean_gradient: PyTree, params: PyTree, vector: PyTree
+) -> PyTree:
+    slopes = push(vector)  # the per-example gradients times the vector, (examples,)
+    if mean_gradient is not None:
+        mean = blocks.inner(blocks.as_block(mean_gradient), blocks.as_block(vector))[0]
+        slopes = slopes - mean.astype(slopes.dtype)
+    return jax.linear_transpose(push, params)(slopes / slopes.size)[0]
+
+
+# -- products ------------------------------------------------------------------------------------
+
+
+Shardings = tuple[jax.NamedSharding | None, ...]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _product(linear: LinearFunction, vector: PyTree, shardings: Shardings) -> PyTree:
+    return _constrain(linear(vector), shardings)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _block_product(linear: LinearFunction, block: PyTree, shardings: Shardings) -> PyTree:
+    return _constrain(jax.vmap(linear)(block), shardings, leading=(None,))
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _row_product(linear: LinearFunction, block: PyTree, index: int, shardings: Shardings) -> PyTree:
+    """The product with one row, as a block of one."""
+    row = jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, index, 0, keepdims=False), block)
+    return blocks.as_block(_constrain(linear(row), shardings))
+
+
+def _constrain(tree: PyTree, shardings: Shardings, leading: tuple[None, ...] = ()) -> PyTree:
+    """A vector (or with ``leading`` a block) sharded as the parameters are."""
+    leaves, treedef = jax.tree.flatten(tree)
+    placed = [
+        leaf
+        if sharding is None
+        else lax.with_sharding_constraint(
+            leaf, jax.NamedSharding(sharding.mesh, jax.P(*leading, *sharding.spec))
+        )
+        for leaf, sharding in zip(leaves, shardings, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, placed)
+
+
+@jax.jit
+def _concatenate(parts: list[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _accumulate(total: PyTree, summand: PyTree, weight: float) -> PyTree:
+    def weighted(leaf: jax.Array) -> jax.Array:
+        return weight * leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+    summand = jax.tree.map(weighted, summand)
+    return summand if total is None else jax.tree.map(jnp.add, total, summand)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _scale(total: PyTree, factor: float) -> PyTree:
+    return jax.tree.map(lambda leaf: factor * leaf, total)
+
+
+def _weighted_mean(
+    name: str, function: Callable[[Any], PyTree], terms: Iterable[tuple[Any, int]]
+) -> PyTree:
+    """The mean of ``function(term)`` over weighted terms, in at least float32."""
+    total, sum_of_weights = None, 0
+    for term, weight in terms:
+        value = function(term)
+        # At most two batches are in flight: what they store is as large as their activations.
+        jax.block_until_ready(total)
+        total = _accumulate(total, value, float(weight))
+        sum_of_weights += weight
+    if total is None:
+        raise ValueError(f"{name}: `batches` is empty; it must give at least one batch.")
+    return _scale(total, 1 / sum_of_weights)
+
+
+# -- construction --------------------------------------------------------------------------------
+
+
+def _build(
+    name: str,
+    linearize: Callable[..., LinearFunction],
+    objective: Objective,
+    params: PyTree,
+    batches: Batches | None,
+    batch: dict[str, Any],
+    *,
+    per_example: bool = False,
+    centred: bool = False,
+) -> CurvatureOperator:
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"{name}: `objective` must be an optax_accel.Objective, got "
+            f"{type(objective).__name__}; wrap a function with Objective.from_value_fn, once, so "
+            "that what is compiled for it is found again."
+        )
+    check_params(params, name, f"{name}(objective, params, ...)")
+    check_real_leaves(params, name)
+    traced = _traced((params, batch))
+    linearize = _compiled(name, linearize, objective, traced)
+    gradient = _compiled("gradient", _gradient, objective, traced)
+
+    if batches is None:
+        batch = _select(name, objective, batch)
+        if per_example:
+            _count_examples(name, batch)
+        mean = (gradient(params, batch),) if centred else ()
+        return CurvatureOperator(name, params, linearize(params, batch, *mean))
+
+    if batch:
+        raise ValueError(
+            f"{name}: both `batches` and a batch ({', '.join(batch)}) were given; give one of them."
+        )
+    if traced:
+        raise ValueError(
+            f"{name}: `batches` are looped over outside of jit; inside, give one batch, as "
+            f"{name}(objective, params, x=x, y=y)."
+        )
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{name}: `batches` must be an iterable of dicts of the objective's keyword arguments, "
+            f"got {type(batches).__name__}; one batch is given as **batch."
+        )
+    if iter(batches) is batches:
+        raise TypeError(
+            f"{name}: `batches` is an iterator, which gives its batches once; every product needs "
+            "them anew. Give what makes the iterator: a list, a data set, an object whose "
+            "__iter__ starts afresh."
+        )
+
+    def select() -> Iterator[tuple[Batch, int]]:
+        for each in batches:
+            if not isinstance(each, Mapping):
+                raise TypeError(
+                    f"{name}: `batches` must give dicts of the objective's keyword arguments, such "
+                    f"as {{'x': x, 'y': y}}, got {type(each).__name__}."
+                )
+            selected = _select(name, objective, each)
+            yield selected, _count_examples(name, selected)
+
+    mean = ()
+    if centred:
+        mean = (_weighted_mean(name, functools.partial(gradient, params), select()),)
+
+    def terms() -> Iterable[tuple[LinearFunction, int]]:
+        return ((linearize(params, each, *mean), weight) for each, weight in select())
+
+    return CurvatureOperator(name, params, None, terms)
+
+
+def _compiled(
+    name: str, function: Callable[..., Any], objective: Objective, traced: bool
+) -> Callable[..., Any]:
+    """``function`` of an objective; compiled code lives as long as the objective."""
+    bound = functools.partial(function, objective)
+    if traced:
+        return bound
+    cache: dict[str, Callable[..., Any]] = vars(objective).setdefault("_compiled", {})
+    return cache.setdefault(name, jax.jit(bound))
+
+
+def _select(name: str, objective: Objective, batch: Batch) -> dict[str, Any]:
+    """The keyword arguments that the objective takes; nothing that it needs may be missing."""
+    functions = [fn for fn in (objective._predict, objective._loss) if fn is not None]
+    signatures = [argument_names(fn) for fn in functions]
+    missing = [arg for _, required, _ in signatures for arg in required if arg not in batch]
+    if missing:
+        raise TypeError(
+            f"{name}: the objective takes the arguments {sorted(set(missing))}, which were not "
+            f"given; pass them as {name}(objective, params, {missing[0]}=...) or in `batches`."
+        )
+    if any(variadic for *_, variadic in signatures):
+        return dict(batch)
+    return {arg: batch[arg] for arg in batch if any(arg in names for names, *_ in signatures)}
+
+
+def _count_examples(name: str, batch: Batch) -> int:
+    """The length of the leading axis of a batch's leaves."""
+    shapes = {
+        jax.tree_util.keystr(path): jnp.shape(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
+        if jnp.ndim(leaf)
+    }
+    sizes = {shape[0] for shape in shapes.values()}
+    if not sizes:
+        raise ValueError(
+            f"{name} needs data with a leading axis of examples, as keyword arguments of the "
+            "objective: an objective that holds its data, or a batch of scalars, has none."
+        )
+    if len(sizes) > 1 or 0 in sizes:
+        raise ValueError(
+            f"{name}: the arguments of a batch must have the same leading axis, of at least one "
+            f"example, got the shapes {shapes}; bind other arguments first (objective.bind)."
+        )
+    return sizes.pop()
+
+
+def _traced(tree: PyTree) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def _vector_like(leaf: Any) -> jax.ShapeDtypeStruct:
+    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+    sharding = None if _traced(leaf) else getattr(leaf, "sharding", None)
+    if not isinstance(sharding, jax.NamedSharding):
+        sharding = None
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+
+def _automatic(sharding: jax.NamedSharding | None) -> jax.NamedSharding | None:
+    """A sharding if the compiler decides about it, None where it is part of an array's type."""
+    automatic = jax.sharding.AxisType.Auto
+    if sharding is None or any(kind != automatic for kind in sharding.mesh.axis_types):
+        return None
+    return sharding
