@@ -29,6 +29,8 @@ from experiments import data, engine, methods
 FETCH_EVERY = 16
 # Examples per forward pass of an evaluation: keeps its activations small next to a training step's.
 EVALUATION_BATCH = 1000
+# The same for sentences, each of which is a batch of words.
+EVALUATION_SENTENCES = 125
 # Rounds in which the time per step is measured: at least the first number, then, while they take no
 # longer than so many seconds, up to the second one.
 TIMING_ROUNDS = (9, 50)
@@ -102,13 +104,14 @@ class Trainer:
         self.plan = plan
         task = plan.task
         self.train_x, self.train_y = jnp.asarray(task.train.x), jnp.asarray(task.train.y)
+        size = EVALUATION_BATCH if task.vocabulary_size is None else EVALUATION_SENTENCES
         self.held_out = {
             name: [
                 (
-                    jnp.asarray(split.x[i : i + EVALUATION_BATCH]),
-                    jnp.asarray(split.y[i : i + EVALUATION_BATCH]),
+                    jnp.asarray(split.x[i : i + size]),
+                    jnp.asarray(split.y[i : i + size]),
                 )
-                for i in range(0, len(split.y), EVALUATION_BATCH)
+                for i in range(0, len(split.y), size)
             ]
             for name, split in (("validation", task.validation), ("test", task.test))
         }
@@ -174,14 +177,28 @@ class Trainer:
         )
         return tree_bytes(state.params), tree_bytes(state.opt_state)
 
+    def activation_bytes(self, examples: int) -> int:
+        """Bytes that the backward pass of one run keeps of its forward pass."""
+        params, rest = self.weights[0]
+        x, y = self.train_x[:examples], self.train_y[:examples]
+        objective = engine.objective(self.graphdef, rest, x, y, loss=self.plan.loss)
+        return tree_bytes(jax.eval_shape(lambda p: jax.vjp(objective, p)[1], params))
+
     def replica_bytes(self, method: methods.Method) -> int:
         """Estimate of what one run takes: parameters, state, gradients, curvature vectors.
 
-        Doubled for what XLA needs on top: activations, a second buffer for what is not donated.
+        Doubled for what XLA needs on top: a second buffer for what is not donated. And activations.
         """
         params, opt_state = self.state_bytes(method)
-        vectors = 2 * max(self.products(method))  # curvature vectors and their products
-        return 2 * (params * (3 + vectors) + opt_state)
+        products = self.products(method)
+        vectors = 2 * max(products)  # curvature vectors and their products
+        activations = self.activation_bytes(self.plan.batch_size)
+        if any(products):
+            # The products of a warm refresh run side by side, each with its tangents.
+            tangents = min(filter(None, products))
+            kept = self.activation_bytes(self.plan.curvature_batch_size)
+            activations = max(activations, (1 + tangents) * kept)
+        return 2 * (params * (3 + vectors) + opt_state) + activations
 
     def products(self, method: methods.Method) -> list[int]:
         """Hessian-vector products of every step."""

@@ -81,20 +81,23 @@ def test_both_methods_start_alike_and_differ_by_seed(here: Path) -> None:
 
 
 def test_curvature_is_counted(here: Path) -> None:
-    arguments = ["--methods", "bulk_sgd", "--seeds", "1", "--steps", "6", "--name", "bulk"]
+    method = methods.METHODS["bulk_sgd"]
+    period = method.refresh_every
+    assert period is not None
+    steps = period + 1
+    arguments = ["--methods", "bulk_sgd", "--seeds", "1", "--steps", str(steps), "--name", "bulk"]
     assert run(*arguments, "--batch-size", "32", "--curvature-batch-size", "64") == 0
     row = json.loads((here / "runs/bulk/results.json").read_text())["rows"][0]
-    method = methods.METHODS["bulk_sgd"]
     plan = compare.resolve(
         compare.Options(
-            methods="bulk_sgd", seeds=1, steps=6, batch_size=32, curvature_batch_size=64
+            methods="bulk_sgd", seeds=1, steps=steps, batch_size=32, curvature_batch_size=64
         )
     )
     products = replicas.Trainer(plan).products(method)
-    assert products[0] > products[5] > 0  # cold start, warm sweep
+    assert products[0] > products[period] > 0  # cold start, warm sweep
     assert products[1] == 0
     # Each product: two gradients of a batch twice as large.
-    assert row["gradient_evaluations"] == 6 + 4 * sum(products)
+    assert row["gradient_evaluations"] == steps + 4 * sum(products)
     # The base is timed, though it was not asked for.
     assert row["time_relative_to_base"] > 0
 
@@ -152,6 +155,23 @@ def test_memory_limits_how_many_train_together() -> None:
     assert trainer.chunk_size(method, 15) == 5  # three equal chunks, none above six
     trainer.memory = 1
     assert trainer.chunk_size(method, 15) == 1
+
+
+def test_memory_counts_activations() -> None:
+    def trainer(**sizes: int) -> replicas.Trainer:
+        steps = (methods.METHODS["bulk_sgd"].refresh_every or 0) + 1  # with a warm refresh
+        options = compare.Options(methods="sgd,bulk_sgd", seeds=1, steps=steps, **sizes)
+        return replicas.Trainer(compare.resolve(options))
+
+    small, large = trainer(batch_size=100), trainer(batch_size=200)
+    # At least the 64 hidden values and 64 pixels of each of the 100 examples more, 4 bytes each.
+    more = large.activation_bytes(200) - small.activation_bytes(100)
+    assert 100 * 128 * 4 <= more <= 100 * 1024 * 4
+    sgd, bulk_sgd = small.plan.methods
+    assert large.replica_bytes(sgd) - small.replica_bytes(sgd) == more
+    # Ten tangents beside the values, of a curvature batch of 200 or 400.
+    more = large.replica_bytes(bulk_sgd) - small.replica_bytes(bulk_sgd)
+    assert more == 11 * (large.activation_bytes(400) - small.activation_bytes(200))
 
 
 @pytest.mark.parametrize(
