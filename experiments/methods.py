@@ -51,7 +51,7 @@ class Method:
       learning_rates: the grid it is tuned on.
       make: the optimizer from a learning rate and a :class:`Context`.
       gradients_per_step: mini-batch gradients a step.
-      refresh_every: steps between refreshes of the curvature; None: it uses none.
+      tracker: how it follows the dominant subspace; None: it does not.
     """
 
     name: str
@@ -64,7 +64,12 @@ class Method:
     learning_rates: tuple[float, ...]
     make: Callable[[Any, Context], optax.GradientTransformation]
     gradients_per_step: int = 1
-    refresh_every: int | None = None
+    tracker: oa.Tracker | None = None
+
+    @property
+    def refresh_every(self) -> int | None:
+        """Steps between refreshes of the dominant subspace; None without one."""
+        return None if self.tracker is None else self.tracker.refresh_every
 
     def build(
         self,
@@ -103,10 +108,9 @@ class Method:
 
     def products(self, refresh: bool | str | None, params: Any, num_classes: int) -> int:
         """Hessian-vector products that an update with this ``refresh`` argument makes."""
-        if not refresh:
+        if not refresh or self.tracker is None:
             return 0
-        tracker = oa.BlockTracker()
-        return tracker.num_products(params, num_classes, cold=refresh == "cold")
+        return self.tracker.num_products(params, num_classes, cold=refresh == "cold")
 
 
 _MOMENTUM = functools.partial(optax.sgd, momentum=0.9)
@@ -135,6 +139,8 @@ def _onecycle_momentum(steps: int) -> optax.Schedule:
         [optax.linear_schedule(0.95, 0.85, half), optax.linear_schedule(0.85, 0.95, half)], [half]
     )
 
+
+_BLOCK, _ROUND_ROBIN, _GRADIENT = oa.BlockTracker(), oa.RoundRobinTracker(), oa.GradientTracker()
 
 _ALL = (
     Method(
@@ -272,7 +278,7 @@ _ALL = (
         base="sgd",
         learning_rates=SGD_RATES,
         make=lambda lr, c: oa.bulk_sgd(lr, c.num_classes, base=_MOMENTUM),
-        refresh_every=5,
+        tracker=_BLOCK,
     ),
     Method(
         "dom_sgd",
@@ -283,7 +289,7 @@ _ALL = (
         base="sgd",
         learning_rates=SGD_RATES,
         make=lambda lr, c: oa.dom_sgd(lr, c.num_classes, base=_MOMENTUM),
-        refresh_every=5,
+        tracker=_BLOCK,
     ),
     Method(
         "interpolated_sgd",
@@ -294,7 +300,29 @@ _ALL = (
         base="sgd",
         learning_rates=SGD_RATES,
         make=lambda lr, c: oa.interpolated_sgd(lr, c.num_classes, 0.5, 1.0, base=_MOMENTUM),
-        refresh_every=5,
+        tracker=_BLOCK,
+    ),
+    Method(
+        "bulk_sgd_round_robin",
+        "Hessian subspace",
+        "Bulk-SGD, one Hessian-vector product at every step",
+        *_SONG,
+        fidelity="our reading",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        make=lambda lr, c: oa.bulk_sgd(lr, c.num_classes, base=_MOMENTUM, tracker=_ROUND_ROBIN),
+        tracker=_ROUND_ROBIN,
+    ),
+    Method(
+        "bulk_sgd_gradient",
+        "Hessian subspace",
+        "Bulk-SGD, the subspace from gradients of the mean outputs",
+        *_SONG,
+        fidelity="our reading",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        make=lambda lr, c: oa.bulk_sgd(lr, c.num_classes, base=_MOMENTUM, tracker=_GRADIENT),
+        tracker=_GRADIENT,
     ),
     Method(
         "extrap_sgd",

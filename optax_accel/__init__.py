@@ -7,7 +7,8 @@ from optax_accel import curvature
 from optax_accel.objective import Objective
 
 # Dominant and bulk Hessian subspace
-from optax_accel.curvature import BlockTracker
+from optax_accel.curvature import BlockTracker, ExactTracker, GradientTracker
+from optax_accel.curvature import RoundRobinTracker, Tracker
 from optax_accel.subspace import InterpolateSubspacesState, interpolate_subspaces
 from optax_accel.subspace import project_to_bulk, project_to_dominant, refresh_at
 from optax_accel.subspace import bulk_sgd, dom_sgd, interpolated_sgd
@@ -31,11 +32,15 @@ from optax_accel.hyperparams import inject_hyperparams, static_arguments
 
 __all__ = [
     "BlockTracker",
+    "ExactTracker",
     "ExtragradientState",
+    "GradientTracker",
     "InterpolateSubspacesState",
     "Objective",
+    "RoundRobinTracker",
     "SampleGradientsState",
     "ScaleByDemonAdamState",
+    "Tracker",
     "WithSchedulesState",
     "bernoulli_per_element",
     "bernoulli_per_tensor",

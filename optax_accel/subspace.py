@@ -15,15 +15,16 @@ methods of Zakarin, Singh, `Accelerating neural network training along sharp and
 Faithful: the projection acts on the applied update, at the parameters before the step, with one
 eigenspace of the whole parameter vector; dominant means algebraically largest.  Our reading: the
 linear form with weights ``a`` and ``b``, which covers every linear interpolation (the second
-paper's own formula was not available to us).  Ours: the eigenspace is tracked by warm-started block
-sweeps instead of solved from scratch at every step, and on a curvature batch of the caller's choice
-instead of the whole training set.
+paper's own formula was not available to us).  Ours: the eigenspace is tracked (by default with
+warm-started block sweeps) instead of solved from scratch at every step, and on a curvature batch of
+the caller's choice instead of the whole training set.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -38,10 +39,12 @@ from optax_accel._arguments import (
     value_of,
 )
 from optax_accel._masking import Mask, merge, select
-from optax_accel.curvature import BlockTracker, Eigenspace, blocks
+from optax_accel.curvature import BlockTracker, Eigenspace, Tracker, blocks
 from optax_accel.objective import as_objective, check_params
 
 PyTree = Any
+# Most directions whose combination is written out as a sum.
+_UNROLLED = 32
 BaseOptimizer = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
 Refresh = bool | str | None
 
@@ -52,7 +55,8 @@ class InterpolateSubspacesState(NamedTuple):
     Attributes:
       count: number of updates made; int32 scalar.
       space: the tracked :class:`~optax_accel.curvature.Eigenspace`: ``basis`` (orthonormal, leaves
-        ``(k, *leaf.shape)``; masked-out leaves are ``optax.MaskedNode``), ``eigenvalues`` ``(k,)``.
+        ``(k, *leaf.shape)``; masked-out leaves are ``optax.MaskedNode``), ``eigenvalues`` ``(k,)``,
+        ``ready``, ``accepted``, ``rejected`` and the tracker's ``memory``.
       alignment: chi_k of the last incoming update, ``|P d| / |d|`` in [0, 1] (0 for ``d = 0``).
       alignment_ema: its exponential moving average, started at the first value.
       active: whether the projection has been switched on; boolean scalar.
@@ -66,13 +70,13 @@ class InterpolateSubspacesState(NamedTuple):
 
 
 def refresh_at(
-    step: int, refresh_every: int = 5, start_step: int = 0, *, cold_start: bool = True
+    step: int, refresh_every: int = 10, start_step: int = 0, *, cold_start: bool = True
 ) -> bool | str:
     """The ``refresh`` argument for a training loop that drives the eigenspace from the host.
 
     Args:
       step: zero-based training step, a Python integer.
-      refresh_every: as the tracker's.
+      refresh_every: as the tracker's; default 10, as ``BlockTracker``'s.
       start_step: as the transformation's.
       cold_start: False for convolutional networks on a CPU, where the loop of the Lanczos start
         runs many times slower than the same products outside it (jax#12868): the estimate then
@@ -99,7 +103,7 @@ def interpolate_subspaces(
     dominant_weight: optax.ScalarOrSchedule,
     bulk_weight: optax.ScalarOrSchedule,
     *,
-    tracker: BlockTracker | None = None,
+    tracker: Tracker | None = None,
     start_step: int = 0,
     switch_alignment: float | None = None,
     alignment_decay: float = 0.9,
@@ -124,8 +128,11 @@ def interpolate_subspaces(
       CPU, and under ``vmap``, where a conditional runs both its branches): ``False`` keeps the
       basis, ``True`` refreshes it, ``"cold"`` and ``"warm"`` also say how; see :func:`refresh_at`.
 
-    Until there is a basis, and while the curvature is not finite, updates pass unchanged.  Call
-    ``update`` under ``jit``: outside, the conditional is compiled anew at every step.
+    * ``grad``: the gradient, for trackers that follow gradients; default: the incoming updates.
+
+    Until there is a basis, and after a refresh that met numbers that are not finite until one that
+    did not, updates pass unchanged (``space.accepted``, ``space.rejected``).  Call ``update`` under
+    ``jit``: outside, the conditional is compiled anew at every step.
 
     Args:
       num_directions: k, usually the number of classes. 0: everything is bulk; at least the number
@@ -165,8 +172,11 @@ def interpolate_subspaces(
       0.3333
     """
     tracker = BlockTracker() if tracker is None else tracker
-    if not isinstance(tracker, BlockTracker):
-        raise TypeError(f"`tracker` must be a BlockTracker, got {tracker!r}.")
+    if not isinstance(tracker, Tracker):
+        raise TypeError(
+            "`tracker` must be a Tracker, such as optax_accel.BlockTracker(), "
+            f"got {getattr(tracker, '__name__', tracker)!r}."
+        )
     check_integer("num_directions", num_directions, 0)
     check_number("dominant_weight", dominant_weight, allow_schedule=True)
     check_number("bulk_weight", bulk_weight, allow_schedule=True)
@@ -182,7 +192,7 @@ def interpolate_subspaces(
         check_real_leaves(selected, name)
         space = tracker.init(selected, num_directions)
         # Two arrays, because one can be donated only once.
-        alignment, alignment_ema = (jnp.zeros((), space.shift.dtype) for _ in range(2))
+        alignment, alignment_ema = (jnp.zeros((), space.eigenvalues.dtype) for _ in range(2))
         return InterpolateSubspacesState(
             count=jnp.zeros((), jnp.int32),
             space=space,
@@ -198,6 +208,7 @@ def interpolate_subspaces(
         *,
         value_fn: Any = None,
         curvature_value_fn: Any = None,
+        grad: PyTree | None = None,
         refresh: Refresh = None,
         **extra_args: Any,
     ) -> tuple[PyTree, InterpolateSubspacesState]:
@@ -206,54 +217,52 @@ def interpolate_subspaces(
         k = space.eigenvalues.shape[0]
         tracked_from = count >= start_step
         if k > 0 and refresh is not False:
-            own = curvature_value_fn is not None
-            objective = as_objective(
-                curvature_value_fn if own else value_fn,
-                extra_args,
-                method=name,
-                params=params,
-                why="track the dominant subspace of its Hessian",
-                argument="curvature_value_fn" if own else "value_fn",
-            )
-            selected = select(params, mask)
-            objective = objective.precompose(lambda part: merge(part, params, mask))
+            selected, gradient = select(params, mask), updates if grad is None else grad
+            gradient = select(gradient, mask)
+            objective = None
+            if tracker.needs_objective:
+                own = curvature_value_fn is not None
+                objective = as_objective(
+                    curvature_value_fn if own else value_fn,
+                    extra_args,
+                    method=name,
+                    params=params,
+                    why="track the dominant subspace of its Hessian",
+                    argument="curvature_value_fn" if own else "value_fn",
+                ).precompose(lambda part: merge(part, params, mask))
 
-            def cold(old: Eigenspace) -> Eigenspace:
-                return tracker.cold_start(old, objective, selected)
+            def refreshed(old: Eigenspace) -> Eigenspace:
+                cold = {"cold": True, "warm": False}.get(refresh)  # type: ignore[arg-type]
+                return tracker.refresh(old, objective, selected, gradient, cold=cold)
 
-            def warm(old: Eigenspace) -> Eigenspace:
-                return tracker.refresh(old, objective, selected)
-
-            def either(old: Eigenspace) -> Eigenspace:
-                return lax.cond(old.ready, warm, cold, old)
-
-            if refresh is None:
+            if refresh is None and (start_step > 0 or tracker.refresh_every > 1):
                 due = tracked_from & ((count - start_step) % tracker.refresh_every == 0)
-                space = lax.cond(due, either, lambda old: old, space)
+                space = lax.cond(due, refreshed, lambda old: old, space)
             else:
-                space = {True: either, "cold": cold, "warm": warm}[refresh](space)
+                space = refreshed(space)
 
         vector = select(updates, mask)
         everything = k == blocks.dimension(vector)
         dominant, alignment = _dominant_component(vector, space, everything)
-        measured = space.ready & tracked_from
+        measured = space.usable & tracked_from
         alignment = jnp.where(measured, alignment, 0)
         ema = alignment_decay * state.alignment_ema + (1 - alignment_decay) * alignment
         ema = jnp.where(state.space.ready, ema, alignment)
         # One update that is not finite must not decide the switch for good.
-        ema = jnp.where(jnp.isfinite(ema), ema, state.alignment_ema)
+        ema = jnp.where(measured & jnp.isfinite(ema), ema, state.alignment_ema)
         switched = True if switch_alignment is None else ema > switch_alignment
         # Without directions there is nothing to track and nothing to wait for.
         active = (tracked_from if k == 0 else measured) & switched | state.active
 
-        a = jnp.where(active, value_of(dominant_weight, count), 1)
-        b = jnp.where(active, value_of(bulk_weight, count), 1)
+        applied = active & (k == 0 or space.usable)
+        a = jnp.where(applied, value_of(dominant_weight, count), 1)
+        b = jnp.where(applied, value_of(bulk_weight, count), 1)
 
         def weigh(u: jax.Array, d: jax.Array) -> jax.Array:
             bulk = jnp.zeros_like(d) if everything else u.astype(d.dtype) - d
             mixed = (a.astype(d.dtype) * d + b.astype(d.dtype) * bulk).astype(u.dtype)
             # Not 1 * P u + 1 * (u - P u), which rounds: inactive means untouched.
-            return jnp.where(active, mixed, u)
+            return jnp.where(applied, mixed, u)
 
         weighted = jax.tree.map(weigh, vector, dominant)
         new_state = InterpolateSubspacesState(
@@ -271,7 +280,7 @@ def interpolate_subspaces(
 def project_to_dominant(
     num_directions: int,
     *,
-    tracker: BlockTracker | None = None,
+    tracker: Tracker | None = None,
     start_step: int = 0,
     switch_alignment: float | None = None,
     alignment_decay: float = 0.9,
@@ -307,7 +316,7 @@ def project_to_dominant(
 def project_to_bulk(
     num_directions: int,
     *,
-    tracker: BlockTracker | None = None,
+    tracker: Tracker | None = None,
     start_step: int = 0,
     switch_alignment: float | None = None,
     alignment_decay: float = 0.9,
@@ -347,7 +356,7 @@ def interpolated_sgd(
     bulk_weight: optax.ScalarOrSchedule,
     *,
     base: BaseOptimizer = optax.sgd,
-    tracker: BlockTracker | None = None,
+    tracker: Tracker | None = None,
     start_step: int = 0,
     switch_alignment: float | None = None,
     alignment_decay: float = 0.9,
@@ -413,7 +422,7 @@ def dom_sgd(
     num_directions: int,
     *,
     base: BaseOptimizer = optax.sgd,
-    tracker: BlockTracker | None = None,
+    tracker: Tracker | None = None,
     start_step: int = 0,
     switch_alignment: float | None = None,
     alignment_decay: float = 0.9,
@@ -455,7 +464,7 @@ def bulk_sgd(
     num_directions: int,
     *,
     base: BaseOptimizer = optax.sgd,
-    tracker: BlockTracker | None = None,
+    tracker: Tracker | None = None,
     start_step: int = 0,
     switch_alignment: float | None = None,
     alignment_decay: float = 0.9,
@@ -496,18 +505,31 @@ def bulk_sgd(
 def _dominant_component(
     vector: PyTree, space: Eigenspace, everything: bool
 ) -> tuple[PyTree, jax.Array]:
-    """``P v`` in the basis' dtype, and ``|P v| / |v|``."""
-    dtypes = jax.tree.map(lambda b: b.dtype, space.basis)
-    wide = jax.tree.map(lambda v, dtype: v.astype(dtype), vector, dtypes)
+    """``P v`` in the basis' dtype, at least float32, and ``|P v| / |v|``."""
+
+    def widen(v: jax.Array, b: jax.Array) -> jax.Array:
+        return v.astype(jnp.promote_types(b.dtype, jnp.float32))
+
+    wide = jax.tree.map(widen, vector, space.basis)
     block = blocks.as_block(wide)
-    k = space.eigenvalues.shape[0]
+    k, dtype = space.eigenvalues.shape[0], space.eigenvalues.dtype
     if k == 0:
-        return jax.tree.map(jnp.zeros_like, wide), jnp.zeros((), space.shift.dtype)
+        return jax.tree.map(jnp.zeros_like, wide), jnp.zeros((), dtype)
     squared = blocks.inner(block, block)[0, 0]
     coefficients = blocks.inner(space.basis, block)[:, 0]
     ratio = jnp.sum(coefficients**2) / jnp.where(squared > 0, squared, 1)
-    alignment = jnp.sqrt(jnp.minimum(ratio, 1)).astype(space.shift.dtype)
-    return (wide if everything else blocks.combine(coefficients, space.basis)), alignment
+    alignment = jnp.sqrt(jnp.minimum(ratio, 1)).astype(dtype)
+    if everything:
+        return wide, alignment
+
+    def combination(b: jax.Array, v: jax.Array) -> jax.Array:
+        if k > _UNROLLED:
+            return cast(jax.Array, blocks.combine(coefficients, b.astype(v.dtype)))
+        # As a sum it is fused with what is done to the update, a dot product is not.
+        weights = coefficients.astype(v.dtype)
+        return functools.reduce(jnp.add, (weights[i] * b[i].astype(v.dtype) for i in range(k)))
+
+    return jax.tree.map(combination, space.basis, wide), alignment
 
 
 def _check_refresh(refresh: Any) -> None:

@@ -35,6 +35,13 @@ from tests.helpers import (
 PROBLEM = least_squares()
 K = PROBLEM.num_directions
 NUM_STEPS = 60
+PARTS = {
+    "everything": jax.tree.map(np.ones_like, PROBLEM.dominant),
+    "bulk": jax.tree.map(np.logical_not, PROBLEM.dominant),
+    "dominant": PROBLEM.dominant,
+    # The inputs have mean zero, so the mean outputs depend on the biases alone.
+    "weights": {"dense": {"w": np.ones((4, 2), bool)}, "b": np.zeros(2, bool)},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Case:
     name: str
     build: Callable[[Any], optax.GradientTransformationExtraArgs]
     rates: tuple[float, ...] = SGD_RATES
-    optimizes: str = "everything"  # or "bulk", "dominant": the rest it must not touch
+    optimizes: str = "everything"  # or a part, see `PARTS`: the rest it must not touch
     refresh: Callable[[int], bool | str | None] | None = None  # in a host-driven loop
     slow: bool = False  # for variants of what another case covers
 
@@ -55,7 +62,12 @@ def from_catalogue(name: str) -> Case:
         name,
         lambda rate: method.build(rate, total_steps=NUM_STEPS, num_classes=K),
         method.learning_rates,
-        {"bulk_sgd": "bulk", "dom_sgd": "dominant"}.get(name, "everything"),
+        {
+            "bulk_sgd": "bulk",
+            "bulk_sgd_round_robin": "bulk",
+            "bulk_sgd_gradient": "weights",
+            "dom_sgd": "dominant",
+        }.get(name, "everything"),
         method.refresh if method.refresh_every else None,
     )
 
@@ -68,6 +80,12 @@ def chained(name: str, *parts: Any, rates: tuple[float, ...] = SGD_RATES, **kwar
 
 CURVED: dict[str, Any] = {"refresh": oa.refresh_at}
 TRACKER = oa.BlockTracker(refresh_every=2, oversampling=1, order="magnitude")
+# The catalogue has the others.
+TRACKERS: dict[str, oa.Tracker] = {
+    "gradient rows": oa.GradientTracker(rows="gradient", refresh_every=1, buffer=2),
+    "exact": oa.ExactTracker(refresh_every=3),
+    "bfloat16 basis": oa.BlockTracker(refresh_every=2, storage_dtype=jnp.bfloat16),
+}
 CASES = (
     *map(from_catalogue, METHODS),
     chained("project_to_bulk", oa.project_to_bulk(K), optimizes="bulk", **CURVED, slow=True),
@@ -82,6 +100,15 @@ CASES = (
         ADAM_RATES,
         refresh=lambda step: oa.refresh_at(step, refresh_every=2, start_step=1),
         slow=True,
+    ),
+    *(
+        Case(
+            f"interpolated_sgd {name}",
+            lambda rate, tracker=tracker: oa.interpolated_sgd(rate, K, 0.5, 1.0, tracker=tracker),
+            refresh=lambda step, tracker=tracker: oa.refresh_at(step, tracker.refresh_every),
+            slow=True,
+        )
+        for name, tracker in TRACKERS.items()
     ),
     chained("scale_by_demon", oa.scale_by_demon(NUM_STEPS, nesterov=True)),
     chained("scale_by_demon_adam", oa.scale_by_demon_adam(NUM_STEPS, form="ema"), rates=ADAM_RATES),
@@ -205,8 +232,7 @@ def run(request: pytest.FixtureRequest) -> Runner:
 def test_converges(run: Runner) -> None:
     """On the part that it optimizes; `dom_sgd` does not converge on the rest, nor should it."""
     objective, end = PROBLEM.objective(), at((slice(None), -1), run.trajectories)
-    choose = {"everything": np.ones_like, "bulk": np.logical_not, "dominant": np.array}
-    part = jax.tree.map(choose[run.case.optimizes], PROBLEM.dominant)
+    part = PARTS[run.case.optimizes]
     cut = functools.partial(jax.tree.map, jnp.where, part)
     relative_loss = jax.vmap(lambda p: objective(cut(p, PROBLEM.optimum)))(end) / objective(
         cut(PROBLEM.params, PROBLEM.optimum)
@@ -322,8 +348,12 @@ def test_non_finite_values_leave_the_basis_alone(case: Case, poisoned: str) -> N
         return tx.update(gradient, state, params, value_fn=objective, refresh=refresh)
 
     updates, new_state = once(gradient, state)
-    tree_equal(optax.tree.get(new_state, "space"), optax.tree.get(state, "space"))
+    for name in ("basis", "eigenvalues", "ready"):
+        tree_equal(optax.tree.get(new_state, name), optax.tree.get(state, name))
     assert jnp.isfinite(optax.tree.get(new_state, "alignment_ema"))
+    sees_it = poisoned == "curvature" and "gradient rows" not in case.name
+    assert optax.tree.get(new_state, "accepted") == (not sees_it)
+    assert optax.tree.get(new_state, "rejected") == sees_it
     if poisoned == "curvature":
         assert all(jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates))
 

@@ -96,7 +96,8 @@ def test_updates_look_like_the_gradients(name: str, shapes: PyTree) -> None:
 
     def update(params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
         value, grads = jax.value_and_grad(quadratic)(params)
-        return tx.update(grads, state, params, value=value, grad=grads, value_fn=quadratic)
+        objective = oa.Objective(lambda p: jnp.stack([quadratic(p)] * 2), lambda out: out[0])
+        return tx.update(grads, state, params, value=value, grad=grads, value_fn=objective)
 
     updates, new_state = jax.eval_shape(update, shapes, state)
     assert jax.tree.structure(updates) == jax.tree.structure(shapes)

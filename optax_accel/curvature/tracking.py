@@ -1,105 +1,103 @@
-"""Tracking the dominant eigenspace of a curvature matrix along training."""
+"""Tracking the dominant eigenspace of a curvature matrix along training.
+
+A :class:`Tracker` is a value that says how the eigenspace is followed; an :class:`Eigenspace` is
+what it knows so far, arrays only.  What a refresh costs and what it sees differs:
+
+* :class:`BlockTracker`: a block of curvature products every few steps; the default.
+* :class:`RoundRobinTracker`: one curvature product at every step, no step dearer than the others.
+* :class:`GradientTracker`: no curvature product, only first derivatives.
+* :class:`ExactTracker`: Lanczos to a tolerance, from scratch: the reference.
+
+``python -m experiments.trackers`` measures them against ARPACK.
+"""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax import lax
 
-from optax_accel._arguments import check_choice, check_integer
+from optax_accel._arguments import check_choice, check_integer, check_number
 from optax_accel.curvature import blocks
-from optax_accel.curvature.eigensolvers import Order, lanczos, subspace_sweep
+from optax_accel.curvature.eigensolvers import Order, lanczos, sort_spectrum, subspace_sweep
 from optax_accel.objective import Objective
 
 PyTree = Any
 
 
 class Eigenspace(NamedTuple):
-    """An estimate of the leading eigenspace.
+    """An estimate of the leading eigenspace, and how it fares.
 
     Attributes:
       basis: orthonormal block, leaves ``(k, *leaf.shape)``, leading direction first.
-      guard: the oversampled directions, leaves ``(oversampling, *leaf.shape)``; None without any.
-      eigenvalues: Ritz values ``(k,)`` of the basis of the last refresh.
-      shift: scalar added to the spectrum so that its algebraic top leads.
+      eigenvalues: ``(k,)``, of the last refresh.
       ready: whether the basis holds an estimate yet; boolean scalar.
+      accepted: whether the last refresh was accepted; boolean scalar. A refresh that met numbers
+        that are not finite changes neither basis nor eigenvalues.
+      rejected: how many refreshes were not; int32 scalar.
+      memory: what else the tracker keeps; a NamedTuple of its own.
     """
 
     basis: PyTree
-    guard: PyTree
     eigenvalues: jax.Array
-    shift: jax.Array
     ready: jax.Array
+    accepted: jax.Array
+    rejected: jax.Array
+    memory: Any
+
+    @property
+    def usable(self) -> jax.Array:
+        """Whether there is an estimate that the last refresh did not cast doubt on."""
+        return self.ready & self.accepted
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockTracker:
-    """Warm-started block power iteration with a Lanczos cold start.
+class Tracker(abc.ABC):
+    """How a dominant eigenspace is followed: the interface of all trackers.
 
-    The dominant Hessian subspace of a network moves slowly, so one block product every few steps,
-    started from the last basis, follows it; only the first estimate needs a full eigensolver.
-
-    Args:
-      refresh_every: steps between refreshes. With the default, 5, and one sweep on 500 of 5,000
-        MNIST images, k = 10, the alignment chi_k stayed within 0.007 of the one that ARPACK finds
-        on all of them, and the mean squared cosine of the bases above 0.99 (tanh MLP with 199,210
-        parameters, 300 steps of SGD); what is left of the error is the smaller batch's.
-      power_iterations: block products of a warm refresh.
-      oversampling: directions tracked beyond the ones asked for. They guard the last direction
-        against a small gap behind it, at one more product each per refresh.
-      cold_start_products: Hessian-vector products of the Lanczos cold start; ``None`` (default):
-        three per tracked direction, at least 20 (fewer only where the dimension is smaller).
-      order: ``"algebraic"`` (default): the largest eigenvalues, the definition of Song et al.,
-        2024; ``"magnitude"``: the largest in magnitude, what their code asks ARPACK for.
-      curvature: ``"hessian"`` (default) or ``"gauss_newton"`` (needs ``Objective(predict, loss)``).
-      accumulator_dtype: dtype of basis and inner products; ``None`` (default): each leaf's own, but
-        at least float32.
-      seed: of the random start.
-
-    Raises:
-      ValueError, TypeError: an argument outside its range.
+    A tracker is a frozen dataclass; all that changes is in the :class:`Eigenspace`.  Its
+    ``refresh_every`` is the number of steps between refreshes, ``needs_objective`` says whether a
+    refresh looks at the objective.
     """
 
-    refresh_every: int = 5
-    power_iterations: int = 1
-    oversampling: int = 0
-    cold_start_products: int | None = None
-    order: Order = "algebraic"
-    curvature: Literal["hessian", "gauss_newton"] = "hessian"
-    accumulator_dtype: Any = None
-    seed: int = 0
+    refresh_every: int
 
-    def __post_init__(self) -> None:
-        check_integer("refresh_every", self.refresh_every, 1)
-        check_integer("power_iterations", self.power_iterations, 1)
-        check_integer("oversampling", self.oversampling, 0)
-        if self.cold_start_products is not None:
-            check_integer("cold_start_products", self.cold_start_products, 1)
-        check_integer("seed", self.seed, 0)
-        if self.accumulator_dtype is not None and not jnp.issubdtype(
-            self.accumulator_dtype, jnp.floating
-        ):
-            raise ValueError(
-                "`accumulator_dtype` must be a real floating-point dtype, got "
-                f"{self.accumulator_dtype!r}."
-            )
-        check_choice("order", self.order, ("algebraic", "magnitude"))
-        check_choice("curvature", self.curvature, ("hessian", "gauss_newton"))
+    @property
+    def needs_objective(self) -> bool:
+        """Whether a refresh looks at the objective."""
+        return True
 
-    def _sizes(self, params: PyTree, num_directions: int) -> tuple[int, int]:
-        """Tracked directions with and without the guard, cut to the dimension."""
-        size = blocks.dimension(params)
-        k = min(num_directions, size)
-        return k, min(k + self.oversampling, size) if k else 0
+    @abc.abstractmethod
+    def init(self, params: PyTree, num_directions: int) -> Eigenspace:
+        """An eigenspace without an estimate: a random orthonormal basis, not ready."""
 
-    def _like(self, params: PyTree) -> PyTree:
-        def like(leaf: Any) -> jax.ShapeDtypeStruct:
-            dtype = self.accumulator_dtype or jnp.promote_types(leaf.dtype, jnp.float32)
-            return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype))
+    @abc.abstractmethod
+    def refresh(
+        self,
+        space: Eigenspace,
+        objective: Objective | None,
+        params: PyTree,
+        gradient: PyTree,
+        *,
+        cold: bool | None = None,
+    ) -> Eigenspace:
+        """The eigenspace after one refresh.
 
-        return jax.tree.map(like, params)
+        Args:
+          space: the eigenspace before.
+          objective: whose curvature is followed; None if ``needs_objective`` is False.
+          params: the parameters.
+          gradient: the mini-batch gradient of the step, like the parameters.
+          cold: static; whether to start anew (a tracker without a cold start goes on). ``None``
+            (default): decided in the graph, by ``space.ready``.
+
+        Returns:
+          The new eigenspace; the old one, not accepted, where numbers were not finite.
+        """
 
     def num_products(self, params: PyTree, num_directions: int, *, cold: bool) -> int:
         """Curvature-vector products of one refresh.
@@ -107,78 +105,95 @@ class BlockTracker:
         Args:
           params: the parameters (or their shapes).
           num_directions: k.
-          cold: of the cold start instead of a warm refresh.
+          cold: of a cold start instead of a warm refresh.
 
         Returns:
-          The number of products.
+          The number of products; an upper bound where the tracker stops at a tolerance.
         """
-        k, tracked = self._sizes(params, num_directions)
-        size = blocks.dimension(params)
-        if not cold:
-            return tracked * self.power_iterations
-        if tracked == size or not k:
-            return tracked
-        wanted = self.cold_start_products or max(3 * tracked, 20)
-        return min(max(wanted, tracked), size)
+        del params, num_directions, cold
+        return 0
 
-    def init(self, params: PyTree, num_directions: int) -> Eigenspace:
-        """An eigenspace without an estimate: a random orthonormal basis, not ready."""
-        k, tracked = self._sizes(params, num_directions)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _BasisTracker(Tracker):
+    """What all trackers share: the dtypes of basis and linear algebra, the random start."""
+
+    accumulator_dtype: Any = None
+    storage_dtype: Any = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer("refresh_every", self.refresh_every, 1)
+        check_integer("seed", self.seed, 0)
+        for name in ("accumulator_dtype", "storage_dtype"):
+            dtype = getattr(self, name)
+            if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+                raise ValueError(f"`{name}` must be a real floating-point dtype, got {dtype!r}.")
+
+    def _like(self, params: PyTree) -> PyTree:
+        """Shapes of the parameters in the dtypes of the linear algebra."""
+
+        def like(leaf: Any) -> jax.ShapeDtypeStruct:
+            dtype = self.accumulator_dtype or jnp.promote_types(leaf.dtype, jnp.float32)
+            return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype))
+
+        return jax.tree.map(like, params)
+
+    def _load(self, block: PyTree, params: PyTree) -> PyTree:
+        return jax.tree.map(lambda b, x: b.astype(x.dtype), block, self._like(params))
+
+    def _store(self, block: PyTree) -> PyTree:
+        return block if self.storage_dtype is None else optax.tree.cast(block, self.storage_dtype)
+
+    def _random_basis(self, params: PyTree, num: int) -> PyTree:
         like = self._like(params)
-        if k:
-            keys = jax.random.split(jax.random.key(self.seed), tracked)
-            start = jax.vmap(lambda key: blocks.random(key, like))(keys)
-            basis = blocks.orthonormalize(start)
-        else:
-            basis = jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), like)
-        dtype = blocks.scalar_dtype(like)
+        if not num:
+            return jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), like)
+        keys = jax.random.split(jax.random.key(self.seed), num)
+        return blocks.orthonormalize(jax.vmap(lambda key: blocks.random(key, like))(keys))
+
+    def _new_space(self, params: PyTree, basis: PyTree, k: int, memory: Any) -> Eigenspace:
         return Eigenspace(
-            basis=blocks.rows(basis, 0, k),
-            # Not a block of no rows: Orbax cannot save arrays of size zero.
-            guard=blocks.rows(basis, k, tracked) if tracked > k else None,
-            eigenvalues=jnp.zeros((k,), dtype),
-            shift=jnp.zeros((), dtype),
+            basis=self._store(blocks.rows(basis, 0, k)),
+            eigenvalues=jnp.zeros((k,), blocks.scalar_dtype(self._like(params))),
             ready=jnp.zeros((), bool),
+            accepted=jnp.ones((), bool),
+            rejected=jnp.zeros((), jnp.int32),
+            memory=memory,
         )
 
-    def cold_start(self, space: Eigenspace, objective: Objective, params: PyTree) -> Eigenspace:
-        """A first estimate, by Lanczos; exact for problems no larger than the tracked block."""
-        like = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), space.basis)
-        k = space.eigenvalues.shape[0]
-        _, tracked = self._sizes(params, k)
-        product = self._operator(objective, params)
-        if tracked == blocks.dimension(params):
-            full = blocks.identity(like)
-            values, basis, smallest = subspace_sweep(
-                jax.vmap(product), full, shift=space.shift, order=self.order
-            )
-        else:
-            pairs = lanczos(
-                product,
-                like,
-                tracked,
-                key=jax.random.key(self.seed),
-                num_products=self.num_products(params, k, cold=True),
-                order=self.order,
-            )
-            values, basis, smallest = pairs.eigenvalues, pairs.basis, pairs.smallest
-        return self._accept(space, values, basis, self._shift(smallest))
+    def _accept(
+        self, old: Eigenspace, values: jax.Array, basis: PyTree, memory: Any, valid: jax.Array
+    ) -> Eigenspace:
+        """The new estimate if it is finite, else the old one."""
+        # The squared norms of the rows tell a basis from NaNs at the cost of a pass.
+        norms = jax.tree.map(lambda b: jnp.sum(jnp.square(b), tuple(range(1, b.ndim))), basis)
+        valid &= jnp.all(jnp.isfinite(sum(jax.tree.leaves(norms)))) & jnp.all(jnp.isfinite(values))
+        new = old._replace(
+            basis=self._store(basis), eigenvalues=values, ready=jnp.ones((), bool), memory=memory
+        )
+        return jax.tree.map(lambda n, o: jnp.where(valid, n, o), new, old)._replace(
+            accepted=valid, rejected=old.rejected + ~valid
+        )
 
-    def refresh(self, space: Eigenspace, objective: Objective, params: PyTree) -> Eigenspace:
-        """A warm refresh: ``power_iterations`` block sweeps from the last basis."""
-        products = jax.vmap(self._operator(objective, params))
-        basis = space.basis
-        if space.guard is not None:
-            basis = blocks.concatenate(basis, space.guard)
-        shift, values = space.shift, space.eigenvalues
-        for _ in range(self.power_iterations):
-            values, basis, smallest = subspace_sweep(products, basis, shift=shift, order=self.order)
-            # Negative curvature seen before is forgotten slowly: the sweep damps what it shifts
-            # away, so a direction gone from the block may still be there in the spectrum.
-            shift = jnp.maximum(0.9 * shift, self._shift(smallest))
-        return self._accept(space, values, basis, shift)
 
-    def _operator(self, objective: Objective, params: PyTree) -> Any:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _CurvatureTracker(_BasisTracker):
+    """What the trackers by curvature products share: the matrix, the Lanczos cold start."""
+
+    cold_start_products: int | None = None
+    order: Order = "algebraic"
+    curvature: Literal["hessian", "gauss_newton"] = "hessian"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cold_start_products is not None:
+            check_integer("cold_start_products", self.cold_start_products, 1)
+        check_choice("order", self.order, ("algebraic", "magnitude"))
+        check_choice("curvature", self.curvature, ("hessian", "gauss_newton"))
+
+    def _operator(self, objective: Objective | None, params: PyTree) -> Any:
+        assert objective is not None
         if self.curvature == "hessian":
             return objective.hessian(params)
         return objective.gauss_newton(params)
@@ -186,20 +201,525 @@ class BlockTracker:
     def _shift(self, smallest: jax.Array) -> jax.Array:
         return jnp.maximum(-smallest, 0) * (self.order == "algebraic")
 
-    def _accept(
+    def _cold_products(self, params: PyTree, tracked: int) -> int:
+        size = blocks.dimension(params)
+        if tracked == size or not tracked:
+            return tracked
+        return min(max(self.cold_start_products or max(3 * tracked, 20), tracked), size)
+
+    def _solve(
+        self, objective: Objective | None, params: PyTree, num: int, **options: Any
+    ) -> tuple[jax.Array, PyTree, jax.Array, jax.Array]:
+        """Leading Ritz values and vectors, the smallest value, and the number of products."""
+        product = self._operator(objective, params)
+        like = self._like(params)
+        if num == blocks.dimension(params):  # the whole space: exact
+            zero = jnp.zeros((), blocks.scalar_dtype(like))
+            found = subspace_sweep(
+                jax.vmap(product), blocks.identity(like), shift=zero, order=self.order
+            )
+            return *found, jnp.asarray(num, jnp.int32)
+        key = jax.random.key(self.seed)
+        pairs = lanczos(product, like, num, key=key, order=self.order, **options)
+        return pairs.eigenvalues, pairs.basis, pairs.smallest, pairs.num_products
+
+
+class BlockMemory(NamedTuple):
+    """What :class:`BlockTracker` keeps besides the basis.
+
+    Attributes:
+      guard: the oversampled directions, leaves ``(oversampling, *leaf.shape)``; None without any.
+      shift: scalar added to the spectrum so that its algebraic top leads.
+    """
+
+    guard: PyTree
+    shift: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockTracker(_CurvatureTracker):
+    """Warm-started block power iteration with a Lanczos cold start.
+
+    The dominant Hessian subspace of a network moves slowly, so one block product every few steps,
+    started from the last basis, follows it; only the first estimate needs a full eigensolver.
+
+    Args:
+      refresh_every: steps between refreshes; default 10.
+      power_iterations: block products of a warm refresh; default 1.
+      oversampling: directions tracked beyond the ones asked for, default 0. They guard the last
+        direction against a small gap behind it, at one more product each per refresh.
+      cold_start_products: Hessian-vector products of the Lanczos cold start; ``None`` (default):
+        three per tracked direction, at least 20 (fewer only where the dimension is smaller).
+      order: ``"algebraic"`` (default): the largest eigenvalues, the definition of Song et al.,
+        2024; ``"magnitude"``: the largest in magnitude, what their code asks ARPACK for.
+      curvature: ``"hessian"`` (default) or ``"gauss_newton"`` (needs ``Objective(predict, loss)``).
+      accumulator_dtype: dtype of the linear algebra; ``None`` (default): each leaf's own, but at
+        least float32.
+      storage_dtype: dtype in which the basis is kept between steps, e.g. ``jnp.bfloat16``; ``None``
+        (default): as ``accumulator_dtype``.
+      seed: of the random start.
+
+    Raises:
+      ValueError, TypeError: an argument outside its range.
+    """
+
+    refresh_every: int = 10
+    power_iterations: int = 1
+    oversampling: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("power_iterations", self.power_iterations, 1)
+        check_integer("oversampling", self.oversampling, 0)
+
+    def _sizes(self, params: PyTree, num_directions: int) -> tuple[int, int]:
+        """Tracked directions without and with the guard, cut to the dimension."""
+        size = blocks.dimension(params)
+        k = min(num_directions, size)
+        return k, min(k + self.oversampling, size) if k else 0
+
+    def num_products(self, params: PyTree, num_directions: int, *, cold: bool) -> int:
+        """Curvature-vector products of one refresh, see :meth:`Tracker.num_products`."""
+        _, tracked = self._sizes(params, num_directions)
+        return self._cold_products(params, tracked) if cold else tracked * self.power_iterations
+
+    def init(self, params: PyTree, num_directions: int) -> Eigenspace:
+        """An eigenspace without an estimate: a random orthonormal basis, not ready."""
+        k, tracked = self._sizes(params, num_directions)
+        basis = self._random_basis(params, tracked)
+        return self._new_space(params, basis, k, self._memory(basis, k, jnp.zeros(())))
+
+    def _memory(self, basis: PyTree, k: int, shift: jax.Array) -> BlockMemory:
+        tracked = jax.tree.leaves(basis)[0].shape[0] if jax.tree.leaves(basis) else 0
+        # Not a block of no rows: Orbax cannot save arrays of size zero.
+        guard = self._store(blocks.rows(basis, k, tracked)) if tracked > k else None
+        return BlockMemory(guard, shift.astype(blocks.scalar_dtype(basis)))
+
+    def refresh(
+        self,
+        space: Eigenspace,
+        objective: Objective | None,
+        params: PyTree,
+        gradient: PyTree,
+        *,
+        cold: bool | None = None,
+    ) -> Eigenspace:
+        """One refresh: ``power_iterations`` sweeps, or Lanczos. See :meth:`Tracker.refresh`."""
+
+        def start(old: Eigenspace) -> Eigenspace:
+            return self._start(old, objective, params)
+
+        def sweep(old: Eigenspace) -> Eigenspace:
+            return self._sweep(old, objective, params)
+
+        if cold is None:
+            return lax.cond(space.ready, sweep, start, space)
+        return start(space) if cold else sweep(space)
+
+    def _start(self, space: Eigenspace, objective: Objective | None, params: PyTree) -> Eigenspace:
+        k = space.eigenvalues.shape[0]
+        _, tracked = self._sizes(params, k)
+        values, basis, smallest, _ = self._solve(
+            objective, params, tracked, num_products=self._cold_products(params, tracked)
+        )
+        return self._finish(space, values, basis, self._shift(smallest))
+
+    def _sweep(self, space: Eigenspace, objective: Objective | None, params: PyTree) -> Eigenspace:
+        products = jax.vmap(self._operator(objective, params))
+        basis = space.basis
+        if space.memory.guard is not None:
+            basis = blocks.concatenate(basis, space.memory.guard)
+        basis = self._load(basis, params)
+        if self.storage_dtype is not None:  # what rounding has taken from it
+            basis = blocks.orthonormalize(basis)
+        shift, values = space.memory.shift, space.eigenvalues
+        for _ in range(self.power_iterations):
+            values, basis, smallest = subspace_sweep(products, basis, shift=shift, order=self.order)
+            # Negative curvature seen before is forgotten slowly: the sweep damps what it shifts
+            # away, so a direction gone from the block may still be there in the spectrum.
+            shift = jnp.maximum(0.9 * shift, self._shift(smallest))
+        return self._finish(space, values, basis, shift)
+
+    def _finish(
         self, old: Eigenspace, values: jax.Array, basis: PyTree, shift: jax.Array
     ) -> Eigenspace:
-        """The new estimate if it is finite and orthonormal, else the old one."""
         k = old.eigenvalues.shape[0]
-        gram = blocks.inner(basis, basis)
-        # Loose on purpose: this tells a basis from NaNs and zero rows, not good from better.
-        valid = jnp.all(jnp.abs(gram - jnp.eye(gram.shape[0], dtype=gram.dtype)) < 0.1)
-        valid &= jnp.all(jnp.isfinite(values)) & jnp.isfinite(shift)
-        new = Eigenspace(
-            basis=blocks.rows(basis, 0, k),
-            guard=None if old.guard is None else blocks.rows(basis, k, gram.shape[0]),
-            eigenvalues=values[:k],
-            shift=shift,
-            ready=jnp.ones((), bool),
+        memory = self._memory(basis, k, shift)
+        basis = blocks.rows(basis, 0, k)
+        return self._accept(old, values[:k], basis, memory, jnp.isfinite(shift))
+
+
+class RoundRobinMemory(NamedTuple):
+    """What :class:`RoundRobinTracker` keeps besides the basis.
+
+    Attributes:
+      images: products with the rows of the basis, as far as they are made, like the basis.
+      position: number of them; int32 scalar.
+      shift: as in :class:`BlockMemory`.
+    """
+
+    images: PyTree
+    position: jax.Array
+    shift: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoundRobinTracker(_CurvatureTracker):
+    """Block power iteration spread over the steps: one curvature product at each.
+
+    The products with the k rows of the basis are made one a step, each at the parameters of its
+    step; when all are there, Rayleigh-Ritz and orthonormalization give the next basis.  No step is
+    much dearer than the others, and the product stands in no conditional, so that convolutions run
+    at full speed on a CPU also when the graph decides (the Lanczos start apart).  Memory: 2k copies
+    of the parameters.
+
+    Args:
+      refresh_every: steps between products; default 1.
+      cold_start_products: as in :class:`BlockTracker`, like the following ones.
+      order: see there.
+      curvature: see there.
+      accumulator_dtype: see there.
+      storage_dtype: see there; also of the products kept.
+      seed: see there.
+
+    Raises:
+      ValueError, TypeError: an argument outside its range.
+    """
+
+    refresh_every: int = 1
+
+    def num_products(self, params: PyTree, num_directions: int, *, cold: bool) -> int:
+        """Curvature-vector products of one refresh, see :meth:`Tracker.num_products`."""
+        k = min(num_directions, blocks.dimension(params))
+        return min(k, 1) + (self._cold_products(params, k) if cold else 0)
+
+    def init(self, params: PyTree, num_directions: int) -> Eigenspace:
+        """An eigenspace without an estimate: a random orthonormal basis, not ready."""
+        k = min(num_directions, blocks.dimension(params))
+        basis = self._random_basis(params, k)
+        memory = RoundRobinMemory(
+            images=self._store(jax.tree.map(jnp.zeros_like, basis)),
+            position=jnp.zeros((), jnp.int32),
+            shift=jnp.zeros((), blocks.scalar_dtype(basis)),
         )
-        return jax.tree.map(lambda n, o: jnp.where(valid, n, o), new, old)
+        return self._new_space(params, basis, k, memory)
+
+    def refresh(
+        self,
+        space: Eigenspace,
+        objective: Objective | None,
+        params: PyTree,
+        gradient: PyTree,
+        *,
+        cold: bool | None = None,
+    ) -> Eigenspace:
+        """One product, after Lanczos at a cold start. See :meth:`Tracker.refresh`."""
+
+        def start(old: Eigenspace) -> Eigenspace:
+            k = old.eigenvalues.shape[0]
+            values, basis, smallest, _ = self._solve(
+                objective, params, k, num_products=self._cold_products(params, k)
+            )
+            shift = self._shift(smallest)
+            memory = old.memory._replace(position=jnp.zeros((), jnp.int32), shift=shift)
+            return self._accept(old, values, basis, memory, jnp.isfinite(shift))
+
+        if cold:
+            space = start(space)
+        elif cold is None:
+            space = lax.cond(space.ready, lambda old: old, start, space)
+        return self._advance(space, objective, params)
+
+    def _advance(
+        self, space: Eigenspace, objective: Objective | None, params: PyTree
+    ) -> Eigenspace:
+        k = space.eigenvalues.shape[0]
+        images, position, shift = space.memory
+        row = jax.tree.map(
+            lambda b: lax.dynamic_index_in_dim(b, position, keepdims=False), space.basis
+        )
+        image = self._operator(objective, params)(self._load(row, params))
+        valid = jnp.all(jnp.isfinite(blocks.inner(*[blocks.as_block(image)] * 2)))
+
+        def put(block: jax.Array, new: jax.Array) -> jax.Array:
+            new = jnp.where(valid, new, 0).astype(block.dtype)
+            return lax.dynamic_update_index_in_dim(block, new, position, 0)
+
+        position = position + valid
+        space = space._replace(
+            accepted=valid,
+            rejected=space.rejected + ~valid,
+            memory=RoundRobinMemory(jax.tree.map(put, images, image), position, shift),
+        )
+
+        def sweep(old: Eigenspace) -> Eigenspace:
+            basis, images = self._load((old.basis, old.memory.images), (params, params))
+            values, basis, smallest = subspace_sweep(
+                lambda _: images, basis, shift=shift, order=self.order
+            )
+            memory = RoundRobinMemory(
+                images=old.memory.images,
+                position=jnp.zeros((), jnp.int32),
+                shift=jnp.maximum(0.9 * shift, self._shift(smallest)),
+            )
+            return self._accept(old, values, basis, memory, jnp.ones((), bool))
+
+        return lax.cond(position == k, sweep, lambda old: old, space)
+
+
+class GradientMemory(NamedTuple):
+    """What :class:`GradientTracker` keeps besides the basis, with ``rows="gradient"``.
+
+    Attributes:
+      rows: centered gradients not yet in the basis, leaves ``(buffer, *leaf.shape)``.
+      position: number of them; int32 scalar.
+      mean: moving average of the gradients.
+      seen: number of gradients seen; int32 scalar.
+    """
+
+    rows: PyTree
+    position: jax.Array
+    mean: PyTree
+    seen: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradientTracker(_BasisTracker):
+    r"""The dominant subspace without curvature products: principal directions of gradients.
+
+    The outlying curvature of a classifier is spanned by the class means of the gradients of its
+    outputs (Papyan, 2019, 2020).  This tracker keeps a sketch of rows, its k leading principal
+    directions and their energies (frequent directions: Liberty, 2013, Ghashami et al., 2016,
+    with forgetting instead of shrinking, our reading), compressed through a small Gram matrix.
+
+    ``rows="outputs"`` takes the gradients of the mean outputs on the batch, one row per class: with
+    them as :math:`J`, :math:`J^\top J` is the Gauss-Newton matrix of the squared error for
+    gradients alike in all examples.  They cost one backward pass per class, no second derivative.
+    ``rows="gradient"`` needs no objective at all: it takes the deviations of the mini-batch
+    gradients (the extra argument ``grad`` of ``update``, else its incoming updates) from their
+    moving average, whose covariance resembles the Hessian.  Raw and normalized gradients and class
+    means of the loss gradient were measured worse.
+
+    Args:
+      rows: ``"outputs"`` (default; needs ``Objective(predict, loss)`` with outputs of shape
+        ``(..., classes)`` and at least ``num_directions`` classes) or ``"gradient"``.
+      refresh_every: steps between refreshes; default 10.
+      decay: weight of the old sketch at a refresh, the new rows have ``1 - decay``; default 0.8.
+      buffer: rows ``"gradient"``: gradients gathered before the sketch is compressed, default 10
+        (at least k are).
+      accumulator_dtype: as in :class:`BlockTracker`, like the following ones.
+      storage_dtype: see there.
+      seed: see there.
+
+    Raises:
+      ValueError, TypeError: an argument outside its range.
+
+    References:
+      Papyan, `Measurements of three-level hierarchical structure in the outliers in the spectrum of
+      deepnet Hessians <https://arxiv.org/abs/1901.08244>`_, 2019; `Traces of class/cross-class
+      structure pervade deep learning spectra <https://arxiv.org/abs/2008.11865>`_, 2020. Liberty,
+      `Simple and deterministic matrix sketching <https://arxiv.org/abs/1206.0594>`_, 2013.
+      Ghashami, Liberty, Phillips, Woodruff, `Frequent directions
+      <https://arxiv.org/abs/1501.01711>`_, 2016.
+    """
+
+    rows: Literal["outputs", "gradient"] = "outputs"
+    refresh_every: int = 10
+    decay: float = 0.8
+    buffer: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("rows", self.rows, ("outputs", "gradient"))
+        check_number("decay", self.decay, 0, 1, open_high=True)
+        check_integer("buffer", self.buffer, 1)
+
+    @property
+    def needs_objective(self) -> bool:
+        """Whether a refresh looks at the objective."""
+        return self.rows == "outputs"
+
+    def init(self, params: PyTree, num_directions: int) -> Eigenspace:
+        """An eigenspace without an estimate: a random orthonormal basis, not ready."""
+        k = min(num_directions, blocks.dimension(params))
+        memory = None
+        if self.rows == "gradient":
+            like = self._like(params)
+            num = max(self.buffer, k)
+            memory = GradientMemory(
+                rows=self._store(jax.tree.map(lambda x: jnp.zeros((num, *x.shape), x.dtype), like)),
+                position=jnp.zeros((), jnp.int32),
+                mean=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like),
+                seen=jnp.zeros((), jnp.int32),
+            )
+        return self._new_space(params, self._random_basis(params, k), k, memory)
+
+    def refresh(
+        self,
+        space: Eigenspace,
+        objective: Objective | None,
+        params: PyTree,
+        gradient: PyTree,
+        *,
+        cold: bool | None = None,
+    ) -> Eigenspace:
+        """Takes new rows into the sketch. See :meth:`Tracker.refresh`; there is no cold start."""
+        if self.rows == "outputs":
+            assert objective is not None
+            rows = self._output_gradients(objective, params, space.eigenvalues.shape[0])
+            return self._compress(space, rows, params, self.decay)
+        return self._collect(space, gradient, params)
+
+    def _output_gradients(self, objective: Objective, params: PyTree, k: int) -> PyTree:
+        shape = jax.eval_shape(objective.outputs, params)
+        if (
+            not hasattr(shape, "shape")
+            or not shape.shape
+            or shape.shape[-1] < min(k, blocks.dimension(params))
+        ):
+            raise ValueError(
+                'GradientTracker(rows="outputs") follows at most one direction per class: '
+                f"num_directions={k} needs outputs of shape (..., {k}) or more, got {shape}; lower "
+                'num_directions, or use rows="gradient" or another tracker.'
+            )
+
+        def mean_output(weights: jax.Array, outputs: jax.Array) -> jax.Array:
+            outputs = outputs.astype(weights.dtype).reshape(-1, weights.shape[0])
+            return jnp.mean(outputs @ weights)
+
+        def gradient(weights: jax.Array) -> PyTree:
+            return Objective(
+                objective.outputs, lambda out: mean_output(weights, out), objective.axis_name
+            ).grad(params)
+
+        dtype = blocks.scalar_dtype(self._like(params))
+        return self._load(jax.vmap(gradient)(jnp.eye(shape.shape[-1], dtype=dtype)), params)
+
+    def _collect(self, space: Eigenspace, gradient: PyTree, params: PyTree) -> Eigenspace:
+        memory = space.memory
+        gradient = self._load(gradient, params)
+        valid = jnp.all(jnp.isfinite(blocks.inner(*[blocks.as_block(gradient)] * 2)))
+        # The first deviation is zero, because the average starts at the first gradient.
+        rate = jnp.where(memory.seen > 0, 1 - self.decay, 1)
+
+        def deviation(g: jax.Array, mean: jax.Array) -> jax.Array:
+            return jnp.where(valid, g - mean, 0) * (memory.seen > 0)
+
+        new = jax.tree.map(deviation, gradient, memory.mean)
+
+        def put(block: jax.Array, row: jax.Array) -> jax.Array:
+            return lax.dynamic_update_index_in_dim(block, row.astype(block.dtype), position, 0)
+
+        def follow(g: jax.Array, mean: jax.Array) -> jax.Array:
+            return mean + rate.astype(mean.dtype) * jnp.where(valid, g - mean, 0)
+
+        position = memory.position
+        filled = position + (valid & (memory.seen > 0))
+        space = space._replace(
+            accepted=valid,
+            rejected=space.rejected + ~valid,
+            memory=GradientMemory(
+                rows=jax.tree.map(put, memory.rows, new),
+                position=filled,
+                mean=jax.tree.map(follow, gradient, memory.mean),
+                seen=memory.seen + valid,
+            ),
+        )
+        num = jax.tree.leaves(memory.rows)[0].shape[0]
+
+        def compress(old: Eigenspace) -> Eigenspace:
+            rows = self._load(old.memory.rows, params)
+            new = self._compress(old, rows, params, self.decay)
+            return new._replace(memory=old.memory._replace(position=jnp.zeros((), jnp.int32)))
+
+        return lax.cond(filled == num, compress, lambda old: old, space)
+
+    def _compress(
+        self, space: Eigenspace, rows: PyTree, params: PyTree, decay: float
+    ) -> Eigenspace:
+        """The leading principal directions of the old sketch and the new rows."""
+        k = space.eigenvalues.shape[0]
+        num = jax.tree.leaves(rows)[0].shape[0]
+        dtype = space.eigenvalues.dtype
+        old = jnp.where(space.ready, decay, 0)
+        weights = jnp.concatenate([old * space.eigenvalues, jnp.full((num,), 1, dtype) * (1 - old)])
+        weights = jnp.sqrt(weights.astype(dtype))
+        sketch = blocks.concatenate(self._load(space.basis, params), rows)
+        gram = weights[:, None] * blocks.inner(sketch, sketch) * weights[None, :]
+        energies, vectors = sort_spectrum(*jnp.linalg.eigh(gram), "algebraic")
+        energies, vectors = energies[:k], vectors[:, :k]
+        # What rounding leaves of directions that no row has: zero, no noise blown up.
+        seen = energies > 10 * jnp.finfo(dtype).eps * jnp.max(jnp.abs(energies), initial=0)
+        vectors = jnp.where(seen[None, :], weights[:, None] * vectors, 0)
+        basis = blocks.orthonormalize(blocks.combine(vectors.T, sketch))
+        energies = jnp.where(seen, energies, 0)
+        finite = jnp.all(jnp.isfinite(gram))
+        return self._accept(space, energies, basis, space.memory, finite)
+
+
+class ExactMemory(NamedTuple):
+    """What :class:`ExactTracker` says of the last solve.
+
+    Attributes:
+      num_products: curvature-vector products it took; int32 scalar.
+    """
+
+    num_products: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExactTracker(_CurvatureTracker):
+    """Lanczos to a tolerance, from a random start at every refresh: the reference.
+
+    Args:
+      refresh_every: steps between refreshes; default 1, the protocol of Song et al., 2024.
+      tolerance: relative error of the eigenvalues; default 1e-4.
+      cold_start_products: budget of products of a solve; ``None`` (default): 20 per direction.
+      order: as in :class:`BlockTracker`, like the following ones.
+      curvature: see there.
+      accumulator_dtype: see there.
+      storage_dtype: see there.
+      seed: see there.
+
+    Raises:
+      ValueError, TypeError: an argument outside its range.
+    """
+
+    refresh_every: int = 1
+    tolerance: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("tolerance", self.tolerance, 0, 1, open_low=True)
+
+    def num_products(self, params: PyTree, num_directions: int, *, cold: bool) -> int:
+        """The budget of products of one refresh, see :meth:`Tracker.num_products`."""
+        size = blocks.dimension(params)
+        k = min(num_directions, size)
+        return k if k == size else max(self.cold_start_products or 20 * k, k)
+
+    def init(self, params: PyTree, num_directions: int) -> Eigenspace:
+        """An eigenspace without an estimate: a random orthonormal basis, not ready."""
+        k = min(num_directions, blocks.dimension(params))
+        memory = ExactMemory(jnp.zeros((), jnp.int32))
+        return self._new_space(params, self._random_basis(params, k), k, memory)
+
+    def refresh(
+        self,
+        space: Eigenspace,
+        objective: Objective | None,
+        params: PyTree,
+        gradient: PyTree,
+        *,
+        cold: bool | None = None,
+    ) -> Eigenspace:
+        """A solve from scratch. See :meth:`Tracker.refresh`."""
+        k = space.eigenvalues.shape[0]
+        values, basis, _, used = self._solve(
+            objective,
+            params,
+            k,
+            num_products=self.num_products(params, k, cold=True),
+            tolerance=self.tolerance,
+        )
+        return self._accept(space, values, basis, ExactMemory(used), jnp.ones((), bool))
