@@ -221,7 +221,8 @@ def catalogue(entries: Sequence[methods.Method]) -> str:
 # Pictures ---------------------------------------------------------------------------------------
 
 
-def _frame(axes: Axes) -> None:
+def frame(axes: Axes) -> None:
+    """The look that all pictures share: a light grid, no box."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -270,7 +271,7 @@ def curves(results: Results) -> Figure:
     for column, cost in enumerate(("step", "gradient_evaluations")):
         for line, key in enumerate(("train_loss", "validation_accuracy")):
             axes = grid[line, column]
-            _frame(axes)
+            frame(axes)
             for row in rows:
                 # The first point is the untrained model: no training loss, and not on a log axis.
                 x = np.array(row["curve"][cost][1:], float)
@@ -363,7 +364,7 @@ def rates(results: Results) -> Figure:
     config, rows = results["config"], results["rows"]
     figure = Figure(figsize=(12, 5), layout="constrained")
     axes = figure.subplots()
-    _frame(axes)
+    frame(axes)
     shown = []
     for row in rows:
         look = style(row["method"])
@@ -414,7 +415,8 @@ def rates(results: Results) -> Figure:
     return figure
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
@@ -546,7 +548,7 @@ def table_csv(results: Results) -> str:
 
 def write_all(folder: Path, results: Results) -> None:
     """Writes results.csv, curves.png, rates.png and report.html into the run's folder."""
-    curves_png, rates_png = _png(curves(results)), _png(rates(results))
+    curves_png, rates_png = png(curves(results)), png(rates(results))
     (folder / "results.csv").write_text(table_csv(results), encoding="utf-8")
     (folder / "curves.png").write_bytes(curves_png)
     (folder / "rates.png").write_bytes(rates_png)
