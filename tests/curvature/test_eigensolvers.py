@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.sparse.linalg
 
-from optax_accel.curvature import blocks, lanczos, subspace_sweep
+from optax_accel.curvature import (
+    block_iteration,
+    blocks,
+    eigensolvers,
+    lanczos,
+    lobpcg,
+    subspace_sweep,
+)
 
 SIZE = 40
 ROTATION, _ = np.linalg.qr(np.random.default_rng(2).normal(size=(SIZE, SIZE)))
@@ -16,78 +25,391 @@ SPECTRA = {
     "geometric": 10.0 * 0.7 ** np.arange(SIZE),
     "outliers": np.concatenate([[50.0, 20.0, 10.0], np.linspace(1, -1, SIZE - 3)]),
     "negative": np.concatenate([[-30.0, 8.0, 6.0, 4.0], np.linspace(1, 0, SIZE - 4)]),
+    "random": np.random.default_rng(3).normal(size=SIZE),
+    "clustered": np.concatenate(
+        [[5.0, 5.0 + 1e-4, 5.0 - 1e-3, 3, 3], np.linspace(1, -1, SIZE - 5)]
+    ),
+    "indefinite": np.concatenate([np.linspace(10, 1, 20), -np.linspace(11, 2, 20)]),
+    "rank 2": np.concatenate([[4.0, 2.0], np.zeros(SIZE - 2)]),
 }
-
-
-def operator(spectrum):
-    matrix = jnp.asarray((ROTATION * spectrum) @ ROTATION.T)
-
-    def product(vector):  # a pytree with two leaves
-        flat = matrix @ jnp.concatenate([vector["a"].ravel(), vector["b"]])
-        return {"a": flat[:30].reshape(5, 6), "b": flat[30:]}
-
-    return np.asarray(matrix), product
-
-
 LIKE = {"a": np.zeros((5, 6)), "b": np.zeros(10)}
 
 
-def random_basis(like, num):
-    rows = jax.vmap(lambda key: blocks.random(key, like))(jax.random.split(jax.random.key(0), num))
-    return blocks.orthonormalize(rows)
+def as_tree(flat):
+    return {"a": flat[:30].reshape(5, 6), "b": flat[30:]}
 
 
 def as_matrix(block):
     return np.concatenate([np.asarray(block["a"]).reshape(-1, 30), np.asarray(block["b"])], axis=1)
 
 
-@pytest.mark.parametrize("spectrum", SPECTRA)
+@functools.cache
+def dense(spectrum):
+    return (ROTATION * SPECTRA[spectrum]) @ ROTATION.T
+
+
+@jax.jit
+def multiply(matrix, vector):
+    return as_tree(matrix @ jnp.concatenate([vector["a"].ravel(), vector["b"]]))
+
+
+multiply_block = jax.jit(jax.vmap(multiply, in_axes=(None, 0)))
+
+
+def operator(spectrum, function=multiply):
+    """Of one compilation for all spectra."""
+    return functools.partial(function, jnp.asarray(dense(spectrum)))
+
+
+def like():
+    return jax.tree.map(jnp.asarray, LIKE)
+
+
+def leading(spectrum, order):
+    values = np.linalg.eigvalsh(dense(spectrum))
+    return values[np.argsort(-(values if order == "algebraic" else np.abs(values)))]
+
+
+def check(pairs, spectrum, order, k, tolerance):
+    """Accurate, orthonormal, true residuals, and an eigenvalue within each of them."""
+    matrix, basis = dense(spectrum), as_matrix(pairs.basis)
+    exact, values = leading(spectrum, order), np.asarray(pairs.eigenvalues)
+    score = (lambda x: x) if order == "algebraic" else np.abs
+    rounding = 1e-12 * np.abs(exact).max()
+    assert values.shape == (k,)
+    np.testing.assert_allclose(score(values), score(exact[:k]), rtol=tolerance, atol=rounding)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(k), atol=1e-12)
+    residuals = np.linalg.norm(basis @ matrix - values[:, None] * basis, axis=1)
+    np.testing.assert_allclose(pairs.residual_norms, residuals, rtol=1e-4, atol=rounding)
+    nearest = np.abs(values[:, None] - exact[None]).min(axis=1)
+    assert np.all(nearest <= residuals + rounding)
+    assert pairs.smallest >= exact.min() - rounding
+
+
+def solve(spectrum, *, order="algebraic", num_products=40, **options):
+    return lanczos(
+        operator(spectrum), like(), 3, key=jax.random.key(0), order=order,
+        num_products=num_products, **{"loop": "host", **options},
+    )  # fmt: skip
+
+
+# Lanczos ------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("order", ["algebraic", "magnitude"])
-def test_lanczos_agrees_with_arpack(x64, spectrum, order):
-    matrix, product = operator(SPECTRA[spectrum])
-    like = jax.tree.map(jnp.asarray, LIKE)
-    values, basis, *_, smallest = lanczos(
-        product, like, 3, key=jax.random.key(0), num_products=30, order=order
-    )
-    want, vectors = scipy.sparse.linalg.eigsh(
-        matrix, 3, which={"algebraic": "LA", "magnitude": "LM"}[order]
-    )
-    index = np.argsort(-want if order == "algebraic" else -np.abs(want))
-    np.testing.assert_allclose(values, want[index], rtol=1e-6)
-    cosines = np.linalg.norm(as_matrix(basis) @ vectors, axis=1)
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_lanczos_converges_to_the_tolerance(x64, order, spectrum):
+    pairs = solve(spectrum, order=order, tolerance=1e-6)
+    check(pairs, spectrum, order, 3, 2e-6)
+    assert pairs.converged.all()
+    assert pairs.num_products < SIZE or spectrum == "indefinite"
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_lanczos_converges_to_the_tolerance_with_restarts(x64, spectrum):
+    pairs = solve(spectrum, num_products=400, tolerance=1e-6, max_basis=10)
+    check(pairs, spectrum, "algebraic", 3, 2e-6)
+    assert pairs.converged.all()
+    assert pairs.num_products < 400
+
+
+def test_lanczos_agrees_with_arpack(x64):
+    pairs = solve("negative", num_products=29)
+    want, vectors = scipy.sparse.linalg.eigsh(dense("negative"), 3, which="LA")
+    np.testing.assert_allclose(pairs.eigenvalues, want[::-1], rtol=1e-6)
+    cosines = np.linalg.norm(as_matrix(pairs.basis) @ vectors, axis=1)
     np.testing.assert_allclose(cosines, 1, rtol=1e-6)
-    np.testing.assert_allclose(as_matrix(basis) @ as_matrix(basis).T, np.eye(3), atol=1e-12)
-    np.testing.assert_allclose(smallest, min(SPECTRA[spectrum]), atol=0.05 * abs(want).max())
+    np.testing.assert_allclose(pairs.smallest, -30, rtol=1e-3)
+    assert pairs.num_products == 29
+
+
+def test_the_loop_in_the_graph_takes_the_same_steps(x64):
+    options = {"num_products": 400, "tolerance": 1e-6, "max_basis": 10}
+    hosted = solve("random", **options)
+    graph = jax.jit(lambda: solve("random", loop="graph", **options))()
+    assert hosted.num_products == graph.num_products > 10
+    np.testing.assert_allclose(hosted.eigenvalues, graph.eigenvalues, rtol=1e-12)
+    overlap = as_matrix(hosted.basis) @ as_matrix(graph.basis).T
+    np.testing.assert_allclose(np.abs(overlap), np.eye(3), atol=1e-6)
+
+
+def test_the_hosts_loop_compiles_once_for_all_operators(x64):
+    solve("random", tolerance=1e-3)
+    compiled = eigensolvers._absorb._cache_size()
+    solve("outliers", tolerance=1e-2)
+    assert eigensolvers._absorb._cache_size() == compiled
+
+
+def test_lanczos_stops_early_and_says_when_it_has_not_converged(x64):
+    loose, tight = (solve("geometric", tolerance=tolerance) for tolerance in (1e-2, 1e-10))
+    assert loose.num_products < tight.num_products < 40
+    check(loose, "geometric", "algebraic", 3, 1e-2)
+    check(tight, "geometric", "algebraic", 3, 1e-10)
+    cut = solve("geometric", tolerance=1e-10, num_products=5)
+    assert cut.num_products == 5
+    assert not cut.converged.any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_lanczos_does_not_take_a_smaller_eigenvalue_for_one_that_is_still_hidden(x64, seed):
+    # The outliers of a CNN's Hessian: the last copies of the cluster show up late, when smaller
+    # eigenvalues have long converged.
+    outliers = [19.82, 14.74, 10.33, 9.41, 9.34, 9.25, 9.16, 9.15, 9.08, 9.07, 5.2]
+    rest = np.concatenate([2.5 * 0.93 ** np.arange(60), -0.6 * 0.95 ** np.arange(60)])
+    noise = 0.02 * np.random.default_rng(0).normal(size=5000)
+    diagonal = jnp.asarray(np.concatenate([outliers, rest, noise]))
+    pairs = lanczos(
+        jax.jit(lambda v: diagonal * v), diagonal, 10, key=jax.random.key(seed), num_products=50,
+        tolerance=1e-4, loop="host",
+    )  # fmt: skip
+    np.testing.assert_allclose(pairs.eigenvalues, outliers[:10], rtol=1e-4)
+    assert pairs.converged.all()
+    assert pairs.num_products <= 33
 
 
 @pytest.mark.parametrize("spectrum", [np.ones(6), np.array([3.0, 3, 3, 1, 1, 0]), np.zeros(6)])
-def test_lanczos_finds_multiplicities(x64, spectrum):
+@pytest.mark.parametrize("tolerance", [None, 1e-6])
+def test_lanczos_finds_multiplicities(x64, spectrum, tolerance):
     diagonal = jnp.asarray(spectrum)
-    values, basis, *_ = lanczos(
-        lambda v: diagonal * v, diagonal, 6, key=jax.random.key(0), num_products=6
+    for k in (2, 6):
+        pairs = lanczos(
+            jax.jit(lambda v: diagonal * v), diagonal, k, key=jax.random.key(0), num_products=6,
+            tolerance=tolerance, loop="host",
+        )  # fmt: skip
+        np.testing.assert_allclose(pairs.eigenvalues, np.sort(spectrum)[::-1][:k], atol=1e-12)
+        np.testing.assert_allclose(pairs.basis @ pairs.basis.T, np.eye(k), atol=1e-12)
+
+
+def test_a_low_rank_is_recognized_without_spending_the_budget(x64):
+    diagonal = jnp.zeros(1000).at[:3].set(jnp.array([3.0, 2.0, -1.0]))
+    pairs = lanczos(
+        jax.jit(lambda v: diagonal * v), diagonal, 5, key=jax.random.key(0), num_products=500,
+        tolerance=1e-4, loop="host",
+    )  # fmt: skip
+    np.testing.assert_allclose(pairs.eigenvalues, [3, 2, 0, 0, 0], atol=1e-12)
+    assert pairs.converged.all()
+    assert pairs.num_products <= 8
+
+
+@pytest.mark.parametrize("k", [0, 4, 6])
+def test_lanczos_returns_all_there_is(x64, k):
+    diagonal = jnp.array([1.0, -2.0, 3.0, 0.5])
+    pairs = lanczos(
+        lambda v: diagonal * v, diagonal, k, key=jax.random.key(0), num_products=50, tolerance=1e-6
     )
-    np.testing.assert_allclose(values, np.sort(spectrum)[::-1], atol=1e-12)
-    np.testing.assert_allclose(basis @ basis.T, np.eye(6), atol=1e-12)
+    want = np.sort(diagonal)[::-1][: min(k, 4)]
+    np.testing.assert_allclose(pairs.eigenvalues, want, rtol=1e-12)
+    assert pairs.basis.shape == (min(k, 4), 4)
+    assert pairs.num_products == min(k, 4)
+    assert pairs.converged.shape == (min(k, 4),)
+    assert pairs.converged.all()
+
+
+@pytest.mark.parametrize("loop", ["graph", "host"])
+def test_a_product_that_is_not_finite_ends_the_process(loop):
+    diagonal = jnp.array([1.0, jnp.nan, 2.0, 3.0, 0.0, 5.0, 6.0])
+    pairs = lanczos(
+        lambda v: diagonal * v, diagonal, 2, key=jax.random.key(0), num_products=6, tolerance=1e-3,
+        loop=loop,
+    )  # fmt: skip
+    assert pairs.num_products == 1
+    assert not pairs.converged.any()
+    assert not np.isfinite(pairs.eigenvalues).any()
+
+
+def test_a_good_start_saves_products(x64):
+    cold = solve("random", tolerance=1e-3)
+    total = jax.tree.map(lambda b: b.sum(axis=0), cold.basis)
+    warm = solve("random", tolerance=1e-3, start=total)
+    assert warm.num_products < cold.num_products
+    np.testing.assert_allclose(warm.eigenvalues, cold.eigenvalues, rtol=2e-3)
+    zero = solve("random", tolerance=1e-3, start=like())  # as good as none
+    np.testing.assert_array_equal(zero.eigenvalues, cold.eigenvalues)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_directions": -1}, "num_directions"),
+        ({"num_products": 1}, "at least `num_directions`, 2, got 1"),
+        ({"order": "largest"}, "'algebraic', 'magnitude'; got 'largest'"),
+        ({"tolerance": 0.0}, "tolerance"),
+        ({"max_basis": 4}, "at least `num_directions` \\+ 3, 5, got 4"),
+        ({"loop": "scan"}, "'graph', 'host'; got 'scan'"),
+    ],
+)
+def test_lanczos_refuses_wrong_input(changes, message):
+    options = {"num_directions": 2, "num_products": 9, "key": jax.random.key(0), **changes}
+    with pytest.raises(ValueError, match=message):
+        lanczos(lambda v: v, jnp.ones(10), **options)
+
+
+# Block iteration ----------------------------------------------------------------------------------
+
+
+def random_block(num):
+    return blocks.random_basis(jax.random.key(0), like(), num)
+
+
+def iterate(spectrum, num=6, **options):
+    smallest = float(SPECTRA[spectrum].min())
+    options = {"num_products": 6000, "tolerance": 1e-6, "smallest": smallest, **options}
+    return block_iteration(
+        operator(spectrum, multiply_block), random_block(num), 3, **{"loop": "host", **options}
+    )
+
+
+@pytest.mark.parametrize("order", ["algebraic", "magnitude"])
+@pytest.mark.parametrize("degree", [0, 4])
+@pytest.mark.parametrize("spectrum", ["geometric", "outliers", "negative", "rank 2", "clustered"])
+def test_block_iteration_converges_to_the_tolerance(x64, order, degree, spectrum):
+    pairs = iterate(spectrum, order=order, chebyshev_degree=degree)
+    check(pairs, spectrum, order, 3, 3e-6)
+    assert pairs.converged.all()
+
+
+def test_the_filter_saves_products(x64):
+    used = {}
+    for degree in (0, 1, 5):
+        pairs = iterate("random", chebyshev_degree=degree)
+        check(pairs, "random", "algebraic", 3, 1e-6)
+        assert (pairs.num_products - 6) % (6 * max(degree, 1)) == 0
+        used[degree] = int(pairs.num_products)
+    assert used[5] < used[1] < used[0]
+
+
+def test_the_block_iteration_in_the_graph_takes_the_same_sweeps(x64):
+    hosted = iterate("random", chebyshev_degree=3)
+    graph = jax.jit(lambda: iterate("random", chebyshev_degree=3, loop="graph"))()
+    assert hosted.num_products == graph.num_products > 24
+    np.testing.assert_allclose(hosted.eigenvalues, graph.eigenvalues, rtol=1e-10)
+
+
+def test_block_iteration_from_the_exact_basis_takes_one_sweep(x64):
+    exact = jax.vmap(as_tree)(jnp.asarray(ROTATION.T[:6]))
+    pairs = block_iteration(
+        operator("outliers", multiply_block), exact, 3, num_products=100, tolerance=1e-8,
+        loop="host",
+    )  # fmt: skip
+    assert pairs.num_products == 6
+    check(pairs, "outliers", "algebraic", 3, 1e-12)
+
+
+def test_block_iteration_keeps_to_its_budget_and_says_so(x64):
+    pairs = iterate("random", num_products=17)
+    assert pairs.num_products == 12
+    assert not pairs.converged.all()
+    none = block_iteration(multiply_block, random_block(6), 0, num_products=11)
+    assert none.eigenvalues.shape == (0,)
+    assert none.num_products == 0
+
+
+def test_block_iteration_ends_when_a_product_is_not_finite():
+    diagonal = jnp.array([1.0, jnp.nan, 2.0, 3.0, 0.0, 5.0, 6.0])
+    start = blocks.random_basis(jax.random.key(0), diagonal, 2)
+    pairs = block_iteration(lambda u: diagonal[None] * u, start, num_products=90, tolerance=1e-3)
+    assert pairs.num_products == 2
+    assert not pairs.converged.any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_directions": 4}, "at most the rows of `start`, 3, got 4"),
+        ({"num_products": 2}, "at least the rows of `start`, 3, got 2"),
+        ({"chebyshev_degree": 3}, "pass `smallest`"),
+        ({"chebyshev_degree": -1}, "chebyshev_degree"),
+        ({"start": jnp.ones((9, 8))}, "9 rows of dimension 8"),
+    ],
+)
+def test_block_iteration_refuses_wrong_input(changes, message):
+    options = {"start": jnp.eye(3, 8), "num_products": 9, **changes}
+    with pytest.raises(ValueError, match=message):
+        block_iteration(lambda u: u, **options)
 
 
 def test_sweeps_converge_to_the_algebraic_top_despite_large_negative_curvature(x64):
-    matrix, product = operator(SPECTRA["negative"])
-    products = jax.jit(jax.vmap(product))
-    basis = random_basis(jax.tree.map(jnp.asarray, LIKE), 3)
+    sweep = jax.jit(
+        functools.partial(
+            subspace_sweep, operator("negative", multiply_block), shift=jnp.asarray(30.0)
+        )
+    )
+    basis = random_block(3)
     for _ in range(300):
-        values, basis, _ = subspace_sweep(products, basis, shift=jnp.asarray(30.0))
+        values, basis, _ = sweep(basis=basis)
     np.testing.assert_allclose(values, [8, 6, 4], rtol=1e-6)
-    top = np.linalg.eigh(matrix)[1][:, -3:]
+    top = np.linalg.eigh(dense("negative"))[1][:, -3:]
     np.testing.assert_allclose(np.linalg.norm(as_matrix(basis) @ top, axis=1), 1, rtol=1e-6)
 
 
 def test_a_sweep_of_a_singular_operator_keeps_an_orthonormal_basis():
     diagonal = jnp.array([2.0, 0.0, 0.0, 0.0, 0.0])
-    basis = random_basis(diagonal, 3)
+    basis = blocks.random_basis(jax.random.key(0), diagonal, 3)
+    sweep = jax.jit(
+        lambda basis, scale: subspace_sweep(
+            lambda u: scale * diagonal[None] * u, basis, shift=jnp.zeros(())
+        )
+    )
     for scale in (1.0, 0.0):
         for _ in range(3):
-            _, basis, _ = subspace_sweep(
-                jax.vmap(lambda v, s=scale: s * diagonal * v), basis, shift=jnp.zeros(())
-            )
+            _, basis, _ = sweep(basis, scale)
         np.testing.assert_allclose(basis @ basis.T, np.eye(3), atol=1e-5)
     np.testing.assert_allclose(np.abs(basis[0, 0]), 1, rtol=1e-5)
+
+
+# LOBPCG -------------------------------------------------------------------------------------------
+
+
+def test_lobpcg_agrees(x64):
+    pairs = lobpcg(
+        operator("outliers"), like(), 3, key=jax.random.key(0), num_products=2000, tolerance=1e-8
+    )
+    check(pairs, "outliers", "algebraic", 3, 1e-9)
+    assert pairs.converged.all()
+    assert pairs.num_products < 2000
+    cut = lobpcg(operator("random"), like(), 3, key=jax.random.key(0), num_products=18)
+    assert cut.num_products == 18
+    assert not cut.converged.any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_directions": 2}, "5 \\* `num_directions` < dimension, got 2 and 10"),
+        ({"num_products": 5}, "at least 6 \\* `num_directions`, 6, got 5"),
+        ({"key": None}, "needs a `key`"),
+    ],
+)
+def test_lobpcg_refuses_what_it_cannot_do(changes, message):
+    options = {"num_directions": 1, "num_products": 9, "key": jax.random.key(0), **changes}
+    with pytest.raises(ValueError, match=message):
+        lobpcg(lambda v: v, jnp.ones(10), **options)
+
+
+# Meshes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loop", ["graph", "host"])
+def test_sharded_parameters_stay_sharded(loop):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = {"a": jax.P(None, "d"), "b": jax.P("d")}
+    diagonal = {"a": jnp.linspace(-1, 1, 48).reshape(3, 16), "b": jnp.linspace(2, 9, 8)}
+    sharded = jax.tree.map(
+        lambda x, s: jax.device_put(x, jax.NamedSharding(mesh, s)), diagonal, spec
+    )
+
+    def solve(diagonal):
+        return lanczos(
+            jax.jit(lambda v: jax.tree.map(jnp.multiply, diagonal, v)), diagonal, 2,
+            key=jax.random.key(0), num_products=20, tolerance=1e-4, loop=loop,
+        )  # fmt: skip
+
+    if loop == "graph":
+        solve = jax.jit(solve)
+    one, many = solve(diagonal), solve(sharded)
+    np.testing.assert_allclose(one.eigenvalues, many.eigenvalues, rtol=1e-5)
+    np.testing.assert_allclose(one.eigenvalues, [9, 8], rtol=1e-3)
+    assert one.num_products == many.num_products
+    for name, leaf in many.basis.items():
+        want = jax.NamedSharding(mesh, jax.P(None, *spec[name]))
+        assert leaf.sharding.is_equivalent_to(want, leaf.ndim), name
