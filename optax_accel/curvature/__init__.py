@@ -1,7 +1,9 @@
 """Matrix-free linear algebra on pytrees: blocks of vectors, eigensolvers, subspace tracking."""
 
 from optax_accel.curvature.eigensolvers import Eigenpairs as Eigenpairs
+from optax_accel.curvature.eigensolvers import block_iteration as block_iteration
 from optax_accel.curvature.eigensolvers import lanczos as lanczos
+from optax_accel.curvature.eigensolvers import lobpcg as lobpcg
 from optax_accel.curvature.eigensolvers import subspace_sweep as subspace_sweep
 from optax_accel.curvature.operators import CurvatureOperator as CurvatureOperator
 from optax_accel.curvature.operators import empirical_fisher as empirical_fisher
