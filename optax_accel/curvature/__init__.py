@@ -12,6 +12,13 @@ from optax_accel.curvature.operators import functional_hessian as functional_hes
 from optax_accel.curvature.operators import gauss_newton as gauss_newton
 from optax_accel.curvature.operators import gradient_covariance as gradient_covariance
 from optax_accel.curvature.operators import hessian as hessian
+from optax_accel.curvature.spectrum import EnergyShares as EnergyShares
+from optax_accel.curvature.spectrum import Estimate as Estimate
+from optax_accel.curvature.spectrum import SpectralDensity as SpectralDensity
+from optax_accel.curvature.spectrum import energy_shares as energy_shares
+from optax_accel.curvature.spectrum import frobenius_norm as frobenius_norm
+from optax_accel.curvature.spectrum import spectral_density as spectral_density
+from optax_accel.curvature.spectrum import trace as trace
 from optax_accel.curvature.tracking import BlockTracker as BlockTracker
 from optax_accel.curvature.tracking import Eigenspace as Eigenspace
 from optax_accel.curvature.tracking import ExactTracker as ExactTracker

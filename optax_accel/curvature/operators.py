@@ -84,7 +84,7 @@ class CurvatureOperator:
         self.like: PyTree = jax.tree.map(_vector_like, params)
         self.dimension: int = blocks.dimension(params)
         # Without a constraint the compiler may replicate the products of sharded vectors.
-        self._shardings = tuple(_automatic(leaf.sharding) for leaf in jax.tree.leaves(self.like))
+        self._shardings = shardings_of(self.like)
         self._name = name
         # The operator as one function, or what gives the functions and weights it is the mean of.
         self._linear = linear
@@ -106,16 +106,9 @@ class CurvatureOperator:
         ``jit`` they are vectorized.
         """
         leaves = jax.tree.leaves(block)
-        num_rows = leaves[0].shape[0] if leaves else 0
-        if num_rows == 0:
+        if not leaves or leaves[0].shape[0] == 0:
             return block
-        if jax.default_backend() != "cpu" or _traced(leaves):
-            return self._mean(lambda linear: _block_product(linear, block, self._shardings))
-        rows = range(num_rows)
-        products = self._mean(
-            lambda linear: [_row_product(linear, block, i, self._shardings) for i in rows]
-        )
-        return _concatenate(products)
+        return self._mean(lambda linear: _block_products(linear, block, self._shardings))
 
     def dense(self) -> jax.Array:
         """The operator as a matrix, ``(dimension, dimension)``. For tiny problems only."""
@@ -442,22 +435,57 @@ Shardings = tuple[jax.NamedSharding | None, ...]
 
 @functools.partial(jax.jit, static_argnums=2)
 def _product(linear: LinearFunction, vector: PyTree, shardings: Shardings) -> PyTree:
-    return _constrain(linear(vector), shardings)
+    return constrain(linear(vector), shardings)
+
+
+def _block_products(linear: LinearFunction, block: PyTree, shardings: Shardings) -> PyTree:
+    if not _on_one_cpu((linear, block)):
+        return _vectorized_products(linear, block, shardings)
+    num_rows = jax.tree.leaves(block)[0].shape[0]
+    return _concatenate([_row_product(linear, block, i, shardings) for i in range(num_rows)])
+
+
+def _on_one_cpu(tree: PyTree) -> bool:
+    """Whether all arrays are there, on a single CPU device.
+
+    On several, programs with collectives must not be queued: XLA may abort.
+    """
+    leaves = jax.tree.leaves(tree)
+    return jax.default_backend() == "cpu" and not any(
+        isinstance(leaf, jax.core.Tracer)
+        or (isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1)
+        for leaf in leaves
+    )
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _block_product(linear: LinearFunction, block: PyTree, shardings: Shardings) -> PyTree:
-    return _constrain(jax.vmap(linear)(block), shardings, leading=(None,))
+def _vectorized_products(linear: LinearFunction, block: PyTree, shardings: Shardings) -> PyTree:
+    return constrain(jax.vmap(linear)(block), shardings, leading=(None,))
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def _row_product(linear: LinearFunction, block: PyTree, index: int, shardings: Shardings) -> PyTree:
     """The product with one row, as a block of one."""
     row = jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, index, 0, keepdims=False), block)
-    return blocks.as_block(_constrain(linear(row), shardings))
+    return blocks.as_block(constrain(linear(row), shardings))
 
 
-def _constrain(tree: PyTree, shardings: Shardings, leading: tuple[None, ...] = ()) -> PyTree:
+def shardings_of(like: PyTree) -> Shardings:
+    """For each leaf its sharding, if it has one over a mesh whose shardings the compiler decides.
+
+    On a mesh with explicit axes the sharding is part of an array's type, and follows from it.
+    """
+
+    def automatic(leaf: jax.ShapeDtypeStruct) -> jax.NamedSharding | None:
+        sharding, auto = leaf.sharding, jax.sharding.AxisType.Auto
+        if sharding is None or any(kind != auto for kind in sharding.mesh.axis_types):
+            return None
+        return sharding
+
+    return tuple(automatic(leaf) for leaf in jax.tree.leaves(like))
+
+
+def constrain(tree: PyTree, shardings: Shardings, leading: tuple[None, ...] = ()) -> PyTree:
     """A vector (or with ``leading`` a block) sharded as the parameters are."""
     leaves, treedef = jax.tree.flatten(tree)
     placed = [
@@ -632,16 +660,13 @@ def _traced(tree: PyTree) -> bool:
 
 
 def _vector_like(leaf: Any) -> jax.ShapeDtypeStruct:
-    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+    shape = shape_of(leaf)
+    return shape.update(dtype=jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and, over a mesh, sharding of an array."""
     sharding = None if _traced(leaf) else getattr(leaf, "sharding", None)
     if not isinstance(sharding, jax.NamedSharding):
         sharding = None
-    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
-
-
-def _automatic(sharding: jax.NamedSharding | None) -> jax.NamedSharding | None:
-    """A sharding if the compiler decides about it, None where it is part of an array's type."""
-    automatic = jax.sharding.AxisType.Auto
-    if sharding is None or any(kind != automatic for kind in sharding.mesh.axis_types):
-        return None
-    return sharding
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
