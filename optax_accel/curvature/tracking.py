@@ -445,11 +445,11 @@ class RoundRobinTracker(_CurvatureTracker):
             new = jnp.where(valid, new, 0).astype(block.dtype)
             return lax.dynamic_update_index_in_dim(block, new, position, 0)
 
-        position = position + valid
+        made = position + valid
         space = space._replace(
             accepted=valid,
             rejected=space.rejected + ~valid,
-            memory=RoundRobinMemory(jax.tree.map(put, images, image), position, shift),
+            memory=RoundRobinMemory(jax.tree.map(put, images, image), made, shift),
         )
 
         def sweep(old: Eigenspace) -> Eigenspace:
@@ -464,7 +464,7 @@ class RoundRobinTracker(_CurvatureTracker):
             )
             return self._accept(old, values, basis, memory, jnp.ones((), bool))
 
-        return lax.cond(position == k, sweep, lambda old: old, space)
+        return lax.cond(made == k, sweep, lambda old: old, space)
 
 
 class GradientMemory(NamedTuple):

@@ -1,0 +1,645 @@
+"""Trackers of the dominant Hessian subspace: how accurate, at which cost, in one run.
+
+    python -m experiments.trackers --task mnist5k --data-dir data
+
+Plain SGD trains the task's network with the squared error of Song et al., "Does SGD really happen
+in tiny subspaces?" (2024). Every tracker follows the same path. At ten checkpoints ARPACK
+(`scipy.sparse.linalg.eigsh`, largest algebraic eigenvalues, relative accuracy 1e-6) solves for the
+Hessian of the whole training split, and what a Bulk-SGD step would use there is compared with it:
+
+* `chi`: |chi_k of the tracked basis - chi_k of the exact one|, of the gradient of the whole split
+  and of the mini-batch;
+* `cos2`: mean squared cosine of the two subspaces, |U^T V|^2 / k (Frobenius norm);
+* `eigenvalues`: largest relative error.
+
+`used` is the basis that the step at the checkpoint projects with. `before` is the one before that
+step's refresh: where a refresh falls on the checkpoint, the oldest that any step projects with.
+
+Then Bulk-SGD steps are timed beside plain SGD steps, both as a user runs them: compiled, buffers
+donated, the batch gathered by index, refreshes driven from the host at their usual rhythm, the cold
+start left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import io
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.sparse.linalg
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import models
+import optax_accel as oa
+from experiments import bench, cli, data, engine
+
+PROG = "python -m experiments.trackers"
+LOSS = "mse"
+CHECKPOINTS = 10
+# What this project asks of its default tracker, after the first checkpoint.
+TARGETS = {"chi": 0.01, "cos2": 0.99, "step": 8.0, "against ARPACK": 100.0, "linear algebra": 0.2}
+PRODUCT_FREE_STEP = 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Measure the trackers of the dominant Hessian subspace against ARPACK."""
+
+    task: str = "mnist5k"
+    """Data set: a task of images, such as digits, mnist5k, cifar10_5k."""
+    data_dir: Path | None = None
+    """Folder with the data files; default: OPTAX_ACCEL_DATA. Digits needs none."""
+    trackers: str | None = None
+    """Trackers, separated by commas; default: all."""
+    steps: int = 500
+    """Steps of SGD, at least 10."""
+    learning_rate: float = 0.01
+    """Learning rate of SGD; 0.01 for MNIST in Song et al."""
+    batch_size: int = 50
+    """Examples in a mini-batch."""
+    curvature_batch: int = 500
+    """Examples, fixed, for curvature products."""
+    directions: int | None = None
+    """Dimension of the subspace; default: the number of classes."""
+    repeats: int = 20
+    """Rounds of the timing; 0: no timing."""
+    seed: int = 0
+    """Of the weights, the batches and the curvature examples."""
+    name: str | None = None
+    """Name of the folder for results; default: trackers, task and learning rate."""
+    runs_dir: Path = Path("runs")
+    """Where that folder is made."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A tracker to measure.
+
+    Attributes:
+      tracker: the tracker.
+      examples: what its refreshes see: the fixed ``"subset"``, the mini-``"batch"`` of the step, or
+        the ``"whole"`` training split.
+      note: what is special.
+    """
+
+    tracker: oa.Tracker
+    examples: str
+    note: str
+
+
+ENTRIES: dict[str, Entry] = {
+    "block": Entry(oa.BlockTracker(), "subset", "the default"),
+    "block_bfloat16": Entry(
+        oa.BlockTracker(storage_dtype=jnp.bfloat16), "subset", "basis kept in bfloat16"
+    ),
+    "block_every_5": Entry(oa.BlockTracker(refresh_every=5), "subset", "refreshed twice as often"),
+    "round_robin": Entry(oa.RoundRobinTracker(), "subset", "one product a step"),
+    "gradient": Entry(oa.GradientTracker(), "batch", "gradients of the mean outputs"),
+    "gradient_rows": Entry(
+        oa.GradientTracker(rows="gradient", refresh_every=1, decay=0.9),
+        "batch",
+        "centered mini-batch gradients",
+    ),
+    "exact": Entry(oa.ExactTracker(), "whole", "refreshed at the checkpoints only"),
+}
+
+
+class Problem:
+    """The network, its data and what is compiled for them."""
+
+    def __init__(self, task: data.Task, options: Options):
+        self.task, self.options = task, options
+        model = models.create(
+            task.default_model,
+            input_shape=task.input_shape,
+            num_classes=task.num_classes,
+            rngs=options.seed,
+        )
+        self.graphdef, self.params, self.rest = engine.split(model)
+        self.x, self.y = jnp.asarray(task.train.x), jnp.asarray(task.train.y)
+        self.k = options.directions or task.num_classes
+        _, self.unravel = jax.flatten_util.ravel_pytree(self.params)
+        random = np.random.default_rng(options.seed)
+        size = len(task.train)
+        self.subset = jnp.asarray(random.permutation(size)[: options.curvature_batch])
+        rounds = math.ceil((options.steps + 1) * options.batch_size / size) + 1
+        order = np.concatenate([random.permutation(size) for _ in range(rounds)])
+        shape = (-1, options.batch_size)
+        self.batches = jnp.asarray(order[: len(order) // shape[1] * shape[1]].reshape(shape))
+
+    @property
+    def dimension(self) -> int:
+        """Number of parameters."""
+        return int(optax.tree.size(self.params))
+
+    def objective(self, index: Any = None) -> oa.Objective:
+        """The training loss on some examples; ``None``: on all."""
+        x, y = (self.x, self.y) if index is None else (self.x[index], self.y[index])
+        return engine.objective(self.graphdef, self.rest, x, y, loss=LOSS)
+
+    def index(self, entry: Entry, batch: Any) -> Any:
+        """The examples that a refresh sees."""
+        return {"subset": self.subset, "batch": batch, "whole": None}[entry.examples]
+
+    @functools.cached_property
+    def gradient(self) -> Callable[..., Any]:
+        """The compiled gradient: of the parameters and the examples, ``None`` for all."""
+        return jax.jit(lambda params, index: self.objective(index).grad(params))
+
+    @functools.cached_property
+    def hessian_product(self) -> Callable[..., Any]:
+        """The compiled product of the whole split's Hessian with a flat vector."""
+
+        def product(params: Any, vector: Any) -> Any:
+            flat = self.objective().hvp(params, self.unravel(vector))
+            return jax.flatten_util.ravel_pytree(flat)[0]
+
+        return jax.jit(product)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The exact leading eigenspace at a checkpoint.
+
+    Attributes:
+      eigenvalues: ``(k,)``, the largest first.
+      vectors: ``(dimension, k)``.
+      seconds: that ARPACK took.
+      products: that it took.
+    """
+
+    eigenvalues: np.ndarray
+    vectors: np.ndarray
+    seconds: float
+    products: int
+
+
+def arpack(problem: Problem, params: Any) -> Reference:
+    """Leading eigenpairs of the Hessian on the whole training split."""
+    count = 0
+
+    def product(vector: np.ndarray) -> np.ndarray:
+        nonlocal count
+        count += 1
+        return np.asarray(problem.hessian_product(params, jnp.asarray(vector.ravel())))
+
+    size = problem.dimension
+    operator = scipy.sparse.linalg.LinearOperator((size, size), matvec=product, dtype=np.float32)
+    product(np.zeros(size, np.float32))  # compiles
+    count, begin = 0, time.perf_counter()
+    values, vectors = scipy.sparse.linalg.eigsh(
+        operator, problem.k, which="LA", tol=1e-6, rng=np.random.default_rng(0)
+    )
+    order = np.argsort(-values)
+    return Reference(values[order], vectors[:, order], time.perf_counter() - begin, count)
+
+
+def compare(space: Any, reference: Reference, vectors: dict[str, np.ndarray]) -> dict[str, float]:
+    """Errors of a tracked eigenspace.
+
+    Args:
+      space: the tracked eigenspace.
+      reference: the exact one.
+      vectors: by name, what the alignment chi_k is taken of.
+
+    Returns:
+      ``chi <name>`` for each vector, ``cos2``, ``eigenvalues`` and ``orthogonality``, the largest
+      entry of ``|U U^T - I|``.
+    """
+    basis = np.concatenate(
+        [
+            np.asarray(leaf.astype(jnp.float32)).reshape(len(leaf), -1)
+            for leaf in jax.tree.leaves(space.basis)
+        ],
+        axis=1,
+    )
+    exact, values = reference.vectors, np.asarray(space.eigenvalues)
+    result = {
+        f"chi {name}": abs(np.linalg.norm(basis @ v) - np.linalg.norm(exact.T @ v))
+        / np.linalg.norm(v)
+        for name, v in vectors.items()
+    }
+    result["cos2"] = np.linalg.norm(basis @ exact) ** 2 / len(basis)
+    result["eigenvalues"] = np.max(np.abs(values / reference.eigenvalues - 1))
+    result["orthogonality"] = np.max(np.abs(basis @ basis.T - np.eye(len(basis))))
+    return {name: float(value) for name, value in result.items()}
+
+
+def accuracy(
+    problem: Problem, entries: dict[str, Entry], say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], list[Reference]]:
+    """Follows SGD with every tracker and compares at the checkpoints.
+
+    Returns:
+      One row per checkpoint and tracker, and the references.
+    """
+    options = problem.options
+
+    def refreshed(
+        space: Any, params: Any, gradient: Any, batch: Any, entry: Entry, cold: bool
+    ) -> Any:
+        objective = problem.objective(problem.index(entry, batch))
+        return entry.tracker.refresh(space, objective, params, gradient, cold=cold)
+
+    refresh = jax.jit(refreshed, static_argnames=("entry", "cold"), donate_argnames="space")
+    descend = jax.jit(
+        lambda params, grads: jax.tree.map(
+            lambda p, g: p - options.learning_rate * g, params, grads
+        )
+    )
+    every = options.steps // CHECKPOINTS
+    params, rows, references = problem.params, [], []
+    spaces = {name: e.tracker.init(params, problem.k) for name, e in entries.items()}
+    for step in range(options.steps + 1):
+        batch = problem.batches[step]
+        gradient = problem.gradient(params, batch)
+        checkpoint = step > 0 and step % every == 0
+        if checkpoint:
+            reference = arpack(problem, params)
+            references.append(reference)
+            vectors = {
+                name: np.asarray(jax.flatten_util.ravel_pytree(vector)[0])
+                for name, vector in (
+                    ("full", problem.gradient(params, None)),
+                    ("batch", gradient),
+                )
+            }
+            say(f"step {step}: ARPACK {reference.seconds:.1f} s, {reference.products} products")
+        for name, entry in entries.items():
+            solved = entry.examples == "whole"
+            due = checkpoint if solved else oa.refresh_at(step, entry.tracker.refresh_every)
+            before = None
+            if checkpoint and not solved:
+                before = compare(spaces[name], reference, vectors)
+            if due:
+                spaces[name] = refresh(
+                    spaces[name], params, gradient, batch, entry=entry, cold=due == "cold" or solved
+                )
+            if checkpoint:
+                used = compare(spaces[name], reference, vectors)
+                exact = {
+                    f"exact chi {key}": float(
+                        np.linalg.norm(reference.vectors.T @ v) / np.linalg.norm(v)
+                    )
+                    for key, v in vectors.items()
+                }
+                row = {"tracker": name, "step": step, **exact, **used}
+                row |= {f"before {key}": value for key, value in (before or used).items()}
+                rows.append(row)
+        params = descend(params, gradient)
+    return rows, references
+
+
+def costs(
+    problem: Problem, entries: dict[str, Entry], arpack_seconds: float
+) -> list[dict[str, Any]]:
+    """Times Bulk-SGD steps beside plain SGD steps, and what a refresh is made of.
+
+    Args:
+      problem: the network and its data.
+      entries: the trackers; those that solve on the whole split are left out.
+      arpack_seconds: of one reference solve.
+
+    Returns:
+      One row per tracker.
+    """
+    options = problem.options
+    cases = [_step_case(problem, "sgd", None)]
+    rows, parts = [], []
+    for name, entry in entries.items():
+        if entry.examples != "whole":
+            cases.append(_step_case(problem, name, entry))
+            parts.append(_refresh_parts(problem, entry))
+    timed = bench.measure(cases, options.repeats)
+    sgd = timed[0]["milliseconds"][1]
+    for row, case, (whole, products) in zip(timed[1:], cases[1:], parts, strict=True):
+        tracker = entries[row["name"]].tracker
+        share = [
+            1 - products() / whole() if products is not None else None
+            for _ in range(options.repeats)
+        ]
+        warm = tracker.num_products(problem.params, problem.k, cold=False)
+        rows.append(
+            {
+                "tracker": row["name"],
+                "sgd milliseconds": sgd,
+                "milliseconds": row["milliseconds"],
+                "ratio": row["ratio"],
+                "products per step": warm / tracker.refresh_every,
+                "against ARPACK": (1000 * arpack_seconds + sgd) / row["milliseconds"][1],
+                "linear algebra": None if products is None else float(np.median(share)),
+                "steps timed": case.period * options.repeats,
+            }
+        )
+    return rows
+
+
+def _step_case(problem: Problem, name: str, entry: Entry | None) -> bench.Case:
+    """A training step as a user writes it; plain SGD without an entry."""
+    rate, k = problem.options.learning_rate, problem.k
+    tx: Any = optax.sgd(rate)
+    period = 20
+    if entry is not None:
+        tx = oa.bulk_sgd(rate, k, tracker=entry.tracker)
+        every = entry.tracker.refresh_every
+        # Round robin and gradient rows have a rhythm of their own besides that of the refreshes.
+        period = math.lcm(every, 10 if every == 1 else every) * (2 if every <= 10 else 1)
+    tx = optax.with_extra_args_support(tx)
+
+    @functools.partial(jax.jit, static_argnames="refresh", donate_argnums=(0, 1))
+    def step(params: Any, state: Any, index: Any, subset: Any, x: Any, y: Any, refresh: Any) -> Any:
+        def objective(index: Any) -> oa.Objective:
+            return engine.objective(problem.graphdef, problem.rest, x[index], y[index], loss=LOSS)
+
+        value_fn = objective(index)
+        grads = value_fn.grad(params)
+        extra: dict[str, Any] = {}
+        if entry is not None:
+            own = entry.examples == "batch"
+            extra = {
+                "curvature_value_fn": value_fn if own else objective(subset),
+                "refresh": refresh,
+            }
+        updates, state = tx.update(grads, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    def call(i: int, carry: Any) -> Any:
+        refresh = None if entry is None else oa.refresh_at(i, entry.tracker.refresh_every)
+        index = problem.batches[i % len(problem.batches)]
+        return step(*carry, index, problem.subset, problem.x, problem.y, refresh=refresh)
+
+    params = jax.tree.map(jnp.copy, problem.params)
+    carry = (params, jax.jit(tx.init)(params))
+    return bench.Case(name, None if entry is None else "sgd", call, carry, period)
+
+
+def _refresh_parts(
+    problem: Problem, entry: Entry
+) -> tuple[Callable[[], float], Callable[[], float] | None]:
+    """Functions that time all of a warm refresh, and its products alone."""
+    tracker, params = entry.tracker, problem.params
+    batch = problem.batches[0]
+    gradient = problem.gradient(params, batch)
+    index = problem.index(entry, batch)
+    # A block of products a refresh; or one, k times, with the linear algebra of a round.
+    calls = problem.k if isinstance(tracker, oa.RoundRobinTracker) else 1
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def refresh(space: Any, params: Any) -> Any:
+        return tracker.refresh(space, problem.objective(index), params, gradient, cold=False)
+
+    @jax.jit
+    def products(block: Any, params: Any) -> Any:
+        return problem.objective(index).hvp_block(params, block)
+
+    space = refresh(tracker.init(params, problem.k), params)
+
+    def time_refresh() -> float:
+        nonlocal space
+        begin = time.perf_counter()
+        for _ in range(calls):
+            space = refresh(space, params)
+        jax.block_until_ready(space)
+        return time.perf_counter() - begin
+
+    if not tracker.num_products(params, problem.k, cold=False):
+        return time_refresh, None
+    basis = oa.BlockTracker().init(params, problem.k // calls).basis
+    jax.block_until_ready(products(basis, params))
+
+    def time_products() -> float:
+        begin = time.perf_counter()
+        for _ in range(calls):
+            result = products(basis, params)
+        jax.block_until_ready(result)
+        return time.perf_counter() - begin
+
+    return time_refresh, time_products
+
+
+# Output -----------------------------------------------------------------------------------------
+
+
+def summarize(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
+    """The worst of a tracker's checkpoints after the first, and the mean of the cosines."""
+    own = [row for row in rows if row["tracker"] == name]
+    own = own[1:] or own
+    result: dict[str, float] = {}
+    for prefix in ("", "before "):
+        for key in ("chi full", "chi batch", "eigenvalues", "orthogonality"):
+            result[prefix + key] = max(row[prefix + key] for row in own)
+        cosines = [row[prefix + "cos2"] for row in own]
+        result[prefix + "cos2"], result[prefix + "mean cos2"] = (
+            min(cosines),
+            float(np.mean(cosines)),
+        )
+    return result
+
+
+def checks(
+    summary: dict[str, dict[str, float]], cost: Sequence[dict[str, Any]]
+) -> list[tuple[str, float, str, float, bool]]:
+    """What is asked: (what, measured, comparison, limit, whether it holds)."""
+    result = []
+
+    def add(what: str, value: float, comparison: str, limit: float) -> None:
+        holds = value <= limit if comparison == "<=" else value >= limit
+        result.append((what, value, comparison, limit, holds))
+
+    if "block" in summary:
+        own = summary["block"]
+        add("default tracker: error of chi, full gradient", own["chi full"], "<=", TARGETS["chi"])
+        add("default tracker: error of chi, mini-batch", own["chi batch"], "<=", TARGETS["chi"])
+        add("default tracker: mean squared cosine", own["mean cos2"], ">=", TARGETS["cos2"])
+    for row in cost:
+        if row["tracker"] == "block":
+            add("default tracker: step / SGD step", row["ratio"][1], "<=", TARGETS["step"])
+            name = "against ARPACK"
+            add("default tracker: ARPACK step / step", row[name], ">=", TARGETS[name])
+            name = "linear algebra"
+            add("default tracker: linear algebra in a refresh", row[name], "<=", TARGETS[name])
+        if row["tracker"] == "gradient":
+            add("product-free: step / SGD step", row["ratio"][1], "<=", PRODUCT_FREE_STEP)
+    return result
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    view = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
+    for i, column in enumerate(columns):
+        view.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        view.add_row(*row)
+    return view
+
+
+def _print(
+    console: Console,
+    entries: dict[str, Entry],
+    rows: Sequence[dict[str, Any]],
+    summary: dict[str, dict[str, float]],
+    cost: Sequence[dict[str, Any]],
+) -> None:
+    names = list(entries)
+    steps = list(dict.fromkeys(row["step"] for row in rows))
+    cell = {(row["tracker"], row["step"]): row for row in rows}
+    for key, title in (
+        ("chi full", "error of chi, gradient of the whole split: used / before the refresh"),
+        ("chi batch", "error of chi, mini-batch gradient: used / before the refresh"),
+        ("cos2", "mean squared cosine: used / before the refresh"),
+    ):
+        body = []
+        for step in steps:
+            line = [str(step)]
+            if key != "cos2":
+                line.append(f"{cell[names[0], step]['exact ' + key]:.3f}")
+            for name in names:
+                row = cell[name, step]
+                line.append(f"{row[key]:.4f} / {row['before ' + key]:.4f}")
+            body.append(line)
+        console.print()
+        exact = [] if key == "cos2" else ["exact chi"]
+        console.print(_table(title, ["step", *exact, *names], body))
+    costs_by_name = {row["tracker"]: row for row in cost}
+    body = []
+    for name, entry in entries.items():
+        own, spent = summary[name], costs_by_name.get(name)
+        line = [name, entry.examples, str(entry.tracker.refresh_every)]
+        line += [f"{own['chi full']:.4f}", f"{own['chi batch']:.4f}"]
+        line += [f"{own['mean cos2']:.4f}", f"{own['cos2']:.4f}", f"{own['eigenvalues']:.3f}"]
+        line.append(f"{own['orthogonality']:.0e}")
+        if spent is not None:
+            low, median, high = spent["ratio"]
+            share = spent["linear algebra"]
+            line += [f"{spent['products per step']:.2g}", f"{median:.2f} ({low:.2f}–{high:.2f})"]
+            line += [f"{spent['against ARPACK']:.0f}", "" if share is None else f"{share:.0%}"]
+        body.append(line)
+    columns = ["tracker", "examples", "every", "chi full", "chi batch", "cos2", "lowest"]
+    columns += ["eigenvalues", "|UU'-I|", "products/step", "step / SGD step", "ARPACK / step"]
+    console.print()
+    title = "worst checkpoint after the first (cos2: mean, lowest), and cost"
+    console.print(_table(title, [*columns, "linear algebra"], body))
+    for what, value, comparison, limit, holds in checks(summary, cost):
+        verdict = "pass" if holds else "FAIL"
+        console.print(f"{verdict}  {what}: {value:.4g} ({comparison} {limit:g})")
+
+
+def _to_csv(rows: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _check(options: Options) -> tuple[data.Task, dict[str, Entry]]:
+    """The task and the trackers that the options name.
+
+    Raises:
+      UsageError: an option is wrong.
+    """
+    for name, low in (("steps", CHECKPOINTS), ("batch_size", 1), ("curvature_batch", 1)):
+        if (value := getattr(options, name)) < low:
+            raise cli.UsageError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
+    if options.directions is not None and options.directions < 1:
+        raise cli.UsageError(f"--directions must be at least 1, got {options.directions}")
+    if options.repeats < 0:
+        raise cli.UsageError(f"--repeats must be at least 0, got {options.repeats}")
+    if not 0 < options.learning_rate < math.inf:
+        raise cli.UsageError(f"--learning-rate must be positive, got {options.learning_rate}")
+    cli.check_folder_name(options.name)
+    cli.check_known("task", options.task, data.TASKS)
+    names = list(ENTRIES)
+    if options.trackers is not None:
+        names = [name.strip() for name in options.trackers.split(",")]
+    for name in names:
+        cli.check_known("tracker", name, list(ENTRIES))
+    task = data.load_task(options.task, data_dir=options.data_dir)
+    if max(options.batch_size, options.curvature_batch) > len(task.train):
+        raise cli.UsageError(
+            f"--batch-size and --curvature-batch can be at most {len(task.train)}, the size of the "
+            f"training split, got {options.batch_size} and {options.curvature_batch}"
+        )
+    return task, {name: ENTRIES[name] for name in dict.fromkeys(names)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    options = cli.parse(Options(), argv, PROG)
+    try:
+        task, entries = _check(options)
+    except (cli.UsageError, data.DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=180)
+    problem = Problem(task, options)
+    machine: dict[str, Any] = {
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count() or 1,
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else 0.0,
+    }
+    console.print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    console.print(
+        f"{options.task}, {len(task.train):,} examples, {task.default_model} with "
+        f"{problem.dimension:,} parameters, squared error, SGD {options.learning_rate:g}, batch "
+        f"{options.batch_size}, k = {problem.k}; subset of {options.curvature_batch} examples"
+    )
+    rows, references = accuracy(problem, entries, console.print)
+    arpack_seconds = float(np.median([reference.seconds for reference in references]))
+    cost = costs(problem, entries, arpack_seconds) if options.repeats else []
+    summary = {name: summarize(rows, name) for name in entries}
+    _print(console, entries, rows, summary, cost)
+    folder = options.runs_dir / (
+        options.name or f"trackers-{options.task}-{options.learning_rate:g}"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    cli.write_atomic(folder / "accuracy.csv", _to_csv(rows))
+    shown = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in dataclasses.asdict(options).items()
+    }
+    results = {
+        "machine": machine,
+        "options": shown,
+        "arpack": {
+            "seconds": arpack_seconds,
+            "products": [reference.products for reference in references],
+        },
+        "summary": summary,
+        "cost": cost,
+        "checks": [
+            dict(zip(("what", "value", "comparison", "limit", "holds"), check, strict=True))
+            for check in checks(summary, cost)
+        ],
+    }
+    cli.write_atomic(folder / "results.json", cli.to_json(results))
+    console.print(f"results in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
