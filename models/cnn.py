@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -82,7 +81,12 @@ class Cnn(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits of shape (N, num_classes), at least float32, of a batch of images."""
         _common.check_input(self, x, self.input_shape)
-        pool = functools.partial(nnx.max_pool, window_shape=(2, 2), strides=(2, 2))
-        x = pool(self.activation(self.conv1(x)))
-        x = pool(self.activation(self.conv2(x)))
+        x = _max_pool(self.activation(self.conv1(x)))
+        x = _max_pool(self.activation(self.conv2(x)))
         return _common.as_logits(self.linear(x.reshape(x.shape[0], -1)))
+
+
+def _max_pool(x: jax.Array) -> jax.Array:
+    """Maximum over 2x2 blocks. On a CPU its gradient is twice as fast as that of nnx.max_pool."""
+    n, height, width, channels = x.shape
+    return x.reshape(n, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
