@@ -54,8 +54,14 @@ class CurvatureOperator:
     """A symmetric linear operator on pytrees like the parameters.
 
     Built by :func:`hessian` and its siblings. Vectors may be wider than the parameters (float32 for
-    bfloat16 parameters); a product has its vector's dtypes (over
-    ``batches`` at least float32).
+    bfloat16 parameters); a product has its vector's dtypes (over ``batches`` at least float32).
+
+    Args:
+      name: what it is called in messages.
+      params: gives the structure, shapes and shardings of the vectors.
+      linear: the operator as a linear function that is a pytree (``jax.tree_util.Partial``), or
+        None if it comes in ``terms``.
+      terms: starts a pass over the linear functions and weights that the operator is the mean of.
 
     Attributes:
       like: structure, shapes and dtypes of the vectors, as ``jax.ShapeDtypeStruct``: those of the

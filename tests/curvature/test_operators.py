@@ -111,6 +111,8 @@ def test_operators_match_the_dense_matrix(problem, name):
     assert operator.dimension == len(want) == 24
     np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-13)
     np.testing.assert_allclose(got, got.T, rtol=1e-11, atol=1e-14)
+    if name not in EACH_KIND or loss_name != "mse":
+        return
     # One product, and the vectorized form that jit uses.
     vector = jax.tree.map(jnp.cos, params)
     product = ravel_pytree(operator(vector))[0]
