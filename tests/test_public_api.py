@@ -190,8 +190,8 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     ),
     # Curvature
     (
-        lambda: curvature.lanczos(abs, X, 2, key=jax.random.key(0), num_products=4),
-        "num_products <= dimension, got 2, 4, 3",
+        lambda: curvature.lanczos(abs, X, 2, key=jax.random.key(0), num_products=1),
+        "`num_products` must be at least `num_directions`, 2, got 1",
     ),
 ]
 
