@@ -580,9 +580,9 @@ def _log(axes: Axes) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(axes: Axes, **options: Any) -> None:
+def _legend(axes: Axes) -> None:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=10, **options)
+        axes.legend(fontsize=10, framealpha=0.8, edgecolor="none")
 
 
 def draw_alignment(rows: Rows, config: dict[str, Any]) -> Figure:
@@ -686,6 +686,8 @@ def draw_effective_learning_rates(rows: Rows, config: dict[str, Any]) -> Figure:
         axes.set_yscale("symlog", linthresh=1.0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.axhline(1, color="#888888", linestyle=":", linewidth=1.2)
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, 0), max(high, 10))
         _steps_axis(axes, "step")
         _legend(axes)
     grid[0].set_ylabel("effective / nominal learning rate")
@@ -757,6 +759,8 @@ def draw_stability(rows: Rows, config: dict[str, Any]) -> Figure:
     return figure
 
 
+# Shares with a larger standard error are not drawn.
+LARGEST_ERROR = 0.25
 OPERATORS = {
     "hessian": ("Hessian", _BLACK, "o"),
     "gauss_newton": ("Gauss-Newton matrix", _BLUE, "s"),
@@ -772,7 +776,12 @@ def draw_energy(rows: Rows, config: dict[str, Any]) -> Figure:
         for operator, (label, color, marker) in OPERATORS.items():
             own = pick(rows, operator=operator)
             for i, seed in enumerate(seeds(own)):
-                run = pick(own, seed=seed)
+                # The trace of the functional Hessian can be nearly zero.
+                run = [
+                    row
+                    for row in pick(own, seed=seed)
+                    if (row[f"{kind}_error"] or 0.0) <= LARGEST_ERROR
+                ]
                 axes.errorbar(
                     column(run, "step"),
                     column(run, f"{kind}_share"),
@@ -789,7 +798,7 @@ def draw_energy(rows: Rows, config: dict[str, Any]) -> Figure:
     grid[0].set_ylabel("share of the sum of squared eigenvalues")
     grid[1].set_ylabel("share of the trace")
     low, high = grid[1].get_ylim()
-    grid[1].set_ylim(max(low, -1), min(max(high, 1.02), 2))  # the trace can be nearly zero
+    grid[1].set_ylim(min(low, 0), max(high, 1.02))
     _legend(grid[0])
     return figure
 
@@ -851,7 +860,8 @@ def captions(config: dict[str, Any]) -> dict[str, str]:
         "energy": (
             "In the span of the k leading eigenvectors of the Hessian. Frobenius: the sum of "
             "|A u|² over the basis / |A|²; trace: tr(UᵀAU) / tr(A), which for the functional "
-            "Hessian can be negative or above 1. Bars: standard error of the estimate."
+            "Hessian can be negative or above 1. Bars: standard error of the estimate; where it is "
+            f"above {LARGEST_ERROR:g}, the point is left out."
         ),
         "noise": (
             "From the switch point: SGD goes on, or full-batch gradient descent takes over, at the "

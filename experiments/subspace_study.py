@@ -167,12 +167,12 @@ SCALES = {
     },
     "cifar10_5k": {
         "tiny": TINY,
-        "small": Scale(1, 1000, 50, 1000, 150, 25, 4, 2, 200, 1000, 20, 10),
+        "small": Scale(1, 800, 100, 800, 80, 20, 3, 1, 200, 500, 40, 5),
         "full": Scale(3, 5000, 10, 15000, 2000, 200, 20, 6, 1000, 5000, 5, 100),
     },
     "sst2_1k": {
         "tiny": TINY,
-        "small": Scale(1, 500, 50, 500, 100, 25, 3, 2, 200, 1000, 20, 10),
+        "small": Scale(1, 200, 50, 200, 50, 8, 2, 1, 100, 250, 25, 5),
         "full": Scale(3, 5000, 10, 15000, 2000, 200, 20, 6, 1000, 1000, 5, 100),
     },
 }
@@ -708,110 +708,83 @@ def energy(study: Study, snapshots: dict[int, PyTree]) -> Rows:
     return rows
 
 
-def ablations(plan: Plan) -> Iterator[tuple[str, float, str, Run]]:
-    """The runs of the stability panel, without seeds: (what is changed, value, method, run)."""
+def ablations(plan: Plan, seed: int) -> Iterator[tuple[str, float, str, Run]]:
+    """The runs of the stability panel: (what is changed, value, method, run)."""
     bulk = projected(plan, METHODS["bulk"])
     scale, k = plan.scale, plan.directions
     for factor in RATE_FACTORS:
         for method, changes in (("sgd", {}), ("bulk", bulk)):
-            run = sgd(plan, 0, factor, **changes)
+            run = sgd(plan, seed, factor, **changes)
             yield "learning_rate", run.learning_rate, method, run
     for directions in sorted({max(1, k // 4), max(1, k // 2), k, 2 * k, 4 * k}):
         changes = {**bulk, "directions": directions}
-        yield "k", directions, "bulk", sgd(plan, 0, ABLATION_RATE, **changes)
+        yield "k", directions, "bulk", sgd(plan, seed, ABLATION_RATE, **changes)
     for every in sorted({1, 5, 20, 100, scale.refresh_every, scale.short_steps}):
         changes = {**bulk, "refresh_every": every}
-        yield "refresh_every", every, "bulk", sgd(plan, 0, ABLATION_RATE, **changes)
+        yield "refresh_every", every, "bulk", sgd(plan, seed, ABLATION_RATE, **changes)
     for name, values in (("momentum", (0.0, 0.5, MOMENTUM)), ("batch_size", (10, 50, 250))):
         for value in values:
             for method, changes in (("sgd", {}), ("bulk", bulk)):
-                run = sgd(plan, 0, ABLATION_RATE, **{**changes, name: value})
+                run = sgd(plan, seed, ABLATION_RATE, **{**changes, name: value})
                 yield name, value, method, run
 
 
-def units(study: Study, store: Store) -> Iterator[Unit]:
-    """All units, in order; those of `alignment` come first because the others start from them."""
-    plan, scale = study.plan, study.plan.scale
-    seeds = range(scale.seeds)
+OPTIMIZERS: dict[str, tuple[float, dict[str, Any]]] = {
+    "sgd": (1.0, {}),
+    "momentum": (1.0, {"momentum": MOMENTUM}),
+    "adam": (0.1, {"optimizer": "adam"}),
+}
 
-    @functools.lru_cache(maxsize=1)
-    def snapshots(seed: int) -> dict[int, PyTree]:
+
+def units(study: Study, store: Store, seed: int) -> Iterator[Unit]:
+    """All units of a seed, in order: those of `alignment` first, where the others start."""
+    plan, scale = study.plan, study.plan.scale
+
+    @functools.cache
+    def snapshots() -> dict[int, PyTree]:
         return store.snapshots(seed, study.start(seed)[0])
 
-    def origin(seed: int) -> tuple[PyTree, int]:
-        step, params = next(iter(snapshots(seed).items()))
+    def origin() -> tuple[PyTree, int]:
+        step, params = next(iter(snapshots().items()))
         return params, step
 
     @functools.cache  # the ablations share a run
     def branch(run: Run, steps: int) -> Rows:
-        return train_branch(study, run, *origin(run.seed), steps)
+        return train_branch(study, run, *origin(), steps)
 
-    def alignment_along(run: Run) -> Rows:
-        return noise(study, run, *origin(run.seed))
+    yield Unit("alignment", {"seed": seed}, lambda: follow_sgd(study, store, seed))
 
-    def energies(seed: int) -> Rows:
-        return energy(study, {0: study.start(seed)[0], **snapshots(seed)})
-
-    for seed in seeds:
-        yield Unit("alignment", {"seed": seed}, functools.partial(follow_sgd, study, store, seed))
-
-    branches: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        ({"method": name, "alpha": None}, {} if name == "sgd" else projected(plan, weights))
-        for name, weights in METHODS.items()
+    branches: list[tuple[str, float | None, tuple[float, float]]] = [
+        *((name, None, weights) for name, weights in METHODS.items()),
+        *((name, alpha, line(alpha)) for name, line in LINES.items() for alpha in ALPHAS),
     ]
-    branches += [
-        ({"method": name, "alpha": alpha}, projected(plan, line(alpha)))
-        for name, line in LINES.items()
-        for alpha in ALPHAS
-    ]
-    for seed in seeds:
-        for identity, changes in branches:
-            run = sgd(plan, seed, **changes)
-            a, b = run.weights or METHODS["sgd"]
-            yield Unit(
-                "switch",
-                {**identity, "a": a, "b": b, "seed": seed},
-                functools.partial(branch, run, scale.steps),
-            )
+    for name, alpha, weights in branches:
+        run = sgd(plan, seed, **({} if name == "sgd" else projected(plan, weights)))
+        identity = {"method": name, "alpha": alpha, "a": weights[0], "b": weights[1], "seed": seed}
+        yield Unit("switch", identity, functools.partial(branch, run, scale.steps))
 
-    optimizers: dict[str, tuple[float, dict[str, Any]]] = {
-        "sgd": (1.0, {}),
-        "momentum": (1.0, {"momentum": MOMENTUM}),
-        "adam": (0.1, {"optimizer": "adam"}),
-    }
-    for seed in seeds:
-        for name, (factor, changes) in optimizers.items():
-            run = sgd(plan, seed, factor, **changes)
-            yield Unit(
-                "effective_learning_rates",
-                {"optimizer": name, "learning_rate": run.learning_rate, "seed": seed},
-                functools.partial(effective_rates, study, run),
-            )
-
-    for seed in seeds:
-        for ablation, value, method, run in ablations(plan):
-            run = dataclasses.replace(run, seed=seed)
-            yield Unit(
-                "stability",
-                {"ablation": ablation, "value": value, "method": method, "seed": seed},
-                functools.partial(branch, run, scale.short_steps),
-            )
-
-    for seed in seeds:
+    for name, (factor, changes) in OPTIMIZERS.items():
+        run = sgd(plan, seed, factor, **changes)
+        identity = {"optimizer": name, "learning_rate": run.learning_rate, "seed": seed}
         yield Unit(
-            "energy",
-            {"seed": seed},
-            functools.partial(energies, seed),
+            "effective_learning_rates", identity, functools.partial(effective_rates, study, run)
         )
 
-    for seed in seeds:
-        for name, batch_size in (("sgd", plan.batch_size), ("gd", len(plan.task.train))):
-            run = sgd(plan, seed, batch_size=batch_size)
-            yield Unit(
-                "noise",
-                {"method": name, "seed": seed},
-                functools.partial(alignment_along, run),
-            )
+    for ablation, value, method, run in ablations(plan, seed):
+        identity = {"ablation": ablation, "value": value, "method": method, "seed": seed}
+        yield Unit("stability", identity, functools.partial(branch, run, scale.short_steps))
+
+    def energies() -> Rows:
+        return energy(study, {0: study.start(seed)[0], **snapshots()})
+
+    yield Unit("energy", {"seed": seed}, energies)
+
+    for name, batch_size in (("sgd", plan.batch_size), ("gd", len(plan.task.train))):
+
+        def chi_along(batch_size: int = batch_size) -> Rows:
+            return noise(study, sgd(plan, seed, batch_size=batch_size), *origin())
+
+        yield Unit("noise", {"method": name, "seed": seed}, chi_along)
 
 
 # Command line -----------------------------------------------------------------------------------
@@ -877,7 +850,8 @@ def run(
     rows: dict[str, subspace_report.Rows] = {}
     incomplete = set()
     begin, computed = time.perf_counter(), 0
-    for unit in units(study, store):
+    everything = (units(study, store, seed) for seed in range(plan.scale.seeds))
+    for unit in itertools.chain.from_iterable(everything):
         found = store.load(unit)
         if found is None and (unit.panel in panels or unit.panel == "alignment"):
             start = time.perf_counter()

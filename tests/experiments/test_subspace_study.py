@@ -190,7 +190,7 @@ def plan(study: subspace_study.Study) -> subspace_study.Plan:
 
 
 def test_ablations_change_one_thing_at_a_time(plan: subspace_study.Plan) -> None:
-    runs = list(subspace_study.ablations(plan))
+    runs = list(subspace_study.ablations(plan, 0))
     center = {
         method: subspace_study.sgd(plan, 0, subspace_study.ABLATION_RATE, **changes)
         for method, changes in (
