@@ -70,7 +70,7 @@ PyTree = Any
 
 LEARNING_RATES = {"digits": 0.05, "mnist5k": 0.01, "cifar10_5k": 0.001, "sst2_1k": 0.001}
 TASKS = tuple(LEARNING_RATES)
-# Spec of the switch in two public replications of Song et al.
+# When two public replications of Song et al. leave SGD.
 SWITCH_ALIGNMENT, ALIGNMENT_DECAY = 0.95, 0.9
 # (a, b) of `a P d + b (I - P) d`: Song et al.'s three, and two lines through them (our reading of
 # Zakarin and Singh). alpha is the place on the line.

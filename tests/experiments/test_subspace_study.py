@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import subspace_report, subspace_study
+from experiments import engine, subspace_report, subspace_study
 
 TINY = ["--scale", "tiny", "--panels", "switch"]
 
@@ -26,10 +26,18 @@ def run(*arguments: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def study() -> subspace_study.Study:
+    """One for all tests: what it compiles, it compiles once."""
+    return subspace_study.Study(subspace_study.resolve(subspace_study.Options(scale="tiny"))[0])
+
+
+@pytest.fixture(scope="module")
+def folder(study: subspace_study.Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished tiny run of one panel (and of alignment, where it starts)."""
     runs = tmp_path_factory.mktemp("runs")
-    assert run(*TINY, "--runs-dir", str(runs), "--name", "a") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subspace_study, "Study", lambda plan: study)
+        assert run(*TINY, "--runs-dir", str(runs), "--name", "a") == 0
     return runs / "a"
 
 
@@ -82,7 +90,10 @@ def test_alignment_is_measured(folder: Path) -> None:
     assert float(switch["tracked_chi"]) == pytest.approx(float(switch["chi"]), abs=0.1)
 
 
-def test_resumed_run_makes_the_same_files(folder: Path) -> None:
+def test_resumed_run_makes_the_same_files(
+    folder: Path, study: subspace_study.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subspace_study, "Study", lambda plan: study)
     units = sorted((folder / "units").rglob("*.json"))
     assert len(units) == 1 + 9
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in units}
@@ -179,11 +190,6 @@ def test_every_panel_end_to_end(tmp_path: Path) -> None:
 # Parts ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def study() -> subspace_study.Study:
-    return subspace_study.Study(subspace_study.resolve(subspace_study.Options(scale="tiny"))[0])
-
-
 @pytest.fixture
 def plan(study: subspace_study.Study) -> subspace_study.Plan:
     return study.plan
@@ -233,6 +239,25 @@ def test_sgd_that_diverges_is_an_error(
     monkeypatch.setattr(study, "plan", hot)
     with pytest.raises(subspace_study.UsageError, match=r"SGD diverges at learning rate 1e\+30"):
         subspace_study.follow_sgd(study, subspace_study.Store(tmp_path), 0)
+
+
+def test_sgd_is_left_where_the_gradient_is_aligned(
+    study: subspace_study.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subspace_study, "SWITCH_ALIGNMENT", 0.1)
+    store = subspace_study.Store(tmp_path)
+    rows = subspace_study.follow_sgd(study, store, 0)
+    (check,) = (row for row in rows if "tracked_chi" in row)  # the first one was enough
+    assert check["step"] == 10
+    assert check["tracked_average"] == check["tracked_chi"] > 0.1
+    assert all(row["switch_step"] == 10 and row["aligned"] for row in rows)
+    assert rows[-1]["step"] == 10 + study.plan.scale.steps
+    kept = store.snapshots(0, study.start(0)[0])
+    assert list(kept) == [10, 30]
+    for step, params in kept.items():
+        state = engine.TrainState(jnp.array(step), params, study.start(0)[1], ())
+        (row,) = (row for row in rows if row["step"] == step)
+        assert study.evaluate(state)["train_loss"] == row["train_loss"]
 
 
 def test_diverging_branch_ends_early(study: subspace_study.Study) -> None:
