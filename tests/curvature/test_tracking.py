@@ -213,7 +213,7 @@ def test_a_poisoned_step_is_rejected_and_survived(tracker: oa.Tracker, driven: b
 
 
 @each_tracker
-def test_bfloat16_storage(tracker: oa.Tracker) -> None:
+def test_bfloat16_storage(tracker: Any) -> None:
     """Basis and images take half of the memory; the linear algebra stays in float32."""
     narrow = dataclasses.replace(tracker, storage_dtype=jnp.bfloat16)
     spaces = []

@@ -1,0 +1,103 @@
+"""`python -m experiments.trackers` runs and prints; how fast anything is, it does not test."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import trackers
+
+TINY = ["--task", "digits", "--steps", "20", "--learning-rate", "0.1", "--directions", "4"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """The results of a tiny run with timing, and the rows of its CSV file."""
+    folder = tmp_path_factory.mktemp("runs")
+    arguments = [*TINY, "--trackers", "block,gradient_every_10,exact", "--repeats", "1"]
+    assert trackers.main([*arguments, "--runs-dir", str(folder), "--name", "tiny"]) == 0
+    with (folder / "tiny" / "accuracy.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return json.loads((folder / "tiny" / "results.json").read_text()), rows
+
+
+def test_every_tracker_is_compared_at_every_checkpoint(run: Any) -> None:
+    results, rows = run
+    names = ("block", "gradient_every_10", "exact")
+    assert [(row["tracker"], int(row["step"])) for row in rows] == [
+        (name, step) for step in range(2, 21, 2) for name in names
+    ]
+    assert list(results["summary"]) == list(names)
+    assert len(results["arpack"]["products"]) == trackers.CHECKPOINTS
+
+
+def test_exact_is_exact_and_the_others_are_near(run: Any) -> None:
+    summary = run[0]["summary"]
+    exact = summary["exact"]
+    assert exact["cos2"] > 0.999
+    assert exact["chi full"] < 1e-3
+    assert exact["eigenvalues"] < 1e-3
+    for name in ("block", "gradient_every_10"):
+        assert summary[name]["mean cos2"] > 0.8
+        assert summary[name]["orthogonality"] < 1e-4
+
+
+def test_costs_and_checks(run: Any) -> None:
+    results, _ = run
+    block, gradient = results["cost"]
+    assert (block["tracker"], gradient["tracker"]) == ("block", "gradient_every_10")
+    assert block["products per step"] == 0.4
+    assert gradient["products per step"] == 0
+    assert gradient["linear algebra"] is None
+    assert block["linear algebra"] < 1
+    for row in results["cost"]:
+        low, median, high = row["ratio"]
+        assert 0 < low <= median <= high
+        assert row["against ARPACK"] > 1
+    assert len(results["checks"]) == 6
+    for check in results["checks"]:
+        below = check["value"] <= check["limit"]
+        assert check["holds"] == (below if check["comparison"] == "<=" else not below)
+
+
+def test_prints_what_was_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*TINY, "--trackers", "gradient", "--repeats", "0", "--runs-dir", str(tmp_path)]
+    assert trackers.main(arguments) == 0
+    out = capsys.readouterr().out
+    for part in ("step 20: ARPACK", "mean squared cosine", "exact chi", "trackers-digits-0.1"):
+        assert part in out
+    assert {path.name for path in (tmp_path / "trackers-digits-0.1").iterdir()} == {
+        "accuracy.csv",
+        "results.json",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--steps", "9"], ["--steps", "at least 10", "9"]),
+        (["--trackers", "blocks"], ["tracker 'blocks'", "block, "]),
+        (["--task", "mnist6k"], ["'mnist6k'", "digits"]),
+        (["--curvature-batch", "2000"], ["--curvature-batch", "1077"]),
+        (["--learning-rate", "-1"], ["--learning-rate must be positive"]),
+        (["--directions", "0"], ["--directions must be at least 1"]),
+        (["--repeats", "-1"], ["--repeats must be at least 0"]),
+        (["--name", "a/b"], ["plain folder name"]),
+        (["--step", "3"], ["--step", "--steps"]),
+    ],
+)
+def test_wrong_input(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], expected: list[str]
+) -> None:
+    try:
+        code = trackers.main(["--task", "digits", *arguments])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    assert code == 2
+    error = capsys.readouterr().err
+    for part in expected:
+        assert part in error
