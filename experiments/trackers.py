@@ -107,7 +107,7 @@ ENTRIES: dict[str, Entry] = {
     "block_bfloat16": Entry(
         oa.BlockTracker(storage_dtype=jnp.bfloat16), "subset", "basis kept in bfloat16"
     ),
-    "block_every_5": Entry(oa.BlockTracker(refresh_every=5), "subset", "refreshed twice as often"),
+    "block_every_5": Entry(oa.BlockTracker(refresh_every=5), "subset", "refreshed more often"),
     "round_robin": Entry(oa.RoundRobinTracker(), "subset", "one product a step"),
     "gradient": Entry(oa.GradientTracker(), "batch", "gradients of the mean outputs"),
     "gradient_every_10": Entry(

@@ -70,13 +70,13 @@ class InterpolateSubspacesState(NamedTuple):
 
 
 def refresh_at(
-    step: int, refresh_every: int = 10, start_step: int = 0, *, cold_start: bool = True
+    step: int, refresh_every: int = 20, start_step: int = 0, *, cold_start: bool = True
 ) -> bool | str:
     """The ``refresh`` argument for a training loop that drives the eigenspace from the host.
 
     Args:
       step: zero-based training step, a Python integer.
-      refresh_every: as the tracker's; default 10, as ``BlockTracker``'s.
+      refresh_every: as the tracker's; default 20, as ``BlockTracker``'s.
       start_step: as the transformation's.
       cold_start: False for convolutional networks on a CPU, where the loop of the Lanczos start
         runs many times slower than the same products outside it (jax#12868): the estimate then

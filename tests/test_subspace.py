@@ -202,7 +202,9 @@ def _network(seed=0):
 @pytest.mark.parametrize("order", ["algebraic", "magnitude"])
 def test_the_tracked_subspace_follows_arpack_along_training(order):
     objective, params = _network()
-    tx = oa.interpolated_sgd(0.1, 4, 1.0, 1.0, tracker=oa.BlockTracker(order=order))
+    tx = oa.interpolated_sgd(
+        0.1, 4, 1.0, 1.0, tracker=oa.BlockTracker(order=order, refresh_every=5)
+    )
     state = tx.init(params)
 
     @functools.partial(jax.jit, static_argnames="refresh")
@@ -213,7 +215,7 @@ def test_the_tracked_subspace_follows_arpack_along_training(order):
 
     for i in range(101):
         before = params
-        params, state, grads = train_step(params, state, oa.refresh_at(i))
+        params, state, grads = train_step(params, state, oa.refresh_at(i, 5))
         if i % 50 == 0:
             flat, unravel = jax.flatten_util.ravel_pytree(before)
             hessian = jax.hessian(lambda p, u=unravel: objective(u(p)))(flat)

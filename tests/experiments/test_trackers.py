@@ -50,7 +50,7 @@ def test_costs_and_checks(run: Any) -> None:
     results, _ = run
     block, gradient = results["cost"]
     assert (block["tracker"], gradient["tracker"]) == ("block", "gradient_every_10")
-    assert block["products per step"] == 0.4
+    assert block["products per step"] == 4 / 20
     assert gradient["products per step"] == 0
     assert gradient["linear algebra"] is None
     assert block["linear algebra"] < 1
