@@ -136,6 +136,7 @@ class _Process(NamedTuple):
     Attributes:
       basis: orthonormal block of ``m`` rows, those from ``length`` on zero.
       vector: unit vector orthogonal to them, the next to be multiplied.
+      previous: the last row.
       projected: the operator in the basis, ``(m, m)``.
       origin: the first vector in the basis, ``(m,)``.
       length: number of rows.
@@ -150,6 +151,7 @@ class _Process(NamedTuple):
 
     basis: PyTree
     vector: PyTree
+    previous: PyTree
     projected: jax.Array
     origin: jax.Array
     length: jax.Array
@@ -172,14 +174,38 @@ def _unit(vector: PyTree, norm: jax.Array) -> PyTree:
     return jax.tree.map(lambda x: x * factor.astype(x.dtype), vector)
 
 
-def _orthogonalize(vector: PyTree, basis: PyTree) -> tuple[PyTree, jax.Array]:
-    # Classical Gram-Schmidt, twice: "twice is enough" (Giraud et al. 2005).
-    total: Any = 0
-    for _ in range(2):
+def _orthogonalize(
+    vector: PyTree, basis: PyTree, newest: PyTree, index: jax.Array
+) -> tuple[PyTree, jax.Array, jax.Array]:
+    """The part of a vector orthogonal to a basis, the coefficients of the rest, and its norm.
+
+    ``newest`` counts as the row ``index`` of the basis, which is zero: XLA copies a block that is
+    changed before it is read.
+    """
+
+    def once(vector: PyTree, total: jax.Array) -> tuple[PyTree, jax.Array, jax.Array]:
+        of_newest = blocks.inner(blocks.as_block(newest), blocks.as_block(vector))[0, 0]
         coefficients = blocks.inner(basis, blocks.as_block(vector))[:, 0]
-        vector = jax.tree.map(jnp.subtract, vector, blocks.combine(coefficients, basis))
-        total = total + coefficients
-    return vector, total
+
+        def rest(x: jax.Array, part: jax.Array, row: jax.Array) -> jax.Array:
+            return x - part - of_newest.astype(x.dtype) * row
+
+        vector = jax.tree.map(rest, vector, blocks.combine(coefficients, basis), newest)
+        return vector, total + coefficients.at[index].set(of_newest), _norm(vector)
+
+    # Classical Gram-Schmidt, again where it took away much of the vector: "twice is enough"
+    # (Giraud et al., 2005), and once where little was taken (Daniel et al., 1976).
+    before = _norm(vector)
+    zeros = jnp.zeros((jax.tree.leaves(basis)[0].shape[0],), before.dtype)
+    vector, total, norm = once(vector, zeros)
+    return lax.cond(
+        norm < 0.7 * before,
+        lambda vector, total, norm: once(vector, total),
+        lambda *same: same,
+        vector,
+        total,
+        norm,
+    )
 
 
 def _ritz(process: _Process, order: Order) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -256,6 +282,7 @@ def _begin(vector: PyTree, basis: PyTree, random: bool) -> _Process:
     return _Process(
         basis=basis,
         vector=_unit(vector, _norm(vector)),
+        previous=jax.tree.map(jnp.zeros_like, vector),
         projected=jnp.zeros((capacity, capacity), dtype),
         origin=jnp.zeros((capacity,), dtype).at[0].set(1),
         length=jnp.zeros((), jnp.int32),
@@ -269,7 +296,12 @@ def _begin(vector: PyTree, basis: PyTree, random: bool) -> _Process:
     )
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="basis")
+@functools.partial(jax.jit, donate_argnames="basis")
+def _insert(basis: PyTree, vector: PyTree, index: jax.Array) -> PyTree:
+    return jax.tree.map(lambda b, x: lax.dynamic_update_index_in_dim(b, x, index, 0), basis, vector)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def _absorb(
     basis: PyTree,
     process: _Process,
@@ -280,28 +312,35 @@ def _absorb(
     num_directions: int,
     order: Order,
 ) -> _Process:
-    """One step: takes in the operator's image of ``process.vector``."""
+    """One step: takes in the operator's image of ``process.vector``, which joins the basis."""
     length, vector = process.length, process.vector
-    basis = jax.tree.map(
-        lambda b, x: lax.dynamic_update_index_in_dim(b, x, length, 0), basis, vector
-    )
     image = jax.tree.map(lambda w, x: w.astype(x.dtype), image, vector)
-    residual, coefficients = _orthogonalize(image, basis)
+    # First what the three-term recurrence says: then the whole basis has little left to take.
+    alpha = blocks.inner(blocks.as_block(vector), blocks.as_block(image))[0, 0]
+    local = jnp.zeros_like(process.origin)
+    local = local.at[jnp.maximum(length - 1, 0)].set(process.beta).at[length].set(alpha)
+
+    def recur(w: jax.Array, x: jax.Array, previous: jax.Array) -> jax.Array:
+        return w - alpha.astype(w.dtype) * x - process.beta.astype(w.dtype) * previous
+
+    residual = jax.tree.map(recur, image, vector, process.previous)
+    residual, coefficients, beta = _orthogonalize(residual, basis, vector, length)
     # Coefficients of a whole row, not just three: after a restart the first row couples to all.
+    coefficients = coefficients + local
     projected = process.projected.at[length].set(coefficients).at[:, length].set(coefficients)
-    beta = _norm(residual)
     scale = jnp.maximum(process.scale, jnp.maximum(beta, jnp.max(jnp.abs(coefficients))))
     threshold = _ULPS * jnp.finfo(scale.dtype).eps * scale
     exhausted = beta <= threshold
 
     def reseed() -> PyTree:
         fresh = blocks.random(jax.random.fold_in(key, process.num_products), vector)
-        fresh, _ = _orthogonalize(_unit(fresh, _norm(fresh)), basis)
-        return _unit(fresh, _norm(fresh))
+        fresh, _, norm = _orthogonalize(_unit(fresh, _norm(fresh)), basis, vector, length)
+        return _unit(fresh, norm)
 
     new = _Process(
-        basis=basis,
+        basis=None,
         vector=lax.cond(exhausted, reseed, lambda: _unit(residual, beta)),
+        previous=vector,
         projected=projected,
         origin=process.origin,
         length=length + 1,
@@ -339,6 +378,7 @@ def _compress(basis: PyTree, process: _Process, *, keep: int, order: Order) -> _
         basis=jax.tree.map(lambda b, x: b.at[:keep].set(x).at[keep:].set(0), basis, leading),
         projected=jnp.diag(jnp.pad(values[:keep], (0, rest))),
         origin=jnp.pad(vectors[:, :keep].T @ process.origin, (0, rest)),
+        previous=jax.tree.map(lambda x: x[-1], leading),
         length=jnp.full((), keep, jnp.int32),
         smallest=_smallest(process, values),
     )
@@ -470,7 +510,8 @@ def lanczos(
             process = _if(loop, process.length == capacity, compress, process)
         image = product(process.vector)
         basis, process = _take_basis(process)
-        return _absorb(basis, process, image, key, tolerance, num_directions=k, order=order)
+        new = _absorb(basis, process, image, key, tolerance, num_directions=k, order=order)
+        return new._replace(basis=_insert(basis, process.vector, process.length))
 
     process = _while(
         loop,
