@@ -267,23 +267,40 @@ class Search:
         problem, options = self.problem, self.options
 
         def run(start: PyTree) -> tuple[Any, Any]:
-            pairs = curvature.lanczos(
-                problem.product,
-                problem.params,
-                options.k,
-                key=jax.random.key(0),
-                num_products=MAX_PRODUCTS,
-                tolerance=options.tolerance,
-                start=start,
-                loop="host",
-            )
-            return pairs.eigenvalues, pairs.num_products
+            return self._lanczos(start, num_products=MAX_PRODUCTS, tolerance=options.tolerance)
 
         setting = f"own stop at {options.tolerance:g}"
         return [
             Tool("lanczos", setting, run),
             Tool("lanczos from the gradient", setting, lambda _: run(problem.gradient)),
         ]
+
+    def _lanczos(self, start: PyTree, **setting: Any) -> tuple[Any, Any]:
+        pairs = curvature.lanczos(
+            self.problem.product,
+            self.problem.params,
+            self.options.k,
+            key=jax.random.key(0),
+            start=start,
+            loop="host",
+            **setting,
+        )
+        return pairs.eigenvalues, pairs.num_products
+
+    def fewest(self, enough: int) -> Tool | None:
+        """Our Lanczos with the fewest products that are enough, without a stop of its own.
+
+        Args:
+          enough: a number of products that is.
+        """
+        best = None
+        for num in range(enough, self.options.k - 1, -1):
+            run = functools.partial(self._lanczos, num_products=num, max_basis=num + 3)
+            tool = self.cheapest([Tool("lanczos", f"{num} products", run)])
+            if tool is None:
+                break
+            best = tool
+        return best
 
     def compiled(self) -> Tool:
         """Our Lanczos that stops by itself, its loop compiled with the products."""
@@ -539,7 +556,8 @@ def find_tools(search: Search) -> list[Tool]:
     first = clock(lambda: run(search.starts[0])[0])
     lanczos.compile_seconds = max(0.0, first - clock(lambda: run(search.starts[0])[0]))
     enough = max(int(run(start)[1]) for start in search.starts)
-    found = [lanczos, warm_lanczos, search.block(), search.scipy(), search.matfree(enough)]
+    found = [lanczos, search.fewest(enough), warm_lanczos, search.block(), search.scipy()]
+    found.append(search.matfree(enough))
     if search.affordable("", enough) is None:
         found.insert(1, search.compiled())
     return [tool for tool in [*found, search.lobpcg(enough)] if tool is not None]
