@@ -424,8 +424,8 @@ def png(figure: Figure) -> bytes:
 
 # Page -------------------------------------------------------------------------------------------
 
-_PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-    """<!doctype html>
+# How every page begins, up to styles of its own.
+PAGE_HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -436,7 +436,11 @@ _PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).fr
          background: #fff; margin: 0 auto; padding: 2rem 1.5rem 4rem; max-width: 1120px; }
   h1 { font-size: 1.7rem; margin: 0 0 .2rem; }
   h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; }
-  .lead { color: #444; margin: 0 0 1.2rem; }
+"""
+
+_PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+    PAGE_HEAD
+    + """  .lead { color: #444; margin: 0 0 1.2rem; }
   .scroll { overflow-x: auto; }
   table { border-collapse: collapse; width: 100%; font-size: .92rem; }
   th, td { padding: .4rem .65rem; border-bottom: 1px solid #e3e3e3; vertical-align: top; }

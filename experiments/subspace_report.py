@@ -28,7 +28,7 @@ from rich import box
 from rich.table import Table
 
 from experiments import cli
-from experiments.report import COLORS, frame, percent, plural, png
+from experiments.report import COLORS, PAGE_HEAD, frame, percent, plural, png
 
 Row = dict[str, Any]
 Rows = list[Row]
@@ -908,18 +908,8 @@ _MARKDOWN = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=Tru
 )
 
 _PAGE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-    """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-  body { font: 16px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: #1b1b1b;
-         background: #fff; margin: 0 auto; padding: 2rem 1.5rem 4rem; max-width: 1120px; }
-  h1 { font-size: 1.7rem; margin: 0 0 .2rem; }
-  h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; }
-  p { color: #444; }
+    PAGE_HEAD
+    + """  p { color: #444; }
   .scroll { overflow-x: auto; }
   table { border-collapse: collapse; width: 100%; font-size: .92rem; }
   th, td { padding: .4rem .65rem; border-bottom: 1px solid #e3e3e3; vertical-align: top;
