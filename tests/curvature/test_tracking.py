@@ -16,6 +16,8 @@ import optax_accel as oa
 from optax_accel.curvature import blocks
 from tests.helpers import quick_jit, tree_allclose, tree_equal
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 K = 3
 TRACKERS: dict[str, oa.Tracker] = {
     "block": oa.BlockTracker(refresh_every=2, cold_start_products=9, oversampling=1),
@@ -68,17 +70,21 @@ def trainer(tracker: oa.Tracker) -> Any:
     return tx, step
 
 
+@quick_jit
+def hessian(params: Any) -> jax.Array:
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    return jax.hessian(lambda p: objective()(unravel(p)))(flat)
+
+
 def exact(params: Any) -> tuple[np.ndarray, np.ndarray]:
     """Leading eigenvalues and eigenvectors (rows) of the Hessian."""
-    flat, unravel = jax.flatten_util.ravel_pytree(params)
-    hessian = np.asarray(jax.hessian(lambda p: objective()(unravel(p)))(flat), np.float64)
-    values, vectors = np.linalg.eigh(hessian)
+    values, vectors = np.linalg.eigh(np.asarray(hessian(params), np.float64))
     return values[::-1][:K], vectors[:, ::-1][:, :K].T
 
 
 def as_matrix(block: Any) -> np.ndarray:
-    rows = jax.vmap(lambda tree: jax.flatten_util.ravel_pytree(tree)[0])(block)
-    return np.asarray(rows, np.float64)
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(block)]
+    return np.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +95,7 @@ def as_matrix(block: Any) -> np.ndarray:
 def test_follows_the_dominant_subspace(name: str, cosine: float) -> None:
     tracker = TRACKERS[name]
     tx, step = trainer(tracker)
-    params, state = PARAMS, tx.init(PARAMS)
+    params, state = PARAMS, quick_jit(tx.init)(PARAMS)
     for i in range(41):
         before = params
         params, state = step(params, state, X, oa.refresh_at(i, tracker.refresh_every))
@@ -124,8 +130,13 @@ def test_gradient_rows_find_the_noise_of_gradients() -> None:
 def test_outputs_alike_in_all_examples_give_the_gauss_newton_space() -> None:
     x = np.broadcast_to(X[:1], X.shape)
     tracker = oa.GradientTracker(decay=0.0)
-    space = tracker.refresh(tracker.init(PARAMS, K), objective(x), PARAMS, PARAMS)
-    products = objective(x).ggn_vp_block(PARAMS, space.basis)
+
+    @quick_jit
+    def refresh(params: Any) -> Any:
+        space = tracker.refresh(tracker.init(params, K), objective(x), params, params)
+        return space, objective(x).ggn_vp_block(params, space.basis)
+
+    space, products = refresh(PARAMS)
     scaled = jax.tree.map(
         lambda b: space.eigenvalues.reshape(-1, *[1] * (b.ndim - 1)) * b, space.basis
     )
@@ -134,8 +145,7 @@ def test_outputs_alike_in_all_examples_give_the_gauss_newton_space() -> None:
 
 def test_round_robin_is_a_block_sweep_when_parameters_rest() -> None:
     block, robin = oa.BlockTracker(), oa.RoundRobinTracker()
-    want = block.init(PARAMS, K)
-    got = robin.init(PARAMS, K)
+    want, got = quick_jit(lambda p: (block.init(p, K), robin.init(p, K)))(PARAMS)
     tree_equal(got.basis, want.basis)
     want = quick_jit(lambda s: block.refresh(s, objective(), PARAMS, PARAMS, cold=False))(want)
     one = quick_jit(lambda s: robin.refresh(s, objective(), PARAMS, PARAMS, cold=False))
@@ -165,7 +175,7 @@ def test_counts_products(tracker: oa.Tracker) -> None:
 
 def test_exact_says_what_it_took() -> None:
     tracker = oa.ExactTracker(tolerance=1e-3)
-    space = tracker.refresh(tracker.init(PARAMS, K), objective(), PARAMS, PARAMS)
+    space = quick_jit(lambda p: tracker.refresh(tracker.init(p, K), objective(), p, p))(PARAMS)
     assert K < space.memory.num_products <= 20 * K
     np.testing.assert_allclose(space.eigenvalues, exact(PARAMS)[0], rtol=1e-3)
 
@@ -175,7 +185,7 @@ def test_exact_says_what_it_took() -> None:
 def test_a_poisoned_step_is_rejected_and_survived(tracker: oa.Tracker, driven: bool) -> None:
     """NaN at one refresh: base update, old basis, and the state says so until the next refresh."""
     tx, step = trainer(tracker)
-    params, state = PARAMS, tx.init(PARAMS)
+    params, state = PARAMS, quick_jit(tx.init)(PARAMS)
     from_gradients = not tracker.needs_objective
     poisoned = 2 * tracker.refresh_every
     bulk = oa.interpolate_subspaces(K, 0.0, 0.5, tracker=tracker)
@@ -187,7 +197,7 @@ def test_a_poisoned_step_is_rejected_and_survived(tracker: oa.Tracker, driven: b
             x = X * np.nan
             if from_gradients:
                 nan = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
-                space = tracker.refresh(old, None, params, nan)
+                space = quick_jit(lambda s, g: tracker.refresh(s, None, PARAMS, g))(old, nan)
             else:
                 space = step(params, state, x, refresh)[1][1].space
             tree_equal((space.basis, space.eigenvalues), (old.basis, old.eigenvalues))
@@ -197,8 +207,9 @@ def test_a_poisoned_step_is_rejected_and_survived(tracker: oa.Tracker, driven: b
                 jnp.all(jnp.isfinite(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(space)
             )
             # Whoever projects with it leaves the update as it is, although the basis is there.
-            inner = bulk.init(params)._replace(space=space, active=jnp.array(True))
-            updates, _ = bulk.update(params, inner, params, refresh=False)
+            inner = quick_jit(bulk.init)(params)._replace(space=space, active=jnp.array(True))
+            project = quick_jit(lambda p, s: bulk.update(p, s, p, refresh=False))
+            updates, _ = project(params, inner)
             tree_equal(updates, params)
             state = (state[0], state[1]._replace(space=space))
             x = X
@@ -218,7 +229,7 @@ def test_bfloat16_storage(tracker: Any) -> None:
     narrow = dataclasses.replace(tracker, storage_dtype=jnp.bfloat16)
     spaces = []
     for each in (tracker, narrow):
-        space = each.init(PARAMS, K)
+        space = quick_jit(lambda p, each=each: each.init(p, K))(PARAMS)
         assert {leaf.dtype for leaf in jax.tree.leaves(space.basis)} == {
             jnp.dtype(each.storage_dtype or jnp.float32)
         }
@@ -240,7 +251,14 @@ def test_bfloat16_storage(tracker: Any) -> None:
         assert np.linalg.norm(overlap) ** 2 / K > 0.999
 
 
-@each_tracker
+@pytest.mark.parametrize(
+    "tracker",
+    [
+        # Its Lanczos is the cold start of the block tracker.
+        pytest.param(tracker, id=name, marks=[pytest.mark.slow] if name == "exact" else [])
+        for name, tracker in TRACKERS.items()
+    ],
+)
 def test_sharded_is_unsharded(tracker: oa.Tracker) -> None:
     """Parameters sharded over eight devices: the basis is sharded like them, the numbers agree."""
     x, _, params = network(size=16)
@@ -289,10 +307,10 @@ def test_gradients_need_no_objective() -> None:
 
 def test_a_basis_without_gradients_is_zero_not_noise() -> None:
     tracker = oa.GradientTracker(rows="gradient", refresh_every=1, buffer=1)
-    space = tracker.init(jnp.ones(5), 2)
+    space = quick_jit(lambda p: tracker.init(p, 2))(jnp.ones(5))
+    refresh = quick_jit(lambda s, row: tracker.refresh(s, None, jnp.ones(5), row))
     for i in range(5):
-        row = jnp.array([1.0, 0, 0, 0, 0]) * i
-        space = tracker.refresh(space, None, jnp.ones(5), row)
+        space = refresh(space, jnp.array([1.0, 0, 0, 0, 0]) * i)
     gram = blocks.inner(space.basis, space.basis)
     np.testing.assert_allclose(gram, [[1, 0], [0, 0]], atol=1e-6)
     assert space.eigenvalues[1] == 0

@@ -11,22 +11,26 @@ import pytest
 
 from experiments import trackers
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TINY = ["--task", "digits", "--steps", "20", "--learning-rate", "0.1", "--directions", "4"]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """The results of a tiny run with timing, and the rows of its CSV file."""
-    folder = tmp_path_factory.mktemp("runs")
+def test_a_tiny_run(tmp_path: Path) -> None:
+    """One test, so that only one process has to compile the run."""
     arguments = [*TINY, "--trackers", "block,gradient_every_10,exact", "--repeats", "1"]
-    assert trackers.main([*arguments, "--runs-dir", str(folder), "--name", "tiny"]) == 0
-    with (folder / "tiny" / "accuracy.csv").open() as file:
+    assert trackers.main([*arguments, "--runs-dir", str(tmp_path), "--name", "tiny"]) == 0
+    with (tmp_path / "tiny" / "accuracy.csv").open() as file:
         rows = list(csv.DictReader(file))
-    return json.loads((folder / "tiny" / "results.json").read_text()), rows
+    results = json.loads((tmp_path / "tiny" / "results.json").read_text())
+    check_every_tracker_is_compared_at_every_checkpoint(results, rows)
+    check_exact_is_exact_and_the_others_are_near(results["summary"])
+    check_costs(results)
 
 
-def test_every_tracker_is_compared_at_every_checkpoint(run: Any) -> None:
-    results, rows = run
+def check_every_tracker_is_compared_at_every_checkpoint(
+    results: dict[str, Any], rows: list[dict[str, str]]
+) -> None:
     names = ("block", "gradient_every_10", "exact")
     assert [(row["tracker"], int(row["step"])) for row in rows] == [
         (name, step) for step in range(2, 21, 2) for name in names
@@ -35,8 +39,7 @@ def test_every_tracker_is_compared_at_every_checkpoint(run: Any) -> None:
     assert len(results["arpack"]["products"]) == trackers.CHECKPOINTS
 
 
-def test_exact_is_exact_and_the_others_are_near(run: Any) -> None:
-    summary = run[0]["summary"]
+def check_exact_is_exact_and_the_others_are_near(summary: dict[str, Any]) -> None:
     exact = summary["exact"]
     assert exact["cos2"] > 0.999
     assert exact["chi full"] < 1e-3
@@ -46,8 +49,7 @@ def test_exact_is_exact_and_the_others_are_near(run: Any) -> None:
         assert summary[name]["orthogonality"] < 1e-4
 
 
-def test_costs_and_checks(run: Any) -> None:
-    results, _ = run
+def check_costs(results: dict[str, Any]) -> None:
     block, gradient = results["cost"]
     assert (block["tracker"], gradient["tracker"]) == ("block", "gradient_every_10")
     assert block["products per step"] == 4 / 20
