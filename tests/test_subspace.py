@@ -396,7 +396,7 @@ def test_errors_teach():
         oa.project_to_bulk(1, mask={"a": True}).init({"b": params})
     with pytest.raises(ValueError, match=r"`mask` must be a pytree of booleans.*found 'no' in it"):
         oa.project_to_bulk(1, mask="no").init(params)
-    with pytest.raises(TypeError, match="`tracker` must be a Tracker, .* got 'fast'"):
+    with pytest.raises(TypeError, match=r"`tracker` must be a Tracker, .* got 'fast'"):
         oa.project_to_bulk(1, tracker="fast")
     with pytest.raises(TypeError, match=r"`base` must be a function of the learning rate.*inject"):
         oa.bulk_sgd(0.1, 1, base=optax.sgd(0.1))
