@@ -296,7 +296,7 @@ class Search:
         best = None
         for num in range(enough, self.options.k - 1, -1):
             run = functools.partial(self._lanczos, num_products=num, max_basis=num + 3)
-            tool = self.cheapest([Tool("lanczos", f"{num} products", run)])
+            tool = self.cheapest([Tool("lanczos, given a budget", f"{num} products", run)])
             if tool is None:
                 break
             best = tool
