@@ -59,9 +59,10 @@ class Eigenspace(NamedTuple):
 class Tracker(abc.ABC):
     """How a dominant eigenspace is followed: the interface of all trackers.
 
-    A tracker is a frozen dataclass; all that changes is in the :class:`Eigenspace`.  Its
-    ``refresh_every`` is the number of steps between refreshes, ``needs_objective`` says whether a
-    refresh looks at the objective.
+    A tracker is a frozen dataclass; all that changes is in the :class:`Eigenspace`.
+
+    Attributes:
+      refresh_every: steps between refreshes.
     """
 
     refresh_every: int
