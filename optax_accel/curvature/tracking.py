@@ -150,8 +150,7 @@ class _BasisTracker(Tracker):
         like = self._like(params)
         if not num:
             return jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), like)
-        keys = jax.random.split(jax.random.key(self.seed), num)
-        return blocks.orthonormalize(jax.vmap(lambda key: blocks.random(key, like))(keys))
+        return blocks.random_basis(jax.random.key(self.seed), like, num)
 
     def _new_space(self, params: PyTree, basis: PyTree, k: int, memory: Any) -> Eigenspace:
         return Eigenspace(
