@@ -13,6 +13,7 @@ from flax import nnx
 
 import optax_accel as oa
 from experiments import engine
+from tests.helpers import tree_equal
 
 
 class Mlp(nnx.Module):
@@ -255,6 +256,66 @@ def test_replicas_average_to_the_global_batch(mlp, norm_dropout, batch):
     for i in range(4):
         np.testing.assert_allclose(replicas.rest["norm"]["mean"][i], 0.1 * x.mean(0), rtol=1e-5)
         np.testing.assert_allclose(replicas.rest["norm"]["var"][i], var, rtol=1e-5)
+
+
+def test_workers_keep_states_of_their_own(mlp, batch):
+    x, y = batch
+    parts = x.reshape(4, 3, 4), y.reshape(4, 3)
+    tx = extra(optax.sgd(0.1))
+    graphdef, *variables = mlp
+    state = engine.init_state(tx, *variables)
+
+    def own(x, y):
+        return engine.train_step(tx, graphdef, state, x, y, axis_name="w", per_worker=True)
+
+    workers, metrics = jax.jit(jax.vmap(own, axis_name="w"))(*parts)
+    alone = [engine.train_step(tx, graphdef, state, *part) for part in zip(*parts, strict=True)]
+    for i, (expected, _) in enumerate(alone):
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6),
+            workers.params,
+            expected.params,
+        )
+    losses = [float(m["loss"]) for _, m in alone]
+    np.testing.assert_allclose(metrics["loss"], np.full(4, np.mean(losses)), rtol=1e-6)
+    assert metrics["finite"].all()
+    # What is wrong at one worker, all workers learn of.
+    _, metrics = jax.vmap(own, axis_name="w")(parts[0].at[2, 1, 0].set(jnp.nan), parts[1])
+    assert not metrics["finite"].any()
+
+
+@pytest.mark.parametrize("wrong", [jnp.nan, jnp.inf])
+def test_step_that_is_not_finite_is_told_and_can_be_skipped(norm_dropout, batch, wrong):
+    graphdef, params, rest = norm_dropout
+    x, y = batch
+    tx = extra(optax.adam(0.1))
+
+    def make_step(skip):
+        return jax.jit(lambda s, x: engine.train_step(tx, graphdef, s, x, y, skip_non_finite=skip))
+
+    step, skipping = make_step(False), make_step(True)
+    good, metrics = skipping(engine.init_state(tx, params, rest), x)
+    assert metrics["finite"]
+    broken, metrics = step(good, x.at[0, 0].set(wrong))
+    assert not metrics["finite"]
+    assert not np.isfinite(broken.params["head"]["kernel"]).all()
+    skipped, metrics = skipping(good, x.at[0, 0].set(wrong))
+    assert not metrics["finite"]
+    assert int(skipped.step) == 2
+    tree_equal(skipped[1:], good[1:])
+    # It goes on from there.
+    assert skipping(skipped, x)[1]["finite"]
+
+
+def test_moment_that_overflows_is_told(mlp, batch):
+    graphdef, params, rest = mlp
+    x, y = batch
+    # Finite gradients of 1e30, whose squares are not: Adam would never move again.
+    tx = extra(optax.chain(optax.scale(1e30), optax.adam(0.1)))
+    state, metrics = engine.train_step(tx, graphdef, engine.init_state(tx, params, rest), x, y)
+    assert np.isfinite(metrics["loss"])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    assert not metrics["finite"]
 
 
 def test_objective_has_the_methods_of_the_library(mlp, batch):
