@@ -30,6 +30,9 @@ from optax_accel.extrapolation import extra_adam, extrap_sgd
 from optax_accel.hyperparams import WithSchedulesState, with_schedules
 from optax_accel.hyperparams import inject_hyperparams, static_arguments
 
+# States spread over devices
+from optax_accel.sharding import state_shardings
+
 __all__ = [
     "BlockTracker",
     "ExactTracker",
@@ -62,6 +65,7 @@ __all__ = [
     "sample_gradients",
     "scale_by_demon",
     "scale_by_demon_adam",
+    "state_shardings",
     "static_arguments",
     "stoch_grad_adam",
     "with_schedules",

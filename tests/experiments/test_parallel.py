@@ -165,5 +165,5 @@ def test_batch_that_does_not_split_is_refused():
 
 
 def test_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match="'tpu'; valid modes are jit, pmap, shard_map"):
+    with pytest.raises(ValueError, match="'tpu'; valid modes are jit, fsdp, pmap, shard_map"):
         Parallel("tpu", jax.devices(), lambda *args, **kwargs: None)

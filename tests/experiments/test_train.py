@@ -298,7 +298,7 @@ def test_statistics_of_the_optimizer(method, names):
         ("--model transformer", "'transformer' reads token ids and needs vocabulary_size"),
         ("--loss foo", "unknown loss 'foo'; valid: cross_entropy, mse"),
         ("--method foo", "unknown method 'foo'; valid methods are sgd, "),
-        ("--parallel foo", "unknown parallel mode 'foo'; valid: jit, pmap, shard_map"),
+        ("--parallel foo", "unknown parallel mode 'foo'; valid: jit, fsdp, pmap, shard_map"),
         ("--learning-rate 0", "--learning-rate must be positive and finite, got 0.0"),
         ("--learning-rate nan", "--learning-rate must be positive and finite, got nan"),
         ("--steps 0", "--steps must be at least 1, got 0"),

@@ -1,0 +1,97 @@
+"""Where the state of an optimizer lies when the parameters are spread over devices.
+
+An optimizer's state holds arrays that are shaped like the parameters (momentum, Adam's moments, an
+accumulated gradient), several such copies stacked along a leading axis (the basis of a tracked
+eigenspace, a history of gradients) and small ones (counters, eigenvalues, random keys).  Sharding
+the first two like the parameters is what fully sharded training (FSDP; ZeRO, stage 3: Rajbhandari
+et al., `ZeRO <https://arxiv.org/abs/1910.02054>`_, 2020, section 5) asks of an optimizer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+PyTree = Any
+
+
+def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
+    """Shardings for ``tx.init(params)`` that follow those of the parameters.
+
+    A leaf of the state belongs to a parameter if its path in the state ends with the parameter's
+    path (the longest such path counts) and its shape ends with the parameter's shape.  It gets the
+    parameter's sharding, with unsharded axes for those in front: ``P(None, *spec)`` for a block of
+    ``k`` copies.  All other leaves are replicated over the parameters' mesh.
+
+    Nothing is computed: the structure comes from ``jax.eval_shape``.  Give the result to
+    ``jax.jit(tx.init, out_shardings=...)``, so that the state never exists on one device, and to
+    ``out_shardings`` of the training step, so that it stays where it is.
+
+    Args:
+      tx: any optimizer or transformation: chained, masked, partitioned, wrapped ...
+      params: the parameters: arrays, or ``jax.ShapeDtypeStruct`` objects, each with a
+        ``NamedSharding``, all on one mesh.
+
+    Returns:
+      A pytree like ``tx.init(params)`` with a ``NamedSharding`` for each array.
+
+    Raises:
+      ValueError: a parameter without ``NamedSharding``, or no parameter at all.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import optax_accel as oa
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> sharding = jax.NamedSharding(mesh, jax.P("data", None))
+      >>> params = {"w": jax.device_put(jnp.ones((8, 3)), sharding)}
+      >>> tx = oa.bulk_sgd(0.1, num_directions=2)
+      >>> shardings = oa.state_shardings(tx, params)
+      >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
+      >>> basis = optax.tree.get(state, "basis")["w"]
+      >>> basis.shape, basis.sharding.spec == jax.P(None, "data", None)
+      ((2, 8, 3), True)
+    """
+    return shardings_like(jax.eval_shape(tx.init, params), params)
+
+
+def shardings_like(tree: PyTree, params: PyTree) -> PyTree:
+    """Shardings for any pytree of arrays or shapes by the rule of :func:`state_shardings`.
+
+    Args:
+      tree: arrays or shapes, e.g. a whole training state.
+      params: as for :func:`state_shardings`.
+
+    Returns:
+      A pytree like ``tree`` with a ``NamedSharding`` for each leaf.
+
+    Raises:
+      ValueError: as :func:`state_shardings`.
+    """
+    by_path: dict[tuple[Any, ...], tuple[tuple[int, ...], jax.NamedSharding]] = {}
+    replicated: jax.NamedSharding | None = None
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        sharding = getattr(leaf, "sharding", None)
+        if not isinstance(sharding, jax.NamedSharding):
+            raise ValueError(
+                f"the parameter {jax.tree_util.keystr(path) or '(root)'} has no NamedSharding but "
+                f"{sharding}; place it with jax.device_put(params, jax.NamedSharding(mesh, spec))"
+            )
+        by_path[path] = (leaf.shape, sharding)
+        replicated = jax.NamedSharding(sharding.mesh, jax.P())
+    if replicated is None:
+        raise ValueError("there are no parameters, so there is no mesh to place a state on")
+
+    def place(path: tuple[Any, ...], leaf: Any) -> jax.NamedSharding | None:
+        found = next((path[i:] for i in range(len(path) + 1) if path[i:] in by_path), None)
+        if found is None:
+            return replicated
+        shape, sharding = by_path[found]
+        extra = len(leaf.shape) - len(shape)
+        if extra < 0 or leaf.shape[extra:] != shape:
+            return replicated
+        spec = jax.P(*[None] * extra, *sharding.spec)
+        return jax.NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
