@@ -25,8 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
 import models
@@ -125,6 +123,17 @@ def _quartiles(values: Sequence[float]) -> list[float]:
     return [float(value) for value in np.quantile(values, [0.25, 0.5, 0.75])]
 
 
+def machine() -> dict[str, Any]:
+    """What a timing depends on besides the program."""
+    return {
+        "jax": jax.__version__,
+        "optax": optax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count() or 1,
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else 0.0,
+    }
+
+
 # The two questions ----------------------------------------------------------------------------
 
 
@@ -220,17 +229,7 @@ def _short(value: float) -> str:
 
 def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     """Medians, with quartiles in brackets; each base is followed by its methods."""
-    view = Table(
-        title=title,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
-    view.add_column("method", no_wrap=True)
-    for name in ("milliseconds", "ratio to base", "target"):
-        view.add_column(name, justify="right", no_wrap=True)
+    view = cli.table(["method", "milliseconds", "ratio to base", "target"], title)
     for row in rows:
         low, median, high = row["milliseconds"]
         time = f"{_short(median)} ({_short(low)}–{_short(high)})"
@@ -263,19 +262,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not groups:
         print("error: --methods names only base methods; add one to compare", file=sys.stderr)
         return 2
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=100)
+    console = cli.console(100)
     side = max(1, math.isqrt(options.parameters // 10))
-    machine: dict[str, Any] = {
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count() or 1,
-        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else 0.0,
-    }
-    console.print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    if machine["load"] > 0.5 * machine["cores"]:
+    computer = machine()
+    console.print(", ".join(f"{key} {value}" for key, value in computer.items()))
+    if computer["load"] > 0.5 * computer["cores"]:
         console.print(
             "other programs keep the machine busy: mind the quartiles, or come back later"
         )
@@ -286,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         "step": (f"training step, MLP on 28 x 28 images, batch {BATCH_SIZE}", step_cases),
     }
-    results: dict[str, Any] = {"machine": machine, "repeats": options.repeats}
+    results: dict[str, Any] = {"machine": computer, "repeats": options.repeats}
     for key, (title, make) in questions.items():
         results[key] = [
             row

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 T = TypeVar("T")
 
@@ -74,6 +77,40 @@ def _first_paragraph(box: str) -> str:
     return " ".join(
         itertools.takewhile(lambda line: not is_gap(line), itertools.dropwhile(is_gap, text))
     )
+
+
+def console(width: int) -> Console:
+    """Where a command prints: the terminal, or that many columns in a file or a pipe."""
+    terminal = Console(highlight=False)
+    return terminal if terminal.is_terminal else Console(highlight=False, width=width)
+
+
+def table(
+    columns: Sequence[str], title: str | None = None, *, left: int = 1, wrap: bool = False
+) -> Table:
+    """A table without rows, as all commands print it.
+
+    Args:
+      columns: names.
+      title: above it.
+      left: number of columns, the first ones, that are aligned left: the others hold numbers.
+      wrap: whether a cell for which there is no room is wrapped; else it is cut.
+
+    Returns:
+      The table, to be filled by its `add_row`.
+    """
+    view = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
+    for i, column in enumerate(columns):
+        justify: Any = "left" if i < left else "right"
+        view.add_column(column, justify=justify, vertical="bottom", no_wrap=not wrap)
+    return view
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -408,9 +408,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    console = Console(highlight=False)
-    if not console.is_terminal:  # a file or a pipe has no width of its own
-        console = Console(highlight=False, width=100)
+    console = cli.console(100)
     console.print(
         f"{plan.task.name}, {plan.model}: {report.plural(len(plan.methods), 'method')} x "
         f"{len(plan.methods[0].learning_rates)} learning rates x "

@@ -19,10 +19,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from rich import box
 from rich.table import Table
 
-from experiments import methods
+from experiments import cli, methods
 
 Results = dict[str, Any]
 Row = dict[str, Any]
@@ -132,16 +131,8 @@ def best(rows: Sequence[Row]) -> float:
 def table(results: Results) -> Table:
     """The table for a terminal; the highest test accuracy is bold."""
     config, rows = results["config"], results["rows"]
-    view = Table(
-        title=f"{config['task']}, {config['model']}, {config['steps']} steps",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
-    for i, (_, name) in enumerate(headers(config)):
-        view.add_column(name, justify="right" if i else "left", vertical="bottom", no_wrap=True)
+    title = f"{config['task']}, {config['model']}, {config['steps']} steps"
+    view = cli.table([name for _, name in headers(config)], title)
     for row in rows:
         bold = "bold" if row["test_accuracy"] == best(rows) else None
         view.add_row(*cells(row, config), style=bold)

@@ -29,7 +29,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -611,11 +610,8 @@ def _quartiles(values: Sequence[float]) -> list[float]:
 
 def table(rows: Sequence[dict[str, Any]], product_milliseconds: float) -> Table:
     """Medians, with quartiles in brackets."""
-    view = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    view.add_column("solver")
-    view.add_column("setting")
-    for name in ("products", "milliseconds", "outside products", "to lanczos", "error", "compile"):
-        view.add_column(name, justify="right")
+    columns = ["solver", "setting", "products", "milliseconds", "outside products", "to lanczos"]
+    view = cli.table([*columns, "error", "compile"], left=2, wrap=True)
     for row in rows:
         if "milliseconds" not in row:
             view.add_row(row["name"], row["note"])
@@ -711,9 +707,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, "python -m experiments.solvers")
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=120)
+    console = cli.console(120)
     try:
         results = run(options, console)
     except (cli.UsageError, data.DataError) as error:

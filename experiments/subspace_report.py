@@ -24,7 +24,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
-from rich import box
 from rich.table import Table
 
 from experiments import cli
@@ -464,16 +463,7 @@ def number(verdict: dict[str, Any]) -> str:
 
 def table(verdicts: Sequence[dict[str, Any]]) -> Table:
     """The claims for a terminal; the criteria are in the report."""
-    view = Table(
-        title="Claims of the papers",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
-    for name in ("claim", "here", "number", "paper"):
-        view.add_column(name, no_wrap=True)
+    view = cli.table(["claim", "here", "number", "paper"], "Claims of the papers", left=4)
     for verdict in verdicts:
         view.add_row(
             verdict["claim"],

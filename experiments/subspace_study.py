@@ -885,9 +885,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    console = Console(highlight=False)
-    if not console.is_terminal:  # a file or a pipe has no width of its own
-        console = Console(highlight=False, width=100)
+    console = cli.console(100)
     console.print(
         f"{plan.task.name}, {plan.task.default_model}, {plan.loss}, learning rate "
         f"{plan.learning_rate:g}, {report.plural(plan.scale.seeds, 'seed')} -> {folder}"

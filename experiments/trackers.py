@@ -27,7 +27,6 @@ import dataclasses
 import functools
 import io
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -40,7 +39,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.sparse.linalg
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -482,16 +480,7 @@ def checks(
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    view = Table(
-        title=title,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
-    for i, column in enumerate(columns):
-        view.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    view = cli.table(columns, title)
     for row in rows:
         view.add_row(*row)
     return view
@@ -595,16 +584,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (cli.UsageError, data.DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=180)
+    console = cli.console(180)
     problem = Problem(task, options)
-    machine: dict[str, Any] = {
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count() or 1,
-        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else 0.0,
-    }
+    machine = bench.machine()
     console.print(", ".join(f"{key} {value}" for key, value in machine.items()))
     console.print(
         f"{options.task}, {len(task.train):,} examples, {task.default_model} with "
