@@ -46,7 +46,7 @@ import os
 import pickle
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,12 @@ def load_task(name: str, *, data_dir: str | Path | None = None) -> Task:
 
 
 def index_batches(
-    n: int, *, batch_size: int, seed: int, num_epochs: int | None = None
+    n: int,
+    *,
+    batch_size: int,
+    seed: int,
+    num_epochs: int | None = None,
+    shard: grain.sharding.ShardOptions | None = None,
 ) -> grain.DatasetIterator[np.ndarray]:
     """Random batches of indices, for data that already lie on the device.
 
@@ -189,17 +194,28 @@ def index_batches(
         batch_size: Examples per batch, at most `n`.
         seed: Decides the order; any two seeds give unrelated ones.
         num_epochs: Number of passes; `None` never ends.
+        shard: Gives one process its part of each batch, see `batches`; default: whole batches.
 
     Returns:
-        A checkpointable iterator of int32 arrays of shape (batch_size,).
+        A checkpointable iterator of int32 arrays of shape (batch_size,), or of one shard's part.
     """
-    return iter(_index_dataset(n, batch_size, seed, num_epochs))
+    return iter(_index_dataset(n, batch_size, seed, num_epochs, shard))
 
 
 def batches(
-    split: Split, *, batch_size: int, seed: int, num_epochs: int | None = None
+    split: Split,
+    *,
+    batch_size: int,
+    seed: int,
+    num_epochs: int | None = None,
+    shard: grain.sharding.ShardOptions | None = None,
 ) -> grain.IterDataset[dict[str, np.ndarray]]:
     """Random batches of examples, in the order that `index_batches` gives.
+
+    Several processes share the work: with `shard=grain.sharding.ShardByJaxProcess()` process i of
+    n reads the i-th of n equal parts of each batch. The parts, one after the other, are the batch
+    of a single process, and the position counts whole batches: saved by n processes, it serves any
+    other number.
 
     Example:
         >>> iterator = iter(batches(load_task("digits").train, batch_size=32, seed=0))
@@ -209,19 +225,20 @@ def batches(
 
     Args:
         split: The examples.
-        batch_size: Examples per batch, at most the number of examples.
+        batch_size: Examples per batch, over all processes; at most the number of examples.
         seed: Decides the order; any two seeds give unrelated ones.
         num_epochs: Number of passes; `None` never ends.
+        shard: The part of each batch to read; default: all of it.
 
     Returns:
         A Grain data set of `{"x", "y"}`; its iterators are checkpointable.
     """
-    indices = _index_dataset(len(split), batch_size, seed, num_epochs)
+    indices = _index_dataset(len(split), batch_size, seed, num_epochs, shard)
     return indices.map(lambda index: {"x": split.x[index], "y": split.y[index]})
 
 
 def prefetch_to_device(
-    iterator: Iterator[Any], sharding: jax.sharding.Sharding | None = None, size: int = 2
+    iterator: Iterator[Any], put: Callable[[Any], Any] = jax.device_put, size: int = 2
 ) -> DevicePrefetcher:
     """Moves batches to the device ahead of their use, so that transfer and computation overlap.
 
@@ -233,7 +250,8 @@ def prefetch_to_device(
 
     Args:
         iterator: Gives pytrees of arrays; a Grain iterator where the position is to be saved.
-        sharding: Where the batches go; default: the default device.
+        put: Places a batch, e.g. `Parallel.put_batch`, which makes global arrays of what each
+            process has; default: on the default device.
         size: Number of batches under way.
 
     Returns:
@@ -242,15 +260,15 @@ def prefetch_to_device(
     """
     if size < 1:
         raise ValueError(f"size must be at least 1, got {size}")
-    return DevicePrefetcher(iterator, sharding, size)
+    return DevicePrefetcher(iterator, put, size)
 
 
 class DevicePrefetcher(Iterator[Any]):
     """What `prefetch_to_device` returns."""
 
-    def __init__(self, iterator: Any, sharding: jax.sharding.Sharding | None, size: int):
+    def __init__(self, iterator: Any, put: Callable[[Any], Any], size: int):
         self._iterator = iterator
-        self._sharding = sharding
+        self._put = put
         self._size = size
         # Batches on their way, each with the position of the iterator behind it.
         self._queue: collections.deque[tuple[Any, Any]] = collections.deque()
@@ -262,7 +280,7 @@ class DevicePrefetcher(Iterator[Any]):
                 batch = next(self._iterator)
             except StopIteration:
                 break
-            self._queue.append((jax.device_put(batch, self._sharding), self._position()))
+            self._queue.append((self._put(batch), self._position()))
         if not self._queue:
             raise StopIteration
         batch, self._state = self._queue.popleft()
@@ -283,11 +301,22 @@ class DevicePrefetcher(Iterator[Any]):
 
 
 def _index_dataset(
-    n: int, batch_size: int, seed: int, num_epochs: int | None
+    n: int,
+    batch_size: int,
+    seed: int,
+    num_epochs: int | None,
+    shard: grain.sharding.ShardOptions | None,
 ) -> grain.IterDataset[np.ndarray]:
     if not 1 <= batch_size <= n:
         raise ValueError(f"batch_size must be between 1 and the {n} examples, got {batch_size}")
-    per_epoch = n // batch_size
+    shard = shard or grain.sharding.NoSharding()
+    size, rest = divmod(batch_size, shard.shard_count)
+    if rest:
+        raise ValueError(
+            f"batch_size {batch_size} does not split evenly over {shard.shard_count} processes; "
+            f"use a multiple of {shard.shard_count}"
+        )
+    parts = n // batch_size * shard.shard_count  # of an epoch's batches
 
     # Grain's own `shuffle` and `batch` cost 13 microseconds per example on one core, more than a
     # small model's training step, and start epoch e of seed s + 1 in the order of epoch e + 1 of
@@ -296,14 +325,14 @@ def _index_dataset(
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, epoch)).permutation(n).astype(np.int32)
 
-    def batch(index: int, _: int) -> np.ndarray:
-        epoch, position = divmod(index, per_epoch)
-        return order(epoch)[position * batch_size : (position + 1) * batch_size]
+    def part(index: int, _: int) -> np.ndarray:
+        epoch, position = divmod(index, parts)
+        return order(epoch)[position * size : (position + 1) * size]
 
     # Read in the calling thread: a batch is ready sooner than a thread hands it over.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    dataset = grain.MapDataset.range(per_epoch).repeat(num_epochs).map_with_index(batch)
-    return dataset.to_iter_dataset(options)
+    dataset = grain.MapDataset.range(parts).repeat(num_epochs).map_with_index(part)
+    return dataset[shard.shard_index :: shard.shard_count].to_iter_dataset(options)
 
 
 def _digits() -> Task:

@@ -4,41 +4,36 @@
     python -m experiments.train --task digits --method demon_sgd --resume
 
 A run is decided by its options alone: the same ones give the same numbers, and a run that was
-interrupted or killed ends, after `--resume`, bit by bit where it would have ended. Its folder,
-`runs/<name>/`, holds
+interrupted or killed ends, after `--resume`, bit by bit where it would have ended (on another
+number of devices: up to rounding). Its folder, `runs/<name>/`, holds what `experiments.run_folder`
+lists, and
 
-    config.json             the options, what they came to, and the versions used
-    metrics.jsonl, .csv     one line per step: loss, statistics of the method, validation
-    tensorboard/            the same as event files
     checkpoints/            the latest checkpoints
     result.json             loss and accuracy on the test split, at the end
+
+SIGTERM, with which clusters announce that they take a machine back, saves a checkpoint and ends the
+run with exit code 0; Ctrl-C does the same with exit code 130. Of several processes (see
+`experiments.cluster`) all compute and the first one writes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import functools
-import io
-import json
 import math
-import platform
 import shlex
-import shutil
 import signal
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorboardX
 import tyro
 from flax import nnx
 from rich.console import Console
@@ -52,19 +47,22 @@ from rich.progress import (
 )
 
 import models
-from experiments import cli, data, engine, methods, parallel
+from experiments import cli, cluster, data, engine, methods, parallel, run_folder
 from experiments.checkpoints import CheckpointError, Checkpoints
 from experiments.cli import UsageError
+from experiments.run_folder import MetricFiles, Row, number
 
 PROG = "python -m experiments.train"
 DEFAULT_EPOCHS = 10
 # Examples per forward pass of an evaluation: keeps its activations small.
 EVALUATION_BATCH = 1000
-# Options that say where and how a run is kept, not what it computes.
-NOT_COMPARED = ("data_dir", "checkpoint_every", "keep", "runs_dir", "name", "resume")
+NON_FINITE = ("raise", "skip", "rollback")
+# So many steps skipped in a row, or so many rollbacks without a new checkpoint, end the run: what
+# is wrong is then not a batch.
+MAX_SKIPPED = 10
+MAX_ROLLBACKS = 3
 
 PyTree = Any
-Row = dict[str, float | int | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +92,15 @@ class Options:
     seed: int = 0
     """Decides initial weights, batches and the method's own randomness."""
     parallel: str = "jit"
-    """How devices are used: jit (global view), pmap or shard_map."""
+    """How devices are used: jit (global view), fsdp (the same, with parameters and optimizer state
+    spread over the devices), pmap or shard_map."""
     devices: int | None = None
-    """Devices to use; default: all. On a CPU, so many virtual ones are made."""
+    """Devices to use, of all processes; default: all. On a CPU, so many virtual ones are made."""
+    workers: int | None = None
+    """Workers of a method whose workers keep parameters of their own; default: one per device."""
+    non_finite: str = "raise"
+    """When loss, parameters or moments are not finite: raise (end the run), skip (leave the step
+    out) or rollback (to the latest checkpoint, going on behind the batch that did it)."""
     eval_every: int | None = None
     """Steps between validations; default: one epoch."""
     checkpoint_every: int | None = None
@@ -109,6 +113,15 @@ class Options:
     """Where the run's folder is made."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Continue the run in that folder; options that are not given are taken from it."""
+    distributed: tyro.conf.FlagCreatePairsOff[bool] = False
+    """One of several processes, which find each other by what SLURM, Open MPI, Kubernetes or a
+    Cloud TPU tells them."""
+    coordinator: str | None = None
+    """The same, where nothing tells them: HOST:PORT of process 0."""
+    processes: int | None = None
+    """Number of processes, with --coordinator."""
+    process_id: int | None = None
+    """Number of this process, from 0, with --coordinator."""
 
     @property
     def folder(self) -> Path:
@@ -131,6 +144,8 @@ class Plan:
     seed: int
     parallel: str
     devices: Sequence[jax.Device]
+    workers: int | None
+    non_finite: str
     eval_every: int
     checkpoint_every: int
     keep: int
@@ -150,10 +165,17 @@ class Plan:
             "batch_size": self.batch_size,
             "curvature_batch_size": self.curvature_batch_size,
             "seed": self.seed,
+            "workers": self.workers,
+            "eval_every": self.eval_every,
+        }
+
+    def machine(self) -> dict[str, Any]:
+        """All that decides the numbers up to rounding only."""
+        return {
             "parallel": self.parallel,
             "devices": len(self.devices),
+            "processes": jax.process_count(),
             "platform": self.devices[0].platform,
-            "eval_every": self.eval_every,
         }
 
 
@@ -170,6 +192,7 @@ def resolve(options: Options) -> Plan:
     cli.check_known("model", options.model, models.list())
     cli.check_known("loss", options.loss, tuple(engine.LOSSES))
     cli.check_known("parallel mode", options.parallel, parallel.MODES)
+    cli.check_known("--non-finite policy", options.non_finite, NON_FINITE)
     (method,) = methods.get_methods([options.method])
     if options.epochs is not None and options.steps is not None:
         raise UsageError("--epochs and --steps exclude each other; give one")
@@ -179,6 +202,7 @@ def resolve(options: Options) -> Plan:
         "batch_size",
         "curvature_batch_size",
         "devices",
+        "workers",
         "eval_every",
         "checkpoint_every",
         "keep",
@@ -198,8 +222,14 @@ def resolve(options: Options) -> Plan:
         raise UsageError(
             f"--curvature-batch-size: method {method.name} uses no curvature; leave it out"
         )
+    if options.workers is not None and not method.per_worker:
+        raise UsageError(
+            f"--workers: with method {method.name} all devices keep the same parameters; leave it "
+            "out"
+        )
 
     devices = find_devices(options.devices)
+    workers = (options.workers or len(devices)) if method.per_worker else None
     task = data.load_task(options.task, data_dir=options.data_dir)
     examples = len(task.train)
     curvature = options.curvature_batch_size
@@ -216,6 +246,8 @@ def resolve(options: Options) -> Plan:
             )
         if size is not None:
             parallel.check_divisible(size, len(devices), option)
+    if workers is not None:
+        parallel.check_divisible(options.batch_size, workers, "--batch-size", "workers")
 
     per_epoch = examples // options.batch_size
     steps = options.steps or per_epoch * (options.epochs or DEFAULT_EPOCHS)
@@ -232,6 +264,8 @@ def resolve(options: Options) -> Plan:
         seed=options.seed,
         parallel=options.parallel,
         devices=devices,
+        workers=workers,
+        non_finite=options.non_finite,
         eval_every=eval_every,
         checkpoint_every=options.checkpoint_every or eval_every,
         keep=options.keep,
@@ -240,90 +274,107 @@ def resolve(options: Options) -> Plan:
 
 
 def find_devices(number: int | None) -> list[jax.Device]:
-    """The devices to run on; makes virtual ones on a CPU.
+    """The devices to run on, those of all processes.
 
     Raises:
       UsageError: there are not so many.
     """
-    if number is not None:
-        # Only possible before JAX starts its backends; afterwards what is there has to do.
-        with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", number)
     devices = jax.devices()
     if number is not None and number > len(devices):
         raise UsageError(
             f"--devices {number}: there are only {len(devices)} of kind {devices[0].platform}; "
             "set JAX_PLATFORMS=cpu to use virtual ones"
         )
+    if number is not None and number < len(devices) and jax.process_count() > 1:
+        raise UsageError(
+            f"--devices {number}: the {jax.process_count()} processes have {len(devices)} and use "
+            "all of them; leave it out"
+        )
     return devices[:number]
 
 
-def read_options(argv: Sequence[str] | None) -> Options:
+def read_folder(given: Options, stack: contextlib.ExitStack) -> dict[str, Any] | None:
+    """The record of the run to resume, whose folder is locked from then on; None for a new run.
+
+    Raises:
+      UsageError: there is no run to resume, one that would be overwritten, or one under way.
+    """
+    folder = given.folder
+    if given.resume:
+        record = run_folder.read_config(folder)
+        stack.callback(run_folder.lock(folder).release)
+        return record
+    if (folder / run_folder.CONFIG).exists():
+        run_folder.lock(folder).release()  # says so if it is under way
+        raise UsageError(
+            f"{folder} holds a run; add --resume to continue it, or give another --name"
+        )
+    if folder.exists() and (
+        not folder.is_dir() or {*folder.iterdir()} - {folder / run_folder.LOCK}
+    ):
+        raise UsageError(f"{folder} exists and holds no run; give another --name")
+    return None
+
+
+def read_options(argv: Sequence[str] | None, given: Options, record: Any) -> Options:
     """The options given, over those of the run to resume.
 
     Raises:
-      UsageError: there is no run to resume, or one that would be overwritten.
+      UsageError: the record is not one of these options.
     """
-    options = cli.parse(Options(), argv, PROG)
-    path = options.folder / "config.json"
-    if not options.resume:
-        if path.exists():
-            raise UsageError(
-                f"{options.folder} holds a run; add --resume to continue it, or give another --name"
-            )
-        if options.folder.exists() and (
-            not options.folder.is_dir() or any(options.folder.iterdir())
-        ):
-            raise UsageError(f"{options.folder} exists and holds no run; give another --name")
-        return options
-    if not path.exists():
-        raise UsageError(
-            f"nothing to resume: there is no {path}; leave out --resume to start a run"
-        )
+    if record is None:
+        return given
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))["options"]
-        for name in ("data_dir", "runs_dir"):
-            saved[name] = None if saved[name] is None else Path(saved[name])
-        default = dataclasses.replace(
-            Options(**saved), name=options.name, runs_dir=options.runs_dir
-        )
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{path} is not the config.json of a run; give another --name") from None
-    return cli.parse(default, argv, PROG)
+        saved = Options(**record["options"])
+        paths = {
+            name: None if getattr(saved, name) is None else Path(getattr(saved, name))
+            for name in ("data_dir", "runs_dir")
+        }
+    except TypeError:
+        raise UsageError(
+            f"{given.folder / run_folder.CONFIG} is of a run of another version; give another --name"
+        ) from None
+    return cli.parse(
+        dataclasses.replace(saved, **paths | {"name": given.name, "runs_dir": given.runs_dir}),
+        argv,
+        PROG,
+    )
 
 
-def open_folder(options: Options, config: dict[str, Any]) -> None:
-    """Makes the run's folder, or checks that the one to resume is of the same run.
+def open_folder(
+    options: Options, plan: Plan, record: dict[str, Any] | None, stack: contextlib.ExitStack
+) -> list[str]:
+    """Makes and locks the folder of a new run, or checks that the one to resume is of this run.
+
+    Returns:
+      What to tell the person at the keyboard, e.g. that the run began on other devices.
 
     Raises:
       UsageError: it is of another run; the message names the first difference.
     """
-    path = options.folder / "config.json"
-    if options.resume:
-        saved = json.loads(path.read_text(encoding="utf-8")).get("run", {})
-        for key in dict.fromkeys([*config, *saved]):
-            if saved.get(key) != config.get(key):
-                raise UsageError(
-                    f"{options.folder} is a run with {key} {saved.get(key)}, now "
-                    f"{config.get(key)}; resume it with the options it was started with, or give "
-                    "another --name"
-                )
-        return
-    try:
-        options.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make the folder {options.folder}: {error.strerror}") from None
-    record = {"options": dataclasses.asdict(options), "run": config, "versions": versions()}
-    record["options"] |= {"runs_dir": str(options.runs_dir), "resume": False}
-    if options.data_dir is not None:
-        record["options"]["data_dir"] = str(options.data_dir)
-    cli.write_atomic(path, cli.to_json(record))
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers."""
-    names = ("jax", "jaxlib", "optax", "flax", "grain", "numpy")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+    folder, machine = plan.folder, plan.machine()
+    if record is None:
+        stack.callback(run_folder.lock(folder).release)
+        if (folder / run_folder.CONFIG).exists():  # another process was faster
+            raise UsageError(
+                f"{folder} holds a run; add --resume to continue it, or give another --name"
+            )
+        kept = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in dataclasses.asdict(options).items()
+            if name not in ("resume", "distributed", "coordinator", "processes", "process_id")
+        }
+        run_folder.write_config(folder, kept, plan.config(), machine)
+        return []
+    run_folder.check_same(folder, record["run"], plan.config())
+    now = {**machine, **run_folder.versions()}
+    before = {**record["machine"], **record["versions"]}
+    changes = [
+        f"{name} {before.get(name)}, now {now[name]}"
+        for name in now
+        if before.get(name) != now[name]
+    ]
+    return [f"the run began with {'; '.join(changes)}: equal up to rounding"] if changes else []
 
 
 # Metrics ----------------------------------------------------------------------------------------
@@ -332,8 +383,8 @@ def versions() -> dict[str, str]:
 def statistics(opt_state: PyTree) -> dict[str, jax.Array]:
     """What the optimizer's state tells about the run, as scalars: what there is of it."""
     found: dict[str, Any] = {
-        "momentum": engine.find_in_state(opt_state, "momentum"),
-        "alignment": engine.find_in_state(opt_state, "alignment"),
+        name: engine.find_in_state(opt_state, name)
+        for name in ("momentum", "alignment", "consensus_distance")
     }
     eigenvalues = engine.find_in_state(opt_state, "eigenvalues")
     if eigenvalues is not None:
@@ -341,109 +392,11 @@ def statistics(opt_state: PyTree) -> dict[str, jax.Array]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-class MetricFiles:
-    """The metrics of a run as JSONL, CSV and TensorBoard event files, one row per step.
-
-    Args:
-      folder: the run's folder.
-      columns: names of all numbers that a row can hold.
-      step: rows up to this step are kept, later ones (of a run that was killed after its last
-        checkpoint) are dropped.
-
-    Raises:
-      UsageError: the files hold fewer rows than that.
-    """
-
-    def __init__(self, folder: Path, columns: Sequence[str], step: int):
-        self.columns = columns
-        jsonl, table = folder / "metrics.jsonl", folder / "metrics.csv"
-        header = ",".join(columns) + "\n"
-        lines = self._first_lines(jsonl, step, None)
-        try:
-            rows: list[Row] = [json.loads(line) for line in lines]
-        except ValueError:
-            raise UsageError(f"{jsonl} is damaged; give another --name to start again") from None
-        cli.write_atomic(table, header + "".join(self._first_lines(table, step, header)))
-        cli.write_atomic(jsonl, "".join(lines))
-        self.seconds = float(rows[-1]["seconds"] or 0) if rows else 0.0
-        self._jsonl = jsonl.open("a", encoding="utf-8")
-        self._csv = table.open("a", encoding="utf-8", newline="")
-        # A killed run may have lost events that its writer still held in a queue, so the event
-        # files are made anew from the rows.
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        self._events = tensorboardX.SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
-        for row in rows:
-            self._add_events(row)
-
-    @staticmethod
-    def _first_lines(path: Path, number: int, header: str | None) -> list[str]:
-        if number == 0:
-            return []
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        if header is not None:
-            lines = lines[1:] if lines[:1] == [header] else []
-        if len(lines) < number:
-            raise UsageError(
-                f"{path} holds {len(lines)} of the {number} steps of the checkpoint; "
-                "give another --name to start again"
-            )
-        return lines[:number]
-
-    def write(self, rows: Sequence[Row]) -> None:
-        """Adds rows and hands them to the operating system, so that a killed run leaves them."""
-        table = io.StringIO()
-        writer = csv.DictWriter(table, self.columns, restval="", lineterminator="\n")
-        for row in rows:
-            writer.writerow(row)
-            self._jsonl.write(json.dumps(row, allow_nan=False) + "\n")
-            self._add_events(row)
-        self._csv.write(table.getvalue())
-        self._jsonl.flush()
-        self._csv.flush()
-
-    def _add_events(self, row: Row) -> None:
-        for name, value in row.items():
-            if value is not None and name not in ("step", "epoch", "seconds"):
-                split, _, short = name.partition("_")
-                tag = f"validation/{short}" if split == "validation" else f"train/{name}"
-                self._events.add_scalar(tag, value, row["step"])
-
-    def close(self) -> None:
-        """Closes all files."""
-        self._jsonl.close()
-        self._csv.close()
-        self._events.close()
-
-
-def number(value: Any) -> float | None:
-    """A float for JSON: the digits that float32 carries, None for infinities and NaN."""
-    value = float(value)
-    return float(f"{value:.9g}") if math.isfinite(value) else None
-
-
 # The run ----------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], int | None]]:
-    """Turns the first Ctrl-C or SIGTERM into a question to ask between steps: which one was it?"""
-    received: int | None = None
-
-    def receive(signum: int, frame: Any) -> None:
-        nonlocal received
-        received = signum
-        signal.signal(signum, previous[signum])  # the second one acts at once
-
-    previous: dict[int, Any] = {
-        signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)
-    }
-    for signum in previous:
-        signal.signal(signum, receive)
-    try:
-        yield lambda: received
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+class NonFiniteError(Exception):
+    """The run met numbers that are not finite; the message is one line."""
 
 
 def evaluate(
@@ -452,43 +405,74 @@ def evaluate(
     state: engine.TrainState,
     split: data.Split,
 ) -> dict[str, float]:
-    """Mean loss and accuracy over a split, batch by batch."""
-    state = runner.get_state(state)
+    """Mean loss and accuracy over a split, batch by batch; of several workers, of their mean."""
+    state = runner.consensus(state)
     totals = {"loss": 0.0, "accuracy": 0.0}
     # Whole multiples of the devices.
     size = max(EVALUATION_BATCH // runner.mesh.size, 1) * runner.mesh.size
     for start in range(0, len(split), size):
-        x, y = split.x[start : start + size], split.y[start : start + size]
-        even = len(y) % runner.mesh.size == 0
-        x, y = jax.device_put((x, y), runner.sharded if even else runner.replicated)
+        rows = slice(start, start + size)
+        number = len(split.y[rows])
+        sharding = runner.replicated if number % runner.mesh.size else runner.sharded
+        x, y = (
+            jax.make_array_from_callback(part.shape, sharding, part.__getitem__)
+            for part in (split.x[rows], split.y[rows])
+        )
         for name, value in compiled(state.params, state.rest, x, y).items():
-            totals[name] += float(value) * len(y)
+            totals[name] += float(value) * number
     return {name: total / len(split) for name, total in totals.items()}
 
 
-def build(
-    plan: Plan,
-) -> tuple[nnx.GraphDef[Any], parallel.Parallel, engine.TrainState]:
-    """Model, compiled step and first state of a plan.
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What a plan compiles to.
+
+    Attributes:
+      runner: runs the step.
+      make_state: makes the state before the first step; pure.
+      evaluate: loss and accuracy of ``(params, rest, x, y)``.
+    """
+
+    runner: parallel.Parallel
+    make_state: Callable[[], engine.TrainState]
+    evaluate: Callable[..., dict[str, jax.Array]]
+
+
+def build(plan: Plan) -> Program:
+    """Model and step of a plan.
 
     Raises:
       ValueError: the model does not take the task's examples, or the method not the model.
     """
-    model = models.create(
-        plan.model,
-        input_shape=plan.task.input_shape,
-        num_classes=plan.task.num_classes,
-        vocabulary_size=plan.task.vocabulary_size,
-        rngs=plan.seed,
-    )
-    graphdef, params, rest = engine.split(model)
-    # No `axis_name`: an extrapolation is global, so that all parallel modes compute the same.
+    # With an `axis_name` an extrapolation is local; without, all parallel modes compute the same.
     tx = plan.method.build(
         plan.learning_rate,
         total_steps=plan.steps,
         num_classes=plan.task.num_classes,
         seed=plan.seed,
+        axis_name=None if plan.workers is None else parallel.AXIS,
+        num_workers=plan.workers or 1,
     )
+
+    def make_model() -> tuple[nnx.GraphDef[Any], PyTree, PyTree]:
+        return engine.split(
+            models.create(
+                plan.model,
+                input_shape=plan.task.input_shape,
+                num_classes=plan.task.num_classes,
+                vocabulary_size=plan.task.vocabulary_size,
+                rngs=plan.seed,
+            )
+        )
+
+    graphdef: Any = None
+
+    def make_state() -> engine.TrainState:
+        nonlocal graphdef
+        graphdef, params, rest = make_model()
+        return engine.init_state(tx, params, rest)
+
+    jax.eval_shape(make_state)  # for the graphdef, and for what is wrong with model and method
 
     def step(
         state: engine.TrainState,
@@ -508,27 +492,271 @@ def build(
             refresh=refresh,
             loss=plan.loss,
             axis_name=axis_name,
+            per_worker=plan.workers is not None,
+            skip_non_finite=plan.non_finite == "skip",
         )
-        return state, metrics | statistics(state.opt_state)
+        found = statistics(state.opt_state)
+        if plan.workers is not None:
+            found = jax.lax.pmean(found, axis_name)
+        return state, metrics | found
 
-    state = engine.init_state(tx, params, rest)
-    return graphdef, parallel.Parallel(plan.parallel, plan.devices, step), state
+    return Program(
+        parallel.Parallel(plan.parallel, plan.devices, step, workers=plan.workers),
+        make_state,
+        jax.jit(functools.partial(engine.evaluate, graphdef, loss=plan.loss)),
+    )
 
 
-def train(
-    plan: Plan,
-    graphdef: nnx.GraphDef[Any],
-    runner: parallel.Parallel,
-    state: engine.TrainState,
-    console: Console,
-) -> int | None:
+class Run:
+    """A plan under way in its folder, from the latest checkpoint there on; a context manager.
+
+    Args:
+      plan: what to run.
+      program: from `build`.
+      console: where progress is shown.
+
+    Raises:
+      UsageError, CheckpointError: what is in the folder does not fit; it is left as it is.
+    """
+
+    def __init__(self, plan: Plan, program: Program, console: Console):
+        self.plan, self.program, self.console = plan, program, console
+        self.runner = program.runner
+        # XLA runs the convolutions of the Lanczos loop many times slower on a CPU (jax#12868).
+        on_cpu = plan.devices[0].platform == "cpu"
+        self._cold_start = not (on_cpu and models.is_convolutional(plan.model))
+        self._target = self.runner.abstract_state(program.make_state)
+        self._columns = [
+            *("step", "epoch", "loss", *jax.eval_shape(statistics, self._target.opt_state)),
+            *("validation_loss", "validation_accuracy", "seconds"),
+        ]
+        self._files: MetricFiles | None = None  # only the main process has them
+        # Steps under way: a row to complete, their metrics, the position in the data behind them.
+        self._pending: list[tuple[Row, dict[str, jax.Array], Any]] = []
+        self._rows: list[Row] = []  # complete, not yet written
+        self._skipped = self._rollbacks = 0
+
+    def __enter__(self) -> Run:
+        with contextlib.ExitStack() as stack:
+            self._load_data()
+            self._checkpoints = stack.enter_context(
+                Checkpoints(
+                    self.plan.folder / "checkpoints", self.plan.keep, warn=self.console.print
+                )
+            )
+            position = self._restore()
+            if position is not None:
+                self._batches.set_state(position)
+            stack.callback(self._close_files)
+            self._progress = stack.enter_context(
+                Progress(
+                    TextColumn(f"{self.plan.method.name} on {self.plan.task.name}"),
+                    BarColumn(),
+                    MofNCompleteColumn(),
+                    TimeElapsedColumn(),
+                    TimeRemainingColumn(),
+                    TextColumn("{task.fields[metrics]}"),
+                    console=self.console,
+                )
+            )
+            self._bar = self._progress.add_task(
+                "", total=self.plan.steps, completed=self.done, metrics="compiling"
+            )
+            if self.done:
+                self.console.print(f"resuming at step {self.done}")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def _load_data(self) -> None:
+        plan, train = self.plan, self.plan.task.train
+        process = (jax.process_index(), jax.process_count())
+        dataset = data.batches(train, batch_size=plan.batch_size, seed=plan.seed, shard=process)
+        self._batches = data.prefetch_to_device(iter(dataset), self.runner.put_batch)
+        self._curvature = None
+        if plan.curvature_batch_size is not None:
+            # Fixed: redrawn at every refresh, its noise alone would move the subspace.
+            order = np.random.default_rng(plan.seed).permutation(len(train))
+            rows = np.split(order[: plan.curvature_batch_size], process[1])[process[0]]
+            self._curvature = self.runner.put_batch({"x": train.x[rows], "y": train.y[rows]})
+
+    def _restore(self) -> Any:
+        """Goes to the latest checkpoint, or to the start; returns the position in the data."""
+        if self._checkpoints.latest() is None:
+            self.done, position = 0, None
+            self.state = self.runner.init(self.program.make_state)
+        else:
+            self.done, state, position = self._checkpoints.restore(self._target)
+            self.state = self.runner.put_state(state)
+        cluster.from_main(self._open_files)
+        self._began = self._fetched = time.monotonic()
+        return position
+
+    def _open_files(self) -> None:
+        self._close_files()
+        self._files = MetricFiles(self.plan.folder, self._columns, self.done)
+
+    def _close_files(self) -> None:
+        if self._files is not None:
+            self._files.close()
+
+    def advance(self) -> None:
+        """Starts one step."""
+        refresh = self.plan.method.refresh(self.done, cold_start=self._cold_start)
+        batch = next(self._batches)
+        self.state, metrics = self.runner.step(
+            self.state, batch, self._curvature if refresh else None, refresh
+        )
+        self.done += 1
+        before = self._files.seconds if self._files else 0.0
+        row: Row = {
+            "step": self.done,
+            "epoch": round(self.done / (len(self.plan.task.train) // self.plan.batch_size), 4),
+            "seconds": round(before + time.monotonic() - self._began, 3),
+        }
+        self._pending.append((row, metrics, self._batches.get_state()))
+
+    def is_due(self, every: int) -> bool:
+        """Whether something is to be done behind this step; the last one is always due."""
+        return self.done % every == 0 or self.done == self.plan.steps
+
+    def wants_fetch(self) -> bool:
+        """Whether so many steps are under way, or so long, that they are to be waited for."""
+        # Several processes must do it at the same step: what they do then may need all of them.
+        late = jax.process_count() == 1 and time.monotonic() - self._fetched > 0.5
+        return late or len(self._pending) >= parallel.FETCH_EVERY
+
+    def fetch(self) -> bool:
+        """Waits for the steps under way.
+
+        Returns:
+          False if one of them made the run go back to an earlier step.
+
+        Raises:
+          NonFiniteError: one of them is not finite, and the policy has no (further) help.
+        """
+        pending, self._pending = self._pending, []
+        values = jax.device_get([metrics for _, metrics, _ in pending])
+        for (row, _, position), metrics in zip(pending, values, strict=True):
+            finite = metrics.pop("finite")
+            row |= {name: number(value) for name, value in metrics.items()}
+            self._rows.append({name: row[name] for name in self._columns if name in row})
+            if finite:
+                self._skipped = 0
+            elif not self._handle_non_finite(self._rows[-1], position):
+                return False
+        self._fetched = time.monotonic()
+        return True
+
+    def _handle_non_finite(self, row: Row, position: Any) -> bool:
+        """Does what the policy says; False if the run went back."""
+        step, policy = row["step"], self.plan.non_finite
+        known = {k: v for k, v in row.items() if k not in ("step", "epoch", "seconds")}
+        known["last_loss"] = next((r["loss"] for r in self._rows[-2::-1] if r["loss"]), None)
+        event: dict[str, Any] = {"step": step, "event": "not finite", "policy": policy, **known}
+        numbers = ", ".join(f"{name} {value}" for name, value in known.items())
+        message = f"step {step} is not finite ({numbers})".replace("None", "nan")
+        if policy == "skip":
+            self._skipped += 1
+            self._tell(f"{message}: skipped", event)
+            if self._skipped < MAX_SKIPPED:
+                return True
+            message = f"{message}: {MAX_SKIPPED} steps in a row were"
+        else:
+            event["where"] = not_finite(self.state)
+            message += f"; first in the state: {event['where']}" if event["where"] else ""
+        if policy == "rollback" and self._rollbacks < MAX_ROLLBACKS:
+            self._rollbacks += 1
+            self._rows.clear()
+            self._pending.clear()
+            self._checkpoints.wait()
+            self._restore()
+            # The batches up to the one that did it are not seen again.
+            self._batches.set_state(position)
+            self._tell(f"{message}: back to step {self.done}", event | {"back_to": self.done})
+            return False
+        self.write()
+        self._tell("", event)
+        hint = {
+            "raise": "--resume with --non-finite skip or rollback, or start with a lower rate",
+            "skip": "start with a lower --learning-rate, or look at the data",
+            "rollback": f"{MAX_ROLLBACKS} rollbacks did not help; start with a lower rate",
+        }[policy]
+        raise NonFiniteError(f"{message}; {hint}")
+
+    def _tell(self, message: str, event: dict[str, Any]) -> None:
+        if message:
+            self.console.print(message, soft_wrap=True)
+        if self._files is not None:
+            self._files.add_event(event)
+
+    def validate(self) -> None:
+        """Scores the validation split and adds that to the row of the latest step."""
+        scores = evaluate(self.program.evaluate, self.runner, self.state, self.plan.task.validation)
+        self._rows[-1] |= {f"validation_{name}": number(score) for name, score in scores.items()}
+        self.console.print(
+            f"step {self.done}: validation loss {scores['loss']:.4f}, "
+            f"accuracy {scores['accuracy']:.4f}"
+        )
+
+    def write(self) -> None:
+        """Writes the rows that are complete."""
+        rows = [{name: row[name] for name in self._columns if name in row} for row in self._rows]
+        self._rows.clear()
+        if self._files is None or not rows:
+            return
+        self._files.write(rows)
+        shown = [
+            f"{name} {rows[-1][name]:.4g}"
+            for name in self._columns[2:-3]
+            if rows[-1].get(name) is not None
+        ]
+        self._progress.update(self._bar, completed=rows[-1]["step"], metrics="  ".join(shown))
+
+    def save(self) -> None:
+        """Starts to save a checkpoint; what it needs of the files is written before."""
+        self._checkpoints.save(
+            self.done, self.runner.get_state(self.state), data=self._batches.get_state()
+        )
+        self._rollbacks = 0
+
+    def test(self) -> dict[str, Any]:
+        """Waits for the last checkpoint, scores the test split and writes the result."""
+        self._checkpoints.wait()
+        scores = evaluate(self.program.evaluate, self.runner, self.state, self.plan.task.test)
+        result = {"steps": self.done} | {
+            f"test_{name}": number(score) for name, score in scores.items()
+        }
+        if cluster.is_main():
+            cli.write_atomic(self.plan.folder / "result.json", cli.to_json(result))
+        return result
+
+
+def not_finite(state: PyTree) -> str | None:
+    """Where a state is not finite, e.g. ``params/head/kernel (3 of 40 entries)``."""
+
+    def count(leaf: jax.Array) -> jax.Array | None:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return None
+        return jnp.sum(~jnp.isfinite(leaf))
+
+    counts, _ = jax.tree.flatten_with_path(jax.jit(lambda tree: jax.tree.map(count, tree))(state))
+    sizes = {path: leaf.size for path, leaf in jax.tree.leaves_with_path(state)}
+    for path, number in counts:
+        if number and sizes[path] > 1:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return f"{name} ({number} of {sizes[path]} entries)"
+    return None
+
+
+def train(plan: Plan, program: Program, console: Console) -> int | None:
     """Runs a plan in its folder, from the latest checkpoint there on.
 
     Args:
       plan: what to run.
-      graphdef: from `build`, like the following two.
-      runner: see there.
-      state: see there.
+      program: from `build`.
       console: where progress is shown.
 
     Returns:
@@ -536,148 +764,97 @@ def train(
 
     Raises:
       UsageError, CheckpointError: what is in the folder does not fit; it is left as it is.
+      NonFiniteError: the run met numbers that are not finite and could not go on.
     """
-    task, method, folder = plan.task, plan.method, plan.folder
-    compiled_evaluate = jax.jit(functools.partial(engine.evaluate, graphdef, loss=plan.loss))
-
-    # Data.
-    dataset = data.batches(task.train, batch_size=plan.batch_size, seed=plan.seed)
-    batches = data.prefetch_to_device(iter(dataset.map(runner.shape_batch)), runner.sharded)
-    curvature = None
-    if plan.curvature_batch_size is not None:
-        # Fixed: redrawn at every refresh, its noise alone would move the subspace.
-        order = np.random.default_rng(plan.seed).permutation(len(task.train))
-        rows = order[: plan.curvature_batch_size]
-        curvature = runner.put_batch({"x": task.train.x[rows], "y": task.train.y[rows]})
-
-    with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", plan.keep))
-        start = 0
-        if checkpoints.latest() is not None:
-            start, state, position = checkpoints.restore(state)
-            batches.set_state(position)
-        columns = [
-            *("step", "epoch", "loss", *jax.eval_shape(statistics, state.opt_state)),
-            *("validation_loss", "validation_accuracy", "seconds"),
-        ]
-        files = MetricFiles(folder, columns, start)
-        stack.callback(files.close)
-        state = runner.put_state(state)
-        signal_received = stack.enter_context(stop_signals())
-        progress = stack.enter_context(
-            Progress(
-                TextColumn(f"{method.name} on {task.name}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[metrics]}"),
-                console=console,
-            )
-        )
-        bar = progress.add_task("", total=plan.steps, completed=start, metrics="compiling")
-        if start:
-            console.print(f"resuming at step {start}")
-
-        pending: list[tuple[Row, dict[str, jax.Array]]] = []
-        fetched = began = time.monotonic()
-
-        def fetch() -> None:
-            """Waits for the steps under way and writes their metrics."""
-            nonlocal fetched
-            values = jax.device_get([metrics for _, metrics in pending])
-            rows = []
-            for (row, _), metrics in zip(pending, values, strict=True):
-                numbers = {name: number(value) for name, value in metrics.items()}
-                row |= numbers
-                rows.append({name: row[name] for name in columns if name in row})
-            pending.clear()
-            files.write(rows)
-            fetched = time.monotonic()
-            shown = [
-                f"{name} {rows[-1][name]:.4g}"
-                for name in columns[2:-3]
-                if rows[-1].get(name) is not None
-            ]
-            progress.update(bar, completed=rows[-1]["step"], metrics="  ".join(shown))
-
-        # The loop.
-        done = start
+    with Run(plan, program, console) as run, cluster.stop_signals() as requested:
         stopped_by = None
-        # XLA runs the convolutions of the Lanczos loop many times slower on a CPU (jax#12868).
-        cold_start = plan.devices[0].platform != "cpu" or not models.is_convolutional(plan.model)
-        while done < plan.steps and stopped_by is None:
-            refresh = method.refresh(done, cold_start=cold_start)
-            batch = next(batches)
-            state, metrics = runner.step(state, batch, curvature if refresh else None, refresh)
-            done += 1
-            row: Row = {
-                "step": done,
-                "epoch": round(done / (len(task.train) // plan.batch_size), 4),
-                "seconds": round(files.seconds + time.monotonic() - began, 3),
-            }
-            pending.append((row, metrics))
-            stopped_by = signal_received()
-            if done % plan.eval_every == 0 or done == plan.steps:
-                scores = evaluate(compiled_evaluate, runner, state, task.validation)
-                row |= {f"validation_{name}": number(score) for name, score in scores.items()}
-                console.print(
-                    f"step {done}: validation loss {scores['loss']:.4f}, "
-                    f"accuracy {scores['accuracy']:.4f}"
-                )
-            save = done % plan.checkpoint_every == 0 or done == plan.steps or stopped_by is not None
-            if save or len(pending) == parallel.FETCH_EVERY or time.monotonic() - fetched > 0.5:
-                fetch()
+        while run.done < plan.steps and stopped_by is None:
+            run.advance()
+            stopped_by = requested(run.done)
+            validate = run.is_due(plan.eval_every)
+            save = run.is_due(plan.checkpoint_every) or stopped_by is not None
+            if not (validate or save or run.wants_fetch()) or not run.fetch():
+                continue
+            if validate:
+                run.validate()
+            run.write()
             if save:
-                checkpoints.save(done, runner.get_state(state), data=batches.get_state())
-
-        if done < plan.steps:
-            console.print(f"interrupted: saved step {done} of {plan.steps}")
+                run.save()
+        if run.done < plan.steps:
+            console.print(f"interrupted: saved step {run.done} of {plan.steps}")
             return stopped_by
-        scores = evaluate(compiled_evaluate, runner, state, task.test)
-        result = {
-            "steps": done,
-            "test_loss": number(scores["loss"]),
-            "test_accuracy": number(scores["accuracy"]),
-        }
-        cli.write_atomic(folder / "result.json", cli.to_json(result))
+        result = run.test()
     console.print(
-        f"test loss {scores['loss']:.4f}, accuracy {scores['accuracy']:.4f}; "
-        f"metrics and checkpoints are in {folder}",
+        f"test loss {show(result['test_loss'])}, accuracy {show(result['test_accuracy'])}; "
+        f"metrics and checkpoints are in {plan.folder}",
         soft_wrap=True,
     )
     return None
 
 
+def show(value: float | None) -> str:
+    """A score as the console shows it."""
+    return "nan" if value is None else f"{value:.4f}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    # Room for the metrics where the output goes to a file.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    given = cli.parse(Options(), argv, PROG)
+    with contextlib.ExitStack() as stack:
+        try:
+            cluster.initialize(
+                distributed=given.distributed,
+                coordinator=given.coordinator,
+                processes=given.processes,
+                process_id=given.process_id,
+                devices=given.devices,
+            )
+            record = cluster.from_main(lambda: read_folder(given, stack))
+            options = read_options(argv, given, record)
+            plan = resolve(options)
+            program = build(plan)
+            notes = cluster.from_main(lambda: open_folder(options, plan, record, stack))
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        # Room for the metrics where the output goes to a file.
+        console = Console(
+            highlight=False,
+            width=None if sys.stdout.isatty() else 120,
+            quiet=not cluster.is_main(),
+        )
+        console.print(
+            f"{plan.task.name}, {plan.model}, {plan.method.name} at learning rate "
+            f"{plan.learning_rate:g}: {plan.steps} steps of {plan.batch_size} examples on "
+            f"{len(plan.devices)} {plan.devices[0].platform} device(s) -> {plan.folder}",
+            *notes,
+            sep="\n",
+            soft_wrap=True,
+        )
+        return run_and_report(plan, program, console)
+
+
+def run_and_report(plan: Plan, program: Program, console: Console) -> int:
+    """Runs a plan; returns the exit code."""
+    code = 0
     try:
-        options = read_options(argv)
-        plan = resolve(options)
-        setup = build(plan)
-        open_folder(options, plan.config())
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    console.print(
-        f"{plan.task.name}, {plan.model}, {plan.method.name} at learning rate "
-        f"{plan.learning_rate:g}: {plan.steps} steps of {plan.batch_size} examples on "
-        f"{len(plan.devices)} {plan.devices[0].platform} device(s) -> {plan.folder}",
-        soft_wrap=True,
-    )
-    try:
-        stopped_by = train(plan, *setup, console)
+        stopped_by = train(plan, program, console)
     except (UsageError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: cannot write to {plan.folder}: {error.strerror or error}", file=sys.stderr)
+        stopped_by, code = None, 1
     except KeyboardInterrupt:  # the second Ctrl-C
         stopped_by = signal.SIGINT
-    if stopped_by is not None:
-        print(f"to continue: {resume_command(plan.folder)}", file=sys.stderr)
-        return 128 + stopped_by
-    return 0
+    if stopped_by is None and code == 0:
+        return 0
+    print(f"to continue: {resume_command(plan.folder)}", file=sys.stderr)
+    # A machine that is taken back is no failure.
+    return 0 if stopped_by == signal.SIGTERM else code or 128 + stopped_by
 
 
 def resume_command(folder: Path) -> str:

@@ -7,6 +7,7 @@ import itertools
 import pickle
 import struct
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -472,6 +473,51 @@ def test_batches_hold_the_examples_of_the_indices():
         np.testing.assert_array_equal(batch["y"], split.y[index])
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_parts_of_all_processes_are_the_whole_batch(count):
+    split = data.load_task("digits").train
+    arguments = {"batch_size": 64, "seed": 3, "num_epochs": 2}
+    whole = list(data.batches(split, **arguments))
+    shards = [grain.sharding.ShardOptions(i, count) for i in range(count)]
+    parts = [list(data.batches(split, **arguments, shard=shard)) for shard in shards]
+    assert [len(part) for part in parts] == [len(whole)] * count
+    for batch, *pieces in zip(whole, *parts, strict=True):
+        assert [len(piece["y"]) for piece in pieces] == [64 // count] * count
+        for name in ("x", "y"):
+            joined = np.concatenate([piece[name] for piece in pieces])
+            np.testing.assert_array_equal(joined, batch[name])
+
+
+def test_a_position_saved_by_some_processes_serves_any_other_number():
+    def iterators(count):
+        shards = [grain.sharding.ShardOptions(i, count) for i in range(count)]
+        return [data.index_batches(50, batch_size=8, seed=0, shard=shard) for shard in shards]
+
+    expected = take(data.index_batches(50, batch_size=8, seed=0), 20)
+    batches = []
+    state = None
+    for count in (1, 2, 4, 1):  # five batches each, over the end of an epoch of six
+        processes = iterators(count)
+        for process in processes:
+            if state is not None:
+                process.set_state(state)
+        batches += [np.concatenate([next(p) for p in processes]) for _ in range(5)]
+        states = [process.get_state() for process in processes]
+        assert all(other == states[0] for other in states)
+        state = states[-1]
+    np.testing.assert_array_equal(batches, expected)
+
+
+def test_a_batch_that_does_not_split_over_the_processes():
+    shard = grain.sharding.ShardOptions(0, 3)
+    with pytest.raises(ValueError, match="batch_size 8 does not split evenly over 3 processes"):
+        data.index_batches(50, batch_size=8, seed=0, shard=shard)
+
+
+def put_on(sharding):
+    return lambda batch: jax.device_put(batch, sharding)
+
+
 def pipelines():
     split = data.load_task("digits").validation
     batches = data.batches(split, batch_size=100, seed=3)
@@ -479,7 +525,7 @@ def pipelines():
     sharding = jax.NamedSharding(mesh, jax.P("data"))
     yield "host", lambda: iter(batches)
     yield "device", lambda: data.prefetch_to_device(iter(batches), size=3)
-    yield "mesh", lambda: data.prefetch_to_device(iter(batches), sharding)
+    yield "mesh", lambda: data.prefetch_to_device(iter(batches), put_on(sharding))
 
 
 @pytest.mark.parametrize("which", ["host", "device", "mesh"])
@@ -502,7 +548,7 @@ def test_prefetching_changes_nothing_but_the_place():
     dataset = data.batches(split, batch_size=100, seed=3, num_epochs=2)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.NamedSharding(mesh, jax.P("data"))
-    fetched = list(data.prefetch_to_device(iter(dataset), sharding, size=4))
+    fetched = list(data.prefetch_to_device(iter(dataset), put_on(sharding), size=4))
     assert len(fetched) == 6
     for on_device, on_host in zip(fetched, dataset, strict=True):
         assert {leaf.sharding for leaf in on_device.values()} == {sharding}
