@@ -250,8 +250,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: --{name} must be at least 1, got {value}", file=sys.stderr)
             return 2
     try:
-        names = METHODS if options.methods is None else options.methods.split(",")
-        chosen = get_methods([name.strip() for name in names])
+        everything = [name for name, method in METHODS.items() if not method.per_worker]
+        names = everything if options.methods is None else options.methods.split(",")
+        chosen = get_methods([name.strip() for name in names], per_worker=False)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -99,7 +99,7 @@ def resolve(options: Options) -> Plan:
         raise UsageError(f"--methods names no method; valid: {', '.join(methods.METHODS)}")
     if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"--methods names {', '.join(duplicates)} more than once")
-    chosen = methods.get_methods(names)
+    chosen = methods.get_methods(names, per_worker=False)
     cli.check_known("task", options.task, data.TASKS)
     cli.check_known("model", options.model, models.list())
     cli.check_known("loss", options.loss, tuple(engine.LOSSES))

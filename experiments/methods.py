@@ -27,13 +27,15 @@ class Context:
       total_steps: length of the run; schedules end there.
       num_classes: the dominant subspace has one direction a class (Gur-Ari et al., 2018).
       seed: of the method's own randomness.
-      axis_name: replica axis, for methods with a local form.
+      axis_name: axis of the workers, for methods with `Method.per_worker`; None: a single worker.
+      num_workers: size of that axis.
     """
 
     total_steps: int
     num_classes: int
     seed: int = 0
     axis_name: str | None = None
+    num_workers: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Method:
       make: the optimizer from a learning rate and a :class:`Context`.
       gradients_per_step: mini-batch gradients a step.
       tracker: how it follows the dominant subspace; None: it does not.
+      per_worker: each worker keeps a state of its own and takes its own gradient.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Method:
     make: Callable[[Any, Context], optax.GradientTransformation]
     gradients_per_step: int = 1
     tracker: oa.Tracker | None = None
+    per_worker: bool = False
 
     @property
     def refresh_every(self) -> int | None:
@@ -79,6 +83,7 @@ class Method:
         num_classes: int,
         seed: int = 0,
         axis_name: str | None = None,
+        num_workers: int = 1,
     ) -> optax.GradientTransformationExtraArgs:
         """The optimizer for one run.
 
@@ -88,11 +93,12 @@ class Method:
           num_classes: see there.
           seed: see there.
           axis_name: see there.
+          num_workers: see there.
 
         Returns:
           A transformation that takes any extra argument.
         """
-        context = Context(total_steps, num_classes, seed, axis_name)
+        context = Context(total_steps, num_classes, seed, axis_name, num_workers)
         return optax.with_extra_args_support(self.make(learning_rate, context))
 
     def refresh(self, step: int, *, cold_start: bool = True) -> bool | str | None:
@@ -119,6 +125,8 @@ _SONG = ("Song et al., 2025", "https://arxiv.org/abs/2405.16002")
 _ZAKARIN = ("Zakarin and Singh, 2025", "https://arxiv.org/abs/2505.11972")
 _YUN = ("Yun, 2023", "https://arxiv.org/abs/2310.17042")
 _LIN = ("Lin et al., 2020", "https://arxiv.org/abs/2006.05720")
+_YUAN = ("Yuan et al., 2021", "https://arxiv.org/abs/2104.11981")
+_LOCAL = ("Lin et al., 2020 (local SGD)", "https://arxiv.org/abs/1808.07217")
 _GIDEL = ("Gidel et al., 2019", "https://arxiv.org/abs/1802.10551")
 
 
@@ -137,6 +145,17 @@ def _onecycle_momentum(steps: int) -> optax.Schedule:
     half = max(steps // 2, 1)
     return optax.join_schedules(
         [optax.linear_schedule(0.95, 0.85, half), optax.linear_schedule(0.85, 0.95, half)], [half]
+    )
+
+
+def _post_local_sgd(learning_rate: Any, context: Context) -> optax.GradientTransformation:
+    """Local in the second half, as in the public code; its 32 local steps only in long runs."""
+    half = context.total_steps // 2
+    return oa.post_local_sgd(
+        _MOMENTUM(learning_rate, nesterov=True),
+        local_steps=max(1, min(32, half // 8)),  # at least 8 averagings
+        switch_step=half,
+        axis_name=context.axis_name,
     )
 
 
@@ -332,7 +351,7 @@ _ALL = (
         fidelity="our reading",
         base="nesterov_sgd",
         learning_rates=SGD_RATES,
-        make=lambda lr, c: oa.extrap_sgd(lr, axis_name=c.axis_name),
+        make=lambda lr, c: oa.extrap_sgd(lr),
         gradients_per_step=2,
     ),
     Method(
@@ -343,7 +362,7 @@ _ALL = (
         fidelity="our reading",
         base="nesterov_sgd",
         learning_rates=SGD_RATES,
-        make=lambda lr, c: oa.extrap_sgd(lr, direction="past", axis_name=c.axis_name),
+        make=lambda lr, c: oa.extrap_sgd(lr, direction="past"),
     ),
     Method(
         "extra_adam",
@@ -367,18 +386,90 @@ _ALL = (
         SGD_RATES,
         lambda lr, c: optax.optimistic_gradient_descent(lr),
     ),
+    Method(
+        "extrap_sgd_local",
+        "extragradient",
+        "extrap_sgd, each worker extrapolating with its own gradient",
+        *_LIN,
+        fidelity="our reading",
+        base="nesterov_sgd",
+        learning_rates=SGD_RATES,
+        make=lambda lr, c: oa.extrap_sgd(lr, axis_name=c.axis_name),
+        gradients_per_step=2,
+        per_worker=True,
+    ),
+    Method(
+        "extrap_sgd_past_local",
+        "extragradient",
+        "extrap_sgd_past, each worker extrapolating with its own past gradient",
+        *_LIN,
+        fidelity="our reading",
+        base="nesterov_sgd",
+        learning_rates=SGD_RATES,
+        make=lambda lr, c: oa.extrap_sgd(lr, direction="past", axis_name=c.axis_name),
+        per_worker=True,
+    ),
+    Method(
+        "post_local_sgd",
+        "local and decentralized steps",
+        "Nesterov SGD; after half of the steps parameters are averaged now and then",
+        *_LOCAL,
+        fidelity="as public code",
+        base="nesterov_sgd",
+        learning_rates=SGD_RATES,
+        make=_post_local_sgd,
+        per_worker=True,
+    ),
+    Method(
+        "decentlam",
+        "local and decentralized steps",
+        "SGD with momentum 0.9 on the exponential graph, bias of the momentum removed",
+        *_YUAN,
+        fidelity="as public code",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        make=lambda lr, c: oa.decentlam(
+            lr, oa.topologies.exponential(c.num_workers), axis_name=c.axis_name
+        ),
+        per_worker=True,
+    ),
+    Method(
+        "dmsgd",
+        "local and decentralized steps",
+        "rival of DecentLaM: SGD with momentum 0.9 on the exponential graph",
+        *_YUAN,
+        fidelity="as public code",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        make=lambda lr, c: oa.dmsgd(
+            lr, oa.topologies.exponential(c.num_workers), axis_name=c.axis_name
+        ),
+        per_worker=True,
+    ),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
 
-def get_methods(names: Sequence[str]) -> list[Method]:
+def get_methods(names: Sequence[str], *, per_worker: bool = True) -> list[Method]:
     """The methods of these names, in their order, each once.
 
+    Args:
+      names: names in the catalogue.
+      per_worker: whether methods whose workers keep a state of their own can be used.
+
     Raises:
-      ValueError: no name, or an unknown one; the message lists the valid ones.
+      ValueError: no name, an unknown one (the message lists the valid ones), or one that cannot be
+        used.
     """
     unknown = [name for name in names if name not in METHODS]
     if unknown or not names:
         what = f"unknown method {unknown[0]!r}" if unknown else "no method given"
         raise ValueError(f"{what}; valid methods are {', '.join(METHODS)}")
-    return [METHODS[name] for name in dict.fromkeys(names)]
+    chosen = [METHODS[name] for name in dict.fromkeys(names)]
+    for method in chosen:
+        if method.per_worker and not per_worker:
+            raise ValueError(
+                f"{method.name} needs workers of its own: python -m experiments.train --method "
+                f"{method.name} --workers 8"
+            )
+    return chosen

@@ -26,6 +26,10 @@ from optax_accel.sampling import stoch_grad_adam
 from optax_accel.extrapolation import ExtragradientState, extragradient
 from optax_accel.extrapolation import extra_adam, extrap_sgd
 
+# Workers with parameters of their own
+from optax_accel.workers import DecentralizedState, PostLocalSGDState, topologies
+from optax_accel.workers import decentlam, dmsgd, post_local_sgd
+
 # Hyperparameters that change
 from optax_accel.hyperparams import WithSchedulesState, with_schedules
 from optax_accel.hyperparams import inject_hyperparams, static_arguments
@@ -35,11 +39,13 @@ from optax_accel.sharding import state_shardings
 
 __all__ = [
     "BlockTracker",
+    "DecentralizedState",
     "ExactTracker",
     "ExtragradientState",
     "GradientTracker",
     "InterpolateSubspacesState",
     "Objective",
+    "PostLocalSGDState",
     "RoundRobinTracker",
     "SampleGradientsState",
     "ScaleByDemonAdamState",
@@ -49,9 +55,11 @@ __all__ = [
     "bernoulli_per_tensor",
     "bulk_sgd",
     "curvature",
+    "decentlam",
     "demon_adam",
     "demon_schedule",
     "demon_sgd",
+    "dmsgd",
     "dom_sgd",
     "extra_adam",
     "extragradient",
@@ -59,6 +67,7 @@ __all__ = [
     "inject_hyperparams",
     "interpolate_subspaces",
     "interpolated_sgd",
+    "post_local_sgd",
     "project_to_bulk",
     "project_to_dominant",
     "refresh_at",
@@ -68,5 +77,6 @@ __all__ = [
     "state_shardings",
     "static_arguments",
     "stoch_grad_adam",
+    "topologies",
     "with_schedules",
 ]

@@ -90,6 +90,7 @@ class Objective:
         self._loss = loss
         self.axis_name = axis_name
         self.hvp_mode = hvp_mode
+        self._where: jax.Array | None = None
 
     @classmethod
     def from_value_fn(
@@ -132,12 +133,28 @@ class Objective:
     ) -> Objective:
         new = Objective(predict or (lambda p: p), loss, axis_name, hvp_mode=self.hvp_mode)
         new._predict = predict
+        new._where = None if axis_name is None else self._where
         return new
 
     @property
     def local(self) -> Objective:
         """The same objective without collectives: this replica's own loss."""
         return self if self.axis_name is None else self._copy(self._predict, self._loss, None)
+
+    def averaged_where(self, axis_name: str, where: jax.Array) -> Objective:
+        """The same objective that averages over an axis in some steps only.
+
+        Args:
+          axis_name: as for :class:`Objective`.
+          where: boolean scalar, the same on all replicas: whether to average; if not, values,
+            gradients and products are the replica's own.
+
+        Returns:
+          The objective.
+        """
+        new = self._copy(self._predict, self._loss, axis_name)
+        new._where = where
+        return new
 
     def bind(self, **kwargs: Any) -> Objective:
         """Fixes the keyword arguments that ``predict`` and ``loss`` take; ignores the others.
@@ -306,26 +323,39 @@ class Objective:
     ) -> Callable[[PyTree], PyTree]:
         # A Partial of Partials: what the linearization has stored are leaves of a pytree, which a
         # jitted function can return and another take, so that products share it.
-        return Partial(functools.partial(_apply, self.axis_name), product, params)
+        return Partial(functools.partial(_apply, self.axis_name), product, params, self._where)
 
     def _vary(self, tree: PyTree) -> PyTree:
         return vary_over(tree, self.axis_name)
 
     def _mean(self, tree: PyTree) -> PyTree:
-        return _mean_over(tree, self.axis_name)
+        return mean_over(tree, self.axis_name, self._where)
 
 
 def _apply(
-    axis_name: str | None, product: Callable[[PyTree], PyTree], params: PyTree, vector: PyTree
+    axis_name: str | None,
+    product: Callable[[PyTree], PyTree],
+    params: PyTree,
+    where: jax.Array | None,
+    vector: PyTree,
 ) -> PyTree:
     """The mean over replicas of a product in the dtypes of the parameters."""
     tangent = jax.tree.map(lambda v, p: v.astype(p.dtype), vector, params)
-    result = _mean_over(product(vary_over(tangent, axis_name)), axis_name)
+    result = mean_over(product(vary_over(tangent, axis_name)), axis_name, where)
     return jax.tree.map(lambda r, v: r.astype(v.dtype), result, vector)
 
 
-def _mean_over(tree: PyTree, axis_name: str | None) -> PyTree:
-    return tree if axis_name is None else lax.pmean(tree, axis_name)
+def mean_over(tree: PyTree, axis_name: str | None, where: jax.Array | None = None) -> PyTree:
+    """The mean over the replicas of an axis, if there is one; where told, in some steps only."""
+    if axis_name is None:
+        return tree
+    if where is None:
+        return lax.pmean(tree, axis_name)
+
+    def mean(tree: PyTree) -> PyTree:
+        return vary_over(lax.pmean(tree, axis_name), axis_name)
+
+    return lax.cond(where, mean, lambda tree: tree, vary_over(tree, axis_name))
 
 
 def _first_result(function: Callable[..., tuple[PyTree, ...]], *args: PyTree) -> PyTree:

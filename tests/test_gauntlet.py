@@ -381,6 +381,9 @@ FACTORIES: dict[Callable[..., optax.GradientTransformationExtraArgs], dict[str, 
     oa.extragradient: {"inner": SGD, "extrapolation_rate": 0.1, "direction": "gaussian"},
     oa.extrap_sgd: {"learning_rate": 0.1, "extrapolation_rate": 0.05},
     oa.extra_adam: {"learning_rate": 0.1},
+    oa.decentlam: {"learning_rate": 0.1, "topology": oa.topologies.ring(1)},
+    oa.dmsgd: {"learning_rate": 0.1, "topology": oa.topologies.ring(1)},
+    oa.post_local_sgd: {"inner": SGD, "local_steps": 2, "switch_step": 1},
 }
 
 

@@ -9,24 +9,27 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import optax_accel as oa
-from optax_accel import curvature
+from optax_accel import curvature, topologies
 from tests.helpers import least_squares, quick_jit
 
 ROOT = Path(__file__).parents[1]
+NAMESPACES = {"curvature": curvature, "topologies": topologies}
 PUBLIC = {
     f"{module.__name__}.{name}": value
-    for module in (oa, curvature)
+    for module in (oa, *NAMESPACES.values())
     for name, value in vars(module).items()
-    if not name.startswith("_") and not inspect.ismodule(value)
+    if not name.startswith("_")
+    and not inspect.ismodule(value)
+    and (module is not topologies or name in module.__all__)  # a module, not a package
 }
 FUNCTIONS = {name: value for name, value in PUBLIC.items() if inspect.isfunction(value)}
 CLASSES = {name: value for name, value in PUBLIC.items() if inspect.isclass(value)}
@@ -43,11 +46,17 @@ def test_all_is_sorted_and_complete() -> None:
     exported = {
         name.rpartition(".")[2] for name in PUBLIC if getattr(oa, name.rpartition(".")[2], 0)
     }
-    assert set(oa.__all__) == exported | {"curvature"}
+    assert set(oa.__all__) == exported | set(NAMESPACES)
 
 
 def test_every_transformation_and_state_is_exported() -> None:
-    modules = [m for m in vars(oa).values() if isinstance(m, ModuleType) and m is not curvature]
+    modules = [
+        module
+        for name, module in sys.modules.items()
+        if name.startswith("optax_accel.")
+        and not name.startswith(tuple(m.__name__ for m in NAMESPACES.values()))
+    ]
+    assert len(modules) > 8
     for module in modules:
         for name, value in vars(module).items():
             if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
@@ -103,6 +112,7 @@ def test_import_is_light() -> None:
 
 X, LOSS = jnp.ones(3), lambda p: jnp.sum(p**2)
 BULK, EXTRAP = oa.bulk_sgd(0.1, 1), oa.extrap_sgd(0.1)
+RING = topologies.ring(8)
 
 
 def call(tx: Any, params: Any = X, **extra: Any) -> Any:
@@ -183,6 +193,49 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: call(EXTRAP, value_fn=3), "`value_fn` must be callable"),
     (lambda: call(EXTRAP, value_fn=lambda p, x: 0), r"\['x'\].*tx.update\(\.\.\., .*x=\.\.\.\)"),
     (lambda: call(EXTRAP, params=None, value_fn=LOSS), "needs the parameters"),
+    # Workers with parameters of their own
+    (lambda: oa.decentlam(-0.1, RING), r"`learning_rate` must lie in \[0, inf\)"),
+    (lambda: oa.decentlam(0.1, "ring"), r"`topology` must be a Topology, such as .*ring\(8\); got"),
+    (lambda: oa.dmsgd(0.1, RING, momentum=1), r"`momentum` must lie in \[0, 1\)"),
+    (lambda: oa.dmsgd(0.1, RING, consensus_every=-1), "`consensus_every` must be at least 0"),
+    (lambda: call(oa.dmsgd(0.1, RING), params=None), "dmsgd needs this worker's parameters"),
+    (lambda: call(oa.dmsgd(0.1, RING)), r"ring\(8\) connects 8 workers, but `axis_name` is None"),
+    (
+        lambda: call(oa.dmsgd(0.1, RING, axis_name="workers")),
+        "the axis 'workers', which does not exist here",
+    ),
+    (lambda: oa.decentlam(0.1, RING).init({"n": jnp.arange(3)}), "'n'.* has dtype int32"),
+    (lambda: oa.post_local_sgd(optax.sgd(0.1), 0, 1), "`local_steps` must be at least 1, got 0"),
+    (lambda: oa.post_local_sgd(optax.sgd(0.1), 1, -1), "`switch_step` must be at least 0, got -1"),
+    (lambda: oa.post_local_sgd(None, 1, 1), "`inner` must be an Optax transformation, got None"),
+    (
+        lambda: call(oa.post_local_sgd(optax.sgd(0.1), 1, 1), params=None),
+        "post_local_sgd needs this worker's parameters",
+    ),
+    (lambda: topologies.ring(0), "`num_workers` must be at least 1, got 0"),
+    (lambda: topologies.mesh_2d(2, 1.5), "`columns` must be an integer, got 1.5"),
+    (lambda: topologies.from_matrix([[0.5, 0.5]]), r"must be square, .* got shape \(1, 2\)"),
+    (lambda: topologies.from_matrix([["a"]]), "must hold real numbers, got dtype <U1"),
+    (
+        lambda: topologies.from_matrix([[1.5, -0.5], [-0.5, 1.5]]),
+        r"must not be negative, but entry \(0, 1\) is -0.5",
+    ),
+    (
+        lambda: topologies.from_matrix([[0.5, 0.5], [0.5, 0.4]]),
+        "doubly stochastic, but row 1 sums to 0.9, not 1.* Metropolis",
+    ),
+    (
+        lambda: topologies.from_matrix([[[1, 0], [0, 1]], [[0.4, 0.6], [0.5, 0.5]]]),
+        "doubly stochastic, but column 0 of matrix 1 sums to 0.9",
+    ),
+    (
+        lambda: topologies.from_matrix(np.eye(3)),
+        r"workers 0 and 1 never exchange anything \(1 of 3 workers",
+    ),
+    (
+        lambda: topologies.from_matrix(np.roll(np.eye(3), 1, 0)),
+        "fall into 3 groups that only hand their values around in a circle",
+    ),
     # Hyperparameters that change
     (lambda: oa.with_schedules(optax.sgd), "at least one schedule"),
     (lambda: oa.with_schedules(optax.sgd, decay=abs), "no argument 'decay'; it takes .*momentum"),
