@@ -1,26 +1,52 @@
 """Orbax checkpoints of a training run: the one place that knows Orbax.
 
 A checkpoint holds the leaves of a pytree by name and a JSON record (where the data iterator
-stands, names, shapes and dtypes of the leaves). Stored by name, a state needs nothing but arrays
-in it, whatever tuples and dictionaries it is made of; restored into a target, it comes back with
-the target's structure, and a target of another structure is refused instead of half-filled.
+stands; name, shape, dtype and fingerprint of each leaf). Stored by name, a state needs nothing but
+arrays in it, whatever tuples and dictionaries it is made of; restored into a target, it comes back
+with the target's structure, and a target of another structure is refused instead of half-filled.
+
+Orbax writes in the background, under a temporary name that becomes the final one when all is on
+disk; what a killed run leaves under a temporary name is never read and goes with the next save.
+Array data on disk carries no checksum there: a flipped bit would come back as a wrong number. So
+each leaf has a fingerprint, computed where it lives before it is saved and again after it was
+restored, the same for any sharding.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import textwrap
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 PyTree = Any
 
+# A damaged checkpoint steps aside under this name when its step is about to be done again.
+DAMAGED = ".damaged"
+UNFINISHED = ".orbax-checkpoint-tmp"
+
+# What goes wrong is raised or said through `warn`, once; Orbax would add a traceback per thread.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
 
 class CheckpointError(ValueError):
-    """A checkpoint does not fit what it is restored into; the message is one line."""
+    """A checkpoint cannot be saved, or does not fit; the message is one line."""
 
 
 class Restored(NamedTuple):
@@ -37,12 +63,24 @@ class Restored(NamedTuple):
     data: Any
 
 
+def _to_stderr(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
 class Checkpoints:
     """The checkpoints of one run; a context manager.
+
+    In a run of several processes all of them make the same calls with the same directory, which
+    all of them can read and write.
 
     Args:
       directory: where they are kept; made when it does not exist.
       keep: how many of the latest to keep.
+      warn: is given a line for each damaged checkpoint that `restore` passes over; default: prints
+        it on the standard error output.
+
+    Raises:
+      CheckpointError: the directory cannot be made or read.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp
@@ -55,16 +93,22 @@ class Checkpoints:
       (10, [0.0, 1.0, 2.0], {'next_index': 10})
     """
 
-    def __init__(self, directory: str | Path, keep: int = 3):
-        self._manager = ocp.CheckpointManager(
-            Path(directory).absolute(),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                # A checkpoint that `save` has returned from is on disk: what the metrics files
-                # hold can then never be behind it.
-                enable_async_checkpointing=False,
-            ),
-        )
+    def __init__(
+        self, directory: str | Path, keep: int = 3, *, warn: Callable[[str], None] = _to_stderr
+    ):
+        self._directory = Path(directory).absolute()
+        self._warn = warn
+        self._damaged: set[int] = set()  # found by `restore`, still under their own names
+        self._pending: int | None = None
+        self._tidy = False
+        try:
+            self._manager = ocp.CheckpointManager(
+                self._directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+            )
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"cannot keep checkpoints in {self._directory}: {_reason(error)}"
+            ) from error
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -75,68 +119,245 @@ class Checkpoints:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._manager.close()
+        try:
+            self.close()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            self._warn(str(failure))  # the error under way says more
+
+    def close(self) -> None:
+        """Waits as `wait` does and ends the background threads.
+
+        Raises:
+          CheckpointError: the save under way failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def latest(self) -> int | None:
-        """The step of the latest complete checkpoint, ``None`` if there is none."""
-        step: int | None = self._manager.latest_step()
-        return step
+        """The step of the latest checkpoint, ``None`` if there is none.
+
+        One that is being saved counts, one that `restore` found damaged does not.
+        """
+        return max(self._steps(), default=None)
 
     def save(self, step: int, state: PyTree, data: Any = None) -> None:
-        """Saves a checkpoint and returns when it is on disk.
+        """Saves a checkpoint in the background, after the save before it.
+
+        Returns when the state has been read: its buffers may be donated to the next step. (Where
+        the host shares memory with the device, as on a CPU, JAX makes the donating step leave the
+        buffers alone until they are written.)
 
         Args:
-          step: number of steps done; a step that is saved already is left as it is.
+          step: number of steps done; the latest step is left as it is.
           state: a pytree of arrays, random keys included.
           data: anything JSON can hold, e.g. the state of a Grain iterator.
+
+        Raises:
+          CheckpointError: this save or the one before it failed, or there is a checkpoint of a
+            later step. Complete checkpoints are left as they are.
         """
-        if step in self._manager.all_steps():
+        self.wait()
+        latest = self.latest()
+        if step == latest:
             return
+        if latest is not None and step < latest:
+            raise CheckpointError(
+                f"cannot save step {step}: {self._directory} holds a checkpoint of step {latest}"
+            )
         leaves = _named_leaves(state)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_without_empty(leaves)),
-                meta=ocp.args.JsonSave({"data": data, "leaves": _signature(leaves)}),
-            ),
+        kinds = _kinds(leaves)
+        record = json.dumps(
+            {
+                "data": data,
+                "leaves": {name: [kinds[name], fingerprint(x)] for name, x in leaves.items()},
+            }
         )
+        try:
+            self._make_way()
+            # Forced: Orbax would leave out, silently, a step it finds inconvenient.
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_without_empty(leaves)),
+                    meta=ocp.args.JsonSave(
+                        {"record": record, "crc32": zlib.crc32(record.encode())}
+                    ),
+                ),
+                force=True,
+            )
+        except Exception as error:
+            raise self._not_saved(step, error) from error
+        self._pending = step
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk.
+
+        Raises:
+          CheckpointError: saving it failed. Complete checkpoints are left as they are.
+        """
+        step, self._pending = self._pending, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._not_saved(step, error) from error
+        if step is not None and jax.process_index() == 0:
+            for path in self._directory.glob(f"*{DAMAGED}"):
+                if int(path.name.removesuffix(DAMAGED)) <= step:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def restore(self, target: PyTree) -> Restored:
-        """Restores the latest checkpoint.
+        """Restores the latest checkpoint that is whole.
+
+        A damaged one is passed over, with a line to `warn`. It stays on disk until a later save
+        has reached its step again, under another name from the next save on.
 
         Args:
           target: a pytree of arrays or ``jax.ShapeDtypeStruct`` like the one saved; leaves come
-            back with its shardings, on the first device where it names none.
+            back with its shardings; where it names none, on the first device (on all devices in a
+            run of several processes).
 
         Returns:
           The step, the state and the record.
 
         Raises:
-          CheckpointError: there is no checkpoint, or its leaves are not those of the target; the
-            message names the first that differs.
+          CheckpointError: there is no checkpoint, all are damaged, or the leaves are not those of
+            the target; the message names the first that differs.
         """
-        step = self.latest()
-        if step is None:
-            raise CheckpointError(f"no checkpoint in {self._manager.directory}")
-        record = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        self.wait()
         leaves = _named_leaves(target)
-        _check_same(record.meta["leaves"], _signature(leaves), step)
-        default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        kinds = _kinds(leaves)
+        if not self._steps():
+            raise CheckpointError(f"no checkpoint in {self._directory}")
+        while (step := self.latest()) is not None:
+            try:
+                record = _together(lambda: self._read_record(step))
+                _check_same({name: x[0] for name, x in record["leaves"].items()}, kinds, step)
+                stored = _together(lambda: self._read_leaves(step, leaves))
+                for name, (_, expected) in record["leaves"].items():
+                    if fingerprint(stored[name]) != expected:
+                        raise _Damage(f"the bits of {name} have changed")
+            except _Damage as damage:
+                self._damaged.add(step)
+                self._warn(f"passing over the checkpoint of step {step}, it is damaged: {damage}")
+                continue
+            state = jax.tree.unflatten(
+                jax.tree.structure(target), [stored[name] for name in leaves]
+            )
+            return Restored(step, state, record["data"])
+        raise CheckpointError(
+            f"all checkpoints in {self._directory} are damaged: steps "
+            + ", ".join(map(str, sorted(self._damaged)))
+        )
+
+    def _steps(self) -> set[int]:
+        return set(self._manager.all_steps()) - self._damaged
+
+    def _read_record(self, step: int) -> Any:
+        meta = self._manager.restore(
+            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+        ).meta
+        if zlib.crc32(meta["record"].encode()) != meta["crc32"]:
+            raise _Damage("its record has changed")
+        return json.loads(meta["record"])
+
+    def _read_leaves(self, step: int, leaves: dict[str, Any]) -> dict[str, jax.Array]:
+        default = _default_sharding()
         abstract = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or default)
             for name, x in leaves.items()
         }
-        stored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(_without_empty(abstract))),
-        ).state
-        full = [
-            stored[name] if name in stored else jnp.zeros(x.shape, x.dtype, device=x.sharding)
+        # Orbax closes its event loop at the first error, and each read still under way would print
+        # a traceback of its own.
+        with mock.patch.object(asyncio, "new_event_loop", _PatientLoop):
+            stored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(_without_empty(abstract))),
+            ).state
+            jax.block_until_ready(stored)
+        return {
+            name: stored[name] if x.size else jnp.zeros(x.shape, x.dtype, device=x.sharding)
             for name, x in abstract.items()
-        ]
-        return Restored(
-            step, jax.tree.unflatten(jax.tree.structure(target), full), record.meta["data"]
+        }
+
+    def _make_way(self) -> None:
+        """Before a save: removes what killed saves left, and moves damaged checkpoints aside."""
+        if not self._tidy and jax.process_index() == 0:
+            for path in self._directory.glob(f"*{UNFINISHED}*"):
+                shutil.rmtree(path)
+        if self._damaged and jax.process_index() == 0:
+            for step in self._damaged:
+                aside = self._directory / f"{step}{DAMAGED}"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(self._directory / str(step), aside)
+        if jax.process_count() > 1 and (self._damaged or not self._tidy):
+            multihost_utils.sync_global_devices("checkpoints: made way")
+        if self._damaged:
+            self._manager.reload()
+        self._tidy = True
+        self._damaged.clear()
+
+    def _not_saved(self, step: int | None, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"cannot save the checkpoint of step {step} in {self._directory}: {_reason(error)}"
         )
+
+
+class _Damage(Exception):
+    """A checkpoint is not what was saved."""
+
+
+class _PatientLoop(asyncio.SelectorEventLoop):
+    """An event loop that finishes its tasks before it closes."""
+
+    def close(self) -> None:
+        if not self.is_closed() and (tasks := asyncio.all_tasks(self)):
+            self.run_until_complete(asyncio.wait(tasks))
+            for task in tasks:
+                task.cancelled() or task.exception()  # seen, so not printed
+        super().close()
+
+
+def _together(read: Callable[[], Any]) -> Any:
+    """Reads in all processes; damage seen by one of them is damage to all.
+
+    Raises:
+      _Damage: anything went wrong in any process.
+    """
+    result, problem = None, None
+    try:
+        result = read()
+    except Exception as error:
+        problem = _reason(error)
+    well = problem is None
+    if jax.process_count() > 1:
+        well = bool(np.all(multihost_utils.process_allgather(np.array(well))))
+    if not well:
+        raise _Damage(problem or "another process cannot read it")
+    return result
+
+
+def _reason(error: BaseException) -> str:
+    """One line: the system's own words where there are some."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    number = getattr(error, "errno", None)
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's
+    if code is not None:
+        number = int(code[1])
+    if number is not None:
+        return os.strerror(number)
+    text = " ".join(str(error).split(" [")[0].split())
+    return textwrap.shorten(text, 300) or type(error).__name__
+
+
+def _default_sharding() -> jax.sharding.Sharding:
+    if jax.process_count() == 1:
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.NamedSharding(jax.make_mesh((jax.device_count(),), ("all",)), jax.P())
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:
@@ -153,7 +374,7 @@ def _without_empty(leaves: dict[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in leaves.items() if x.size}
 
 
-def _signature(leaves: dict[str, Any]) -> dict[str, str]:
+def _kinds(leaves: dict[str, Any]) -> dict[str, str]:
     return {name: f"{x.dtype}{list(x.shape)}" for name, x in leaves.items()}
 
 
@@ -164,3 +385,54 @@ def _check_same(saved: dict[str, str], wanted: dict[str, str], step: int) -> Non
                 f"the checkpoint of step {step} does not fit this model and optimizer: {name} is "
                 f"{saved.get(name, 'missing')} there and {wanted.get(name, 'missing')} here"
             )
+
+
+# Fingerprints -----------------------------------------------------------------------------------
+
+
+def fingerprint(array: jax.Array) -> int:
+    """A number that changes when any bit of an array does.
+
+    The sum, modulo 2**32, of each word scrambled together with its index: the order of summation
+    does not matter, so the result is the same however the array is spread over devices and
+    processes. One changed word always changes it, several do but for a chance of 2**-32.
+
+    Args:
+      array: of any shape and dtype, random keys included.
+
+    Returns:
+      An integer below 2**32. In a run of several processes all have to call it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from experiments.checkpoints import fingerprint
+      >>> x = jnp.arange(4.0)
+      >>> fingerprint(x) == fingerprint(x.copy()), fingerprint(x) == fingerprint(-x)
+      (True, False)
+    """
+    # Fetched at once: collective programs that queue up can hang on a CPU mesh.
+    return int(_fingerprint(array))
+
+
+@jax.jit
+def _fingerprint(x: jax.Array) -> jax.Array:
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag], -1)
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    # Eight bytes become two words along a new last axis.
+    words = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    index = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    return jnp.sum(_scramble(words ^ _scramble(index)), dtype=jnp.uint32)
+
+
+def _scramble(x: jax.Array) -> jax.Array:
+    """The finalizer of MurmurHash3 (32 bits): one to one, and each bit touches all others."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
