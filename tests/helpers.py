@@ -181,3 +181,28 @@ def signature(tree: PyTree) -> PyTree:
     return jax.tree.map(
         lambda x: (x.shape, str(x.dtype), bool(getattr(x, "weak_type", False))), tree
     )
+
+
+WORKER_MODES = ("vmap", "shard_map", "pmap")
+
+
+def over_workers(mode: str, function: Any, num_workers: int) -> Any:
+    """A function of one worker's values as one of arrays with a leading axis of workers.
+
+    Inside, the axis is called "workers"; on devices each has one worker.
+    """
+    if mode == "vmap":
+        return jax.jit(jax.vmap(function, axis_name="workers"))
+    devices = jax.devices()[:num_workers]
+    if mode == "pmap":
+        return jax.pmap(function, "workers", devices=devices)
+    mesh = jax.make_mesh(
+        (num_workers,), ("workers",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices
+    )
+
+    def one(*args: Any) -> Any:
+        result = function(*jax.tree.map(lambda a: a[0], args))
+        return jax.tree.map(lambda a: a[None], result)
+
+    spec = jax.P("workers")
+    return jax.jit(jax.shard_map(one, mesh=mesh, in_specs=spec, out_specs=spec))

@@ -429,7 +429,7 @@ def from_matrix(matrix: Any) -> Topology:
             if wrong.size:
                 raise ValueError(
                     f"`matrix` must be doubly stochastic, but {kind} {wrong[0]}{where} sums to "
-                    f"{sums[wrong[0]]:.8g}, not 1. For an undirected graph with unequal degrees "
+                    f"{sums[wrong[0]]:.9g}, not 1. For an undirected graph with unequal degrees "
                     "use Metropolis weights: 1 / (1 + max(degree_i, degree_j)) between neighbors, "
                     "the rest on the diagonal."
                 )
