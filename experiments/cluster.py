@@ -1,0 +1,368 @@
+"""Starting and stopping runs of several processes.
+
+The distributed engine is JAX's: `jax.distributed` brings the processes together, its coordination
+service watches over them by heartbeats, its preemption service agrees on a step at which all stop.
+Here is what a command line needs around it: `initialize` joins a run, `from_main` does on one
+process what only one may do, `stop_signals` ends all processes behind the same step, and a process
+that ends before its time leaves one line that says so and how to go on.
+
+Lost workers (jax 0.10): where one is killed, the collectives of the others fail at once or hang. In
+both cases the coordination service ends them: as soon as the connection to process 0 breaks, and
+for any other process, or one that hangs, `HEARTBEAT_TIMEOUT` seconds after its last sign of life.
+It does so by aborting the process from a thread of C++, with a stack trace, past all Python; hence
+the line comes from a small process beside it (`_LastWords`) that outlives it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from experiments.cli import UsageError
+
+T = TypeVar("T")
+
+# Seconds that the processes of a run wait for each other at the start: the nodes of a cluster do
+# not start, and containers do not load, at the same moment. (JAX: 300)
+INITIALIZATION_TIMEOUT = 120
+# Seconds without a sign of life after which a process counts as lost: bounds how long the others
+# hang. The signs come from threads of C++, which neither Python nor a long computation holds up;
+# what does is a machine that swaps or a network that fails for so long. (JAX: 100)
+HEARTBEAT_TIMEOUT = 30
+# Seconds that a process waits at its end for the others: bounds how long one that failed alone
+# holds up the run, and how much longer than the others process 0 may write its results. (JAX: 300)
+SHUTDOWN_TIMEOUT = 60
+
+# What the errors of collectives and of the coordination service say when a peer is gone, in lower
+# case: Gloo's (CPU), NCCL's (GPU), the network's, the service's.
+_LOST = (
+    *("gloo", "nccl", "socket closed", "connection closed", "connection reset", "broken pipe"),
+    *("heartbeat", "unhealthy", "coordination", "unavailable:", "deadline_exceeded:"),
+)
+
+
+def initialize(
+    *,
+    distributed: bool = False,
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process_id: int | None = None,
+    devices: int | None = None,
+) -> None:
+    """Joins a run of several processes; without any of the first four arguments does nothing.
+
+    Has to come before anything that starts JAX's backends, `jax.devices()` for instance.
+
+    Args:
+      distributed: let JAX find out what is not given: under SLURM, Open MPI, Kubernetes (with the
+        package ``kubernetes``) and on Cloud TPUs.
+      coordinator: ``HOST:PORT`` where process 0 listens, from the view of all others.
+      processes: how many there are.
+      process_id: which one this is: 0 to ``processes`` - 1.
+      devices: number over all processes; on a CPU, so many virtual ones are made where
+        ``processes`` is given.
+
+    Raises:
+      UsageError: these do not fit together, no cluster is found or process 0 cannot be reached.
+    """
+    explicit = {"--coordinator": coordinator, "--processes": processes, "--process-id": process_id}
+    missing = [name for name, value in explicit.items() if value is None]
+    if not distributed and len(missing) == len(explicit):
+        return
+    if not distributed and missing:
+        raise UsageError(
+            f"{' and '.join(missing)} missing; {', '.join(explicit)} go together, or with "
+            "--distributed, which asks the cluster for what is missing"
+        )
+    if coordinator is not None:
+        host, _, port = coordinator.rpartition(":")
+        if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+            raise UsageError(f"--coordinator must be HOST:PORT, got {coordinator!r}")
+    if processes is not None:
+        check_processes(processes, devices)
+    if process_id is not None and not 0 <= process_id < (processes or process_id + 1):
+        raise UsageError(
+            f"--process-id must be between 0 and --processes - 1 ({(processes or 1) - 1}), got "
+            f"{process_id}"
+        )
+
+    who = "this process" if process_id is None else f"process {process_id}"
+    _LastWords.start(
+        f"error: {who} gave up after {INITIALIZATION_TIMEOUT} seconds: not all processes of the "
+        "run came; start all of them, with the same --coordinator and --processes"
+    )
+    try:
+        if processes is not None and devices is not None:
+            jax.config.update("jax_num_cpu_devices", devices // processes)
+        if coordinator is not None and process_id:
+            _await_coordinator(coordinator)
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process_id,
+            # Given everything, JAX would still ask the cluster for the devices of this process.
+            cluster_detection_method=None if missing else "deactivate",
+            initialization_timeout=INITIALIZATION_TIMEOUT,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
+        )
+    except Exception as error:
+        _LastWords.stop()
+        if isinstance(error, UsageError):
+            raise
+        reason = str(error).partition("\n")[0].rstrip(".")
+        fix = (
+            "where no cluster (SLURM, Open MPI, Kubernetes, Cloud TPU) is found, give "
+            "--coordinator HOST:PORT --processes N --process-id I"
+            if missing
+            else "is the port of --coordinator free, and did nothing use JAX before?"
+        )
+        raise UsageError(f"cannot join the run: {reason}; {fix}") from error
+    # Before JAX's own handler, so that the last words still stand while it waits for the others.
+    atexit.register(_leave)
+    sys.excepthook = _fail
+    advise("start all processes again")
+
+
+def check_processes(processes: int, devices: int | None) -> None:
+    """Raises `UsageError` if ``--devices`` (over all) does not split over ``--processes``."""
+    if processes < 1:
+        raise UsageError(f"--processes must be at least 1, got {processes}")
+    if devices is not None and (devices < 1 or devices % processes):
+        raise UsageError(
+            f"--devices {devices} (over all processes) does not split evenly over --processes "
+            f"{processes}; use a multiple of {processes}"
+        )
+
+
+def _await_coordinator(address: str) -> None:
+    """Waits until process 0 listens; JAX would abort the process instead of raising an error."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + INITIALIZATION_TIMEOUT
+    while True:
+        try:
+            # An IPv6 host stands in brackets.
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UsageError(
+                    f"--coordinator {address} cannot be reached ({error.strerror or error}); name "
+                    "the host of process 0, and a port that is free there and not blocked"
+                ) from None
+            time.sleep(0.1)
+
+
+def is_main() -> bool:
+    """Whether this is process 0, the one that writes files; also true for a single process."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def from_main(function: Callable[[], T]) -> T:
+    """Calls a function on process 0 only, while the others wait.
+
+    Example:
+        >>> from_main(lambda: {"resume": False})
+        {'resume': False}
+
+    Args:
+      function: what to do; its result has to be plain JSON.
+
+    Returns:
+      The result, on all processes.
+
+    Raises:
+      Exception: that of the function; on the other processes a `UsageError` with its message.
+    """
+    if not jax.distributed.is_initialized():
+        return function()
+    failure = None
+    answer: dict[str, Any] = {}
+    if is_main():
+        try:
+            answer = {"result": function()}
+        except Exception as error:
+            failure, answer = error, {"error": str(error) or type(error).__name__}
+    message = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(message.size)))
+    padded = message if is_main() else np.zeros(size, np.uint8)
+    answer = json.loads(bytes(multihost_utils.broadcast_one_to_all(padded)))
+    if failure is not None:
+        raise failure
+    if "error" in answer:
+        raise UsageError(answer["error"])
+    return answer["result"]
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], int | None]]:
+    """Turns the first Ctrl-C or SIGTERM into a question to ask behind each step: which one was it?
+
+    The second Ctrl-C acts at once (so does a second SIGTERM, in a single process).
+
+    Where there are several processes, all have to ask equally often. A signal to one of them stops
+    all: JAX's preemption service agrees on a step that none has passed. Its counter is that of the
+    questions and begins with 1, because a signal that comes before the first question makes that
+    one the end; with the steps of a resumed run it would be missed.
+
+    Yields:
+      A function that returns the signal's number (for a signal to another process: SIGTERM) or
+      ``None``. It takes about 10 microseconds.
+    """
+    several = jax.distributed.is_initialized()
+    received: int | None = None
+
+    def receive(signum: int, frame: Any) -> None:
+        nonlocal received
+        received = signum
+        if several:
+            signal.signal(signum, lambda *_: abort("error: stopped at once", 128 + signum))
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            signal.signal(signum, previous[signum])
+
+    # SIGTERM has a handler of JAX's in a distributed run, of which Python knows nothing.
+    caught: list[int] = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
+    previous: dict[int, Any] = {signum: signal.getsignal(signum) for signum in caught}
+    questions = itertools.count(1)
+
+    def requested() -> int | None:
+        if not several:
+            return received
+        reached = multihost_utils.reached_preemption_sync_point(next(questions))
+        return (received or signal.SIGTERM) if reached else None
+
+    for signum in caught:
+        signal.signal(signum, receive)
+    try:
+        yield requested
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+# Lost workers -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def guard() -> Iterator[None]:
+    """Ends the process at once, in one line, if an error says that another one is gone.
+
+    Belongs around as little as possible: what cleans up further out may wait for all processes.
+    """
+    try:
+        yield
+    except Exception as error:
+        if worker_lost(error):
+            abort(f"error: {_who()} lost another one of the run; {_LastWords.advice}")
+        raise
+
+
+def worker_lost(error: BaseException) -> bool:
+    """Whether an error of a computation says that another process of the run is gone."""
+    text = str(error).lower()
+    return (
+        jax.distributed.is_initialized()
+        and isinstance(error, jax.errors.JaxRuntimeError)
+        and any(sign in text for sign in _LOST)
+    )
+
+
+def advise(advice: str) -> None:
+    """Sets what the last line of a process that ends before its time tells to do.
+
+    Args:
+      advice: one line, e.g. how to go on from which step.
+    """
+    if jax.distributed.is_initialized():
+        _LastWords.advice = advice
+        _LastWords.say(
+            f"error: {_who()} ended before its time: it was killed, or another one of the run was "
+            f"lost; {advice}"
+        )
+
+
+def abort(message: str, code: int = 1) -> NoReturn:
+    """Leaves with a message and an exit code, without waiting for anything or anybody."""
+    _LastWords.say(message)
+    _LastWords.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _who() -> str:
+    return f"process {jax.process_index()} of {jax.process_count()}"
+
+
+def _fail(*error: Any) -> None:
+    """What an uncaught error does: leaves the others at once, instead of keeping them waiting."""
+    sys.__excepthook__(*error)
+    abort(f"error: {_who()} failed; {_LastWords.advice}")
+
+
+def _leave() -> None:
+    """The orderly end: waits for the other processes."""
+    jax.distributed.shutdown()
+    _LastWords.stop()
+
+
+class _LastWords:
+    """A process that says a line when this one is gone, however that came about."""
+
+    _SCRIPT = """if True:
+        import signal, sys
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, signal.SIG_IGN)
+        line = ""
+        for line in sys.stdin:  # until the other end is closed; the last line counts
+            pass
+        sys.stderr.write(line.lstrip())
+    """
+    _process: subprocess.Popen[str] | None = None
+    advice = ""
+
+    @classmethod
+    def start(cls, line: str) -> None:
+        cls._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", cls._SCRIPT],
+            stdin=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # a Ctrl-C in the terminal is not meant for it
+        )
+        cls.say(line)
+
+    @classmethod
+    def say(cls, line: str) -> None:
+        """Replaces the line."""
+        if cls._process is not None and cls._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                cls._process.stdin.write(line + "\n")
+                cls._process.stdin.flush()
+
+    @classmethod
+    def stop(cls) -> None:
+        """Nothing is to be said any more."""
+        cls.say("")
+        cls.close()
+
+    @classmethod
+    def close(cls) -> None:
+        """Lets it say its line."""
+        if cls._process is not None:
+            cls._process.communicate()
+            cls._process = None
