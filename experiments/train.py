@@ -31,6 +31,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -274,11 +275,15 @@ def resolve(options: Options) -> Plan:
 
 
 def find_devices(number: int | None) -> list[jax.Device]:
-    """The devices to run on, those of all processes.
+    """The devices to run on, those of all processes; makes virtual ones on a CPU.
 
     Raises:
       UsageError: there are not so many.
     """
+    if number is not None and not jax.distributed.is_initialized():
+        # Only possible before JAX starts its backends; afterwards what is there has to do.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", number)
     devices = jax.devices()
     if number is not None and number > len(devices):
         raise UsageError(
@@ -324,21 +329,18 @@ def read_options(argv: Sequence[str] | None, given: Options, record: Any) -> Opt
     """
     if record is None:
         return given
+    saved = dict(record["options"])
     try:
-        saved = Options(**record["options"])
-        paths = {
-            name: None if getattr(saved, name) is None else Path(getattr(saved, name))
-            for name in ("data_dir", "runs_dir")
-        }
-    except TypeError:
+        for name in ("data_dir", "runs_dir"):
+            saved[name] = None if saved[name] is None else Path(saved[name])
+        saved |= {"name": given.name, "runs_dir": given.runs_dir}
+        default = Options(**saved)
+    except (KeyError, TypeError):
         raise UsageError(
-            f"{given.folder / run_folder.CONFIG} is of a run of another version; give another --name"
+            f"{given.folder / run_folder.CONFIG} is of another version of this command; give "
+            "another --name"
         ) from None
-    return cli.parse(
-        dataclasses.replace(saved, **paths | {"name": given.name, "runs_dir": given.runs_dir}),
-        argv,
-        PROG,
-    )
+    return cli.parse(default, argv, PROG)
 
 
 def open_folder(
@@ -382,14 +384,15 @@ def open_folder(
 
 def statistics(opt_state: PyTree) -> dict[str, jax.Array]:
     """What the optimizer's state tells about the run, as scalars: what there is of it."""
-    found: dict[str, Any] = {
+    found = {
         name: engine.find_in_state(opt_state, name)
-        for name in ("momentum", "alignment", "consensus_distance")
+        for name in ("momentum", "alignment", "consensus_distance", "eigenvalues")
     }
-    eigenvalues = engine.find_in_state(opt_state, "eigenvalues")
-    if eigenvalues is not None:
-        found["top_eigenvalue"] = jnp.max(eigenvalues)
-    return {name: value for name, value in found.items() if value is not None}
+    # Some methods call an array of the parameters' shapes their momentum.
+    scalars = {name: value for name, value in found.items() if getattr(value, "shape", None) == ()}
+    if found["eigenvalues"] is not None:
+        scalars["top_eigenvalue"] = jnp.max(found["eigenvalues"])
+    return scalars
 
 
 # The run ----------------------------------------------------------------------------------------
@@ -495,10 +498,7 @@ def build(plan: Plan) -> Program:
             per_worker=plan.workers is not None,
             skip_non_finite=plan.non_finite == "skip",
         )
-        found = statistics(state.opt_state)
-        if plan.workers is not None:
-            found = jax.lax.pmean(found, axis_name)
-        return state, metrics | found
+        return state, metrics | statistics(state.opt_state)
 
     return Program(
         parallel.Parallel(plan.parallel, plan.devices, step, workers=plan.workers),
@@ -527,7 +527,12 @@ class Run:
         self._cold_start = not (on_cpu and models.is_convolutional(plan.model))
         self._target = self.runner.abstract_state(program.make_state)
         self._columns = [
-            *("step", "epoch", "loss", *jax.eval_shape(statistics, self._target.opt_state)),
+            *(
+                "step",
+                "epoch",
+                "loss",
+                *jax.eval_shape(statistics, jax.eval_shape(program.make_state).opt_state),
+            ),
             *("validation_loss", "validation_accuracy", "seconds"),
         ]
         self._files: MetricFiles | None = None  # only the main process has them
@@ -572,14 +577,16 @@ class Run:
 
     def _load_data(self) -> None:
         plan, train = self.plan, self.plan.task.train
-        process = (jax.process_index(), jax.process_count())
-        dataset = data.batches(train, batch_size=plan.batch_size, seed=plan.seed, shard=process)
+        shard = grain.sharding.ShardByJaxProcess()
+        dataset = data.batches(train, batch_size=plan.batch_size, seed=plan.seed, shard=shard)
         self._batches = data.prefetch_to_device(iter(dataset), self.runner.put_batch)
         self._curvature = None
         if plan.curvature_batch_size is not None:
             # Fixed: redrawn at every refresh, its noise alone would move the subspace.
             order = np.random.default_rng(plan.seed).permutation(len(train))
-            rows = np.split(order[: plan.curvature_batch_size], process[1])[process[0]]
+            rows = np.split(order[: plan.curvature_batch_size], shard.shard_count)[
+                shard.shard_index
+            ]
             self._curvature = self.runner.put_batch({"x": train.x[rows], "y": train.y[rows]})
 
     def _restore(self) -> Any:
@@ -642,7 +649,7 @@ class Run:
         for (row, _, position), metrics in zip(pending, values, strict=True):
             finite = metrics.pop("finite")
             row |= {name: number(value) for name, value in metrics.items()}
-            self._rows.append({name: row[name] for name in self._columns if name in row})
+            self._rows.append(row)
             if finite:
                 self._skipped = 0
             elif not self._handle_non_finite(self._rows[-1], position):
@@ -653,7 +660,7 @@ class Run:
     def _handle_non_finite(self, row: Row, position: Any) -> bool:
         """Does what the policy says; False if the run went back."""
         step, policy = row["step"], self.plan.non_finite
-        known = {k: v for k, v in row.items() if k not in ("step", "epoch", "seconds")}
+        known = {name: row[name] for name in self._columns[2:-3] if name in row}
         known["last_loss"] = next((r["loss"] for r in self._rows[-2::-1] if r["loss"]), None)
         event: dict[str, Any] = {"step": step, "event": "not finite", "policy": policy, **known}
         numbers = ", ".join(f"{name} {value}" for name, value in known.items())
@@ -671,7 +678,7 @@ class Run:
             self._rollbacks += 1
             self._rows.clear()
             self._pending.clear()
-            self._checkpoints.wait()
+            self.wait()
             self._restore()
             # The batches up to the one that did it are not seen again.
             self._batches.set_state(position)
@@ -722,9 +729,12 @@ class Run:
         )
         self._rollbacks = 0
 
-    def test(self) -> dict[str, Any]:
-        """Waits for the last checkpoint, scores the test split and writes the result."""
+    def wait(self) -> None:
+        """Waits until all that was saved is on disk."""
         self._checkpoints.wait()
+
+    def test(self) -> dict[str, Any]:
+        """Scores the test split and writes the result."""
         scores = evaluate(self.program.evaluate, self.runner, self.state, self.plan.task.test)
         result = {"steps": self.done} | {
             f"test_{name}": number(score) for name, score in scores.items()
@@ -742,12 +752,12 @@ def not_finite(state: PyTree) -> str | None:
             return None
         return jnp.sum(~jnp.isfinite(leaf))
 
-    counts, _ = jax.tree.flatten_with_path(jax.jit(lambda tree: jax.tree.map(count, tree))(state))
+    counts = jax.jit(lambda tree: jax.tree.map(count, tree))(state)
     sizes = {path: leaf.size for path, leaf in jax.tree.leaves_with_path(state)}
-    for path, number in counts:
-        if number and sizes[path] > 1:
+    for path, wrong in jax.tree.leaves_with_path(counts):
+        if wrong and sizes[path] > 1:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            return f"{name} ({number} of {sizes[path]} entries)"
+            return f"{name} ({wrong} of {sizes[path]} entries)"
     return None
 
 
@@ -766,11 +776,11 @@ def train(plan: Plan, program: Program, console: Console) -> int | None:
       UsageError, CheckpointError: what is in the folder does not fit; it is left as it is.
       NonFiniteError: the run met numbers that are not finite and could not go on.
     """
-    with Run(plan, program, console) as run, cluster.stop_signals() as requested:
+    with Run(plan, program, console) as run, cluster.stop_signals() as requested, cluster.guard():
         stopped_by = None
         while run.done < plan.steps and stopped_by is None:
             run.advance()
-            stopped_by = requested(run.done)
+            stopped_by = requested()
             validate = run.is_due(plan.eval_every)
             save = run.is_due(plan.checkpoint_every) or stopped_by is not None
             if not (validate or save or run.wants_fetch()) or not run.fetch():
@@ -780,6 +790,7 @@ def train(plan: Plan, program: Program, console: Console) -> int | None:
             run.write()
             if save:
                 run.save()
+        run.wait()
         if run.done < plan.steps:
             console.print(f"interrupted: saved step {run.done} of {plan.steps}")
             return stopped_by
@@ -823,6 +834,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             width=None if sys.stdout.isatty() else 120,
             quiet=not cluster.is_main(),
         )
+        cluster.advise(f"to continue: {resume_command(plan.folder)}")
         console.print(
             f"{plan.task.name}, {plan.model}, {plan.method.name} at learning rate "
             f"{plan.learning_rate:g}: {plan.steps} steps of {plan.batch_size} examples on "
@@ -836,25 +848,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_and_report(plan: Plan, program: Program, console: Console) -> int:
     """Runs a plan; returns the exit code."""
-    code = 0
+    to_continue = f"to continue: {resume_command(plan.folder)}"
     try:
         stopped_by = train(plan, program, console)
     except (UsageError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(f"error: {error}", 2)
     except NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(f"error: {error}", 1)
     except OSError as error:
-        print(f"error: cannot write to {plan.folder}: {error.strerror or error}", file=sys.stderr)
-        stopped_by, code = None, 1
+        reason = error.strerror or error
+        return fail(f"error: cannot write to {plan.folder}: {reason}\n{to_continue}", 1)
     except KeyboardInterrupt:  # the second Ctrl-C
         stopped_by = signal.SIGINT
-    if stopped_by is None and code == 0:
+    if stopped_by is None:
         return 0
-    print(f"to continue: {resume_command(plan.folder)}", file=sys.stderr)
+    print(to_continue, file=sys.stderr)
     # A machine that is taken back is no failure.
-    return 0 if stopped_by == signal.SIGTERM else code or 128 + stopped_by
+    return 0 if stopped_by == signal.SIGTERM else 128 + stopped_by
+
+
+def fail(message: str, code: int) -> int:
+    """Tells what went wrong and returns the exit code; of several processes none waits for it."""
+    if jax.process_count() > 1:
+        cluster.abort(message, code)
+    print(message, file=sys.stderr)
+    return code
 
 
 def resume_command(folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import shlex
@@ -21,7 +22,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 import models
-from experiments import data, engine, train
+from experiments import data, engine, run_folder, train
 from experiments.checkpoints import Checkpoints
 from experiments.methods import METHODS
 from tests.experiments.test_data import write_sst2
@@ -74,9 +75,9 @@ def final_state(folder):
     config = json.loads((folder / "config.json").read_text())["options"]
     names = ("task", "method", "steps", "batch_size", "seed")
     options = train.Options(devices=1, **{name: config[name] for name in names})
-    _, _, state = train.build(train.resolve(options))
+    program = train.build(train.resolve(options))
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        return checkpoints.restore(state).state
+        return checkpoints.restore(program.runner.abstract_state(program.make_state)).state
 
 
 def assert_same_run(folder, expected):
@@ -135,7 +136,7 @@ def test_run_leaves_what_it_promises(full):
     assert "step 400: validation loss" in out
     assert out.splitlines()[-1].endswith("metrics and checkpoints are in runs/full")
     names = {path.name for path in folder.iterdir()}
-    files = {"config.json", "metrics.jsonl", "metrics.csv", "result.json"}
+    files = {"config.json", "metrics.jsonl", "metrics.csv", "result.json", "run.lock"}
     assert names == files | {"tensorboard", "checkpoints"}
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["380", "400"]
 
@@ -222,7 +223,7 @@ def test_run_killed_before_its_first_checkpoint_starts_again(runs):
     assert_same_run(runs / "run", runs / "full")
 
 
-@pytest.mark.parametrize("mode", ["jit", "pmap", "shard_map"])
+@pytest.mark.parametrize("mode", ["jit", "fsdp", "pmap", "shard_map"])
 def test_parallel_modes_train_alike(runs, mode):
     quick = [*QUICK, "--runs-dir", str(runs), "--method", "extrap_sgd"]
     assert train.main([*quick, "--name", "one"]) == 0
@@ -264,10 +265,166 @@ def test_loss_can_be_chosen(runs, capsys):
     assert "a run with loss mse, now cross_entropy" in capsys.readouterr().err
 
 
-def test_loss_that_is_not_finite_stays_valid_json(runs):
+@pytest.fixture
+def bad_batch(monkeypatch):
+    """Some training examples are broken, all of the batch of step 8."""
+    task = data.load_task("digits")
+    x = task.train.x.copy()
+    batches = data.index_batches(len(x), batch_size=64, seed=0)
+    for _ in range(8):
+        batch = next(batches)
+    curvature = np.random.default_rng(0).permutation(len(x))[:128]
+    x[np.setdiff1d(batch, curvature)[:7], 3, 3] = np.nan
+    task = dataclasses.replace(task, train=data.Split(x, task.train.y))
+    monkeypatch.setattr(data, "load_task", lambda *args, **kwargs: task)
+
+
+def events_log(folder):
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def finite_state(folder):
+    state = final_state(folder)
+    return all(
+        np.isfinite(leaf).all()
+        for leaf in jax.tree.leaves(state)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    )
+
+
+BAD = ["--devices", "1", "--steps", "13", "--eval-every", "5", "--method", "bulk_sgd", "--name"]
+
+
+def test_not_finite_ends_the_run_by_default(runs, bad_batch, capsys):
+    arguments = ["--runs-dir", str(runs), *BAD, "run"]
+    assert train.main(arguments) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: step 8 is not finite (loss nan, ")
+    assert "first in the state: params/layers" in err
+    assert err.count("\n") == 1
+    assert [row["loss"] is None for row in rows(runs / "run")] == [False] * 7 + [True]
+    (event,) = events_log(runs / "run")
+    assert (event["step"], event["policy"]) == (8, "raise")
+    assert event["last_loss"] == rows(runs / "run")[-2]["loss"]
+    assert {"alignment", "top_eigenvalue"} < event.keys()
+    # The checkpoint is the one before, and the run goes on from it under another policy.
+    assert finite_state(runs / "run")
+    resume = ["--runs-dir", str(runs), "--name", "run", "--resume", "--non-finite", "skip"]
+    assert train.main(resume) == 0
+    assert "resuming at step 5" in capsys.readouterr().out
+    assert rows(runs / "run")[-1]["step"] == 13
+
+
+def test_not_finite_can_be_skipped(runs, bad_batch, capsys):
+    arguments = ["--runs-dir", str(runs), *BAD, "run", "--non-finite", "skip"]
+    assert train.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert "step 8 is not finite (loss nan, " in out
+    assert err == ""
+    assert [row["step"] for row in rows(runs / "run") if row["loss"] is None] == [8]
+    assert [event["step"] for event in events_log(runs / "run")] == [8]
+    assert finite_state(runs / "run")
+
+
+def test_not_finite_can_be_rolled_back(runs, bad_batch, capsys):
+    arguments = ["--runs-dir", str(runs), *BAD, "run", "--non-finite", "rollback"]
+    assert train.main(arguments) == 0
+    assert ": back to step 5" in capsys.readouterr().out
+    lines = rows(runs / "run")
+    assert [row["step"] for row in lines] == list(range(1, 14))
+    assert all(row["loss"] is not None for row in lines)
+    (event,) = events_log(runs / "run")
+    assert (event["step"], event["back_to"]) == (8, 5)
+    assert finite_state(runs / "run")
+    # Steps 1 to 5 are those of a run without the broken batch.
+    seen = ["--runs-dir", str(runs), *BAD, "seen", "--steps", "5"]
+    assert train.main(seen) == 0
+    assert [row["loss"] for row in lines[:5]] == [row["loss"] for row in rows(runs / "seen")]
+    # Before there is a checkpoint, it is the start that the run goes back to.
+    arguments[-3] = "early"
+    assert train.main([*arguments, "--steps", "8", "--checkpoint-every", "8"]) == 0
+    assert events_log(runs / "early")[0]["back_to"] == 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [("skip", "10 steps in a row were"), ("rollback", "3 rollbacks did not help")],
+)
+def test_not_finite_for_good_ends_the_run(runs, policy, message, capsys):
     quick = [*QUICK, "--runs-dir", str(runs), "--name", "run", "--learning-rate", "1e38"]
-    assert train.main(quick) == 0
-    assert rows(runs / "run")[-1]["loss"] is None
+    assert train.main([*quick, "--non-finite", policy]) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert all(row["loss"] is None for row in rows(runs / "run")[1:])
+
+
+def test_sigterm_saves_and_is_no_failure(runs, monkeypatch, capsys):
+    arguments = [*QUICK, "--runs-dir", str(runs), "--name"]
+    assert train.main([*arguments, "full"]) == 0
+    advance = train.Run.advance
+
+    def interrupted(self):
+        if self.done == 6:
+            signal.raise_signal(signal.SIGTERM)
+        advance(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "advance", interrupted)
+        assert train.main([*arguments, "run"]) == 0
+    out, err = capsys.readouterr()
+    assert "interrupted: saved step 7 of 12" in out
+    assert "to continue: python -m experiments.train" in err
+    assert train.main(["--runs-dir", str(runs), "--name", "run", "--resume"]) == 0
+    assert_same_run(runs / "run", runs / "full")
+
+
+def test_second_run_in_the_same_folder_is_refused(finished, capsys):
+    resume = ["--runs-dir", str(finished.parent), "--name", "run"]
+    before = contents(finished)
+    held = run_folder.lock(finished)
+    capsys.readouterr()
+    for arguments in ([*resume, "--resume"], resume):
+        assert train.main(arguments) == 2
+        err = capsys.readouterr().err
+        assert f"{finished} is in use by process {os.getpid()} on" in err
+        assert err.count("\n") == 1
+    held.release()
+    assert contents(finished) == before
+    assert train.main([*resume, "--resume"]) == 0
+
+
+def test_resumed_on_other_devices_it_is_the_same_up_to_rounding(runs, capsys):
+    quick = [*QUICK, "--runs-dir", str(runs), "--method", "bulk_sgd", "--checkpoint-every", "6"]
+    assert train.main([*quick, "--name", "full"]) == 0
+    assert train.main([*quick, "--name", "run"]) == 0
+    capsys.readouterr()
+    for mode, devices in (("fsdp", "8"), ("pmap", "2"), ("shard_map", "4")):
+        shutil.rmtree(runs / "run" / "checkpoints" / "12")
+        resume = ["--runs-dir", str(runs), "--name", "run", "--resume", "--parallel", mode]
+        assert train.main([*resume, "--devices", devices]) == 0
+        out = capsys.readouterr().out
+        assert (
+            f"the run began with parallel jit, now {mode}; devices 1, now {devices}: equal" in out
+        )
+        assert "resuming at step 6" in out
+        for row, expected in zip(rows(runs / "run"), rows(runs / "full"), strict=True):
+            np.testing.assert_allclose(row["loss"], expected["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["jit", "shard_map", "pmap"])
+def test_workers_with_parameters_of_their_own(runs, mode, capsys):
+    quick = ["--runs-dir", str(runs), "--method", "decentlam", "--steps", "12", "--eval-every", "6"]
+    one = [*quick, "--devices", "1", "--workers", "4", "--name", "one"]
+    assert train.main(one) == 0
+    assert train.main([*quick, "--devices", "4", "--parallel", mode, "--name", mode]) == 0
+    for row, expected in zip(rows(runs / mode), rows(runs / "one"), strict=True):
+        np.testing.assert_allclose(row["loss"], expected["loss"], rtol=1e-5)
+    assert json.loads((runs / mode / "config.json").read_text())["run"]["workers"] == 4
+    shutil.rmtree(runs / mode / "checkpoints" / "12")
+    before = untimed(runs / mode)
+    assert train.main(["--runs-dir", str(runs), "--name", mode, "--resume"]) == 0
+    assert untimed(runs / mode) == before
 
 
 @pytest.mark.parametrize(
@@ -341,6 +498,13 @@ def test_wrong_option_as_typed(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def contents(folder):
+    """When each file of a run was written last; its lock is there to be taken."""
+    files = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    del files[folder / "run.lock"]
+    return files
+
+
 @pytest.fixture
 def finished(runs):
     assert train.main([*QUICK, "--runs-dir", str(runs), "--name", "run"]) == 0
@@ -349,19 +513,19 @@ def finished(runs):
 
 def test_run_is_never_overwritten_or_mixed(finished, capsys):
     arguments = [*QUICK, "--runs-dir", str(finished.parent), "--name", "run"]
-    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    before = contents(finished)
     capsys.readouterr()
     for extra, message in (
         ([], "holds a run; add --resume to continue it, or give another --name"),
         (["--resume", "--seed", "1"], "is a run with seed 0, now 1; resume it with the options"),
         (["--resume", "--steps", "13"], "is a run with steps 12, now 13"),
-        (["--resume", "--parallel", "pmap"], "is a run with parallel jit, now pmap"),
+        (["--resume", "--batch-size", "32"], "is a run with batch_size 64, now 32"),
     ):
         assert train.main([*arguments, *extra]) == 2
         err = capsys.readouterr().err
         assert message in err
         assert err.count("\n") == 1
-    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+    assert contents(finished) == before
     # What does not change the numbers may change.
     assert train.main([*arguments, "--resume", "--keep", "1", "--checkpoint-every", "3"]) == 0
 
