@@ -1,0 +1,165 @@
+"""Start a run of several processes on this machine, to try out what a cluster will do.
+
+    python -m experiments.launch --processes 2 -- train --task digits --method demon_sgd
+    python -m experiments.launch --processes 2 --devices 8 -- train --task digits --parallel fsdp
+
+What stands behind ``--`` is a command that knows ``--coordinator``, ``--processes`` and
+``--process-id``, with its own options; every process gets all of them. The processes run on virtual
+CPU devices unless JAX_PLATFORMS says otherwise (GPUs have to be shared out between them). Process 0
+is seen as if it ran alone, and what the others print follows their number.
+
+Ctrl-C and SIGTERM reach all processes; the second one ends them at once. Where one process fails,
+the others get `GRACE` seconds to end. If the launcher itself is killed, its processes get a SIGTERM
+(on Linux). The exit code is that of the first process that failed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import IO
+
+from experiments import cli, cluster
+from experiments.cli import UsageError
+
+PROG = "python -m experiments.launch"
+COMMANDS = ("train",)
+# Seconds between one process's failure and the end of the others. Those that meet the same error
+# need a moment to say so; those that hang would take `cluster.HEARTBEAT_TIMEOUT`.
+GRACE = 10
+_PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Start a run of several processes on this machine; behind -- follows what each one runs."""
+
+    processes: int = 2
+    """How many processes."""
+    devices: int | None = None
+    """Virtual CPU devices, over all processes; default: one each."""
+
+
+def run(command: Sequence[str], processes: int) -> int:
+    """Runs copies of a command that differ in their process id, until all have ended.
+
+    Args:
+      command: program and arguments; each copy gets ``--coordinator``, ``--processes`` and
+        ``--process-id`` in addition.
+      processes: how many.
+
+    Returns:
+      The exit code of the first process that failed (128 + signal where one ended it), or 0.
+    """
+    received: list[int] = []
+    previous = {
+        signum: signal.signal(signum, lambda signum, _: received.append(signum))
+        for signum in (signal.SIGINT, signal.SIGTERM)
+    }
+    running: dict[int, subprocess.Popen[str]] = {}
+    readers: list[threading.Thread] = []
+    try:
+        address = f"127.0.0.1:{free_port()}"
+        for i in range(processes):
+            arguments = ["--coordinator", address, "--processes", f"{processes}"]
+            running[i] = subprocess.Popen(
+                [*command, *arguments, "--process-id", f"{i}"],
+                env={"JAX_PLATFORMS": "cpu"} | os.environ | {"PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if i else None,
+                stderr=subprocess.STDOUT if i else None,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # a Ctrl-C comes through this process, once
+                preexec_fn=_end_with_parent,
+            )
+        for i, process in running.items():
+            if process.stdout is not None:
+                readers.append(threading.Thread(target=_show, args=(i, process.stdout)))
+                readers[-1].start()
+        return _wait(running, received)
+    finally:
+        for process in running.values():  # none, unless something went wrong here
+            process.kill()
+            process.wait()
+        for reader in readers:
+            reader.join()
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def _wait(running: dict[int, subprocess.Popen[str]], received: list[int]) -> int:
+    """Takes the processes that end from a dictionary; returns the first exit code that is not 0."""
+    code = forwarded = 0
+    deadline = float("inf")
+    while running:
+        time.sleep(0.05)
+        for i, process in list(running.items()):
+            if process.poll() is None:
+                continue
+            del running[i]
+            if process.returncode and not code:
+                code = process.returncode if process.returncode > 0 else 128 - process.returncode
+                deadline = time.monotonic() + GRACE
+                if running and not received:
+                    print(
+                        f"process {i} ended with exit code {code}; the others have {GRACE} seconds",
+                        file=sys.stderr,
+                    )
+        for signum in received[forwarded:]:
+            for process in running.values():
+                process.send_signal(signal.SIGKILL if forwarded else signum)
+            forwarded += 1
+        if time.monotonic() > deadline:
+            for process in running.values():
+                process.kill()
+    return code
+
+
+def _show(number: int, output: IO[str]) -> None:
+    with output:
+        for line in output:
+            sys.stderr.write(f"[{number}] {line}")
+
+
+def _end_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def free_port() -> int:
+    """A port of this machine on which nothing listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    split = words.index("--") if "--" in words else len(words)
+    options = cli.parse(Options(), words[:split], PROG)
+    command = words[split + 1 :]
+    try:
+        cluster.check_processes(options.processes, options.devices)
+        if not command:
+            raise UsageError(f"no command; give one behind --, e.g. {PROG} -- {COMMANDS[0]}")
+        cli.check_known("command", command[0], COMMANDS)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.devices is not None:
+        command += ["--devices", f"{options.devices}"]
+    return run([sys.executable, "-m", f"experiments.{command[0]}", *command[1:]], options.processes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
