@@ -30,7 +30,7 @@ from optax_accel._arguments import check_choice, check_number, check_real_leaves
 from optax_accel._masking import Mask, merge, select
 from optax_accel._random import as_key, map_with_keys
 from optax_accel.hyperparams import with_schedules
-from optax_accel.objective import as_objective, check_params, vary_over
+from optax_accel.objective import as_objective, check_params, mean_arguments, vary_over
 
 PyTree = Any
 Direction = Literal[
@@ -90,7 +90,8 @@ def extragradient(
       leaf; each scalar of a vector) scaled to the filter's norm.
     * ``"inner_update"`` (2): the inner transformation's own update, its state advanced twice a step
       (ExtraAdam, for an Adam inside); the rate is a multiple of that update, 1 in ExtraAdam.
-    * ``"none"`` (1): no extrapolation, the inner transformation bit for bit.
+    * ``"none"`` (1): no extrapolation, the inner transformation bit for bit; with ``axis_name``, on
+      the mean of the incoming gradients.
 
     Where the incoming gradient is not used (past, noise, or with ``axis_name``), ``jit`` removes
     its computation, unless the training step also returns the loss at ``params``: return
@@ -107,8 +108,9 @@ def extragradient(
       direction: see above.
       axis_name: axis of ``pmap``, ``shard_map`` or ``vmap`` for *local* extrapolation: each replica
         extrapolates with its own direction and the gradients found there are averaged, one
-        all-reduce a step; the incoming gradient is not used.  ``None``: global extrapolation, the
-        same on all replicas; an Objective with an ``axis_name`` of its own then averages.
+        all-reduce of the parameters' size a step; the incoming gradient is not used, and need not
+        be averaged.  ``None``: global extrapolation, the same on all replicas; an Objective with an
+        ``axis_name`` of its own then averages, at both points.
       trust_ratio: scales the direction of each leaf with two or more axes by the leaf's norm over
         the direction's (1 if either is 0), as LARS scales steps.  Our reading of the paper's
         layer-wise variant.
@@ -171,10 +173,12 @@ def extragradient(
         count = optax.safe_increment(state.count)
         inner_args = extra_args if value_fn is None else {**extra_args, "value_fn": value_fn}
         if direction == "none":
+            if axis_name is not None:
+                updates, inner_args = mean_arguments(updates, inner_args, axis_name)
             new_updates, inner_state = inner.update(
                 updates, state.inner_state, params, **inner_args
             )
-            value = jnp.asarray(extra_args.get("value", state.value), jnp.float32)
+            value = jnp.asarray(inner_args.get("value", state.value), jnp.float32)
             return new_updates, state._replace(count=count, value=value, inner_state=inner_state)
 
         objective = as_objective(

@@ -358,6 +358,19 @@ def mean_over(tree: PyTree, axis_name: str | None, where: jax.Array | None = Non
     return lax.cond(where, mean, lambda tree: tree, vary_over(tree, axis_name))
 
 
+def mean_arguments(
+    updates: PyTree, extra_args: dict[str, Any], axis_name: str, where: jax.Array | None = None
+) -> tuple[PyTree, dict[str, Any]]:
+    """What ``update`` is given by each replica, averaged: the gradient, ``value`` and ``grad``."""
+    given = {name: extra_args[name] for name in ("value", "grad") if name in extra_args}
+    if given.get("grad") is updates:  # not sent twice
+        del given["grad"]
+    updates, given = mean_over(vary_over((updates, given), axis_name), axis_name, where)
+    if "grad" in extra_args:
+        given.setdefault("grad", updates)
+    return updates, extra_args | given
+
+
 def _first_result(function: Callable[..., tuple[PyTree, ...]], *args: PyTree) -> PyTree:
     return function(*args)[0]
 

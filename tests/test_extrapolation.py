@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import optax_accel as oa
+from tests.helpers import WORKER_MODES, over_workers
 
 TARGETS = np.array([1.0, -3.0])
 
@@ -68,7 +69,7 @@ def test_golden_q_tells_local_from_global(x64, axis_name, want):
 
 
 @pytest.mark.parametrize("mode", ["pmap", "shard_map"])
-def test_local_extrapolation_on_two_devices_with_one_all_reduce(mode):
+def test_local_extrapolation_on_two_devices(mode):
     """The golden values of Q, from incoming gradients that are averaged, hence not usable."""
     tx = oa.extragradient(optax.sgd(0.1), 0.2, axis_name="workers")
     objective = oa.Objective.from_value_fn(quartic_sum, axis_name="workers")
@@ -91,10 +92,6 @@ def test_local_extrapolation_on_two_devices_with_one_all_reduce(mode):
         step = jax.jit(
             jax.shard_map(worker, mesh=mesh, in_specs=specs, out_specs=(jax.P(), jax.P()))
         )
-    compiled = step.lower(x, tx.init(x), targets).compile()
-    reduced = re.findall(r"= (\S+) all-reduce\(|= \((.*)\) all-reduce\(", compiled.as_text())
-    # The averaged incoming gradient is dead code: what is left is the loss and one gradient.
-    assert 1 <= len(reduced) <= 2
     np.testing.assert_allclose(step(x, tx.init(x), targets)[0], [0.8496], rtol=1e-6)
 
 
@@ -130,6 +127,92 @@ def test_golden_extra_adam(x64):
             np.testing.assert_allclose(optax.tree.get(state, "mu"), 0.1800000032, atol=1e-10)
             np.testing.assert_allclose(optax.tree.get(state, "nu"), 0.001809000057, atol=1e-12)
     assert optax.tree.get(state.inner_state[0].inner_state, "count") == 4
+
+
+# -- communication of the local form --------------------------------------------------------------
+
+REDUCED = re.compile(r'"stablehlo.all_reduce".*?\) -> tensor<([0-9x]*)f32>', re.DOTALL)
+
+
+@pytest.mark.parametrize("with_value", [False, True])
+@pytest.mark.parametrize(
+    ("direction", "incoming"),
+    [
+        *((direction, "own") for direction in ("gradient", "past", "gaussian", "none")),
+        ("gradient", "averaged"),
+        ("past", "averaged"),
+    ],
+)
+def test_a_step_communicates_one_all_reduce(direction, incoming, with_value):
+    """Of the parameters' size: a pair of gradients, but only the one that moves is averaged.
+
+    JAX writes the mean of a tree as one all-reduce for each leaf, which XLA makes one operation.
+    """
+    params = {"a": jnp.ones((3, 2)), "b": jnp.ones(5)}
+    tx = oa.extrap_sgd(0.1, direction=direction, axis_name="workers")
+
+    def loss(p, x):
+        return jnp.sum(jnp.cosh(x * p["a"])) + jnp.sum(p["b"] ** 4) * x
+
+    def worker(params, state, x):
+        objective = oa.Objective.from_value_fn(loss, axis_name="workers").bind(x=x)
+        value, grads = (objective.local if incoming == "own" else objective).value_and_grad(params)
+        extra = {"value": value, "grad": grads} if with_value else {}
+        updates, state = tx.update(grads, state, params, value_fn=objective, **extra)
+        moved = optax.apply_updates(params, updates), state.inner_state, state.past
+        return (*moved, state.value) if with_value else moved
+
+    everywhere = jax.tree.map(lambda a: jnp.broadcast_to(a, (8, *a.shape)), params)
+    state = jax.vmap(tx.init)(everywhere)
+    x = jnp.linspace(0.5, 1.5, 8)
+    lowered = over_workers("shard_map", worker, 8).lower(everywhere, state, x)
+    text, compiled = lowered.as_text(), lowered.compile().as_text()
+    expected = ["3x2x", "5x", *([""] if with_value else [])]  # the loss adds a single number
+    assert sorted(REDUCED.findall(text)) == sorted(expected)
+    assert len(re.findall(r" all-reduce(?:-start)?\(", compiled)) == 1
+    for other in ("all-gather", "collective-permute", "all-to-all", "reduce-scatter"):
+        assert other not in compiled
+
+
+def test_global_extrapolation_communicates_twice():
+    """What the local form saves."""
+    tx = oa.extrap_sgd(0.1)
+
+    def worker(x, state, target):
+        objective = oa.Objective.from_value_fn(quartic, axis_name="workers").bind(target=target)
+        return tx.update(objective.grad(x), state, x, value_fn=objective)[0]
+
+    x = jnp.ones(2)
+    step = over_workers("shard_map", worker, 2)
+    text = step.lower(x, jax.vmap(tx.init)(x), jnp.asarray(TARGETS)).as_text()
+    assert text.count('"stablehlo.all_reduce"') == 2
+
+
+@pytest.mark.parametrize("mode", WORKER_MODES)
+@pytest.mark.parametrize("direction", ["gradient", "past", "none"])
+def test_workers_follow_the_simulation(x64, direction, mode):
+    """Four workers with quartic losses, each given its own gradient, in NumPy."""
+    centers, rate, ahead, momentum = np.array([1.0, -3.0, 0.5, 2.0]), 0.05, 0.1, 0.9
+    tx = oa.extrap_sgd(rate, ahead, momentum, direction=direction, axis_name="workers")
+
+    def worker(x, state, target):
+        own = oa.Objective.from_value_fn(quartic).bind(target=target)
+        updates, state = tx.update(own.grad(x), state, x, value_fn=own)
+        return optax.apply_updates(x, updates), state
+
+    step = over_workers(mode, worker, 4)
+    x, state = np.ones(4), jax.vmap(tx.init)(jnp.ones(4))
+    y, past, trace = 1.0, np.zeros(4), 0.0
+    for _ in range(5):
+        x, state = step(x, state, centers)
+        direction_of = {"gradient": y**3 - centers, "past": past, "none": np.zeros(4)}[direction]
+        past = (y - ahead * direction_of) ** 3 - centers  # each worker's own
+        mean = past.mean()
+        trace = momentum * trace + mean
+        y = y - rate * (mean + momentum * trace)
+        np.testing.assert_allclose(x, np.full(4, y), rtol=1e-12)
+        if direction == "past":
+            np.testing.assert_allclose(state.past, past, rtol=1e-12)
 
 
 # -- equivalences ---------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import optax
 from jax import lax
 
 from optax_accel._arguments import check_integer
-from optax_accel.objective import Objective, mean_over, vary_over
+from optax_accel.objective import Objective, mean_arguments, vary_over
 from optax_accel.workers.topologies import distance_to, widen
 
 PyTree = Any
@@ -153,13 +153,7 @@ def _average(
     updates: PyTree, extra_args: dict[str, Any], axis_name: str, where: jax.Array
 ) -> tuple[PyTree, dict[str, Any]]:
     """The gradient and the extra arguments of ``update``, averaged over the workers where true."""
-    extra_args = dict(extra_args)
-    numbers = {name: extra_args[name] for name in ("value", "grad") if name in extra_args}
-    same = numbers.get("grad") is updates  # not sent twice
-    if same:
-        del numbers["grad"]
-    updates, numbers = mean_over((updates, numbers), axis_name, where)
-    extra_args |= numbers | ({"grad": updates} if same else {})
+    updates, extra_args = mean_arguments(updates, extra_args, axis_name, where)
     for name, argument in extra_args.items():
         if name.endswith("value_fn") and callable(argument):
             if not isinstance(argument, Objective):
