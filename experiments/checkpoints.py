@@ -15,6 +15,7 @@ restored, the same for any sharding.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -102,6 +103,7 @@ class Checkpoints:
         self._pending: int | None = None
         self._tidy = False
         try:
+            self._directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 self._directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
             )
@@ -135,7 +137,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            with contextlib.suppress(Exception):  # says again what `wait` has said
+                self._manager.close()
 
     def latest(self) -> int | None:
         """The step of the latest checkpoint, ``None`` if there is none.
@@ -256,10 +259,11 @@ class Checkpoints:
     def _steps(self) -> set[int]:
         return set(self._manager.all_steps()) - self._damaged
 
+    # Read by Orbax's handlers alone: its manager would wait for all processes after each read, and
+    # for ever if one of them finds the checkpoint damaged.
+
     def _read_record(self, step: int) -> Any:
-        meta = self._manager.restore(
-            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-        ).meta
+        meta = ocp.JsonCheckpointHandler().restore(self._directory / str(step) / "meta")
         if zlib.crc32(meta["record"].encode()) != meta["crc32"]:
             raise _Damage("its record has changed")
         return json.loads(meta["record"])
@@ -273,10 +277,10 @@ class Checkpoints:
         # Orbax closes its event loop at the first error, and each read still under way would print
         # a traceback of its own.
         with mock.patch.object(asyncio, "new_event_loop", _PatientLoop):
-            stored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(state=ocp.args.StandardRestore(_without_empty(abstract))),
-            ).state
+            stored = ocp.StandardCheckpointHandler().restore(
+                self._directory / str(step) / "state",
+                args=ocp.args.StandardRestore(_without_empty(abstract)),
+            )
             jax.block_until_ready(stored)
         return {
             name: stored[name] if x.size else jnp.zeros(x.shape, x.dtype, device=x.sharding)
@@ -350,8 +354,8 @@ def _reason(error: BaseException) -> str:
         number = int(code[1])
     if number is not None:
         return os.strerror(number)
-    text = " ".join(str(error).split(" [")[0].split())
-    return textwrap.shorten(text, 300) or type(error).__name__
+    text = re.sub(r'Error opening "\w+" driver: ', "", str(error).split(" [")[0])
+    return textwrap.shorten(text, 500) or type(error).__name__
 
 
 def _default_sharding() -> jax.sharding.Sharding:
