@@ -104,7 +104,7 @@ class Checkpoints:
         self._tidy = False
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 self._directory, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
             )
         except (OSError, ValueError) as error:
@@ -308,6 +308,16 @@ class Checkpoints:
         return CheckpointError(
             f"cannot save the checkpoint of step {step} in {self._directory}: {_reason(error)}"
         )
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, without its question whether the machine is about to be taken back.
+
+    The service it asks wants one counter for all questions, and `cluster.stop_signals` asks it.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class _Damage(Exception):
