@@ -218,9 +218,32 @@ class Parallel:
           The new state and the metrics, scalars in global view. With workers those that the step
           did not average: the mean over the workers where floating point, else worker 0's.
         """
+        return self._program(refresh, state)(state, batch, curvature)
+
+    def lower(
+        self,
+        state: PyTree,
+        batch: PyTree,
+        curvature: PyTree = None,
+        refresh: bool | str | None = None,
+    ) -> Any:
+        """The program of one step, lowered for the compiler and not run.
+
+        Args:
+          state: as for :meth:`step`, like the following ones; abstract arrays will do.
+          batch: see there.
+          curvature: see there.
+          refresh: see there.
+
+        Returns:
+          What ``jax.jit(f).lower(...)`` returns.
+        """
+        return self._program(refresh, state).lower(state, batch, curvature)
+
+    def _program(self, refresh: bool | str | None, state: PyTree) -> Any:
         if refresh not in self._compiled:
             self._compiled[refresh] = self._compile(refresh, state)
-        return self._compiled[refresh](state, batch, curvature)
+        return self._compiled[refresh]
 
     def _compile(self, refresh: bool | str | None, state: PyTree) -> Any:
         own_state = self.workers is not None
