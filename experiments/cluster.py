@@ -102,14 +102,15 @@ def initialize(
 
     who = "this process" if process_id is None else f"process {process_id}"
     _LastWords.start(
-        f"error: {who} gave up after {INITIALIZATION_TIMEOUT} seconds: not all processes of the "
-        "run came; start all of them, with the same --coordinator and --processes"
+        f"error: {who} could not join the run: within {INITIALIZATION_TIMEOUT} seconds not all "
+        "processes came, or the port of process 0 is taken; start all of them together, with the "
+        "same --coordinator and --processes"
     )
     try:
         if processes is not None and devices is not None:
             jax.config.update("jax_num_cpu_devices", devices // processes)
-        if coordinator is not None and process_id:
-            _await_coordinator(coordinator)
+        if coordinator is not None and process_id is not None:
+            _check_coordinator(coordinator, process_id)
         jax.distributed.initialize(
             coordinator,
             processes,
@@ -129,7 +130,7 @@ def initialize(
             "where no cluster (SLURM, Open MPI, Kubernetes, Cloud TPU) is found, give "
             "--coordinator HOST:PORT --processes N --process-id I"
             if missing
-            else "is the port of --coordinator free, and did nothing use JAX before?"
+            else "nothing may use JAX's devices before"
         )
         raise UsageError(f"cannot join the run: {reason}; {fix}") from error
     # Before JAX's own handler, so that the last words still stand while it waits for the others.
@@ -149,9 +150,17 @@ def check_processes(processes: int, devices: int | None) -> None:
         )
 
 
-def _await_coordinator(address: str) -> None:
-    """Waits until process 0 listens; JAX would abort the process instead of raising an error."""
+def _check_coordinator(address: str, process_id: int) -> None:
+    """Waits until process 0 listens; as process 0, tries the port. JAX ends the process if not."""
     host, _, port = address.rpartition(":")
+    if process_id == 0:
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError:
+            raise UsageError(
+                f"--coordinator {address}: process 0 cannot listen on port {port}; take a free one"
+            ) from None
+        return
     deadline = time.monotonic() + INITIALIZATION_TIMEOUT
     while True:
         try:
@@ -277,7 +286,9 @@ def worker_lost(error: BaseException) -> bool:
     text = str(error).lower()
     return (
         jax.distributed.is_initialized()
-        and isinstance(error, jax.errors.JaxRuntimeError)
+        # Which of the two it is depends on whether the computation was waited for.
+        and isinstance(error, (jax.errors.JaxRuntimeError, ValueError))
+        and not isinstance(error, UsageError)
         and any(sign in text for sign in _LOST)
     )
 
@@ -297,11 +308,14 @@ def advise(advice: str) -> None:
 
 
 def abort(message: str, code: int = 1) -> NoReturn:
-    """Leaves with a message and an exit code, without waiting for anything or anybody."""
-    _LastWords.say(message)
-    _LastWords.close()
+    """Leaves a run of several processes with a message and an exit code, and waits for nobody."""
+    _LastWords.say(message)  # after all that JAX's threads have to say
     sys.stdout.flush()
     sys.stderr.flush()
+    if is_main():
+        # The others end when they lose their connection to this one; where they have met the same
+        # error, they should be able to say so.
+        time.sleep(1)
     os._exit(code)
 
 
@@ -322,47 +336,42 @@ def _leave() -> None:
 
 
 class _LastWords:
-    """A process that says a line when this one is gone, however that came about."""
+    """A process that says something when this one is gone, however that came about."""
 
     _SCRIPT = """if True:
-        import signal, sys
+        import json, signal, sys
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(signum, signal.SIG_IGN)
-        line = ""
-        for line in sys.stdin:  # until the other end is closed; the last line counts
+        line = '""'
+        for line in sys.stdin:  # until the other end is closed
             pass
-        sys.stderr.write(line.lstrip())
+        sys.stderr.write(json.loads(line))
     """
     _process: subprocess.Popen[str] | None = None
     advice = ""
 
     @classmethod
-    def start(cls, line: str) -> None:
+    def start(cls, text: str) -> None:
         cls._process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", cls._SCRIPT],
             stdin=subprocess.PIPE,
             text=True,
             start_new_session=True,  # a Ctrl-C in the terminal is not meant for it
         )
-        cls.say(line)
+        cls.say(text)
 
     @classmethod
-    def say(cls, line: str) -> None:
-        """Replaces the line."""
+    def say(cls, text: str) -> None:
+        """Replaces what it is to say."""
         if cls._process is not None and cls._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
-                cls._process.stdin.write(line + "\n")
+                cls._process.stdin.write(json.dumps(text and text + "\n") + "\n")
                 cls._process.stdin.flush()
 
     @classmethod
     def stop(cls) -> None:
-        """Nothing is to be said any more."""
+        """Ends it without a word."""
         cls.say("")
-        cls.close()
-
-    @classmethod
-    def close(cls) -> None:
-        """Lets it say its line."""
         if cls._process is not None:
             cls._process.communicate()
             cls._process = None
