@@ -1,0 +1,281 @@
+"""Several processes on this machine: how they start, are seen and end; training with them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import launch, train
+
+ROOT = Path(__file__).parents[2]
+
+# What a process of `run` does: tells its number and, where its number is in a table, ends with that
+# exit code; a process without one waits, and ends with the number of the signal it gets.
+WORKER = """
+import json, signal, sys, time
+codes, deaf = json.loads(sys.argv[1])
+assert sys.argv[2::2] == ["--coordinator", "--processes", "--process-id"]
+address, processes, number = sys.argv[3::2]
+for signum in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(signum, lambda signum, _: None if deaf else sys.exit(signum))
+print(f"process {number} of {processes} at {address}", flush=True)
+print("a complaint", file=sys.stderr, flush=True)
+time.sleep(0.3 * int(number))
+if number in codes:
+    sys.exit(codes[number])
+print("waiting", flush=True)
+for _ in range(600):
+    time.sleep(0.1)
+"""
+
+
+@contextlib.contextmanager
+def launcher(processes, codes, deaf=False, grace=0.5):
+    """A process that runs some of these workers."""
+    command = [sys.executable, "-c", WORKER, json.dumps([codes, deaf])]
+    script = f"import sys; from experiments import launch; launch.GRACE = {grace}; "
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{script} sys.exit(launch.run({command!r}, {processes}))"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def finish(process):
+    out, err = process.communicate(timeout=100)
+    return process.returncode, out.splitlines(), sorted(err.splitlines())
+
+
+def test_all_processes_know_of_each_other_and_are_seen():
+    with launcher(3, {"0": 0, "1": 0, "2": 0}) as process:
+        code, out, err = finish(process)
+    assert code == 0
+    (first,) = out
+    start, _, port = first.rpartition(":")
+    assert start == "process 0 of 3 at 127.0.0.1"
+    assert err == [
+        *("[1] a complaint", f"[1] process 1 of 3 at 127.0.0.1:{port}"),
+        *("[2] a complaint", f"[2] process 2 of 3 at 127.0.0.1:{port}"),
+        "a complaint",
+    ]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_failure_ends_all_and_gives_the_exit_code(victim):
+    with launcher(3, {str(victim): 7}) as process:
+        code, _, err = finish(process)
+    assert code == 7
+    assert f"process {victim} ended with exit code 7; the others have 0.5 seconds" in err
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_all(signum):
+    with launcher(2, {}) as process:
+        while process.stdout.readline() != "waiting\n":
+            pass
+        while process.stderr.readline() != "[1] waiting\n":
+            pass
+        process.send_signal(signum)
+        code, _, err = finish(process)
+    assert code == signum
+    assert err == []  # it was asked for
+
+
+def test_a_second_signal_acts_at_once():
+    with launcher(2, {}, deaf=True) as process:
+        while process.stderr.readline() != "[1] waiting\n":
+            pass
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        code, _, _ = finish(process)
+    assert code == 128 + signal.SIGKILL
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's PR_SET_PDEATHSIG")
+def test_a_killed_launcher_leaves_no_processes():
+    with launcher(2, {}) as process:
+        while process.stderr.readline() != "[1] waiting\n":
+            pass
+        process.kill()
+        # Their outputs end only with them.
+        process.communicate(timeout=30)
+
+
+def test_signal_handlers_are_restored():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert launch.run([sys.executable, "-c", "pass"], 1) == 0
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "--processes 2",
+            "no command; give one behind --, e.g. python -m experiments.launch -- train",
+        ),
+        ("--processes 2 --", "no command"),
+        ("-- trian --steps 3", "unknown command 'trian'; valid: train"),
+        ("--processes 0 -- train", "--processes must be at least 1, got 0"),
+        (
+            "--processes 2 --devices 3 -- train",
+            "--devices 3 (over all processes) does not split evenly over --processes 2; use a",
+        ),
+    ],
+)
+def test_wrong_input(words, message, capsys):
+    assert launch.main(shlex.split(words)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_unknown_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        launch.main(["--proceses", "2", "--", "train"])
+    assert stop.value.code == 2
+    assert "--processes" in capsys.readouterr().err
+
+
+# Training ---------------------------------------------------------------------------------------
+
+QUICK = ["--task", "digits", "--method", "sgd", "--steps", "20"]
+# Random numbers of its own, and 20 checkpoints.
+LONG = ["--task", "digits", "--method", "stoch_grad_adam", "--steps", "400"]
+LONG += ["--eval-every", "100", "--checkpoint-every", "20"]
+
+
+@contextlib.contextmanager
+def training(folder, *arguments, processes=2):
+    """The command as typed."""
+    command = [sys.executable, "-m", "experiments.train"]
+    if processes > 1:
+        command = [sys.executable, "-m", "experiments.launch", "--processes", f"{processes}"]
+        command += ["--", "train"]
+    process = subprocess.Popen(
+        [*command, "--devices", "4", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def complete(folder, *arguments, processes=2):
+    with training(folder, *arguments, processes=processes) as process:
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 0, out + err
+
+
+def rows(folder, name):
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in lines]
+
+
+def wait_for_rows(process, folder, name, number):
+    path = folder / "runs" / name / "metrics.jsonl"
+    deadline = time.monotonic() + 150
+    while not path.exists() or path.read_bytes().count(b"\n") < number:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def worker_id(parent, number):
+    """The process with that number, of those that a launcher started."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (path / "cmdline").read_bytes().decode().split("\0")
+            is_child = f"PPid:\t{parent}\n" in (path / "status").read_text()
+            if is_child and words[-3:-1] == ["--process-id", f"{number}"]:
+                return int(path.name)
+    raise AssertionError(f"no process {number} of {parent}")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    complete(tmp_path, *QUICK, "--name", "one", processes=1)
+    complete(tmp_path, *QUICK, "--name", "two")
+    one, two = rows(tmp_path, "one"), rows(tmp_path, "two")
+    # Written once: by process 0 alone.
+    assert [row["step"] for row in two] == list(range(1, 21))
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_allclose(b[key], a[key], rtol=1e-5)
+    results = [json.loads((tmp_path / f"runs/{n}/result.json").read_text()) for n in ("one", "two")]
+    np.testing.assert_allclose(results[0]["test_loss"], results[1]["test_loss"], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A folder with an uninterrupted run of two processes."""
+    folder = tmp_path_factory.mktemp("launch")
+    complete(folder, *LONG, "--name", "full")
+    return folder
+
+
+def assert_same_run(folder, name):
+    assert rows(folder, name) == rows(folder, "full")
+    result, expected = (folder / "runs" / n / "result.json" for n in (name, "full"))
+    assert result.read_text() == expected.read_text()
+
+
+@pytest.mark.slow
+def test_sigterm_saves_one_common_step_and_resume_continues(full):
+    with training(full, *LONG, "--name", "term") as process:
+        wait_for_rows(process, full, "term", 90)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, out + err
+    step = rows(full, "term")[-1]["step"]
+    assert f"interrupted: saved step {step} of 400" in out
+    assert step < 400
+    assert (full / f"runs/term/checkpoints/{step}").is_dir()
+    complete(full, "--name", "term", "--resume")
+    assert_same_run(full, "term")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for the process in /proc")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_survivor_of_a_killed_worker_is_ended_and_resume_continues(full, victim):
+    name = f"killed{victim}"
+    with training(full, *LONG, "--name", name) as process:
+        wait_for_rows(process, full, name, 90)
+        os.kill(worker_id(process.pid, victim), signal.SIGKILL)
+        began = time.monotonic()
+        out, err = process.communicate(timeout=100)
+        assert time.monotonic() - began < launch.GRACE + 15
+    assert process.returncode == 128 + signal.SIGKILL
+    survivor = next(x for x in err.splitlines() if f"error: process {1 - victim} of 2 " in x)
+    assert train.resume_command(Path("runs") / name) in survivor
+    assert len(rows(full, name)) < 400, out
+    complete(full, "--name", name, "--resume")
+    assert_same_run(full, name)
