@@ -25,7 +25,7 @@ HEARTBEAT = 10
 
 
 @contextlib.contextmanager
-def workers(processes=2, ids=None, join=(), **arguments):
+def workers(processes=2, ids=None, join=(), environment=lambda number: {}, **arguments):
     """Starts processes of a run on this machine; ends them at last."""
     address = f"127.0.0.1:{launch.free_port()}"
     timeouts = {"HEARTBEAT_TIMEOUT": HEARTBEAT} | arguments.pop("timeouts", {})
@@ -36,7 +36,7 @@ def workers(processes=2, ids=None, join=(), **arguments):
         started.append(
             subprocess.Popen(
                 [sys.executable, str(ROOT / "tests/experiments/cluster_worker.py"), argument],
-                env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+                env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment(i),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -48,6 +48,9 @@ def workers(processes=2, ids=None, join=(), **arguments):
         for process in started:
             process.kill()
             process.communicate()
+
+
+DETECT = {"distributed": True, "coordinator": None, "processes": None, "process_id": None}
 
 
 def told(process):
@@ -145,12 +148,11 @@ def failed_starts():
     with contextlib.ExitStack() as stack:
         taken = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         port = {"coordinator": f"127.0.0.1:{taken.getsockname()[1]}"}
-        nothing = {"distributed": True, "coordinator": None, "processes": None, "process_id": None}
         started = {
             "alone": workers(ids=[0], **quick),
             "unreachable": workers(ids=[1], **quick),
             "taken": workers(ids=[0], join=port, **quick),
-            "no cluster": workers(ids=[0], join=nothing, **quick),
+            "no cluster": workers(ids=[0], join=DETECT, **quick),
         }
         entered = {name: stack.enter_context(context) for name, context in started.items()}
         yield {name: finish(process) for name, (process,) in entered.items()}
@@ -175,6 +177,33 @@ def test_the_others_do_not_come(failed_starts):
     assert code == -signal.SIGABRT  # by JAX
     expected = "error: process 0 could not join the run: within 2 seconds not all processes came"
     assert last_line(err).startswith(expected)
+
+
+def test_detection_of_a_cluster():
+    # SLURM's variables; JAX makes the port of the job's number.
+    first = 2**16 - 2**12
+    ports = (port for port in range(first, 2**16) if is_free(port))
+    job = {"SLURM_JOB_ID": str(next(ports) - first), "SLURM_STEP_NODELIST": "localhost"}
+
+    def environment(number):
+        return job | {
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": f"{number}",
+            "SLURM_LOCALID": f"{number}",
+        }
+
+    with workers(join=DETECT, environment=environment) as both:
+        for i, process in enumerate(both):
+            found = told(process)
+            assert (found["main"], found["devices"]) == (i == 0, 2)
+
+
+def is_free(port):
+    try:
+        socket.create_server(("", port)).close()
+    except OSError:
+        return False
+    return True
 
 
 # Stopping ---------------------------------------------------------------------------------------
