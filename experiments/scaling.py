@@ -570,6 +570,7 @@ def _mesh_2d(workers: int) -> oa.topologies.Topology:
 TOPOLOGIES: dict[str, Callable[[int], oa.topologies.Topology]] = {
     "ring": oa.topologies.ring,
     "exponential": oa.topologies.exponential,
+    "symmetric exponential": functools.partial(oa.topologies.exponential, symmetric=True),
     "one-peer exponential": oa.topologies.one_peer_exponential,
     "2-D mesh": _mesh_2d,
     "complete": oa.topologies.complete,
@@ -587,16 +588,17 @@ def entries(names: Sequence[str]) -> list[Entry]:
     method = dataclasses.replace(METHODS["post_local_sgd"], make=post_local)
     result.append(Entry(f"post_local_sgd, H = {LOCAL_STEPS}", method, LOCAL_STEPS))
     for name, topology in TOPOLOGIES.items():
-        make = functools.partial(_decentlam, topology=topology)
-        method = dataclasses.replace(METHODS["decentlam"], make=make)
-        result.append(Entry(f"decentlam, {name}", method, None, topology))
+        make = functools.partial(_dmsgd, topology=topology)
+        method = dataclasses.replace(METHODS["dmsgd"], make=make)
+        result.append(Entry(f"dmsgd, {name}", method, None, topology))
     return [entry for entry in result if entry.method.name in names]
 
 
-def _decentlam(
+def _dmsgd(
     learning_rate: Any, context: Context, topology: Callable[[int], oa.topologies.Topology]
 ) -> optax.GradientTransformation:
-    return oa.decentlam(
+    # DecentLaM sends the same, but diverges with momentum on the directed topologies.
+    return oa.dmsgd(
         learning_rate,
         topology(context.num_workers),
         axis_name=context.axis_name,

@@ -25,6 +25,7 @@ from experiments.methods import ADAM_RATES, METHODS, SGD_RATES
 from optax_accel.extrapolation import Direction
 from tests.helpers import (
     least_squares,
+    over_workers,
     quick_jit,
     signature,
     tree_allclose,
@@ -356,6 +357,102 @@ def test_non_finite_values_leave_the_basis_alone(case: Case, poisoned: str) -> N
     assert optax.tree.get(new_state, "rejected") == sees_it
     if poisoned == "curvature":
         assert all(jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates))
+
+
+# -- workers with a state of their own ------------------------------------------------------------
+
+WORKERS = 4
+X, Y = (a.reshape(WORKERS, -1, a.shape[1]) for a in (PROBLEM.x, PROBLEM.y))
+PER_WORKER = [name for name, method in METHODS.items() if method.per_worker]
+
+
+def build_worker(name: str, rate: Any) -> Any:
+    return METHODS[name].build(
+        rate, total_steps=NUM_STEPS, num_classes=K, axis_name="workers", num_workers=WORKERS
+    )
+
+
+def copies(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (WORKERS, *leaf.shape)), tree)
+
+
+@functools.cache
+def worker_trajectory(name: str) -> Any:
+    """20 steps with the middle one of the learning rates."""
+
+    def run(x: Any, y: Any) -> Any:
+        tx = build_worker(name, METHODS[name].learning_rates[2])
+        return train(tx, PROBLEM.params, x, y, 20)
+
+    return over_workers("vmap", run, WORKERS)(X, Y)
+
+
+@pytest.mark.parametrize("name", PER_WORKER)
+def test_workers_converge(name: str) -> None:
+    """On parts of one problem that agree on the optimum; the mean over the workers, too."""
+
+    def run(rate: Any, x: Any, y: Any) -> Any:
+        return at(-1, train(build_worker(name, rate), PROBLEM.params, x, y, NUM_STEPS))
+
+    over_rates = jax.vmap(jax.vmap(run, (None, 0, 0), axis_name="workers"), (0, None, None))
+    end = quick_jit(over_rates)(np.float32(METHODS[name].learning_rates), X, Y)
+    mean = jax.tree.map(lambda leaf: leaf.mean(1), end)
+    objective = PROBLEM.objective()
+    for losses in (
+        jax.vmap(jax.vmap(objective))(end).max(1),
+        jax.vmap(objective)(mean),
+    ):
+        assert jnp.nanmin(losses) < 0.01 * objective(PROBLEM.params), losses
+
+
+@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+@pytest.mark.parametrize("name", PER_WORKER)
+def test_workers_on_devices_are_those_of_a_simulation(name: str, mode: str) -> None:
+    tx = build_worker(name, METHODS[name].learning_rates[2])
+    one = over_workers(mode, functools.partial(step, tx), WORKERS)
+    params, state = copies(PROBLEM.params), copies(tx.init(PROBLEM.params))
+    for i in range(20):
+        before = signature(state)
+        params, state = jax.block_until_ready(one(params, state, X, Y))
+        assert signature(state) == before
+        tree_allclose(params, at((slice(None), i), worker_trajectory(name)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", PER_WORKER)
+def test_workers_in_a_chain_and_with_micro_batches(name: str) -> None:
+    """Neutral neighbors and micro-batches that are all alike change nothing."""
+    rate = METHODS[name].learning_rates[2]
+    chain = optax.chain(
+        optax.clip_by_global_norm(1e6), build_worker(name, rate), optax.add_decayed_weights(0.0)
+    )
+    tx = optax.MultiSteps(chain, every_k_schedule=2)
+    micro = over_workers("vmap", lambda x, y: train(tx, PROBLEM.params, x, y, 6), WORKERS)(X, Y)
+    tree_allclose(
+        at((slice(None), slice(1, None, 2)), micro),
+        at((slice(None), slice(3)), worker_trajectory(name)),
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("dtypes", ["bf16", "bf16-f32", "f64"])
+@pytest.mark.parametrize("name", PER_WORKER)
+def test_workers_keep_dtypes(name: str, dtypes: str) -> None:
+    with jax.enable_x64(dtypes == "f64"):
+        params = optax.tree.cast(PROBLEM.params, "float64" if dtypes == "f64" else "bfloat16")
+        if dtypes == "bf16-f32":
+            params["b"] = PROBLEM.params["b"]
+        tx = build_worker(name, 0.1)
+        state = jax.eval_shape(lambda: copies(tx.init(params)))
+        for mode in ("vmap", "shard_map"):
+            updates, new_state = jax.eval_shape(
+                over_workers(mode, functools.partial(update, tx), WORKERS),
+                copies(params),
+                state,
+                X,
+                Y,
+            )
+            assert signature(new_state) == signature(state)
+            assert signature(updates) == signature(copies(params))
 
 
 SGD = optax.sgd(0.1)

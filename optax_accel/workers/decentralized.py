@@ -13,10 +13,15 @@ Both send one copy of the parameters per neighbor and step.  Where the workers' 
 fixed points are biased: DmSGD's by :math:`O(\gamma^2 / (1 - \beta)^2)`, DecentLaM's by
 :math:`O(\gamma^2)`, that of decentralized gradient descent, for every momentum.
 
+DecentLaM's momentum also drives the workers together: without gradients the parts of :math:`x`
+along an eigenvector of W with eigenvalue λ obey :math:`x_{t+1} = (\beta + \lambda) x_t - \beta
+x_{t-1}`.  That shrinks for every β < 1 if W is symmetric (λ real), but *grows* for large β on many
+directed or changing graphs, the exponential ones among them.
+
 Yuan et al., `DecentLaM: Decentralized momentum SGD for large-batch deep training
 <https://arxiv.org/abs/2104.11981>`_, ICCV 2021.  As public code: the rules above are those of a
 third party's implementation (the authors' own was not available to us).  Our reading: what happens
-at a learning rate of 0, and where weight decay goes.
+at a learning rate of 0, where weight decay goes, and the condition on W.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -74,7 +80,10 @@ def decentlam(
     Args:
       learning_rate: γ, at least 0, float or schedule.  Where it is 0 the parameters are mixed and
         nothing is added to the momentum (the rule divides by γ).
-      topology: who averages with whom, made by a constructor of ``optax_accel.topologies``.
+      topology: who averages with whom, made by a constructor of ``optax_accel.topologies``.  With
+        the default momentum a symmetric one, such as ``ring``, ``mesh_2d`` or ``exponential(n,
+        symmetric=True)``; on the directed exponential graphs the method diverges from a momentum
+        of about 0.5 (0.7 on few workers).
       momentum: β in [0, 1).
       axis_name: the axis of the workers; ``None`` (default): a single worker.
       consensus_every: steps between computations of the state's ``consensus_distance``, each of
@@ -88,8 +97,9 @@ def decentlam(
       The optimizer, with state :class:`DecentralizedState`.
 
     Raises:
-      ValueError: a hyperparameter outside its range; in ``init`` and ``update``: the axis has
-        another number of workers than the topology; in ``update``: missing ``params``.
+      ValueError: a hyperparameter outside its range, or a momentum with which the method diverges
+        on the topology; in ``update``: the axis has another number of workers than the topology, or
+        ``params`` is missing.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -191,6 +201,15 @@ def _mixing(
             "`topology` must be a Topology, such as optax_accel.topologies.ring(8); got "
             f"{topology!r}."
         )
+    if method == "decentlam" and isinstance(momentum, int | float):
+        growth = consensus_growth(topology, momentum)
+        if growth >= 1:
+            raise ValueError(
+                f"decentlam diverges with momentum {momentum} on {topology!r}, whatever the "
+                f"learning rate: differences between the workers grow by {growth:.3g} a step. Use "
+                "a symmetric topology, such as topologies.ring, mesh_2d or exponential(n, "
+                "symmetric=True), a smaller `momentum`, or dmsgd."
+            )
 
     def init_fn(params: PyTree) -> DecentralizedState:
         check_real_leaves(params, method)
@@ -259,3 +278,25 @@ def _mixing(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def consensus_growth(topology: Topology, momentum: float) -> float:
+    """By how much differences between DecentLaM's workers grow a step, without gradients.
+
+    The spectral radius of the recursion in the module's docstring; of a cycle of matrices that of
+    the whole cycle, to the power 1 / period.
+    """
+    n, matrices = topology.num_workers, topology.matrices - 1 / topology.num_workers
+    if topology.period == 1:
+        symmetric = np.array_equal(matrices[0], matrices[0].T)
+        values = np.linalg.eigvalsh(matrices[0]) if symmetric else np.linalg.eigvals(matrices[0])
+        middle = (momentum + values.astype(complex)) / 2
+        root = np.sqrt(middle**2 - momentum)
+        return float(max(np.abs(middle + root).max(), np.abs(middle - root).max()))
+    product = np.eye(2 * n)
+    for w in matrices:
+        step = np.block(
+            [[momentum * np.eye(n) + w, -momentum * np.eye(n)], [np.eye(n), np.zeros((n, n))]]
+        )
+        product = step @ product
+    return float(np.abs(np.linalg.eigvals(product)).max() ** (1 / topology.period))

@@ -285,7 +285,7 @@ def ring(num_workers: int) -> Topology:
     return _circulant(f"ring({num_workers})", num_workers, [(1, -1)])
 
 
-def exponential(num_workers: int) -> Topology:
+def exponential(num_workers: int, *, symmetric: bool = False) -> Topology:
     """Worker i averages with i + 1, i + 2, i + 4, ... (modulo their number), equal weights.
 
     The static exponential graph: directed, of degree ``ceil(log2(num_workers))``, doubly stochastic
@@ -293,6 +293,8 @@ def exponential(num_workers: int) -> Topology:
 
     Args:
       num_workers: number of workers, at least 1.
+      symmetric: also with i - 1, i - 2, ...: up to twice the degree, and a symmetric matrix, which
+        :func:`optax_accel.decentlam` needs with a large momentum.
 
     Returns:
       The topology.
@@ -301,9 +303,14 @@ def exponential(num_workers: int) -> Topology:
       >>> import optax_accel as oa
       >>> oa.topologies.exponential(8).matrix(0)[0].tolist()
       [0.25, 0.25, 0.25, 0.0, 0.25, 0.0, 0.0, 0.0]
+      >>> oa.topologies.exponential(8, symmetric=True).max_degree
+      5
     """
     offsets = _powers_of_two(num_workers)
-    return _circulant(f"exponential({num_workers})", num_workers, [offsets])
+    if not symmetric:
+        return _circulant(f"exponential({num_workers})", num_workers, [offsets])
+    name = f"exponential({num_workers}, symmetric=True)"
+    return _circulant(name, num_workers, [(*offsets, *(-offset for offset in offsets))])
 
 
 def one_peer_exponential(num_workers: int) -> Topology:

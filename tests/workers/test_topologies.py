@@ -52,6 +52,7 @@ ON_EIGHT = {
     [
         topologies.ring,
         topologies.exponential,
+        lambda n: topologies.exponential(n, symmetric=True),
         topologies.one_peer_exponential,
         topologies.complete,
         lambda n: topologies.mesh_2d(2, n),
@@ -93,6 +94,9 @@ def test_matrices_are_those_of_the_definitions() -> None:
     np.testing.assert_array_equal(topologies.ring(5).matrix(0)[0], row)
     assert set(np.flatnonzero(topologies.exponential(6).matrix(0)[3])) == {3, 4, 5, (3 + 4) % 6}
     np.testing.assert_array_equal(topologies.exponential(6).matrix(0)[3, [3, 4, 5, 1]], 0.25)
+    both = topologies.exponential(16, symmetric=True).matrix(0)
+    np.testing.assert_array_equal(both, both.T)
+    assert set(np.flatnonzero(both[0])) == {0, 1, 2, 4, 8, 12, 14, 15}
     peers = topologies.one_peer_exponential(8)
     for step, offset in ((0, 1), (1, 2), (2, 4), (3, 1)):
         np.testing.assert_array_equal(
