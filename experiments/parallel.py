@@ -19,6 +19,7 @@ On a CPU mesh steps that are queued without waiting can hang: fetch a metric at 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -40,13 +41,13 @@ FETCH_EVERY = 16
 MIN_SHARDED_SIZE = 2**12
 
 
-def check_divisible(size: int, num_devices: int, option: str) -> None:
+def check_divisible(size: int, parts: int, option: str, what: str = "devices") -> None:
     """Raises ``ValueError`` naming ``option`` if a batch does not split evenly over the devices."""
-    if size % num_devices:
-        below = size - size % num_devices
-        nearest = f"{below} or {below + num_devices}" if below else f"{num_devices}"
+    if size % parts:
+        below = size - size % parts
+        nearest = f"{below} or {below + parts}" if below else f"{parts}"
         raise ValueError(
-            f"{option} {size} does not split evenly over {num_devices} devices; use e.g. {nearest}"
+            f"{option} {size} does not split evenly over {parts} {what}; use e.g. {nearest}"
         )
 
 
@@ -194,7 +195,7 @@ class Parallel:
         """
         parts = (self.workers or self.mesh.size) * self._local_devices // self.mesh.size
         for rows in {leaf.shape[0] for leaf in jax.tree.leaves(batch)}:
-            check_divisible(rows, parts, "a batch of")
+            check_divisible(rows, parts, "a batch of", "devices or workers")
         shaped = self.shape_batch(batch)
         return jax.make_array_from_process_local_data(self.sharded, shaped)
 
@@ -292,8 +293,10 @@ class Parallel:
 
     def _agreed(self, metric: jax.Array) -> jax.Array:
         """One value for all workers; no communication where it is known to be one already."""
-        if self.mode == "shard_map" and AXIS not in jax.typeof(metric).vma:
-            return metric
+        if self.mode == "shard_map":
+            with contextlib.suppress(ValueError):  # it varies
+                lax.pcast(metric, AXIS, to="varying")
+                return metric
         if jnp.issubdtype(metric.dtype, jnp.inexact):
             return lax.pmean(metric, AXIS)
         first = jnp.where(lax.axis_index(AXIS) == 0, metric, jnp.zeros_like(metric))
