@@ -198,15 +198,16 @@ def train_step(
     (value, rest), grads = jax.value_and_grad(loss_and_rest, has_aux=True)(
         vary_over(state.params, axis_name)
     )
-    if axis_name is not None and not per_worker:
-        value, grads = lax.pmean((value, grads), axis_name)
-        rest = jax.tree.map(lambda leaf: _mean_if_float(leaf, axis_name), rest)
+    shared = None if per_worker else axis_name
+    if shared is not None:
+        value, grads = lax.pmean((value, grads), shared)
+        rest = jax.tree.map(lambda leaf: _mean_if_float(leaf, shared), rest)
 
-    value_fn = objective(graphdef, state.rest, x, y, loss=loss, axis_name=axis_name)
+    value_fn = objective(graphdef, state.rest, x, y, loss=loss, axis_name=shared)
     extra_args: dict[str, Any] = {"value": value, "grad": grads, "value_fn": value_fn}
     if curvature is not None:
         extra_args["curvature_value_fn"] = objective(
-            graphdef, state.rest, *curvature, loss=loss, axis_name=axis_name
+            graphdef, state.rest, *curvature, loss=loss, axis_name=shared
         )
     if refresh is not None:
         extra_args["refresh"] = refresh
