@@ -30,6 +30,10 @@ from optax_accel.extrapolation import extra_adam, extrap_sgd
 from optax_accel.workers import DecentralizedState, PostLocalSGDState, topologies
 from optax_accel.workers import decentlam, dmsgd, post_local_sgd
 
+# Schedules that Optax lacks
+from optax_accel.schedules import OneCycle, cyclical_schedule, momentum_onecycle_schedule
+from optax_accel.schedules import onecycle, snapshot_schedule, vtpc_schedule
+
 # Hyperparameters that change
 from optax_accel.hyperparams import WithSchedulesState, with_schedules
 from optax_accel.hyperparams import inject_hyperparams, static_arguments
@@ -45,6 +49,7 @@ __all__ = [
     "GradientTracker",
     "InterpolateSubspacesState",
     "Objective",
+    "OneCycle",
     "PostLocalSGDState",
     "RoundRobinTracker",
     "SampleGradientsState",
@@ -55,6 +60,7 @@ __all__ = [
     "bernoulli_per_tensor",
     "bulk_sgd",
     "curvature",
+    "cyclical_schedule",
     "decentlam",
     "demon_adam",
     "demon_schedule",
@@ -67,6 +73,8 @@ __all__ = [
     "inject_hyperparams",
     "interpolate_subspaces",
     "interpolated_sgd",
+    "momentum_onecycle_schedule",
+    "onecycle",
     "post_local_sgd",
     "project_to_bulk",
     "project_to_dominant",
@@ -74,9 +82,11 @@ __all__ = [
     "sample_gradients",
     "scale_by_demon",
     "scale_by_demon_adam",
+    "snapshot_schedule",
     "state_shardings",
     "static_arguments",
     "stoch_grad_adam",
     "topologies",
+    "vtpc_schedule",
     "with_schedules",
 ]

@@ -236,6 +236,12 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
         lambda: topologies.from_matrix(np.roll(np.eye(3), 1, 0)),
         "fall into 3 groups that only hand their values around in a circle",
     ),
+    # Schedules that Optax lacks
+    (lambda: oa.cyclical_schedule(0.1, 1, 0), "`step_size` must be at least 1, got 0"),
+    (lambda: oa.momentum_onecycle_schedule(9, 1.0), r"`max_momentum` must lie in \[0, 1\)"),
+    (lambda: oa.onecycle(9, 0.1, interpolation="cos"), "`interpolation` must be one of 'linear'"),
+    (lambda: oa.vtpc_schedule(0.1, 1, 9, 0), "`num_cycles` must be at least 1, got 0"),
+    (lambda: oa.snapshot_schedule(0.1, 5, 6), "`num_snapshots` must be at most `total_steps`"),
     # Hyperparameters that change
     (lambda: oa.with_schedules(optax.sgd), "at least one schedule"),
     (lambda: oa.with_schedules(optax.sgd, decay=abs), "no argument 'decay'; it takes .*momentum"),
