@@ -606,14 +606,14 @@ def _dmsgd(
     )
 
 
-def on_paper(programs: Programs, entry: Entry) -> list[Cost]:
-    """The cost of a step on average, for each number of `WORKERS`.
+def on_paper(programs: Programs, entry: Entry, numbers: Sequence[int] = WORKERS) -> list[Cost]:
+    """The cost of a step on average, for each number of workers.
 
     The program of all devices gives number and bytes of the collectives; the number of permutes
     grows with the workers as the topology says. So few workers that a topology makes them all
     neighbors have a program of their own, with an all-reduce.
     """
-    return [_mean_cost(programs, entry, workers) for workers in WORKERS]
+    return [_mean_cost(programs, entry, workers) for workers in numbers]
 
 
 def _mean_cost(programs: Programs, entry: Entry, workers: int) -> Cost:
