@@ -1,0 +1,349 @@
+"""Learning-rate range test: a short training during which the rate rises, and what it suggests.
+
+    python -m experiments.lr_range_test --task digits --method sgd
+
+The rate rises a little at every step, from one that is too low to learn to one that is too high to
+stay; the test ends where the loss leaves for good. The suggestion is the rate at which the loss
+falls fastest; the rate at which it is lowest is already on the edge, and an upper bound, e.g. for
+the peak of a cycle. `runs/<name>/` then holds
+
+    results.json            the settings, the losses and what they suggest, for each seed
+    range.png               the losses over the rates
+
+References:
+  Smith, `Cyclical learning rates for training neural networks <https://arxiv.org/abs/1506.01186>`_,
+  section 3.3: the range test (the rate rises linearly; there the accuracy is looked at).
+
+  Gugger, `How do you find a good learning rate
+  <https://sgugger.github.io/how-do-you-find-a-good-learning-rate.html>`_, 2018: rates that rise
+  exponentially, the average with bias correction, the end at four times the lowest loss, and the
+  rule of a tenth of the rate with the lowest loss. The steepest point is the first guess of fastai.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments import bench, cli, compare, methods, report, run_folder
+from experiments.cli import UsageError
+from experiments.replicas import Plan, Trainer
+
+PROG = "python -m experiments.lr_range_test"
+SPACINGS = ("exponential", "linear")
+# Without --lowest and --highest: so many times below and above the method's usual rates.
+MARGIN = 100.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Find a learning rate: train for a short time while the rate rises."""
+
+    task: str = "digits"
+    """Data set: digits, mnist, mnist5k, cifar10, cifar10_5k, sst2 or sst2_1k."""
+    data_dir: Path | None = None
+    """Folder with the data files; default: OPTAX_ACCEL_DATA. Digits needs none."""
+    model: str | None = None
+    """Model: mlp, cnn, resnet20 or transformer; default: the task's own."""
+    loss: str = "cross_entropy"
+    """Loss: cross_entropy, or mse (half the squared distance to the one-hot label)."""
+    method: str = "sgd"
+    """Training method; an unknown name lists all."""
+    lowest: float | None = None
+    """First rate; default: a hundredth of the lowest one of the method's grid."""
+    highest: float | None = None
+    """Last rate; default: a hundred times the highest one of the method's grid."""
+    spacing: str = "exponential"
+    """How the rate rises: exponential (by a factor per step) or linear (as in Smith's paper)."""
+    steps: int = 200
+    """Steps from the first rate to the last one."""
+    batch_size: int = 64
+    """Examples per step."""
+    curvature_batch_size: int | None = None
+    """Examples (fixed per seed) for Hessian-vector products; default: twice the batch size."""
+    smoothing: float = 0.9
+    """Weight of the past in the average of the losses, in [0, 1): 0.9 averages about 10 steps."""
+    stop_factor: float = 4.0
+    """The test ends where the averaged loss is so many times its lowest value."""
+    seeds: int = 3
+    """Tests to make, with other initial weights and batches; the suggestion is the median."""
+    name: str | None = None
+    """Name of the run's folder; default: lr-range-<task>-<method>."""
+    runs_dir: Path = Path("runs")
+    """Where the run's folder is made."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RangeTest:
+    """The outcome of `range_test`.
+
+    Attributes:
+      rates: learning rates used, one per step, up to the end of the test.
+      losses: mini-batch losses met at them, before the step.
+      smoothed: their averages.
+      suggestion: the rate at which the average falls fastest; None if it never falls.
+      lowest: the rate at which the average is lowest: beyond it training begins to fail.
+      stopped_at: the rate at which the loss had left or was not finite; None if that never came.
+    """
+
+    rates: np.ndarray
+    losses: np.ndarray
+    smoothed: np.ndarray
+    suggestion: float | None
+    lowest: float
+    stopped_at: float | None
+
+
+def range_test(
+    advance: Callable[[float], Any],
+    rates: Sequence[float] | np.ndarray,
+    *,
+    smoothing: float = 0.9,
+    stop_factor: float = 4.0,
+) -> RangeTest:
+    """Trains with rising learning rates until the loss leaves.
+
+    The end is decided by the exponential moving average of the losses so far, with bias correction.
+    An average of the past alone lags, and a lag of ten steps is a factor of the rate; so what is
+    reported is the mean of that average and of the same one taken backwards (of losses that are
+    capped at where they stood before they fell).
+
+    Example:
+      >>> w = [1.0]
+      >>> def advance(rate):  # gradient descent on w ** 2: diverges beyond a rate of 1
+      ...     loss = w[0] ** 2
+      ...     w[0] -= rate * 2 * w[0]
+      ...     return loss
+      >>> result = range_test(advance, np.geomspace(1e-4, 10, 100), smoothing=0.5)
+      >>> 0.01 < result.suggestion < 1 < result.stopped_at
+      True
+      >>> len(result.rates) < 100
+      True
+
+    Args:
+      advance: makes one training step at a learning rate and returns the mini-batch loss before it.
+      rates: rising learning rates.
+      smoothing: weight of the past in the average, in [0, 1). Gugger takes 0.98 for some hundred
+        steps.
+      stop_factor: the test ends where the average exceeds so many times its lowest value (4 in
+        Gugger's), more than 1.
+
+    Returns:
+      Rates, losses and what they suggest.
+
+    Raises:
+      ValueError: wrong rates or settings, or the loss was never finite.
+    """
+    rates = np.asarray(rates, float)
+    if rates.ndim != 1 or len(rates) < 2 or not (rates[0] > 0 and np.all(np.diff(rates) > 0)):
+        raise ValueError("`rates` must be at least two positive numbers that rise.")
+    if not np.all(np.isfinite(rates)):
+        raise ValueError("`rates` must be finite.")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"`smoothing` must lie in [0, 1), got {smoothing}.")
+    if not stop_factor > 1:
+        raise ValueError(f"`stop_factor` must be more than 1, got {stop_factor}.")
+    losses: list[float] = []
+    best, stopped_at = math.inf, None
+    average = weight = 0.0
+    for rate in rates:
+        loss = float(advance(float(rate)))
+        if not math.isfinite(loss):
+            stopped_at = float(rate)
+            break
+        losses.append(loss)
+        average, weight = (
+            smoothing * average + (1 - smoothing) * loss,
+            smoothing * weight + (1 - smoothing),
+        )
+        best = min(best, average / weight)
+        if average / weight > stop_factor * best:
+            stopped_at = float(rate)
+            break
+    if not losses:
+        raise ValueError("the loss is not finite before the first step: look at data and model.")
+    used, found = rates[: len(losses)], np.asarray(losses)
+    # Where the loss leaves it may be huge; capped, it does not spoil what came before.
+    forward = _average(found, smoothing)
+    capped = np.minimum(found, forward[: np.argmin(forward) + 1].max())
+    smoothed = (_average(capped, smoothing) + _average(capped[::-1], smoothing)[::-1]) / 2
+    lowest = int(np.argmin(smoothed))
+    suggestion = None
+    if lowest > 0:
+        suggestion = float(used[np.argmin(np.gradient(smoothed)[: lowest + 1])])
+    return RangeTest(used, found, smoothed, suggestion, float(used[lowest]), stopped_at)
+
+
+def _average(values: np.ndarray, smoothing: float) -> np.ndarray:
+    """Exponential moving average with bias correction."""
+    result, total, weight = np.empty_like(values), 0.0, 0.0
+    for i, value in enumerate(values):
+        total = smoothing * total + (1 - smoothing) * value
+        weight = smoothing * weight + (1 - smoothing)
+        result[i] = total / weight
+    return result
+
+
+# The command ------------------------------------------------------------------------------------
+
+
+def resolve(options: Options) -> tuple[Plan, np.ndarray]:
+    """Checks the options; returns the plan of the trainings and the rates.
+
+    Raises:
+      ValueError: with one line that says what is allowed.
+    """
+    cli.check_known("method", options.method, tuple(methods.METHODS))
+    cli.check_known("spacing", options.spacing, SPACINGS)
+    if options.steps < 2:
+        raise UsageError(f"--steps must be at least 2, got {options.steps}")
+    if not 0 <= options.smoothing < 1:
+        raise UsageError(f"--smoothing must lie in [0, 1), got {options.smoothing}")
+    if not 1 < options.stop_factor < math.inf:
+        raise UsageError(f"--stop-factor must be more than 1, got {options.stop_factor}")
+    grid = methods.METHODS[options.method].learning_rates
+    lowest = min(grid) / MARGIN if options.lowest is None else options.lowest
+    highest = max(grid) * MARGIN if options.highest is None else options.highest
+    if not 0 < lowest < highest < math.inf:
+        raise UsageError(
+            f"--lowest and --highest must be positive, in this order, got {lowest:g}, {highest:g}"
+        )
+    plan = compare.resolve(
+        compare.Options(
+            task=options.task,
+            data_dir=options.data_dir,
+            model=options.model,
+            loss=options.loss,
+            methods=options.method,
+            seeds=options.seeds,
+            steps=options.steps,
+            batch_size=options.batch_size,
+            curvature_batch_size=options.curvature_batch_size,
+            name=options.name,
+        )
+    )
+    space = np.geomspace if options.spacing == "exponential" else np.linspace
+    return plan, space(lowest, highest, options.steps)
+
+
+def run(options: Options, plan: Plan, rates: np.ndarray) -> list[RangeTest]:
+    """One range test per seed.
+
+    Raises:
+      ValueError: the loss was never finite.
+    """
+    trainer, (method,) = Trainer(plan), plan.methods
+    results = []
+    for seed in range(plan.seeds):
+        runs = trainer.start(method, [(float(rates[0]), seed)])
+        step = iter(range(plan.steps))
+
+        def advance(rate: float, runs: Any = runs, step: Any = step) -> Any:
+            runs.rates = jnp.asarray(rate, jnp.float32)
+            return runs.advance(next(step))
+
+        results.append(
+            range_test(advance, rates, smoothing=options.smoothing, stop_factor=options.stop_factor)
+        )
+    return results
+
+
+def median(rates: Sequence[float | None]) -> float | None:
+    """The median, between two of them the geometric mean; of those that are not None."""
+    found = [math.log(rate) for rate in rates if rate is not None]
+    return math.exp(float(np.median(found))) if found else None
+
+
+def picture(options: Options, results: Sequence[RangeTest], suggestion: float | None) -> Figure:
+    """The losses over the rates, with the suggestion."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    report.frame(axes)
+    color = report.style(options.method)["color"]
+    for seed, result in enumerate(results):
+        axes.plot(result.rates, result.losses, color=color, linewidth=0.6, alpha=0.3)
+        label = "average" if seed == 0 else None
+        axes.plot(result.rates, result.smoothed, color=color, linewidth=1.8, label=label)
+    lowest = median([result.lowest for result in results])
+    marks = [("falls fastest", suggestion, "-"), ("is lowest", lowest, "--")]
+    for what, rate, line in marks:
+        if rate is not None:
+            axes.axvline(rate, color="#D55E00", linestyle=line, label=f"{what}: {rate:.2g}")
+    if options.spacing == "exponential":
+        axes.set_xscale("log")
+    # Where the loss leaves is seen without showing how far it goes.
+    least = min(result.smoothed.min() for result in results)
+    start = max(result.smoothed[0] for result in results)
+    axes.set_ylim(least - 0.1 * (start - least) - 1e-3, start + 0.5 * (start - least) + 1e-3)
+    axes.set_xlabel(f"learning rate, rising at every step ({options.spacing})")
+    axes.set_ylabel("mini-batch loss")
+    axes.set_title(
+        f"Learning-rate range test: {options.method} on {options.task}", loc="left", fontsize=12
+    )
+    axes.legend(title="the loss", frameon=False)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    options = cli.parse(Options(), argv, PROG)
+    folder = options.runs_dir / (options.name or f"lr-range-{options.task}-{options.method}")
+    try:
+        plan, rates = resolve(options)
+        if (folder / run_folder.CONFIG).exists():
+            raise UsageError(f"{folder} holds another command's run; give another --name")
+        folder.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    console = cli.console(100)
+    console.print(
+        f"{plan.task.name}, {plan.model}, {options.method}: {report.plural(plan.seeds, 'test')} of "
+        f"up to {report.plural(plan.steps, 'step')} of {report.plural(plan.batch_size, 'example')},"
+        f" rates {rates[0]:g} to {rates[-1]:g} -> {folder}"
+    )
+    try:
+        results = run(options, plan, rates)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    suggestion = median([result.suggestion for result in results])
+    view = cli.table(["seed", "falls fastest at", "lowest at", "a tenth of that", "left at"])
+    for seed, result in enumerate(results):
+        cells = (result.suggestion, result.lowest, result.lowest / 10, result.stopped_at)
+        view.add_row(str(seed), *("never" if cell is None else f"{cell:.2g}" for cell in cells))
+    console.print(view)
+    shown = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in dataclasses.asdict(options).items()
+    }
+    tests = [
+        {
+            key: value.tolist() if isinstance(value, np.ndarray) else value
+            for key, value in dataclasses.asdict(result).items()
+        }
+        for result in results
+    ]
+    record = {"machine": bench.machine(), "options": shown, "suggestion": suggestion}
+    cli.write_atomic(folder / "results.json", cli.to_json(record | {"tests": tests}))
+    cli.write_atomic(folder / "range.png", report.png(picture(options, results, suggestion)))
+    if suggestion is None:
+        console.print("the loss never falls: lower --lowest, raise --highest, or give more --steps")
+    else:
+        console.print(f"suggested learning rate: {suggestion:.2g}, where the loss falls fastest")
+    if all(result.stopped_at is None for result in results):
+        console.print("the loss never left: a higher --highest may show more")
+    console.print(f"picture: {folder / 'range.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
