@@ -4,7 +4,8 @@
   the state is replicated, and the compiler inserts the collectives. The default.
 * ``fsdp``: the same, with parameters and optimizer state sharded over the same devices: each holds
   its part of every large array, eigenbases included, and the compiler gathers what a computation
-  needs.
+  needs: activations where the batch is small, else one parameter at a time, and in a step that
+  refreshes an eigenbasis that parameter's leaf of the basis with it.
 * ``shard_map``: the step is written for one device's part of the batch and averages over
   ``axis_name``.
 * ``pmap``: the same step, with a copy of the state per device along a leading axis; JAX keeps it in

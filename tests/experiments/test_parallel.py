@@ -246,7 +246,8 @@ def test_a_device_holds_an_eighth():
 
 
 @pytest.mark.parametrize("refresh", [False, "warm", pytest.param("cold", marks=pytest.mark.slow)])
-def test_a_step_gathers_no_eigenbasis(refresh):
+def test_a_step_on_few_examples_gathers_no_eigenbasis(refresh):
+    """With more examples XLA prefers to gather parameters, and what multiplies their inputs."""
     parallel, _, state = wide_state()
     batch = parallel.put_batch((np.ones((16, 48), np.float32), np.zeros(16, np.int32)))
     compiled = parallel.lower(state, batch, batch if refresh else None, refresh).compile()
