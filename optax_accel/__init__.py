@@ -26,6 +26,9 @@ from optax_accel.sampling import stoch_grad_adam
 from optax_accel.extrapolation import ExtragradientState, extragradient
 from optax_accel.extrapolation import extra_adam, extrap_sgd
 
+# Adaptive rates within bounds
+from optax_accel.adabound import ScaleByAdaBoundState, adabound, scale_by_adabound
+
 # Workers with parameters of their own
 from optax_accel.workers import DecentralizedState, PostLocalSGDState, topologies
 from optax_accel.workers import decentlam, dmsgd, post_local_sgd
@@ -53,9 +56,11 @@ __all__ = [
     "PostLocalSGDState",
     "RoundRobinTracker",
     "SampleGradientsState",
+    "ScaleByAdaBoundState",
     "ScaleByDemonAdamState",
     "Tracker",
     "WithSchedulesState",
+    "adabound",
     "bernoulli_per_element",
     "bernoulli_per_tensor",
     "bulk_sgd",
@@ -80,6 +85,7 @@ __all__ = [
     "project_to_dominant",
     "refresh_at",
     "sample_gradients",
+    "scale_by_adabound",
     "scale_by_demon",
     "scale_by_demon_adam",
     "snapshot_schedule",

@@ -193,6 +193,12 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: call(EXTRAP, value_fn=3), "`value_fn` must be callable"),
     (lambda: call(EXTRAP, value_fn=lambda p, x: 0), r"\['x'\].*tx.update\(\.\.\., .*x=\.\.\.\)"),
     (lambda: call(EXTRAP, params=None, value_fn=LOSS), "needs the parameters"),
+    # Adaptive rates within bounds
+    (lambda: oa.adabound(0.0), r"`learning_rate` must lie in \(0, inf\), got 0.0"),
+    (lambda: oa.adabound(gamma=0.0), r"`gamma` must lie in \(0, inf\), got 0.0"),
+    (lambda: oa.scale_by_adabound(final_lr=-0.1), r"`final_lr` must lie in \[0, inf\)"),
+    (lambda: oa.adabound(b2=1.0), r"`b2` must lie in \[0, 1\)"),
+    (lambda: oa.adabound(optax.linear_schedule(0.0, 1.0, 9)), r"`base_lr` .* starts at 0.0\)"),
     # Workers with parameters of their own
     (lambda: oa.decentlam(-0.1, RING), r"`learning_rate` must lie in \[0, inf\)"),
     (lambda: oa.decentlam(0.1, "ring"), r"`topology` must be a Topology, such as .*ring\(8\); got"),
