@@ -26,6 +26,9 @@ from optax_accel.sampling import stoch_grad_adam
 from optax_accel.extrapolation import ExtragradientState, extragradient
 from optax_accel.extrapolation import extra_adam, extrap_sgd
 
+# Gradient norm penalty
+from optax_accel.gradient_norm import GNPState, gnp
+
 # Adaptive rates within bounds
 from optax_accel.adabound import ScaleByAdaBoundState, adabound, scale_by_adabound
 
@@ -49,6 +52,7 @@ __all__ = [
     "DecentralizedState",
     "ExactTracker",
     "ExtragradientState",
+    "GNPState",
     "GradientTracker",
     "InterpolateSubspacesState",
     "Objective",
@@ -75,6 +79,7 @@ __all__ = [
     "extra_adam",
     "extragradient",
     "extrap_sgd",
+    "gnp",
     "inject_hyperparams",
     "interpolate_subspaces",
     "interpolated_sgd",

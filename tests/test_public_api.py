@@ -111,7 +111,7 @@ def test_import_is_light() -> None:
 
 
 X, LOSS = jnp.ones(3), lambda p: jnp.sum(p**2)
-BULK, EXTRAP = oa.bulk_sgd(0.1, 1), oa.extrap_sgd(0.1)
+BULK, EXTRAP, GNP = oa.bulk_sgd(0.1, 1), oa.extrap_sgd(0.1), oa.gnp(optax.sgd(0.1))
 RING = topologies.ring(8)
 
 
@@ -193,6 +193,10 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: call(EXTRAP, value_fn=3), "`value_fn` must be callable"),
     (lambda: call(EXTRAP, value_fn=lambda p, x: 0), r"\['x'\].*tx.update\(\.\.\., .*x=\.\.\.\)"),
     (lambda: call(EXTRAP, params=None, value_fn=LOSS), "needs the parameters"),
+    # Gradient norm penalty
+    (lambda: oa.gnp(optax.sgd(0.1), r=-1), r"`r` must lie in \[0, inf\), got -1"),
+    (lambda: oa.gnp(optax.sgd(0.1), alpha="a"), "`alpha` must be a number or a schedule, got 'a'"),
+    (lambda: oa.gnp(None), "`inner` must be an Optax transformation, got None"),
     # Adaptive rates within bounds
     (lambda: oa.adabound(0.0), r"`learning_rate` must lie in \(0, inf\), got 0.0"),
     (lambda: oa.adabound(gamma=0.0), r"`gamma` must lie in \(0, inf\), got 0.0"),
@@ -276,14 +280,14 @@ def test_wrong_input(wrong: Callable[[], Any], message: str) -> None:
     assert "\n" not in str(caught.value).partition("mask")[0]
 
 
-@pytest.mark.parametrize("tx", [BULK, oa.project_to_bulk(1), EXTRAP, oa.extra_adam(0.1)])
+@pytest.mark.parametrize("tx", [BULK, oa.project_to_bulk(1), EXTRAP, oa.extra_adam(0.1), GNP])
 def test_missing_value_fn_shows_the_call(tx: Any) -> None:
     expected = r"`value_fn` to .*tx\.update\(grads, state, params, value_fn=objective\)"
     with pytest.raises(ValueError, match=expected):
         call(tx)
 
 
-@pytest.mark.parametrize("tx", [BULK, EXTRAP])
+@pytest.mark.parametrize("tx", [BULK, EXTRAP, GNP])
 @pytest.mark.parametrize(
     "wrap",
     [
