@@ -120,6 +120,8 @@ def test_a_killed_launcher_leaves_no_processes():
         process.communicate(timeout=30)
 
 
+# The command itself never starts JAX's backends; other tests in this process have.
+@pytest.mark.filterwarnings("ignore:os.fork.. was called:RuntimeWarning")
 def test_signal_handlers_are_restored():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     assert launch.run([sys.executable, "-c", "pass"], 1) == 0
