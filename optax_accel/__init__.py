@@ -29,6 +29,10 @@ from optax_accel.extrapolation import extra_adam, extrap_sgd
 # Gradient norm penalty
 from optax_accel.gradient_norm import GNPState, gnp
 
+# Other coordinates of the parameters
+from optax_accel.reparametrization import Reparametrization, ReparametrizeState, reparametrize
+from optax_accel.reparametrization import powerprop, weight_norm
+
 # Adaptive rates within bounds
 from optax_accel.adabound import ScaleByAdaBoundState, adabound, scale_by_adabound
 
@@ -58,6 +62,8 @@ __all__ = [
     "Objective",
     "OneCycle",
     "PostLocalSGDState",
+    "Reparametrization",
+    "ReparametrizeState",
     "RoundRobinTracker",
     "SampleGradientsState",
     "ScaleByAdaBoundState",
@@ -86,9 +92,11 @@ __all__ = [
     "momentum_onecycle_schedule",
     "onecycle",
     "post_local_sgd",
+    "powerprop",
     "project_to_bulk",
     "project_to_dominant",
     "refresh_at",
+    "reparametrize",
     "sample_gradients",
     "scale_by_adabound",
     "scale_by_demon",
@@ -99,5 +107,6 @@ __all__ = [
     "stoch_grad_adam",
     "topologies",
     "vtpc_schedule",
+    "weight_norm",
     "with_schedules",
 ]

@@ -197,6 +197,18 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: oa.gnp(optax.sgd(0.1), r=-1), r"`r` must lie in \[0, inf\), got -1"),
     (lambda: oa.gnp(optax.sgd(0.1), alpha="a"), "`alpha` must be a number or a schedule, got 'a'"),
     (lambda: oa.gnp(None), "`inner` must be an Optax transformation, got None"),
+    # Other coordinates of the parameters
+    (lambda: oa.reparametrize(None, oa.weight_norm()), "`inner` must be an Optax transformation"),
+    (
+        lambda: oa.reparametrize(optax.sgd(0.1), oa.weight_norm),
+        r"`reparametrization` must be a Reparametrization, such as weight_norm\(\)",
+    ),
+    (lambda: oa.powerprop(0.5), r"`alpha` must lie in \[1, inf\), got 0.5"),
+    (lambda: oa.weight_norm("last"), "`output_axes` must be an integer, got 'last'"),
+    (
+        lambda: call(oa.reparametrize(optax.sgd(0.1), oa.weight_norm()), params=None),
+        r"reparametrize needs the parameters.*tx\.update\(grads, state, params\)",
+    ),
     # Adaptive rates within bounds
     (lambda: oa.adabound(0.0), r"`learning_rate` must lie in \(0, inf\), got 0.0"),
     (lambda: oa.adabound(gamma=0.0), r"`gamma` must lie in \(0, inf\), got 0.0"),

@@ -1,0 +1,341 @@
+r"""Optimize in other coordinates, without touching the model.
+
+A map :math:`w = \psi(\theta)` gives the parameters from coordinates.  The model keeps computing
+with :math:`w`; each step pulls its gradient back, lets any optimizer move the coordinates, and
+returns the update that takes the parameters to the image of the new ones:
+
+.. math::
+  \theta_{t+1} = \mathrm{inner}\big(\theta_t, J_\psi(\theta_t)^\top \nabla L(w_t)\big), \qquad
+  w_{t+1} - w_t = \psi(\theta_{t+1}) - w_t .
+
+Weight normalization, :math:`w = g\, v / \|v\|` for each output unit: Salimans and Kingma, `Weight
+normalization <https://arxiv.org/abs/1602.07868>`_, NeurIPS 2016, equation 2.  Powerpropagation,
+:math:`w = \theta |\theta|^{\alpha - 1}`: Schwarz et al., `Powerpropagation: A sparsity inducing
+weight reparameterisation <https://arxiv.org/abs/2110.00296>`_, NeurIPS 2021, section 2.  Faithful:
+both maps.  Ours: the start of weight normalization at the weights that the model has (v = w,
+g = norm of w) instead of the paper's initialization from data, its treatment of units whose weights
+are all zero, and exact derivatives of powerpropagation at 0, where the plain formula gives NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_accel import _masking
+from optax_accel._arguments import check_integer, check_number, check_real_leaves
+from optax_accel._masking import Mask
+from optax_accel.objective import Objective
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Reparametrization:
+    """A pair of maps between one array of parameters and its coordinates.
+
+    Args:
+      forward: the array from its coordinates; differentiable, of the shape of the parameters.
+      inverse: coordinates, any pytree of floating-point arrays, of a given array: those that the
+        optimization starts from, so that ``forward(inverse(w))`` should be ``w``. Evaluated once.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import optax_accel as oa
+      >>> positive = oa.Reparametrization(forward=jnp.exp, inverse=jnp.log)
+      >>> tx = oa.reparametrize(optax.sgd(0.5), positive, mask=True)
+      >>> param = jnp.array(1.0)
+      >>> state = tx.init(param)
+      >>> for _ in range(50):  # towards -1, which it never reaches
+      ...     updates, state = tx.update(param + 1, state, param)
+      ...     param = optax.apply_updates(param, updates)
+      >>> round(float(param), 4), round(float(state.coordinates), 4)
+      (0.0333, -3.4025)
+    """
+
+    forward: Callable[[PyTree], jax.Array]
+    inverse: Callable[[jax.Array], PyTree]
+
+
+def weight_norm(output_axes: int | tuple[int, ...] = -1) -> Reparametrization:
+    """Weight normalization: a length and a direction for each output unit.
+
+    The coordinates of an array are ``{"g": lengths, "v": directions}``, ``v`` of the array's shape
+    and ``g`` of that of its output axes.  The gradient of a unit's ``v`` is orthogonal to it, so
+    that gradient steps let its norm grow, which lowers the effective learning rate.  A unit whose
+    weights are all zero starts with ``g = 0`` and a ``v`` of equal entries, so that it can learn.
+
+    Args:
+      output_axes: the axes that count output units; the norm is over the others.  -1 (default): the
+        last one, as in the kernels of dense layers and convolutions in Flax.
+
+    Returns:
+      The pair of maps, for :func:`reparametrize`.
+
+    Raises:
+      TypeError: an axis is no integer.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_accel as oa
+      >>> coordinates = oa.weight_norm().inverse(jnp.array([[3.0, 0.0], [4.0, 0.0]]))
+      >>> coordinates["g"].tolist()
+      [5.0, 0.0]
+    """
+    axes_given = output_axes if isinstance(output_axes, tuple) else (output_axes,)
+    for axis in axes_given:
+        check_integer("output_axes", axis, -sys.maxsize)
+
+    def norm_axes(w: jax.Array) -> tuple[int, ...]:
+        outputs = {range(w.ndim)[axis] for axis in axes_given} if w.ndim else set()
+        return tuple(axis for axis in range(w.ndim) if axis not in outputs)
+
+    def lengths(v: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        """The norms, 1 where they vanish, and where they do not: kept as axes of length 1."""
+        squares = jnp.sum(v * v, axes, keepdims=True)
+        return jnp.sqrt(jnp.where(squares > 0, squares, 1)), squares > 0
+
+    def forward(coordinates: dict[str, jax.Array]) -> jax.Array:
+        g, v = coordinates["g"], coordinates["v"]
+        axes = norm_axes(v)
+        norm, positive = lengths(v, axes)
+        return jnp.where(positive, jnp.expand_dims(g, axes) / norm, 0) * v
+
+    def inverse(w: jax.Array) -> dict[str, jax.Array]:
+        axes = norm_axes(w)
+        norm, positive = lengths(w, axes)
+        fan_in = max(1, math.prod(w.shape[axis] for axis in axes))
+        v = jnp.where(positive, w, fan_in**-0.5)
+        return {"g": jnp.squeeze(jnp.where(positive, norm, 0), axes), "v": v}
+
+    return Reparametrization(forward, inverse)
+
+
+def powerprop(alpha: float) -> Reparametrization:
+    r"""Powerpropagation: weights as signed powers, :math:`w = \theta |\theta|^{\alpha - 1}`.
+
+    Gradients of large weights are amplified, those of small ones are damped, so that the small ones
+    gather at 0 and can be pruned.  A weight that is exactly 0 stays 0 if alpha is greater than 1.
+
+    Args:
+      alpha: the power, at least 1; 1 is the identity. The paper's experiments use 2 to 5.
+
+    Returns:
+      The pair of maps, for :func:`reparametrize`.
+
+    Raises:
+      ValueError: alpha below 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_accel as oa
+      >>> maps = oa.powerprop(alpha=2.0)
+      >>> theta = maps.inverse(jnp.array([4.0, 0.0, -9.0]))
+      >>> theta.tolist(), maps.forward(theta).tolist()
+      ([2.0, 0.0, -3.0], [4.0, 0.0, -9.0])
+    """
+    check_number("alpha", alpha, 1)
+
+    def forward(theta: jax.Array) -> jax.Array:
+        # A derivative of |0| ** (alpha - 1) is not finite and would be multiplied by 0.
+        safe = jnp.where(theta == 0, 1, theta)
+        slope_at_zero = jnp.where(jnp.asarray(alpha) == 1, 1, 0).astype(theta.dtype)
+        power = safe * jnp.abs(safe) ** (alpha - 1)
+        return jnp.where(theta == 0, slope_at_zero * theta, power)
+
+    def inverse(w: jax.Array) -> jax.Array:
+        return jnp.sign(w) * jnp.abs(w) ** (1 / alpha)
+
+    return Reparametrization(forward, inverse)
+
+
+class ReparametrizeState(NamedTuple):
+    """State of :func:`reparametrize`.
+
+    Attributes:
+      coordinates: like the parameters, with the coordinates of each reparametrized array in its
+        place, in float32 or wider; ``optax.MaskedNode`` in place of the others.
+      inner_state: state of the inner transformation.
+    """
+
+    coordinates: PyTree
+    inner_state: PyTree
+
+
+def reparametrize(
+    inner: optax.GradientTransformation,
+    reparametrization: Reparametrization,
+    *,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Lets any optimizer work in other coordinates of the parameters.
+
+    The steps are those of ``inner`` on a model that is written in the coordinates.  The inner
+    transformation sees one tree: like the parameters, with coordinates in place of the arrays that
+    are reparametrized.  An extra argument ``grad`` of ``update`` is pulled back, too, and
+    ``value_fn`` becomes a function of the coordinates, so that line searches and curvature methods
+    work inside.
+
+    Weight decay acts on what stands where it is chained: inside, as in
+    ``reparametrize(optax.adamw(1e-3), weight_norm())``, on the coordinates; in front, as in
+    ``optax.chain(optax.add_decayed_weights(1e-4), reparametrize(...))``, as the penalty on the
+    parameters whose gradient it is, pulled back.  Clip likewise.
+
+    The coordinates in the state decide.  ``params`` follow them to one rounding, which does not add
+    up: the update leads from ``params`` as they are given to the image of the new coordinates.
+    Therefore the next step undoes what is done to reparametrized parameters from outside, and what
+    a transformation chained *behind* does to their updates.  After loading, averaging or pruning
+    parameters move the coordinates there, and keep the inner state::
+
+      fresh = optax.tree.get(tx.init(params), "coordinates")
+      state = optax.tree.set(state, coordinates=fresh)
+
+    In bfloat16, the coordinates are a master copy of the parameters in float32.
+
+    Args:
+      inner: transformation or optimizer.
+      reparametrization: :func:`weight_norm`, :func:`powerprop` or a :class:`Reparametrization` of
+        one's own, applied to each array.
+      mask: pytree of booleans like the parameters (or a prefix of it: True for everything), or a
+        function from the parameters to one: arrays to reparametrize; the inner transformation has
+        the others as they are.  ``None`` (default): those with two or more axes, as both papers
+        leave biases alone.
+
+    Returns:
+      A transformation with state :class:`ReparametrizeState`.
+
+    Raises:
+      TypeError: ``inner`` or ``reparametrization`` is something else; in ``init``: parameters to
+        reparametrize that are not real floating-point numbers.
+      ValueError: in ``init``: the maps do not give back the shape of the parameters; in ``update``:
+        missing ``params``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import optax_accel as oa
+      >>> tx = oa.reparametrize(optax.adam(0.01), oa.weight_norm())
+      >>> params = {"kernel": jnp.ones((4, 2)), "bias": jnp.zeros(2)}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> [round(float(x), 4) for x in (params["kernel"][0, 0], params["bias"][0])]
+      [0.995, -0.01]
+      >>> [round(float(x), 4) for x in state.coordinates["kernel"]["g"]]
+      [1.99, 1.99]
+
+    References:
+      Salimans and Kingma, `Weight normalization <https://arxiv.org/abs/1602.07868>`_, 2016; Schwarz
+      et al., `Powerpropagation <https://arxiv.org/abs/2110.00296>`_, 2021.
+    """
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(f"`inner` must be an Optax transformation, got {inner!r}.")
+    if not isinstance(reparametrization, Reparametrization):
+        raise TypeError(
+            "`reparametrization` must be a Reparametrization, such as weight_norm() or "
+            f"powerprop(2.0), got {reparametrization!r}."
+        )
+    inner = optax.with_extra_args_support(inner)
+    forward, inverse = reparametrization.forward, reparametrization.inverse
+
+    def chosen(params: PyTree) -> PyTree:
+        return _masking.resolve(params, _has_two_axes if mask is None else mask)
+
+    def init_fn(params: PyTree) -> ReparametrizeState:
+        selected = chosen(params)
+        check_real_leaves(_masking.select(params, selected), "reparametrize")
+
+        def start(path: Any, w: jax.Array) -> PyTree:
+            coordinates = inverse(_widen(w))
+            shape = jax.eval_shape(forward, coordinates).shape
+            if shape != w.shape:
+                raise ValueError(
+                    "reparametrize: `forward(inverse(w))` must have the shape of the parameters, "
+                    f"but for {jax.tree_util.keystr(path) or '(root)'} it is {shape}, not "
+                    f"{w.shape}."
+                )
+            # Copies with dtypes of their own: a step may donate parameters and state.
+            return jax.tree.map(lambda c: jnp.array(c, c.dtype, copy=True), coordinates)
+
+        coordinates = jax.tree_util.tree_map_with_path(start, _masking.select(params, selected))
+        return ReparametrizeState(coordinates, inner.init(_join(selected, params, coordinates)))
+
+    def update_fn(
+        updates: PyTree,
+        state: ReparametrizeState,
+        params: PyTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, ReparametrizeState]:
+        if params is None:
+            raise ValueError(
+                "reparametrize needs the parameters, which it leads to the image of the new "
+                "coordinates. Call it as: tx.update(grads, state, params)."
+            )
+        selected = chosen(params)
+        point = _join(selected, params, state.coordinates)
+
+        def pull_back(gradient: PyTree) -> PyTree:
+            def pull(m: bool, g: jax.Array, c: PyTree) -> PyTree:
+                if not m:
+                    return g
+                image, transposed = jax.vjp(forward, c)
+                return transposed(g.astype(image.dtype))[0]
+
+            return jax.tree.map(pull, selected, gradient, point)
+
+        def to_params(coordinates: PyTree) -> PyTree:
+            return jax.tree.map(
+                lambda m, p, c: forward(c).astype(p.dtype) if m else c,
+                selected,
+                params,
+                coordinates,
+            )
+
+        gradient = pull_back(updates)
+        if "grad" in extra_args:
+            given = extra_args["grad"]
+            extra_args["grad"] = gradient if given is updates else pull_back(given)
+        for name, argument in extra_args.items():
+            if name.endswith("value_fn") and callable(argument):
+                extra_args[name] = _precompose(argument, to_params)
+        inner_updates, inner_state = inner.update(gradient, state.inner_state, point, **extra_args)
+        moved = optax.apply_updates(point, inner_updates)
+
+        def lead(m: bool, g: jax.Array, p: jax.Array, u: PyTree, c: PyTree) -> jax.Array:
+            return (forward(c) - _widen(p)).astype(g.dtype) if m else u
+
+        new_updates = jax.tree.map(lead, selected, updates, params, inner_updates, moved)
+        return new_updates, ReparametrizeState(_masking.select(moved, selected), inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _join(selected: PyTree, params: PyTree, coordinates: PyTree) -> PyTree:
+    """What the inner transformation optimizes: coordinates where selected, parameters elsewhere."""
+    return jax.tree.map(lambda m, p, c: c if m else p, selected, params, coordinates)
+
+
+def _precompose(value_fn: Any, transform: Callable[[PyTree], PyTree]) -> Any:
+    if isinstance(value_fn, Objective):
+        return value_fn.precompose(transform)
+
+    @functools.wraps(value_fn)
+    def composed(params: PyTree, *args: Any, **kwargs: Any) -> Any:
+        return value_fn(transform(params), *args, **kwargs)
+
+    return composed
+
+
+def _has_two_axes(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda p: jnp.ndim(p) >= 2, params)
+
+
+def _widen(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
