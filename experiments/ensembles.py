@@ -5,8 +5,8 @@ r"""Ensembles: several networks whose predicted probabilities are averaged, for 
 All kinds take the same number of steps together, `--steps`:
 
     single          one network
-    independent     each member a `--members`-th of the steps, from weights of its own and in a
-                    batch order of its own; all trained in one compiled program (`vmap`)
+    independent     each member a `--members`-th of the steps (rounded down), from weights of its
+                    own and in a batch order of its own; all in one compiled program (`vmap`)
     snapshot        one network; its learning rate falls from the top to 0 once per member, and the
                     end of each such cycle is a member (Huang et al., 2017)
 

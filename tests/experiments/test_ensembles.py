@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from sklearn.calibration import calibration_curve
 
 import models
@@ -153,7 +154,7 @@ def alone(
     schedule: Callable[[Any], Any] = lambda rate: rate,
     method: methods.Method = SGD,
 ) -> list[list[Any]]:
-    """The parameters after 0, 1, ... steps of each run (learning rate, seed), written out."""
+    """(params, rest) after 0, 1, ... steps of each run (learning rate, seed), written out."""
     task = plan.task
     shapes = {"input_shape": task.input_shape, "num_classes": task.num_classes}
 
@@ -169,12 +170,12 @@ def alone(
     for rate, seed in runs:
         graphdef, params, rest = engine.split(models.create(plan.model, rngs=seed, **shapes))
         state = engine.init_state(build(rate, seed), params, rest)
-        history = [state.params]
+        history = [(state.params, state.rest)]
         batches = data.index_batches(len(task.train), batch_size=plan.batch_size, seed=seed)
         for _ in range(plan.steps):
             index = next(batches)
             state = step(rate, state, task.train.x[index], task.train.y[index])
-            history.append(state.params)
+            history.append((state.params, state.rest))
         histories.append(history)
     return histories
 
@@ -194,12 +195,12 @@ def test_members_trained_together_are_those_trained_alone() -> None:
     for ensemble in found:
         assert (ensemble.steps, ensemble.gradient_evaluations) == (18, 18.0)
     runs = [(rate, seed) for rate in (0.1, 0.3) for seed in (0, 2, 4, 1, 3, 5)]
-    together = [params for ensemble in found for params, _ in ensemble.members]
+    together = [member for ensemble in found for member in ensemble.members]
     assert_close(together, [history[-1] for history in alone(small, runs)])
     # One by one, and in chunks the last of which is not full.
     for most in (1, 5):
         other = train_members(small, SGD, [0.1, 0.3], 3, max_replicas=most)
-        assert_close(together, [params for ensemble in other for params, _ in ensemble.members])
+        assert_close(together, [member for ensemble in other for member in ensemble.members])
         for a, b in zip(found, other, strict=True):
             assert_close(a.probabilities, b.probabilities)
 
@@ -234,9 +235,8 @@ def test_a_schedule_reaches_the_members() -> None:
     small = plan(steps=6)
     schedule = ensembles.SCHEDULES["cosine"]
     (ensemble,) = train_members(small, SGD, [0.3], 1, schedule=lambda rate: schedule(rate, 6))
-    ((params, _),) = ensemble.members
     (history,) = alone(small, [(0.3, 0)], schedule=lambda rate: oa.snapshot_schedule(rate, 6, 1))
-    assert_close(params, history[-1])
+    assert_close(ensemble.members, history[-1:])
 
 
 def test_snapshots_are_the_states_at_the_ends_of_the_cycles() -> None:
@@ -250,7 +250,7 @@ def test_snapshots_are_the_states_at_the_ends_of_the_cycles() -> None:
     )
     for ensemble, history in zip(found, histories, strict=True):
         assert (ensemble.steps, ensemble.gradient_evaluations) == (8, 8.0)
-        assert_close([params for params, _ in ensemble.members], [history[t] for t in (3, 6, 8)])
+        assert_close(ensemble.members, [history[t] for t in (3, 6, 8)])
     for a, b in zip(found, train_snapshots(small, SGD, [0.1, 0.3], 3, max_replicas=1), strict=True):
         assert_close(a.probabilities, b.probabilities)
 
@@ -269,8 +269,7 @@ def test_adam_and_the_method_s_own_seed() -> None:
     small, method = plan(steps=4), methods.METHODS["stoch_grad_adam"]
     (ensemble,) = train_members(small, method, [0.01], 2)
     histories = alone(small, [(0.01, 0), (0.01, 1)], method=method)
-    for history, (params, _) in zip(histories, ensemble.members, strict=True):
-        assert_close(params, history[-1], rtol=1e-4)
+    assert_close(ensemble.members, [history[-1] for history in histories], rtol=1e-4)
 
 
 def test_the_cost_counts_extra_gradients() -> None:
@@ -278,15 +277,66 @@ def test_the_cost_counts_extra_gradients() -> None:
     assert (ensemble.steps, ensemble.gradient_evaluations) == (6, 12.0)
 
 
-def test_a_model_with_convolutions_and_running_statistics() -> None:
-    """On a CPU one run at a time; the running statistics belong to the member."""
+def test_convolutions() -> None:
+    """On a CPU these train one by one."""
     small = dataclasses.replace(plan(steps=2), model="cnn", batch_size=8)
-    found = train_members(small, SGD, [0.1], 2) + train_snapshots(small, SGD, [0.1], 2)
-    for ensemble in found:
+    members, snapshots = (
+        train(small, SGD, [0.1], 2)[0] for train in (train_members, train_snapshots)
+    )
+    for ensemble in (members, snapshots):
         assert ensemble.probabilities["test"].shape == (2, 360, 10)
         np.testing.assert_allclose(ensemble.probabilities["test"].sum(axis=-1), 1, rtol=1e-12)
     (history,) = alone(small, [(0.1, 0)])
-    assert_close(found[0].members[0][0], history[-1], rtol=1e-4)
+    assert_close(members.members[0], history[-1], rtol=1e-4)
+
+
+class WithState(nnx.Module):
+    """A model with running statistics and dropout."""
+
+    def __init__(self, *, rngs: int, **_: Any):
+        streams = nnx.Rngs(rngs)
+        self.linear = nnx.Linear(64, 10, rngs=streams)
+        self.norm = nnx.BatchNorm(64, momentum=0.5, rngs=streams)
+        self.dropout = nnx.Dropout(0.5, rngs=streams)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear(self.dropout(self.norm(x.reshape(len(x), -1))))
+
+
+def test_running_statistics_and_random_streams_belong_to_the_member(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(models, "create", lambda name, **settings: WithState(**settings))
+    small = plan(steps=4, seeds=2)
+    members = train_members(small, SGD, [0.1], 2)
+    snapshots = train_snapshots(small, SGD, [0.1], 2)
+
+    def numbers(member: Any) -> Any:
+        keys = jax.dtypes.prng_key
+        return jax.tree.map(
+            lambda leaf: (
+                jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, keys) else leaf
+            ),
+            member,
+        )
+
+    fixed = alone(small, [(0.1, seed) for seed in (0, 2, 1, 3)])
+    found = [member for ensemble in members for member in ensemble.members]
+    assert_close(numbers(found), numbers([history[-1] for history in fixed]))
+    cyclic = alone(
+        small, [(0.1, 0), (0.1, 1)], schedule=lambda rate: oa.snapshot_schedule(rate, 4, 2)
+    )
+    found = [member for ensemble in snapshots for member in ensemble.members]
+    assert_close(numbers(found), numbers([history[t] for history in cyclic for t in (2, 4)]))
+    # The statistics moved, and predictions use them and no dropout.
+    statistics = found[0][1]["norm"]["mean"], found[1][1]["norm"]["mean"]
+    assert np.abs(statistics[0] - statistics[1]).max() > 1e-3
+    graphdef = engine.split(WithState(rngs=0))[0]
+    for i, (params, rest) in enumerate(snapshots[0].members):
+        expected = engine.evaluate(graphdef, params, rest, small.task.test.x, small.task.test.y)
+        assert snapshots[0].scores("test")["members"][i]["nll"] == pytest.approx(
+            float(expected["loss"]), rel=1e-5
+        )
 
 
 def test_an_ensemble_of_trained_members_is_more_likely_than_they_are() -> None:
