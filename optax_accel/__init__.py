@@ -26,6 +26,9 @@ from optax_accel.sampling import stoch_grad_adam
 from optax_accel.extrapolation import ExtragradientState, extragradient
 from optax_accel.extrapolation import extra_adam, extrap_sgd
 
+# Natural gradient
+from optax_accel.natural_gradient.hessian_free import HessianFreeState, hessian_free
+
 # Gradient norm penalty
 from optax_accel.gradient_norm import GNPState, gnp
 
@@ -58,6 +61,7 @@ __all__ = [
     "ExtragradientState",
     "GNPState",
     "GradientTracker",
+    "HessianFreeState",
     "InterpolateSubspacesState",
     "Objective",
     "OneCycle",
@@ -86,6 +90,7 @@ __all__ = [
     "extragradient",
     "extrap_sgd",
     "gnp",
+    "hessian_free",
     "inject_hyperparams",
     "interpolate_subspaces",
     "interpolated_sgd",

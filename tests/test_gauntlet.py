@@ -479,6 +479,7 @@ FACTORIES: dict[Callable[..., optax.GradientTransformationExtraArgs], dict[str, 
     oa.extrap_sgd: {"learning_rate": 0.1, "extrapolation_rate": 0.05},
     oa.extra_adam: {"learning_rate": 0.1},
     oa.gnp: {"inner": SGD, "r": 0.3},
+    oa.hessian_free: {"max_iterations": 5},
     oa.reparametrize: {"inner": SGD, "reparametrization": oa.weight_norm()},
     # Bounds that act on the gradients of the problem, so that `final_lr` and `gamma` matter.
     oa.scale_by_adabound: {"learning_rate": 0.1, "gamma": 0.5},

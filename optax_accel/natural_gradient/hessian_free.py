@@ -1,0 +1,336 @@
+r"""Hessian-free optimization: Newton-like steps with Gauss-Newton products and conjugate gradients.
+
+.. math::
+  (G + \lambda I)\, d = -g, \qquad
+  q(s) = g^\top s + \tfrac12 s^\top G s, \qquad
+  \rho = \frac{L(x + s) - L(x)}{q(s)} \quad \text{for the step } s = \alpha d ,
+
+with G the generalized Gauss-Newton matrix of a curvature batch, solved by the method of conjugate
+gradients (CG) from a warm start.  The damping :math:`\lambda` rises where the quadratic model q
+promised more than was gained (:math:`\rho < 1/4`) and falls where it can be trusted
+(:math:`\rho > 3/4`): the rule of Levenberg and Marquardt.
+
+Martens, `Deep learning via Hessian-free optimization
+<https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`_, ICML 2010; Martens, Sutskever,
+`Training deep and recurrent networks with Hessian-free optimization
+<https://www.cs.toronto.edu/~jmartens/docs/HF_book_chapter.pdf>`_, 2012.
+
+Faithful: the Gauss-Newton matrix, the damping and its rule, the warm start, the threshold of
+relative progress, the power in the preconditioner.  Our reading: CG is JAX's, which stops by the
+norm of the residual only, so it is run for a window of iterations at a time and the progress is
+looked at between windows.  Every window starts CG afresh from where it got: one product more, and
+some of the speed of convergence lost; so windows grow, to half of the iterations made (in the
+papers a tenth, without restarts).  The model in rho is the undamped one.  The diagonal in the
+preconditioner is that of G, estimated with random signs as in AdaHessian (Yao et al.,
+`<https://arxiv.org/abs/2006.00719>`_, 2021); the papers' sum of squared gradients of single
+examples cannot be had from a loss that is only known as a whole.  Left out: the papers' line search
+(chain ``optax.scale_by_backtracking_linesearch`` behind) and the choice among earlier iterates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.scipy.sparse.linalg import cg
+
+from optax_accel._arguments import check_integer, check_number, check_real_leaves, value_of
+from optax_accel._masking import Mask, merge, select
+from optax_accel.objective import as_objective, check_params, mean_over, vary_over
+
+PyTree = Any
+# Iterations in the first window (Martens, 2010, section 4.4), and the growth of later ones.
+_FIRST_WINDOW, _GROWTH = 10, 0.5
+# The preconditioner is (diagonal + damping) ** 0.75 (Martens, 2010, section 4.7); the average of
+# the estimates of the diagonal remembers about ten steps, like momentum.
+_POWER, _MEMORY = 0.75, 0.9
+
+
+class HessianFreeState(NamedTuple):
+    """State of :func:`hessian_free`; every field can be read with ``optax.tree.get``.
+
+    Attributes:
+      count: number of updates made; int32 scalar.
+      damping: lambda, as it will be in the next step; float32 scalar.
+      direction: d of the last step, where the next one starts from; like the parameters, at least
+        float32 (masked-out leaves are ``optax.MaskedNode``).
+      num_iterations: iterations of CG in the last step, counted in whole windows (it ends earlier
+        where it solves the system up to rounding); int32 scalar.
+      reduction_ratio: rho of the last step, the change of the loss over the predicted one: 1 on
+        quadratic losses, negative where the loss rose; float32 scalar.
+      model_decrease: the decrease of the loss that the model predicted, ``-q``; float32 scalar.
+      diagonal_squares: average of the squared estimates of the diagonal of G; without the
+        preconditioner an empty tuple.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count
+    damping: jax.Array
+    direction: PyTree
+    num_iterations: jax.Array
+    reduction_ratio: jax.Array
+    model_decrease: jax.Array
+    diagonal_squares: PyTree
+
+
+def hessian_free(
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    damping: float = 1.0,
+    *,
+    damping_factor: float = 1.5,
+    max_iterations: int = 250,
+    tolerance: float = 5e-4,
+    decay: float = 0.95,
+    precondition: bool = False,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Solves for a damped Gauss-Newton step with conjugate gradients, no matrix being formed.
+
+    ``update`` takes these extra arguments:
+
+    * ``value_fn``: the loss of the incoming gradient, evaluated before and after the step;
+      an :class:`~optax_accel.Objective` made of ``predict`` and ``loss``, which give the
+      Gauss-Newton products.  The loss should be convex in the outputs, as the usual ones are.
+    * ``curvature_value_fn``: the objective whose Gauss-Newton matrix is used; default
+      ``value_fn``.  A part of the batch makes products cheaper; the gradient should come from a
+      large one.
+
+    A step costs 2 losses, 1 product to look at the warm start, and a product an iteration plus 2 a
+    window; a product costs about 2 gradients.  The iterations are a loop in the compiled step, in
+    which XLA runs convolutions 6 to 300 times slower on CPU (jax#12868); on accelerators, and for
+    dense networks, loops are as fast as the rest.  Under ``vmap`` all members iterate as long as
+    one of them does.
+
+    A step is taken even if the loss rises (the damping then grows).  To shorten such steps, and
+    find none too short, chain ``optax.scale_by_backtracking_linesearch`` behind.
+
+    Args:
+      learning_rate: :math:`\alpha`, float or schedule; default 1, to where the model is lowest.
+      damping: :math:`\lambda` in the first step, at least 0; default 1, for losses that are means
+        over examples. 0 stays 0: for systems that have a solution.
+      damping_factor: what the damping is multiplied with or divided by, at least 1; 1 keeps it.
+        The papers: 3/2 (the default).
+      max_iterations: of CG in a step, at least 1. Martens (2010): 250.
+      tolerance: CG stops when over the last k iterations the damped model fell by less than a
+        fraction ``k * tolerance`` of its whole fall. Martens (2010): 5e-4. 0: until it falls no
+        more.
+      decay: in [0, 1]; CG starts from that times the last direction, unless the model prefers to
+        start from zero. Martens and Sutskever (2012): 0.95; 0 starts from zero.
+      precondition: solve with the preconditioner :math:`(\operatorname{diag} G + \lambda)^{3/4}`,
+        with a running estimate of the diagonal that takes one product a step.
+      mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
+        parameters to one: the others are held fixed, and their updates pass unchanged. Use this
+        instead of ``optax.masked``, inside which no loss can be evaluated.
+
+    Returns:
+      An optimizer with state :class:`HessianFreeState`.  Memory: about 6 copies of the parameters,
+      and what a gradient stores.
+
+    Raises:
+      ValueError: an argument outside its range, here; in ``update``: missing ``value_fn`` or
+        ``params``, or an objective without ``predict``.
+      TypeError: an argument of another kind; parameters that are not real floating point.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import optax_accel as oa
+      >>> x, y = jnp.array([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]]), jnp.array([1.0, 3.0, 5.0])
+      >>> objective = oa.Objective(lambda w: x @ w, lambda out: jnp.mean((out - y) ** 2))
+      >>> tx = oa.hessian_free(damping=0.0)
+      >>> params = jnp.zeros(2)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(objective.grad(params), state, params, value_fn=objective)
+      >>> [round(float(w), 3) for w in optax.apply_updates(params, updates)]  # least squares
+      [1.0, 2.0]
+      >>> round(float(optax.tree.get(state, "reduction_ratio")), 3)
+      1.0
+
+    References:
+      Martens (2010), section 4; Martens and Sutskever (2012), sections 4 to 8.
+    """
+    check_number("learning_rate", learning_rate, 0, allow_schedule=True)
+    check_number("damping", damping, 0)
+    check_number("damping_factor", damping_factor, 1)
+    check_integer("max_iterations", max_iterations, 1)
+    check_number("tolerance", tolerance, 0)
+    check_number("decay", decay, 0, 1)
+    if not isinstance(precondition, bool):
+        raise TypeError(f"`precondition` must be True or False, got {precondition!r}.")
+    name = "hessian_free"
+
+    def init_fn(params: PyTree) -> HessianFreeState:
+        check_params(params, name)
+        selected = select(params, mask)
+        check_real_leaves(selected, name)
+
+        def zeros() -> PyTree:
+            return jax.tree.map(lambda p: jnp.zeros_like(_widen(p)), selected)
+
+        return HessianFreeState(
+            count=jnp.zeros((), jnp.int32),
+            damping=jnp.array(damping, jnp.float32),
+            direction=zeros(),
+            num_iterations=jnp.zeros((), jnp.int32),
+            reduction_ratio=jnp.ones((), jnp.float32),
+            model_decrease=jnp.zeros((), jnp.float32),
+            diagonal_squares=zeros() if precondition else (),
+        )
+
+    def update_fn(
+        updates: PyTree,
+        state: HessianFreeState,
+        params: PyTree | None = None,
+        *,
+        value_fn: Any = None,
+        curvature_value_fn: Any = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, HessianFreeState]:
+        def objective_of(given: Any, argument: str, why: str) -> Any:
+            objective = as_objective(
+                given, extra_args, method=name, params=params, why=why, argument=argument
+            )
+            return objective.precompose(lambda part: merge(part, params, mask))
+
+        loss = objective_of(value_fn, "value_fn", "compare the loss with what was predicted")
+        curved = loss
+        if curvature_value_fn is not None:
+            curved = objective_of(curvature_value_fn, "curvature_value_fn", "take its curvature")
+        position = select(params, mask)
+        gradient = jax.tree.map(_widen, select(updates, mask))
+        if not jax.tree.leaves(gradient):  # nothing to move
+            return updates, state._replace(count=optax.safe_increment(state.count))
+        curvature = curved.gauss_newton(position)
+        # So that the first damping can be changed by inject_hyperparams, like all other numbers.
+        strength = jnp.where(state.count == 0, damping, state.damping)
+
+        squares, preconditioner = state.diagonal_squares, None
+        if precondition:
+            squares, diagonal = _diagonal(curvature, squares, state.count)
+            preconditioner = jax.tree.map(
+                lambda d: (
+                    jnp.maximum(d + strength.astype(d.dtype), jnp.finfo(d.dtype).tiny) ** _POWER
+                ),
+                diagonal,
+            )
+        start = jax.tree.map(lambda d: d * jnp.asarray(decay, d.dtype), state.direction)
+        # JAX's CG takes everything in a shard_map that has collectives for different between the
+        # devices; the mean of what is the same says that it is, and keeps rounding from adding up.
+        axis_name, where = curved.axis_name, curved._where
+
+        def product(vector: PyTree) -> PyTree:
+            return vary_over(curvature(vector), axis_name)
+
+        problem = vary_over((strength, gradient, start, preconditioner), axis_name)
+        solution = _solve(product, *problem, max_iterations=max_iterations, tolerance=tolerance)
+        direction, bending, iterations = mean_over(vary_over(solution, axis_name), axis_name, where)
+
+        rate = value_of(learning_rate, state.count)
+        step = jax.tree.map(
+            lambda d, u: (jnp.asarray(rate, d.dtype) * d).astype(u.dtype),
+            direction,
+            select(updates, mask),
+        )
+        predicted = rate * optax.tree.vdot(gradient, direction) + rate**2 * bending / 2
+        before, after = loss(position), loss(optax.apply_updates(position, step))
+        ratio = (after - before) / predicted
+        # What is lost in rounding, or is not a number from the start, says nothing on the model.
+        telling = -predicted > 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
+        telling &= after != before
+        factor = jnp.where(ratio > 0.75, 1 / damping_factor, 1)
+        factor = jnp.where(ratio >= 0.25, factor, damping_factor)  # also if it is not a number
+        finite = jnp.isfinite(optax.tree.norm(direction))
+        return merge(step, updates, mask), HessianFreeState(
+            count=optax.safe_increment(state.count),
+            damping=(strength * jnp.where(telling, factor, 1)).astype(jnp.float32),
+            # Nothing bad is started from.
+            direction=jax.tree.map(lambda d: jnp.where(finite, d, 0), direction),
+            num_iterations=jnp.round(iterations).astype(jnp.int32),
+            reduction_ratio=ratio.astype(jnp.float32),
+            model_decrease=-predicted.astype(jnp.float32),
+            diagonal_squares=squares,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _solve(
+    curvature: Callable[[PyTree], PyTree],
+    damping: jax.Array,
+    gradient: PyTree,
+    start: PyTree,
+    preconditioner: PyTree | None,
+    *,
+    max_iterations: int,
+    tolerance: Any,
+) -> tuple[PyTree, jax.Array, jax.Array]:
+    """The direction d, ``d^T G d`` and the number of iterations."""
+
+    def matrix(vector: PyTree) -> PyTree:
+        return jax.tree.map(lambda g, v: g + damping.astype(v.dtype) * v, curvature(vector), vector)
+
+    def model(vector: PyTree) -> tuple[jax.Array, jax.Array]:
+        """The damped model and ``v^T G v``."""
+        bending = optax.tree.vdot(vector, curvature(vector))
+        damped = bending + damping * optax.tree.vdot(vector, vector)
+        return optax.tree.vdot(gradient, vector) + damped / 2, bending
+
+    value, bending = model(start)
+    # Descent from the warm start never ends above it, so the step is at least no ascent.
+    useful = value < 0
+    # A gradient that is not finite must show: CG would return where it started.
+    start = jax.tree.map(lambda s, g: jnp.where(useful, s, 0 * g), start, gradient)
+    value, bending = jnp.where(useful, value, 0), jnp.where(useful, bending, 0)
+    right_side = optax.tree.scale(-1, gradient)
+    # CG divides zero by zero where it goes on after it has arrived.
+    arrived = jnp.finfo(value.dtype).eps * optax.tree.norm(gradient)
+
+    def going(carry: Any) -> jax.Array:
+        return carry[-1] & (carry[3] < max_iterations)
+
+    def window(carry: Any) -> Any:
+        direction, value, _, iterations, _ = carry
+        length = jnp.maximum(_FIRST_WINDOW, (_GROWTH * iterations).astype(jnp.int32))
+        length = jnp.minimum(length, max_iterations - iterations)
+        direction, _ = cg(
+            matrix,
+            right_side,
+            direction,
+            tol=0.0,
+            atol=arrived,
+            maxiter=length,
+            M=None
+            if preconditioner is None
+            else lambda r: jax.tree.map(jnp.divide, r, preconditioner),
+        )
+        new_value, bending = model(direction)
+        progress = value - new_value > length * tolerance * -new_value
+        return direction, new_value, bending, iterations + length, progress
+
+    # Always true; what follows from others differs between the devices where they do.
+    carry = start, value, bending, jnp.zeros((), jnp.int32), useful | ~useful
+    direction, _, bending, iterations, _ = lax.while_loop(going, window, carry)
+    return direction, bending, iterations.astype(value.dtype)
+
+
+def _diagonal(
+    curvature: Callable[[PyTree], PyTree], squares: PyTree, count: jax.Array
+) -> tuple[PyTree, PyTree]:
+    """The running mean of squared estimates ``v * G v``, and the diagonal that follows from it."""
+    # The same on all replicas; the probes of different steps are independent.
+    key = jax.random.fold_in(jax.random.key(0), count)
+    probe = optax.tree.random_like(key, squares, sampler=jax.random.rademacher)
+    estimate = jax.tree.map(jnp.multiply, probe, curvature(probe))
+    squares = jax.tree.map(
+        lambda s, e: _MEMORY * s + (1 - _MEMORY) * jnp.where(jnp.isfinite(e), e * e, 0),
+        squares,
+        estimate,
+    )
+    correction = 1 - _MEMORY ** (count + 1)
+    return squares, jax.tree.map(lambda s: jnp.sqrt(s / correction.astype(s.dtype)), squares)
+
+
+def _widen(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
