@@ -28,6 +28,8 @@ from optax_accel.extrapolation import extra_adam, extrap_sgd
 
 # Natural gradient
 from optax_accel.natural_gradient.hessian_free import HessianFreeState, hessian_free
+from optax_accel.natural_gradient.kfac import ScaleByKFACState, describe_layers, ekfac, kfac
+from optax_accel.natural_gradient.kfac import kfac_refresh_at, scale_by_ekfac, scale_by_kfac
 
 # Gradient norm penalty
 from optax_accel.gradient_norm import GNPState, gnp
@@ -72,6 +74,7 @@ __all__ = [
     "SampleGradientsState",
     "ScaleByAdaBoundState",
     "ScaleByDemonAdamState",
+    "ScaleByKFACState",
     "Tracker",
     "WithSchedulesState",
     "adabound",
@@ -84,8 +87,10 @@ __all__ = [
     "demon_adam",
     "demon_schedule",
     "demon_sgd",
+    "describe_layers",
     "dmsgd",
     "dom_sgd",
+    "ekfac",
     "extra_adam",
     "extragradient",
     "extrap_sgd",
@@ -94,6 +99,8 @@ __all__ = [
     "inject_hyperparams",
     "interpolate_subspaces",
     "interpolated_sgd",
+    "kfac",
+    "kfac_refresh_at",
     "momentum_onecycle_schedule",
     "onecycle",
     "post_local_sgd",
@@ -106,6 +113,8 @@ __all__ = [
     "scale_by_adabound",
     "scale_by_demon",
     "scale_by_demon_adam",
+    "scale_by_ekfac",
+    "scale_by_kfac",
     "snapshot_schedule",
     "state_shardings",
     "static_arguments",

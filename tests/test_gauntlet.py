@@ -81,6 +81,7 @@ def chained(name: str, *parts: Any, rates: tuple[float, ...] = SGD_RATES, **kwar
 
 CURVED: dict[str, Any] = {"refresh": oa.refresh_at}
 TRACKER = oa.BlockTracker(refresh_every=2, oversampling=1, order="magnitude")
+KFAC: dict[str, Any] = {"damping": 0.1, "factors_every": 2, "inverses_every": 4}
 # The catalogue has the others.
 TRACKERS: dict[str, oa.Tracker] = {
     "gradient rows": oa.GradientTracker(rows="gradient", refresh_every=1, buffer=2),
@@ -111,6 +112,8 @@ CASES = (
         )
         for name, tracker in TRACKERS.items()
     ),
+    chained("scale_by_kfac", oa.scale_by_kfac(PROBLEM.objective(), **KFAC)),
+    chained("scale_by_ekfac", oa.scale_by_ekfac(PROBLEM.objective(), **KFAC)),
     chained("scale_by_demon", oa.scale_by_demon(NUM_STEPS, nesterov=True)),
     chained("scale_by_demon_adam", oa.scale_by_demon_adam(NUM_STEPS, form="ema"), rates=ADAM_RATES),
     chained("sample_gradients", oa.sample_gradients(0.5, key=1, rescale=True)),
@@ -479,6 +482,16 @@ FACTORIES: dict[Callable[..., optax.GradientTransformationExtraArgs], dict[str, 
     oa.extrap_sgd: {"learning_rate": 0.1, "extrapolation_rate": 0.05},
     oa.extra_adam: {"learning_rate": 0.1},
     oa.gnp: {"inner": SGD, "r": 0.3},
+    # Damping that acts at once.
+    oa.scale_by_kfac: {"objective": PROBLEM.objective(), "damping": 1.0, "damping_kind": "eigen"},
+    oa.scale_by_ekfac: {"objective": PROBLEM.objective(), "damping": 1.0},
+    oa.kfac: {
+        "learning_rate": 0.1,
+        "objective": PROBLEM.objective(),
+        "damping": 1.0,
+        "damping_kind": "eigen",
+    },
+    oa.ekfac: {"learning_rate": 0.1, "objective": PROBLEM.objective(), "damping": 1.0},
     oa.hessian_free: {"max_iterations": 5},
     oa.reparametrize: {"inner": SGD, "reparametrization": oa.weight_norm()},
     # Bounds that act on the gradients of the problem, so that `final_lr` and `gamma` matter.

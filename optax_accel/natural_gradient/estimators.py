@@ -1,0 +1,167 @@
+r"""Gradients at the outputs of a network whose second moment is the curvature of the loss there.
+
+For one example with outputs f and loss :math:`\ell` these are vectors :math:`s_c` with
+:math:`E \sum_c s_c s_c^\top = \nabla_f^2 \ell`, the Fisher information of the model's predictive
+distribution where the loss is its negative logarithm.  Pulled back through the network they give
+the generalized Gauss-Newton matrix :math:`J^\top (\nabla_f^2 \ell) J`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optax_accel.objective import Objective
+
+PyTree = Any
+Estimator = Literal["fisher", "ggn", "empirical"]
+Likelihood = Literal["categorical", "bernoulli", "gaussian"]
+# Outputs of an example up to which a root of its loss Hessian is computed.
+_MOST_OUTPUTS = 256
+
+
+def output_gradients(
+    objective: Objective,
+    outputs: PyTree,
+    estimator: Estimator,
+    likelihood: Likelihood | None,
+    key: jax.Array,
+    num_examples: int,
+) -> PyTree:
+    """The vectors above for every example: like the outputs, with a leading axis of samples.
+
+    Args:
+      objective: of the parameters alone; without a likelihood its loss is differentiated.
+      outputs: of the network.
+      estimator: ``"fisher"``: one random vector an example; ``"ggn"``: as many as an example has
+        outputs, with random signs; ``"empirical"``: the gradient of the loss.
+      likelihood: the distribution that the outputs parametrize; None: the loss decides.
+      key: of the random vectors. Replicas and devices draw those of their examples.
+      num_examples: the leading axis of the outputs.
+
+    Raises:
+      ValueError: the outputs are not one array, though a likelihood is given; or an example has too
+        many outputs to do without one.
+    """
+    loss = objective._loss
+    if estimator == "empirical":
+        slopes = jax.grad(loss)(outputs)
+        return jax.tree.map(lambda g: num_examples * g[None], slopes)
+
+    first: Any = 0
+    if objective.axis_name is not None:
+        first = lax.axis_index(objective.axis_name) * num_examples
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(num_examples))
+
+    def draw(sampler: Callable[..., jax.Array], shape: tuple[int, ...]) -> jax.Array:
+        return jax.vmap(lambda k: sampler(k, shape, dtype))(keys)
+
+    leaves = jax.tree.leaves(outputs)
+    dtype = jnp.promote_types(jnp.result_type(*leaves), jnp.float32)
+    if likelihood is None:
+        flat, restore = _flatten(outputs, num_examples, dtype)
+        root = _loss_root(lambda f: loss(restore(f)), flat)
+        if estimator == "fisher":
+            normal = draw(jax.random.normal, flat.shape[1:])
+            samples = jnp.einsum("nfc,nc->nf", root, normal)[None]
+        else:
+            samples = jnp.moveaxis(root, -1, 0)
+            samples = samples * draw(jax.random.rademacher, samples.shape[:1]).T[..., None]
+        return jax.vmap(restore)(samples)
+
+    if len(leaves) != 1 or leaves[0].ndim < (2 if likelihood == "categorical" else 1):
+        shapes = [leaf.shape for leaf in leaves]
+        raise ValueError(
+            f"likelihood {likelihood!r} needs outputs that are one array, (examples, ..., classes) "
+            f"for 'categorical'; `predict` returns the shapes {shapes}. Leave `likelihood` out: "
+            "the loss then decides."
+        )
+    (out,) = leaves
+    wide = out.astype(dtype)
+    if likelihood == "categorical":
+        samples = _categorical(wide, estimator, draw)
+    else:
+        deviation = jnp.ones_like(wide)
+        if likelihood == "bernoulli":
+            probability = jax.nn.sigmoid(wide)
+            deviation = jnp.sqrt(probability * (1 - probability))
+        if estimator == "ggn":
+            samples = _each_output(deviation) * draw(jax.random.rademacher, out.shape[1:])[None]
+        elif likelihood == "bernoulli":
+            samples = (probability - (draw(jax.random.uniform, out.shape[1:]) < probability))[None]
+        else:
+            samples = draw(jax.random.normal, out.shape[1:])[None]
+    return jax.tree.unflatten(jax.tree.structure(outputs), [samples.astype(out.dtype)])
+
+
+def _categorical(
+    logits: jax.Array, estimator: Estimator, draw: Callable[..., jax.Array]
+) -> jax.Array:
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    positions, classes = logits.shape[1:-1], logits.shape[-1]
+    # The loss is the mean over the positions of an example, too.
+    scale = 1 / math.sqrt(math.prod(positions))
+    if estimator == "fisher":
+        uniform = draw(jax.random.uniform, (*positions, 1))
+        cumulative = jnp.cumsum(probabilities, axis=-1)
+        below = cumulative < uniform * cumulative[..., -1:]
+        labels = jnp.minimum(jnp.sum(below, axis=-1), classes - 1)
+        return scale * (probabilities - jax.nn.one_hot(labels, classes, dtype=logits.dtype))[None]
+    # diag(p) - p p^T is the sum over classes c of p_c (e_c - p) (e_c - p)^T.
+    unit = jnp.broadcast_to(jnp.eye(classes, dtype=logits.dtype), (*logits.shape, classes))
+    signs = draw(jax.random.rademacher, (*positions, classes))
+    weights = scale * signs * jnp.sqrt(probabilities)
+    return jnp.moveaxis(weights[..., None] * (unit - probabilities[..., None, :]), -2, 0)
+
+
+def _each_output(deviation: jax.Array) -> jax.Array:
+    """For each output of an example the array that holds it and else zeros."""
+    shape, size = deviation.shape, math.prod(deviation.shape[1:])
+    diagonal = jnp.eye(size, dtype=deviation.dtype)[:, None] * deviation.reshape(1, -1, size)
+    return diagonal.reshape(size, *shape)
+
+
+def _flatten(
+    outputs: PyTree, num_examples: int, dtype: Any
+) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
+    """Outputs as a matrix, a row for each example, and the inverse."""
+    leaves, treedef = jax.tree.flatten(outputs)
+    rows = [leaf.reshape(num_examples, -1).astype(dtype) for leaf in leaves]
+    ends = [0]
+    for row in rows:
+        ends.append(ends[-1] + row.shape[1])
+
+    def restore(flat: jax.Array) -> PyTree:
+        parts = [
+            flat[:, low:high].reshape(leaf.shape).astype(leaf.dtype)
+            for leaf, low, high in zip(leaves, ends[:-1], ends[1:], strict=True)
+        ]
+        return jax.tree.unflatten(treedef, parts)
+
+    return jnp.concatenate(rows, axis=1), restore
+
+
+def _loss_root(loss: Callable[[jax.Array], jax.Array], flat: jax.Array) -> jax.Array:
+    """A root of each example's loss Hessian, ``(examples, outputs, outputs)``."""
+    num_examples, size = flat.shape
+    if size > _MOST_OUTPUTS:
+        raise ValueError(
+            f"K-FAC without a likelihood takes a root of the loss Hessian of each example, at most "
+            f"{_MOST_OUTPUTS} outputs; this network has {size}. Name what the outputs are, as "
+            "likelihood='categorical' (logits), 'bernoulli' (logits) or 'gaussian' (means), or "
+            "take estimator='empirical'."
+        )
+
+    def column(unit: jax.Array) -> jax.Array:
+        # An example's loss depends on its own outputs, so one product serves all examples.
+        tangent = jnp.broadcast_to(unit[None], flat.shape)
+        return jax.jvp(jax.grad(loss), (flat,), (tangent,))[1]
+
+    hessians = num_examples * jnp.moveaxis(jax.vmap(column)(jnp.eye(size, dtype=flat.dtype)), 0, -1)
+    values, vectors = jnp.linalg.eigh(hessians)
+    return vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None]

@@ -1,0 +1,354 @@
+r"""Statistics of layers, and what is made of them: Kronecker factors, inverses, second moments.
+
+With :math:`a_{nt}` the input of a layer at position t of example n (T positions; 1 without weight
+sharing), a 1 appended for the bias, and :math:`g_{nt}` the gradient of that example at its output,
+
+.. math::
+  A = \frac{1}{N T} \sum_{n,t} a_{nt} a_{nt}^\top, \qquad
+  B = \frac{1}{N} \sum_{n,t} g_{nt} g_{nt}^\top, \qquad
+  F \approx A \otimes B .
+
+This is K-FAC of Martens and Grosse (2015) for T = 1 and KFC of Grosse and Martens (2016) for
+convolutions, whose positions are those of the output and whose inputs are the patches that a window
+sees: positions are taken to be alike and their gradients uncorrelated, so that the sum over pairs
+of positions is T times an expectation over one.  (KFC's :math:`\Omega` is T A, its
+:math:`\Gamma` is B / T; the product is the same, and so is damping with
+:math:`\pi`.)
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optax_accel.natural_gradient.layers import Block, Use, inverse, lay_out
+
+PyTree = Any
+Values = Mapping[int, jax.Array]
+Vary = Callable[[PyTree], PyTree]
+# Nothing here tolerates the three digits of TF32 or bfloat16 products.
+_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+class Kronecker(NamedTuple):
+    """A matrix for each side of a layer; a vector stands for a diagonal matrix.
+
+    Attributes:
+      inputs: A, ``(inputs, inputs)`` or ``(inputs,)``.
+      outputs: B, ``(outputs, outputs)`` or ``(outputs,)``.
+    """
+
+    inputs: Any
+    outputs: Any
+
+
+class Eigen(NamedTuple):
+    """An eigendecomposition.
+
+    Attributes:
+      values: ascending, at least 0.
+      vectors: in columns; None for a diagonal matrix.
+    """
+
+    values: jax.Array
+    vectors: jax.Array | None
+
+
+# -- statistics -----------------------------------------------------------------------------------
+
+
+def side_shapes(block: Block, max_size: int) -> Kronecker:
+    """Shapes of the factors: of a matrix, or of a vector where the factor is diagonal."""
+    rows, columns = block.matrix_shape
+    full = rows <= max_size and block.kind != "embedding"
+    return Kronecker(
+        (rows, rows) if full else (rows,), (columns,) * 2 if columns <= max_size else (columns,)
+    )
+
+
+def inputs_of(block: Block, use: Use, values: Values, num_examples: int, dtype: Any) -> jax.Array:
+    """The inputs of a layer, ``(examples, positions, inputs)``; of an embedding the indices."""
+    x = values[use.input]  # type: ignore[index]
+    if use.kind == "convolution":
+        x = patches(x, **dict(use.geometry))
+    else:
+        x = x.transpose(*use.rows, *use.columns)
+    if use.kind == "embedding":
+        return x.reshape(num_examples, -1)
+    features = block.matrix_shape[0] - block.has_bias
+    x = x.reshape(num_examples, -1, features).astype(dtype)
+    if block.has_bias:
+        x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+    return x
+
+
+def gradients_of(use: Use, gradients: Values, num_examples: int, dtype: Any) -> jax.Array:
+    """The gradients at a layer's output, ``(samples, examples, positions, outputs)``."""
+    g = gradients[use.output]
+    axes = [i + 1 for i in (*use.output_rows, *use.channels)]
+    g = g.transpose(0, *axes).astype(dtype)
+    outputs = math.prod(g.shape[len(use.output_rows) + 1 :])
+    return g.reshape(g.shape[0], num_examples, -1, outputs)
+
+
+def patches(
+    x: jax.Array,
+    *,
+    lhs_spec: Sequence[int],
+    window: Sequence[int],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    input_dilation: Sequence[int],
+) -> jax.Array:
+    """What a convolution's window sees: ``(examples, *positions, window size * channels)``.
+
+    As ``lax.conv_general_dilated_patches`` but for the order of the features, as slices: on a CPU
+    several times faster than that function's convolution with ones and zeros.
+    """
+    x = x.transpose(lhs_spec[0], *lhs_spec[2:], lhs_spec[1])
+    interior = [(low, high, d - 1) for (low, high), d in zip(padding, input_dilation, strict=True)]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *interior, (0, 0, 0)])
+    spatial = x.shape[1:-1]
+    extent = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
+    counts = [(n - e) // s + 1 for n, e, s in zip(spatial, extent, strides, strict=True)]
+    slices = []
+    for offset in itertools.product(*map(range, window)):
+        start = [o * d for o, d in zip(offset, dilation, strict=True)]
+        limit = [i + (c - 1) * s + 1 for i, c, s in zip(start, counts, strides, strict=True)]
+        slices.append(
+            lax.slice(x, (0, *start, 0), (x.shape[0], *limit, x.shape[-1]), (1, *strides, 1))
+        )
+    return jnp.concatenate(slices, axis=-1)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def kronecker_statistics(
+    block: Block,
+    values: Values,
+    gradients: Values,
+    num_examples: int,
+    shapes: Kronecker,
+    dtype: Any,
+) -> Kronecker:
+    """A and B of one batch, summed over the uses of the parameter."""
+    total_inputs: Any = 0.0
+    total_outputs: Any = 0.0
+    num_rows = 0
+    for use in block.uses:
+        a = inputs_of(block, use, values, num_examples, dtype)
+        num_rows += a.shape[0] * a.shape[1]
+        if block.kind == "embedding":
+            ones = jnp.ones(a.size, dtype)
+            zeros = jnp.zeros(shapes.inputs, dtype)
+            total_inputs += zeros.at[_as_index(a.ravel(), len(zeros))].add(ones, mode="drop")
+        else:
+            total_inputs += _gram(_rows(a), shapes.inputs)
+        total_outputs += _gram(
+            _rows(gradients_of(use, gradients, num_examples, dtype)), shapes.outputs
+        )
+    return Kronecker(total_inputs / num_rows, total_outputs / num_examples)
+
+
+def _gram(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return _matmul(rows.T, rows) if len(shape) == 2 else jnp.sum(rows**2, axis=0)
+
+
+def _as_index(indices: jax.Array, size: int) -> jax.Array:
+    # What a negative index names in NumPy is out of bounds in the program; it is dropped.
+    return jnp.where(indices < 0, size, indices)
+
+
+def diagonal_statistics(
+    block: Block, values: Values, gradients: Values, num_examples: int, dtype: Any
+) -> jax.Array:
+    """Mean squares of the per-example gradients of a scale or shift."""
+    total: Any = 0.0
+    for use in block.uses:
+        g = gradients[use.output].astype(dtype)
+        for factor in (use.input, use.coefficient):
+            if factor is not None:
+                g = g * jnp.broadcast_to(values[factor], g.shape[1:]).astype(dtype)[None]
+        axes = [i + 1 for i in (*use.output_rows, *use.channels)]
+        g = g.transpose(0, *axes)
+        channels = g.shape[1 + len(use.output_rows) :]
+        g = g.reshape(g.shape[0], num_examples, -1, *channels).sum(axis=2)
+        total += use.sign * jax.vmap(jax.vmap(lambda core, use=use: _to_leaf(core, use, block)))(g)
+    return jnp.mean(jnp.sum(total**2, axis=0), axis=0)
+
+
+def _to_leaf(core: jax.Array, use: Use, block: Block) -> jax.Array:
+    """From the axes of the core that a use shows to the parameter."""
+    rank = _rank(use.ops, len(block.shapes[0]))
+    order = (*use.core_axes, *(i for i in range(rank) if i not in use.core_axes))  # of size 1
+    core = core.reshape(core.shape + (1,) * (rank - core.ndim))
+    ops = inverse((*use.ops, ("transpose", order)), block.shapes[0])
+    return lay_out(core, ops)
+
+
+def _rank(ops: Any, rank: int) -> int:
+    return len(ops[-1][1]) if ops else rank
+
+
+def eigen_statistics(
+    block: Block,
+    values: Values,
+    gradients: Values,
+    num_examples: int,
+    basis: Kronecker,
+    dtype: Any,
+    vary: Vary,
+) -> jax.Array:
+    """Mean squares of the per-example gradients in the Kronecker basis, ``(inputs, outputs)``."""
+    rotated = []
+    for use in block.uses:
+        a = inputs_of(block, use, values, num_examples, dtype)
+        if block.kind != "embedding":
+            a = _rotate(a, basis.inputs.vectors)
+        g = _rotate(gradients_of(use, gradients, num_examples, dtype), basis.outputs.vectors)
+        rotated.append((a, g))
+    if block.kind == "embedding":
+        # The positions of an example are taken for examples of their own.
+        total = jnp.zeros(block.matrix_shape, dtype)
+        for a, g in rotated:
+            squares = jnp.sum(g**2, axis=0).reshape(a.size, -1)
+            total = total.at[_as_index(a.ravel(), len(total))].add(squares, mode="drop")
+        return total / num_examples
+    if len(rotated) == 1 and rotated[0][0].shape[1] == 1:
+        ((a, g),) = rotated
+        return _matmul(_rows(a**2).T, _rows(jnp.sum(g**2, axis=0))) / num_examples
+
+    def add(total: jax.Array, example: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, None]:
+        gradient = sum(_einsum("ti,sto->sio", a, g) for a, g in example)
+        return total + jnp.sum(gradient**2, axis=0), None
+
+    examples = [(a, jnp.moveaxis(g, 1, 0)) for a, g in rotated]
+    total, _ = lax.scan(add, vary(jnp.zeros(block.matrix_shape, dtype)), examples)
+    return total / num_examples
+
+
+def _rotate(rows: jax.Array, vectors: jax.Array | None) -> jax.Array:
+    return rows if vectors is None else _matmul(rows, vectors)
+
+
+# -- inverses -------------------------------------------------------------------------------------
+
+
+def split_damping(factors: Kronecker, damping: Any) -> Kronecker:
+    r"""Damping of each side, :math:`\pi \sqrt\lambda` and :math:`\sqrt\lambda / \pi`.
+
+    :math:`\pi^2` is the ratio of the mean eigenvalues of A and B (Martens, Grosse, section 6.3).
+    """
+    means = [jnp.mean(f if f.ndim == 1 else jnp.diagonal(f)) for f in factors]
+    usable = (means[0] > 0) & (means[1] > 0)
+    ratio = jnp.where(usable, means[0] / jnp.where(usable, means[1], 1), 1)
+    root = jnp.sqrt(jnp.asarray(damping, ratio.dtype))
+    return Kronecker(root * jnp.sqrt(ratio), root / jnp.sqrt(ratio))
+
+
+def damped_inverse(factor: jax.Array, damping: jax.Array) -> jax.Array:
+    """The inverse of ``factor + damping I``, by Cholesky decomposition."""
+    if factor.ndim == 1:
+        return 1 / (factor + damping)
+    identity = jnp.eye(len(factor), dtype=factor.dtype)
+    root = lax.linalg.cholesky(factor + damping * identity, symmetrize_input=False)
+    half = lax.linalg.triangular_solve(root, identity, left_side=True, lower=True)
+    return _matmul(half.T, half)
+
+
+def eigendecomposition(factor: jax.Array) -> Eigen:
+    """Eigenvalues, those that rounding made negative set to 0, and eigenvectors."""
+    if factor.ndim == 1:
+        return Eigen(factor, None)
+    values, vectors = jnp.linalg.eigh(factor, symmetrize_input=False)
+    return Eigen(jnp.maximum(values, 0), vectors)
+
+
+def share(
+    tasks: Sequence[tuple[Callable[[jax.Array], PyTree], jax.Array]],
+    axis_name: str | None,
+    vary: Vary,
+) -> list[PyTree]:
+    """Results of functions of factors, each computed by one replica of an axis and sent to all.
+
+    Replicas are given matrices so that the sums of their cubed sizes are alike.
+    """
+    if axis_name is None:
+        return [function(factor) for function, factor in tasks]
+    load = [0] * lax.axis_size(axis_name)
+    index = lax.axis_index(axis_name)
+    results: list[PyTree] = [None] * len(tasks)
+    sent: dict[int, PyTree] = {}
+    for i in sorted(range(len(tasks)), key=lambda i: -len(tasks[i][1])):
+        function, factor = tasks[i]
+        if factor.ndim == 1:
+            results[i] = function(factor)
+            continue
+        owner = load.index(min(load))
+        load[owner] += len(factor) ** 3
+
+        def own(factor: jax.Array, function: Any = function) -> PyTree:
+            return vary(function(factor))
+
+        def nothing(factor: jax.Array, own: Any = own) -> PyTree:
+            shapes = jax.eval_shape(own, factor)
+            return vary(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
+
+        sent[i] = lax.cond(index == owner, own, nothing, vary(factor))
+    for i, result in lax.psum(sent, axis_name).items():
+        results[i] = result
+    return results
+
+
+# -- preconditioning ------------------------------------------------------------------------------
+
+
+def apply_inverses(inverses: Kronecker, gradient: jax.Array) -> jax.Array:
+    """A^-1 G B^-1."""
+    return _apply(inverses.inputs, _apply(inverses.outputs, gradient.T).T)
+
+
+def _apply(inverse: jax.Array, matrix: jax.Array) -> jax.Array:
+    return inverse[:, None] * matrix if inverse.ndim == 1 else _matmul(inverse, matrix)
+
+
+def apply_in_basis(
+    basis: Kronecker, moments: jax.Array, damping: Any, gradient: jax.Array
+) -> jax.Array:
+    """U_A [(U_A^T G U_B) / (moments + damping)] U_B^T."""
+    left, right = basis.inputs.vectors, basis.outputs.vectors
+    inner = gradient if left is None else _matmul(left.T, gradient)
+    inner = _rotate(inner, right) / (moments + damping)
+    inner = inner if right is None else _matmul(inner, right.T)
+    return inner if left is None else _matmul(left, inner)
+
+
+def kronecker_eigenvalues(basis: Kronecker) -> jax.Array:
+    """The eigenvalues of A kron B, ``(inputs, outputs)``."""
+    return basis.inputs.values[:, None] * basis.outputs.values[None]
+
+
+def change_basis(moments: jax.Array, old: Kronecker, new: Kronecker) -> jax.Array:
+    """The diagonal, in a new basis, of the matrix that has the given diagonal in an old one."""
+    for axis, (a, b) in enumerate(zip(old, new, strict=True)):
+        if a.vectors is not None:
+            squares = _matmul(b.vectors.T, a.vectors) ** 2
+            moments = _matmul(squares, moments) if axis == 0 else _matmul(moments, squares.T)
+    return moments
+
+
+def diagonal(matrix: jax.Array) -> jax.Array:
+    """The diagonal of a square matrix; other arrays as they are."""
+    square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
+    return jnp.diagonal(matrix) if square else matrix

@@ -1,0 +1,869 @@
+r"""K-FAC and EKFAC: natural gradients with one Kronecker product for each layer.
+
+With G the gradient of a layer's weights as a matrix (inputs, outputs; the bias is its last row), A
+and B second moments of its inputs and of the gradients at its outputs
+(:mod:`~optax_accel.natural_gradient.factors`), and damping :math:`\lambda`,
+
+.. math::
+  V &= (A + \pi \sqrt\lambda I)^{-1}\, G\, (B + \tfrac{\sqrt\lambda}{\pi} I)^{-1}
+    && \text{K-FAC, factored damping,} \\
+  V &= U_A \big[ (U_A^\top G\, U_B) \oslash (d_A d_B^\top + \lambda) \big] U_B^\top
+    && \text{K-FAC, damping in the eigenbasis,} \\
+  V &= U_A \big[ (U_A^\top G\, U_B) \oslash (S + \lambda) \big] U_B^\top
+    && \text{EKFAC,}
+
+:math:`A = U_A D_A U_A^\top`, :math:`B = U_B D_B U_B^\top`, S the second moments of per-example
+gradients in that basis.  Other parameters have a diagonal block,
+:math:`V = G \oslash (s + \lambda)`.
+
+Martens, Grosse, `Optimizing neural networks with Kronecker-factored approximate curvature
+<https://arxiv.org/abs/1503.05671>`_, 2015; Grosse, Martens, `A Kronecker-factored approximate
+Fisher matrix for convolution layers <https://arxiv.org/abs/1602.01407>`_, 2016; George et al.,
+`Fast approximate natural gradient descent in a Kronecker-factored eigenbasis
+<https://arxiv.org/abs/1806.03884>`_, 2018; Pauloski et al., `Convolutional neural network training
+with distributed K-FAC <https://arxiv.org/abs/2007.00784>`_, 2020: damping in the eigenbasis, the
+two periods, the KL clip, inverses spread over devices.
+
+Ours: layers are found in the program of ``predict`` instead of being registered
+(:mod:`~optax_accel.natural_gradient.layers`); factors start from zero and are corrected for it, as
+Adam's moments are; a batch with numbers that are not finite leaves the factors as they were.  Left
+out: the rescaling of the step by the quadratic model and the adaption of the damping to it
+(Martens, Grosse, sections 6.4 to 7).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_accel._arguments import (
+    check_choice,
+    check_integer,
+    check_number,
+    check_real_leaves,
+    value_of,
+)
+from optax_accel._masking import Mask, resolve
+from optax_accel._random import as_key
+from optax_accel.natural_gradient import factors as stats
+from optax_accel.natural_gradient.estimators import Estimator, Likelihood, output_gradients
+from optax_accel.natural_gradient.factors import Kronecker
+from optax_accel.natural_gradient.layers import Block, Network, find, report
+from optax_accel.objective import Objective, as_objective, check_params, vary_over
+
+PyTree = Any
+Damping = Literal["factored", "eigen"]
+Refresh = Literal[False, "factors", "inverses"] | None
+Example = Mapping[str, Any] | None
+
+
+class ScaleByKFACState(NamedTuple):
+    """State of :func:`scale_by_kfac` and :func:`scale_by_ekfac`.
+
+    The tuples have one entry for each line of :func:`describe_layers`.
+
+    Attributes:
+      count: number of updates made; int32 scalar.
+      key: PRNG key of the sampled outputs.
+      scale: what the last update was multiplied by, 1 or less with ``norm_constraint``.
+      weight: 1 - decay ** (number of factor updates): what the factors are to be divided by.
+      factors: for a layer its ``inputs`` A and ``outputs`` B, for other parameters their second
+        moments; moving averages that start at 0.
+      inverses: for a layer what is multiplied: the damped inverses of A and B, or their
+        eigendecompositions (``values`` and ``vectors``); else None.
+      moments: of EKFAC, for a layer the second moments S in the eigenbasis; else None.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count
+    key: jax.Array
+    scale: jax.Array
+    weight: jax.Array
+    factors: tuple[Any, ...]
+    inverses: tuple[Any, ...]
+    moments: tuple[Any, ...]
+
+
+def kfac_refresh_at(step: int, factors_every: int = 1, inverses_every: int = 10) -> Refresh:
+    """The ``refresh`` argument for a training loop that drives K-FAC from the host.
+
+    Args:
+      step: zero-based training step, a Python integer.
+      factors_every: as the transformation's.
+      inverses_every: as the transformation's.
+
+    Returns:
+      ``"inverses"`` when factors and inverses are due, ``"factors"`` when only these are, else
+      ``False``.
+
+    Raises:
+      ValueError: a period below 1, or ``inverses_every`` is no multiple of ``factors_every``.
+
+    Example:
+      >>> from optax_accel import kfac_refresh_at
+      >>> [kfac_refresh_at(step, 2, 4) for step in range(5)]
+      ['inverses', False, 'factors', False, 'inverses']
+    """
+    _check_periods(factors_every, inverses_every)
+    if step % inverses_every == 0:
+        return "inverses"
+    return "factors" if step % factors_every == 0 else False
+
+
+def describe_layers(
+    objective: Objective, params: PyTree, example: Example = None, *, mask: Mask = None
+) -> str:
+    """What K-FAC makes of a network: a readable report, one line for each block of parameters.
+
+    Args:
+      objective: as in :func:`scale_by_kfac`.
+      params: the parameters, arrays or ``jax.ShapeDtypeStruct``.
+      example: as in :func:`scale_by_kfac`.
+      mask: as in :func:`scale_by_kfac`.
+
+    Returns:
+      A table: the names of the parameters, the kind of layer, how its curvature is approximated
+      (and, where that is by a diagonal of batch gradients, why).
+
+    Raises:
+      ValueError: the objective was built from a value function, or its outputs have no leading
+        axis.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_accel as oa
+      >>> objective = oa.Objective(
+      ...     predict=lambda p, x: (x @ p["w"] + p["b"][None]) / jnp.exp(p["temperature"]),
+      ...     loss=lambda outputs, y: jnp.mean((outputs - y) ** 2),
+      ... )
+      >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2), "temperature": jnp.zeros(())}
+      >>> print(oa.describe_layers(objective, params, {"x": jnp.ones((4, 3))}))
+      parameters       kind     approximation
+      ['temperature']  generic  diagonal of batch gradients: is used by `exp`
+      ['w'], ['b']     dense    4 x 2 Kronecker
+    """
+    return report(_find("describe_layers", objective, params, example, mask).blocks)
+
+
+def scale_by_kfac(
+    objective: Objective,
+    example: Example = None,
+    *,
+    damping: optax.ScalarOrSchedule = 1e-3,
+    damping_kind: Damping = "factored",
+    decay: float = 0.95,
+    factors_every: int = 1,
+    inverses_every: int = 10,
+    estimator: Estimator = "fisher",
+    likelihood: Likelihood | None = None,
+    norm_constraint: optax.ScalarOrSchedule | None = None,
+    max_size: int = 4096,
+    key: jax.Array | int = 0,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multiplies gradients by the inverse of K-FAC's curvature matrix.
+
+    One element of an Optax chain, to be placed first, where the updates are gradients; what follows
+    (momentum, weight decay, learning rate) works on the natural gradient.  ``update`` takes:
+
+    * ``value_fn``: the :class:`~optax_accel.Objective` of this step's batch, built from ``predict``
+      and ``loss``; required.
+    * ``curvature_value_fn``: another one, on whose batch the curvature is estimated; default
+      ``value_fn``.
+    * ``refresh``: ``None`` (default): factors and inverses are refreshed inside the compiled step,
+      by ``lax.cond`` on the step count.  A static Python value drives them from the host, so that
+      the loop alternates compiled steps without conditionals (required for speed with convolutions
+      on a CPU): ``False`` refreshes nothing, ``"factors"`` the factors, ``"inverses"`` both; see
+      :func:`kfac_refresh_at`.  The first step needs ``"inverses"``: before, there is no curvature,
+      and gradients pass (divided by 1 + damping in the eigenbasis).
+
+    The loss must be a mean over the examples, which the leading axis of the outputs counts (and,
+    for ``"categorical"``, over the positions of each).  Where examples depend on each other (batch
+    normalization in training mode), gradients per example are approximate: what flows through the
+    statistics of the batch is shared out among its examples.  Time-major networks are matched as
+    others are, except that examples and positions may be mixed up where a diagonal or EKFAC keeps
+    them apart.
+
+    Cost of a step, for dense layers of n inputs and m outputs at N examples and positions: a
+    forward and half a backward pass (the forward one shared with the gradient under ``jit``) and
+    :math:`2 N (n^2 + m^2)` flops when factors are refreshed, about :math:`2 (n^3 + m^3)` for
+    inverses and ten times that for eigendecompositions, and :math:`2 n m (n + m)` to apply them
+    (twice that in the eigenbasis).  Memory: :math:`2 (n^2 + m^2)` numbers.
+
+    With an ``axis_name`` of the objective (``shard_map``, ``pmap``) factors are means over the
+    replicas, each factor is inverted by one replica, and the inverses are exchanged: beside the
+    gradient's all-reduce each step sends on average :math:`b \sum (n^2 + m^2) (1/F + 1/K)` bytes, b
+    the size of a float (4) and F and K the two periods.  Updates do not depend on the number of
+    replicas.  In global-view ``jit`` the compiler decides.
+
+    Args:
+      objective: what the network looks like: an objective, of whose ``predict`` only the program is
+        read, when a state is made.  Parameters alone do not tell how they are used, and the state
+        holds a matrix for each side of a layer.
+      example: keyword arguments of ``predict``, arrays or ``jax.ShapeDtypeStruct`` (a batch, of
+        which only shapes matter); None for an objective that holds its batch.
+      damping: :math:`\lambda > 0`, float or schedule. 1e-3 as in Pauloski et al.  Relative to the
+        curvature of the loss: tune it together with the learning rate.
+      damping_kind: ``"factored"`` (default): added to each factor, as above; inverses by Cholesky
+        decomposition.  A new value acts when inverses are refreshed.  ``"eigen"``: added to the
+        eigenvalues of the Kronecker product, which is exact; about ten times as expensive.
+      decay: of the moving averages of factors, in [0, 1). 0.95 in both papers.
+      factors_every: steps between refreshes of the factors.
+      inverses_every: steps between refreshes of the inverses, a multiple of ``factors_every``.
+      estimator: the curvature.  ``"fisher"``: one random vector s an example at the outputs,
+        :math:`E\, s s^\top = \nabla_f^2 \ell`; with a ``likelihood`` from targets sampled from the
+        model, else :math:`s = (\nabla_f^2 \ell)^{1/2} \xi` with a normal :math:`\xi`, for any
+        loss: an unbiased estimate of the generalized Gauss-Newton matrix at the price of one
+        backward pass, the standard choice.  ``"ggn"``: that matrix without sampling, C backward
+        passes for C outputs.  ``"empirical"``: the gradients of the loss, as in Pauloski et al.:
+        cheapest and for any number of outputs, but no curvature (Kunstner et al., 2019).
+      likelihood: ``"categorical"`` (outputs are logits), ``"bernoulli"`` (logits; the loss is a sum
+        over outputs), ``"gaussian"`` (means with unit variance; the loss is half a sum of squares
+        over outputs). None (default): whatever the loss is, up to 256 outputs an example.
+      norm_constraint: c: the update V is multiplied by :math:`\min(1, \sqrt{c / \langle V, G
+        \rangle})`, float or schedule; None: not.  A KL clip :math:`\kappa` at learning rate
+        :math:`\eta` is :math:`c = \kappa / \eta^2`, as :func:`kfac` sets it.
+      max_size: a factor with more rows is taken for diagonal.
+      key: PRNG key or integer seed of the random vectors.
+      mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
+        parameters to one: leaves to precondition; updates of others pass unchanged.  None: all.
+
+    Returns:
+      A transformation with state :class:`ScaleByKFACState`.
+
+    Raises:
+      ValueError: an argument outside its range; in ``init``: no layer was found in ``predict``; in
+        ``update``: ``value_fn`` is missing, a plain function, or of another network.
+      TypeError: an argument of another kind; parameters that are not real floating point.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import optax_accel as oa
+      >>> x, y = jnp.diag(jnp.array([10.0, 1.0, 0.1])), jnp.ones((3, 1))
+      >>> objective = oa.Objective(
+      ...     predict=lambda params: x @ params["w"],
+      ...     loss=lambda outputs: 0.5 * jnp.mean(jnp.sum((outputs - y) ** 2, axis=-1)),
+      ... )
+      >>> tx = optax.chain(
+      ...     oa.scale_by_kfac(objective, damping=1e-6, damping_kind="eigen", estimator="ggn"),
+      ...     optax.scale_by_learning_rate(1.0),
+      ... )
+      >>> params = {"w": jnp.zeros((3, 1))}
+      >>> state = tx.init(params)
+      >>> grads = objective.grad(params)
+      >>> updates, state = tx.update(grads, state, params, value_fn=objective)
+      >>> params = optax.apply_updates(params, updates)  # the solution is 0.1, 1, 10
+      >>> [round(float(p), 2) for p in params["w"][:, 0]]
+      [0.1, 1.0, 10.0]
+    """
+    check_choice("damping_kind", damping_kind, get_args(Damping))
+    return _transformation(
+        "scale_by_kfac",
+        damping_kind,
+        objective,
+        example,
+        damping=damping,
+        decay=decay,
+        factors_every=factors_every,
+        inverses_every=inverses_every,
+        estimator=estimator,
+        likelihood=likelihood,
+        norm_constraint=norm_constraint,
+        max_size=max_size,
+        key=key,
+        mask=mask,
+    )
+
+
+def scale_by_ekfac(
+    objective: Objective,
+    example: Example = None,
+    *,
+    damping: optax.ScalarOrSchedule = 1e-3,
+    decay: float = 0.95,
+    factors_every: int = 1,
+    inverses_every: int = 10,
+    estimator: Estimator = "fisher",
+    likelihood: Likelihood | None = None,
+    norm_constraint: optax.ScalarOrSchedule | None = None,
+    max_size: int = 4096,
+    key: jax.Array | int = 0,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multiplies gradients by the inverse of EKFAC's curvature matrix.
+
+    K-FAC's eigenbasis with other eigenvalues: the second moments S of the per-example gradients in
+    that basis, the best ones in the Frobenius norm.  The basis is refreshed every
+    ``inverses_every`` steps, S every ``factors_every``.  A new basis does not make S forget (our
+    choice): it becomes the diagonal, in the new basis, of the matrix that it was.
+
+    Beside K-FAC's cost S takes :math:`4 N n m` flops more for a dense layer; with weight sharing
+    (convolutions, positions) the gradient of each example is formed.  In an embedding the positions
+    of an example are taken for examples of their own.
+
+    Args:
+      objective: as in :func:`scale_by_kfac`, like the following arguments.
+      example: see there.
+      damping: see there; :math:`\lambda` is added to S.
+      decay: see there; also that of S.
+      factors_every: see there; also the period of S.
+      inverses_every: see there; the period of the eigenbasis.
+      estimator: see there.
+      likelihood: see there.
+      norm_constraint: see there.
+      max_size: see there.
+      key: see there.
+      mask: see there.
+
+    Returns:
+      A transformation with state :class:`ScaleByKFACState` and the extra arguments of
+      :func:`scale_by_kfac`.
+
+    Raises:
+      ValueError, TypeError: as :func:`scale_by_kfac`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import optax_accel as oa
+      >>> x, y = jnp.diag(jnp.array([10.0, 1.0, 0.1])), jnp.ones((3, 1))
+      >>> objective = oa.Objective(
+      ...     predict=lambda params: x @ params["w"],
+      ...     loss=lambda outputs: 0.5 * jnp.mean(jnp.sum((outputs - y) ** 2, axis=-1)),
+      ... )
+      >>> tx = oa.scale_by_ekfac(objective, damping=1e-6, estimator="ggn")
+      >>> params = {"w": jnp.zeros((3, 1))}
+      >>> grads = objective.grad(params)
+      >>> updates, _ = tx.update(grads, tx.init(params), params, value_fn=objective)
+      >>> [round(-float(u), 2) for u in updates["w"][:, 0]]
+      [0.1, 1.0, 10.0]
+    """
+    return _transformation(
+        "scale_by_ekfac",
+        "ekfac",
+        objective,
+        example,
+        damping=damping,
+        decay=decay,
+        factors_every=factors_every,
+        inverses_every=inverses_every,
+        estimator=estimator,
+        likelihood=likelihood,
+        norm_constraint=norm_constraint,
+        max_size=max_size,
+        key=key,
+        mask=mask,
+    )
+
+
+def kfac(
+    learning_rate: optax.ScalarOrSchedule,
+    objective: Objective,
+    example: Example = None,
+    *,
+    momentum: float = 0.9,
+    kl_clip: float | None = 1e-3,
+    damping: optax.ScalarOrSchedule = 1e-3,
+    damping_kind: Damping = "factored",
+    decay: float = 0.95,
+    factors_every: int = 1,
+    inverses_every: int = 10,
+    estimator: Estimator = "fisher",
+    likelihood: Likelihood | None = None,
+    max_size: int = 4096,
+    key: jax.Array | int = 0,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""K-FAC with momentum and a KL clip.
+
+    Args:
+      learning_rate: float or schedule.
+      objective: as in :func:`scale_by_kfac`.
+      example: see there.
+      momentum: of the natural gradients, in [0, 1).
+      kl_clip: :math:`\kappa`: natural gradients are multiplied by :math:`\min(1, \sqrt{\kappa /
+        (\eta^2 \langle V, G \rangle)})` with the learning rate :math:`\eta`; 1e-3 in Pauloski et
+        al.  It keeps the first steps, in which curvature is small, from diverging. None: not.
+      damping: as in :func:`scale_by_kfac`, like the following arguments.
+      damping_kind: see there.
+      decay: see there.
+      factors_every: see there.
+      inverses_every: see there.
+      estimator: see there.
+      likelihood: see there.
+      max_size: see there.
+      key: see there.
+      mask: see there.
+
+    Returns:
+      The optimizer; its ``update`` takes the extra arguments of :func:`scale_by_kfac`.
+
+    Raises:
+      ValueError, TypeError: as :func:`scale_by_kfac`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import optax_accel as oa
+      >>> objective = oa.Objective(
+      ...     predict=lambda params, x: x @ params["w"],
+      ...     loss=lambda outputs, y: 0.5 * jnp.mean(jnp.sum((outputs - y) ** 2, axis=-1)),
+      ... )
+      >>> batch = {"x": jnp.diag(jnp.array([10.0, 1.0, 0.1])), "y": jnp.ones((3, 1))}
+      >>> tx = oa.kfac(0.5, objective, batch, momentum=0.0, kl_clip=None, damping=1e-6)
+      >>> @jax.jit
+      ... def step(params, state):
+      ...     grads = objective.grad(params, **batch)
+      ...     updates, state = tx.update(grads, state, params, value_fn=objective, **batch)
+      ...     return optax.apply_updates(params, updates), state
+      >>> params = {"w": jnp.zeros((3, 1))}
+      >>> state = tx.init(params)
+      >>> for _ in range(10):
+      ...     params, state = step(params, state)
+      >>> bool(objective(params, **batch) < 1e-3)  # 0.5 at the start
+      True
+    """
+    preconditioner = scale_by_kfac(
+        objective,
+        example,
+        damping=damping,
+        damping_kind=damping_kind,
+        decay=decay,
+        factors_every=factors_every,
+        inverses_every=inverses_every,
+        estimator=estimator,
+        likelihood=likelihood,
+        norm_constraint=_norm_constraint(kl_clip, learning_rate),
+        max_size=max_size,
+        key=key,
+        mask=mask,
+    )
+    return _with_momentum(preconditioner, learning_rate, momentum)
+
+
+def ekfac(
+    learning_rate: optax.ScalarOrSchedule,
+    objective: Objective,
+    example: Example = None,
+    *,
+    momentum: float = 0.9,
+    kl_clip: float | None = 1e-3,
+    damping: optax.ScalarOrSchedule = 1e-3,
+    decay: float = 0.95,
+    factors_every: int = 1,
+    inverses_every: int = 10,
+    estimator: Estimator = "fisher",
+    likelihood: Likelihood | None = None,
+    max_size: int = 4096,
+    key: jax.Array | int = 0,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    """EKFAC with momentum and a KL clip.
+
+    Arguments, extra arguments and errors as in :func:`kfac`; the curvature is that of
+    :func:`scale_by_ekfac`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_accel as oa
+      >>> objective = oa.Objective(
+      ...     predict=lambda params, x: x @ params["w"],
+      ...     loss=lambda outputs: 0.5 * jnp.mean(jnp.sum(outputs**2, axis=-1)),
+      ... )
+      >>> batch = {"x": jnp.array([[2.0, 0.0], [0.0, 0.2]])}
+      >>> tx = oa.ekfac(1.0, objective, batch, kl_clip=None, damping=1e-6, estimator="ggn")
+      >>> params = {"w": jnp.ones((2, 1))}
+      >>> grads = objective.grad(params, **batch)
+      >>> updates, _ = tx.update(grads, tx.init(params), params, value_fn=objective, **batch)
+      >>> updates["w"].round(3).tolist()
+      [[-1.0], [-1.0]]
+    """
+    preconditioner = scale_by_ekfac(
+        objective,
+        example,
+        damping=damping,
+        decay=decay,
+        factors_every=factors_every,
+        inverses_every=inverses_every,
+        estimator=estimator,
+        likelihood=likelihood,
+        norm_constraint=_norm_constraint(kl_clip, learning_rate),
+        max_size=max_size,
+        key=key,
+        mask=mask,
+    )
+    return _with_momentum(preconditioner, learning_rate, momentum)
+
+
+def _norm_constraint(
+    kl_clip: Any, learning_rate: optax.ScalarOrSchedule
+) -> optax.ScalarOrSchedule | None:
+    check_number("learning_rate", learning_rate, 0, allow_schedule=True)
+    if kl_clip is None:
+        return None
+    check_number("kl_clip", kl_clip, 0, open_low=True)
+    return lambda count: kl_clip / jnp.asarray(value_of(learning_rate, count)) ** 2
+
+
+def _with_momentum(
+    preconditioner: optax.GradientTransformationExtraArgs,
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: Any,
+) -> optax.GradientTransformationExtraArgs:
+    check_number("momentum", momentum, 0, 1, open_high=True)
+    return optax.chain(
+        preconditioner, optax.trace(momentum), optax.scale_by_learning_rate(learning_rate)
+    )
+
+
+# -- the transformation ---------------------------------------------------------------------------
+
+
+def _transformation(
+    name: str,
+    kind: Literal["factored", "eigen", "ekfac"],
+    objective: Objective,
+    example: Example,
+    *,
+    damping: optax.ScalarOrSchedule,
+    decay: float,
+    factors_every: int,
+    inverses_every: int,
+    estimator: Estimator,
+    likelihood: Likelihood | None,
+    norm_constraint: optax.ScalarOrSchedule | None,
+    max_size: int,
+    key: jax.Array | int,
+    mask: Mask,
+) -> optax.GradientTransformationExtraArgs:
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"{name}: `objective` must be an optax_accel.Objective(predict, loss), whose program "
+            f"tells how the parameters are used; got {type(objective).__name__}."
+        )
+    check_number("damping", damping, 0, open_low=True, allow_schedule=True)
+    check_number("decay", decay, 0, 1, open_high=True)
+    _check_periods(factors_every, inverses_every)
+    check_choice("estimator", estimator, get_args(Estimator))
+    if likelihood is not None:
+        check_choice("likelihood", likelihood, get_args(Likelihood))
+    if norm_constraint is not None:
+        check_number("norm_constraint", norm_constraint, 0, open_low=True, allow_schedule=True)
+    check_integer("max_size", max_size, 1)
+    initial_key = as_key(key)
+
+    structures: dict[Any, tuple[Block, ...]] = {}
+
+    def blocks_of(params: PyTree) -> tuple[Block, ...]:
+        leaves, treedef = jax.tree.flatten(params)
+        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+        known = treedef, tuple((shape.shape, shape.dtype) for shape in shapes)
+        if known not in structures:
+            abstract = jax.tree.unflatten(treedef, shapes)
+            structures[known] = _find(name, objective, abstract, example, mask).blocks
+        return structures[known]
+
+    def init_fn(params: PyTree) -> ScaleByKFACState:
+        check_params(params, name)
+        check_real_leaves(params, name)
+        blocks, leaves = blocks_of(params), jax.tree.leaves(params)
+        if not any(block.kronecker for block in blocks):
+            raise ValueError(
+                f"{name} found no dense layer, convolution or embedding in `predict`; what it "
+                f"found:\n{report(blocks)}"
+            )
+        factors: list[Any] = []
+        inverses: list[Any] = []
+        moments: list[Any] = []
+        for block in blocks:
+            dtype = _dtype(block, leaves)
+            if not block.kronecker:
+                factors.append(jnp.zeros(block.shapes[0], dtype))
+                inverses.append(None)
+                moments.append(None)
+                continue
+            shapes = stats.side_shapes(block, max_size)
+            factors.append(Kronecker(*(jnp.zeros(shape, dtype) for shape in shapes)))
+            inverses.append(Kronecker(*(_identity(shape, dtype, kind) for shape in shapes)))
+            moments.append(jnp.zeros(block.matrix_shape, dtype) if kind == "ekfac" else None)
+        return ScaleByKFACState(
+            count=jnp.zeros((), jnp.int32),
+            key=jnp.copy(initial_key),
+            scale=jnp.ones((), jnp.float32),
+            weight=jnp.zeros((), jnp.result_type(jnp.float32, *leaves)),
+            factors=tuple(factors),
+            inverses=tuple(inverses),
+            moments=tuple(moments),
+        )
+
+    def update_fn(
+        updates: PyTree,
+        state: ScaleByKFACState,
+        params: PyTree | None = None,
+        *,
+        value_fn: Any = None,
+        curvature_value_fn: Any = None,
+        refresh: Refresh = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, ScaleByKFACState]:
+        if isinstance(refresh, jax.Array):
+            raise TypeError(
+                "`refresh` must be a static Python value, got an array: mark it with "
+                'jax.jit(step, static_argnames="refresh").'
+            )
+        if refresh is not None and refresh is not False:
+            check_choice("refresh", refresh, ("factors", "inverses"))
+        check_params(params, name, "tx.update(grads, state, params, value_fn=objective)")
+        blocks, count = blocks_of(params), state.count
+        strength = value_of(damping, count)
+
+        def refreshed(state: ScaleByKFACState, invert: bool | jax.Array) -> ScaleByKFACState:
+            own = curvature_value_fn is not None
+            current = as_objective(
+                curvature_value_fn if own else value_fn,
+                extra_args,
+                method=name,
+                params=params,
+                why="measure the curvature at its outputs",
+                argument="curvature_value_fn" if own else "value_fn",
+            )
+            key = jax.random.fold_in(state.key, state.count)
+            batch = _measure(name, current, params, blocks, mask, estimator, likelihood, key)
+            state = _average_factors(state, batch, decay, max_size)
+            if invert is True:
+                state = _invert(state, batch, strength, kind)
+            elif invert is not False:
+
+                def inverted(state: ScaleByKFACState) -> ScaleByKFACState:
+                    return _invert(state, batch, strength, kind)
+
+                state = lax.cond(invert, inverted, lambda state: state, state)
+            return _average_moments(state, batch, decay) if kind == "ekfac" else state
+
+        if refresh is None:
+            invert = inverses_every == factors_every or count % inverses_every == 0
+            if factors_every == 1:
+                state = refreshed(state, invert)
+            else:
+                state = lax.cond(
+                    count % factors_every == 0,
+                    lambda state: refreshed(state, invert),
+                    lambda state: state,
+                    state,
+                )
+        elif refresh:
+            state = refreshed(state, refresh == "inverses")
+
+        bound = None if norm_constraint is None else value_of(norm_constraint, count)
+        new_updates, scale = _precondition(updates, state, blocks, strength, bound)
+        return new_updates, state._replace(count=optax.safe_increment(count), scale=scale)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _find(name: str, objective: Objective, params: PyTree, example: Example, mask: Mask) -> Network:
+    if objective._predict is None:
+        raise ValueError(
+            f"{name} reads the layers from the program of the network, but the objective is a plain "
+            "function of the parameters; build it as optax_accel.Objective(predict, loss)."
+        )
+    selected = None if mask is None else jax.tree.leaves(resolve(params, mask))
+    return find(objective, params, example, selected)
+
+
+def _check_periods(factors_every: Any, inverses_every: Any) -> None:
+    check_integer("factors_every", factors_every, 1)
+    check_integer("inverses_every", inverses_every, 1)
+    if inverses_every % factors_every:
+        raise ValueError(
+            f"`inverses_every` must be a multiple of `factors_every`, {factors_every}, got "
+            f"{inverses_every}: inverses are made of new factors."
+        )
+
+
+def _dtype(block: Block, leaves: list[Any]) -> Any:
+    return jnp.result_type(jnp.float32, *(leaves[i].dtype for i in block.leaves))
+
+
+def _identity(shape: tuple[int, ...], dtype: Any, kind: str) -> Any:
+    ones = jnp.ones(shape[:1], dtype)
+    if len(shape) == 1:
+        return ones if kind == "factored" else stats.Eigen(ones, None)
+    identity = jnp.eye(shape[0], dtype=dtype)
+    return identity if kind == "factored" else stats.Eigen(ones, identity)
+
+
+class _Batch(NamedTuple):
+    """What one batch tells of the curvature."""
+
+    objective: Objective
+    blocks: tuple[Block, ...]
+    num_examples: int
+    values: Any
+    gradients: Any
+    generic: Any
+    vary: stats.Vary
+
+
+def _measure(
+    name: str,
+    objective: Objective,
+    params: PyTree,
+    blocks: tuple[Block, ...],
+    mask: Mask,
+    estimator: Estimator,
+    likelihood: Likelihood | None,
+    key: jax.Array,
+) -> _Batch:
+    """Evaluates the network on a batch, and gradients at its layers for a vector of each output."""
+
+    def vary(tree: PyTree) -> PyTree:
+        return vary_over(tree, objective.axis_name)
+
+    params = vary(params)
+    network = _find(name, objective, params, None, mask)
+    for expected, found in itertools.zip_longest(blocks, network.blocks):
+        if expected is None or found is None or expected.signature != found.signature:
+            raise ValueError(
+                f"{name}: this step's network is not the one it was built with. Expected "
+                f"{expected and expected.signature}, found {found and found.signature}. If they "
+                "are the same, build with an example batch of the usual size."
+            )
+    n = network.num_examples
+    outputs, pullback, values = network.capture(jax.tree.leaves(params), vary)
+    samples = output_gradients(objective, outputs, estimator, likelihood, key, n)
+    if jax.tree.leaves(samples)[0].shape[0] == 1:
+        pulled = pullback(jax.tree.map(lambda s: s[0], samples))
+        gradients, generic = jax.tree.map(lambda g: g[None], pulled)
+    else:
+        gradients, generic = jax.vmap(pullback)(samples)
+    return _Batch(objective, network.blocks, n, values, gradients, generic, vary)
+
+
+def _average_factors(
+    state: ScaleByKFACState, batch: _Batch, decay: Any, max_size: int
+) -> ScaleByKFACState:
+    """Moving averages of the factors, unless the batch gives numbers that are not finite."""
+    n, axis = batch.num_examples, batch.objective.axis_name
+    means: list[Any] = []
+    squares = {}
+    for i, (block, old) in enumerate(zip(batch.blocks, state.factors, strict=True)):
+        dtype = jax.tree.leaves(old)[0].dtype
+        new: Any
+        if block.kronecker:
+            shapes = stats.side_shapes(block, max_size)
+            new = stats.kronecker_statistics(block, batch.values, batch.gradients, n, shapes, dtype)
+        elif block.kind == "generic":
+            # The squared mean gradient of n independent examples, times n.
+            new = batch.generic[block.leaves[0]].astype(dtype) / n
+            squares[i] = n * (1 if axis is None else lax.axis_size(axis))
+        else:
+            new = stats.diagonal_statistics(block, batch.values, batch.gradients, n, dtype)
+        means.append(new)
+    means = batch.objective._mean(batch.vary(means))
+    for i, num_examples in squares.items():
+        means[i] = num_examples * jnp.sum(means[i] ** 2, axis=0)
+    # A matrix of sums of products with entries that are not finite has such a diagonal.
+    finite = jnp.isfinite(sum(jnp.sum(stats.diagonal(m)) for m in jax.tree.leaves(means)))
+
+    def average(old: jax.Array, new: jax.Array) -> jax.Array:
+        kept = jnp.asarray(decay, old.dtype)
+        return jnp.where(finite, kept * old + (1 - kept) * new.astype(old.dtype), old)
+
+    factors = jax.tree.map(average, state.factors, tuple(means))
+    weight = average(state.weight, jnp.ones_like(state.weight))
+    return state._replace(factors=factors, weight=weight)
+
+
+def _invert(state: ScaleByKFACState, batch: _Batch, damping: Any, kind: str) -> ScaleByKFACState:
+    """New inverses or eigendecompositions; old ones stay where they are not finite."""
+    tasks: list[Any] = []
+    chosen = [i for i, block in enumerate(batch.blocks) if block.kronecker]
+    for i in chosen:
+        factors = jax.tree.map(lambda f: _corrected(f, state.weight), state.factors[i])
+        if kind == "factored":
+            for factor, strength in zip(
+                factors, stats.split_damping(factors, damping), strict=True
+            ):
+                tasks.append((functools.partial(stats.damped_inverse, damping=strength), factor))
+        else:
+            tasks += [(stats.eigendecomposition, factor) for factor in factors]
+    results = stats.share(tasks, batch.objective.axis_name, batch.vary)
+    inverses, moments = list(state.inverses), list(state.moments)
+    for i, inputs, outputs in zip(chosen, results[::2], results[1::2], strict=True):
+        new, old = Kronecker(inputs, outputs), state.inverses[i]
+        finite = jnp.isfinite(sum(jnp.sum(stats.diagonal(leaf)) for leaf in jax.tree.leaves(new)))
+        new = jax.tree.map(lambda a, b, finite=finite: jnp.where(finite, a, b), new, old)
+        if kind == "ekfac":
+            moments[i] = stats.change_basis(moments[i], old, new)
+        inverses[i] = new
+    return state._replace(inverses=tuple(inverses), moments=tuple(moments))
+
+
+def _average_moments(state: ScaleByKFACState, batch: _Batch, decay: Any) -> ScaleByKFACState:
+    """The moving average of EKFAC's second moments."""
+    new = [
+        stats.eigen_statistics(
+            block, batch.values, batch.gradients, batch.num_examples, basis, old.dtype, batch.vary
+        )
+        for block, basis, old in zip(batch.blocks, state.inverses, state.moments, strict=True)
+        if old is not None
+    ]
+    remaining = iter(batch.objective._mean(batch.vary(new)))
+
+    def average(old: jax.Array) -> jax.Array:
+        new, kept = next(remaining), jnp.asarray(decay, old.dtype)
+        return jnp.where(jnp.isfinite(jnp.sum(new)), kept * old + (1 - kept) * new, old)
+
+    return state._replace(moments=jax.tree.map(average, state.moments))
+
+
+def _corrected(average: jax.Array, weight: jax.Array, otherwise: Any = 0) -> jax.Array:
+    """A moving average that started at 0, divided by the weights it has."""
+    weight = weight.astype(average.dtype)
+    return jnp.where(weight > 0, average / jnp.where(weight > 0, weight, 1), otherwise)
+
+
+def _precondition(
+    updates: PyTree,
+    state: ScaleByKFACState,
+    blocks: tuple[Block, ...],
+    damping: Any,
+    bound: Any,
+) -> tuple[PyTree, jax.Array]:
+    """The natural gradient and what it was multiplied by to keep its norm within bounds."""
+    leaves, treedef = jax.tree.flatten(updates)
+    new = dict[int, jax.Array]()
+    product: Any = 0.0
+    for block, factors, inverses, moments in zip(
+        blocks, state.factors, state.inverses, state.moments, strict=True
+    ):
+        dtype = jax.tree.leaves(factors)[0].dtype
+        strength = jnp.asarray(damping, dtype)
+        wide = {i: leaves[i].astype(dtype) for i in block.leaves}
+        if not block.kronecker:
+            (i,) = block.leaves
+            new[i] = wide[i] / (_corrected(factors, state.weight, 1) + strength)
+            product += jnp.sum(new[i] * wide[i])
+            continue
+        gradient = block.to_matrix(wide)
+        if isinstance(inverses.inputs, stats.Eigen):
+            values = stats.kronecker_eigenvalues(inverses)
+            if moments is not None:
+                values = _corrected(moments, state.weight, 1)
+            result = stats.apply_in_basis(inverses, values, strength, gradient)
+        else:
+            result = stats.apply_inverses(inverses, gradient)
+        product += jnp.sum(result * gradient)
+        new.update(zip(block.leaves, block.from_matrix(result), strict=True))
+    scale = jnp.ones((), jnp.float32)
+    if bound is not None:
+        ratio = bound / jnp.where(product > 0, product, 1)
+        scale = jnp.where(product > 0, jnp.minimum(1, jnp.sqrt(ratio)), 1).astype(jnp.float32)
+        new = {i: scale.astype(leaf.dtype) * leaf for i, leaf in new.items()}
+    merged = [new.get(i, leaf).astype(leaf.dtype) for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, merged), scale

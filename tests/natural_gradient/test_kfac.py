@@ -1,0 +1,351 @@
+"""K-FAC and EKFAC against the matrices that they stand for."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_accel as oa
+from optax_accel import curvature
+from optax_accel.natural_gradient import factors as stats
+from tests.helpers import (
+    WORKER_MODES,
+    classification,
+    cross_entropy,
+    least_squares,
+    mlp_apply,
+    mlp_init,
+    mlp_objective,
+    over_workers,
+    signature,
+    tree_allclose,
+    tree_equal,
+)
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+KINDS = ("factored", "eigen", "ekfac")
+
+
+def scale_by(kind: str, *args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+    if kind == "ekfac":
+        return oa.scale_by_ekfac(*args, **kwargs)
+    return oa.scale_by_kfac(*args, damping_kind=kind, **kwargs)
+
+
+def first_update(tx: Any, objective: oa.Objective, params: Any, **extra: Any) -> tuple[Any, Any]:
+    """The update of the gradient and the new state."""
+
+    @jax.jit
+    def run(params: Any) -> tuple[Any, Any]:
+        grads = objective.grad(params)
+        return tx.update(grads, tx.init(params), params, value_fn=objective, **extra)
+
+    return run(params)
+
+
+def ravel(tree: Any) -> np.ndarray:
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def double(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, float), tree)
+
+
+def squares(outputs: Any, targets: Any) -> jax.Array:
+    return 0.5 * jnp.mean(jnp.sum((outputs - targets) ** 2, axis=-1))
+
+
+@functools.cache
+def linear_layer() -> tuple[oa.Objective, Any]:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(7, 3)), rng.normal(size=(7, 2))
+    objective = oa.Objective(lambda p: x @ p["w"] + p["b"][None], lambda out: squares(out, y))
+    return objective, {"w": rng.normal(size=(3, 2)), "b": rng.normal(size=2)}
+
+
+def deep_linear(num_examples: int) -> tuple[oa.Objective, Any]:
+    rng = np.random.default_rng(1)
+    sizes = (4, 3, 5, 2)
+    x, y = rng.normal(size=(num_examples, 4)), rng.normal(size=(num_examples, 2))
+    params = {
+        f"layer{i}": {"w": rng.normal(size=(m, n)), "b": rng.normal(size=n)}
+        for i, (m, n) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+    }
+
+    def predict(params: Any) -> jax.Array:
+        out = x
+        for i in range(3):
+            out = out @ params[f"layer{i}"]["w"] + params[f"layer{i}"]["b"][None]
+        return out
+
+    return oa.Objective(predict, lambda out: squares(out, y)), params
+
+
+def matrices(tx: Any, objective: oa.Objective, params: Any) -> list[np.ndarray]:
+    """A kron B of each layer, for rows of weights one after the other, the bias last."""
+    _, state = first_update(tx, objective, params)
+    return [np.kron(*(m / state.weight for m in f)) for f in state.factors]
+
+
+def block(dense: Any, params: Any, name: str) -> np.ndarray:
+    """The block of one layer in the order of `matrices`."""
+    numbered = jax.tree.map(np.ones_like, params)
+    flat, treedef = jax.tree.flatten(numbered)
+    ends = np.cumsum([leaf.size for leaf in flat])
+    parts = [np.arange(e - leaf.size, e) for e, leaf in zip(ends, flat, strict=True)]
+    layer = jax.tree.unflatten(treedef, parts)[name]
+    order = np.concatenate([layer["w"], layer["b"]])
+    return np.asarray(dense)[np.ix_(order, order)]
+
+
+# -- exactness ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("likelihood", [None, "gaussian"])
+@pytest.mark.parametrize("kind", ["eigen", "ekfac"])
+def test_natural_gradient_of_a_linear_layer(x64, kind, likelihood):
+    """With squared error A kron B is the Fisher matrix: here B is the identity."""
+    objective, params = linear_layer()
+    params = double(params)
+    tx = scale_by(kind, objective, damping=0.1, estimator="ggn", likelihood=likelihood)
+    updates, _ = first_update(tx, objective, params)
+    fisher = np.asarray(curvature.gauss_newton(objective, params).dense())
+    want = np.linalg.solve(fisher + 0.1 * np.eye(len(fisher)), ravel(objective.grad(params)))
+    np.testing.assert_allclose(ravel(updates), want, rtol=1e-10)
+
+
+@pytest.mark.parametrize("num_examples", [1, 6])
+def test_blocks_of_deep_linear_networks(x64, num_examples):
+    """Exact: the gradients at the outputs do not depend on the example, nor on the inputs."""
+    objective, params = deep_linear(num_examples)
+    params = double(params)
+    dense = curvature.gauss_newton(objective, params).dense()
+    tx = oa.scale_by_kfac(objective, estimator="ggn")
+    for i, matrix in enumerate(matrices(tx, objective, params)):
+        np.testing.assert_allclose(
+            matrix, block(dense, params, f"layer{i}"), rtol=1e-10, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("likelihood", [None, "categorical"])
+def test_blocks_of_one_example(x64, likelihood):
+    """With softmax, too: one example's block is a Kronecker product."""
+    x, y = classification()
+    params = double(mlp_init())
+    objective = mlp_objective(np.float64(x[:1]), y[:1])
+    dense = curvature.gauss_newton(objective, params).dense()
+    tx = oa.scale_by_kfac(objective, estimator="ggn", likelihood=likelihood)
+    for i, matrix in enumerate(matrices(tx, objective, params)):
+        np.testing.assert_allclose(matrix, block(dense, params, f"layer{i}"), rtol=1e-9, atol=1e-12)
+
+
+LOSSES = {
+    "categorical": lambda out: cross_entropy(out, np.arange(4) % 3),
+    "bernoulli": lambda out: optax.sigmoid_binary_cross_entropy(out, np.eye(4, 3)).sum(-1).mean(),
+    "gaussian": lambda out: squares(out, np.eye(4, 3)),
+}
+
+
+@pytest.mark.parametrize("likelihood", LOSSES)
+def test_estimators_agree_in_expectation(x64, likelihood):
+    """All estimate the Hessian of the loss at the outputs: exactly, or on average."""
+    from optax_accel.natural_gradient.estimators import output_gradients
+
+    outputs = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))
+    loss = LOSSES[likelihood]
+    objective = oa.Objective(lambda p: p, loss)
+    hessian = jax.hessian(loss)(outputs)
+    want = 4 * np.stack([hessian[i, :, i] for i in range(4)])
+
+    def estimate(estimator, name, key):
+        samples = output_gradients(objective, outputs, estimator, name, key, 4)
+        return jnp.einsum("snc,snd->ncd", samples, samples)
+
+    for name in (None, likelihood):
+        exact = estimate("ggn", name, jax.random.key(0))
+        np.testing.assert_allclose(exact, want, atol=1e-12)
+        keys = jax.random.split(jax.random.key(1), 5_000)
+        sampled = jax.vmap(lambda key, name=name: estimate("fisher", name, key))(keys)
+        error = np.std(sampled, axis=0) / np.sqrt(len(keys))
+        assert np.all(np.abs(sampled.mean(0) - want) < 5 * error + 1e-12)
+
+
+def test_empirical_factors(x64):
+    """Second moments of the gradients of the loss."""
+    objective, params = deep_linear(6)
+    params = double(params)
+    _, state = first_update(
+        oa.scale_by_kfac(objective, estimator="empirical", decay=0.0), objective, params
+    )
+    slopes = 6 * jax.grad(objective._loss)(objective.outputs(params))
+    np.testing.assert_allclose(state.factors[2].outputs, slopes.T @ slopes / 6, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_preconditioning_solves_the_damped_system(x64, kind):
+    """Row by row: (A + ..) kron (B + ..), (A kron B) + damping I, U diag(S) U^T + damping I."""
+    x, y = classification()
+    params, damping = double(mlp_init()), 0.03
+    objective = mlp_objective(np.float64(x), y)
+    tx = scale_by(kind, objective, damping=damping, likelihood="categorical")
+    updates, state = first_update(tx, objective, params)
+    grads = objective.grad(params)
+    for i, (f, s) in enumerate(zip(state.factors, state.moments, strict=True)):
+        a, b = (np.asarray(m / state.weight) for m in f)
+        if kind == "factored":
+            pi = np.sqrt((np.trace(a) / len(a)) / (np.trace(b) / len(b)))
+            root = np.sqrt(damping)
+            matrix = np.kron(a + pi * root * np.eye(len(a)), b + root / pi * np.eye(len(b)))
+        else:
+            matrix = np.kron(a, b)
+            if kind == "ekfac":
+                basis = np.kron(np.linalg.eigh(a)[1], np.linalg.eigh(b)[1])
+                matrix = (basis * np.ravel(s / state.weight)) @ basis.T
+            matrix = matrix + damping * np.eye(len(matrix))
+        name = f"layer{i}"
+        gradient = np.concatenate([np.ravel(grads[name]["w"]), grads[name]["b"]])
+        got = np.concatenate([np.ravel(updates[name]["w"]), updates[name]["b"]])
+        np.testing.assert_allclose(got, np.linalg.solve(matrix, gradient), rtol=1e-8, atol=1e-12)
+
+
+def test_ekfac_is_closer_than_kfac(x64):
+    """In the Frobenius norm; its eigenvalues are the best ones in K-FAC's basis."""
+    x, y = classification()
+    params = double(mlp_init())
+    objective = mlp_objective(np.float64(x), y)
+    dense = curvature.gauss_newton(objective, params).dense()
+    tx = oa.scale_by_ekfac(objective, estimator="ggn", likelihood="categorical")
+    _, state = first_update(tx, objective, params)
+    for i, (f, inverses, s) in enumerate(
+        zip(state.factors, state.inverses, state.moments, strict=True)
+    ):
+        want = block(dense, params, f"layer{i}")
+        a, b = (np.asarray(m / state.weight) for m in f)
+        basis = np.kron(inverses.inputs.vectors, inverses.outputs.vectors)
+        moments = np.ravel(s / state.weight)
+        np.testing.assert_allclose(moments, np.diagonal(basis.T @ want @ basis), atol=1e-12)
+        errors = [
+            np.linalg.norm(want - approximation)
+            for approximation in ((basis * moments) @ basis.T, np.kron(a, b))
+        ]
+        assert errors[0] < errors[1] * (1 - 1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_curvature_gradients_pass(kind):
+    """A = B = I: divided by 1 + damping in the eigenbasis."""
+    problem = least_squares()
+    objective = problem.objective()
+    tx = scale_by(kind, objective, damping=0.25)
+    updates, _ = first_update(tx, objective, problem.params, refresh=False)
+    scale = 1.0 if kind == "factored" else 1 / 1.25
+    tree_allclose(updates, optax.tree.scale(scale, objective.grad(problem.params)), rtol=1e-6)
+
+
+# -- moving averages and periods ------------------------------------------------------------------
+
+
+def steps(tx: Any, objective: Any, params: Any, refresh: Any, num_steps: int) -> list[Any]:
+    """States after steps at which the parameters change."""
+
+    @functools.partial(jax.jit, static_argnames="refresh")
+    def step(params: Any, state: Any, refresh: Any) -> Any:
+        updates, state = tx.update(
+            objective.grad(params), state, params, value_fn=objective, refresh=refresh
+        )
+        return optax.apply_updates(params, optax.tree.scale(-0.05, updates)), state
+
+    state, states = tx.init(params), []
+    for i in range(num_steps):
+        params, state = step(params, state, refresh(i))
+        states.append((params, state))
+    return states
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_periods(kind):
+    """Between refreshes factors and inverses stay; the host's rhythm is the graph's."""
+    x, y = classification()
+    objective = mlp_objective(x, y)
+    tx = scale_by(kind, objective, factors_every=2, inverses_every=4, likelihood="categorical")
+    refresh = functools.partial(oa.kfac_refresh_at, factors_every=2, inverses_every=4)
+    assert [refresh(i) for i in range(4)] == ["inverses", False, "factors", False]
+    host = steps(tx, objective, mlp_init(), refresh, 6)
+    tree_allclose(host, steps(tx, objective, mlp_init(), lambda i: None, 6), rtol=1e-4)
+    for i in range(1, 6):
+        (_, before), (_, after) = host[i - 1 : i + 1]
+        for field, changes in (("factors", i % 2 == 0), ("inverses", i % 4 == 0)):
+            same = all(
+                np.array_equal(a, b)
+                for a, b in zip(
+                    jax.tree.leaves(getattr(before, field)),
+                    jax.tree.leaves(getattr(after, field)),
+                    strict=True,
+                )
+            )
+            assert same != changes, (i, field)
+
+
+def test_factors_are_averages_corrected_for_their_start(x64):
+    """On one batch at one point the average is that batch's matrix, from the first step on."""
+    objective, params = linear_layer()
+    params = double(params)
+    tx = oa.scale_by_kfac(objective, decay=0.9, estimator="ggn")
+    state = tx.init(params)
+    grads = objective.grad(params)
+    for i in range(3):
+        _, state = tx.update(grads, state, params, value_fn=objective)
+        np.testing.assert_allclose(state.weight, 1 - 0.9 ** (i + 1), rtol=1e-12)
+        np.testing.assert_allclose(state.factors[0].outputs / state.weight, np.eye(2), atol=1e-12)
+
+
+def test_second_moments_follow_the_basis(x64):
+    rng = np.random.default_rng(0)
+
+    def basis(*sizes: int) -> stats.Kronecker:
+        return stats.Kronecker(
+            *(
+                stats.Eigen(jnp.ones(n), jnp.asarray(np.linalg.qr(rng.normal(size=(n, n)))[0]))
+                for n in sizes
+            )
+        )
+
+    old, new, moments = basis(3, 2), basis(3, 2), rng.uniform(size=(3, 2))
+    u, v = (np.kron(b.inputs.vectors, b.outputs.vectors) for b in (old, new))
+    matrix = (u * np.ravel(moments)) @ u.T
+    got = stats.change_basis(jnp.asarray(moments), old, new)
+    np.testing.assert_allclose(np.ravel(got), np.diagonal(v.T @ matrix @ v), rtol=1e-12)
+
+
+# -- bounds on the step ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kl_clip(x64, kind):
+    """Active: nu^2 lr^2 <V, G> = kappa; inactive: no change."""
+    objective, params = deep_linear(6)
+    params, rate, kappa = double(params), 0.3, 1e-3
+    grads = objective.grad(params)
+    free, _ = first_update(scale_by(kind, objective), objective, params)
+    product = optax.tree.vdot(free, grads)
+    bound = kappa / rate**2
+    assert product > bound
+    clipped, state = first_update(
+        scale_by(kind, objective, norm_constraint=bound), objective, params
+    )
+    np.testing.assert_allclose(state.scale**2 * rate**2 * product, kappa, rtol=1e-6)
+    tree_allclose(clipped, optax.tree.scale(float(state.scale), free), rtol=1e-6)
+    tx = scale_by(kind, objective, norm_constraint=2.0 * float(product))
+    loose, same = tx.update(grads, state, params, refresh=False)
+    assert same.scale == 1
+    tree_allclose(loose, free, rtol=1e-12)
+    optimizer = oa.ekfac if kind == "ekfac" else functools.partial(oa.kfac, damping_kind=kind)
+    learning_rate = rate if kind == "eigen" else lambda count: rate
+    updates, _ = first_update(optimizer(learning_rate, objective, kl_clip=kappa), objective, params)
+    tree_allclose(updates, optax.tree.scale(-rate, clipped), rtol=1e-5)
