@@ -13,7 +13,6 @@ import pytest
 
 import optax_accel as oa
 from tests.helpers import (
-    WORKER_MODES,
     classification,
     least_squares,
     mlp_init,
@@ -81,8 +80,7 @@ def test_solves_least_squares_in_one_step(x64, precondition):
     assert state.damping == 0
 
 
-@pytest.mark.parametrize("precondition", [False, True])
-@pytest.mark.parametrize("damping", [1.0, 1 / 64])  # exact in float32
+@pytest.mark.parametrize(("damping", "precondition"), [(1.0, False), (1 / 64, True)])
 def test_direction_is_the_dense_solution(x64, damping, precondition):
     """(G + damping I) d = -g for a network, by a dense solve."""
     params, objective = double(mlp_init()), mlp()
@@ -347,6 +345,7 @@ def test_jit_is_no_jit():
     assert signature(jitted_state) == signature(state) == signature(tx.init(params))
 
 
+@pytest.mark.slow
 def test_vmap_over_members_is_a_loop():
     """Though each member stops after iterations of its own."""
 
@@ -377,11 +376,10 @@ def test_line_search_behind():
     assert objective(x + updates) < objective(x)
 
 
-@pytest.mark.parametrize("precondition", [False, True])
-def test_bfloat16_and_float32_together(precondition):
+def test_bfloat16_and_float32_together():
     params = mlp_init()
     params["layer0"] = optax.tree.cast(params["layer0"], jnp.bfloat16)
-    tx = oa.hessian_free(damping=0.3, precondition=precondition)
+    tx = oa.hessian_free(damping=0.3, precondition=True)
     assert {leaf.dtype for leaf in jax.tree.leaves(tx.init(params).direction)} == {
         np.dtype("float32")
     }
@@ -405,7 +403,10 @@ def test_many_shapes():
 # -- workers --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", WORKER_MODES)
+@pytest.mark.parametrize(
+    "mode",
+    ["shard_map", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("vmap", "pmap"))],
+)
 def test_replicas_are_one_device(x64, mode):
     """Each with its part of the batch: the step of the whole batch, on all of them."""
     params = double(PROBLEM.params)
@@ -426,6 +427,7 @@ def test_replicas_are_one_device(x64, mode):
         params = optax.apply_updates(params, updates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", ["batch", "parameters"])
 def test_eight_devices_are_one_device(sharded):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
