@@ -54,6 +54,7 @@ class Plan:
     curvature_batch_size: int
     eval_every: int
     target: float
+    model_options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def config(self) -> dict[str, Any]:
         """The settings as plain JSON: two runs with equal settings may share a folder."""
@@ -64,6 +65,7 @@ class Plan:
             "test_examples": len(self.task.test.y),
             "data_checksum": zlib.crc32(self.task.train.x.tobytes()),
             "model": self.model,
+            **({"model_options": self.model_options} if self.model_options else {}),
             "loss": self.loss,
             "seeds": self.seeds,
             "steps": self.steps,
@@ -131,6 +133,7 @@ class Trainer:
                     num_classes=plan.task.num_classes,
                     vocabulary_size=plan.task.vocabulary_size,
                     rngs=seed,
+                    **plan.model_options,
                 )
             )
             for seed in range(plan.seeds)

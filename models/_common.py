@@ -63,6 +63,22 @@ def activation_function(activation: str) -> Callable[[jax.Array], jax.Array]:
     return functions[activation]
 
 
+def normalization(
+    norm: str | None,
+    width: int,
+    *,
+    dtype: DTypeLike | None,
+    param_dtype: DTypeLike,
+    rngs: nnx.Rngs,
+) -> Callable[[jax.Array], jax.Array]:
+    """The normalization of that name, in front of an activation; None: the identity."""
+    if norm is None:
+        return jax.nn.identity
+    if norm != "batch":
+        raise ValueError(f"unknown norm {norm!r}; valid: None, 'batch'")
+    return nnx.BatchNorm(width, momentum=0.9, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+
 def as_logits(x: jax.Array) -> jax.Array:
     """At least float32, so that a loss on bfloat16 outputs keeps its precision."""
     return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x

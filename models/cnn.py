@@ -29,6 +29,7 @@ class Cnn(nnx.Module):
         num_classes: Number of outputs.
         channels: Output channels of the two convolutions.
         activation: "relu", "tanh" or "gelu".
+        norm: "batch" for batch normalization in front of every activation; default: none.
         dtype: Type of the computation; default: that of inputs and parameters.
         param_dtype: Type of the parameters; default: float32.
         rngs: Random keys, or a seed.
@@ -41,6 +42,7 @@ class Cnn(nnx.Module):
         num_classes: int,
         channels: tuple[int, int] = (32, 32),
         activation: str = "relu",
+        norm: str | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = "float32",
         rngs: nnx.Rngs | int = 0,
@@ -68,6 +70,10 @@ class Cnn(nnx.Module):
 
         self.conv1 = conv(colors, first)
         self.conv2 = conv(first, second)
+        self.norm1, self.norm2 = (
+            _common.normalization(norm, width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            for width in channels
+        )
         self.linear = nnx.Linear(
             features,
             num_classes,
@@ -81,8 +87,8 @@ class Cnn(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits of shape (N, num_classes), at least float32, of a batch of images."""
         _common.check_input(self, x, self.input_shape)
-        x = _max_pool(self.activation(self.conv1(x)))
-        x = _max_pool(self.activation(self.conv2(x)))
+        x = _max_pool(self.activation(self.norm1(self.conv1(x))))
+        x = _max_pool(self.activation(self.norm2(self.conv2(x))))
         return _common.as_logits(self.linear(x.reshape(x.shape[0], -1)))
 
 

@@ -33,6 +33,7 @@ class Mlp(nnx.Module):
         hidden_sizes: Widths of the hidden layers; `()` gives a linear model. `None` stands for
             `(64,)` up to 64 inputs and `(200, 200)` above.
         activation: "tanh", "relu" or "gelu".
+        norm: "batch" for batch normalization in front of every activation; default: none.
         dtype: Type of the computation; default: that of inputs and parameters.
         param_dtype: Type of the parameters; default: float32.
         rngs: Random keys, or a seed.
@@ -45,6 +46,7 @@ class Mlp(nnx.Module):
         num_classes: int,
         hidden_sizes: Sequence[int] | None = None,
         activation: str = "tanh",
+        norm: str | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = "float32",
         rngs: nnx.Rngs | int = 0,
@@ -68,12 +70,16 @@ class Mlp(nnx.Module):
             )
             for fan_in, fan_out in itertools.pairwise(sizes)
         )
+        self.norms = nnx.List(
+            _common.normalization(norm, width, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            for width in hidden_sizes
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits of shape (N, num_classes), at least float32, of a batch of examples."""
         _common.check_input(self, x, self.input_shape)
         x = x.reshape(x.shape[0], -1)
         *hidden, last = self.layers
-        for layer in hidden:
-            x = self.activation(layer(x))
+        for layer, norm in zip(hidden, self.norms, strict=True):
+            x = self.activation(norm(layer(x)))
         return _common.as_logits(last(x))

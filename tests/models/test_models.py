@@ -148,3 +148,19 @@ def test_every_parameter_gets_a_gradient_and_training_lowers_the_loss(name):
     for _ in range(5):
         params = jax.tree.map(lambda p, g: p - 0.05 * g, params, step(params)[1])
     assert step(params)[0] < before
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_batch_normalization(name):
+    """In front of the activation: the scale of the weights behind it changes nothing."""
+    x = jax.random.normal(jax.random.key(1), (6, *INPUT_SHAPE))
+    model = models.create(name, input_shape=INPUT_SHAPE, num_classes=10, norm="batch", rngs=0)
+    first = model.layers[0] if name == "mlp" else model.conv1
+    before = np.asarray(model(x))
+    first.kernel[...] *= 3
+    first.bias[...] *= 3
+    np.testing.assert_allclose(model(x), before, rtol=1e-3, atol=1e-3)
+    statistics = jax.tree.leaves(nnx.state(model, nnx.BatchStat))
+    assert len(statistics) == 2 * (2 if name == "cnn" else len(model.norms))
+    with pytest.raises(ValueError, match=r"unknown norm 'layer'; valid: None, 'batch'"):
+        models.create(name, input_shape=INPUT_SHAPE, num_classes=10, norm="layer")
