@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import optax_accel as oa
@@ -17,6 +19,11 @@ SGD_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 ADAM_RATES = (0.0003, 0.001, 0.003, 0.01, 0.03)
 # Demon Adam in the paper's form takes steps about ten times Adam's at the same rate.
 DEMON_ADAM_RATES = (0.00003, 0.0001, 0.0003, 0.001, 0.003)
+# Cycles of the schedule of snapshot ensembles (Huang et al., 2017, section 4).
+NUM_SNAPSHOTS = 5
+# AdaGrad's steps shrink, AdaDelta's are scaled by themselves: its paper has no rate, that is 1.
+ADAGRAD_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
+ADADELTA_RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +125,29 @@ class Method:
             return 0
         return self.tracker.num_products(params, num_classes, cold=refresh == "cold")
 
+    def extra_cost(self, num_classes: int = 10) -> str:
+        """What a step takes besides one gradient of its batch, in words.
+
+        Args:
+          num_classes: the dominant subspace has one direction a class.
+
+        Returns:
+          Further gradients, Hessian-vector products of a (warm) refresh, and the size of the
+          optimizer's state in copies of the parameters.
+        """
+        params = {"w": jax.ShapeDtypeStruct((128, 64), jnp.float32)}
+        tx = self.build(0.1, total_steps=100, num_classes=num_classes)
+        shapes = jax.eval_shape(tx.init, params)
+        state = sum(leaf.size for leaf in jax.tree.leaves(shapes)) / params["w"].size
+        costs = [f"state {state:.3g} x the parameters"]
+        if self.gradients_per_step > 1:
+            costs.insert(0, f"{self.gradients_per_step} gradients a step")
+        if products := self.products("warm", params, num_classes):
+            noun = "product" if products == 1 else "products"
+            rhythm = "step" if self.refresh_every == 1 else f"{self.refresh_every} steps"
+            costs.insert(0, f"{products} Hessian-vector {noun} every {rhythm}")
+        return ", ".join(costs)
+
 
 _MOMENTUM = functools.partial(optax.sgd, momentum=0.9)
 _DEMON = ("Chen et al., 2022", "https://arxiv.org/abs/1910.04952")
@@ -127,6 +157,13 @@ _YUN = ("Yun, 2023", "https://arxiv.org/abs/2310.17042")
 _LIN = ("Lin et al., 2020", "https://arxiv.org/abs/2006.05720")
 _YUAN = ("Yuan et al., 2021", "https://arxiv.org/abs/2104.11981")
 _LOCAL = ("Lin et al., 2020 (local SGD)", "https://arxiv.org/abs/1808.07217")
+_SMITH = ("Smith, 2017", "https://arxiv.org/abs/1506.01186")
+_TOPIN = ("Smith and Topin, 2017", "https://arxiv.org/abs/1708.07120")
+_LUO = ("Luo et al., 2019", "https://arxiv.org/abs/1902.09843")
+_ZHAO = ("Zhao et al., 2022", "https://arxiv.org/abs/2202.03599")
+_FORET = ("Foret et al., 2021", "https://arxiv.org/abs/2010.01412")
+_SALIMANS = ("Salimans and Kingma, 2016", "https://arxiv.org/abs/1602.07868")
+_SCHWARZ = ("Schwarz et al., 2021", "https://arxiv.org/abs/2110.00296")
 _GIDEL = ("Gidel et al., 2019", "https://arxiv.org/abs/1802.10551")
 
 
@@ -140,12 +177,41 @@ def _momentum_schedule(schedule: Callable[[int], optax.Schedule]) -> Callable[[A
     return make
 
 
-def _onecycle_momentum(steps: int) -> optax.Schedule:
-    """The momentum part of OneCycle: 0.95 to 0.85 and back (Chen et al., 2022, section 4)."""
-    half = max(steps // 2, 1)
-    return optax.join_schedules(
-        [optax.linear_schedule(0.95, 0.85, half), optax.linear_schedule(0.85, 0.95, half)], [half]
+def _cyclical(mode: Any) -> Callable[[Any, Context], Any]:
+    """Four cycles between a quarter of the learning rate and the learning rate."""
+
+    def make(learning_rate: Any, context: Context) -> optax.GradientTransformation:
+        # Smith, 2017, sections 3.2 and 3.3; the decay to a tenth over the run is ours.
+        gamma = 0.1 ** (1 / context.total_steps) if mode == "exp_range" else None
+        half = max(1, context.total_steps // 8)
+        return _MOMENTUM(
+            oa.cyclical_schedule(learning_rate / 4, learning_rate, half, mode=mode, gamma=gamma)
+        )
+
+    return make
+
+
+def _onecycle(interpolation: Any) -> Callable[[Any, Context], Any]:
+    def make(learning_rate: Any, context: Context) -> optax.GradientTransformation:
+        steps = max(4, context.total_steps)  # in fewer the corners coincide
+        cycle = oa.onecycle(steps, learning_rate, interpolation=interpolation)
+        return oa.with_schedules(optax.sgd, **cycle._asdict())()
+
+    return make
+
+
+def _vtpc_sgd(learning_rate: Any, context: Context) -> optax.GradientTransformation:
+    cycle = max(1, context.total_steps // 4)
+    return _MOMENTUM(
+        oa.vtpc_schedule(
+            learning_rate / 4, learning_rate, cycle, 4, floor_value=learning_rate / 100
+        )
     )
+
+
+def _snapshot_sgd(learning_rate: Any, context: Context) -> optax.GradientTransformation:
+    steps = context.total_steps
+    return _MOMENTUM(oa.snapshot_schedule(learning_rate, steps, min(steps, NUM_SNAPSHOTS)))
 
 
 def _post_local_sgd(learning_rate: Any, context: Context) -> optax.GradientTransformation:
@@ -210,6 +276,94 @@ _ALL = (
         None,
         ADAM_RATES,
         lambda lr, c: optax.adam(lr),
+    ),
+    Method(
+        "adagrad",
+        "adaptive rates",
+        "AdaGrad",
+        "Duchi et al., 2011",
+        "optax.adagrad",
+        "Optax",
+        "adam",
+        ADAGRAD_RATES,
+        lambda lr, c: optax.adagrad(lr),
+    ),
+    Method(
+        "adadelta",
+        "adaptive rates",
+        "AdaDelta",
+        "Zeiler, 2012",
+        "optax.adadelta",
+        "Optax",
+        "adam",
+        ADADELTA_RATES,
+        lambda lr, c: optax.adadelta(lr),
+    ),
+    Method(
+        "rmsprop",
+        "adaptive rates",
+        "RMSProp",
+        "Tieleman and Hinton, 2012",
+        "optax.rmsprop",
+        "Optax",
+        "adam",
+        ADAM_RATES,
+        lambda lr, c: optax.rmsprop(lr),
+    ),
+    Method(
+        "adamax",
+        "adaptive rates",
+        "Adam with the largest gradient in place of the second moment",
+        "Kingma and Ba, 2015",
+        "optax.adamax",
+        "Optax",
+        "adam",
+        ADAM_RATES,
+        lambda lr, c: optax.adamax(lr),
+    ),
+    Method(
+        "nadam",
+        "adaptive rates",
+        "Adam with Nesterov momentum",
+        "Dozat, 2016",
+        "optax.nadam",
+        "Optax",
+        "adam",
+        ADAM_RATES,
+        lambda lr, c: optax.nadam(lr),
+    ),
+    Method(
+        "amsgrad",
+        "adaptive rates",
+        "Adam with the largest second moment so far",
+        "Reddi et al., 2018",
+        "optax.amsgrad",
+        "Optax",
+        "adam",
+        ADAM_RATES,
+        lambda lr, c: optax.amsgrad(lr),
+    ),
+    Method(
+        "adamw",
+        "adaptive rates",
+        "Adam with decoupled weight decay 0.0001",
+        "Loshchilov and Hutter, 2019",
+        "optax.adamw",
+        "Optax",
+        "adam",
+        ADAM_RATES,
+        lambda lr, c: optax.adamw(lr),
+    ),
+    Method(
+        "lamb",
+        "adaptive rates",
+        "Adam with a step length for each layer",
+        "You et al., 2020",
+        "optax.lamb",
+        "Optax",
+        "adam",
+        ADAM_RATES,
+        lambda lr, c: optax.lamb(lr),
     ),
     Method(
         "demon_sgd",
@@ -281,7 +435,9 @@ _ALL = (
         fidelity="faithful",
         base="sgd",
         learning_rates=SGD_RATES,
-        make=_momentum_schedule(_onecycle_momentum),
+        make=_momentum_schedule(
+            lambda steps: oa.momentum_onecycle_schedule(steps, pct_start=0.5, pct_final=1.0)
+        ),
     ),
     Method(
         "stoch_grad_adam",
@@ -390,6 +546,150 @@ _ALL = (
         "plain_sgd",
         SGD_RATES,
         lambda lr, c: optax.optimistic_gradient_descent(lr),
+    ),
+    Method(
+        "adabound",
+        "adaptive rates",
+        "Adam whose rates are clipped into bounds that close in on SGD's 0.1",
+        *_LUO,
+        fidelity="faithful",
+        base="amsgrad",
+        learning_rates=ADAM_RATES,
+        make=lambda lr, c: oa.adabound(lr),
+    ),
+    Method(
+        "amsbound",
+        "adaptive rates",
+        "AMSGrad whose rates are clipped into bounds that close in on SGD's 0.1",
+        *_LUO,
+        fidelity="faithful",
+        base="amsgrad",
+        learning_rates=ADAM_RATES,
+        make=lambda lr, c: oa.adabound(lr, amsbound=True),
+    ),
+    Method(
+        "cyclical_sgd",
+        "cyclical schedules",
+        "SGD, the rate up and down in four cycles",
+        *_SMITH,
+        fidelity="faithful",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        make=_cyclical("triangular"),
+    ),
+    Method(
+        "cyclical2_sgd",
+        "cyclical schedules",
+        "the same, each cycle half as high as the one before",
+        *_SMITH,
+        fidelity="faithful",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        make=_cyclical("triangular2"),
+    ),
+    Method(
+        "exp_range_sgd",
+        "cyclical schedules",
+        "the same, the height decaying exponentially",
+        *_SMITH,
+        fidelity="faithful",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        make=_cyclical("exp_range"),
+    ),
+    Method(
+        "onecycle_sgd",
+        "cyclical schedules",
+        "SGD, one cycle of the rate and the opposite one of the momentum",
+        *_TOPIN,
+        fidelity="faithful",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        make=_onecycle("linear"),
+    ),
+    Method(
+        "onecycle_cosine_sgd",
+        "cyclical schedules",
+        "the same, with cosines",
+        *_TOPIN,
+        fidelity="our reading",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        make=_onecycle("cosine"),
+    ),
+    Method(
+        "vtpc_sgd",
+        "cyclical schedules",
+        "SGD, variable trapezoidal parity cycles of the rate",
+        "Lin et al., 2022",
+        "https://doi.org/10.1145/3518781.3519183",
+        "our reading",
+        "sgd",
+        SGD_RATES,
+        _vtpc_sgd,
+    ),
+    Method(
+        "snapshot_sgd",
+        "cyclical schedules",
+        "SGD, five cosine cycles of the rate: a snapshot ensemble's members",
+        "Huang et al., 2017",
+        "https://arxiv.org/abs/1704.00109",
+        "faithful",
+        "sgd",
+        SGD_RATES,
+        _snapshot_sgd,
+    ),
+    Method(
+        "weight_norm_sgd",
+        "reparametrization",
+        "SGD in lengths and directions of each unit's weights",
+        *_SALIMANS,
+        fidelity="our reading",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        make=lambda lr, c: oa.reparametrize(_MOMENTUM(lr), oa.weight_norm()),
+    ),
+    Method(
+        "weight_norm_adam",
+        "reparametrization",
+        "Adam in lengths and directions of each unit's weights",
+        *_SALIMANS,
+        fidelity="our reading",
+        base="adam",
+        learning_rates=ADAM_RATES,
+        make=lambda lr, c: oa.reparametrize(optax.adam(lr), oa.weight_norm()),
+    ),
+    Method(
+        "powerprop_sgd",
+        "reparametrization",
+        "SGD on signed square roots of the weights",
+        *_SCHWARZ,
+        fidelity="faithful",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        make=lambda lr, c: oa.reparametrize(_MOMENTUM(lr), oa.powerprop(2.0)),
+    ),
+    Method(
+        "gnp_sgd",
+        "gradient norm",
+        "SGD on the loss and 0.08 times its gradient's norm",
+        *_ZHAO,
+        fidelity="faithful",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        make=lambda lr, c: oa.gnp(_MOMENTUM(lr), r=0.1, alpha=0.8),
+        gradients_per_step=2,
+    ),
+    Method(
+        "sam_sgd",
+        "gradient norm",
+        "SGD on the gradient at the worst point 0.05 away (gnp with alpha = 1)",
+        *_FORET,
+        fidelity="faithful",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        make=lambda lr, c: oa.gnp(_MOMENTUM(lr), r=0.05, alpha=1.0),
+        gradients_per_step=2,
     ),
     Method(
         "extrap_sgd_local",

@@ -40,7 +40,10 @@ PRINCIPAL = (
     "extrap_sgd",
 )
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255")
-LINES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
+LINES = (
+    *("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5))),
+    *((0, (9, 2)), (0, (1.2, 3)), (0, (9, 2, 1.2, 2)), (0, (5, 1.5, 1.2, 1.5, 1.2, 1.5))),
+)
 MARKERS = "osD^vPX*"
 
 
@@ -196,16 +199,21 @@ def footnotes(results: Results) -> list[str]:
 
 
 def catalogue(entries: Sequence[methods.Method]) -> str:
-    """All methods with what they do, paper, fidelity, base and learning rates."""
+    """All methods by family, with what they do, paper, fidelity, extra cost, learning rates."""
     lines = []
-    for entry in entries:
-        grid = " ".join(f"{rate:g}" for rate in entry.learning_rates)
-        compared = f", compared with {entry.base}" if entry.base else ""
-        lines += [
-            f"{entry.name}: {entry.summary} ({entry.family}{compared})",
-            f"    {entry.fidelity}: {entry.paper}, {entry.link}",
-            f"    learning rates {grid}",
-        ]
+    for family in dict.fromkeys(entry.family for entry in entries):
+        lines.append(f"{family}:")
+        for entry in entries:
+            if entry.family != family:
+                continue
+            grid = " ".join(f"{rate:g}" for rate in entry.learning_rates)
+            compared = f", compared with {entry.base}" if entry.base else ""
+            lines += [
+                f"  {entry.name}: {entry.summary}",
+                f"      {entry.fidelity}: {entry.paper}, {entry.link}",
+                f"      cost: {entry.extra_cost()}{compared}",
+                f"      learning rates {grid}",
+            ]
     return "\n".join(lines)
 
 

@@ -70,6 +70,7 @@ def from_catalogue(name: str) -> Case:
             "dom_sgd": "dominant",
         }.get(name, "everything"),
         method.refresh if method.refresh_every else None,
+        slow=method.fidelity == "Optax" and name not in ("sgd", "adam"),
     )
 
 

@@ -209,8 +209,15 @@ def test_catalogue(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--list") == 0
     out = capsys.readouterr().out
     for method in methods.METHODS.values():
-        assert method.name in out
-        assert method.link in out
+        assert f"  {method.name}: {method.summary}\n" in out
+        assert f"{method.fidelity}: {method.paper}, {method.link}\n" in out
+        assert f"{method.family}:\n" in out
+    costs = {entry.name: entry.extra_cost() for entry in methods.METHODS.values()}
+    assert costs["sgd"] == "state 1 x the parameters"
+    assert costs["extrap_sgd"] == "2 gradients a step, state 1 x the parameters"
+    assert costs["bulk_sgd"].startswith("10 Hessian-vector products every 20 steps, state 11 x")
+    assert costs["bulk_sgd_round_robin"].startswith("1 Hessian-vector product every step, ")
+    assert all(f"cost: {cost}" in out for cost in costs.values())
     assert list(here.iterdir()) == []
 
 
