@@ -1,0 +1,150 @@
+"""The survey run again: ranks, claims, the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import survey
+from experiments.methods import METHODS
+
+TINY = ("--steps", "10", "--seeds", "2", "--name", "tiny")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory and few contestants."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(survey, "PLAIN", ("plain_sgd", "sgd"))
+    monkeypatch.setattr(survey, "BATCH_NORM", ("sgd",))
+    return tmp_path
+
+
+def test_ranks_of_clear_winners_are_certain() -> None:
+    values = np.array([[0.5, 0.6, 0.5], [0.9, 0.8, 0.9], [0.7, 0.7, 0.7]])
+    for row, expected in zip(survey.ranks(values, survey.draw(3)), (3, 1, 2), strict=True):
+        assert row == {"rank": expected, "low": expected, "high": expected}
+
+
+def test_ranks_of_equals_are_shared_and_of_rivals_uncertain() -> None:
+    equal = survey.ranks([[0.5, 0.6]] * 4, survey.draw(2))
+    assert all(row == {"rank": 2.5, "low": 2.5, "high": 2.5} for row in equal)
+    first, second = survey.ranks([[0.9, 0.5], [0.6, 0.7]], survey.draw(2))
+    assert (first["rank"], second["rank"]) == (1, 2)
+    assert (first["low"], first["high"], second["low"], second["high"]) == (1, 2, 1, 2)
+
+
+def test_intervals_agree_with_scipy() -> None:
+    """SciPy's percentile bootstrap of the mean."""
+    rng = np.random.default_rng(1)
+    rows = {
+        name: {"accuracy": list(rng.normal(mean, 0.02, 8))} for name, mean in (("a", 1), ("b", 0.9))
+    }
+    claim = survey.Claim("", "", "accuracy", "a", "b")
+    verdict = survey.judge(claim, rows, survey.draw(8))
+    difference = np.subtract(rows["a"]["accuracy"], rows["b"]["accuracy"])
+    expected = stats.bootstrap(
+        (difference,), np.mean, method="percentile", n_resamples=20_000, rng=rng
+    ).confidence_interval
+    np.testing.assert_allclose([verdict["low"], verdict["high"]], expected, atol=1e-3)
+    assert verdict["difference"] == pytest.approx(difference.mean())
+
+
+@pytest.mark.parametrize(
+    ("better", "verdict"),
+    [
+        ([0.9, 0.8, 0.9], "holds here"),
+        ([0.5, 0.4, 0.6], "does not hold here"),
+        ([0.9, 0.5, 0.7], "undecided"),
+        ([0.7, 0.7, 0.7], "undecided"),
+    ],
+)
+def test_verdicts(better: list[float], verdict: str) -> None:
+    rows = {"a": {"speed": better}, "b": {"speed": [0.7, 0.7, 0.7]}}
+    claim = survey.Claim("", "", "speed", "a", "b")
+    assert survey.judge(claim, rows, survey.draw(3))["verdict"] == verdict
+
+
+def test_an_ensemble_is_held_against_its_members() -> None:
+    rows = {"a": {"accuracy": [0.9, 0.8], "member_accuracy": [0.7, 0.7]}}
+    claim = survey.Claim("", "", "accuracy", "a", "a", of_members=True)
+    assert survey.judge(claim, rows, survey.draw(2))["difference"] == pytest.approx(0.15)
+
+
+def test_claims_are_about_contestants() -> None:
+    later = {"kfac", "ekfac", "hessian_free"}  # where the catalogue has them
+    names = {*survey.PLAIN, *survey.ENSEMBLES, *(name + survey.BN for name in survey.BATCH_NORM)}
+    assert set(survey.PLAIN) <= set(METHODS)
+    for claim in survey.CLAIMS:
+        assert {claim.better, claim.worse} <= names | later
+        assert claim.of_members == (claim.better == claim.worse)
+        assert claim.quality in ("accuracy", "speed", "calibration")
+        assert (
+            claim.quality == "accuracy"
+            or claim.of_members
+            or claim.better in names - {*survey.ENSEMBLES} | later
+        )
+
+
+def test_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert survey.main(TINY) == 0
+    out = capsys.readouterr().out
+    folder = here / "runs" / "tiny"
+    results = json.loads((folder / "survey.json").read_text())
+    names = ["plain_sgd", "sgd", "sgd + BN", "independent", "snapshot"]
+    rows = {row["name"]: row for row in results["rows"]}
+    assert sorted(rows) == sorted(names)
+    for name, row in rows.items():
+        assert name in out
+        assert len(row["accuracy"]) == 2
+        assert 1 <= row["accuracy_rank"]["low"] <= row["accuracy_rank"]["high"] <= 5
+    # Read again from the records, at the rate that was chosen.
+    plain = json.loads((folder / "plain" / "results.json").read_text())["rows"][1]
+    assert np.mean(rows["sgd"]["accuracy"]) == pytest.approx(plain["test_accuracy"])
+    assert rows["sgd"]["learning_rate"] == plain["learning_rate"]
+    curve = plain["curve"]["validation_accuracy"][1:]
+    assert np.mean(rows["sgd"]["speed"]) == pytest.approx(np.mean(curve))
+    claims = {claim["name"] for claim in results["claims"]}
+    assert "batch norm is faster" in claims
+    assert "Adam is faster than momentum" not in claims
+    assert (folder / "survey.png").stat().st_size > 10_000
+    assert json.loads((folder / "batch_norm" / "config.json").read_text())["model_options"]
+
+    again = folder / "survey.json"
+    before = json.loads(again.read_text())
+    assert survey.main(TINY) == 0
+    assert capsys.readouterr().out.count("already done") == 4
+    assert json.loads(again.read_text()) == before
+    assert survey.main((*TINY[2:], "--steps", "15")) == 2
+    assert "steps 10, now 15" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--scale", "huge"), "unknown scale 'huge'; valid: small, full"),
+        (("--model", "resnet20"), "unknown model 'resnet20'; valid: mlp, cnn"),
+        (("--task", "sst3"), "unknown task 'sst3'"),
+        (("--seeds", "1"), "--seeds must be at least 2 to make intervals, got 1"),
+        (("--steps", "3"), "5 members need at least 5 steps, got 3"),
+        (("--name", "a/b"), "--name must be a plain folder name"),
+    ],
+)
+def test_wrong_input(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert survey.main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert list(here.iterdir()) == []
+
+
+def test_another_folder_is_left_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "runs" / "tiny").mkdir(parents=True)
+    (here / "runs" / "tiny" / "thesis.txt").write_text("mine")
+    assert survey.main((*TINY, "--overwrite")) == 2
+    assert "is not a survey's folder" in capsys.readouterr().err
+    assert (here / "runs" / "tiny" / "thesis.txt").read_text() == "mine"
