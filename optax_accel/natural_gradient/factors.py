@@ -263,8 +263,33 @@ def damped_inverse(factor: jax.Array, damping: jax.Array) -> jax.Array:
         return 1 / (factor + damping)
     identity = jnp.eye(len(factor), dtype=factor.dtype)
     root = lax.linalg.cholesky(factor + damping * identity, symmetrize_input=False)
-    half = lax.linalg.triangular_solve(root, identity, left_side=True, lower=True)
-    return _matmul(half.T, half)
+    return _lower_gram(_lower_inverse(root))
+
+
+# Larger triangular matrices are halved, so that most of the work is done by matrix products: on a
+# CPU several times faster than LAPACK's solver and a product that does not know of the zeros.
+_TRIANGLE = 400
+
+
+def _lower_inverse(lower: jax.Array) -> jax.Array:
+    """The inverse of a lower triangular matrix."""
+    if (half := len(lower) // 2) < _TRIANGLE // 2:
+        identity = jnp.eye(len(lower), dtype=lower.dtype)
+        return lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+    first, second = _lower_inverse(lower[:half, :half]), _lower_inverse(lower[half:, half:])
+    corner = -_matmul(second, _matmul(lower[half:, :half], first))
+    return jnp.block([[first, jnp.zeros_like(corner.T)], [corner, second]])
+
+
+def _lower_gram(lower: jax.Array) -> jax.Array:
+    """``lower.T @ lower`` of a lower triangular matrix."""
+    if (half := len(lower) // 2) < _TRIANGLE // 2:
+        return _matmul(lower.T, lower)
+    first, corner, second = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    off = _matmul(second.T, corner)
+    return jnp.block(
+        [[_lower_gram(first) + _matmul(corner.T, corner), off.T], [off, _lower_gram(second)]]
+    )
 
 
 def eigendecomposition(factor: jax.Array) -> Eigen:

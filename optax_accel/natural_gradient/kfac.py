@@ -668,7 +668,7 @@ def _transformation(
 def _find(name: str, objective: Objective, params: PyTree, example: Example, mask: Mask) -> Network:
     if objective._predict is None:
         raise ValueError(
-            f"{name} reads the layers from the program of the network, but the objective is a plain "
+            f"{name} finds layers in the program of the network, but the objective is a plain "
             "function of the parameters; build it as optax_accel.Objective(predict, loss)."
         )
     selected = None if mask is None else jax.tree.leaves(resolve(params, mask))

@@ -375,6 +375,7 @@ class _Finder:
         self.constants: dict[int, Any] = {}
         # What is known of values.
         self.data: set[int] = set()  # depend on the data, or on other arrays that are not trained
+        self.trained: set[int] = set()  # depend on parameters
         self.readers: collections.Counter[int] = collections.Counter()
         self.views: dict[int, _View] = {}
         self.channels: dict[int, tuple[int, tuple[int | None, ...]]] = {}
@@ -385,6 +386,7 @@ class _Finder:
 
         arguments = self._new([var.aval for var in closed.jaxpr.invars])
         self.inputs = arguments[: len(paths)]
+        self.trained.update(self.inputs)
         self.data.update(arguments[len(paths) :])
         for leaf, (number, shape) in enumerate(zip(self.inputs, self.leaf_shapes, strict=True)):
             self.views[number] = _View(leaf, (), shape, tuple(range(len(shape))))
@@ -464,8 +466,9 @@ class _Finder:
         function = jaxpr_as_fun(ClosedJaxpr(single, ()))
         self.steps.append((function, tuple(arguments.values()), results))
         self.readers.update(operands)
-        if any(number in self.data for number in operands):
-            self.data.update(results)
+        for known in (self.data, self.trained):
+            if not known.isdisjoint(operands):
+                known.update(results)
         self._match(eqn, operands, results[0] if results else -1)
         return list(results)
 
@@ -527,13 +530,18 @@ class _Finder:
         order = {axis: i for i, axis in enumerate(use.channels)}
         self.channels[use.output] = len(self.uses), tuple(order.get(i) for i in range(rank))
         self.uses.append(use)
+        self.data.add(use.output)
         return True
+
+    def _per_example(self, number: int) -> bool:
+        """Whether a value can be an activation, also a constant one: the first state of a loop."""
+        return number in self.data or number not in self.trained
 
     def _match_dense(self, eqn: JaxprEqn, operands: tuple[int, ...], result: int) -> bool:
         side = int(operands[1] in self.views)
         weight, activation = operands[side], operands[1 - side]
         contracted, batch = eqn.params["dimension_numbers"]
-        if (view := self._weight(weight)) is None or batch[0] or activation not in self.data:
+        if (view := self._weight(weight)) is None or batch[0] or not self._per_example(activation):
             return False
         inputs, columns = (tuple(map(int, contracted[i])) for i in (side, 1 - side))
         outputs = [i for i in range(len(view.axes)) if i not in inputs]
@@ -562,7 +570,7 @@ class _Finder:
     def _match_convolution(self, eqn: JaxprEqn, operands: tuple[int, ...], result: int) -> bool:
         activation, weight = operands
         params, numbers = eqn.params, eqn.params["dimension_numbers"]
-        if (view := self._weight(weight)) is None or activation not in self.data:
+        if (view := self._weight(weight)) is None or not self._per_example(activation):
             return False
         if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
             return False
@@ -594,7 +602,7 @@ class _Finder:
     def _match_embedding(self, eqn: JaxprEqn, operands: tuple[int, ...], result: int) -> bool:
         table, indices = operands
         numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-        if (view := self._weight(table)) is None or indices not in self.data:
+        if (view := self._weight(table)) is None or not self._per_example(indices):
             return False
         if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
             return False

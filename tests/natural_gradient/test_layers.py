@@ -1,0 +1,481 @@
+"""What is found in the program of a network, and what is read from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax import lax
+
+import models
+import optax_accel as oa
+from experiments import engine
+from optax_accel.natural_gradient import factors as stats
+from optax_accel.natural_gradient.layers import find
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+N, T = 6, 4
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def loss(outputs: jax.Array) -> jax.Array:
+    targets = normal(*outputs.shape, seed=9)
+    return 0.5 * jnp.sum((outputs - targets) ** 2) / len(outputs)
+
+
+def tree(**shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
+    return {name: normal(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+
+
+X, SEQUENCE, IMAGES = normal(N, 3), normal(N, T, 3), normal(N, 7, 6, 3)
+TOKENS = np.random.default_rng(0).integers(0, 5, (N, T))
+PATCHES = ("NHWC", "HWIO", "NHWC")
+
+
+def layer_norm(p: Any, x: Any) -> Any:
+    centred = x - x.mean(-1, keepdims=True)
+    scale = lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + 1e-3)
+    return centred * (scale * p["scale"][None]) + p["shift"][None]
+
+
+def batch_norm(p: Any, x: Any) -> Any:
+    variance = jnp.var(x, axis=0) + 1e-3
+    return (x - x.mean(0)[None]) * (p["scale"] * lax.rsqrt(variance))[None] + p["shift"][None]
+
+
+def conv(p: Any, x: Any, numbers: Any = PATCHES, **kwargs: Any) -> Any:
+    kwargs = {"window_strides": (1, 1), "padding": "SAME"} | kwargs
+    return lax.conv_general_dilated(x, p["w"], dimension_numbers=numbers, **kwargs)
+
+
+def recurrent(p: Any) -> Any:
+    h = jnp.zeros((N, 4))
+    for t in range(T):
+        h = jnp.tanh(SEQUENCE[:, t] @ p["w"] + h @ p["v"] + p["b"][None])
+    return h
+
+
+@jax.custom_jvp
+def custom(w: Any, x: Any) -> Any:
+    return x @ w
+
+
+custom.defjvp(lambda primals, tangents: (custom(*primals), tangents[1] @ primals[0]))
+
+DENSE = {"w": "dense", "b": "dense"}
+CONV = {"w": "convolution", "b": "convolution"}
+# Predict, shapes of the parameters, kinds that are expected.
+Case = tuple[Callable[[Any], Any], dict[str, tuple[int, ...]], dict[str, str]]
+CASES: dict[str, Case] = {
+    "dense": (lambda p: X @ p["w"] + p["b"][None], {"w": (3, 2), "b": (2,)}, DENSE),
+    "bias first": (lambda p: p["b"][None] + X @ p["w"], {"w": (3, 2), "b": (2,)}, DENSE),
+    "transposed": (lambda p: X @ p["w"].T + p["b"][None], {"w": (2, 3), "b": (2,)}, DENSE),
+    "from the left": (lambda p: (p["w"] @ X.T).T + p["b"][None], {"w": (2, 3), "b": (2,)}, DENSE),
+    "flattened": (
+        lambda p: X @ p["w"].reshape(3, 4) + p["b"].ravel()[None],
+        {"w": (3, 2, 2), "b": (2, 2)},
+        DENSE,
+    ),
+    "vector": (lambda p: X @ p["w"], {"w": (3,)}, {"w": "dense"}),
+    "sequence": (lambda p: SEQUENCE @ p["w"] + p["b"][None, None], {"w": (3, 2), "b": (2,)}, DENSE),
+    "time first": (
+        lambda p: (normal(5, N, 3) @ p["w"] + p["b"][None, None]).transpose(1, 0, 2),
+        {"w": (3, 2), "b": (2,)},
+        DENSE,
+    ),
+    "heads": (
+        lambda p: jnp.einsum("ntd,dhe->nhte", SEQUENCE, p["w"]) + p["b"][None, :, None],
+        {"w": (3, 2, 5), "b": (2, 5)},
+        DENSE,
+    ),
+    "from heads": (
+        lambda p: jnp.einsum("nthe,hed->ntd", normal(N, T, 2, 5), p["w"]) + p["b"][None, None],
+        {"w": (2, 5, 3), "b": (3,)},
+        DENSE,
+    ),
+    "half a bias": (
+        lambda p: jnp.einsum("ntd,dhe->nthe", SEQUENCE, p["w"]) + p["b"][None, None, None],
+        {"w": (3, 2, 5), "b": (5,)},
+        {"w": "dense", "b": "scale-shift"},
+    ),
+    "output read twice": (
+        lambda p: (h := X @ p["w"]) * jnp.tanh(h + p["b"][None]),
+        {"w": (3, 2), "b": (2,)},
+        {"w": "dense", "b": "scale-shift"},
+    ),
+    "jit": (
+        lambda p: jax.jit(lambda w, b: jax.jit(jnp.matmul)(X, w) + b[None])(p["w"], p["b"]),
+        {"w": (3, 2), "b": (2,)},
+        DENSE,
+    ),
+    "checkpoint": (
+        lambda p: jax.checkpoint(lambda p: jnp.tanh(X @ p["w"] + p["b"][None]))(p),
+        {"w": (3, 2), "b": (2,)},
+        DENSE,
+    ),
+    "vmap": (
+        lambda p: jax.vmap(lambda x: jnp.tanh(p["w"] @ x + p["b"]))(X),
+        {"w": (2, 3), "b": (2,)},
+        DENSE,
+    ),
+    "reuse": (
+        recurrent,
+        {"w": (3, 4), "v": (4, 4), "b": (4,)},
+        {"w": "dense", "v": "dense", "b": "scale-shift"},
+    ),
+    "reuse with bias": (
+        lambda p: (h := X @ p["w"] + p["b"][None]) + jnp.tanh(jnp.tanh(h) @ p["w"] + p["b"][None]),
+        {"w": (3, 3), "b": (3,)},
+        DENSE,
+    ),
+    "convolution": (
+        lambda p: conv(p, IMAGES) + p["b"][None, None, None],
+        {"w": (3, 2, 3, 4), "b": (4,)},
+        CONV,
+    ),
+    "channels first": (
+        lambda p: (
+            conv(p, IMAGES.transpose(0, 3, 1, 2), ("NCHW", "OIHW", "NCHW"), padding="VALID")
+            + p["b"][None, :, None, None]
+        ),
+        {"w": (4, 3, 3, 2), "b": (4,)},
+        CONV,
+    ),
+    "strides and dilations": (
+        lambda p: conv(
+            p,
+            IMAGES,
+            window_strides=(2, 1),
+            padding=((1, 2), (0, 3)),
+            lhs_dilation=(1, 2),
+            rhs_dilation=(2, 1),
+        ),
+        {"w": (3, 2, 3, 4)},
+        {"w": "convolution"},
+    ),
+    "one dimension": (
+        lambda p: conv(p, SEQUENCE, ("NWC", "WIO", "NWC"), window_strides=(1,)),
+        {"w": (3, 3, 2)},
+        {"w": "convolution"},
+    ),
+    "embedding": (lambda p: p["w"][TOKENS], {"w": (5, 3)}, {"w": "embedding"}),
+    "columns of a table": (
+        lambda p: jnp.take(p["w"], TOKENS[:, 0], axis=1).T,
+        {"w": (3, 5)},
+        {"w": "embedding"},
+    ),
+    "layer norm": (
+        lambda p: layer_norm(p, X @ p["w"]),
+        {"w": (3, 4), "scale": (4,), "shift": (4,)},
+        {"w": "dense", "scale": "scale-shift", "shift": "scale-shift"},
+    ),
+    "one plus scale": (
+        lambda p: X * (1 + p["scale"])[None] - p["shift"][None],
+        {"scale": (3,), "shift": (3,)},
+        {"scale": "scale-shift", "shift": "scale-shift"},
+    ),
+    "subtracted and added": (
+        lambda p: jnp.tanh(X - p["shift"][None]) + p["shift"][None],
+        {"shift": (3,)},
+        {"shift": "scale-shift"},
+    ),
+    "learned positions": (
+        lambda p: jnp.tanh(SEQUENCE + p["shift"][None]),
+        {"shift": (T, 3)},
+        {"shift": "scale-shift"},
+    ),
+    "temperature": (lambda p: X * p["scale"], {"scale": ()}, {"scale": "scale-shift"}),
+    "spread first": (
+        lambda p: X * jnp.broadcast_to(p["scale"][None], (N, 3)),
+        {"scale": (3,)},
+        {"scale": "scale-shift"},
+    ),
+}
+# Batch normalization makes examples depend on each other.
+COUPLED: dict[str, Case] = {
+    "batch norm": (
+        lambda p: batch_norm(p, X @ p["w"]),
+        {"w": (3, 4), "scale": (4,), "shift": (4,)},
+        {"w": "dense", "scale": "scale-shift", "shift": "scale-shift"},
+    ),
+}
+GENERIC: dict[str, tuple[Callable[[Any], Any], dict[str, tuple[int, ...]], str]] = {
+    "loop": (
+        lambda p: lax.scan(lambda h, _: (jnp.tanh(h @ p["w"]), None), jnp.ones((N, 3)), length=2)[
+            0
+        ],
+        {"w": (3, 3)},
+        "is used by `scan`",
+    ),
+    "conditional": (
+        lambda p: lax.cond(X[0, 0] > 0, lambda: X @ p["w"], lambda: X),
+        {"w": (3, 3)},
+        "is used by `cond`",
+    ),
+    "tied": (
+        lambda p: p["w"][TOKENS] @ p["w"].T,
+        {"w": (5, 3)},
+        "is used as dense and as embedding",
+    ),
+    "autoencoder": (
+        lambda p: jnp.tanh(X @ p["w"]) @ p["w"].T,
+        {"w": (3, 2)},
+        "is used in several layouts",
+    ),
+    "groups": (
+        lambda p: conv(p, IMAGES, feature_group_count=3),
+        {"w": (3, 3, 1, 3)},
+        "is used by `conv_general_dilated`",
+    ),
+    "part": (lambda p: X @ p["w"][:, :2], {"w": (3, 3)}, "is used by `slice`"),
+    "function": (lambda p: X * jnp.exp(p["w"])[None], {"w": (3,)}, "is used by `exp`"),
+    "two parameters": (lambda p: X @ (p["w"] @ p["w"]), {"w": (3, 3)}, "is used by `dot_general`"),
+    "no examples": (
+        lambda p: X + (jnp.ones((5, 3)) @ p["w"]).sum(0)[None],
+        {"w": (3, 3)},
+        "is used by `dot_general`",
+    ),
+    "unused": (lambda p: X, {"w": (3,)}, "is not used"),
+    "empty": (lambda p: X @ p["w"], {"w": (3, 0)}, "has no entries"),
+    "custom derivative": (lambda p: custom(p["w"][:, :2], X), {"w": (3, 3)}, "is used by `slice`"),
+}
+
+
+def captured(predict: Any, params: Any) -> Any:
+    """The network and what the gradients of the loss per example leave at its layers."""
+    network = find(oa.Objective(predict, loss), params)
+
+    @jax.jit
+    def run(params: Any) -> Any:
+        outputs, pullback, values = network.capture(jax.tree.leaves(params), lambda t: t)
+        gradients, generic = pullback(N * jax.grad(loss)(outputs))
+        return outputs, values, jax.tree.map(lambda g: g[None], gradients), generic
+
+    return network, *run(params)
+
+
+@pytest.mark.parametrize("name", [*CASES, *COUPLED])
+def test_what_is_found(x64, name):
+    """The kinds; inputs times gradients are the gradient; squares are those of each example."""
+    predict, shapes, expected = (CASES | COUPLED)[name]
+    params = jax.tree.map(jnp.asarray, tree(**shapes))
+    network, outputs, values, gradients, _ = captured(predict, params)
+    assert {n: b.kind for b in network.blocks for n in b.names} == {
+        f"['{key}']": kind for key, kind in expected.items()
+    }
+    np.testing.assert_allclose(outputs, predict(params), rtol=1e-12)
+    gradient = jax.tree.leaves(jax.grad(lambda p: loss(predict(p)))(params))
+    for block in network.blocks:
+        leaves = {i: gradient[i] for i in block.leaves}
+        if block.kronecker:
+            matrix = 0
+            for use in block.uses:
+                a = stats.inputs_of(block, use, values, N, jnp.float64)
+                if block.kind == "embedding":
+                    a = jax.nn.one_hot(a, block.matrix_shape[0])
+                g = stats.gradients_of(use, gradients, N, jnp.float64)[0]
+                matrix = matrix + jnp.einsum("nti,nto->io", a, g) / N
+            np.testing.assert_allclose(matrix, block.to_matrix(leaves), rtol=1e-10, atol=1e-12)
+            back = block.from_matrix(block.to_matrix(leaves))
+            assert all(
+                np.array_equal(b, leaves[i]) for i, b in zip(block.leaves, back, strict=True)
+            )
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "time first"])
+def test_second_moments_of_each_example(x64, name):
+    """Of scales and shifts, and EKFAC's in the standard basis: those of separate gradients."""
+    predict, shapes, _ = CASES[name]
+    params = jax.tree.map(jnp.asarray, tree(**shapes))
+    network, outputs, values, gradients, _ = captured(predict, params)
+    slope = jax.grad(loss)(outputs)
+
+    def example(i: int) -> Any:
+        return jax.grad(lambda p: N * jnp.sum(predict(p)[i] * slope[i]))(params)
+
+    moments = jax.tree.leaves(
+        jax.tree.map(lambda *g: sum(x**2 for x in g) / N, *[example(i) for i in range(N)])
+    )
+    for block in network.blocks:
+        leaves = {i: moments[i] for i in block.leaves}
+        if not block.kronecker:
+            (i,) = block.leaves
+            got = stats.diagonal_statistics(block, values, gradients, N, jnp.float64)
+            np.testing.assert_allclose(got, leaves[i], rtol=1e-10)
+        elif block.kind != "embedding":
+            basis = stats.Kronecker(
+                *(stats.Eigen(jnp.ones(n), jnp.eye(n)) for n in block.matrix_shape)
+            )
+            got = stats.eigen_statistics(
+                block, values, gradients, N, basis, jnp.float64, lambda t: t
+            )
+            np.testing.assert_allclose(got, block.to_matrix(leaves), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", GENERIC)
+def test_what_is_not_found(name):
+    predict, shapes, reason = GENERIC[name]
+    params = jax.tree.map(jnp.asarray, tree(**shapes))
+    network, outputs, _, _, generic = captured(predict, params)
+    (block,) = network.blocks
+    assert (block.kind, block.reason) == ("generic", reason)
+    np.testing.assert_allclose(outputs, predict(params), rtol=1e-6)
+    gradient = jax.grad(lambda p: loss(predict(p)))(params)
+    np.testing.assert_allclose(generic[0], N * gradient["w"], rtol=1e-4, atol=1e-5)
+
+
+def test_factors_of_a_convolution(x64):
+    """Against patches as JAX extracts them; every position is an example's position."""
+    predict, shapes, _ = CASES["strides and dilations"]
+    params = tree(**shapes)
+    network, outputs, values, gradients, _ = captured(predict, params)
+    (block,) = network.blocks
+    patches = lax.conv_general_dilated_patches(
+        jnp.asarray(IMAGES),
+        filter_shape=(3, 2),
+        window_strides=(2, 1),
+        padding=((1, 2), (0, 3)),
+        lhs_dilation=(1, 2),
+        rhs_dilation=(2, 1),
+        dimension_numbers=PATCHES,
+    )
+    rows = patches.reshape(-1, 3, 6).swapaxes(1, 2).reshape(-1, 18)  # features: channel first
+    got = stats.kronecker_statistics(
+        block, values, gradients, N, stats.side_shapes(block, 99), jnp.float64
+    )
+    np.testing.assert_allclose(got.inputs, rows.T @ rows / len(rows), rtol=1e-12)
+    slopes = N * jax.grad(loss)(outputs).reshape(-1, 4)
+    np.testing.assert_allclose(got.outputs, slopes.T @ slopes / N, rtol=1e-12)
+    assert len(rows) == len(slopes)
+
+
+def test_factors_of_an_embedding(x64):
+    """A is the share of each token."""
+    predict, shapes, _ = CASES["embedding"]
+    network, outputs, values, gradients, _ = captured(predict, tree(**shapes))
+    (block,) = network.blocks
+    got = stats.kronecker_statistics(
+        block, values, gradients, N, stats.side_shapes(block, 99), jnp.float64
+    )
+    np.testing.assert_allclose(got.inputs, np.bincount(TOKENS.ravel()) / TOKENS.size)
+    slopes = N * jax.grad(loss)(outputs).reshape(-1, 3)
+    np.testing.assert_allclose(got.outputs, slopes.T @ slopes / N, rtol=1e-12)
+
+
+# -- libraries ------------------------------------------------------------------------------------
+
+
+def linen_model() -> Any:
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            x = nn.relu(nn.Conv(4, (3, 3))(x)).reshape(N, -1, 4)
+            x = nn.LayerNorm()(x + nn.MultiHeadDotProductAttention(num_heads=2)(x))
+            return nn.Dense(3)(x.mean(1))
+
+    model = Model()
+    params = model.init(jax.random.key(0), jnp.asarray(IMAGES, jnp.float32))
+    return lambda p: model.apply(p, jnp.asarray(IMAGES, jnp.float32)), params
+
+
+def equinox_model() -> Any:
+    keys = jax.random.split(jax.random.key(0), 3)
+    layers = [
+        eqx.nn.Conv2d(3, 4, 3, key=keys[0]),
+        jax.nn.relu,
+        jnp.ravel,
+        eqx.nn.Linear(80, 5, key=keys[1]),
+        eqx.nn.LayerNorm(5),
+        eqx.nn.Linear(5, 2, key=keys[2]),
+    ]
+    params, static = eqx.partition(eqx.nn.Sequential(map(as_layer, layers)), eqx.is_array)
+    images = jnp.asarray(IMAGES.transpose(0, 3, 1, 2), jnp.float32)
+    return lambda p: jax.vmap(eqx.combine(p, static))(images), params
+
+
+def as_layer(layer: Any) -> Any:
+    return layer if isinstance(layer, eqx.Module) else eqx.nn.Lambda(layer)
+
+
+def nnx_attention() -> Any:
+    model = nnx.MultiHeadAttention(num_heads=2, in_features=6, decode=False, rngs=nnx.Rngs(0))
+    graphdef, params, rest = engine.split(model)
+    x = jnp.asarray(normal(N, T, 6), jnp.float32)
+    return lambda p: nnx.merge(graphdef, p, rest)(x), params
+
+
+@pytest.mark.parametrize(
+    ("build", "counts"),
+    [
+        (linen_model, {"convolution": 1, "dense": 5, "scale-shift": 2}),
+        (equinox_model, {"convolution": 1, "dense": 2, "scale-shift": 2}),
+        (nnx_attention, {"dense": 4}),
+    ],
+)
+def test_libraries(build, counts):
+    """Every weight of every layer, with its bias."""
+    predict, params = build()
+    network = find(oa.Objective(predict, loss), params)
+    found = [block.kind for block in network.blocks]
+    assert {kind: found.count(kind) for kind in found} == counts
+    assert all(block.has_bias for block in network.blocks if block.kronecker)
+
+
+ZOO: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "mlp": ({"input_shape": (4, 4, 1), "hidden_sizes": (5,)}, {"dense": 2}),
+    "cnn": ({"input_shape": (8, 8, 3)}, {"convolution": 2, "dense": 1}),
+    "resnet20": ({"input_shape": (8, 8, 3)}, {"convolution": 19, "dense": 1, "scale-shift": 38}),
+    "transformer": (
+        {
+            "input_shape": (6,),
+            "vocabulary_size": 11,
+            "embedding_size": 8,
+            "num_heads": 2,
+            "feedforward_size": 7,
+            "dropout_rate": 0.1,
+        },
+        {"dense": 9, "embedding": 1, "scale-shift": 8},
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ZOO)
+def test_describe_finds_every_layer_of_the_zoo(name, dtype):
+    """Batch normalization, dropout and half precision change nothing in it."""
+    options, counts = ZOO[name]
+    model = models.create(name, num_classes=3, param_dtype=dtype, **options)
+    graphdef, params, rest = engine.split(model)
+    x = jax.ShapeDtypeStruct(
+        (4, *options["input_shape"]), jnp.int32 if "vocabulary_size" in options else jnp.float32
+    )
+    text = oa.describe_layers(engine.objective(graphdef, rest), params, {"x": x})
+    found = [kind for line in text.splitlines()[1:] for kind in counts if f"  {kind} " in line]
+    assert {kind: found.count(kind) for kind in found} == counts
+    assert len(found) == len(text.splitlines()) - 1
+    weights = sum("kernel" in line for line in text.splitlines())
+    assert weights == counts["dense"] + counts.get("convolution", 0)
+
+
+def test_masked_parameters_have_no_block():
+    predict, shapes, _ = CASES["dense"]
+    text = oa.describe_layers(
+        oa.Objective(predict, loss), tree(**shapes), mask={"w": True, "b": False}
+    )
+    assert text.splitlines()[1:] == ["['w']       dense  3 x 2 Kronecker"]
+
+
+def test_outputs_without_examples():
+    for predict in (lambda p: p["w"].sum(), lambda p: (X @ p["w"], p["w"])):
+        with pytest.raises(ValueError, match="leading axis of the outputs"):
+            oa.describe_layers(oa.Objective(predict, loss), tree(w=(3, 2)))
