@@ -2,11 +2,11 @@
 
     python -m experiments.bench
 
-Two questions: what does a method's `update` cost on a tree of 10 million parameters, where the
-optimizer is all there is; and what does it cost in a whole training step of a dense model. Method
-and base run side by side (A B, B A, A B, ...), compiled, with donated buffers, waiting for every
-result, so a busy moment of the machine hits both. A ratio is the median of the ratios of such
-pairs; the quartiles beside it say how far to trust it.
+Three questions: what does a method's `update` cost on a tree of 10 million parameters, where the
+optimizer is all there is; what does it cost in a whole training step of a dense model; and how long
+does that step take to compile. Method and base run side by side (A B, B A, A B, ...), compiled, with
+donated buffers, waiting for every result, so a busy moment of the machine hits both. A ratio is the
+median of the ratios of such pairs; the quartiles beside it say how far to trust it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,12 @@ from experiments.methods import METHODS, Method, get_methods
 
 # Highest ratio to the base that this project accepts.
 UPDATE_TARGETS = {"demon_sgd": 1.05, "demon_adam": 1.05, "stoch_grad_adam": 1.5}
+UPDATE_TARGETS |= {"adabound": 1.1, "weight_norm_adam": 2.0}
 STEP_TARGETS = {"extrap_sgd_past": 1.10, "extrap_sgd": 2.1}
+COMPILE_TARGET = 2.0  # of methods without curvature, whose step has one form
+# Their `update` evaluates gradients, which is what it costs.
+EVALUATING = ("extragradient", "gradient norm")
+COMPILE_REPEATS = 5  # at most: a compilation takes a second
 BATCH_SIZE = 128
 NUM_CLASSES = 10
 TOTAL_STEPS = 10_000
@@ -84,19 +89,20 @@ class Case:
         return (time.perf_counter() - begin) / self.period
 
 
-def measure(cases: Sequence[Case], repeats: int) -> list[dict[str, Any]]:
+def measure(cases: Sequence[Case], repeats: int, warm_ups: int = 2) -> list[dict[str, Any]]:
     """Times a base and its methods, each method right beside the base.
 
     Args:
       cases: the base, then its methods.
       repeats: number of rounds.
+      warm_ups: rounds before, whose times do not count.
 
     Returns:
       Per case: name, base, target, quartiles of milliseconds and of the ratio to the base.
     """
     for case in cases:  # compiles every form of the call, and lets the caches settle
-        case.time()
-        case.time()
+        for _ in range(warm_ups):
+            case.time()
     base, *others = cases
     own: dict[str, list[float]] = {case.name: [] for case in cases}
     ratios: dict[str, list[float]] = {case.name: [] for case in others}
@@ -134,13 +140,13 @@ def machine() -> dict[str, Any]:
     }
 
 
-# The two questions ----------------------------------------------------------------------------
+# The three questions --------------------------------------------------------------------------
 
 
 def update_cases(base: str, group: Sequence[Method], parameters: int) -> list[Case]:
     """`update` and `apply_updates` of a base and its methods on a large tree.
 
-    Methods that evaluate a gradient inside their update (extragradient) have no cost of their own
+    Methods that evaluate a gradient inside their update (`EVALUATING`) have no cost of their own
     here and are left out, and so is a base without others; curvature methods only project, they do
     not refresh.
     """
@@ -153,7 +159,7 @@ def update_cases(base: str, group: Sequence[Method], parameters: int) -> list[Ca
 
     cases = []
     for method in group:
-        if method.family == METHODS["extrap_sgd"].family:
+        if method.family in EVALUATING:
             continue
         tx = method.build(1e-3, total_steps=TOTAL_STEPS, num_classes=NUM_CLASSES)
         extra = {} if method.refresh_every is None else {"refresh": False, "value_fn": _no_loss}
@@ -182,20 +188,30 @@ def _no_loss(params: Any) -> Any:
     raise AssertionError("an update without refresh evaluates no loss")
 
 
-def step_cases(base: str, group: Sequence[Method]) -> list[Case]:
-    """Whole training steps of a dense model: batch 128, images of MNIST's shape."""
+def _problem() -> tuple[Any, ...]:
+    """A dense model, split, and a batch of images of MNIST's shape."""
     model = models.create("mlp", input_shape=(28, 28, 1), num_classes=NUM_CLASSES, rngs=0)
-    graphdef, params, rest = engine.split(model)
     random = np.random.default_rng(0)
     x = jnp.asarray(random.random((BATCH_SIZE, 28, 28, 1), np.float32))
     y = jnp.asarray(random.integers(0, NUM_CLASSES, BATCH_SIZE, np.int32))
+    return *engine.split(model), x, y
 
-    def case(method: Method, tx: Any) -> Case:
-        @functools.partial(jax.jit, static_argnames="refresh", donate_argnames="state")
-        def step(state: Any, x: Any, y: Any, refresh: Any) -> Any:
-            return engine.train_step(tx, graphdef, state, x, y, refresh=refresh)[0]
 
-        period = method.refresh_every or 1
+def _training_step(tx: Any, graphdef: Any) -> Any:
+    @functools.partial(jax.jit, static_argnames="refresh", donate_argnames="state")
+    def step(state: Any, x: Any, y: Any, refresh: Any) -> Any:
+        return engine.train_step(tx, graphdef, state, x, y, refresh=refresh)[0]
+
+    return step
+
+
+def step_cases(base: str, group: Sequence[Method]) -> list[Case]:
+    """Whole training steps of a dense model: batch 128, images of MNIST's shape."""
+    graphdef, params, rest, x, y = _problem()
+
+    def case(method: Method) -> Case:
+        tx = method.build(1e-3, total_steps=TOTAL_STEPS, num_classes=NUM_CLASSES)
+        step, period = _training_step(tx, graphdef), method.refresh_every or 1
         return Case(
             name=method.name,
             base=None if method.name == base else base,
@@ -206,11 +222,32 @@ def step_cases(base: str, group: Sequence[Method]) -> list[Case]:
             target=STEP_TARGETS.get(method.name),
         )
 
-    cases = []
-    for method in group:
+    return [case(method) for method in group]
+
+
+def compile_cases(base: str, group: Sequence[Method]) -> list[Case]:
+    """Tracing and compiling those training steps, in all forms of their static `refresh`."""
+    graphdef, params, rest, x, y = _problem()
+
+    def case(method: Method) -> Case:
         tx = method.build(1e-3, total_steps=TOTAL_STEPS, num_classes=NUM_CLASSES)
-        cases.append(case(method, tx))
-    return cases
+        state = jax.eval_shape(functools.partial(engine.init_state, tx), params, rest)
+        forms = {method.refresh(i) for i in range((method.refresh_every or 1) + 1)}
+
+        def call(i: int, carry: None) -> None:
+            for form in forms:
+                _training_step(tx, graphdef).lower(state, x, y, refresh=form).compile()
+
+        return Case(
+            name=method.name,
+            base=None if method.name == base else base,
+            call=call,
+            carry=None,
+            period=1,
+            target=COMPILE_TARGET if len(forms) == 1 and method.name != base else None,
+        )
+
+    return [case(method) for method in group]
 
 
 # Output -----------------------------------------------------------------------------------------
@@ -277,6 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             functools.partial(update_cases, parameters=options.parameters),
         ),
         "step": (f"training step, MLP on 28 x 28 images, batch {BATCH_SIZE}", step_cases),
+        "compile": ("compilation of that step", compile_cases),
     }
     results: dict[str, Any] = {"machine": computer, "repeats": options.repeats}
     for key, (title, make) in questions.items():
@@ -284,12 +322,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             row
             for base, group in groups.items()
             if (cases := make(base, group))
-            for row in measure(cases, options.repeats)
+            for row in (
+                measure(cases, min(options.repeats, COMPILE_REPEATS), warm_ups=1)
+                if key == "compile"
+                else measure(cases, options.repeats)
+            )
         ]
         console.print()
         console.print(table(title, results[key]))
     console.print(
-        f"\nMedians (quartiles) of {options.repeats} rounds. Updates of subspace methods project "
+        f"\nMedians (quartiles) of {options.repeats} rounds, of compilations "
+        f"{min(options.repeats, COMPILE_REPEATS)}. Updates of subspace methods project "
         "without refreshing; their steps refresh at the usual rhythm, the cold start left out."
     )
     if options.json is not None:

@@ -25,7 +25,9 @@ def test_ratios_and_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert [row["name"] for row in results["update"]] == ["sgd", "demon_sgd"]
     names = [row["name"] for row in results["step"]]
     assert names == ["sgd", "demon_sgd", "nesterov_sgd", "extrap_sgd_past"]
-    for row in results["update"] + results["step"]:
+    assert [row["name"] for row in results["compile"]] == names
+    assert [row["target"] for row in results["compile"]] == [None, 2.0, None, 2.0]
+    for row in results["update"] + results["step"] + results["compile"]:
         low, median, high = row["milliseconds"]
         assert 0 < low <= median <= high
         assert (row["ratio"] is None) == (row["base"] is None)
