@@ -633,7 +633,7 @@ def _transformation(
             )
             key = jax.random.fold_in(state.key, state.count)
             batch = _measure(name, current, params, blocks, mask, estimator, likelihood, key)
-            state = _average_factors(state, batch, decay, max_size)
+            state, finite = _average_factors(state, batch, decay, max_size)
             if invert is True:
                 state = _invert(state, batch, strength, kind)
             elif invert is not False:
@@ -642,7 +642,9 @@ def _transformation(
                     return _invert(state, batch, strength, kind)
 
                 state = lax.cond(invert, inverted, lambda state: state, state)
-            return _average_moments(state, batch, decay) if kind == "ekfac" else state
+            if kind == "ekfac":
+                state = _average_moments(state, batch, decay, finite)
+            return state
 
         if refresh is None:
             invert = inverses_every == factors_every or count % inverses_every == 0
@@ -746,7 +748,7 @@ def _measure(
 
 def _average_factors(
     state: ScaleByKFACState, batch: _Batch, decay: Any, max_size: int
-) -> ScaleByKFACState:
+) -> tuple[ScaleByKFACState, jax.Array]:
     """Moving averages of the factors, unless the batch gives numbers that are not finite."""
     n, axis = batch.num_examples, batch.objective.axis_name
     means: list[Any] = []
@@ -776,7 +778,7 @@ def _average_factors(
 
     factors = jax.tree.map(average, state.factors, tuple(means))
     weight = average(state.weight, jnp.ones_like(state.weight))
-    return state._replace(factors=factors, weight=weight)
+    return state._replace(factors=factors, weight=weight), finite
 
 
 def _invert(state: ScaleByKFACState, batch: _Batch, damping: Any, kind: str) -> ScaleByKFACState:
@@ -804,7 +806,9 @@ def _invert(state: ScaleByKFACState, batch: _Batch, damping: Any, kind: str) -> 
     return state._replace(inverses=tuple(inverses), moments=tuple(moments))
 
 
-def _average_moments(state: ScaleByKFACState, batch: _Batch, decay: Any) -> ScaleByKFACState:
+def _average_moments(
+    state: ScaleByKFACState, batch: _Batch, decay: Any, finite: jax.Array
+) -> ScaleByKFACState:
     """The moving average of EKFAC's second moments."""
     new = [
         stats.eigen_statistics(
@@ -817,7 +821,8 @@ def _average_moments(state: ScaleByKFACState, batch: _Batch, decay: Any) -> Scal
 
     def average(old: jax.Array) -> jax.Array:
         new, kept = next(remaining), jnp.asarray(decay, old.dtype)
-        return jnp.where(jnp.isfinite(jnp.sum(new)), kept * old + (1 - kept) * new, old)
+        usable = finite & jnp.isfinite(jnp.sum(new))
+        return jnp.where(usable, kept * old + (1 - kept) * new, old)
 
     return state._replace(moments=jax.tree.map(average, state.moments))
 

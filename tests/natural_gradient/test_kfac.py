@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -15,17 +16,12 @@ import optax_accel as oa
 from optax_accel import curvature
 from optax_accel.natural_gradient import factors as stats
 from tests.helpers import (
-    WORKER_MODES,
     classification,
     cross_entropy,
     least_squares,
-    mlp_apply,
     mlp_init,
     mlp_objective,
-    over_workers,
-    signature,
     tree_allclose,
-    tree_equal,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -75,7 +71,7 @@ def deep_linear(num_examples: int) -> tuple[oa.Objective, Any]:
     x, y = rng.normal(size=(num_examples, 4)), rng.normal(size=(num_examples, 2))
     params = {
         f"layer{i}": {"w": rng.normal(size=(m, n)), "b": rng.normal(size=n)}
-        for i, (m, n) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+        for i, (m, n) in enumerate(itertools.pairwise(sizes))
     }
 
     def predict(params: Any) -> jax.Array:

@@ -1,0 +1,352 @@
+"""K-FAC and EKFAC as people train with them: devices, models, bad batches, wrong input."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import models
+import optax_accel as oa
+from experiments import engine
+from optax_accel.natural_gradient import factors as stats
+from optax_accel.objective import vary_over
+from tests.helpers import (
+    WORKER_MODES,
+    classification,
+    cross_entropy,
+    mlp_apply,
+    mlp_init,
+    mlp_objective,
+    over_workers,
+    signature,
+    tree_allclose,
+    tree_equal,
+)
+from tests.natural_gradient.test_kfac import KINDS, double, first_update, scale_by, squares
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+# -- any number of devices ------------------------------------------------------------------------
+
+X, Y = (a[:24] for a in classification())
+# A layer with a bias, one without examples of its own statistics, a diagonal and a generic block.
+PARAMS = mlp_init((2, 6, 3)) | {"scale": jnp.ones(3), "log": jnp.zeros(3)}
+PARAMS = jax.tree.map(np.asarray, PARAMS)
+
+
+def mixed(x: Any, y: Any, axis_name: str | None = None) -> oa.Objective:
+    def predict(params: Any) -> jax.Array:
+        layers = {name: params[name] for name in ("layer0", "layer1")}
+        return mlp_apply(layers, x) * params["scale"][None] + jnp.exp(params["log"])[None]
+
+    return oa.Objective(predict, lambda out: cross_entropy(out, y), axis_name)
+
+
+def train(tx: Any, params: Any, x: Any, y: Any, axis_name: str | None, num_steps: int = 4) -> Any:
+    state, objective = tx.init(params), mixed(x, y, axis_name)
+    for _ in range(num_steps):
+        updates, state = tx.update(objective.grad(params), state, params, value_fn=objective)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+@functools.cache
+def alone(kind: str, estimator: str) -> Any:
+    return jax.jit(
+        lambda: train(optimizer(kind, estimator), double(PARAMS), np.float64(X), Y, None)
+    )()
+
+
+def optimizer(kind: str, estimator: str) -> Any:
+    return optax.chain(
+        scale_by(
+            kind,
+            mixed(X, Y),
+            estimator=estimator,
+            likelihood="categorical" if kind == "eigen" else None,
+            damping=0.1,
+            factors_every=2 if kind == "ekfac" else 1,
+            inverses_every=2,
+        ),
+        optax.scale(-0.1),
+    )
+
+
+@pytest.mark.parametrize("mode", WORKER_MODES)
+@pytest.mark.parametrize(
+    ("kind", "estimator"), [("factored", "ggn"), ("eigen", "fisher"), ("ekfac", "fisher")]
+)
+def test_eight_devices_are_one_device(x64, kind, estimator, mode):
+    """Factors are means, inverses split, the random vectors those of the global batch."""
+
+    def worker(x: Any, y: Any) -> Any:
+        return train(optimizer(kind, estimator), double(PARAMS), x, y, "workers")
+
+    x, y = np.float64(X).reshape(8, 3, 2), Y.reshape(8, 3)
+    params, state = jax.block_until_ready(over_workers(mode, worker, 8)(x, y))
+    want = alone(kind, estimator)
+    for i in (0, 7):
+        tree_allclose(jax.tree.map(lambda leaf, i=i: leaf[i], params), want[0], rtol=1e-8)
+    factors = jax.tree.map(lambda leaf: leaf[3], state[0].factors)
+    tree_allclose(factors, want[1][0].factors, rtol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["factored", "ekfac"])
+def test_replicated_states(x64, kind):
+    """Under `shard_map` a state goes in and comes out as the same on all devices."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = optimizer(kind, "fisher")
+
+    def step(params: Any, state: Any, x: Any, y: Any) -> Any:
+        objective = mixed(x, y, "data")
+        updates, state = tx.update(objective.grad(params), state, params, value_fn=objective)
+        return optax.apply_updates(params, updates), state
+
+    sharded = jax.jit(
+        jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(jax.P(), jax.P(), jax.P("data"), jax.P("data")),
+            out_specs=jax.P(),
+        )
+    )
+    params = double(PARAMS)
+    state = tx.init(params)
+    for _ in range(4):
+        before = signature(state)
+        params, state = jax.block_until_ready(sharded(params, state, np.float64(X), Y))
+        assert signature(state) == before
+    tree_allclose(params, alone(kind, "fisher")[0], rtol=1e-8)
+
+
+def test_each_inverse_is_computed_once():
+    """By one device of the axis; and sent to the others in one all-reduce with the others."""
+    calls = []
+
+    def function(factor: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda index: calls.append(int(index)), jax.lax.axis_index("workers"))
+        return 2 * factor
+
+    def worker(_: Any) -> Any:
+        tasks = [(function, jnp.full((n, n), float(n))) for n in (5, 1, 4, 2, 3)]
+        return stats.share(tasks, "workers", lambda tree: vary_over(tree, "workers"))
+
+    results = over_workers("shard_map", worker, 4)(jnp.zeros((4, 1)))
+    jax.effects_barrier()
+    for n, result in zip((5, 1, 4, 2, 3), results, strict=True):
+        np.testing.assert_array_equal(result, np.full((4, n, n), 2.0 * n))
+    # The largest alone, the smallest two together.
+    assert sorted(calls) == [0, 1, 2, 3, 3]
+
+
+# -- models as people train them ------------------------------------------------------------------
+
+
+class Normalized(nnx.Module):
+    """Batch normalization and dropout."""
+
+    def __init__(self, input_shape: tuple[int, ...], num_classes: int, rngs: nnx.Rngs):
+        self.linear1 = nnx.Linear(*input_shape, 6, rngs=rngs)
+        self.norm = nnx.BatchNorm(6, rngs=rngs)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+        self.linear2 = nnx.Linear(6, num_classes, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear2(self.dropout(nnx.relu(self.norm(self.linear1(x)))))
+
+
+MODELS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "convolutions": (models.Cnn, (4, 4, 1)),
+    "bfloat16": (functools.partial(models.Mlp, hidden_sizes=(7,), param_dtype="bfloat16"), (9,)),
+    "batch norm and dropout": (Normalized, (5,)),
+    "attention": (
+        functools.partial(
+            models.Transformer,
+            vocabulary_size=9,
+            embedding_size=8,
+            num_layers=1,
+            num_heads=2,
+            feedforward_size=7,
+            dropout_rate=0.1,
+        ),
+        (5,),
+    ),
+}
+SLOW = ("convolutions", "attention")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in MODELS]
+)
+@pytest.mark.parametrize("kind", ["factored", "ekfac"])
+def test_trains_models(name, kind):
+    """By the engine's step: losses fall, dtypes stay, factors are in single precision."""
+    build, shape = MODELS[name]
+    graphdef, params, rest = engine.split(build(input_shape=shape, num_classes=3, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    x = np.float32(rng.normal(size=(12, *shape)))
+    x = rng.integers(1, 9, x.shape) if name == "attention" else x
+    y = jnp.arange(12) % 3
+    objective = engine.objective(graphdef, rest)
+    example = {"x": jax.ShapeDtypeStruct(x.shape, x.dtype)}
+    optimizer = oa.ekfac if kind == "ekfac" else oa.kfac
+    tx = optimizer(
+        0.05, objective, example, damping=0.1, likelihood="categorical", inverses_every=4
+    )
+    state = engine.init_state(tx, params, rest)
+
+    @functools.partial(jax.jit, static_argnames="refresh")
+    def step(state: Any, refresh: Any) -> Any:
+        return engine.train_step(tx, graphdef, state, x, y, refresh=refresh)
+
+    losses, before = [], signature(state)
+    for i in range(12):
+        state, metrics = step(state, oa.kfac_refresh_at(i, 1, 4))
+        assert signature(state) == before
+        assert metrics["finite"]
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.8 * losses[0], losses
+    factors = optax.tree.get(state.opt_state, "factors")
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(factors)} == {"float32"}
+
+
+def test_a_fifth_of_the_steps_of_sgd():
+    """On inputs of very different scales, with the best of several learning rates."""
+    inputs = np.float32(np.random.default_rng(0).normal(size=(64, 6)))
+    x = inputs * np.logspace(0, -1.5, 6, dtype=np.float32)[None]
+    y = mlp_apply(mlp_init((6, 8, 2), seed=3), inputs)
+    objective = oa.Objective(lambda p: mlp_apply(p, x), lambda out: squares(out, y))
+
+    def reached(build: Any, num_steps: int) -> jax.Array:
+        def run(rate: Any) -> Any:
+            tx = optax.with_extra_args_support(build(rate))
+
+            def step(carry: Any, _: None) -> Any:
+                params, state = carry
+                grads = objective.grad(params)
+                updates, state = tx.update(grads, state, params, value_fn=objective)
+                return (optax.apply_updates(params, updates), state), None
+
+            params = mlp_init((6, 8, 2))
+            (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=num_steps)
+            return objective(params)
+
+        return jnp.nanmin(jax.jit(jax.vmap(run))(jnp.logspace(-1, 0, 3)))
+
+    sgd = reached(functools.partial(optax.sgd, momentum=0.9), 200)
+    settings = {"likelihood": "gaussian", "inverses_every": 1, "kl_clip": 0.01, "momentum": 0.0}
+    for build in (functools.partial(oa.kfac, damping_kind="eigen"), oa.ekfac):
+        assert reached(functools.partial(build, objective=objective, **settings), 40) < sgd
+
+
+# -- what a user gets wrong, and what a batch does ------------------------------------------------
+
+
+def test_nothing_to_match():
+    objective = oa.Objective(lambda p: X * jnp.exp(p["w"])[None], lambda out: squares(out, X))
+    with pytest.raises(ValueError, match=r"found no dense layer(.|\n)*'w'.*is used by `exp`"):
+        oa.scale_by_kfac(objective).init({"w": jnp.ones(2)})
+
+
+def test_another_network_than_it_was_built_with():
+    objective = mlp_objective(X, Y)
+    tx = oa.scale_by_kfac(objective)
+    params = mlp_init()
+
+    def predict(params: Any) -> jax.Array:
+        return mlp_apply(params, X) * jnp.exp(params["layer0"]["b"].sum())
+
+    other = oa.Objective(predict, lambda out: cross_entropy(out, Y))
+    with pytest.raises(ValueError, match="not the one it was built with"):
+        tx.update(params, tx.init(params), params, value_fn=other)
+
+
+def test_too_many_outputs_without_a_likelihood():
+    objective = oa.Objective(lambda p: X @ p, lambda out: jnp.mean(jnp.sum(out**2, 1)))
+    params = jnp.ones((2, 300))
+    tx = oa.scale_by_kfac(objective)
+    with pytest.raises(ValueError, match=r"at most 256 .* has 300.* likelihood='categorical'"):
+        tx.update(params, tx.init(params), params, value_fn=objective)
+    pair = oa.Objective(lambda p: (X @ p, X @ p), lambda out: jnp.mean(out[0] + out[1]))
+    tx = oa.scale_by_kfac(pair, likelihood="gaussian")
+    with pytest.raises(ValueError, match="'gaussian' needs outputs that are one array"):
+        tx.update(params, tx.init(params), params, value_fn=pair)
+
+
+def test_several_outputs(x64):
+    """A tuple of outputs is one vector an example."""
+    x, w = np.random.default_rng(0).normal(size=(5, 3)), np.ones((3, 4))
+    single = oa.Objective(lambda p: x @ p, lambda out: squares(out, 1.0))
+    pair = oa.Objective(
+        lambda p: jnp.split(x @ p, 2, axis=1),
+        lambda out: squares(out[0], 1.0) + squares(out[1], 1.0),
+    )
+    updates = [
+        first_update(oa.scale_by_kfac(o, estimator="ggn"), o, jnp.asarray(w))[0]
+        for o in (single, pair)
+    ]
+    tree_allclose(*updates, rtol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_non_finite_batches_change_nothing(kind):
+    tx, params = scale_by(kind, mixed(X, Y), likelihood="categorical"), PARAMS
+    _, state = first_update(tx, mixed(X, Y), params)
+    for poisoned in (mixed(X * np.nan, Y), mixed(X * 1e30, Y)):
+        grads = mixed(X, Y).grad(params)
+        updates, new = jax.jit(
+            lambda g, s, o=poisoned: tx.update(g, s, params, value_fn=o, refresh="inverses")
+        )(grads, state)
+        tree_equal((new.factors, new.weight), (state.factors, state.weight))
+        # Rotated into a basis that is the same again.
+        tree_allclose(new.moments, state.moments, rtol=1e-5)
+        assert all(jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves((updates, new.inverses)))
+
+
+def test_curvature_batch_of_its_own():
+    """The gradient's batch is not looked at."""
+    objective, other = mlp_objective(X[:12], Y[:12]), mlp_objective(X[12:], Y[12:])
+    params, tx = mlp_init(), oa.scale_by_kfac(objective, estimator="ggn")
+    grads = objective.grad(params)
+    update = jax.jit(functools.partial(tx.update, grads, tx.init(params), params, value_fn=other))
+    beside = jax.jit(
+        lambda: tx.update(
+            grads, tx.init(params), params, value_fn=objective, curvature_value_fn=other
+        )
+    )
+    tree_equal(beside(), update())
+
+
+def test_mask():
+    """Masked-out leaves pass unchanged; those that stay have the block that they have alone."""
+    mask = {"layer0": {"w": True, "b": False}, "layer1": True}
+    objective, params = mlp_objective(X, Y), mlp_init()
+    tx = oa.scale_by_kfac(objective, estimator="ggn", mask=mask, norm_constraint=1e-9)
+    updates, state = first_update(tx, objective, params)
+    grads = objective.grad(params)
+    tree_equal(updates["layer0"]["b"], jax.jit(objective.grad)(params)["layer0"]["b"])
+    assert state.factors[0].inputs.shape == (2, 2)
+    assert not jnp.allclose(updates["layer0"]["w"], grads["layer0"]["w"])
+
+
+def test_large_factors_are_diagonal():
+    objective, params = mlp_objective(X, Y), mlp_init()
+    tx = oa.scale_by_kfac(objective, estimator="ggn", max_size=3)
+    full = oa.scale_by_kfac(objective, estimator="ggn")
+    (_, state), (_, want) = (first_update(t, objective, params) for t in (tx, full))
+    assert [f.inputs.shape for f in state.factors] == [(3, 3), (9,)]
+    assert [f.outputs.shape for f in state.factors] == [(8,), (3, 3)]
+    np.testing.assert_allclose(
+        state.factors[1].inputs, jnp.diagonal(want.factors[1].inputs), rtol=1e-5
+    )
+    for kind in KINDS:
+        updates, _ = first_update(scale_by(kind, objective, max_size=3), objective, params)
+        assert all(jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates))
