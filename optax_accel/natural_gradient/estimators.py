@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optax_accel._random import hash_bits
 from optax_accel.objective import Objective
 
 PyTree = Any
@@ -23,6 +24,8 @@ Estimator = Literal["fisher", "ggn", "empirical"]
 Likelihood = Literal["categorical", "bernoulli", "gaussian"]
 # Outputs of an example up to which a root of its loss Hessian is computed.
 _MOST_OUTPUTS = 256
+_Sampler = Callable[[jax.Array, Any], jax.Array]
+_Draw = Callable[[_Sampler, tuple[int, ...]], jax.Array]
 
 
 def output_gradients(
@@ -53,13 +56,15 @@ def output_gradients(
         slopes = jax.grad(loss)(outputs)
         return jax.tree.map(lambda g: num_examples * g[None], slopes)
 
-    first: Any = 0
-    if objective.axis_name is not None:
-        first = lax.axis_index(objective.axis_name) * num_examples
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(num_examples))
+    axis = objective.axis_name
 
-    def draw(sampler: Callable[..., jax.Array], shape: tuple[int, ...]) -> jax.Array:
-        return jax.vmap(lambda k: sampler(k, shape, dtype))(keys)
+    def draw(sampler: _Sampler, shape: tuple[int, ...]) -> jax.Array:
+        # Hashed, not drawn one after the other: compiled several times faster.
+        if axis is None:
+            return sampler(hash_bits(key, (num_examples, *shape)), dtype)
+        bits = hash_bits(key, (lax.axis_size(axis) * num_examples, *shape))
+        first = lax.axis_index(axis) * num_examples
+        return sampler(lax.dynamic_slice_in_dim(bits, first, num_examples), dtype)
 
     leaves = jax.tree.leaves(outputs)
     dtype = jnp.promote_types(jnp.result_type(*leaves), jnp.float32)
@@ -67,11 +72,11 @@ def output_gradients(
         flat, restore = _flatten(outputs, num_examples, dtype)
         root = _loss_root(lambda f: loss(restore(f)), flat)
         if estimator == "fisher":
-            normal = draw(jax.random.normal, flat.shape[1:])
+            normal = draw(_normal, flat.shape[1:])
             samples = jnp.einsum("nfc,nc->nf", root, normal)[None]
         else:
             samples = jnp.moveaxis(root, -1, 0)
-            samples = samples * draw(jax.random.rademacher, samples.shape[:1]).T[..., None]
+            samples = samples * draw(_sign, samples.shape[:1]).T[..., None]
         return jax.vmap(restore)(samples)
 
     if len(leaves) != 1 or leaves[0].ndim < (2 if likelihood == "categorical" else 1):
@@ -91,32 +96,43 @@ def output_gradients(
             probability = jax.nn.sigmoid(wide)
             deviation = jnp.sqrt(probability * (1 - probability))
         if estimator == "ggn":
-            samples = _each_output(deviation) * draw(jax.random.rademacher, out.shape[1:])[None]
+            samples = _each_output(deviation) * draw(_sign, out.shape[1:])[None]
         elif likelihood == "bernoulli":
-            samples = (probability - (draw(jax.random.uniform, out.shape[1:]) < probability))[None]
+            samples = (probability - (draw(_uniform, out.shape[1:]) < probability))[None]
         else:
-            samples = draw(jax.random.normal, out.shape[1:])[None]
+            samples = draw(_normal, out.shape[1:])[None]
     return jax.tree.unflatten(jax.tree.structure(outputs), [samples.astype(out.dtype)])
 
 
-def _categorical(
-    logits: jax.Array, estimator: Estimator, draw: Callable[..., jax.Array]
-) -> jax.Array:
+def _categorical(logits: jax.Array, estimator: Estimator, draw: _Draw) -> jax.Array:
     probabilities = jax.nn.softmax(logits, axis=-1)
     positions, classes = logits.shape[1:-1], logits.shape[-1]
     # The loss is the mean over the positions of an example, too.
     scale = 1 / math.sqrt(math.prod(positions))
     if estimator == "fisher":
-        uniform = draw(jax.random.uniform, (*positions, 1))
+        uniform = draw(_uniform, (*positions, 1))
         cumulative = jnp.cumsum(probabilities, axis=-1)
         below = cumulative < uniform * cumulative[..., -1:]
         labels = jnp.minimum(jnp.sum(below, axis=-1), classes - 1)
         return scale * (probabilities - jax.nn.one_hot(labels, classes, dtype=logits.dtype))[None]
     # diag(p) - p p^T is the sum over classes c of p_c (e_c - p) (e_c - p)^T.
     unit = jnp.broadcast_to(jnp.eye(classes, dtype=logits.dtype), (*logits.shape, classes))
-    signs = draw(jax.random.rademacher, (*positions, classes))
+    signs = draw(_sign, (*positions, classes))
     weights = scale * signs * jnp.sqrt(probabilities)
     return jnp.moveaxis(weights[..., None] * (unit - probabilities[..., None, :]), -2, 0)
+
+
+def _uniform(bits: jax.Array, dtype: Any) -> jax.Array:
+    """Numbers in (0, 1) from 32 random bits each."""
+    return ((bits >> 9).astype(dtype) + 0.5) * 2.0**-23
+
+
+def _normal(bits: jax.Array, dtype: Any) -> jax.Array:
+    return math.sqrt(2) * lax.erf_inv(2 * _uniform(bits, dtype) - 1)
+
+
+def _sign(bits: jax.Array, dtype: Any) -> jax.Array:
+    return 1 - 2 * (bits >> 31).astype(dtype)
 
 
 def _each_output(deviation: jax.Array) -> jax.Array:
@@ -147,7 +163,7 @@ def _flatten(
 
 
 def _loss_root(loss: Callable[[jax.Array], jax.Array], flat: jax.Array) -> jax.Array:
-    """A root of each example's loss Hessian, ``(examples, outputs, outputs)``."""
+    """The symmetric root of each example's loss Hessian, ``(examples, outputs, outputs)``."""
     num_examples, size = flat.shape
     if size > _MOST_OUTPUTS:
         raise ValueError(
@@ -164,4 +180,8 @@ def _loss_root(loss: Callable[[jax.Array], jax.Array], flat: jax.Array) -> jax.A
 
     hessians = num_examples * jnp.moveaxis(jax.vmap(column)(jnp.eye(size, dtype=flat.dtype)), 0, -1)
     values, vectors = jnp.linalg.eigh(hessians)
-    return vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None]
+    # The root of a rounding error is none, and the symmetric root does not depend on the signs and
+    # rotations of eigenvectors: the samples are the same on any number of devices.
+    error = size * jnp.finfo(flat.dtype).eps * values[:, -1:]
+    roots = jnp.sqrt(jnp.where(values > error, values, 0))
+    return jnp.einsum("nic,nc,njc->nij", vectors, roots, vectors)

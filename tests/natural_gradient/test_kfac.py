@@ -15,6 +15,7 @@ import pytest
 import optax_accel as oa
 from optax_accel import curvature
 from optax_accel.natural_gradient import factors as stats
+from optax_accel.natural_gradient.estimators import output_gradients
 from tests.helpers import (
     classification,
     cross_entropy,
@@ -151,8 +152,6 @@ LOSSES = {
 @pytest.mark.parametrize("likelihood", LOSSES)
 def test_estimators_agree_in_expectation(x64, likelihood):
     """All estimate the Hessian of the loss at the outputs: exactly, or on average."""
-    from optax_accel.natural_gradient.estimators import output_gradients
-
     outputs = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))
     loss = LOSSES[likelihood]
     objective = oa.Objective(lambda p: p, loss)
@@ -168,6 +167,26 @@ def test_estimators_agree_in_expectation(x64, likelihood):
         np.testing.assert_allclose(exact, want, atol=1e-12)
         keys = jax.random.split(jax.random.key(1), 5_000)
         sampled = jax.vmap(lambda key, name=name: estimate("fisher", name, key))(keys)
+        error = np.std(sampled, axis=0) / np.sqrt(len(keys))
+        assert np.all(np.abs(sampled.mean(0) - want) < 5 * error + 1e-12)
+
+
+def test_positions_of_an_example(x64):
+    """With logits at several positions the loss is the mean over all of them."""
+    outputs = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2, 3)))
+    labels = np.arange(8).reshape(4, 2) % 3
+    objective = oa.Objective(lambda p: p, lambda out: cross_entropy(out, labels))
+    want = 4 * jax.hessian(objective)(outputs).reshape(4, 6, 4, 6)
+    want = np.stack([want[i, :, i] for i in range(4)])
+    keys = jax.random.split(jax.random.key(1), 5_000)
+    for estimator in ("ggn", "fisher"):
+
+        def estimate(key: Any, estimator: Any = estimator) -> jax.Array:
+            samples = output_gradients(objective, outputs, estimator, "categorical", key, 4)
+            flat = samples.reshape(-1, 4, 6)
+            return jnp.einsum("snc,snd->ncd", flat, flat)
+
+        sampled = jax.vmap(estimate)(keys)
         error = np.std(sampled, axis=0) / np.sqrt(len(keys))
         assert np.all(np.abs(sampled.mean(0) - want) < 5 * error + 1e-12)
 
