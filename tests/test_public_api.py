@@ -113,6 +113,8 @@ def test_import_is_light() -> None:
 X, LOSS = jnp.ones(3), lambda p: jnp.sum(p**2)
 BULK, EXTRAP, GNP = oa.bulk_sgd(0.1, 1), oa.extrap_sgd(0.1), oa.gnp(optax.sgd(0.1))
 RING = topologies.ring(8)
+LINEAR = oa.Objective(lambda p: jnp.ones((2, 3)) @ p, lambda out: jnp.mean(out**2))
+KFAC = oa.scale_by_kfac(LINEAR)
 
 
 def call(tx: Any, params: Any = X, **extra: Any) -> Any:
@@ -193,6 +195,43 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: call(EXTRAP, value_fn=3), "`value_fn` must be callable"),
     (lambda: call(EXTRAP, value_fn=lambda p, x: 0), r"\['x'\].*tx.update\(\.\.\., .*x=\.\.\.\)"),
     (lambda: call(EXTRAP, params=None, value_fn=LOSS), "needs the parameters"),
+    # Natural gradient
+    (
+        lambda: oa.scale_by_kfac(LOSS),
+        "`objective` must be an optax_accel.Objective.*; got function",
+    ),
+    (lambda: oa.scale_by_kfac(LINEAR, damping=0.0), r"`damping` must lie in \(0, inf\), got 0.0"),
+    (
+        lambda: oa.scale_by_kfac(LINEAR, damping_kind="lu"),
+        "`damping_kind` must be one of 'factored",
+    ),
+    (
+        lambda: oa.scale_by_kfac(LINEAR, estimator="kl"),
+        "`estimator` must be one of 'fisher', 'ggn'",
+    ),
+    (lambda: oa.scale_by_ekfac(LINEAR, likelihood="normal"), "`likelihood` must be one of 'categ"),
+    (lambda: oa.scale_by_ekfac(LINEAR, decay=1.0), r"`decay` must lie in \[0, 1\), got 1.0"),
+    (
+        lambda: oa.scale_by_kfac(LINEAR, factors_every=2, inverses_every=5),
+        "`inverses_every` must be a multiple of `factors_every`, 2, got 5",
+    ),
+    (lambda: oa.scale_by_kfac(LINEAR, norm_constraint=0.0), r"`norm_constraint` must lie in \(0"),
+    (lambda: oa.scale_by_kfac(LINEAR, max_size=0), "`max_size` must be at least 1, got 0"),
+    (lambda: oa.kfac(-0.1, LINEAR), r"`learning_rate` must lie in \[0, inf\), got -0.1"),
+    (lambda: oa.kfac(0.1, LINEAR, kl_clip=0.0), r"`kl_clip` must lie in \(0, inf\), got 0.0"),
+    (lambda: oa.ekfac(0.1, LINEAR, momentum=1.0), r"`momentum` must lie in \[0, 1\), got 1.0"),
+    (lambda: oa.kfac_refresh_at(0, 0), "`factors_every` must be at least 1, got 0"),
+    (
+        lambda: oa.scale_by_kfac(oa.Objective.from_value_fn(LOSS)).init(X),
+        r"scale_by_kfac finds layers in .* a plain function .*Objective\(predict, loss\)",
+    ),
+    (
+        lambda: call(oa.scale_by_kfac(LINEAR), value_fn=LOSS),
+        r"scale_by_kfac finds layers in .* a plain function .*Objective\(predict, loss\)",
+    ),
+    (lambda: call(KFAC, value_fn=LINEAR, refresh=True), "`refresh` must be one of 'factors', 'inv"),
+    (lambda: call(KFAC, value_fn=LINEAR, refresh=jnp.array(True)), "`refresh` must be a static"),
+    (lambda: call(KFAC, params=None, value_fn=LINEAR), "needs the parameters"),
     # Gradient norm penalty
     (lambda: oa.gnp(optax.sgd(0.1), r=-1), r"`r` must lie in \[0, inf\), got -1"),
     (lambda: oa.gnp(optax.sgd(0.1), alpha="a"), "`alpha` must be a number or a schedule, got 'a'"),
@@ -292,14 +331,14 @@ def test_wrong_input(wrong: Callable[[], Any], message: str) -> None:
     assert "\n" not in str(caught.value).partition("mask")[0]
 
 
-@pytest.mark.parametrize("tx", [BULK, oa.project_to_bulk(1), EXTRAP, oa.extra_adam(0.1), GNP])
+@pytest.mark.parametrize("tx", [BULK, oa.project_to_bulk(1), EXTRAP, oa.extra_adam(0.1), GNP, KFAC])
 def test_missing_value_fn_shows_the_call(tx: Any) -> None:
     expected = r"`value_fn` to .*tx\.update\(grads, state, params, value_fn=objective\)"
     with pytest.raises(ValueError, match=expected):
         call(tx)
 
 
-@pytest.mark.parametrize("tx", [BULK, EXTRAP, GNP])
+@pytest.mark.parametrize("tx", [BULK, EXTRAP, GNP, KFAC])
 @pytest.mark.parametrize(
     "wrap",
     [
