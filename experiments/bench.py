@@ -4,9 +4,9 @@
 
 Three questions: what does a method's `update` cost on a tree of 10 million parameters, where the
 optimizer is all there is; what does it cost in a whole training step of a dense model; and how long
-does that step take to compile. Method and base run side by side (A B, B A, A B, ...), compiled, with
-donated buffers, waiting for every result, so a busy moment of the machine hits both. A ratio is the
-median of the ratios of such pairs; the quartiles beside it say how far to trust it.
+does that step take to compile. Method and base run side by side (A B, B A, A B, ...), compiled,
+with donated buffers, waiting for every result, so a busy moment of the machine hits both. A ratio
+is the median of the ratios of such pairs; the quartiles beside it say how far to trust it.
 """
 
 from __future__ import annotations
@@ -146,9 +146,9 @@ def machine() -> dict[str, Any]:
 def update_cases(base: str, group: Sequence[Method], parameters: int) -> list[Case]:
     """`update` and `apply_updates` of a base and its methods on a large tree.
 
-    Methods that evaluate a gradient inside their update (`EVALUATING`) have no cost of their own
-    here and are left out, and so is a base without others; curvature methods only project, they do
-    not refresh.
+    Methods that evaluate a gradient inside their update (`EVALUATING`) or have to see a network
+    have no cost of their own here and are left out, and so is a base without others; curvature
+    methods only project, they do not refresh.
     """
     side = max(1, math.isqrt(parameters // 10))
     keys = jax.random.split(jax.random.key(0), 10)
@@ -159,7 +159,7 @@ def update_cases(base: str, group: Sequence[Method], parameters: int) -> list[Ca
 
     cases = []
     for method in group:
-        if method.family in EVALUATING:
+        if method.family in EVALUATING or method.needs_objective:
             continue
         tx = method.build(1e-3, total_steps=TOTAL_STEPS, num_classes=NUM_CLASSES)
         extra = {} if method.refresh_every is None else {"refresh": False, "value_fn": _no_loss}
@@ -197,6 +197,16 @@ def _problem() -> tuple[Any, ...]:
     return *engine.split(model), x, y
 
 
+def _build(method: Method, problem: tuple[Any, ...]) -> Any:
+    graphdef, _, rest, x, y = problem
+    return method.build(
+        1e-3,
+        total_steps=TOTAL_STEPS,
+        num_classes=NUM_CLASSES,
+        objective=engine.objective(graphdef, rest, x, y),
+    )
+
+
 def _training_step(tx: Any, graphdef: Any) -> Any:
     @functools.partial(jax.jit, static_argnames="refresh", donate_argnames="state")
     def step(state: Any, x: Any, y: Any, refresh: Any) -> Any:
@@ -207,11 +217,11 @@ def _training_step(tx: Any, graphdef: Any) -> Any:
 
 def step_cases(base: str, group: Sequence[Method]) -> list[Case]:
     """Whole training steps of a dense model: batch 128, images of MNIST's shape."""
-    graphdef, params, rest, x, y = _problem()
+    graphdef, params, rest, x, y = problem = _problem()
 
     def case(method: Method) -> Case:
-        tx = method.build(1e-3, total_steps=TOTAL_STEPS, num_classes=NUM_CLASSES)
-        step, period = _training_step(tx, graphdef), method.refresh_every or 1
+        tx = _build(method, problem)
+        step, period = _training_step(tx, graphdef), method.period
         return Case(
             name=method.name,
             base=None if method.name == base else base,
@@ -227,12 +237,12 @@ def step_cases(base: str, group: Sequence[Method]) -> list[Case]:
 
 def compile_cases(base: str, group: Sequence[Method]) -> list[Case]:
     """Tracing and compiling those training steps, in all forms of their static `refresh`."""
-    graphdef, params, rest, x, y = _problem()
+    graphdef, params, rest, x, y = problem = _problem()
 
     def case(method: Method) -> Case:
-        tx = method.build(1e-3, total_steps=TOTAL_STEPS, num_classes=NUM_CLASSES)
+        tx = _build(method, problem)
         state = jax.eval_shape(functools.partial(engine.init_state, tx), params, rest)
-        forms = {method.refresh(i) for i in range((method.refresh_every or 1) + 1)}
+        forms = {method.refresh(i) for i in range(method.period + 1)}
 
         def call(i: int, carry: None) -> None:
             for form in forms:

@@ -19,9 +19,12 @@ SGD_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 ADAM_RATES = (0.0003, 0.001, 0.003, 0.01, 0.03)
 # Demon Adam in the paper's form takes steps about ten times Adam's at the same rate.
 DEMON_ADAM_RATES = (0.00003, 0.0001, 0.0003, 0.001, 0.003)
+# Steps between two inversions of K-FAC's factors.
+KFAC_PERIOD = 10
 # Cycles of the schedule of snapshot ensembles (Huang et al., 2017, section 4).
 NUM_SNAPSHOTS = 5
 # AdaGrad's steps shrink, AdaDelta's are scaled by themselves: its paper has no rate, that is 1.
+KFAC_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 ADAGRAD_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 ADADELTA_RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
 
@@ -36,6 +39,8 @@ class Context:
       seed: of the method's own randomness.
       axis_name: axis of the workers, for methods with `Method.per_worker`; None: a single worker.
       num_workers: size of that axis.
+      objective: the loss of a batch like those of the run, for methods with
+        `Method.needs_objective`.
     """
 
     total_steps: int
@@ -43,6 +48,7 @@ class Context:
     seed: int = 0
     axis_name: str | None = None
     num_workers: int = 1
+    objective: oa.Objective | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Method:
       gradients_per_step: mini-batch gradients a step.
       tracker: how it follows the dominant subspace; None: it does not.
       per_worker: each worker keeps a state of its own and takes its own gradient.
+      needs_objective: it finds the layers of the network in the objective (K-FAC).
     """
 
     name: str
@@ -76,6 +83,12 @@ class Method:
     gradients_per_step: int = 1
     tracker: oa.Tracker | None = None
     per_worker: bool = False
+    needs_objective: bool = False
+
+    @property
+    def period(self) -> int:
+        """After so many steps the forms of the step (`refresh`) come again."""
+        return KFAC_PERIOD if self.needs_objective else self.refresh_every or 1
 
     @property
     def refresh_every(self) -> int | None:
@@ -91,6 +104,7 @@ class Method:
         seed: int = 0,
         axis_name: str | None = None,
         num_workers: int = 1,
+        objective: oa.Objective | None = None,
     ) -> optax.GradientTransformationExtraArgs:
         """The optimizer for one run.
 
@@ -101,11 +115,12 @@ class Method:
           seed: see there.
           axis_name: see there.
           num_workers: see there.
+          objective: see there.
 
         Returns:
           A transformation that takes any extra argument.
         """
-        context = Context(total_steps, num_classes, seed, axis_name, num_workers)
+        context = Context(total_steps, num_classes, seed, axis_name, num_workers, objective)
         return optax.with_extra_args_support(self.make(learning_rate, context))
 
     def refresh(self, step: int, *, cold_start: bool = True) -> bool | str | None:
@@ -115,6 +130,8 @@ class Method:
           step: zero-based training step.
           cold_start: as in :func:`optax_accel.refresh_at`.
         """
+        if self.needs_objective:
+            return oa.kfac_refresh_at(step, 1, KFAC_PERIOD)
         if self.refresh_every is None:
             return None
         return oa.refresh_at(step, self.refresh_every, cold_start=cold_start)
@@ -136,7 +153,8 @@ class Method:
           optimizer's state in copies of the parameters.
         """
         params = {"w": jax.ShapeDtypeStruct((128, 64), jnp.float32)}
-        tx = self.build(0.1, total_steps=100, num_classes=num_classes)
+        linear = oa.Objective(lambda params: jnp.zeros((1, 128)) @ params["w"], jnp.sum)
+        tx = self.build(0.1, total_steps=100, num_classes=num_classes, objective=linear)
         shapes = jax.eval_shape(tx.init, params)
         state = sum(leaf.size for leaf in jax.tree.leaves(shapes)) / params["w"].size
         costs = [f"state {state:.3g} x the parameters"]
@@ -164,6 +182,8 @@ _ZHAO = ("Zhao et al., 2022", "https://arxiv.org/abs/2202.03599")
 _FORET = ("Foret et al., 2021", "https://arxiv.org/abs/2010.01412")
 _SALIMANS = ("Salimans and Kingma, 2016", "https://arxiv.org/abs/1602.07868")
 _SCHWARZ = ("Schwarz et al., 2021", "https://arxiv.org/abs/2110.00296")
+_MARTENS = ("Martens and Grosse, 2015", "https://arxiv.org/abs/1503.05671")
+_GEORGE = ("George et al., 2018", "https://arxiv.org/abs/1806.03884")
 _GIDEL = ("Gidel et al., 2019", "https://arxiv.org/abs/1802.10551")
 
 
@@ -212,6 +232,17 @@ def _vtpc_sgd(learning_rate: Any, context: Context) -> optax.GradientTransformat
 def _snapshot_sgd(learning_rate: Any, context: Context) -> optax.GradientTransformation:
     steps = context.total_steps
     return _MOMENTUM(oa.snapshot_schedule(learning_rate, steps, min(steps, NUM_SNAPSHOTS)))
+
+
+def _kfac(factory: Callable[..., Any]) -> Callable[[Any, Context], Any]:
+    def make(learning_rate: Any, context: Context) -> optax.GradientTransformation:
+        if context.objective is None:
+            raise ValueError("K-FAC finds the layers in the objective; build it with `objective=`")
+        return factory(
+            learning_rate, context.objective, inverses_every=KFAC_PERIOD, key=context.seed
+        )
+
+    return make
 
 
 def _post_local_sgd(learning_rate: Any, context: Context) -> optax.GradientTransformation:
@@ -690,6 +721,30 @@ _ALL = (
         learning_rates=SGD_RATES,
         make=lambda lr, c: oa.gnp(_MOMENTUM(lr), r=0.05, alpha=1.0),
         gradients_per_step=2,
+    ),
+    Method(
+        "kfac",
+        "natural gradient",
+        "K-FAC with momentum 0.9 and a KL clip, factors at every step, inverses every 10",
+        *_MARTENS,
+        fidelity="faithful",
+        base="sgd",
+        learning_rates=KFAC_RATES,
+        make=_kfac(oa.kfac),
+        gradients_per_step=2,
+        needs_objective=True,
+    ),
+    Method(
+        "ekfac",
+        "natural gradient",
+        "the same with second moments in the factors' eigenbasis (EKFAC)",
+        *_GEORGE,
+        fidelity="faithful",
+        base="sgd",
+        learning_rates=KFAC_RATES,
+        make=_kfac(oa.ekfac),
+        gradients_per_step=2,
+        needs_objective=True,
     ),
     Method(
         "extrap_sgd_local",

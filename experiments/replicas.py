@@ -140,6 +140,10 @@ class Trainer:
         ]
         self.graphdef = split[0][0]
         self.weights = [(params, rest) for _, params, rest in split]
+        rows = slice(plan.batch_size)
+        self.objective = engine.objective(
+            self.graphdef, split[0][2], self.train_x[rows], self.train_y[rows], loss=plan.loss
+        )
         examples = len(plan.task.train.y)
         self.order = np.stack([self._batches(seed, examples) for seed in range(plan.seeds)])
         # A fixed sub-sample per seed: redrawn at every refresh, its noise alone would move the
@@ -170,6 +174,7 @@ class Trainer:
             total_steps=self.plan.steps,
             num_classes=self.plan.task.num_classes,
             seed=seed,
+            objective=self.objective if method.needs_objective else None,
         )
 
     def state_bytes(self, method: methods.Method) -> tuple[int, int]:
@@ -394,7 +399,7 @@ def measure_time(trainer: Trainer) -> dict[str, Any]:
     for name, method in timed.items():
         lowest = min(method.learning_rates)  # stays finite; the time does not depend on the rate
         runs[name] = trainer.start(method, [(lowest, seed) for _, seed in everyone[:count]])
-        period = method.refresh_every or 1
+        period = method.period
         lengths[name] = period * math.ceil(5 / period)
         # Warm-up compiles each form of the step: cold start, refresh, plain.
         for step in range(3 * lengths[name]):  # past the ten sweeps that replace a cold start

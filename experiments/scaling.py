@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from rich.console import Console
 from rich.table import Table
@@ -378,7 +379,7 @@ class Phase(NamedTuple):
 
 def phases(method: Method) -> list[Phase]:
     """The steps of a method, the cold start of its curvature left out."""
-    period = method.refresh_every or 1
+    period = method.period
     kinds = collections.Counter(method.refresh(period + i) for i in range(period))
     steps_before_refreshes = sorted(kinds.items(), key=lambda item: bool(item[0]))
     return [Phase(number / period, kind) for kind, number in steps_before_refreshes]
@@ -425,6 +426,7 @@ class Programs:
             num_classes=self.num_classes,
             axis_name=parallel.AXIS if method.per_worker else None,
             num_workers=workers or 1,
+            objective=engine.objective(self.graphdef, self.rest, *map(jnp.asarray, self.batch)),
         )
 
         def step(
@@ -487,8 +489,8 @@ def counts(programs: Programs, method: Method, mode: str) -> list[dict[str, Any]
     """
     rows, mean = [], 0.0
     for phase in phases(method):
-        name = "each" if not phase.refresh else f"refresh, 1 in {method.refresh_every}"
-        name = "each, a refresh" if method.refresh_every == 1 else name
+        name = "each" if not phase.refresh else f"refresh, 1 in {round(1 / phase.share)}"
+        name = "each, a refresh" if phase.refresh and phase.share > 0.5 else name
         always, sometimes = split(programs.collectives(method, mode, phase))
         mean += phase.share * _sent(always)
         for found in (always, *sometimes):
@@ -652,7 +654,7 @@ def time_steps(programs: Programs, method: Method, mode: str, rounds: int) -> li
     Returns:
       As `bench.measure`; the base is one device.
     """
-    period = method.refresh_every or 1
+    period = method.period
     cases = []
     num_devices = 1
     while num_devices <= len(programs.devices):

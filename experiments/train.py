@@ -447,15 +447,6 @@ def build(plan: Plan) -> Program:
     Raises:
       ValueError: the model does not take the task's examples, or the method not the model.
     """
-    # With an `axis_name` an extrapolation is local; without, all parallel modes compute the same.
-    tx = plan.method.build(
-        plan.learning_rate,
-        total_steps=plan.steps,
-        num_classes=plan.task.num_classes,
-        seed=plan.seed,
-        axis_name=None if plan.workers is None else parallel.AXIS,
-        num_workers=plan.workers or 1,
-    )
 
     def make_model() -> tuple[nnx.GraphDef[Any], PyTree, PyTree]:
         return engine.split(
@@ -467,6 +458,22 @@ def build(plan: Plan) -> Program:
                 rngs=plan.seed,
             )
         )
+
+    seen = None
+    if plan.method.needs_objective:
+        static, _, rest = make_model()
+        x, y = (part[: plan.batch_size] for part in (plan.task.train.x, plan.task.train.y))
+        seen = engine.objective(static, rest, jnp.asarray(x), jnp.asarray(y), loss=plan.loss)
+    # With an `axis_name` an extrapolation is local; without, all parallel modes compute the same.
+    tx = plan.method.build(
+        plan.learning_rate,
+        total_steps=plan.steps,
+        num_classes=plan.task.num_classes,
+        seed=plan.seed,
+        axis_name=None if plan.workers is None else parallel.AXIS,
+        num_workers=plan.workers or 1,
+        objective=seen,
+    )
 
     graphdef: Any = None
 

@@ -53,8 +53,13 @@ def own_rows(batch, total=BATCH):
 def build(name, workers=None):
     method = METHODS[name]
     more = {} if workers is None else {"axis_name": AXIS, "num_workers": workers}
-    # The middle of the method's own grid; two subspace directions, to compile fast.
-    return method, method.build(method.learning_rates[2], total_steps=STEPS, num_classes=2, **more)
+    if method.needs_objective:
+        graphdef, _, rest = engine.split(Mlp(nnx.Rngs(0)))
+        more["objective"] = engine.objective(graphdef, rest, *batches()[0])
+    # The middle of the method's own grid, but for K-FAC: the longer its steps, the more they make
+    # of rounding errors. Two subspace directions, to compile fast.
+    rate = method.learning_rates[0 if method.needs_objective else 2]
+    return method, method.build(rate, total_steps=STEPS, num_classes=2, **more)
 
 
 def setup(tx, mode, devices, *, model=Mlp, workers=None, dtype=np.float32, **options):

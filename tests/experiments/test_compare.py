@@ -221,6 +221,11 @@ def test_catalogue(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(here.iterdir()) == []
 
 
+def test_a_method_that_needs_the_objective_says_so() -> None:
+    with pytest.raises(ValueError, match="finds the layers in the objective"):
+        methods.METHODS["kfac"].build(0.1, total_steps=10, num_classes=2)
+
+
 def test_another_configuration_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*TINY, "--name", "a") == 0
     before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}

@@ -28,6 +28,8 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 ROOT = Path(__file__).parents[2]
 # Relative error of the parameters after 20 steps.
 BOUNDS = {"float32": 1e-5, "float64": 1e-10}
+# Rounding turns eigenvectors by eps over the gap of their eigenvalues, and EKFAC's are close.
+EKFAC_BOUNDS = {"float32": 1e-4, "float64": 1e-9}
 # The other methods run in the slow tests.
 QUICK = ("sgd", "stoch_grad_adam", "bulk_sgd", "extrap_sgd_past", "decentlam")
 
@@ -47,7 +49,8 @@ def check_equal(name, dtype, vector, losses):
     expected, expected_losses, _ = one_device(name, dtype)
     assert vector.dtype == expected.dtype == dtype
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
-    assert np.linalg.norm(vector - expected) <= BOUNDS[dtype] * np.linalg.norm(expected)
+    bound = (EKFAC_BOUNDS if name == "ekfac" else BOUNDS)[dtype]
+    assert np.linalg.norm(vector - expected) <= bound * np.linalg.norm(expected)
 
 
 def cases():
