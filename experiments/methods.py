@@ -23,8 +23,9 @@ DEMON_ADAM_RATES = (0.00003, 0.0001, 0.0003, 0.001, 0.003)
 KFAC_PERIOD = 10
 # Cycles of the schedule of snapshot ensembles (Huang et al., 2017, section 4).
 NUM_SNAPSHOTS = 5
-# AdaGrad's steps shrink, AdaDelta's are scaled by themselves: its paper has no rate, that is 1.
+# Up to 0.1, the rate of Pauloski et al., 2020, whose KL clip comes with it.
 KFAC_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
+# AdaGrad's steps shrink, AdaDelta's are scaled by themselves: its paper has no rate, that is 1.
 ADAGRAD_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 ADADELTA_RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
 
