@@ -23,8 +23,8 @@ some of the speed of convergence lost; so windows grow, to half of the iteration
 papers a tenth, without restarts).  The model in rho is the undamped one.  The diagonal in the
 preconditioner is that of G, estimated with random signs as in AdaHessian (Yao et al.,
 `<https://arxiv.org/abs/2006.00719>`_, 2021); the papers' sum of squared gradients of single
-examples cannot be had from a loss that is only known as a whole.  Left out: the papers' line search
-(chain ``optax.scale_by_backtracking_linesearch`` behind) and the choice among earlier iterates.
+examples cannot be had from a loss that is only known as a whole.  The papers' line search is a
+halving of steps that raise the loss.  Left out: the choice among earlier iterates of CG.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class HessianFreeState(NamedTuple):
       reduction_ratio: rho of the last step, the change of the loss over the predicted one: 1 on
         quadratic losses, negative where the loss rose; float32 scalar.
       model_decrease: the decrease of the loss that the model predicted, ``-q``; float32 scalar.
+      step_size: what d was multiplied by in the last step: the learning rate, or a part of it where
+        the loss would have risen (0: no step was made); float32 scalar.
       diagonal_squares: average of the squared estimates of the diagonal of G; without the
         preconditioner an empty tuple.
     """
@@ -73,6 +75,7 @@ class HessianFreeState(NamedTuple):
     num_iterations: jax.Array
     reduction_ratio: jax.Array
     model_decrease: jax.Array
+    step_size: jax.Array
     diagonal_squares: PyTree
 
 
@@ -84,6 +87,7 @@ def hessian_free(
     max_iterations: int = 250,
     tolerance: float = 5e-4,
     decay: float = 0.95,
+    max_halvings: int = 10,
     precondition: bool = False,
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -104,9 +108,6 @@ def hessian_free(
     dense networks, loops are as fast as the rest.  Under ``vmap`` all members iterate as long as
     one of them does.
 
-    A step is taken even if the loss rises (the damping then grows).  To shorten such steps, and
-    find none too short, chain ``optax.scale_by_backtracking_linesearch`` behind.
-
     Args:
       learning_rate: :math:`\alpha`, float or schedule; default 1, to where the model is lowest.
       damping: :math:`\lambda` in the first step, at least 0; default 1, for losses that are means
@@ -119,6 +120,8 @@ def hessian_free(
         more.
       decay: in [0, 1]; CG starts from that times the last direction, unless the model prefers to
         start from zero. Martens and Sutskever (2012): 0.95; 0 starts from zero.
+      max_halvings: how often a step is halved as long as it raises the loss of its own batch; where
+        that is not enough, no step is made. A halving costs a loss. 0: all steps are made whole.
       precondition: solve with the preconditioner :math:`(\operatorname{diag} G + \lambda)^{3/4}`,
         with a running estimate of the diagonal that takes one product a step.
       mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
@@ -157,6 +160,7 @@ def hessian_free(
     check_integer("max_iterations", max_iterations, 1)
     check_number("tolerance", tolerance, 0)
     check_number("decay", decay, 0, 1)
+    check_integer("max_halvings", max_halvings, 0)
     if not isinstance(precondition, bool):
         raise TypeError(f"`precondition` must be True or False, got {precondition!r}.")
     name = "hessian_free"
@@ -176,6 +180,7 @@ def hessian_free(
             num_iterations=jnp.zeros((), jnp.int32),
             reduction_ratio=jnp.ones((), jnp.float32),
             model_decrease=jnp.zeros((), jnp.float32),
+            step_size=jnp.zeros((), jnp.float32),
             diagonal_squares=zeros() if precondition else (),
         )
 
@@ -227,20 +232,38 @@ def hessian_free(
         solution = _solve(product, *problem, max_iterations=max_iterations, tolerance=tolerance)
         direction, bending, iterations = mean_over(vary_over(solution, axis_name), axis_name, where)
 
+        def step_of(size: Any) -> PyTree:
+            return jax.tree.map(
+                lambda d, u: (jnp.asarray(size, d.dtype) * d).astype(u.dtype),
+                direction,
+                select(updates, mask),
+            )
+
+        def loss_after(size: Any) -> jax.Array:
+            return loss(optax.apply_updates(position, step_of(size)))
+
         rate = value_of(learning_rate, state.count)
-        step = jax.tree.map(
-            lambda d, u: (jnp.asarray(rate, d.dtype) * d).astype(u.dtype),
-            direction,
-            select(updates, mask),
-        )
         predicted = rate * optax.tree.vdot(gradient, direction) + rate**2 * bending / 2
-        before, after = loss(position), loss(optax.apply_updates(position, step))
+        before, after = loss(position), loss_after(rate)
         ratio = (after - before) / predicted
         # What is lost in rounding, or is not a number from the start, says nothing on the model.
         telling = -predicted > 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
         telling &= after != before
         factor = jnp.where(ratio > 0.75, 1 / damping_factor, 1)
         factor = jnp.where(ratio >= 0.25, factor, damping_factor)  # also if it is not a number
+
+        def rises(after: jax.Array) -> jax.Array:
+            return telling & ~(after <= before)
+
+        size = jnp.where(telling, rate, rate)  # to shard_map, like what it will be compared with
+        if max_halvings:
+            size, after, _ = lax.while_loop(
+                lambda carry: rises(carry[1]) & (carry[2] < max_halvings),
+                lambda carry: (carry[0] / 2, loss_after(carry[0] / 2), carry[2] + 1),
+                (size, after, jnp.where(telling, 0, 0)),
+            )
+            size = jnp.where(rises(after), 0, size)
+        step = step_of(size)
         finite = jnp.isfinite(optax.tree.norm(direction))
         return merge(step, updates, mask), HessianFreeState(
             count=optax.safe_increment(state.count),
@@ -250,6 +273,7 @@ def hessian_free(
             num_iterations=jnp.round(iterations).astype(jnp.int32),
             reduction_ratio=ratio.astype(jnp.float32),
             model_decrease=-predicted.astype(jnp.float32),
+            step_size=size.astype(jnp.float32),
             diagonal_squares=squares,
         )
 

@@ -243,6 +243,7 @@ def cubic(c):
 
 def test_levenberg_marquardt_rule(x64):
     tiny = 1e-7
+    # With c = 0.7 the loss rises.
     c, factors = np.array(
         [(0, 2 / 3), (0.12, 2 / 3), (0.13, 1), (0.37, 1), (0.38, 1.5), (0.7, 1.5), (-1, 2 / 3)]
     ).T
@@ -302,6 +303,7 @@ def test_values_that_are_not_finite():
     edge = oa.Objective(lambda x: x, lambda out: -out + jnp.where(out > 1, jnp.inf, out**2 / 8))
     _, after = step(tx, jnp.array(0.0), objective=edge)
     assert after.damping == 0.75
+    assert 0 < after.step_size < 1
 
 
 # -- training -------------------------------------------------------------------------------------
@@ -362,18 +364,31 @@ def test_vmap_over_members_is_a_loop():
     tree_allclose(together, jax.tree.map(lambda *rows: jnp.stack(rows), *alone), rtol=2e-4)
 
 
-def test_line_search_behind():
-    """A step that raises the loss is shortened by Optax."""
-    objective = oa.Objective(lambda x: jnp.sqrt(1 + x**2), lambda out: out + 1e-4 * out**2)
-    hf = oa.hessian_free(damping=1e-6)
-    x = jnp.array(3.0)
-    updates, state = step(hf, x, objective=objective)
-    assert objective(x + updates) > objective(x)
+def test_steps_that_raise_the_loss_are_halved(x64):
+    # From 1, G = 2e-6 and the gradient is 1: the step is -1 / (2e-6 + damping).
+    objective = oa.Objective(lambda x: x, lambda out: jnp.abs(out) + 1e-6 * out**2)
+    x = jnp.array(1.0)
+
+    def steps(damping, max_halvings):
+        tx = oa.hessian_free(damping=damping, max_halvings=max_halvings)
+        updates, state = step(tx, x, objective=objective)
+        np.testing.assert_allclose(updates, state.step_size * state.direction, rtol=1e-6)
+        return float(updates), state
+
+    whole, state = steps(0.1, 0)
+    np.testing.assert_allclose(whole, -10, rtol=1e-4)
     assert state.reduction_ratio < 0
-    tx = optax.chain(hf, optax.scale_by_backtracking_linesearch(max_backtracking_steps=50))
-    value, grads = objective.value_and_grad(x)
-    updates, _ = tx.update(grads, tx.init(x), x, value=value, grad=grads, value_fn=objective)
-    assert objective(x + updates) < objective(x)
+    np.testing.assert_allclose(state.damping, 0.15, rtol=1e-6)
+    halved, after = steps(0.1, 10)  # to -9, -4 and -1.5 the loss rises, to -0.25 it falls
+    np.testing.assert_allclose(halved, whole / 8, rtol=1e-6)
+    np.testing.assert_allclose(after.step_size, 1 / 8, rtol=1e-6)
+    assert after.reduction_ratio == state.reduction_ratio  # of the whole step, like the damping
+    assert after.damping == state.damping
+    none, after = steps(0.1, 2)
+    assert none == after.step_size == 0
+    short, after = steps(10.0, 10)
+    np.testing.assert_allclose(short, -0.1, rtol=1e-4)
+    assert after.step_size == 1
 
 
 def test_bfloat16_and_float32_together():
@@ -463,6 +478,7 @@ def test_eight_devices_are_one_device(sharded):
         ({"max_iterations": 2.5}, TypeError, "`max_iterations` must be an integer"),
         ({"tolerance": -1}, ValueError, "`tolerance` must lie in"),
         ({"decay": 1.5}, ValueError, r"`decay` must lie in \[0, 1\]"),
+        ({"max_halvings": -1}, ValueError, "`max_halvings` must be at least 0"),
         ({"precondition": "diagonal"}, TypeError, "`precondition` must be True or False"),
     ],
 )
