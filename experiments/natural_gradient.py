@@ -21,9 +21,9 @@ The problems:
     cifar10_5k_cnn          two convolutions and a linear layer
     shakespeare_transformer next characters, a causal pre-norm Transformer
 
-Hessian-free takes gradients of four batches a step and curvature of the first one of them. It is
-left out of the convolutional problem on a CPU, where XLA runs convolutions in a loop many times
-slower (jax#12868), unless `--methods` names it.
+Hessian-free takes gradients of four batches a step and curvature of the first one of them, so its
+steps use four times the examples of others. It is left out of the convolutional problem on a CPU,
+where XLA runs convolutions in a loop many times slower (jax#12868), unless `--methods` names it.
 
 References:
   Hinton, Salakhutdinov, `Reducing the dimensionality of data with neural networks
@@ -276,7 +276,7 @@ def _shakespeare_transformer(full: bool, data_dir: Path | None, seed: int) -> Pr
         train=train,
         test=test,
         batch_size=batch_size,
-        steps=(4 if full else 3) * (len(train[1]) // batch_size),
+        steps=(4 if full else 2) * (len(train[1]) // batch_size),
         likelihood="categorical",
     )
 
@@ -569,6 +569,8 @@ def conclusion(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _times(theirs: float, own: float, better: str) -> str:
+    if max(theirs, own) < 1.05 * min(theirs, own):
+        return "about as many" if better == "fewer" else "about as much"
     if own <= theirs:
         return f"{theirs / max(own, 1e-9):.2g} times {better}"
     return f"{own / max(theirs, 1e-9):.2g} times more"
