@@ -60,8 +60,8 @@ class HessianFreeState(NamedTuple):
         float32 (masked-out leaves are ``optax.MaskedNode``).
       num_iterations: iterations of CG in the last step, counted in whole windows (it ends earlier
         where it solves the system up to rounding); int32 scalar.
-      reduction_ratio: rho of the last step, the change of the loss over the predicted one: 1 on
-        quadratic losses, negative where the loss rose; float32 scalar.
+      reduction_ratio: rho of the last step, before it was halved: the change of the loss over the
+        predicted one, 1 on quadratic losses, negative where the loss rose; float32 scalar.
       model_decrease: the decrease of the loss that the model predicted, ``-q``; float32 scalar.
       step_size: what d was multiplied by in the last step: the learning rate, or a part of it where
         the loss would have risen (0: no step was made); float32 scalar.
@@ -102,7 +102,7 @@ def hessian_free(
       ``value_fn``.  A part of the batch makes products cheaper; the gradient should come from a
       large one.
 
-    A step costs 2 losses, 1 product to look at the warm start, and a product an iteration plus 2 a
+    A step costs 2 losses, a product to look at the warm start, and a product an iteration plus 2 a
     window; a product costs about 2 gradients.  The iterations are a loop in the compiled step, in
     which XLA runs convolutions 6 to 300 times slower on CPU (jax#12868); on accelerators, and for
     dense networks, loops are as fast as the rest.  Under ``vmap`` all members iterate as long as
