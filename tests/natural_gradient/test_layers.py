@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -264,12 +265,18 @@ def captured(predict: Any, params: Any) -> Any:
     return network, *run(params)
 
 
+@functools.cache
+def captured_case(name: str) -> Any:
+    predict, shapes, _ = (CASES | COUPLED)[name]
+    params = jax.tree.map(jnp.asarray, tree(**shapes))
+    return params, *captured(predict, params)
+
+
 @pytest.mark.parametrize("name", [*CASES, *COUPLED])
 def test_what_is_found(x64, name):
     """The kinds; inputs times gradients are the gradient; squares are those of each example."""
-    predict, shapes, expected = (CASES | COUPLED)[name]
-    params = jax.tree.map(jnp.asarray, tree(**shapes))
-    network, outputs, values, gradients, _ = captured(predict, params)
+    predict, _, expected = (CASES | COUPLED)[name]
+    params, network, outputs, values, gradients, _ = captured_case(name)
     assert {n: b.kind for b in network.blocks for n in b.names} == {
         f"['{key}']": kind for key, kind in expected.items()
     }
@@ -295,17 +302,16 @@ def test_what_is_found(x64, name):
 @pytest.mark.parametrize("name", [name for name in CASES if name != "time first"])
 def test_second_moments_of_each_example(x64, name):
     """Of scales and shifts, and EKFAC's in the standard basis: those of separate gradients."""
-    predict, shapes, _ = CASES[name]
-    params = jax.tree.map(jnp.asarray, tree(**shapes))
-    network, outputs, values, gradients, _ = captured(predict, params)
+    predict, _, _ = CASES[name]
+    params, network, outputs, values, gradients, _ = captured_case(name)
     slope = jax.grad(loss)(outputs)
 
-    def example(i: int) -> Any:
-        return jax.grad(lambda p: N * jnp.sum(predict(p)[i] * slope[i]))(params)
+    @jax.jit
+    def second_moments(params: Any) -> Any:
+        jacobian = jax.jacrev(lambda p: N * jnp.sum((predict(p) * slope).reshape(N, -1), axis=1))
+        return jax.tree.map(lambda g: jnp.mean(g**2, axis=0), jacobian(params))
 
-    moments = jax.tree.leaves(
-        jax.tree.map(lambda *g: sum(x**2 for x in g) / N, *[example(i) for i in range(N)])
-    )
+    moments = jax.tree.leaves(second_moments(params))
     for block in network.blocks:
         leaves = {i: moments[i] for i in block.leaves}
         if not block.kronecker:
@@ -323,7 +329,7 @@ def test_second_moments_of_each_example(x64, name):
 
 
 @pytest.mark.parametrize("name", GENERIC)
-def test_what_is_not_found(name):
+def test_what_is_not_found(x64, name):
     predict, shapes, reason = GENERIC[name]
     params = jax.tree.map(jnp.asarray, tree(**shapes))
     network, outputs, _, _, generic = captured(predict, params)
@@ -449,7 +455,7 @@ ZOO: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=[pytest.mark.slow])])
 @pytest.mark.parametrize("name", ZOO)
 def test_describe_finds_every_layer_of_the_zoo(name, dtype):
     """Batch normalization, dropout and half precision change nothing in it."""
