@@ -301,36 +301,44 @@ def eigendecomposition(factor: jax.Array) -> Eigen:
 
 
 def share(
-    tasks: Sequence[tuple[Callable[[jax.Array], PyTree], jax.Array]],
+    function: Callable[..., PyTree],
+    arguments: Sequence[tuple[jax.Array, ...]],
     axis_name: str | None,
     vary: Vary,
 ) -> list[PyTree]:
-    """Results of functions of factors, each computed by one replica of an axis and sent to all.
+    """Results of a function of factors, each computed by one replica of an axis and sent to all.
 
-    Replicas are given matrices so that the sums of their cubed sizes are alike.
+    Replicas are given matrices so that the sums of their cubed sizes are alike.  (Stacking those of
+    one size instead takes longer on a CPU, to compile and to run.)
+
+    Args:
+      function: of a factor and scalars.
+      arguments: what it is called with.
+      axis_name: of the replicas; None: there is one.
+      vary: marks what differs between replicas.
     """
     if axis_name is None:
-        return [function(factor) for function, factor in tasks]
+        return [function(*args) for args in arguments]
+
+    def own(*args: jax.Array) -> PyTree:
+        return vary(function(*args))
+
+    def nothing(*args: jax.Array) -> PyTree:
+        shapes = jax.eval_shape(function, *args)
+        return vary(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
+
     load = [0] * lax.axis_size(axis_name)
-    index = lax.axis_index(axis_name)
-    results: list[PyTree] = [None] * len(tasks)
+    results: list[PyTree] = [None] * len(arguments)
     sent: dict[int, PyTree] = {}
-    for i in sorted(range(len(tasks)), key=lambda i: -len(tasks[i][1])):
-        function, factor = tasks[i]
+    for i in sorted(range(len(arguments)), key=lambda i: -len(arguments[i][0])):
+        factor = arguments[i][0]
         if factor.ndim == 1:
-            results[i] = function(factor)
+            results[i] = function(*arguments[i])
             continue
         owner = load.index(min(load))
         load[owner] += len(factor) ** 3
-
-        def own(factor: jax.Array, function: Any = function) -> PyTree:
-            return vary(function(factor))
-
-        def nothing(factor: jax.Array, own: Any = own) -> PyTree:
-            shapes = jax.eval_shape(own, factor)
-            return vary(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
-
-        sent[i] = lax.cond(index == owner, own, nothing, vary(factor))
+        mine = lax.axis_index(axis_name) == owner
+        sent[i] = lax.cond(mine, own, nothing, *vary(arguments[i]))
     for i, result in lax.psum(sent, axis_name).items():
         results[i] = result
     return results

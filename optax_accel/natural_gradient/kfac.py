@@ -33,7 +33,6 @@ out: the rescaling of the step by the quadratic model and the adaption of the da
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
@@ -783,18 +782,16 @@ def _average_factors(
 
 def _invert(state: ScaleByKFACState, batch: _Batch, damping: Any, kind: str) -> ScaleByKFACState:
     """New inverses or eigendecompositions; old ones stay where they are not finite."""
-    tasks: list[Any] = []
+    arguments: list[tuple[jax.Array, ...]] = []
     chosen = [i for i, block in enumerate(batch.blocks) if block.kronecker]
     for i in chosen:
         factors = jax.tree.map(lambda f: _corrected(f, state.weight), state.factors[i])
         if kind == "factored":
-            for factor, strength in zip(
-                factors, stats.split_damping(factors, damping), strict=True
-            ):
-                tasks.append((functools.partial(stats.damped_inverse, damping=strength), factor))
+            arguments += zip(factors, stats.split_damping(factors, damping), strict=True)
         else:
-            tasks += [(stats.eigendecomposition, factor) for factor in factors]
-    results = stats.share(tasks, batch.objective.axis_name, batch.vary)
+            arguments += [(factor,) for factor in factors]
+    function: Any = stats.damped_inverse if kind == "factored" else stats.eigendecomposition
+    results = stats.share(function, arguments, batch.objective.axis_name, batch.vary)
     inverses, moments = list(state.inverses), list(state.moments)
     for i, inputs, outputs in zip(chosen, results[::2], results[1::2], strict=True):
         new, old = Kronecker(inputs, outputs), state.inverses[i]

@@ -150,8 +150,8 @@ def test_each_inverse_is_computed_once():
         return 2 * factor
 
     def worker(_: Any) -> Any:
-        tasks = [(function, jnp.full((n, n), float(n))) for n in (5, 1, 4, 2, 3)]
-        return stats.share(tasks, "workers", lambda tree: vary_over(tree, "workers"))
+        factors = [(jnp.full((n, n), float(n)),) for n in (5, 1, 4, 2, 3)]
+        return stats.share(function, factors, "workers", lambda tree: vary_over(tree, "workers"))
 
     results = over_workers("shard_map", worker, 4)(jnp.zeros((4, 1)))
     jax.effects_barrier()
