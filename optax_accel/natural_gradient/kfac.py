@@ -413,7 +413,8 @@ def kfac(
       ...     loss=lambda outputs, y: 0.5 * jnp.mean(jnp.sum((outputs - y) ** 2, axis=-1)),
       ... )
       >>> batch = {"x": jnp.diag(jnp.array([10.0, 1.0, 0.1])), "y": jnp.ones((3, 1))}
-      >>> tx = oa.kfac(0.5, objective, batch, momentum=0.0, kl_clip=None, damping=1e-6)
+      >>> settings = {"momentum": 0.0, "kl_clip": None, "damping": 1e-6, "estimator": "ggn"}
+      >>> tx = oa.kfac(0.5, objective, batch, **settings)
       >>> @jax.jit
       ... def step(params, state):
       ...     grads = objective.grad(params, **batch)
