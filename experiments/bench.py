@@ -36,8 +36,9 @@ UPDATE_TARGETS = {"demon_sgd": 1.05, "demon_adam": 1.05, "stoch_grad_adam": 1.5}
 UPDATE_TARGETS |= {"adabound": 1.1, "weight_norm_adam": 2.0}
 STEP_TARGETS = {"extrap_sgd_past": 1.10, "extrap_sgd": 2.1}
 COMPILE_TARGET = 2.0  # of methods without curvature, whose step has one form
-# Their `update` evaluates gradients, which is what it costs.
-EVALUATING = ("extragradient", "gradient norm")
+NATURAL_COMPILE_TARGET = 3.0
+# Their `update` evaluates the network, which is what it costs.
+EVALUATING = ("extragradient", "gradient norm", "natural gradient")
 COMPILE_REPEATS = 5  # at most: a compilation takes a second
 BATCH_SIZE = 128
 NUM_CLASSES = 10
@@ -146,9 +147,9 @@ def machine() -> dict[str, Any]:
 def update_cases(base: str, group: Sequence[Method], parameters: int) -> list[Case]:
     """`update` and `apply_updates` of a base and its methods on a large tree.
 
-    Methods that evaluate a gradient inside their update (`EVALUATING`) or have to see a network
-    have no cost of their own here and are left out, and so is a base without others; curvature
-    methods only project, they do not refresh.
+    Methods that evaluate the network inside their update (`EVALUATING`) have no cost of their own
+    here and are left out, and so is a base without others; curvature methods only project, they do
+    not refresh.
     """
     side = max(1, math.isqrt(parameters // 10))
     keys = jax.random.split(jax.random.key(0), 10)
@@ -159,7 +160,7 @@ def update_cases(base: str, group: Sequence[Method], parameters: int) -> list[Ca
 
     cases = []
     for method in group:
-        if method.family in EVALUATING or method.needs_objective:
+        if method.family in EVALUATING:
             continue
         tx = method.build(1e-3, total_steps=TOTAL_STEPS, num_classes=NUM_CLASSES)
         extra = {} if method.refresh_every is None else {"refresh": False, "value_fn": _no_loss}
@@ -248,13 +249,16 @@ def compile_cases(base: str, group: Sequence[Method]) -> list[Case]:
             for form in forms:
                 _training_step(tx, graphdef).lower(state, x, y, refresh=form).compile()
 
+        target: float | None = COMPILE_TARGET if method.tracker is None else None
+        if method.family == "natural gradient":
+            target = NATURAL_COMPILE_TARGET
         return Case(
             name=method.name,
             base=None if method.name == base else base,
             call=call,
             carry=None,
             period=1,
-            target=COMPILE_TARGET if len(forms) == 1 and method.name != base else None,
+            target=None if method.name == base else target,
         )
 
     return [case(method) for method in group]

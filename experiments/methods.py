@@ -23,6 +23,8 @@ DEMON_ADAM_RATES = (0.00003, 0.0001, 0.0003, 0.001, 0.003)
 KFAC_PERIOD = 10
 # Cycles of the schedule of snapshot ensembles (Huang et al., 2017, section 4).
 NUM_SNAPSHOTS = 5
+# Of the step to where the quadratic model is lowest.
+HESSIAN_FREE_RATES = (0.03, 0.1, 0.3, 0.5, 1.0)
 # Up to 0.1, the rate of Pauloski et al., 2020, whose KL clip comes with it.
 KFAC_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 # AdaGrad's steps shrink, AdaDelta's are scaled by themselves: its paper has no rate, that is 1.
@@ -746,6 +748,18 @@ _ALL = (
         make=_kfac(oa.ekfac),
         gradients_per_step=2,
         needs_objective=True,
+    ),
+    Method(
+        "hessian_free",
+        "natural gradient",
+        "damped Gauss-Newton steps by up to ten iterations of conjugate gradients",
+        "Martens, 2010",
+        "https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf",
+        fidelity="our reading",
+        base="sgd",
+        learning_rates=HESSIAN_FREE_RATES,
+        make=lambda lr, c: oa.hessian_free(lr, max_iterations=10),
+        gradients_per_step=30,
     ),
     Method(
         "extrap_sgd_local",

@@ -56,9 +56,9 @@ def build(name, workers=None):
     if method.needs_objective:
         graphdef, _, rest = engine.split(Mlp(nnx.Rngs(0)))
         more["objective"] = engine.objective(graphdef, rest, *batches()[0])
-    # The middle of the method's own grid, but for K-FAC: the longer its steps, the more they make
-    # of rounding errors. Two subspace directions, to compile fast.
-    rate = method.learning_rates[0 if method.needs_objective else 2]
+    # The middle of the method's own grid, but for natural gradients: the longer their steps, the
+    # more they make of rounding errors. Two subspace directions, to compile fast.
+    rate = method.learning_rates[0 if method.family == "natural gradient" else 2]
     return method, method.build(rate, total_steps=STEPS, num_classes=2, **more)
 
 
