@@ -63,6 +63,10 @@ class Case:
         return self.refresh is not None and not self.factors
 
 
+# Methods that another one covers here.
+VARIANTS = ("cyclical2_sgd", "exp_range_sgd", "onecycle_cosine_sgd", "amsbound", "weight_norm_adam")
+
+
 def from_catalogue(name: str) -> Case:
     method = METHODS[name]
     return Case(
@@ -79,7 +83,7 @@ def from_catalogue(name: str) -> Case:
         }.get(name, "everything"),
         method.refresh if method.refresh(0) else None,
         factors=method.needs_objective,
-        slow=method.fidelity == "Optax" and name not in ("sgd", "adam"),
+        slow=name in VARIANTS or (method.fidelity == "Optax" and name not in ("sgd", "adam")),
     )
 
 
