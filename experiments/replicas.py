@@ -227,8 +227,17 @@ class Trainer:
         cost = method.gradients_per_step + scale * np.array(self.products(method), float)
         return np.concatenate([[0.0], np.cumsum(cost)])
 
+    def alone(self, method: methods.Method) -> bool:
+        """Whether the runs of a method are trained one by one."""
+        # Several batched decompositions at once, which `vmap` makes of K-FAC's, can wait for each
+        # other for ever in XLA's threads on a CPU (jaxlib 0.10, two threads).
+        stuck = method.needs_objective and jax.default_backend() == "cpu"
+        return stuck or self.max_replicas == 1
+
     def chunk_size(self, method: methods.Method, replicas: int) -> int:
         """How many of `replicas` runs to train together: equal chunks, each within the memory."""
+        if self.alone(method):
+            return 1
         most = max(1, int(self.memory // self.replica_bytes(method)))
         most = min(replicas, most, self.max_replicas or replicas)
         return math.ceil(replicas / math.ceil(replicas / most))
@@ -392,6 +401,8 @@ def measure_time(trainer: Trainer) -> dict[str, Any]:
         trainer.memory // sum(trainer.replica_bytes(method) for method in timed.values())
     )
     count = max(1, min(len(everyone), together, trainer.max_replicas or together))
+    if any(map(trainer.alone, timed.values())):
+        count = 1
 
     runs: dict[str, Runs] = {}
     lengths: dict[str, int] = {}
