@@ -103,6 +103,8 @@ LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "cross_entropy": _cross_entropy,
     "mse": _mse,
 }
+# What the outputs are under each loss.
+LIKELIHOODS = {"cross_entropy": "categorical", "mse": "gaussian"}
 
 
 def find_loss(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:

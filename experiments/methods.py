@@ -44,6 +44,7 @@ class Context:
       num_workers: size of that axis.
       objective: the loss of a batch like those of the run, for methods with
         `Method.needs_objective`.
+      likelihood: what its outputs are, see `optax_accel.kfac`; None: the loss decides.
     """
 
     total_steps: int
@@ -52,6 +53,7 @@ class Context:
     axis_name: str | None = None
     num_workers: int = 1
     objective: oa.Objective | None = None
+    likelihood: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +110,7 @@ class Method:
         axis_name: str | None = None,
         num_workers: int = 1,
         objective: oa.Objective | None = None,
+        likelihood: Any = None,
     ) -> optax.GradientTransformationExtraArgs:
         """The optimizer for one run.
 
@@ -119,11 +122,14 @@ class Method:
           axis_name: see there.
           num_workers: see there.
           objective: see there.
+          likelihood: see there.
 
         Returns:
           A transformation that takes any extra argument.
         """
-        context = Context(total_steps, num_classes, seed, axis_name, num_workers, objective)
+        context = Context(
+            total_steps, num_classes, seed, axis_name, num_workers, objective, likelihood
+        )
         return optax.with_extra_args_support(self.make(learning_rate, context))
 
     def refresh(self, step: int, *, cold_start: bool = True) -> bool | str | None:
@@ -242,7 +248,11 @@ def _kfac(factory: Callable[..., Any]) -> Callable[[Any, Context], Any]:
         if context.objective is None:
             raise ValueError("K-FAC finds the layers in the objective; build it with `objective=`")
         return factory(
-            learning_rate, context.objective, inverses_every=KFAC_PERIOD, key=context.seed
+            learning_rate,
+            context.objective,
+            inverses_every=KFAC_PERIOD,
+            likelihood=context.likelihood,
+            key=context.seed,
         )
 
     return make

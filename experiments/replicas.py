@@ -175,6 +175,7 @@ class Trainer:
             num_classes=self.plan.task.num_classes,
             seed=seed,
             objective=self.objective if method.needs_objective else None,
+            likelihood=engine.LIKELIHOODS[self.plan.loss],
         )
 
     def state_bytes(self, method: methods.Method) -> tuple[int, int]:

@@ -473,6 +473,7 @@ def build(plan: Plan) -> Program:
         axis_name=None if plan.workers is None else parallel.AXIS,
         num_workers=plan.workers or 1,
         objective=seen,
+        likelihood=engine.LIKELIHOODS[plan.loss],
     )
 
     graphdef: Any = None
