@@ -12,8 +12,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from flax import nnx
 
@@ -24,13 +25,20 @@ from models.transformer import Transformer
 
 __all__ = ["Cnn", "Mlp", "ResNet20", "Transformer", "create", "is_convolutional", "list"]
 
-Model = Mlp | Cnn | ResNet20 | Transformer
 
-_MODELS: dict[str, type[Model]] = {
-    "mlp": Mlp,
-    "cnn": Cnn,
-    "resnet20": ResNet20,
-    "transformer": Transformer,
+class _Entry(NamedTuple):
+    """What one name stands for."""
+
+    model: type[Any]  # a Flax NNX module
+    convolutional: bool = False
+    options: Mapping[str, Any] = MappingProxyType({})  # those that make it what the name says
+
+
+_MODELS: dict[str, _Entry] = {
+    "mlp": _Entry(Mlp),
+    "cnn": _Entry(Cnn, convolutional=True),
+    "resnet20": _Entry(ResNet20, convolutional=True),
+    "transformer": _Entry(Transformer),
 }
 
 
@@ -43,58 +51,65 @@ def create(
     name: str,
     *,
     input_shape: Sequence[int],
-    num_classes: int,
+    num_classes: int | None = None,
     vocabulary_size: int | None = None,
     rngs: nnx.Rngs | int = 0,
     **options: Any,
-) -> Model:
+) -> Any:
     """Makes a model by name.
 
     Args:
         name: One of `list()`.
         input_shape: Shape of one example, (height, width, channels) for images, (length,) for
             token ids.
-        num_classes: Number of outputs.
-        vocabulary_size: Number of different token ids; `None` for images.
+        num_classes: Number of outputs; `None` for models that do not classify.
+        vocabulary_size: Number of different token ids; `None` for models that read none.
         rngs: Random keys, or a seed.
         **options: Further arguments of that model, such as `hidden_sizes` or `dtype`.
 
     Returns:
-        A Flax NNX module; called with a batch (N, *input_shape) it returns logits (N, num_classes).
+        A Flax NNX module; called with a batch (N, *input_shape) a classifier returns logits
+        (N, num_classes), other models what their docstring says.
 
     Raises:
         ValueError: If the name, an option or the shape is not one that the model knows, or
-            `vocabulary_size` is given to a model for images or missing for one of token ids.
+            `num_classes` or `vocabulary_size` is missing or given to a model without.
     """
-    model = _find(name)
-    if model is Transformer and vocabulary_size is None:
-        others = ", ".join(other for other in _MODELS if other != name)
-        raise ValueError(
-            f"model {name!r} reads token ids and needs vocabulary_size, the number of different "
-            f"ones; models for images: {others}"
-        )
-    if model is not Transformer and vocabulary_size is not None:
-        raise ValueError(
-            f"model {name!r} does not read token ids (vocabulary_size {vocabulary_size}); "
-            "the model that does: transformer"
-        )
-    shared = {"self", "input_shape", "num_classes", "vocabulary_size", "rngs"}
-    parameters = inspect.signature(model.__init__).parameters
-    valid = [key for key in parameters if key not in shared]
+    entry = _find(name)
+    sizes = {"num_classes": num_classes, "vocabulary_size": vocabulary_size}
+    valid = _arguments(entry)
+    for size, value in sizes.items():
+        if size in valid and value is None:
+            raise ValueError(f"model {name!r} needs {size}, {_SIZES[size]}")
+        if size not in valid and value is not None:
+            with_it = ", ".join(n for n, e in _MODELS.items() if size in _arguments(e))
+            raise ValueError(f"model {name!r} has no {size} (given: {value}); with it: {with_it}")
+    known = [argument for argument in valid if argument not in ("input_shape", "rngs", *sizes)]
     for key in options:
-        if key not in valid:
-            raise ValueError(f"model {name!r} has no option {key!r}; valid: {', '.join(valid)}")
-    if vocabulary_size is not None:
-        options["vocabulary_size"] = vocabulary_size
-    return model(input_shape=input_shape, num_classes=num_classes, rngs=rngs, **options)
+        if key not in known:
+            raise ValueError(f"model {name!r} has no option {key!r}; valid: {', '.join(known)}")
+    given = {size: value for size, value in sizes.items() if value is not None}
+    return entry.model(input_shape=input_shape, rngs=rngs, **given, **entry.options, **options)
+
+
+_SIZES = {
+    "num_classes": "the number of outputs",
+    "vocabulary_size": "the number of different token ids",
+}
 
 
 def is_convolutional(name: str) -> bool:
     """Whether that model contains convolutions, which XLA runs slowly inside loops on CPU."""
-    return _find(name) in (Cnn, ResNet20)
+    return _find(name).convolutional
 
 
-def _find(name: str) -> type[Model]:
+def _find(name: str) -> _Entry:
     if name not in _MODELS:
         raise ValueError(f"unknown model {name!r}; valid: {', '.join(_MODELS)}")
     return _MODELS[name]
+
+
+def _arguments(entry: _Entry) -> tuple[str, ...]:
+    """The arguments that a person may give, in the order of the signature."""
+    parameters = inspect.signature(entry.model.__init__).parameters
+    return tuple(name for name in parameters if name not in ("self", *entry.options))

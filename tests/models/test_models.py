@@ -127,10 +127,12 @@ def test_unknown_names_list_the_valid_ones():
 
 
 def test_token_ids_and_images_are_told_apart():
-    with pytest.raises(ValueError, match=r"needs vocabulary_size.* images: mlp, cnn, resnet20"):
+    with pytest.raises(ValueError, match=r"needs vocabulary_size, the number of different token"):
         models.create("transformer", input_shape=(6,), num_classes=2)
-    with pytest.raises(ValueError, match=r"'mlp' does not read token ids .*does: transformer"):
+    with pytest.raises(ValueError, match=r"'mlp' has no vocabulary_size .*with it: transformer"):
         models.create("mlp", input_shape=(6,), num_classes=2, vocabulary_size=11)
+    with pytest.raises(ValueError, match="'mlp' needs num_classes, the number of outputs"):
+        models.create("mlp", input_shape=(6,))
 
 
 def test_every_parameter_gets_a_gradient_and_training_lowers_the_loss(name):
