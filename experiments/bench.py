@@ -205,6 +205,7 @@ def _build(method: Method, problem: tuple[Any, ...]) -> Any:
         total_steps=TOTAL_STEPS,
         num_classes=NUM_CLASSES,
         objective=engine.objective(graphdef, rest, x, y),
+        likelihood=engine.LIKELIHOODS["cross_entropy"],
     )
 
 

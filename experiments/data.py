@@ -152,7 +152,7 @@ def load_task(name: str, *, data_dir: str | Path | None = None) -> Task:
         raise DataError(f"unknown task {name!r}; valid: {', '.join(TASKS)}")
     if name == "digits":
         return _digits()
-    folder = _data_folder(name, data_dir)
+    folder = data_folder(name, data_dir)
     subset = _SUBSETS.get(name)
     if name.startswith("mnist"):
         splits = _scale(_split(*_load_mnist(folder), subset))
@@ -371,7 +371,12 @@ def _task(
     )
 
 
-def _data_folder(name: str, data_dir: str | Path | None) -> Path:
+def data_folder(name: str, data_dir: str | Path | None) -> Path:
+    """The folder with the files of a task: `data_dir`, or what OPTAX_ACCEL_DATA says.
+
+    Raises:
+        DataError: If neither is given, or there is no such folder.
+    """
     data_dir = data_dir or os.environ.get(_ENVIRONMENT_VARIABLE)
     if not data_dir:
         raise DataError(

@@ -256,7 +256,7 @@ def _shakespeare_transformer(full: bool, data_dir: Path | None, seed: int) -> Pr
     length, width, layers, examples, batch_size = (
         (128, 128, 4, None, 128) if full else (32, 48, 2, 3000, 50)
     )
-    path = data._data_folder("shakespeare", data_dir) / "tinyshakespeare.txt"
+    path = data.data_folder("shakespeare", data_dir) / "tinyshakespeare.txt"
     if not path.exists():
         raise UsageError(f"{path}: no such file, expected the text of tiny Shakespeare")
     characters, ids = np.unique(np.frombuffer(path.read_bytes(), np.uint8), return_inverse=True)

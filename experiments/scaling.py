@@ -427,6 +427,7 @@ class Programs:
             axis_name=parallel.AXIS if method.per_worker else None,
             num_workers=workers or 1,
             objective=engine.objective(self.graphdef, self.rest, *map(jnp.asarray, self.batch)),
+            likelihood=engine.LIKELIHOODS["cross_entropy"],
         )
 
         def step(
