@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,19 @@ def check_input(model: nnx.Module, x: jax.Array, input_shape: tuple[int, ...]) -
         )
 
 
+def check_tokens(model: nnx.Module, x: jax.Array, input_shape: tuple[int, ...]) -> None:
+    """Raises if `x` is not a batch of token ids of shape `input_shape`."""
+    check_input(model, x, input_shape)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{type(model).__name__} expects integer token ids, got {x.dtype}")
+
+
+def check_token_shape(name: str, input_shape: tuple[int, ...]) -> None:
+    """Raises if `input_shape` is not (length,)."""
+    if len(input_shape) != 1:
+        raise ValueError(f"{name} needs input_shape=(length,) for token ids, got {input_shape}")
+
+
 def check_image_shape(name: str, input_shape: tuple[int, ...], multiple_of: int) -> None:
     """Raises if `input_shape` is not (height, width, channels) in multiples of `multiple_of`."""
     if len(input_shape) != 3 or any(size % multiple_of for size in input_shape[:2]):
@@ -63,20 +77,146 @@ def activation_function(activation: str) -> Callable[[jax.Array], jax.Array]:
     return functions[activation]
 
 
+NORMS = ("batch", "layer", "group", "instance")
+
+
 def normalization(
     norm: str | None,
     width: int,
     *,
+    axis_name: str | None = None,
+    momentum: float = 0.9,
+    epsilon: float = 1e-5,
+    scale: float = 1.0,
     dtype: DTypeLike | None,
     param_dtype: DTypeLike,
     rngs: nnx.Rngs,
 ) -> Callable[[jax.Array], jax.Array]:
-    """The normalization of that name, in front of an activation; None: the identity."""
+    """The normalization of that name, with a scale and a bias for each channel.
+
+    The channels are the last axis, as in (N, height, width, channels). Each takes the mean and the
+    variance over other axes: "batch" over all but the channels; "layer" over the channels, for each
+    pixel or token by itself; "instance" over the pixels; "group" over the pixels and the channels
+    of one group, 32 groups as in its paper (Wu and He 2018) where these have two channels or more,
+    else the largest power of two for which they do. "layer" is that of Transformers and ConvNeXt;
+    over the pixels, too, would be "group" with one group. Whatever the type of the computation,
+    statistics are computed and kept in float32 or wider.
+
+    Args:
+        norm: "batch", "layer", "group", "instance" or None, the identity.
+        width: Number of channels.
+        axis_name: Replica axis whose batches are normalized together; only for "batch".
+        momentum: Decay of the running averages; only for "batch". In PyTorch's terms 0.9 is 0.1.
+        epsilon: Added to the variance; default: PyTorch's.
+        scale: What the scales start from.
+        dtype: Type of the computation; None: that of inputs and parameters.
+        param_dtype: Type of the parameters.
+        rngs: Random keys.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
     if norm is None:
         return jax.nn.identity
-    if norm != "batch":
-        raise ValueError(f"unknown norm {norm!r}; valid: None, 'batch'")
-    return nnx.BatchNorm(width, momentum=0.9, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    options: dict[str, Any] = {
+        "epsilon": epsilon,
+        "scale_init": nnx.initializers.constant(scale),
+        "dtype": dtype,
+        "param_dtype": param_dtype,
+        "rngs": rngs,
+    }
+    if norm == "batch":
+        return nnx.BatchNorm(width, momentum=momentum, axis_name=axis_name, **options)
+    if norm == "layer":
+        return nnx.LayerNorm(width, **options)
+    if norm == "group":
+        return nnx.GroupNorm(width, math.gcd(32, width, width // 2), **options)
+    if norm == "instance":
+        return nnx.InstanceNorm(width, **options)
+    raise ValueError(f"unknown norm {norm!r}; valid: {', '.join(NORMS)}, None")
+
+
+class Layers:
+    """Makes the layers of an image network, which share their settings.
+
+    Args:
+        norm: See `normalization`.
+        axis_name: See `normalization`.
+        momentum: See `normalization`.
+        epsilon: See `normalization`.
+        conv_init: What the kernels of convolutions start from; default: He et al.'s normal
+            distribution for relu, by the number of inputs.
+        dtype: Type of the computation.
+        param_dtype: Type of the parameters.
+        rngs: Random keys, or a seed.
+    """
+
+    def __init__(
+        self,
+        *,
+        norm: str | None = None,
+        axis_name: str | None = None,
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        conv_init: nnx.initializers.Initializer | None = None,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = "float32",
+        rngs: nnx.Rngs | int = 0,
+    ):
+        self.types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        self.rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
+        self.conv_init = nnx.initializers.he_normal() if conv_init is None else conv_init
+        self._norm = norm
+        self._norm_options: dict[str, Any] = {
+            "axis_name": axis_name,
+            "momentum": momentum,
+            "epsilon": epsilon,
+        }
+
+    def conv(
+        self,
+        fan_in: int,
+        fan_out: int,
+        size: int = 3,
+        strides: int = 1,
+        *,
+        use_bias: bool | None = None,
+        **options: Any,
+    ) -> nnx.Conv:
+        """A square convolution; unless told otherwise with a bias only if there is no norm.
+
+        It pads by half its size on each side, as PyTorch code does; "SAME" would pad a strided one
+        on one side only.
+        """
+        options = {"padding": size // 2, "kernel_init": self.conv_init} | options
+        return nnx.Conv(
+            fan_in,
+            fan_out,
+            kernel_size=(size, size),
+            strides=strides,
+            use_bias=self._norm is None if use_bias is None else use_bias,
+            **options,
+            **self.types,
+            rngs=self.rngs,
+        )
+
+    def norm(self, width: int, scale: float = 1.0) -> Callable[[jax.Array], jax.Array]:
+        """A normalization of `width` channels, see `normalization`."""
+        return normalization(
+            self._norm, width, scale=scale, **self._norm_options, **self.types, rngs=self.rngs
+        )
+
+    def linear(self, fan_in: int, fan_out: int, **options: Any) -> nnx.Linear:
+        """A linear layer; unless told otherwise it starts uniform within ±1/sqrt(fan_in)."""
+        init = uniform_fan_in(fan_in)
+        options = {"kernel_init": init, "bias_init": init} | options
+        return nnx.Linear(fan_in, fan_out, **options, **self.types, rngs=self.rngs)
+
+    def dropout(self, rate: float, **options: Any) -> nnx.Dropout:
+        """Dropout, with a random stream only if there is something to drop."""
+        if not 0 <= rate < 1:
+            raise ValueError(f"dropout_rate must be at least 0 and below 1, got {rate}")
+        return nnx.Dropout(rate, **options, rngs=self.rngs if rate else None)
 
 
 def as_logits(x: jax.Array) -> jax.Array:

@@ -29,7 +29,8 @@ class Cnn(nnx.Module):
         num_classes: Number of outputs.
         channels: Output channels of the two convolutions.
         activation: "relu", "tanh" or "gelu".
-        norm: "batch" for batch normalization in front of every activation; default: none.
+        norm: Normalization in front of every activation: "batch", "layer", "group", "instance" or
+            None, the default.
         dtype: Type of the computation; default: that of inputs and parameters.
         param_dtype: Type of the parameters; default: float32.
         rngs: Random keys, or a seed.

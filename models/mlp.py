@@ -33,7 +33,8 @@ class Mlp(nnx.Module):
         hidden_sizes: Widths of the hidden layers; `()` gives a linear model. `None` stands for
             `(64,)` up to 64 inputs and `(200, 200)` above.
         activation: "tanh", "relu" or "gelu".
-        norm: "batch" for batch normalization in front of every activation; default: none.
+        norm: Normalization in front of every activation: "batch", "layer", "group" or None, the
+            default.
         dtype: Type of the computation; default: that of inputs and parameters.
         param_dtype: Type of the parameters; default: float32.
         rngs: Random keys, or a seed.
@@ -54,6 +55,8 @@ class Mlp(nnx.Module):
         rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
         self.input_shape = tuple(input_shape)
         self.activation = _common.activation_function(activation)
+        if norm == "instance":
+            raise ValueError("norm 'instance' averages over pixels, of which Mlp has none")
         inputs = math.prod(self.input_shape)
         if hidden_sizes is None:
             hidden_sizes = (64,) if inputs <= 64 else (200, 200)
