@@ -7,6 +7,7 @@ function of pytrees, so the same step runs under ``jit``, ``vmap``, ``pmap`` and
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -60,7 +61,7 @@ def objective(
     x: jax.Array | None = None,
     y: jax.Array | None = None,
     *,
-    loss: str = "cross_entropy",
+    loss: str | LossFn = "cross_entropy",
     axis_name: str | None = None,
 ) -> oa.Objective:
     """The training loss of one batch, the mean over its examples, model in training mode.
@@ -73,7 +74,7 @@ def objective(
       rest: the model's other variables; held fixed, so the loss depends on parameters only.
       x: inputs, ``(batch, ...)``; ``None`` to give them in each call.
       y: integer labels, ``(batch,)``; given where ``x`` is.
-      loss: one of `LOSSES`.
+      loss: one of `LOSSES`, or a function of outputs and labels.
       axis_name: axis over which replicas are averaged (``pmap``, ``shard_map``).
 
     Returns:
@@ -90,16 +91,31 @@ def objective(
     return unbound if x is None else unbound.bind(x=x, y=y)
 
 
-def _cross_entropy(outputs: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(outputs, y))
+def _cross_entropy(outputs: jax.Array, y: jax.Array, *, label_smoothing: float = 0.0) -> jax.Array:
+    if y.ndim == outputs.ndim and jnp.issubdtype(y.dtype, jnp.floating):
+        return jnp.mean(optax.softmax_cross_entropy(outputs, _smooth(y, label_smoothing)))
+    counts = y >= 0
+    labels = jnp.where(counts, y, 0)
+    if label_smoothing:
+        targets = jax.nn.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)
+        losses = optax.softmax_cross_entropy(outputs, _smooth(targets, label_smoothing))
+    else:
+        losses = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+    return jnp.mean(jnp.where(counts, losses, 0))
+
+
+def _smooth(targets: jax.Array, label_smoothing: float) -> jax.Array:
+    return optax.smooth_labels(targets, label_smoothing) if label_smoothing else targets
 
 
 def _mse(outputs: jax.Array, y: jax.Array) -> jax.Array:
-    targets = jax.nn.one_hot(y, outputs.shape[-1], dtype=outputs.dtype)
-    return jnp.mean(0.5 * jnp.sum((outputs - targets) ** 2, axis=-1))
+    if y.ndim < outputs.ndim:
+        y = jax.nn.one_hot(y, outputs.shape[-1], dtype=outputs.dtype)
+    return jnp.mean(0.5 * jnp.sum((outputs - y) ** 2, axis=-1))
 
 
-LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+LossFn = Callable[[Any, jax.Array], jax.Array]
+LOSSES: dict[str, Callable[..., jax.Array]] = {
     "cross_entropy": _cross_entropy,
     "mse": _mse,
 }
@@ -107,29 +123,44 @@ LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 LIKELIHOODS = {"cross_entropy": "categorical", "mse": "gaussian"}
 
 
-def find_loss(name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The loss of that name, a function of outputs ``(batch, classes)`` and integer labels.
+def find_loss(loss: str | LossFn, *, label_smoothing: float = 0.0) -> LossFn:
+    """The loss of that name, a function of a batch's outputs and labels.
 
-    ``cross_entropy`` is softmax cross-entropy; ``mse`` is half the sum of squares over the outputs,
-    against 1 for the label and 0 for the others, as in Song et al. (2024). Both are means over the
-    examples.
+    * ``cross_entropy`` is softmax cross-entropy of outputs ``(..., classes)`` against integers
+      ``(...)``, or shares of the classes ``(..., classes)`` where examples are mixed. A label of -1
+      (padding of sentences) counts nothing: the loss is the mean over all positions, those of -1
+      with 0, so that it is linear in the examples, on several devices and in parts of a batch too.
+    * ``mse`` is half the sum of squares over the outputs ``(batch, classes)``, against 1 for the
+      label and 0 for the others, as in Song et al. (2024).
+
+    Both are means over the examples.
 
     >>> outputs, y = jnp.array([[1.0, 0.0], [0.5, 0.5]]), jnp.array([0, 1])
     >>> float(find_loss("mse")(outputs, y))
     0.125
 
     Args:
-      name: one of `LOSSES`.
+      loss: one of `LOSSES`, or a function, which is returned as it is.
+      label_smoothing: share of the label that goes to all classes alike, at least 0 and below 1
+        (Szegedy et al., 2016, section 7); ``cross_entropy`` only.
 
     Returns:
       The function; it returns a scalar.
 
     Raises:
-      ValueError: unknown loss.
+      ValueError: unknown loss, or one that has no labels to smooth.
     """
-    if name not in LOSSES:
-        raise ValueError(f"unknown loss {name!r}; valid: {', '.join(LOSSES)}")
-    return LOSSES[name]
+    if callable(loss):
+        return loss
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}; valid: {', '.join(LOSSES)}")
+    if not label_smoothing:
+        return LOSSES[loss]
+    if loss != "cross_entropy":
+        raise ValueError(f"label smoothing is for the loss cross_entropy, not for {loss}")
+    if not 0 < label_smoothing < 1:
+        raise ValueError(f"label smoothing must be at least 0 and below 1, got {label_smoothing}")
+    return functools.partial(_cross_entropy, label_smoothing=label_smoothing)
 
 
 def init_state(tx: optax.GradientTransformation, params: PyTree, rest: PyTree) -> TrainState:
@@ -155,7 +186,7 @@ def train_step(
     *,
     curvature: Batch | None = None,
     refresh: bool | str | None = None,
-    loss: str = "cross_entropy",
+    loss: str | LossFn = "cross_entropy",
     axis_name: str | None = None,
     per_worker: bool = False,
     skip_non_finite: bool = False,
@@ -174,7 +205,7 @@ def train_step(
       curvature: ``(x, y)`` on which curvature is estimated; ``None`` for the batch itself.
       refresh: static; what the optimizer does about its curvature estimate in this step
         (``Method.refresh``). ``None`` for methods without curvature or to decide in the graph.
-      loss: one of `LOSSES`.
+      loss: one of `LOSSES`, or a function of outputs and labels.
       axis_name: axis over which replicas are averaged. Batch normalization uses the statistics of
         each replica's own batch, and its running statistics are averaged.
       per_worker: static; each replica of ``axis_name`` is a worker with a state of its own and
@@ -238,20 +269,23 @@ def evaluate(
     x: jax.Array,
     y: jax.Array,
     *,
-    loss: str = "cross_entropy",
+    loss: str | LossFn = "cross_entropy",
 ) -> dict[str, jax.Array]:
-    """Loss and accuracy of a model in evaluation mode (running statistics, no dropout).
+    """Scores of a model in evaluation mode (running statistics, no dropout).
 
     Args:
       graphdef: static part of the model.
       params: parameters.
       rest: the other variables.
       x: inputs, ``(batch, ...)``.
-      y: integer labels, ``(batch,)``.
-      loss: one of `LOSSES`.
+      y: labels: integers, ``(batch,)`` or ``(batch, ...)``, or what else the loss takes.
+      loss: one of `LOSSES`, or a function of outputs and labels.
 
     Returns:
-      ``{"loss": mean over the examples, "accuracy": share of correct labels}``.
+      ``loss``, as the loss defines it; for integer labels ``accuracy``, the share of them that the
+      largest output names; and where examples have many labels ``counted``, the share that is not
+      -1. Divided by it, loss and accuracy are means over the labels that count; all three are
+      means over examples before, so that batches of any size can be averaged.
 
     Raises:
       ValueError: unknown loss.
@@ -260,8 +294,13 @@ def evaluate(
     model = nnx.merge(graphdef, params, rest, copy=True)
     model.eval()
     outputs = model(x)
-    accuracy = jnp.mean((jnp.argmax(outputs, axis=-1) == y).astype(jnp.float32))
-    return {"loss": loss_fn(outputs, y), "accuracy": accuracy}
+    scores = {"loss": loss_fn(outputs, y)}
+    if jnp.issubdtype(y.dtype, jnp.integer):
+        correct = jnp.argmax(outputs, axis=-1) == y  # never where y is -1
+        scores["accuracy"] = jnp.mean(correct.astype(jnp.float32))
+        if y.ndim > 1:
+            scores["counted"] = jnp.mean((y >= 0).astype(jnp.float32))
+    return scores
 
 
 def find_in_state(opt_state: PyTree, name: str) -> Any:

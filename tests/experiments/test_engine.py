@@ -381,3 +381,68 @@ def test_unknown_loss(mlp, batch):
     ):
         with pytest.raises(ValueError, match="unknown loss 'hinge'; valid: cross_entropy, mse"):
             call()
+
+
+def test_labels_of_tokens_count_where_they_are_not_minus_one():
+    rng = np.random.default_rng(0)
+    outputs = jnp.asarray(rng.normal(size=(4, 5, 7)), jnp.float32)
+    y = rng.integers(0, 7, (4, 5))
+    y[0, 2:], y[3, 1:] = -1, -1
+    logp = np.asarray(jax.nn.log_softmax(outputs))
+    rows = [logp[i, j, y[i, j]] for i in range(4) for j in range(5) if y[i, j] >= 0]
+    loss = engine.find_loss("cross_entropy")
+    # The mean over all 20 positions: linear in the examples, whatever part of a batch is padding.
+    np.testing.assert_allclose(loss(outputs, jnp.asarray(y)), -np.sum(rows) / 20, rtol=1e-6)
+    halves = [loss(outputs[rows], jnp.asarray(y[rows])) for rows in (slice(2), slice(2, 4))]
+    np.testing.assert_allclose(loss(outputs, jnp.asarray(y)), np.mean(halves), rtol=1e-6)
+    gradient = jax.grad(loss)(outputs, jnp.asarray(y))
+    assert (gradient[y == -1] == 0).all()
+    assert (abs(gradient[y >= 0]).sum(axis=-1) > 0).all()
+
+
+def test_label_smoothing_and_shares_of_classes():
+    rng = np.random.default_rng(0)
+    outputs = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
+    y = jnp.array([0, 1, 2, 2, -1, 0])
+    logp = np.asarray(jax.nn.log_softmax(outputs))
+    smooth = engine.find_loss("cross_entropy", label_smoothing=0.3)
+    targets = 0.7 * np.asarray(jax.nn.one_hot(y, 3)) + 0.1
+    targets[4] = 0
+    np.testing.assert_allclose(smooth(outputs, y), -(targets * logp).sum() / 6, rtol=1e-5)
+    # Shares of the classes, as of mixed examples: one label at 1 is that label.
+    plain = engine.find_loss("cross_entropy")
+    y = y.at[4].set(1)
+    np.testing.assert_allclose(plain(outputs, jax.nn.one_hot(y, 3)), plain(outputs, y), rtol=1e-6)
+    np.testing.assert_allclose(smooth(outputs, jax.nn.one_hot(y, 3)), smooth(outputs, y), rtol=1e-6)
+    mse = engine.find_loss("mse")
+    np.testing.assert_allclose(mse(outputs, jax.nn.one_hot(y, 3)), mse(outputs, y), rtol=1e-6)
+    with pytest.raises(ValueError, match="for the loss cross_entropy, not for mse"):
+        engine.find_loss("mse", label_smoothing=0.1)
+    with pytest.raises(ValueError, match="at least 0 and below 1, got 1.5"):
+        engine.find_loss("cross_entropy", label_smoothing=1.5)
+
+
+class PerToken(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.table = nnx.Embed(5, 5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.table(x)
+
+
+def test_scores_of_tokens_are_averages_that_can_be_averaged():
+    graphdef, params, rest = engine.split(PerToken(nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.integers(0, 5, (6, 4)), jnp.int32) for _ in range(2))
+    y = y.at[2:, 1:].set(-1)
+    scores = engine.evaluate(graphdef, params, rest, x, y)
+    best = np.asarray(params["table"]["embedding"]).argmax(-1)[x]
+    np.testing.assert_allclose(scores["counted"], 12 / 24)
+    np.testing.assert_allclose(scores["accuracy"], (best == np.asarray(y)).sum() / 24)
+    parts = [engine.evaluate(graphdef, params, rest, x[i : i + 3], y[i : i + 3]) for i in (0, 3)]
+    for name, value in scores.items():
+        np.testing.assert_allclose(value, (parts[0][name] + parts[1][name]) / 2, rtol=1e-6)
+    # A function serves as loss; what has no labels has no accuracy.
+    shares = jnp.full((6, 4, 5), 0.2)
+    scores = engine.evaluate(graphdef, params, rest, x, shares, loss=lambda o, y: (o - y).sum())
+    assert set(scores) == {"loss"}
