@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
+from models import _common
 from models.cnn import Cnn
 from models.mlp import Mlp
 from models.resnet import ResNet20
@@ -53,6 +54,7 @@ def create(
     input_shape: Sequence[int],
     num_classes: int | None = None,
     vocabulary_size: int | None = None,
+    weight_norm: bool = False,
     rngs: nnx.Rngs | int = 0,
     **options: Any,
 ) -> Any:
@@ -64,6 +66,9 @@ def create(
             token ids.
         num_classes: Number of outputs; `None` for models that do not classify.
         vocabulary_size: Number of different token ids; `None` for models that read none.
+        weight_norm: Whether the weights of all linear layers and convolutions are normalized:
+            Salimans and Kingma (2016), `w = length * direction / |direction|` for each output unit,
+            both trained. The model starts as the same function.
         rngs: Random keys, or a seed.
         **options: Further arguments of that model, such as `hidden_sizes` or `dtype`.
 
@@ -89,7 +94,10 @@ def create(
         if key not in known:
             raise ValueError(f"model {name!r} has no option {key!r}; valid: {', '.join(known)}")
     given = {size: value for size, value in sizes.items() if value is not None}
-    return entry.model(input_shape=input_shape, rngs=rngs, **given, **entry.options, **options)
+    model = entry.model(input_shape=input_shape, rngs=rngs, **given, **entry.options, **options)
+    if weight_norm:
+        _common.normalize_weights(model)
+    return model
 
 
 _SIZES = {

@@ -219,6 +219,66 @@ class Layers:
         return nnx.Dropout(rate, **options, rngs=self.rngs if rate else None)
 
 
+class WeightNormalized(nnx.Module):
+    """A layer whose weights are given by a length and a direction for each output unit.
+
+    The output is that of the layer with the kernel length * direction / |direction|, where `length`
+    is a parameter of the shape (outputs,) and the layer's own kernel is the direction. It starts
+    with the function that the layer had; units whose weights are all zero get length 0.
+
+    Flax's `nnx.WeightNorm` does not serve here: its lengths are no `nnx.Param`, so that nothing
+    trains them, and each call writes into the parameters of the layer.
+
+    Args:
+        layer: `nnx.Linear`, `nnx.Conv` or another one whose `kernel` ends with the output axis.
+
+    References:
+        Salimans and Kingma, `Weight Normalization <https://arxiv.org/abs/1602.07868>`_, 2016,
+        equation 2.
+    """
+
+    def __init__(self, layer: nnx.Linear | nnx.Conv | nnx.ConvTranspose):
+        self.layer = layer
+        kernel = layer.kernel[...]
+        length = _lengths(kernel)
+        # A direction is needed even where all weights are zero.
+        direction = jnp.where(length > 0, kernel, 1)
+        self.length = nnx.Param(length.reshape(-1).astype(kernel.dtype))
+        self.layer.kernel[...] = direction
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """What the layer gives for `x`."""
+        direction = self.layer.kernel[...]
+        axes = tuple(range(direction.ndim - 1))
+        factor = jnp.expand_dims(self.length[...], axes) / _lengths(direction)
+        layer = nnx.clone(self.layer)  # so that the parameters stay what they are
+        layer.kernel[...] = (direction * factor).astype(direction.dtype)
+        return layer(x)
+
+
+def _lengths(kernel: jax.Array) -> jax.Array:
+    """Norms of the output units in float32 or wider, the other axes kept with length 1."""
+    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    return jnp.sqrt(jnp.sum(kernel**2, axis=tuple(range(kernel.ndim - 1)), keepdims=True))
+
+
+def normalize_weights(model: nnx.Module) -> None:
+    """Puts `WeightNormalized` around every linear layer and convolution of a model, in place."""
+    layers = [
+        (path, module)
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, nnx.Linear | nnx.Conv | nnx.ConvTranspose)
+    ]
+    for (*parents, name), layer in layers:
+        owner: Any = model
+        for part in parents:
+            owner = owner[part] if isinstance(part, int) else getattr(owner, str(part))
+        if isinstance(name, int):
+            owner[name] = WeightNormalized(layer)
+        else:
+            setattr(owner, str(name), WeightNormalized(layer))
+
+
 def as_logits(x: jax.Array) -> jax.Array:
     """At least float32, so that a loss on bfloat16 outputs keeps its precision."""
     return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x

@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 
 import models
+from models import _common
 
 INPUT_SHAPE = (8, 8, 3)
 
@@ -118,6 +119,47 @@ def test_seed_and_rngs_agree(tiny):
     by_seed = tiny.create(rngs=3)
     by_rngs = tiny.create(rngs=nnx.Rngs(3))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(by_seed), nnx.state(by_rngs))
+
+
+def test_weight_normalization_starts_as_the_same_function():
+    options = {"input_shape": (8, 4, 2), "num_classes": 3, "channels": (5, 4)}
+    plain, model = (models.create("cnn", **options, weight_norm=on) for on in (False, True))
+    x = jax.random.normal(jax.random.key(1), (6, 8, 4, 2))
+    np.testing.assert_allclose(forward(model, x), forward(plain, x), rtol=1e-5, atol=1e-5)
+    assert count(model) == count(plain) + 5 + 4 + 3
+
+    model.linear.layer.bias[...] = jnp.zeros(3)
+    graphdef, params = nnx.split(model)
+    loss = jax.jit(jax.value_and_grad(lambda p: jnp.sum(nnx.merge(graphdef, p)(x) ** 2)))
+    value, grads = loss(params)
+    for name in ("conv1", "conv2", "linear"):
+        # The norm of a direction changes nothing.
+        direction, slope = (np.asarray(s[name]["layer"]["kernel"][...]) for s in (params, grads))
+        assert (slope != 0).any()
+        axes = tuple(range(direction.ndim - 1))
+        np.testing.assert_allclose((direction * slope).sum(axes), 0, atol=1e-4)
+    # The outputs are linear in the lengths of the last layer.
+    params["linear"]["length"][...] *= 3
+    np.testing.assert_allclose(loss(params)[0], 9 * value, rtol=1e-5)
+
+
+def test_weight_normalization_reaches_every_layer_and_units_without_weights(tiny):
+    def make():
+        model = tiny.create()
+        return _common.normalize_weights(model) or model
+
+    model = nnx.eval_shape(make)
+    kinds = (nnx.Linear, nnx.Conv, nnx.ConvTranspose)
+    paths = [path for path, m in nnx.iter_modules(model) if isinstance(m, kinds)]
+    assert paths
+    assert all(path[-1] == "layer" for path in paths)
+    x = jax.eval_shape(lambda: tiny.examples(2))
+    assert nnx.eval_shape(lambda model, x: model(x), model, x).shape[0] == 2
+
+    layer = nnx.Linear(3, 2, kernel_init=nnx.initializers.zeros_init(), rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(_common.WeightNormalized(layer))
+    slope = jax.grad(lambda p: nnx.merge(graphdef, p)(jnp.ones((1, 3))).sum())(params)
+    np.testing.assert_allclose(slope["length"][...], 3**0.5, rtol=1e-6)
 
 
 def test_many_models_at_once_by_vmap():
