@@ -163,7 +163,7 @@ def _flatten(
 
 
 def _loss_root(loss: Callable[[jax.Array], jax.Array], flat: jax.Array) -> jax.Array:
-    """The symmetric root of each example's loss Hessian, ``(examples, outputs, outputs)``."""
+    r"""A root of each example's loss Hessian :math:`L L^\top`, ``(examples, outputs, outputs)``."""
     num_examples, size = flat.shape
     if size > _MOST_OUTPUTS:
         raise ValueError(
@@ -179,9 +179,20 @@ def _loss_root(loss: Callable[[jax.Array], jax.Array], flat: jax.Array) -> jax.A
         return jax.jvp(jax.grad(loss), (flat,), (tangent,))[1]
 
     hessians = num_examples * jnp.moveaxis(jax.vmap(column)(jnp.eye(size, dtype=flat.dtype)), 0, -1)
-    values, vectors = jnp.linalg.eigh(hessians)
-    # The root of a rounding error is none, and the symmetric root does not depend on the signs and
-    # rotations of eigenvectors: the samples are the same on any number of devices.
-    error = size * jnp.finfo(flat.dtype).eps * values[:, -1:]
-    roots = jnp.sqrt(jnp.where(values > error, values, 0))
-    return jnp.einsum("nic,nc,njc->nij", vectors, roots, vectors)
+    # Column by column instead of LAPACK's: on a CPU its batched decompositions can hang several
+    # devices, and a singular matrix (of a softmax, say) has no decomposition there.
+    top = jnp.max(jnp.diagonal(hessians, axis1=1, axis2=2), axis=1, keepdims=True)
+    error = size * jnp.finfo(flat.dtype).eps * top
+
+    def eliminate(carry: tuple[jax.Array, jax.Array], j: jax.Array) -> tuple[Any, None]:
+        rest, root = carry
+        diagonal = jnp.maximum(jnp.diagonal(rest, axis1=1, axis2=2), 0)
+        pivot, bound = diagonal[:, j, None], jnp.sqrt(diagonal)
+        entries = rest[:, :, j] / jnp.sqrt(jnp.where(pivot > error, pivot, 1))
+        # A loss that is not convex has no root: what exceeds a second moment's bound is cut.
+        entries = jnp.where(pivot <= error, 0, jnp.clip(entries, -bound, bound))
+        rest = rest - entries[:, :, None] * entries[:, None, :]
+        return (rest, root.at[:, :, j].set(entries)), None
+
+    (_, root), _ = lax.scan(eliminate, (hessians, jnp.zeros_like(hessians)), jnp.arange(size))
+    return root

@@ -195,8 +195,8 @@ def scale_by_kfac(
     inverses and ten times that for eigendecompositions, and :math:`2 n m (n + m)` to apply them
     (twice that in the eigenbasis).  Memory: :math:`2 (n^2 + m^2)` numbers.
 
-    On a CPU, jaxlib 0.10 can hang when several batched decompositions run at once: under ``vmap``,
-    and, if ``likelihood`` is left out, on several virtual devices.
+    On a CPU, jaxlib 0.10 can hang when several batched decompositions run at once, as they do under
+    ``vmap``.
 
     With an ``axis_name`` of the objective (``shard_map``, ``pmap``) factors are means over the
     replicas, each factor is inverted by one replica, and the inverses are exchanged: beside the

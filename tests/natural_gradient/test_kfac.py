@@ -174,6 +174,39 @@ def test_estimators_agree_in_expectation(x64, likelihood):
         assert np.all(np.abs(sampled.mean(0) - want) < 5 * error + 1e-12)
 
 
+def test_roots_of_the_loss_hessian():
+    """Without a likelihood: singular, negative and not finite ones, and none of LAPACK's calls."""
+
+    def second_moments(loss, outputs):
+        objective = oa.Objective(lambda p: p, loss)
+
+        def estimate(outputs):
+            args = "ggn", None, jax.random.key(0), len(outputs)
+            samples = output_gradients(objective, outputs, *args)
+            return jnp.einsum("snc,snd->ncd", samples, samples)
+
+        return jax.jit(estimate).lower(outputs)
+
+    def cubic(outputs):  # not convex
+        return jnp.mean(
+            outputs[:, 0] ** 2 + 10 * outputs[:, 0] * outputs[:, 1] - outputs[:, 2] ** 2
+        )
+
+    outputs = 5 * jax.random.normal(jax.random.key(0), (100, 8))
+    softmax = second_moments(lambda out: cross_entropy(out, np.arange(100) % 8), outputs)
+    assert "lapack" not in softmax.as_text()  # batched, they can hang several devices
+    p = np.asarray(jax.nn.softmax(outputs))
+    want = p[:, :, None] * np.eye(8) - p[:, :, None] * p[:, None]
+    np.testing.assert_allclose(softmax.compile()(outputs), want, atol=1e-6)
+
+    got = second_moments(cubic, outputs).compile()(outputs)
+    np.testing.assert_allclose(got, np.broadcast_to(np.diag([2.0] + 7 * [0]), got.shape), atol=1e-5)
+
+    broken = softmax.compile()(outputs.at[3].set(jnp.nan))
+    assert np.isnan(broken[3]).all()
+    np.testing.assert_allclose(broken[:3], want[:3], atol=1e-6)
+
+
 def test_positions_of_an_example(x64):
     """With logits at several positions the loss is the mean over all of them."""
     outputs = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2, 3)))
