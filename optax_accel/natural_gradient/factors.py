@@ -162,7 +162,15 @@ def kronecker_statistics(
 
 
 def _gram(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return _matmul(rows.T, rows) if len(shape) == 2 else jnp.sum(rows**2, axis=0)
+    if len(shape) == 1:
+        return jnp.sum(rows**2, axis=0)
+    if (half := shape[0] // 2) < _TRIANGLE // 2:
+        return _matmul(rows.T, rows)
+    # One of the two equal corners is spared.
+    first, second = rows[:, :half], rows[:, half:]
+    corner = _matmul(second.T, first)
+    diagonal = [_matmul(part.T, part) for part in (first, second)]
+    return jnp.block([[diagonal[0], corner.T], [corner, diagonal[1]]])
 
 
 def _as_index(indices: jax.Array, size: int) -> jax.Array:
