@@ -21,10 +21,19 @@ from flax import nnx
 from models import _common
 from models.cnn import Cnn
 from models.mlp import Mlp
-from models.resnet import ResNet20
+from models.resnet import CifarResNet, ResNet
 from models.transformer import Transformer
 
-__all__ = ["Cnn", "Mlp", "ResNet20", "Transformer", "create", "is_convolutional", "list"]
+__all__ = [
+    "CifarResNet",
+    "Cnn",
+    "Mlp",
+    "ResNet",
+    "Transformer",
+    "create",
+    "is_convolutional",
+    "list",
+]
 
 
 class _Entry(NamedTuple):
@@ -38,7 +47,16 @@ class _Entry(NamedTuple):
 _MODELS: dict[str, _Entry] = {
     "mlp": _Entry(Mlp),
     "cnn": _Entry(Cnn, convolutional=True),
-    "resnet20": _Entry(ResNet20, convolutional=True),
+    "resnet20": _Entry(CifarResNet, convolutional=True, options={"depth": 20}),
+    "resnet32": _Entry(CifarResNet, convolutional=True, options={"depth": 32}),
+    "resnet44": _Entry(CifarResNet, convolutional=True, options={"depth": 44}),
+    "resnet56": _Entry(CifarResNet, convolutional=True, options={"depth": 56}),
+    "resnet110": _Entry(CifarResNet, convolutional=True, options={"depth": 110}),
+    "resnet18": _Entry(ResNet, convolutional=True, options={"depth": 18}),
+    "resnet34": _Entry(ResNet, convolutional=True, options={"depth": 34}),
+    "resnet50": _Entry(ResNet, convolutional=True, options={"depth": 50}),
+    "resnet101": _Entry(ResNet, convolutional=True, options={"depth": 101}),
+    "resnet152": _Entry(ResNet, convolutional=True, options={"depth": 152}),
     "transformer": _Entry(Transformer),
 }
 
