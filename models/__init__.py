@@ -20,16 +20,26 @@ from flax import nnx
 
 from models import _common
 from models.cnn import Cnn
+from models.lstm_lm import LstmLM
 from models.mlp import Mlp
+from models.ncsn import Ncsn
 from models.resnet import CifarResNet, ResNet
 from models.transformer import Transformer
+from models.transformer_lm import TransformerLM
+from models.transformer_translator import TransformerTranslator
+from models.vae import Vae
 
 __all__ = [
     "CifarResNet",
     "Cnn",
+    "LstmLM",
     "Mlp",
+    "Ncsn",
     "ResNet",
     "Transformer",
+    "TransformerLM",
+    "TransformerTranslator",
+    "Vae",
     "create",
     "is_convolutional",
     "list",
@@ -58,6 +68,11 @@ _MODELS: dict[str, _Entry] = {
     "resnet101": _Entry(ResNet, convolutional=True, options={"depth": 101}),
     "resnet152": _Entry(ResNet, convolutional=True, options={"depth": 152}),
     "transformer": _Entry(Transformer),
+    "transformer_lm": _Entry(TransformerLM),
+    "transformer_translator": _Entry(TransformerTranslator),
+    "lstm_lm": _Entry(LstmLM),
+    "vae": _Entry(Vae),
+    "ncsn": _Entry(Ncsn, convolutional=True),
 }
 
 
@@ -81,7 +96,7 @@ def create(
     Args:
         name: One of `list()`.
         input_shape: Shape of one example, (height, width, channels) for images, (length,) for
-            token ids.
+            token ids, (source_length, target_length) for pairs of sentences.
         num_classes: Number of outputs; `None` for models that do not classify.
         vocabulary_size: Number of different token ids; `None` for models that read none.
         weight_norm: Whether the weights of all linear layers and convolutions are normalized:

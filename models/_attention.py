@@ -22,7 +22,7 @@ class Layers:
 
     Without initializers they start like PyTorch's: linear layers uniform within ±1/sqrt(fan in),
     except that query, key and value are uniform within ±sqrt(6 / 4 width) (Glorot's for the three
-    as one matrix) and that the biases of attention are 0, which they are in any case.
+    as one matrix). The biases of attention start at 0 in any case.
 
     Args:
         width: Width of the network; even, and a multiple of `num_heads`.
@@ -31,7 +31,7 @@ class Layers:
         activation: "relu", "tanh" or "gelu", in the feed-forward part.
         dropout_rate: Share of the activations that are dropped in train mode.
         epsilon: What layer normalization adds to the variance.
-        kernel_init: Start of all kernels.
+        kernel_init: Start of all kernels; query, key and value are drawn one by one.
         bias_init: Start of all biases outside attention.
         residual_init: Start of the kernels that write into the residual stream; default:
             `kernel_init`.
@@ -71,20 +71,33 @@ class Layers:
         return {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": self.rngs}
 
     def linear(
-        self, fan_in: int, fan_out: int, *, residual: bool = False, **inits: Any
+        self, fan_in: int, fan_out: int, *, residual: bool = False, **options: Any
     ) -> nnx.Linear:
         """A linear layer; `residual` if it writes into the residual stream."""
         default = _common.uniform_fan_in(fan_in)
         kernel_init = (self.residual_init if residual else None) or self.kernel_init or default
-        inits = {"kernel_init": kernel_init, "bias_init": self.bias_init or default} | inits
-        return nnx.Linear(fan_in, fan_out, **inits, **self.types)
+        options = {"kernel_init": kernel_init, "bias_init": self.bias_init or default} | options
+        return nnx.Linear(fan_in, fan_out, **options, **self.types)
 
     def projection(self, parts: int) -> nnx.Linear:
-        """So many of query, key and value."""
+        """So many of query, key and value, side by side."""
+
+        def one_by_one(key: jax.Array, shape: tuple[int, ...], dtype: Any = None) -> jax.Array:
+            assert self.kernel_init is not None
+            draws = [
+                self.kernel_init(key, (self.width, self.width), dtype)
+                for key in jax.random.split(key, parts)
+            ]
+            return jnp.concatenate(draws, axis=1).reshape(shape)
+
         # Glorot's bound for a matrix with `width` inputs and 3 `width` outputs.
-        kernel_init = self.kernel_init or _common.uniform(math.sqrt(6 / (4 * self.width)))
-        zeros = nnx.initializers.zeros_init()
-        return self.linear(self.width, parts * self.width, kernel_init=kernel_init, bias_init=zeros)
+        joint = _common.uniform(math.sqrt(6 / (4 * self.width)))
+        return self.linear(
+            self.width,
+            parts * self.width,
+            kernel_init=joint if self.kernel_init is None else one_by_one,
+            bias_init=nnx.initializers.zeros_init(),
+        )
 
     def embedding(self, size: int, init: nnx.initializers.Initializer | None = None) -> nnx.Embed:
         """A table of `size` rows; default: normal with standard deviation 1, as PyTorch's."""

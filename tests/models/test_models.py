@@ -30,8 +30,11 @@ class Tiny(NamedTuple):
     num_tokens: int | None = None  # it reads token ids below this number; None: images
 
     def create(self, num_classes=7, **options):
-        tokens = {} if self.num_tokens is None else {"vocabulary_size": self.num_tokens}
-        defaults = {"input_shape": INPUT_SHAPE, "num_classes": num_classes} | tokens
+        sizes = {"num_classes": num_classes, "vocabulary_size": self.num_tokens}
+        if "num_classes" not in inspect.signature(self.model.__init__).parameters:
+            sizes = {"vocabulary_size": num_classes}  # the next token is the class
+        sizes = {name: size for name, size in sizes.items() if size is not None}
+        defaults = {"input_shape": INPUT_SHAPE} | sizes
         return self.model(**defaults | dict(self.options) | options)
 
     def examples(self, n):
@@ -43,7 +46,7 @@ class Tiny(NamedTuple):
 
 
 # For those that do not accept images of (32, 32, 3) or 64 token ids.
-INPUT_SHAPES: dict[str, tuple[int, ...]] = {}
+INPUT_SHAPES: dict[str, tuple[int, ...]] = {"transformer_translator": (10, 12)}
 # One entry for each architecture that classifies; the others have their own tests.
 TINY = {
     "mlp": Tiny(models.Mlp),
@@ -52,6 +55,17 @@ TINY = {
     "resnet": Tiny(models.ResNet, {"depth": 10, "width": 4, "small_images": True}),
     "transformer": Tiny(
         models.Transformer, {"input_shape": (6,), "feedforward_size": 32}, num_tokens=11
+    ),
+    "transformer_lm": Tiny(
+        models.TransformerLM,
+        {"input_shape": (6,), "embedding_size": 8, "num_layers": 1, "num_heads": 2}
+        | {"dropout_rate": 0.0},
+        num_tokens=4,
+    ),
+    "lstm_lm": Tiny(
+        models.LstmLM,
+        {"input_shape": (6,), "hidden_size": 8, "dropout_rate": 0.0, "init_bound": 0.5},
+        num_tokens=4,
     ),
 }
 
