@@ -1,67 +1,93 @@
 """Data sets and input pipelines.
 
-`load_task` gives a task by name: arrays split into train, validation and test, and what a model has
-to know about them. `batches` and `index_batches` are Grain pipelines over such arrays; their
+`load_task` gives a task by name: examples split into train, validation and test, and what a model
+has to know about them. `batches` and `index_batches` are Grain pipelines over such examples; their
 iterators save and restore their position (`get_state`, `set_state`) and so can be checkpointed.
+`prefetch_to_device` moves them to the device in the background.
 
 | task | train / validation / test | files |
 |---|---|---|
 | `digits` | 1077 / 360 / 360 | none: in scikit-learn |
 | `mnist` | 55,000 / 5,000 / 10,000 | MNIST |
 | `mnist5k` | 5,000 / 5,000 / 10,000 | MNIST |
+| `fashion_mnist` | 55,000 / 5,000 / 10,000 | Fashion-MNIST |
 | `cifar10` | 45,000 / 5,000 / 10,000 | CIFAR-10 |
 | `cifar10_5k` | 5,000 / 5,000 / 10,000 | CIFAR-10 |
 | | 5,000 / first half / second half of its test rows | or `cifar10_5k.npz`, preferred |
+| `cifar100` | 45,000 / 5,000 / 10,000 | CIFAR-100, its 100 fine labels |
+| `imagenet_folder` | 19/20 and 1/20 of `train` / `val` | `train/CLASS/*.jpg`, `val/CLASS/*.jpg` |
 | `sst2` | 62,349 / 5,000 / 872 | SST-2 |
 | `sst2_1k` | 1,000 / 1,000 / 872 | SST-2 |
+| `wikitext2` | 59,675 / 6,218 / 7,016 windows | WikiText-2 |
+| `tiny_shakespeare` | 7,842 / 435 / 435 windows | tinyshakespeare.txt |
+| `multi30k` | 29,000 / 1,014 / 1,000 | Multi30k, English to German |
+| `segmentation` | 384 / 48 / 48 crops of 24 / 3 / 3 pictures | ISBI 2012, membranes |
+| `vae_mnist` | 55,000 / 5,000 / 10,000 | MNIST |
 
-MNIST is `mnist.npz` or the four IDX files, gzipped or not, in the data directory or its `MNIST/raw`
-(where torchvision puts them); CIFAR-10 is `cifar10.npz` or the folder `cifar-10-batches-py`. An
-`.npz` file holds `x_train`, `y_train`, `x_test` and `y_test`. Pixels are scaled to [0, 1]; CIFAR-10
-is then standardized per pixel and channel by mean and standard deviation of the training split.
+The sizes are those of the public files; the validation splits are ours where the files have none:
+the last 5,000 training rows, and for the subsets (the first 5,000 training rows, of SST-2 1,000) as
+many after them.
 
-SST-2 (GLUE's: sentences of film reviews, negative 0 or positive 1) is `sst2.train.tsv` and
+**Images.** MNIST is `mnist.npz` or the four IDX files, gzipped or not, in the data directory or its
+`MNIST/raw` (where torchvision puts them); Fashion-MNIST `fashion_mnist.npz` or the four IDX files
+in `fashion_mnist` or `FashionMNIST/raw`; CIFAR-10 `cifar10.npz`, the folder `cifar-10-batches-py`
+or `cifar10_jpeg.npz` (see `readers.decode_jpegs`: lossy, so accuracies on it are not those of the
+original); CIFAR-100 `cifar100.npz` or the folder `cifar-100-python`. An `.npz` file holds
+`x_train`, `y_train`, `x_test` and `y_test`. Pixels are scaled to [0, 1]; CIFAR is then standardized
+per pixel and channel by mean and standard deviation of the training split. `imagenet_folder` reads
+its pictures when they are asked for (`readers.ImageFiles`) and standardizes each channel by
+ImageNet's mean and deviation. `segmentation` cuts the pictures of `isbi_em.npz` (`x`, `y`: 1 cell,
+0 membrane), or of the folders `membrane/train/image` and `membrane/train/label`, into squares of
+128 pixels, standardized as a whole.
+
+**SST-2** (GLUE's: sentences of film reviews, negative 0 or positive 1) is `sst2.train.tsv` and
 `sst2.dev.tsv`, or `SST-2/train.tsv` and `SST-2/dev.tsv` as GLUE unpacks them, each plain or `.gz`;
 the test split is `dev`, since GLUE keeps the labels of its own test rows. A sentence becomes a row
 of token ids: 0 is padding, 1 a word that the training split does not have, and from 2 on stand the
 lower-cased words of the training split, the most frequent first. Rows are as long as the longest of
-the whole training file (52 words), at most 100; what is longer is cut.
+the whole training file (52 words), at most 100; what is longer is cut. Preprocessing and subsets
+follow Song et al., "Does SGD really happen in tiny subspaces?" (2024); the words are ours: their
+code reads the 30,522 word pieces of distilbert-base-uncased; the words of 1,000 rows are 2,894.
 
-The subsets are the first 5,000 (SST-2: 1,000) training rows, and validation as many after them;
-without subset, validation is the last 5,000. Preprocessing and subsets follow Song et al., "Does
-SGD really happen in tiny subspaces?" (2024). The validation splits are ours, and so are the words:
-their code reads the 30,522 word pieces of distilbert-base-uncased; the words of 1,000 rows are
-2,894.
+**Language models** read a text as windows, one behind the other: `x` are the tokens of a window,
+`y` the tokens that follow each of them. WikiText-2 (`wikitext2.train.txt`, `.valid`, `.test`, or
+the folder `wikitext-2` with `train.txt` or `wiki.train.tokens` ...) is split at its blanks, a line
+ends with `<eos>`: 33,278 different words, windows of 35. Tiny Shakespeare is `tinyshakespeare.txt`,
+cut into 90, 5 and 5 per cent; its tokens are bytes, windows of 128. A model sees no window but its
+own.
+
+**Multi30k** (`multi30k.train.en`, `.de`, `multi30k.val...`, `multi30k.test_2016_flickr...`, or the
+same in a folder `multi30k` without that beginning) is cut into 8,000 byte-pair pieces for both
+languages by SentencePiece, learned from the training split. A row of `x` is the source, then the
+target behind a begin token, each 40 pieces: padding 0, begin 1, end 2, unknown 3; a row of `y` is
+the target and an end token. Labels of -1 are padding and count nothing.
+
+**From Hugging Face and TensorFlow Datasets.** A data directory `hf:...` or `tfds:...` names a data
+set of theirs instead of a folder with files, see `readers.read_hub`: for the MNISTs and CIFARs,
+`sst2`, the language models and `multi30k`.
 """
 
 from __future__ import annotations
 
-import codecs
 import collections
 import functools
-import gzip
+import io
 import itertools
 import math
 import os
-import pickle
-import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import grain
 import jax
 import numpy as np
 
-TASKS: tuple[str, ...] = (
-    *("digits", "mnist", "mnist5k", "cifar10", "cifar10_5k"),
-    *("sst2", "sst2_1k"),
-)
-
-# The arrays of a file: x_train, y_train, x_test, y_test; images as bytes, sentences as objects.
-Arrays = dict[str, np.ndarray]
+from experiments import augmentation, readers
+from experiments.readers import Arrays, DataError
 
 _ENVIRONMENT_VARIABLE = "OPTAX_ACCEL_DATA"
 _SUBSETS = {"mnist5k": 5_000, "cifar10_5k": 5_000, "sst2_1k": 1_000}
@@ -73,17 +99,143 @@ _MNIST_FILES = {
     "x_test": "t10k-images-idx3-ubyte",
     "y_test": "t10k-labels-idx1-ubyte",
 }
+# Name, and folders of the IDX files.
+_MNISTS = {
+    "mnist": ("MNIST", (".", "MNIST/raw")),
+    "fashion_mnist": ("Fashion-MNIST", ("fashion_mnist", "FashionMNIST/raw")),
+}
 _CIFAR_SHAPE = (32, 32, 3)
-_CIFAR_FOLDER = "cifar-10-batches-py"
-_CIFAR_FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
+# Name, folder, its files, name of the labels in them.
+_CIFARS: dict[str, tuple[str, str, dict[str, list[str]], bytes]] = {
+    "cifar10": (
+        "CIFAR-10",
+        "cifar-10-batches-py",
+        {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]},
+        b"labels",
+    ),
+    "cifar100": (
+        "CIFAR-100",
+        "cifar-100-python",
+        {"train": ["train"], "test": ["test"]},
+        b"fine_labels",
+    ),
+}
+_IMAGE_COLUMNS = (("image", "img"), ("label", "fine_label"))
+# In bytes, as all of ImageNet has them.
+_IMAGENET_MEAN = 255 * np.array([0.485, 0.456, 0.406])
+_IMAGENET_STD = 255 * np.array([0.229, 0.224, 0.225])
+_CROP = 128  # of `segmentation`
 # (training file, development file) of SST-2.
 _SST2_FILES = (("sst2.train.tsv", "sst2.dev.tsv"), ("SST-2/train.tsv", "SST-2/dev.tsv"))
 _UNKNOWN, _FIRST_WORD = 1, 2  # token ids; padding is 0
 _MAX_TOKENS = 100  # positions that the model of Song et al. knows
+_WIKITEXT_FILES = (
+    [f"wikitext2.{part}.txt" for part in ("train", "valid", "test")],
+    [f"wikitext-2/{part}.txt" for part in ("train", "valid", "test")],
+    [f"wikitext-2/wiki.{part}.tokens" for part in ("train", "valid", "test")],
+)
+_SPLITS = ("train", "validation", "test")
+_WINDOWS = {"wikitext2": 35, "tiny_shakespeare": 128}
+_LANGUAGES = ("en", "de")
+_MULTI30K_PARTS = ("train", "val", "test_2016_flickr")
+_PIECES = 8_000
+_SENTENCE = 40  # pieces
+_BEGIN, _END = 1, 2
+IGNORED = -1  # the label that counts nothing
 
 
-class DataError(ValueError):
-    """A data set is missing or broken; the message is one line for the person at the keyboard."""
+@dataclass(frozen=True)
+class Defaults:
+    """How a task is trained where nothing else is said: so that it learns.
+
+    Attributes:
+        model: Name of a model in `models`.
+        target_accuracy: Validation accuracy that a good run of that model reaches; 0 where runs are
+            not compared by it.
+        kind: "classification", "segmentation", "language", "translation" or "autoencoder".
+        model_options: Options of that model.
+        loss: Name of a loss in `engine.LOSSES`.
+        method: Name of a method in `methods`.
+        learning_rate: Of that method; `None`: the middle of its grid.
+        batch_size: Examples per step.
+    """
+
+    model: str
+    target_accuracy: float = 0.0
+    kind: str = "classification"
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    loss: str = "cross_entropy"
+    method: str = "sgd"
+    learning_rate: float | None = None
+    batch_size: int = 64
+
+
+DEFAULTS: Mapping[str, Defaults] = MappingProxyType(
+    {
+        "digits": Defaults("mlp", 0.95),
+        "mnist": Defaults("mlp", 0.97),
+        "mnist5k": Defaults("mlp", 0.92),
+        "fashion_mnist": Defaults("cnn", 0.87),
+        "cifar10": Defaults("resnet20", 0.80),
+        "cifar10_5k": Defaults("cnn", 0.50),
+        "cifar100": Defaults("resnet20", 0.45),
+        "imagenet_folder": Defaults("resnet18"),
+        "sst2": Defaults("transformer", 0.68),
+        "sst2_1k": Defaults("transformer", 0.58),
+        "wikitext2": Defaults(
+            "lstm_lm",
+            kind="language",
+            model_options={"hidden_size": 200, "tied": True, "dropout_rate": 0.2},
+            method="adam",
+            learning_rate=0.003,
+            batch_size=32,
+        ),
+        "tiny_shakespeare": Defaults(
+            "transformer_lm",
+            kind="language",
+            model_options={
+                "embedding_size": 128,
+                "num_layers": 4,
+                "num_heads": 4,
+                "dropout_rate": 0.1,
+            },
+            method="adam",
+            learning_rate=0.001,
+            batch_size=32,
+        ),
+        "multi30k": Defaults(
+            "transformer_translator",
+            kind="translation",
+            model_options={
+                "embedding_size": 256,
+                "num_layers": 3,
+                "feedforward_size": 512,
+                "pre_norm": True,
+            },
+            method="adam",
+            learning_rate=0.0003,
+            batch_size=128,
+        ),
+        "segmentation": Defaults(
+            "unet", kind="segmentation", method="adam", learning_rate=0.001, batch_size=8
+        ),
+        "vae_mnist": Defaults(
+            "vae",
+            kind="autoencoder",
+            loss="elbo",
+            method="adam",
+            learning_rate=0.001,
+            batch_size=100,
+        ),
+    }
+)
+TASKS: tuple[str, ...] = tuple(DEFAULTS)
+# Tasks with one label for each example, and all examples in memory.
+CLASSIFICATION: tuple[str, ...] = tuple(
+    name
+    for name, defaults in DEFAULTS.items()
+    if defaults.kind == "classification" and name != "imagenet_folder"
+)
 
 
 @dataclass(frozen=True)
@@ -91,15 +243,30 @@ class Split:
     """Examples and their labels.
 
     Attributes:
-        x: Examples: float32, (N, height, width, channels), or token ids, int32, (N, length).
-        y: Labels, int32, (N,).
+        x: Examples: float32, (N, height, width, channels), or token ids, int32, (N, length); for
+            translation (N, source length + target length). An array, or `readers.ImageFiles`.
+        y: Labels, int32: (N,); of each pixel (N, height, width), of each position (N, length), of
+            which `IGNORED` counts nothing; or the examples themselves, for an autoencoder.
+        pixels: For images mean and standard deviation with which `x` was standardized: the bytes of
+            the file are `x * std + mean`. `None` for what are no images.
     """
 
-    x: np.ndarray
+    x: Any
     y: np.ndarray
+    pixels: tuple[Any, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.y)
+
+    def __getitem__(self, rows: Any) -> Split:
+        """The split of these rows, a slice or an array of numbers."""
+        return Split(self.x[rows], self.y[rows], self.pixels)
+
+    def checksum(self) -> int:
+        """A number that tells other examples from these."""
+        if isinstance(self.x, readers.ImageFiles):
+            return self.x.checksum()
+        return zlib.crc32(np.ascontiguousarray(self.x).data)
 
 
 @dataclass(frozen=True)
@@ -111,11 +278,10 @@ class Task:
         train: What is trained on.
         validation: What learning rates are chosen on.
         test: What is reported.
-        num_classes: Number of classes; labels are 0 to `num_classes` - 1.
-        input_shape: Shape of one example.
-        default_model: Name of a model in `models` that suits the task.
-        target_accuracy: Validation accuracy that a good run of the default model reaches.
-        vocabulary_size: Token ids are 0 (padding) to `vocabulary_size` - 1; `None` for images.
+        num_classes: Number of classes; labels are 0 to `num_classes` - 1. 0 where the model has no
+            such number: it predicts tokens or reconstructs images.
+        input_shape: Shape of one example; of a translation (source length, target length).
+        vocabulary_size: Token ids are 0 to `vocabulary_size` - 1; `None` for images.
     """
 
     name: str
@@ -124,12 +290,27 @@ class Task:
     test: Split
     num_classes: int
     input_shape: tuple[int, ...]
-    default_model: str
-    target_accuracy: float
     vocabulary_size: int | None = None
 
+    @property
+    def defaults(self) -> Defaults:
+        """How it is trained where nothing else is said."""
+        return DEFAULTS[self.name]
 
-def load_task(name: str, *, data_dir: str | Path | None = None) -> Task:
+    @property
+    def default_model(self) -> str:
+        """Name of a model in `models` that suits the task."""
+        return self.defaults.model
+
+    @property
+    def target_accuracy(self) -> float:
+        """Validation accuracy that a good run of the default model reaches."""
+        return self.defaults.target_accuracy
+
+
+def load_task(
+    name: str, *, data_dir: str | Path | None = None, image_size: int | None = None
+) -> Task:
     """Loads a task.
 
     Example:
@@ -139,8 +320,9 @@ def load_task(name: str, *, data_dir: str | Path | None = None) -> Task:
 
     Args:
         name: One of `TASKS`.
-        data_dir: Folder with the files; default: the environment variable OPTAX_ACCEL_DATA. The
-            digits need none.
+        data_dir: Folder with the files, or `hf:...` or `tfds:...`; default: the environment
+            variable OPTAX_ACCEL_DATA. The digits need none.
+        image_size: Height and width of `imagenet_folder`'s pictures; default: 224.
 
     Returns:
         The task.
@@ -150,20 +332,38 @@ def load_task(name: str, *, data_dir: str | Path | None = None) -> Task:
     """
     if name not in TASKS:
         raise DataError(f"unknown task {name!r}; valid: {', '.join(TASKS)}")
+    if image_size is not None and name != "imagenet_folder":
+        raise DataError(f"image_size is for the task imagenet_folder; {name} has sizes of its own")
     if name == "digits":
         return _digits()
-    folder = data_folder(name, data_dir)
+    location = data_dir or os.environ.get(_ENVIRONMENT_VARIABLE)
+    hub = None if readers.hub_of(location) is None else str(location)
+    if hub and name in ("imagenet_folder", "segmentation"):
+        raise DataError(f"task {name!r} reads a folder with files, not {hub}")
+    folder = Path(hub) if hub else data_folder(name, data_dir)
+    if name == "imagenet_folder":
+        return _imagenet(folder, 224 if image_size is None else image_size)
+    if name == "segmentation":
+        return _segmentation(folder)
+    if name == "multi30k":
+        return _multi30k(folder, hub)
+    if name in _WINDOWS:
+        return _language(name, folder, hub)
     subset = _SUBSETS.get(name)
-    if name.startswith("mnist"):
-        splits = _scale(_split(*_load_mnist(folder), subset))
-        return _task(name, splits, "mlp", 0.92 if subset else 0.97)
-    if name.startswith("cifar10"):
-        splits = _standardize(_split(*_load_cifar(folder, subset is not None), subset))
-        return _task(name, splits, *(("cnn", 0.50) if subset else ("resnet20", 0.80)))
-    path, sentences = _load_sst2(folder)
-    splits, size = _tokenize(_split(path, sentences, subset), _longest(sentences["x_train"]))
-    target = 0.58 if subset else 0.68
-    return _task(name, splits, "transformer", target, num_classes=2, vocabulary_size=size)
+    if name.startswith("sst2"):
+        path, sentences = _load_sst2(folder, hub)
+        splits, size = _tokenize(_split(path, sentences, subset), _longest(sentences["x_train"]))
+        return _task(name, splits, num_classes=2, vocabulary_size=size)
+    if name.startswith("cifar"):
+        classes = 100 if name == "cifar100" else 10
+        path, images = _load_cifar(name, folder, hub, subset is not None)
+        arrays = readers.checked(path, images, _CIFAR_SHAPE, classes)
+        return _task(name, _standardize(_split(path, arrays, subset)), classes)
+    path, images = _load_mnist("fashion_mnist" if "fashion" in name else "mnist", folder, hub)
+    splits = _scale(_split(path, readers.checked(path, images, _MNIST_SHAPE, 10), subset))
+    if name == "vae_mnist":
+        return _task(name, [Split(s.x, s.x, s.pixels) for s in splits], num_classes=0)
+    return _task(name, splits)
 
 
 def index_batches(
@@ -199,7 +399,7 @@ def index_batches(
     Returns:
         A checkpointable iterator of int32 arrays of shape (batch_size,), or of one shard's part.
     """
-    return iter(_index_dataset(n, batch_size, seed, num_epochs, shard))
+    return iter(_dataset(lambda _, rows: rows, n, batch_size, seed, num_epochs, shard))
 
 
 def batches(
@@ -209,13 +409,16 @@ def batches(
     seed: int,
     num_epochs: int | None = None,
     shard: grain.sharding.ShardOptions | None = None,
+    augment: Sequence[str] = (),
+    num_classes: int = 0,
+    workers: int = 0,
 ) -> grain.IterDataset[dict[str, np.ndarray]]:
     """Random batches of examples, in the order that `index_batches` gives.
 
     Several processes share the work: with `shard=grain.sharding.ShardByJaxProcess()` process i of
     n reads the i-th of n equal parts of each batch. The parts, one after the other, are the batch
     of a single process, and the position counts whole batches: saved by n processes, it serves any
-    other number.
+    other number. Neither do workers or augmentation change it.
 
     Example:
         >>> iterator = iter(batches(load_task("digits").train, batch_size=32, seed=0))
@@ -226,25 +429,64 @@ def batches(
     Args:
         split: The examples.
         batch_size: Examples per batch, over all processes; at most the number of examples.
-        seed: Decides the order; any two seeds give unrelated ones.
+        seed: Decides the order, and what is augmented; any two seeds give unrelated ones.
         num_epochs: Number of passes; `None` never ends.
         shard: The part of each batch to read; default: all of it.
+        augment: Names of `augmentation.OPERATIONS`.
+        num_classes: Number of classes, for `mixup`.
+        workers: Number of threads that read and augment batches ahead, two for each; 0: the thread
+            that asks for a batch does.
 
     Returns:
         A Grain data set of `{"x", "y"}`; its iterators are checkpointable.
     """
-    indices = _index_dataset(len(split), batch_size, seed, num_epochs, shard)
-    return indices.map(lambda index: {"x": split.x[index], "y": split.y[index]})
+
+    def plain(_: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+        return {"x": split.x[rows], "y": split.y[rows]}
+
+    read = (
+        augmentation.Augmentation(split, tuple(augment), seed=seed, num_classes=num_classes)
+        if augment
+        else plain
+    )
+    return _dataset(read, len(split), batch_size, seed, num_epochs, shard, workers)
+
+
+def in_order(
+    split: Split, batch_size: int, workers: int = 0
+) -> grain.IterDataset[dict[str, np.ndarray]]:
+    """All examples once, in their order; the last batch may be smaller.
+
+    Args:
+        split: The examples.
+        batch_size: Examples per batch.
+        workers: As in `batches`.
+
+    Returns:
+        A Grain data set of `{"x", "y"}`.
+    """
+
+    def read(number: int) -> dict[str, np.ndarray]:
+        rows = slice(number * batch_size, (number + 1) * batch_size)
+        return {"x": split.x[rows], "y": split.y[rows]}
+
+    numbers = grain.MapDataset.range(math.ceil(len(split) / batch_size))
+    return numbers.map(read).to_iter_dataset(_read_options(workers))
 
 
 def prefetch_to_device(
     iterator: Iterator[Any], put: Callable[[Any], Any] = jax.device_put, size: int = 2
 ) -> DevicePrefetcher:
-    """Moves batches to the device ahead of their use, so that transfer and computation overlap.
+    """Reads batches and moves them to the device in the background, ahead of their use.
+
+    A thread of Grain's (`grain.experimental.ThreadPrefetchDatasetIterator`) does it while the
+    device computes: reading, augmenting and the transfer overlap with the steps. Pinned memory is
+    the runtime's affair in JAX.
 
     Example:
         >>> iterator = iter(batches(load_task("digits").train, batch_size=32, seed=0))
-        >>> batch = next(prefetch_to_device(iterator))
+        >>> with prefetch_to_device(iterator) as prefetched:
+        ...     batch = next(prefetched)
         >>> type(batch["x"]).__name__, batch["x"].shape
         ('ArrayImpl', (32, 8, 8, 1))
 
@@ -252,14 +494,16 @@ def prefetch_to_device(
         iterator: Gives pytrees of arrays; a Grain iterator where the position is to be saved.
         put: Places a batch, e.g. `Parallel.put_batch`, which makes global arrays of what each
             process has; default: on the default device.
-        size: Number of batches under way.
+        size: Number of batches that wait on the device, besides the one that is being made; 0:
+            each is made when it is asked for.
 
     Returns:
         An iterator of the same batches on the device. Its `get_state` and `set_state` count the
-        batches it gave out, not those under way.
+        batches it gave out, not those under way. What goes wrong in the background is raised where
+        the batch would have been given out. `close`, or leaving its `with` block, ends the thread.
     """
-    if size < 1:
-        raise ValueError(f"size must be at least 1, got {size}")
+    if size < 0:
+        raise ValueError(f"size must be at least 0, got {size}")
     return DevicePrefetcher(iterator, put, size)
 
 
@@ -267,46 +511,59 @@ class DevicePrefetcher(Iterator[Any]):
     """What `prefetch_to_device` returns."""
 
     def __init__(self, iterator: Any, put: Callable[[Any], Any], size: int):
-        self._iterator = iterator
-        self._put = put
-        self._size = size
-        # Batches on their way, each with the position of the iterator behind it.
-        self._queue: collections.deque[tuple[Any, Any]] = collections.deque()
-        self._state: Any = self._position()
+        self._source = iterator
+        self._ahead = grain.experimental.ThreadPrefetchDatasetIterator(_Placed(iterator, put), size)
+
+    def __enter__(self) -> DevicePrefetcher:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def __next__(self) -> Any:
-        while len(self._queue) < self._size:
-            try:
-                batch = next(self._iterator)
-            except StopIteration:
-                break
-            self._queue.append((self._put(batch), self._position()))
-        if not self._queue:
-            raise StopIteration
-        batch, self._state = self._queue.popleft()
-        return batch
+        return next(self._ahead)
 
     def get_state(self) -> Any:
         """Position behind the last batch that was given out."""
-        return self._state
+        return self._ahead.get_state()
 
     def set_state(self, state: Any) -> None:
         """Continues at a position that `get_state` gave."""
-        self._queue.clear()
+        self._ahead.set_state(state)
+
+    def close(self) -> None:
+        """Ends the background work; nothing may be asked for afterwards."""
+        self._ahead.close()
+        if hasattr(self._source, "close"):
+            self._source.close()
+
+
+class _Placed(Iterator[Any]):
+    """The batches of an iterator, placed."""
+
+    def __init__(self, iterator: Any, put: Callable[[Any], Any]):
+        self._iterator, self._put = iterator, put
+
+    def __next__(self) -> Any:
+        return self._put(next(self._iterator))
+
+    def get_state(self) -> Any:
+        return self._iterator.get_state() if hasattr(self._iterator, "get_state") else {}
+
+    def set_state(self, state: Any) -> None:
         self._iterator.set_state(state)
-        self._state = state
-
-    def _position(self) -> Any:
-        return self._iterator.get_state() if hasattr(self._iterator, "get_state") else None
 
 
-def _index_dataset(
+def _dataset(
+    read: Callable[[int, np.ndarray], Any],
     n: int,
     batch_size: int,
     seed: int,
     num_epochs: int | None,
     shard: grain.sharding.ShardOptions | None,
-) -> grain.IterDataset[np.ndarray]:
+    workers: int = 0,
+) -> grain.IterDataset[Any]:
+    """What `read` makes of an epoch and the rows of each batch."""
     if not 1 <= batch_size <= n:
         raise ValueError(f"batch_size must be between 1 and the {n} examples, got {batch_size}")
     shard = shard or grain.sharding.NoSharding()
@@ -325,14 +582,20 @@ def _index_dataset(
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, epoch)).permutation(n).astype(np.int32)
 
-    def part(index: int, _: int) -> np.ndarray:
+    def part(index: int, _: int) -> Any:
         epoch, position = divmod(index, parts)
-        return order(epoch)[position * size : (position + 1) * size]
+        return read(epoch, order(epoch)[position * size : (position + 1) * size])
 
-    # Read in the calling thread: a batch is ready sooner than a thread hands it over.
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     dataset = grain.MapDataset.range(parts).repeat(num_epochs).map_with_index(part)
-    return dataset[shard.shard_index :: shard.shard_count].to_iter_dataset(options)
+    return dataset[shard.shard_index :: shard.shard_count].to_iter_dataset(_read_options(workers))
+
+
+def _read_options(workers: int) -> grain.ReadOptions:
+    # Without workers in the calling thread: a batch is ready sooner than a thread hands it over.
+    return grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
+
+
+# Tasks -------------------------------------------------------------------------------------------
 
 
 def _digits() -> Task:
@@ -345,17 +608,17 @@ def _digits() -> Task:
     y = digits.target.astype(np.int32)
     rest, test = train_test_split(np.arange(len(y)), test_size=360, stratify=y, random_state=0)
     train, validation = train_test_split(rest, test_size=360, stratify=y[rest], random_state=0)
-    splits = [Split(x[rows], y[rows]) for rows in (train, validation, test)]
-    return _task("digits", splits, "mlp", 0.95)
+    # Pixels lie between 0 and 16: as if 255 were the brightest.
+    whole = Split(x, y, (0.0, 255.0))
+    return _task("digits", [whole[rows] for rows in (train, validation, test)])
 
 
 def _task(
     name: str,
-    splits: list[Split],
-    model: str,
-    target: float,
+    splits: Sequence[Split],
     num_classes: int = 10,
     vocabulary_size: int | None = None,
+    input_shape: tuple[int, ...] | None = None,
 ) -> Task:
     train, validation, test = splits
     return Task(
@@ -364,9 +627,7 @@ def _task(
         validation=validation,
         test=test,
         num_classes=num_classes,
-        input_shape=train.x.shape[1:],
-        default_model=model,
-        target_accuracy=target,
+        input_shape=input_shape or train.x.shape[1:],
         vocabulary_size=vocabulary_size,
     )
 
@@ -390,28 +651,29 @@ def data_folder(name: str, data_dir: str | Path | None) -> Path:
 
 
 def _split(path: Path, arrays: Arrays, subset: int | None) -> list[Split]:
-    x, y = arrays["x_train"], arrays["y_train"]
+    train = Split(arrays["x_train"], arrays["y_train"])
     test = Split(arrays["x_test"], arrays["y_test"])
-    if len(y) == subset:
+    if len(train) == subset:
         half = len(test) // 2
-        return [
-            Split(x, y),
-            Split(test.x[:half], test.y[:half]),
-            Split(test.x[half:], test.y[half:]),
-        ]
+        return [train, test[:half], test[half:]]
     size = subset or _VALIDATION
-    start = subset or len(y) - size
-    rows = slice(start, start + size)
-    validation = Split(x[rows], y[rows])
+    start = subset or len(train) - size
+    validation = train[start : start + size]
     if start < 1 or len(validation) < size:
         needed = f"{start + size}" if subset else f"more than {size}"
-        raise DataError(f"{path}: {len(y)} training examples, expected {needed}")
-    return [Split(x[:start], y[:start]), validation, test]
+        raise DataError(f"{path}: {len(train)} training examples, expected {needed}")
+    return [train[:start], validation, test]
+
+
+# Images -----------------------------------------------------------------------------------------
 
 
 def _scale(splits: list[Split]) -> list[Split]:
     """To [0, 1], with an axis for the one channel."""
-    return [Split(s.x.astype(np.float32)[..., np.newaxis] / np.float32(255), s.y) for s in splits]
+    return [
+        Split(s.x.astype(np.float32)[..., np.newaxis] / np.float32(255), s.y, (0.0, 255.0))
+        for s in splits
+    ]
 
 
 def _standardize(splits: list[Split]) -> list[Split]:
@@ -422,13 +684,145 @@ def _standardize(splits: list[Split]) -> list[Split]:
     square = np.einsum("n...,n...->...", train, train, dtype=np.int64) / len(train)
     std = np.sqrt(square - mean**2)
     std[std == 0] = 1.0  # a pixel that never changes
-    standardized = []
-    for split in splits:
-        x = split.x.astype(np.float32)
-        x -= mean.astype(np.float32)
-        x /= std.astype(np.float32)
-        standardized.append(Split(x, split.y))
-    return standardized
+    return [
+        _standardized(split, mean.astype(np.float32), std.astype(np.float32)) for split in splits
+    ]
+
+
+def _standardized(split: Split, mean: Any, std: Any) -> Split:
+    x = split.x.astype(np.float32)
+    x -= mean
+    x /= std
+    return Split(x, split.y, (mean, std))
+
+
+def _load_mnist(name: str, folder: Path, hub: str | None) -> tuple[Path, Arrays]:
+    if hub:
+        return folder, _hub_images(hub)
+    npz = folder / f"{name}.npz"
+    if npz.exists():
+        return npz, readers.read_npz(npz)
+    title, places = _MNISTS[name]
+    for place in (folder / place for place in places):
+        paths = {k: readers.plain_or_gzipped(place / file) for k, file in _MNIST_FILES.items()}
+        if any(path.exists() for path in paths.values()):
+            return place, {k: readers.read_idx(p, 3 if "x" in k else 1) for k, p in paths.items()}
+    raise DataError(
+        f"{folder}: no {title} here, expected {npz.name} or {_MNIST_FILES['x_train']} and the "
+        f"other three IDX files (also .gz) in {' or '.join(places)}"
+    )
+
+
+def _load_cifar(name: str, folder: Path, hub: str | None, subset: bool) -> tuple[Path, Arrays]:
+    if hub:
+        return folder, _hub_images(hub)
+    name = name.removesuffix("_5k")
+    names = [f"{name}_5k.npz"] * subset + [f"{name}.npz"]
+    for path in (folder / name for name in names):
+        if path.exists():
+            return path, readers.read_npz(path)
+    title, place, files, labels = _CIFARS[name]
+    if (folder / place).is_dir():
+        return folder / place, readers.read_cifar(folder / place, files, labels)
+    jpeg = folder / f"{name}_jpeg.npz"
+    if jpeg.exists():
+        return jpeg, readers.decode_jpegs(jpeg, _CIFAR_SHAPE)
+    raise DataError(
+        f"{folder}: no {title} here, expected {', '.join(names)}, the folder {place} (from "
+        f"{place.removesuffix('-batches-py').removesuffix('-python')}-python.tar.gz) or {jpeg.name}"
+    )
+
+
+def _hub_images(hub: str) -> Arrays:
+    arrays: Arrays = {}
+    for part, (images, labels) in readers.read_hub(hub, ("train", "test"), _IMAGE_COLUMNS).items():
+        x = np.stack([np.asarray(image) for image in images])
+        # TensorFlow Datasets keep the one channel of gray pictures.
+        arrays[f"x_{part}"] = x[..., 0] if x.shape[-1] == 1 else x
+        arrays[f"y_{part}"] = np.asarray(labels)
+    return arrays
+
+
+def _imagenet(folder: Path, size: int) -> Task:
+    if size < 1:
+        raise DataError(f"image_size must be at least 1, got {size}")
+    classes = readers.list_classes(folder / "train")
+    held_out = readers.list_classes(folder / "val")
+    numbers = {name: i for i, name in enumerate(classes)}
+    if unknown := sorted(held_out.keys() - numbers.keys()):
+        raise DataError(f"{folder / 'val' / unknown[0]}: no such class in {folder / 'train'}")
+
+    def split(files: Sequence[tuple[int, Path]]) -> Split:
+        x = readers.ImageFiles([path for _, path in files], size, _IMAGENET_MEAN, _IMAGENET_STD)
+        return Split(x, np.array([y for y, _ in files], np.int32), (_IMAGENET_MEAN, _IMAGENET_STD))
+
+    train, test = (
+        [(numbers[name], path) for name, paths in part.items() for path in paths]
+        for part in (classes, held_out)
+    )
+    # ImageNet's validation pictures are what results are reported on.
+    chosen = {*np.random.default_rng(0).permutation(len(train))[: max(1, len(train) // 20)]}
+    if len(train) < 2:
+        raise DataError(f"{folder / 'train'}: {len(train)} picture, expected at least 2")
+    kept = [file for i, file in enumerate(train) if i not in chosen]
+    validation = [file for i, file in enumerate(train) if i in chosen]
+    return _task("imagenet_folder", [split(kept), split(validation), split(test)], len(classes))
+
+
+def _segmentation(folder: Path) -> Task:
+    path, place = folder / "isbi_em.npz", folder / "membrane" / "train"
+    if path.exists():
+        arrays = readers.read_npz(path, ("x", "y"))
+        x, y = arrays["x"], arrays["y"]
+    elif (place / "image").is_dir() and (place / "label").is_dir():
+        path = place
+        files = [readers.list_images(place / kind) for kind in ("image", "label")]
+        if [p.name for p in files[0]] != [p.name for p in files[1]] or not files[0]:
+            raise DataError(f"{place}: expected pictures of the same names in image and label")
+        pictures = [[readers.read_gray(path) for path in paths] for paths in files]
+        if len({picture.shape for pair in pictures for picture in pair}) > 1:
+            raise DataError(f"{place}: expected pictures and labels of one size")
+        x, y = (np.stack(part) for part in pictures)
+        y = (y > 127).astype(np.uint8)
+    else:
+        raise DataError(
+            f"{folder}: no ISBI membranes here, expected {path.name} or pictures in "
+            "membrane/train/image and membrane/train/label"
+        )
+    if x.dtype != np.uint8 or x.ndim != 3 or min(x.shape[1:]) < _CROP or y.shape != x.shape:
+        raise DataError(
+            f"{path}: pictures are {x.dtype} of shape {x.shape}, labels of shape {y.shape}, "
+            f"expected both (N, height, width), pictures uint8 of at least {_CROP} pixels a side"
+        )
+    if not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() > 1:
+        raise DataError(f"{path}: labels are {y.dtype} up to {y.max()}, expected 0 and 1")
+    if len(x) < 10:
+        raise DataError(f"{path}: {len(x)} pictures, expected at least 10")
+    # They are slices of one block: neighbors are alike, so what is held out lies at its end.
+    tenth = len(x) // 10
+    bounds = (slice(-2 * tenth), slice(-2 * tenth, -tenth), slice(-tenth, None))
+    mean, std = np.float32(x[bounds[0]].mean()), np.float32(x[bounds[0]].std() or 1)
+    return _task(
+        "segmentation",
+        [
+            _standardized(
+                Split(_crops(x[b])[..., np.newaxis], _crops(y[b]).astype(np.int32)), mean, std
+            )
+            for b in bounds
+        ],
+        num_classes=2,
+    )
+
+
+def _crops(pictures: np.ndarray) -> np.ndarray:
+    """Squares side by side; what is left over on the right and below is dropped."""
+    rows, columns = (size // _CROP for size in pictures.shape[1:])
+    grid = pictures[:, : rows * _CROP, : columns * _CROP]
+    grid = grid.reshape(len(grid), rows, _CROP, columns, _CROP).swapaxes(2, 3)
+    return grid.reshape(-1, _CROP, _CROP)
+
+
+# Text -------------------------------------------------------------------------------------------
 
 
 def _tokenize(splits: list[Split], length: int) -> tuple[list[Split], int]:
@@ -438,12 +832,17 @@ def _tokenize(splits: list[Split], length: int) -> tuple[list[Split], int]:
     ids = {word: i for i, (word, _) in enumerate(counts.most_common(), _FIRST_WORD)}
     tokenized = []
     for split in splits:
-        x = np.zeros((len(split), length), np.int32)
-        for row, sentence in zip(x, split.x, strict=True):
-            tokens = [ids.get(word, _UNKNOWN) for word in _words(sentence)[:length]]
-            row[: len(tokens)] = tokens
-        tokenized.append(Split(x, split.y))
+        rows = [[ids.get(word, _UNKNOWN) for word in _words(sentence)] for sentence in split.x]
+        tokenized.append(Split(_padded(rows, length), split.y))
     return tokenized, _FIRST_WORD + len(ids)
+
+
+def _padded(rows: Sequence[Sequence[int]], length: int, padding: int = 0) -> np.ndarray:
+    """Rows of equal length: cut, or filled up behind."""
+    array = np.full((len(rows), length), padding, np.int32)
+    for target, row in zip(array, rows, strict=True):
+        target[: len(row)] = row[:length]
+    return array
 
 
 def _longest(sentences: np.ndarray) -> int:
@@ -454,184 +853,95 @@ def _words(sentence: str) -> list[str]:
     return sentence.lower().split()
 
 
-def _load_mnist(folder: Path) -> tuple[Path, Arrays]:
-    npz = folder / "mnist.npz"
-    if npz.exists():
-        return npz, _read_npz(npz, _MNIST_SHAPE)
-    for place in (folder, folder / "MNIST" / "raw"):
-        paths = {key: _plain_or_gzipped(place / name) for key, name in _MNIST_FILES.items()}
-        if any(path.exists() for path in paths.values()):
-            arrays = {key: _read_idx(path, 3 if "x" in key else 1) for key, path in paths.items()}
-            return place, _checked(place, arrays, _MNIST_SHAPE)
-    raise DataError(
-        f"{folder}: no MNIST here, expected mnist.npz or {_MNIST_FILES['x_train']} and the other "
-        "three IDX files (also .gz, also in MNIST/raw)"
+def _load_sst2(folder: Path, hub: str | None) -> tuple[Path, Arrays]:
+    pairs: Sequence[Sequence[Any]]
+    if hub:
+        columns = readers.read_hub(hub, ("train", "validation"), [("sentence",), ("label",)])
+        path, pairs = folder, [columns["train"], columns["validation"]]
+    else:
+        paths = readers.find(folder, _SST2_FILES, "SST-2")
+        path, pairs = paths[0], [readers.read_sentences(path) for path in paths]
+    (x_train, y_train), (x_test, y_test) = (
+        (np.array(x, object), np.asarray(y, np.int32)) for x, y in pairs
     )
+    return path, {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
 
 
-def _plain_or_gzipped(path: Path) -> Path:
-    gzipped = path.with_name(path.name + ".gz")
-    return gzipped if gzipped.exists() and not path.exists() else path
+def _language(name: str, folder: Path, hub: str | None) -> Task:
+    length = _WINDOWS[name]
+    if hub:
+        rows = readers.read_hub(hub, _SPLITS, [("text",)])
+        texts = ["\n".join(line.removesuffix("\n") for line in lines) for (lines,) in rows.values()]
+        path = folder
+    elif name == "wikitext2":
+        paths = readers.find(folder, _WIKITEXT_FILES, "WikiText-2")
+        path, texts = paths[0], [readers.read_text(path) for path in paths]
+    else:
+        (path,) = readers.find(folder, [["tinyshakespeare.txt"]], "Tiny Shakespeare")
+        text = readers.read_text(path)
+        bounds = (slice(9 * len(text) // 10), slice(9 * len(text) // 10, 19 * len(text) // 20))
+        texts = [text[bounds[0]], text[bounds[1]], text[19 * len(text) // 20 :]]
+    if name == "wikitext2":
+        words = [
+            list(itertools.chain.from_iterable((*line.split(), "<eos>") for line in lines))
+            for lines in (text.removesuffix("\n").split("\n") for text in texts)
+        ]
+        # In the order of the training text; other words, which its own files do not have, are the
+        # one that stands for rare ones.
+        ids = {word: i for i, word in enumerate(dict.fromkeys([*words[0], "<unk>"]))}
+        tokens = [np.array([ids.get(w, ids["<unk>"]) for w in part], np.int32) for part in words]
+        size = len(ids)
+    else:
+        tokens = [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+        size = 256
+    splits = []
+    for part, row in zip(_SPLITS, tokens, strict=True):
+        windows = (len(row) - 1) // length
+        if not windows:
+            raise DataError(
+                f"{path}: {len(row)} tokens for {part}, expected more than {length}, a window"
+            )
+        x, y = (row[i : i + windows * length].reshape(windows, length) for i in (0, 1))
+        splits.append(Split(x, y))
+    return _task(name, splits, num_classes=0, vocabulary_size=size)
 
 
-def _read_plain_or_gzipped(path: Path) -> bytes:
-    content = path.read_bytes()
-    return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+def _multi30k(folder: Path, hub: str | None) -> Task:
+    import sentencepiece
 
-
-def _load_cifar(folder: Path, subset: bool) -> tuple[Path, Arrays]:
-    for name in ["cifar10_5k.npz"] * subset + ["cifar10.npz"]:
-        if (folder / name).exists():
-            return folder / name, _read_npz(folder / name, _CIFAR_SHAPE)
-    place = folder / _CIFAR_FOLDER
-    if not place.is_dir():
-        npz = "cifar10_5k.npz, cifar10.npz" if subset else "cifar10.npz"
-        raise DataError(
-            f"{folder}: no CIFAR-10 here, expected {npz} or the folder {_CIFAR_FOLDER} (from "
-            "cifar-10-python.tar.gz)"
-        )
-    arrays: Arrays = {}
-    for part, names in _CIFAR_FILES.items():
-        read = [_read_cifar_batch(place / name) for name in names]
-        arrays[f"x_{part}"] = np.concatenate([x for x, _ in read])
-        arrays[f"y_{part}"] = np.concatenate([y for _, y in read])
-    return place, _checked(place, arrays, _CIFAR_SHAPE)
-
-
-def _load_sst2(folder: Path) -> tuple[Path, Arrays]:
-    for names in _SST2_FILES:
-        paths = [_plain_or_gzipped(folder / name) for name in names]
-        if any(path.exists() for path in paths):
-            (x_train, y_train), (x_test, y_test) = map(_read_sentences, paths)
-            arrays = {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test}
-            return paths[0], arrays
-    raise DataError(
-        f"{folder}: no SST-2 here, expected {' and '.join(_SST2_FILES[0])} or "
-        f"{' and '.join(_SST2_FILES[1])} of GLUE (also .gz)"
+    if hub:
+        pairs = [*readers.read_hub(hub, _SPLITS, [(language,) for language in _LANGUAGES]).values()]
+    else:
+        pairs = []
+        for part in _MULTI30K_PARTS:
+            groups = [
+                [f"{p}{part}.{lang}" for lang in _LANGUAGES] for p in ("multi30k.", "multi30k/")
+            ]
+            pairs.append(readers.read_pairs(readers.find(folder, groups, "Multi30k")))
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=itertools.chain.from_iterable(pairs[0]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=_PIECES,
+        hard_vocab_limit=False,  # a small text has fewer
+        pad_id=0,
+        bos_id=_BEGIN,
+        eos_id=_END,
+        unk_id=3,
+        minloglevel=2,
     )
-
-
-def _read_sentences(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Sentences and labels of a file in GLUE's format: a header, then sentence, tab, label."""
-    try:
-        text = _read_plain_or_gzipped(path).decode()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        expected = "sentences and labels in UTF-8, gzipped or not"
-        raise DataError(f"{path}: unreadable, expected {expected} ({_reason(error)})") from error
-    header, *lines = text.removesuffix("\n").split("\n")
-    if header.split() != ["sentence", "label"]:
-        raise DataError(
-            f"{path}: line 1 is {header[:40]!r}, expected the header 'sentence', tab, 'label'"
-        )
-    sentences, labels = [], []
-    for number, line in enumerate(lines, start=2):
-        sentence, _, label = line.rpartition("\t")
-        if not sentence.strip() or label.strip() not in ("0", "1"):
-            raise DataError(
-                f"{path}: line {number} is {line[:40]!r}, expected a sentence, a tab and 0 or 1"
-            )
-        sentences.append(sentence)
-        labels.append(int(label))
-    if not labels:
-        raise DataError(f"{path}: no line after the header, expected sentences and labels")
-    return np.array(sentences, object), np.array(labels, np.int32)
-
-
-def _read_npz(path: Path, image_shape: tuple[int, ...]) -> Arrays:
-    names = ("x_train", "y_train", "x_test", "y_test")
-    try:
-        # Opened here, because NumPy leaves a damaged file open.
-        with path.open("rb") as file:
-            content = np.load(file, allow_pickle=False)
-            present = getattr(content, "files", ())  # a single array has none
-            arrays = {name: content[name] for name in names if name in present}
-    except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not a readable .npz file ({_reason(error)})") from error
-    missing = [name for name in names if name not in arrays]
-    if missing:
-        raise DataError(f"{path}: no array {', '.join(missing)}; expected {', '.join(names)}")
-    return _checked(path, arrays, image_shape)
-
-
-def _read_idx(path: Path, ndim: int) -> np.ndarray:
-    """Reads the format of yann.lecun.com/exdb/mnist: magic number, sizes, bytes."""
-    try:
-        content = _read_plain_or_gzipped(path)
-    except (OSError, EOFError, zlib.error) as error:
-        expected = "an IDX file, gzipped or not"
-        raise DataError(f"{path}: unreadable, expected {expected} ({_reason(error)})") from error
-    # Two zero bytes, the type (8: unsigned bytes), the number of dimensions.
-    magic = bytes([0, 0, 8, ndim])
-    if content[:4] != magic:
-        found = content[:4].hex()
-        raise DataError(f"{path}: starts with 0x{found}, expected IDX magic number 0x{magic.hex()}")
-    header = 4 + 4 * ndim
-    shape = tuple(np.frombuffer(content[4:header].ljust(4 * ndim, b"\0"), ">u4").tolist())
-    if len(content) != header + math.prod(shape):
-        raise DataError(
-            f"{path}: {len(content)} bytes, expected {header + math.prod(shape)} for {shape}; "
-            "the file is truncated or damaged"
-        )
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
-
-
-def _read_cifar_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        with path.open("rb") as file:
-            content = _ArraysUnpickler(file, encoding="bytes").load()
-        x = np.asarray(content[b"data"]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        return x, np.asarray(content[b"labels"])
-    except Exception as error:  # a damaged pickle can raise anything
-        expected = "a CIFAR-10 python batch: a pickle of data and labels"
-        raise DataError(f"{path}: unreadable, expected {expected} ({_reason(error)})") from error
-
-
-class _ArraysUnpickler(pickle.Unpickler):
-    """Knows NumPy arrays and built-in containers only, so that no file can run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        allowed = {
-            # Where NumPy 1, which wrote the original files, and NumPy 2 have it.
-            ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-            ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-            ("numpy", "ndarray"): np.ndarray,
-            ("numpy", "dtype"): np.dtype,
-            ("_codecs", "encode"): codecs.encode,
-        }
-        if (module, name) not in allowed:
-            raise pickle.UnpicklingError(f"{module}.{name} does not belong in a data file")
-        return allowed[module, name]
-
-
-_reconstruct = np.empty(0).__reduce__()[0]  # NumPy has no public name for it
-
-
-def _checked(path: Path, arrays: Arrays, image_shape: tuple[int, ...]) -> Arrays:
-    """Images as bytes and labels as a vector of int32, of equal number."""
-    for part in ("train", "test"):
-        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        if x.dtype != np.uint8 or x.shape[1:] != image_shape or len(x) == 0:
-            expected = ", ".join(str(size) for size in ("N", *image_shape))
-            raise DataError(
-                f"{path}: {part} images are {x.dtype} of shape {x.shape}, expected uint8 of shape "
-                f"({expected})"
-            )
-        if y.shape == (len(x), 1):  # as Keras stores CIFAR-10
-            y = y[:, 0]
-        if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
-            raise DataError(
-                f"{path}: {part} labels are {y.dtype} of shape {y.shape}, expected integers of "
-                f"shape ({len(x)},), one per image"
-            )
-        if y.min() < 0 or y.max() > 9:
-            raise DataError(
-                f"{path}: {part} labels lie between {y.min()} and {y.max()}, expected 0 to 9"
-            )
-        arrays[f"y_{part}"] = y.astype(np.int32)
-    return arrays
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error's message, without the path that stands before it anyway."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return text.splitlines()[0] if text else type(error).__name__
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    splits = []
+    for source, target in pairs:
+        sources, targets = ([[*row, _END] for row in pieces.encode(s)] for s in (source, target))
+        shifted = [[_BEGIN, *row[:-1]] for row in targets]
+        x = np.concatenate([_padded(rows, _SENTENCE) for rows in (sources, shifted)], axis=1)
+        splits.append(Split(x, _padded(targets, _SENTENCE, IGNORED)))
+    return _task(
+        "multi30k",
+        splits,
+        num_classes=0,
+        vocabulary_size=pieces.get_piece_size(),
+        input_shape=(_SENTENCE, _SENTENCE),
+    )

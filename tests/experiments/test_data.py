@@ -6,6 +6,8 @@ import gzip
 import itertools
 import pickle
 import struct
+import threading
+import time
 
 import grain
 import jax
@@ -269,16 +271,28 @@ def test_real_cifar(data_dir):
 # Missing and broken files.
 
 
+NEEDED = {
+    "mnist": "expected mnist.npz or train-images-idx3-ubyte",
+    "vae": "expected mnist.npz",
+    "fashion": r"no Fashion-MNIST here, .* in fashion_mnist or FashionMNIST/raw",
+    "cifar10_5k": "expected cifar10_5k.npz, cifar10.npz, the folder cifar-10-batches-py",
+    "cifar100": r"expected cifar100.npz, the folder cifar-100-python \(from cifar-100-python.tar",
+    "cifar10": "the folder cifar-10-batches-py .* or cifar10_jpeg.npz",
+    "sst2": r"expected sst2.train.tsv and sst2.dev.tsv or SST-2/train.tsv and .*\.gz",
+    "imagenet": "train: expected one folder for each class, with its pictures",
+    "wikitext2": "no WikiText-2 here, expected wikitext2.train.txt and .* or wikitext-2/wiki",
+    "tiny": r"expected tinyshakespeare.txt \(also .gz\)",
+    "multi30k": "expected multi30k.train.en and multi30k.train.de or multi30k/train.en and",
+    "segmentation": "expected isbi_em.npz or pictures in membrane/train/image and",
+}
+
+
 @pytest.mark.parametrize("name", [name for name in data.TASKS if name != "digits"])
 def test_no_data_directory_or_an_empty_one(tmp_path, name, monkeypatch):
     monkeypatch.delenv("OPTAX_ACCEL_DATA", raising=False)
     assert_fails("--data-dir or the environment variable OPTAX_ACCEL_DATA", name)
     assert_fails(r"no such folder", name, data_dir=tmp_path / "nowhere")
-    expected = {
-        "mnist": "expected mnist.npz",
-        "cifar10": "expected cifar10.*npz or the folder",
-        "sst2": r"expected sst2.train.tsv and sst2.dev.tsv or SST-2/train.tsv and .*\.gz",
-    }[name.removesuffix("_5k").removesuffix("5k").removesuffix("_1k")]
+    expected = next(message for start, message in NEEDED.items() if name.startswith(start))
     assert_fails(expected, name, data_dir=tmp_path)
 
 
@@ -406,7 +420,9 @@ def test_damaged_cifar_batch(tmp_path, content):
     folder = tmp_path / "cifar-10-batches-py"
     write_cifar_batches(folder, arrays((32, 32, 3), rows=20))
     (folder / "data_batch_3").write_bytes(content)
-    assert_fails("data_batch_3: unreadable, expected a CIFAR-10", "cifar10", data_dir=tmp_path)
+    assert_fails(
+        "data_batch_3: unreadable, expected a CIFAR python batch", "cifar10", data_dir=tmp_path
+    )
 
 
 def test_cifar_batch_cannot_run_code(tmp_path):
@@ -556,17 +572,137 @@ def test_prefetching_changes_nothing_but_the_place():
         jax.tree.map(np.testing.assert_array_equal, on_device, on_host)
 
 
+def until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def count_to(n, pulled):
+    for i in range(n):
+        pulled.append(i)
+        yield np.full(2, i)
+
+
 def test_prefetching_works_on_any_iterator_and_stays_ahead_by_its_size():
     pulled = []
+    with data.prefetch_to_device(count_to(9, pulled), size=3) as iterator:
+        assert pulled == []
+        assert next(iterator)[0] == 0
+        # Three wait, one is being made; and no more, however long one waits.
+        until(lambda: len(pulled) == 5)
+        time.sleep(0.05)
+        assert pulled == [0, 1, 2, 3, 4]
+        assert [int(batch[0]) for batch in iterator] == [1, 2, 3, 4, 5, 6, 7, 8]
+        with pytest.raises(StopIteration):
+            next(iterator)
+    with pytest.raises(ValueError, match="size must be at least 0, got -1"):
+        data.prefetch_to_device(count_to(9, pulled), size=-1)
+
+
+def test_without_prefetching_a_batch_is_made_when_it_is_asked_for():
+    pulled = []
+    iterator = data.prefetch_to_device(count_to(5, pulled), size=0)
+    for i in range(5):
+        assert int(next(iterator)[0]) == i
+        assert pulled == list(range(i + 1))
+
+
+def test_the_next_batch_is_made_while_the_last_one_is_used():
+    used, made = threading.Event(), threading.Event()
 
     def source():
-        for i in range(5):
-            pulled.append(i)
-            yield np.full(2, i)
+        yield np.zeros(1)
+        assert used.wait(20)  # would never come if the consumer had to wait for this batch
+        made.set()
+        yield np.ones(1)
 
-    iterator = data.prefetch_to_device(source(), size=3)
-    assert next(iterator)[0] == 0
-    assert pulled == [0, 1, 2]
-    assert [int(batch[0]) for batch in iterator] == [1, 2, 3, 4]
-    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
-        data.prefetch_to_device(source(), size=0)
+    with data.prefetch_to_device(source(), size=1) as iterator:
+        next(iterator)
+        used.set()
+        assert made.wait(20)
+        assert next(iterator)[0] == 1
+
+
+def test_what_goes_wrong_in_the_background_is_raised_in_its_place():
+    class Source:
+        def __init__(self):
+            self.position = 0
+
+        def __next__(self):
+            self.position += 1
+            if self.position == 3:
+                raise data.DataError("picture 3 is damaged")
+            return np.full(1, self.position)
+
+        def get_state(self):
+            return {"position": self.position}
+
+        def set_state(self, state):
+            self.position = state["position"]
+
+    with data.prefetch_to_device(Source(), size=4) as iterator:
+        assert [int(next(iterator)[0]) for _ in range(2)] == [1, 2]
+        with pytest.raises(data.DataError, match="picture 3 is damaged"):
+            next(iterator)
+        assert iterator.get_state() == {"position": 2}
+        iterator.set_state({"position": 3})  # behind it, all is well
+        assert int(next(iterator)[0]) == 4
+
+
+def test_closing_ends_the_background_work():
+    pulled = []
+    before = threading.active_count()
+    iterator = data.prefetch_to_device(count_to(1000, pulled), size=2)
+    next(iterator)
+    assert threading.active_count() == before + 1
+    iterator.close()
+    assert threading.active_count() == before
+    # Also when it was never asked for anything, and twice.
+    unused = data.prefetch_to_device(count_to(3, []))
+    unused.close()
+    unused.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(iterator)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_workers_and_augmentation_keep_batches_and_positions(workers):
+    split = data.load_task("digits").validation
+    arguments = {"batch_size": 40, "seed": 3, "augment": ("crop", "flip", "mixup")}
+    expected = list(
+        itertools.islice(data.batches(split, **arguments, num_classes=10), 30)
+    )  # nine an epoch
+    assert not (expected[0]["x"] == expected[9]["x"]).all()
+
+    def make():
+        dataset = data.batches(split, **arguments, num_classes=10, workers=workers)
+        return data.prefetch_to_device(iter(dataset))
+
+    with make() as iterator:
+        for batch in expected[:13]:
+            jax.tree.map(np.testing.assert_array_equal, next(iterator), batch)
+        state = iterator.get_state()
+    with make() as iterator:
+        iterator.set_state(state)
+        for batch in expected[13:]:
+            jax.tree.map(np.testing.assert_array_equal, next(iterator), batch)
+    # The parts of two processes are the whole batch, whoever reads.
+    shards = [grain.sharding.ShardOptions(i, 2) for i in range(2)]
+    parts = [
+        data.batches(split, **arguments, num_classes=10, workers=workers, shard=shard)
+        for shard in shards
+    ]
+    for batch, *pieces in itertools.islice(zip(expected, *parts, strict=False), 12):
+        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *pieces)
+        jax.tree.map(np.testing.assert_array_equal, joined, batch)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_all_examples_in_order(workers):
+    split = data.load_task("digits").validation
+    found = list(data.in_order(split, 100, workers))
+    assert [len(batch["y"]) for batch in found] == [100, 100, 100, 60]
+    np.testing.assert_array_equal(np.concatenate([batch["x"] for batch in found]), split.x)
+    np.testing.assert_array_equal(np.concatenate([batch["y"] for batch in found]), split.y)

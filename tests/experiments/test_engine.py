@@ -418,7 +418,7 @@ def test_label_smoothing_and_shares_of_classes():
     np.testing.assert_allclose(mse(outputs, jax.nn.one_hot(y, 3)), mse(outputs, y), rtol=1e-6)
     with pytest.raises(ValueError, match="for the loss cross_entropy, not for mse"):
         engine.find_loss("mse", label_smoothing=0.1)
-    with pytest.raises(ValueError, match="at least 0 and below 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"at least 0 and below 1, got 1\.5"):
         engine.find_loss("cross_entropy", label_smoothing=1.5)
 
 
