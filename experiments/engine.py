@@ -8,6 +8,7 @@ function of pytrees, so the same step runs under ``jit``, ``vmap``, ``pmap`` and
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from flax import nnx
 from jax import lax
 
 import optax_accel as oa
+from models import vae
 from optax_accel.objective import vary_over
 
 PyTree = Any
@@ -32,12 +34,14 @@ class TrainState(NamedTuple):
       params: the trained parameters.
       rest: the model's other variables (batch statistics, random streams).
       opt_state: the state of the optimizer.
+      average: moving averages of ``(params, rest)``, ``None`` where none are kept.
     """
 
     step: jax.Array
     params: PyTree
     rest: PyTree
     opt_state: PyTree
+    average: PyTree = None
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef[Any], PyTree, PyTree]:
@@ -63,6 +67,8 @@ def objective(
     *,
     loss: str | LossFn = "cross_entropy",
     axis_name: str | None = None,
+    accumulate: int = 1,
+    unroll: bool = False,
 ) -> oa.Objective:
     """The training loss of one batch, the mean over its examples, model in training mode.
 
@@ -76,6 +82,8 @@ def objective(
       y: integer labels, ``(batch,)``; given where ``x`` is.
       loss: one of `LOSSES`, or a function of outputs and labels.
       axis_name: axis over which replicas are averaged (``pmap``, ``shard_map``).
+      accumulate: number of micro-batches (:meth:`optax_accel.Objective.accumulated`) of the batch.
+      unroll: see there.
 
     Returns:
       An objective of the parameters.
@@ -83,12 +91,16 @@ def objective(
     Raises:
       ValueError: unknown loss.
     """
-    unbound = oa.Objective(
-        predict=lambda params, x: _forward(graphdef, params, rest, x)[0],
-        loss=find_loss(loss),
-        axis_name=axis_name,
-    )
-    return unbound if x is None else unbound.bind(x=x, y=y)
+
+    def predict(params: PyTree, x: jax.Array, micro_batch: jax.Array | None = None) -> PyTree:
+        return _forward(graphdef, params, _own_keys(rest, micro_batch), x)[0]
+
+    unbound = oa.Objective(predict, find_loss(loss), axis_name)
+    if x is None:
+        return unbound
+    if accumulate > 1:
+        return unbound.accumulated(accumulate, unroll=unroll, x=x, y=y)
+    return unbound.bind(x=x, y=y)
 
 
 def _cross_entropy(outputs: jax.Array, y: jax.Array, *, label_smoothing: float = 0.0) -> jax.Array:
@@ -114,12 +126,17 @@ def _mse(outputs: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.mean(0.5 * jnp.sum((outputs - y) ** 2, axis=-1))
 
 
+def _elbo(outputs: vae.VaeOutputs, x: jax.Array) -> jax.Array:
+    return jnp.mean(vae.negative_elbo(outputs, x))
+
+
 LossFn = Callable[[Any, jax.Array], jax.Array]
 LOSSES: dict[str, Callable[..., jax.Array]] = {
     "cross_entropy": _cross_entropy,
     "mse": _mse,
+    "elbo": _elbo,
 }
-# What the outputs are under each loss.
+# What the outputs are under each loss; under others nothing that K-FAC knows.
 LIKELIHOODS = {"cross_entropy": "categorical", "mse": "gaussian"}
 
 
@@ -132,8 +149,10 @@ def find_loss(loss: str | LossFn, *, label_smoothing: float = 0.0) -> LossFn:
       with 0, so that it is linear in the examples, on several devices and in parts of a batch too.
     * ``mse`` is half the sum of squares over the outputs ``(batch, classes)``, against 1 for the
       label and 0 for the others, as in Song et al. (2024).
+    * ``elbo`` is the bound of a variational autoencoder, `models.vae.negative_elbo`; its labels are
+      the images.
 
-    Both are means over the examples.
+    All are means over the examples.
 
     >>> outputs, y = jnp.array([[1.0, 0.0], [0.5, 0.5]]), jnp.array([0, 1])
     >>> float(find_loss("mse")(outputs, y))
@@ -163,18 +182,23 @@ def find_loss(loss: str | LossFn, *, label_smoothing: float = 0.0) -> LossFn:
     return functools.partial(_cross_entropy, label_smoothing=label_smoothing)
 
 
-def init_state(tx: optax.GradientTransformation, params: PyTree, rest: PyTree) -> TrainState:
+def init_state(
+    tx: optax.GradientTransformation, params: PyTree, rest: PyTree, *, average: bool = False
+) -> TrainState:
     """The state before the first step.
 
     Args:
       tx: the optimizer.
       params: initial parameters.
       rest: initial other variables.
+      average: whether to keep moving averages of both, for a `train_step` with ``ema``.
 
     Returns:
       A state with ``step == 0``.
     """
-    return TrainState(jnp.zeros((), jnp.int32), params, rest, tx.init(params))
+    # Copied: a buffer can be given to the next step only once.
+    kept = jax.tree.map(jnp.copy, (params, rest)) if average else None
+    return TrainState(jnp.zeros((), jnp.int32), params, rest, tx.init(params), kept)
 
 
 def train_step(
@@ -190,11 +214,24 @@ def train_step(
     axis_name: str | None = None,
     per_worker: bool = False,
     skip_non_finite: bool = False,
+    accumulate: int = 1,
+    unroll: bool = False,
+    value_fn_graphdef: nnx.GraphDef[Any] | None = None,
+    ema: float | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on one batch.
 
     The optimizer gets every extra argument a method of this project can ask for; those that do
     not ask ignore them, and XLA drops what nobody uses.
+
+    With micro-batches the optimizer still makes one update, with the mean gradient, and what it is
+    given to evaluate is the mean over the micro-batches too: of a model without batch statistics
+    and dropout the whole batch's, up to rounding.  Batch normalization normalizes each micro-batch
+    by itself, and its running statistics are updated once for each, one after the other.  Each
+    micro-batch draws masks of dropout of its own.
+
+    Where the state of the optimizer has a ``loss_scale`` (`optax_accel.dynamic_loss_scale`), the
+    loss is multiplied by it before it is differentiated.
 
     Args:
       tx: the optimizer.
@@ -212,36 +249,80 @@ def train_step(
         the optimizer gets that worker's own gradient. Only the metrics are averaged.
       skip_non_finite: static; a step that is not ``finite`` leaves everything but ``step`` as it
         was.
+      accumulate: static; number of micro-batches (of each replica's part of the batch). The
+        curvature batch is divided into ones of the same size.
+      unroll: static; for convolutions on a CPU: `optax_accel.mean_over_micro_batches`.
+      value_fn_graphdef: the model on which the optimizer evaluates the loss itself, and products
+        with its curvature, e.g. the same one that computes in float32. ``None``: ``graphdef``.
+      ema: decay of the moving averages, for a state that has them: after step t they are the means
+        of what there was after the steps up to t, with weights that fall by this factor a step.
 
     Returns:
       The new state and scalar metrics, the same on all replicas: ``loss``, the training loss at
       the point where the method evaluated it (the current one, except for extragradient: the
       extrapolated point), and ``finite``, whether that loss, the new parameters, the other
-      variables and the optimizer's moments (arrays shaped like a parameter) all are.
+      variables and the optimizer's moments (arrays shaped like a parameter) all are, or else the
+      loss scale left the step out and fell.
 
     Raises:
       ValueError: unknown loss.
     """
     loss_fn = find_loss(loss)
+    scale = find_in_state(state.opt_state, "loss_scale")
 
-    def loss_and_rest(params: PyTree) -> tuple[jax.Array, PyTree]:
-        outputs, rest = _forward(graphdef, params, state.rest, x)
-        return loss_fn(outputs, y), rest
+    def loss_and_rest(params: PyTree, rest: PyTree, batch: Batch) -> tuple[jax.Array, PyTree]:
+        x, y = batch
+        outputs, rest = _forward(graphdef, params, rest, x)
+        value = loss_fn(outputs, y)
+        return value if scale is None else value * scale, rest
 
-    (value, rest), grads = jax.value_and_grad(loss_and_rest, has_aux=True)(
-        vary_over(state.params, axis_name)
-    )
+    value_and_grad = jax.value_and_grad(loss_and_rest, has_aux=True)
+    varying = vary_over(state.params, axis_name)
+    if accumulate == 1:
+        (value, rest), grads = value_and_grad(varying, state.rest, (x, y))
+    else:
+
+        def one(rest: PyTree, batch: Batch, index: jax.Array) -> tuple[PyTree, PyTree]:
+            # Statistics are handed on; keys and counters begin like the step's, as in `objective`.
+            before = _replace_floats(_own_keys(state.rest, index), rest)
+            (value, after), grads = value_and_grad(varying, before, batch)
+            return _replace_keys(after, state.rest), (value, grads)
+
+        rest, (value, grads) = oa.mean_over_micro_batches(
+            one,
+            (x, y),
+            accumulate,
+            carry=state.rest,
+            unroll=unroll,
+            vary=lambda tree: jax.tree.map(
+                lambda leaf: vary_over(leaf, axis_name) if _is_float(leaf) else leaf, tree
+            ),
+        )
     shared = None if per_worker else axis_name
     if shared is not None:
         value, grads = lax.pmean((value, grads), shared)
-        rest = jax.tree.map(lambda leaf: _mean_if_float(leaf, shared), rest)
+        rest = jax.tree.map(lambda leaf: lax.pmean(leaf, shared) if _is_float(leaf) else leaf, rest)
 
-    value_fn = objective(graphdef, state.rest, x, y, loss=loss, axis_name=shared)
-    extra_args: dict[str, Any] = {"value": value, "grad": grads, "value_fn": value_fn}
-    if curvature is not None:
-        extra_args["curvature_value_fn"] = objective(
-            graphdef, state.rest, *curvature, loss=loss, axis_name=shared
+    def loss_of(x: jax.Array, y: jax.Array, accumulate: int) -> oa.Objective:
+        return objective(
+            graphdef if value_fn_graphdef is None else value_fn_graphdef,
+            state.rest,
+            x,
+            y,
+            loss=loss,
+            axis_name=shared,
+            accumulate=accumulate,
+            unroll=unroll,
         )
+
+    extra_args: dict[str, Any] = {
+        "value": value,
+        "grad": grads,
+        "value_fn": loss_of(x, y, accumulate),
+    }
+    if curvature is not None:
+        times = math.ceil(accumulate * _num_examples(curvature) / _num_examples((x, y)))
+        extra_args["curvature_value_fn"] = loss_of(*curvature, times)
     if refresh is not None:
         extra_args["refresh"] = refresh
     updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra_args)
@@ -249,13 +330,22 @@ def train_step(
     # A method that evaluates the loss elsewhere keeps that value in its state. Reporting it lets
     # XLA drop the pass at the current parameters where the method has no use for it.
     logged = find_in_state(opt_state, "value")
+    value = value if scale is None else value / scale
     value = value if logged is None else logged
+    alarming = value
+    if scale is not None:
+        left_out = ~find_in_state(opt_state, "gradient_finite")
+        rest = jax.tree.map(lambda a, b: jnp.where(left_out, b, a), rest, state.rest)
+        fell = find_in_state(opt_state, "loss_scale") < scale
+        alarming = jnp.where(left_out & fell, 0, value)
     check = _total((params, rest, _shaped_like(opt_state, params)))
     if axis_name is not None and per_worker:
-        value, check = lax.pmean((value, check), axis_name)
-    finite = jnp.isfinite(value) & jnp.isfinite(check)
+        value, alarming, check = lax.pmean((value, alarming, check), axis_name)
+    finite = jnp.isfinite(alarming) & jnp.isfinite(check)
     metrics = {"loss": value, "finite": finite}
-    new = TrainState(state.step + 1, params, rest, opt_state)
+    new = TrainState(state.step + 1, params, rest, opt_state, state.average)
+    if ema is not None:
+        new = new._replace(average=_moving_average(new, ema))
     if skip_non_finite:
         kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         new = kept._replace(step=new.step)
@@ -358,6 +448,42 @@ def _total(tree: PyTree) -> jax.Array:
     return jnp.asarray(sum(map(total, floats), start=0.0), jnp.float32)
 
 
-def _mean_if_float(leaf: jax.Array, axis_name: str) -> jax.Array:
-    # Counters and random keys are the same on every replica already.
-    return lax.pmean(leaf, axis_name) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+def _moving_average(state: TrainState, decay: float) -> PyTree:
+    """The averages behind a step, of what the state has and those before."""
+    # So that the weights add up to one from the first step on, and the start counts nothing.
+    steps = state.step.astype(jnp.float32)
+    weight = (1 - decay) / -jnp.expm1(steps * math.log(decay))
+    return jax.tree.map(
+        lambda new, old: optax.incremental_update(new, old, weight) if _is_float(new) else new,
+        (state.params, state.rest),
+        state.average,
+    )
+
+
+def _is_float(leaf: jax.Array) -> bool:
+    # Others, counters and random keys, are the same on every replica.
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _is_key(leaf: jax.Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _replace_floats(rest: PyTree, by: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf, new: new if _is_float(leaf) else leaf, rest, by)
+
+
+def _replace_keys(rest: PyTree, by: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf, new: new if _is_key(leaf) else leaf, rest, by)
+
+
+def _own_keys(rest: PyTree, micro_batch: jax.Array | None) -> PyTree:
+    """The variables as a micro-batch finds them, with random keys of its own."""
+    if micro_batch is None:
+        return rest
+    fold = jnp.vectorize(jax.random.fold_in)
+    return jax.tree.map(lambda leaf: fold(leaf, micro_batch) if _is_key(leaf) else leaf, rest)
+
+
+def _num_examples(batch: Batch) -> int:
+    return jax.tree.leaves(batch)[0].shape[0]

@@ -4,6 +4,7 @@
 from optax_accel import curvature
 
 # The loss as a value
+from optax_accel.accumulation import mean_over_micro_batches
 from optax_accel.objective import Objective
 
 # Dominant and bulk Hessian subspace
@@ -49,6 +50,9 @@ from optax_accel.workers import decentlam, dmsgd, post_local_sgd
 from optax_accel.schedules import OneCycle, cyclical_schedule, momentum_onecycle_schedule
 from optax_accel.schedules import onecycle, snapshot_schedule, vtpc_schedule
 
+# Mixed precision
+from optax_accel.loss_scaling import DynamicLossScaleState, dynamic_loss_scale
+
 # Hyperparameters that change
 from optax_accel.hyperparams import WithSchedulesState, with_schedules
 from optax_accel.hyperparams import inject_hyperparams, static_arguments
@@ -59,6 +63,7 @@ from optax_accel.sharding import state_shardings
 __all__ = [
     "BlockTracker",
     "DecentralizedState",
+    "DynamicLossScaleState",
     "ExactTracker",
     "ExtragradientState",
     "GNPState",
@@ -90,6 +95,7 @@ __all__ = [
     "describe_layers",
     "dmsgd",
     "dom_sgd",
+    "dynamic_loss_scale",
     "ekfac",
     "extra_adam",
     "extragradient",
@@ -101,6 +107,7 @@ __all__ = [
     "interpolated_sgd",
     "kfac",
     "kfac_refresh_at",
+    "mean_over_micro_batches",
     "momentum_onecycle_schedule",
     "onecycle",
     "post_local_sgd",

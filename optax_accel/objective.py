@@ -8,10 +8,11 @@ gradient and product is the mean over the replicas, so no method writes its own 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,21 @@ import optax
 from jax import lax
 from jax.tree_util import Partial
 
+from optax_accel._arguments import check_integer
+from optax_accel.accumulation import mean_over_micro_batches
+
 PyTree = Any
 ValueFn = Callable[..., jax.Array]
+
+
+class _MicroBatches(NamedTuple):
+    """How an accumulated objective evaluates the loss."""
+
+    predict: Callable[..., PyTree] | None  # these take the batch by name
+    loss: ValueFn
+    batch: dict[str, PyTree]
+    number: int
+    unroll: bool
 
 
 class Objective:
@@ -91,6 +105,7 @@ class Objective:
         self.axis_name = axis_name
         self.hvp_mode = hvp_mode
         self._where: jax.Array | None = None
+        self._micro: _MicroBatches | None = None
 
     @classmethod
     def from_value_fn(
@@ -129,17 +144,28 @@ class Objective:
     # -- derived objectives ------------------------------------------------------------------
 
     def _copy(
-        self, predict: Callable[..., PyTree] | None, loss: ValueFn, axis_name: str | None
+        self,
+        predict: Callable[[Any], Any] = lambda fn: fn,
+        loss: Callable[[Any], Any] = lambda fn: fn,
+        **attributes: Any,
     ) -> Objective:
-        new = Objective(predict or (lambda p: p), loss, axis_name, hvp_mode=self.hvp_mode)
-        new._predict = predict
-        new._where = None if axis_name is None else self._where
+        """A copy with other functions, made of those there are, and other attributes."""
+        new = copy.copy(self)
+        vars(new).pop("_compiled", None)  # programs of `curvature`, made for this one
+        new._predict = self._predict and predict(self._predict)
+        new._loss = loss(self._loss)
+        if self._micro is not None:
+            new._micro = self._micro._replace(
+                predict=self._micro.predict and predict(self._micro.predict),
+                loss=loss(self._micro.loss),
+            )
+        vars(new).update(attributes)
         return new
 
     @property
     def local(self) -> Objective:
         """The same objective without collectives: this replica's own loss."""
-        return self if self.axis_name is None else self._copy(self._predict, self._loss, None)
+        return self if self.axis_name is None else self._copy(axis_name=None, _where=None)
 
     def averaged_where(self, axis_name: str, where: jax.Array) -> Objective:
         """The same objective that averages over an axis in some steps only.
@@ -152,9 +178,7 @@ class Objective:
         Returns:
           The objective.
         """
-        new = self._copy(self._predict, self._loss, axis_name)
-        new._where = where
-        return new
+        return self._copy(axis_name=axis_name, _where=where)
 
     def bind(self, **kwargs: Any) -> Objective:
         """Fixes the keyword arguments that ``predict`` and ``loss`` take; ignores the others.
@@ -168,8 +192,62 @@ class Objective:
         Raises:
           TypeError: an argument without a default was not given.
         """
-        predict = None if self._predict is None else _bind_by_name(self._predict, kwargs)
-        return self._copy(predict, _bind_by_name(self._loss, kwargs), self.axis_name)
+        given_later = () if self._micro is None else (*self._micro.batch, "micro_batch")
+
+        def bound(fn: Callable[..., Any]) -> Callable[..., Any]:
+            return _bind_by_name(fn, kwargs, given_later)
+
+        return self._copy(bound, bound)
+
+    def accumulated(
+        self, num_micro_batches: int, *, unroll: bool = False, **batch: PyTree
+    ) -> Objective:
+        r"""The objective of a batch that is seen in parts: gradient accumulation for every method.
+
+        Value, gradient, Hessian and Gauss-Newton products are the means over the micro-batches,
+        weighted with their numbers of examples: those of the whole batch, up to rounding, wherever
+        the loss is a mean over examples that do not see each other (batch normalization makes them
+        see those of their micro-batch).  One micro-batch is in memory at a time.  A value with its
+        gradient costs what it costs without micro-batches; a product recomputes the gradient that
+        it differentiates, and so does ``jax.grad`` of the objective with the value.  ``outputs``,
+        Fisher products and the factors of K-FAC see the whole batch at once.
+
+        ``predict`` and ``loss`` may take an argument ``micro_batch``, the number of the part (int32
+        scalar), e.g. to fold it into the key of dropout; it needs a default, for the whole batch.
+
+        Args:
+          num_micro_batches: number of parts, at least 1.
+          unroll: static; as in :func:`~optax_accel.mean_over_micro_batches`, which says how the
+            batch is divided: for convolutions on a CPU.
+          **batch: arguments of ``predict`` and ``loss`` with a leading axis of examples.
+
+        Returns:
+          An objective of the parameters, and of the arguments that are not given here.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, optax
+          >>> import optax_accel as oa
+          >>> objective = oa.Objective(
+          ...     predict=lambda params, x: x @ params,
+          ...     loss=lambda outputs, y: jnp.mean((outputs - y) ** 2),
+          ... )
+          >>> x, y, params = jnp.eye(4), jnp.arange(4.0), jnp.zeros(4)
+          >>> tx = oa.extrap_sgd(0.1, 0.1)
+          >>> parts = objective.accumulated(2, x=x, y=y)
+          >>> updates, _ = tx.update(parts.grad(params), tx.init(params), params, value_fn=parts)
+          >>> updates.shape
+          (4,)
+        """
+        check_integer("num_micro_batches", num_micro_batches, 1)
+
+        def bound(fn: Callable[..., Any]) -> Callable[..., Any]:
+            named, _, _ = argument_names(fn)
+            given = {name: value for name, value in batch.items() if name in named}
+            return functools.partial(fn, **given) if given else fn
+
+        micro = _MicroBatches(self._predict, self._loss, batch, num_micro_batches, unroll)
+        whole = self._copy(bound, bound)
+        return whole if num_micro_batches == 1 else whole._copy(_micro=micro)
 
     def precompose(self, transform: Callable[[PyTree], PyTree]) -> Objective:
         """The objective of ``transform(params)``, e.g. of a part of the parameters.
@@ -180,31 +258,51 @@ class Objective:
         Returns:
           An objective of the new parameters.
         """
-        outer = self._loss if self._predict is None else self._predict
 
-        @functools.wraps(outer)
-        def composed(params: PyTree, **kwargs: Any) -> PyTree:
-            return outer(transform(params), **kwargs)
+        def of_new(outer: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(outer)
+            def composed(params: PyTree, **kwargs: Any) -> PyTree:
+                return outer(transform(params), **kwargs)
 
-        if self._predict is None:
-            return self._copy(None, composed, self.axis_name)
-        return self._copy(composed, self._loss, self.axis_name)
+            return composed
+
+        return self._copy(loss=of_new) if self._predict is None else self._copy(of_new)
 
     # -- values and first derivatives --------------------------------------------------------
 
     def _local_value(self, params: PyTree, **kwargs: Any) -> jax.Array:
-        if self._predict is None:
-            value = _call_by_name(self._loss, params, kwargs)
-        else:
-            outputs = _call_by_name(self._predict, params, kwargs)
-            value = _call_by_name(self._loss, outputs, kwargs)
-        value = jnp.asarray(value)
-        if value.shape != ():
-            raise ValueError(
-                f"Objective: the loss must be a scalar, got shape {value.shape}; reduce it, "
-                "e.g. with jnp.mean."
-            )
-        return value
+        return self._over_parts(jax.checkpoint, _value_of, params, kwargs)
+
+    def _over_parts(
+        self,
+        wrap: Callable[[Any], Any],
+        function: Callable[..., PyTree],
+        *args: Any,
+    ) -> PyTree:
+        """``function(predict, loss, *args)`` of the batch, or its mean over the micro-batches.
+
+        Args:
+          wrap: what is done to the function of one micro-batch, e.g. ``jax.checkpoint``, without
+            which a derivative would keep what all of them have computed.
+          function: a mean over the examples, if ``loss`` is one.
+          *args: its last one are keyword arguments.
+        """
+        micro = self._micro
+        if micro is None:
+            return function(self._predict, self._loss, *args)
+        *first, kwargs = args
+
+        def of_part(carry: None, part: PyTree, index: jax.Array) -> tuple[None, PyTree]:
+            given = kwargs | part | {"micro_batch": index}
+
+            def of_first(*first: Any) -> PyTree:
+                return function(micro.predict, micro.loss, *first, given)
+
+            return carry, wrap(of_first)(*first)
+
+        return mean_over_micro_batches(
+            of_part, micro.batch, micro.number, unroll=micro.unroll, vary=self._vary
+        )[1]
 
     def __call__(self, params: PyTree, **kwargs: Any) -> jax.Array:
         """The loss at ``params``: a scalar, the mean over replicas when ``axis_name`` is set."""
@@ -212,8 +310,11 @@ class Objective:
 
     def value_and_grad(self, params: PyTree, **kwargs: Any) -> tuple[jax.Array, PyTree]:
         """The loss and its gradient (like ``params`` in structure, shapes and dtypes)."""
-        local = functools.partial(self._local_value, **kwargs)
-        return self._mean(jax.value_and_grad(local)(self._vary(params)))
+
+        def one(predict: Any, loss: Any, params: PyTree, kwargs: dict[str, Any]) -> PyTree:
+            return jax.value_and_grad(lambda p: _value_of(predict, loss, p, kwargs))(params)
+
+        return self._mean(self._over_parts(lambda fn: fn, one, self._vary(params), kwargs))
 
     def grad(self, params: PyTree, **kwargs: Any) -> PyTree:
         """The gradient at ``params``, like ``params`` in structure, shapes and dtypes."""
@@ -236,7 +337,7 @@ class Objective:
         have another float dtype than the parameters (a float32 basis for bfloat16 parameters):
         they are cast for the product, and the result has the vector's dtype.
         """
-        return self._second_derivative(functools.partial(self._local_value, **kwargs), params)
+        return self._second_derivative(_value_of, params, kwargs)
 
     def functional_hessian(self, params: PyTree, **kwargs: Any) -> Callable[[PyTree], PyTree]:
         r"""The functional Hessian at ``params``, ``hessian - gauss_newton``, as a linear function.
@@ -248,13 +349,14 @@ class Objective:
         Raises:
           ValueError: the objective was built from a value function.
         """
-        predict = self._need_predict("functional_hessian")
-        slope = jax.grad(lambda out: _call_by_name(self._loss, out, kwargs))(
-            _call_by_name(predict, params, kwargs)
-        )
-        return self._second_derivative(
-            lambda p: optax.tree.vdot(slope, _call_by_name(predict, p, kwargs)), params
-        )
+        self._need_predict("functional_hessian")
+
+        def linearized(predict: Any, loss: Any, params: PyTree, kwargs: dict[str, Any]) -> Any:
+            outputs = _call_by_name(predict, params, kwargs)
+            slope = jax.grad(lambda out: _call_by_name(loss, out, kwargs))(outputs)
+            return optax.tree.vdot(lax.stop_gradient(slope), outputs)
+
+        return self._second_derivative(linearized, params, kwargs)
 
     def gauss_newton(self, params: PyTree, **kwargs: Any) -> Callable[[PyTree], PyTree]:
         r"""The generalized Gauss-Newton matrix at ``params`` as a linear function.
@@ -265,13 +367,20 @@ class Objective:
         Raises:
           ValueError: the objective was built from a value function.
         """
-        predict = self._need_predict("ggn_vp")
+        self._need_predict("ggn_vp")
         params = self._vary(params)
-        outputs, push = jax.linearize(lambda p: _call_by_name(predict, p, kwargs), params)
-        _, loss_hessian = jax.linearize(
-            jax.grad(lambda out: _call_by_name(self._loss, out, kwargs)), outputs
+        if self._micro is None:
+            product = _gauss_newton(self._predict, self._loss, params, kwargs)
+            return self._operator(product, params)
+
+        def one(predict: Any, loss: Any, vector: PyTree, kwargs: dict[str, Any]) -> PyTree:
+            return _gauss_newton(predict, loss, params, kwargs)(vector)
+
+        _, product = jax.linearize(
+            lambda vector: self._over_parts(jax.checkpoint, one, vector, kwargs),
+            optax.tree.zeros_like(params),
         )
-        return self._operator(Partial(congruence, push, loss_hessian, params), params)
+        return self._operator(product, params)
 
     def hvp(self, params: PyTree, vector: PyTree, **kwargs: Any) -> PyTree:
         """Hessian-vector product; ``vector`` and the result are like ``params``."""
@@ -308,13 +417,19 @@ class Objective:
         return self._predict
 
     def _second_derivative(
-        self, value: Callable[[PyTree], jax.Array], params: PyTree
+        self, value: Callable[..., jax.Array], params: PyTree, kwargs: dict[str, Any]
     ) -> Callable[[PyTree], PyTree]:
+        def one(predict: Any, loss: Any, params: PyTree, kwargs: dict[str, Any]) -> PyTree:
+            return jax.grad(lambda p: value(predict, loss, p, kwargs))(params)
+
+        def gradient(params: PyTree) -> PyTree:
+            return self._over_parts(jax.checkpoint, one, params, kwargs)
+
         params = self._vary(params)
         if self.hvp_mode == "forward_over_reverse":
-            _, product = jax.linearize(jax.grad(value), params)
+            _, product = jax.linearize(gradient, params)
         else:
-            _, pullback = jax.vjp(jax.grad(value), params)
+            _, pullback = jax.vjp(gradient, params)
             product = Partial(_first_result, pullback)
         return self._operator(product, params)
 
@@ -330,6 +445,26 @@ class Objective:
 
     def _mean(self, tree: PyTree) -> PyTree:
         return mean_over(tree, self.axis_name, self._where)
+
+
+def _value_of(predict: Any, loss: Any, params: PyTree, kwargs: dict[str, Any]) -> jax.Array:
+    """The scalar ``loss(predict(params))``, or ``loss(params)``."""
+    outputs = params if predict is None else _call_by_name(predict, params, kwargs)
+    value = jnp.asarray(_call_by_name(loss, outputs, kwargs))
+    if value.shape != ():
+        raise ValueError(
+            f"Objective: the loss must be a scalar, got shape {value.shape}; reduce it, "
+            "e.g. with jnp.mean."
+        )
+    return value
+
+
+def _gauss_newton(
+    predict: Any, loss: Any, params: PyTree, kwargs: dict[str, Any]
+) -> Callable[[PyTree], PyTree]:
+    outputs, push = jax.linearize(lambda p: _call_by_name(predict, p, kwargs), params)
+    _, loss_hessian = jax.linearize(jax.grad(lambda out: _call_by_name(loss, out, kwargs)), outputs)
+    return Partial(congruence, push, loss_hessian, params)
 
 
 def _apply(
@@ -478,10 +613,12 @@ def _call_by_name(fn: Callable[..., Any], first: PyTree, kwargs: dict[str, Any])
     return fn(first, **(kwargs if variadic else {k: v for k, v in kwargs.items() if k in names}))
 
 
-def _bind_by_name(fn: Callable[..., Any], kwargs: dict[str, Any]) -> Callable[[PyTree], Any]:
+def _bind_by_name(
+    fn: Callable[..., Any], kwargs: dict[str, Any], given_later: tuple[str, ...] = ()
+) -> Callable[[PyTree], Any]:
     # Only arguments that are named are bound: as in Optax, a bare ** gets nothing.
     names, required, _ = argument_names(fn)
-    missing = [name for name in required if name not in kwargs]
+    missing = [name for name in required if name not in kwargs and name not in given_later]
     if missing:
         label = getattr(fn, "__name__", type(fn).__name__)
         raise TypeError(

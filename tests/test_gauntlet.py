@@ -496,6 +496,7 @@ FACTORIES: dict[Callable[..., optax.GradientTransformationExtraArgs], dict[str, 
     oa.extrap_sgd: {"learning_rate": 0.1, "extrapolation_rate": 0.05},
     oa.extra_adam: {"learning_rate": 0.1},
     oa.gnp: {"inner": SGD, "r": 0.3},
+    oa.dynamic_loss_scale: {"inner": SGD, "initial_scale": 4},
     # Damping that acts at once.
     oa.scale_by_kfac: {"objective": PROBLEM.objective(), "damping": 1.0, "damping_kind": "eigen"},
     oa.scale_by_ekfac: {"objective": PROBLEM.objective(), "damping": 1.0},
