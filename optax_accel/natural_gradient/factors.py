@@ -270,34 +270,30 @@ def damped_inverse(factor: jax.Array, damping: jax.Array) -> jax.Array:
     if factor.ndim == 1:
         return 1 / (factor + damping)
     identity = jnp.eye(len(factor), dtype=factor.dtype)
-    root = lax.linalg.cholesky(factor + damping * identity, symmetrize_input=False)
-    return _lower_gram(_lower_inverse(root))
+    # LAPACK's matrices lie column by column: written like this, none is transposed in memory, which
+    # takes long to compile.
+    damped = (factor + damping * identity).T
+    root = lax.linalg.cholesky(damped, symmetrize_input=False).T
+    inverse = _upper_inverse(root)
+    return _matmul(inverse, inverse.T)
 
 
-# Larger triangular matrices are halved, so that most of the work is done by matrix products: on a
-# CPU several times faster than LAPACK's solver and a product that does not know of the zeros.
+# Larger matrices are halved where half of them need not be computed.
 _TRIANGLE = 400
 
 
-def _lower_inverse(lower: jax.Array) -> jax.Array:
-    """The inverse of a lower triangular matrix."""
-    if (half := len(lower) // 2) < _TRIANGLE // 2:
-        identity = jnp.eye(len(lower), dtype=lower.dtype)
-        return lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
-    first, second = _lower_inverse(lower[:half, :half]), _lower_inverse(lower[half:, half:])
-    corner = -_matmul(second, _matmul(lower[half:, :half], first))
-    return jnp.block([[first, jnp.zeros_like(corner.T)], [corner, second]])
-
-
-def _lower_gram(lower: jax.Array) -> jax.Array:
-    """``lower.T @ lower`` of a lower triangular matrix."""
-    if (half := len(lower) // 2) < _TRIANGLE // 2:
-        return _matmul(lower.T, lower)
-    first, corner, second = lower[:half, :half], lower[half:, :half], lower[half:, half:]
-    off = _matmul(second.T, corner)
-    return jnp.block(
-        [[_lower_gram(first) + _matmul(corner.T, corner), off.T], [off, _lower_gram(second)]]
-    )
+def _upper_inverse(upper: jax.Array) -> jax.Array:
+    """The inverse of an upper triangular matrix, for large ones mostly by matrix products."""
+    if (half := len(upper) // 2) < _TRIANGLE // 2:
+        identity = jnp.eye(len(upper), dtype=upper.dtype)
+        return lax.linalg.triangular_solve(upper.T, identity, left_side=True, lower=True).T
+    first, second = _upper_inverse(upper[:half, :half]), _upper_inverse(upper[half:, half:])
+    corner = -_matmul(_matmul(first, upper[:half, half:]), second)
+    # As slices of zeros: `jnp.block` takes longer to compile.
+    inverse = jnp.zeros_like(upper)
+    for part, start in ((first, (0, 0)), (corner, (0, half)), (second, (half, half))):
+        inverse = lax.dynamic_update_slice(inverse, part, start)
+    return inverse
 
 
 def eigendecomposition(factor: jax.Array) -> Eigen:

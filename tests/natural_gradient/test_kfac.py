@@ -266,6 +266,17 @@ def test_preconditioning_solves_the_damped_system(x64, kind):
         np.testing.assert_allclose(got, np.linalg.solve(matrix, gradient), rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [3, 401, 803])
+def test_wide_factors(x64, size):
+    """Halved where they are wide, for speed: odd sizes, one level and two."""
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(2 * size, size)))
+    gram = stats._gram(rows, (size, size)) / len(rows)
+    want = np.asarray(rows).T @ np.asarray(rows) / len(rows)
+    np.testing.assert_allclose(gram, want, rtol=1e-12, atol=1e-12)
+    inverse = stats.damped_inverse(gram, jnp.asarray(0.1))
+    np.testing.assert_allclose(inverse @ (want + 0.1 * np.eye(size)), np.eye(size), atol=1e-12)
+
+
 def test_ekfac_is_closer_than_kfac(x64):
     """In the Frobenius norm; its eigenvalues are the best ones in K-FAC's basis."""
     x, y = classification()
