@@ -20,26 +20,34 @@ from flax import nnx
 
 from models import _common
 from models.cnn import Cnn
+from models.efficientnet import EfficientNet
 from models.lstm_lm import LstmLM
 from models.mlp import Mlp
+from models.mobilenet import MobileNetV2
 from models.ncsn import Ncsn
 from models.resnet import CifarResNet, ResNet
 from models.transformer import Transformer
 from models.transformer_lm import TransformerLM
 from models.transformer_translator import TransformerTranslator
 from models.vae import Vae
+from models.vgg import Vgg
+from models.wide_resnet import WideResNet
 
 __all__ = [
     "CifarResNet",
     "Cnn",
+    "EfficientNet",
     "LstmLM",
     "Mlp",
+    "MobileNetV2",
     "Ncsn",
     "ResNet",
     "Transformer",
     "TransformerLM",
     "TransformerTranslator",
     "Vae",
+    "Vgg",
+    "WideResNet",
     "create",
     "is_convolutional",
     "list",
@@ -52,6 +60,10 @@ class _Entry(NamedTuple):
     model: type[Any]  # a Flax NNX module
     convolutional: bool = False
     options: Mapping[str, Any] = MappingProxyType({})  # those that make it what the name says
+
+
+def _efficient(width: float, depth: float) -> dict[str, float]:
+    return {"width_multiplier": width, "depth_multiplier": depth}
 
 
 _MODELS: dict[str, _Entry] = {
@@ -67,6 +79,23 @@ _MODELS: dict[str, _Entry] = {
     "resnet50": _Entry(ResNet, convolutional=True, options={"depth": 50}),
     "resnet101": _Entry(ResNet, convolutional=True, options={"depth": 101}),
     "resnet152": _Entry(ResNet, convolutional=True, options={"depth": 152}),
+    "wrn_16_8": _Entry(WideResNet, True, {"depth": 16, "widening_factor": 8}),
+    "wrn_28_10": _Entry(WideResNet, True, {"depth": 28, "widening_factor": 10}),
+    "vgg11": _Entry(Vgg, True, {"depth": 11}),
+    "vgg16": _Entry(Vgg, True, {"depth": 16}),
+    "vgg11_bn": _Entry(Vgg, True, {"depth": 11, "norm": "batch"}),
+    "vgg16_bn": _Entry(Vgg, True, {"depth": 16, "norm": "batch"}),
+    "vgg11_cifar": _Entry(Vgg, True, {"depth": 11, "norm": "batch", "hidden_sizes": (512,)}),
+    "vgg16_cifar": _Entry(Vgg, True, {"depth": 16, "norm": "batch", "hidden_sizes": (512,)}),
+    "mobilenet_v2": _Entry(MobileNetV2, True),
+    "efficientnet_b0": _Entry(EfficientNet, True, _efficient(1.0, 1.0)),
+    "efficientnet_b1": _Entry(EfficientNet, True, _efficient(1.0, 1.1)),
+    "efficientnet_b2": _Entry(EfficientNet, True, _efficient(1.1, 1.2)),
+    "efficientnet_b3": _Entry(EfficientNet, True, _efficient(1.2, 1.4)),
+    "efficientnet_b4": _Entry(EfficientNet, True, _efficient(1.4, 1.8)),
+    "efficientnet_b5": _Entry(EfficientNet, True, _efficient(1.6, 2.2)),
+    "efficientnet_b6": _Entry(EfficientNet, True, _efficient(1.8, 2.6)),
+    "efficientnet_b7": _Entry(EfficientNet, True, _efficient(2.0, 3.1)),
     "transformer": _Entry(Transformer),
     "transformer_lm": _Entry(TransformerLM),
     "transformer_translator": _Entry(TransformerTranslator),

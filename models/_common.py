@@ -279,6 +279,21 @@ def normalize_weights(model: nnx.Module) -> None:
             setattr(owner, str(name), WeightNormalized(layer))
 
 
+def halve_by_maximum(x: jax.Array) -> jax.Array:
+    """Maximum over 2x2 blocks. On a CPU its gradient is twice as fast as that of nnx.max_pool."""
+    n, height, width, channels = x.shape
+    return x.reshape(n, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
+
+
+def round_channels(width: float) -> int:
+    """The nearest multiple of 8, at least 8 and not more than 10 % below `width`.
+
+    As in the code of MobileNet, which EfficientNet has taken over.
+    """
+    rounded = max(8, int(width + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * width else rounded
+
+
 def as_logits(x: jax.Array) -> jax.Array:
     """At least float32, so that a loss on bfloat16 outputs keeps its precision."""
     return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x

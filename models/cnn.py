@@ -88,12 +88,6 @@ class Cnn(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits of shape (N, num_classes), at least float32, of a batch of images."""
         _common.check_input(self, x, self.input_shape)
-        x = _max_pool(self.activation(self.norm1(self.conv1(x))))
-        x = _max_pool(self.activation(self.norm2(self.conv2(x))))
+        x = _common.halve_by_maximum(self.activation(self.norm1(self.conv1(x))))
+        x = _common.halve_by_maximum(self.activation(self.norm2(self.conv2(x))))
         return _common.as_logits(self.linear(x.reshape(x.shape[0], -1)))
-
-
-def _max_pool(x: jax.Array) -> jax.Array:
-    """Maximum over 2x2 blocks. On a CPU its gradient is twice as fast as that of nnx.max_pool."""
-    n, height, width, channels = x.shape
-    return x.reshape(n, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))

@@ -47,12 +47,21 @@ class Tiny(NamedTuple):
 
 # For those that do not accept images of (32, 32, 3) or 64 token ids.
 INPUT_SHAPES: dict[str, tuple[int, ...]] = {"transformer_translator": (10, 12)}
+VGG = {"input_shape": (32, 32, 3), "depth": 11, "width": 2, "hidden_sizes": (8,)}
+VGG |= {"dropout_rate": 0.0, "norm": "batch"}
+MOBILENET = {"stages": [(1, 8, 1, 1), (2, 8, 2, 1)], "dropout_rate": 0.0, "small_images": True}
+EFFICIENTNET = {"stages": [(1, 3, 1, 8, 1), (2, 5, 2, 8, 2)], "small_images": True}
+EFFICIENTNET |= {"dropout_rate": 0.0, "drop_path_rate": 0.0}
 # One entry for each architecture that classifies; the others have their own tests.
 TINY = {
     "mlp": Tiny(models.Mlp),
     "cnn": Tiny(models.Cnn),
     "cifar_resnet": Tiny(models.CifarResNet, {"depth": 8}),
     "resnet": Tiny(models.ResNet, {"depth": 10, "width": 4, "small_images": True}),
+    "wide_resnet": Tiny(models.WideResNet, {"depth": 10, "widening_factor": 1, "width": 4}),
+    "vgg": Tiny(models.Vgg, VGG),
+    "mobilenet": Tiny(models.MobileNetV2, MOBILENET),
+    "efficientnet": Tiny(models.EfficientNet, EFFICIENTNET),
     "transformer": Tiny(
         models.Transformer, {"input_shape": (6,), "feedforward_size": 32}, num_tokens=11
     ),
@@ -78,6 +87,31 @@ def tiny(request):
 def forward(model, x):
     graphdef, state = nnx.split(model)
     return jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))(state, x)
+
+
+class SameKeys:
+    """Keys for models of which only shapes are wanted: flax's take a second for hundreds of layers.
+
+    A model with dropout needs more.
+    """
+
+    def __init__(self):
+        self.key = jax.random.key(0)
+
+    def params(self):
+        return self.key
+
+
+def abstract(name, **options):
+    """A model without numbers, by `jax.eval_shape`."""
+    return nnx.eval_shape(lambda: models.create(name, rngs=SameKeys(), **options))
+
+
+def abstract_outputs(part, shape):
+    """The shape of the outputs for inputs of that shape, in eval mode."""
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    part = nnx.view(part, use_running_average=True, deterministic=True, raise_if_not_found=False)
+    return nnx.eval_shape(lambda part, x: part(x), part, x).shape
 
 
 def count(model):

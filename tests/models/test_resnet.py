@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -9,7 +8,7 @@ from flax import nnx
 import models
 from models import _common
 from models.resnet import _Block
-from tests.models.test_models import count, forward
+from tests.models.test_models import abstract, abstract_outputs, count, forward
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 CIFAR = {"input_shape": (32, 32, 3), "num_classes": 10}
@@ -38,7 +37,7 @@ IMAGENET = {"input_shape": (224, 224, 3), "num_classes": 1000}
     ],
 )
 def test_parameters(name, options, parameters):
-    assert count(nnx.eval_shape(lambda: models.create(name, **options))) == parameters
+    assert count(abstract(name, **options)) == parameters
 
 
 def cifar(depth=8, **options):
@@ -54,7 +53,7 @@ def layer_count(model):
 
 @pytest.mark.parametrize("depth", [20, 44, 18, 50, 101])
 def test_as_many_layers_as_the_name_says_have_weights(depth):
-    model = nnx.eval_shape(lambda: models.create(f"resnet{depth}", **CIFAR))
+    model = abstract(f"resnet{depth}", **CIFAR)
     assert layer_count(model) == depth
 
 
@@ -62,25 +61,28 @@ def pyramid(parts, shape):
     """The shapes behind each part, without computing anything."""
     shapes = []
     for part in parts:
-        x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-        shape = nnx.eval_shape(lambda part, x: part(x), part, x).shape[1:]
+        shape = abstract_outputs(part, (1, *shape))[1:]
         shapes.append(shape)
     return shapes
 
 
 def test_images_are_halved_twice():
-    model = nnx.eval_shape(lambda: models.create("resnet20", **CIFAR))
+    model = abstract("resnet20", **CIFAR)
     expected = [(32, 32, 16)] * 3 + [(16, 16, 32)] * 3 + [(8, 8, 64)] * 3
     assert pyramid(model.blocks, (32, 32, 16)) == expected
 
 
 @pytest.mark.parametrize(
-    ("options", "size", "factor"),
-    [({"depth": 34}, 56, 1), ({"depth": 50}, 56, 4), ({"small_images": True}, 224, 4)],
+    ("name", "options", "size", "factor"),
+    [
+        ("resnet34", {}, 56, 1),
+        ("resnet50", {}, 56, 4),
+        ("resnet50", {"small_images": True}, 224, 4),
+    ],
 )
-def test_stages_of_imagenet(options, size, factor):
+def test_stages_of_imagenet(name, options, size, factor):
     """56, 28, 14 and 7 pixels for 224; channels four times as many with bottlenecks."""
-    model = nnx.eval_shape(lambda: models.ResNet(**IMAGENET | options))
+    model = abstract(name, **IMAGENET | options)
     assert pyramid([model.conv], (224, 224, 3))[0][0] == (224 if size == 224 else 112)
     stages = [(size >> i, size >> i, (64 << i) * factor) for i in range(4)]
     counts = (3, 4, 6, 3)
