@@ -2,9 +2,10 @@
 
     python -m experiments.bench
 
-Three questions: what does a method's `update` cost on a tree of 10 million parameters, where the
-optimizer is all there is; what does it cost in a whole training step of a dense model; and how long
-does that step take to compile. Method and base run side by side (A B, B A, A B, ...), compiled,
+What does a method's `update` cost on a tree of 10 million parameters, where the optimizer is all
+there is; what does it cost in a whole training step of a dense model; how long does that step take
+to compile; and for K-FAC, at twice the batch, what do its whole cycle and a step between refreshes
+cost. Method and base run side by side (A B, B A, A B, ...), compiled,
 with donated buffers, waiting for every result, so a busy moment of the machine hits both. A ratio
 is the median of the ratios of such pairs; the quartiles beside it say how far to trust it.
 """
@@ -17,7 +18,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ UPDATE_TARGETS = {"demon_sgd": 1.05, "demon_adam": 1.05, "stoch_grad_adam": 1.5}
 UPDATE_TARGETS |= {"adabound": 1.1, "weight_norm_adam": 2.0}
 STEP_TARGETS = {"extrap_sgd_past": 1.10, "extrap_sgd": 2.1}
 COMPILE_TARGET = 2.0  # of methods without curvature, whose step has one form
-NATURAL_COMPILE_TARGET = 3.0
+NATURAL_COMPILE_TARGET = 3.0  # of each form of the step
+# Of K-FAC's cycle, factors at every step and inverses every 10, and of its steps without either.
+CYCLE_TARGETS = {"kfac": 5.0}
+BETWEEN_TARGETS = {"kfac": 2.0}
 # Their `update` evaluates the network, which is what it costs.
 EVALUATING = ("extragradient", "gradient norm", "natural gradient")
 COMPILE_REPEATS = 5  # at most: a compilation takes a second
@@ -141,7 +145,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-# The three questions --------------------------------------------------------------------------
+# The questions -------------------------------------------------------------------------------
 
 
 def update_cases(base: str, group: Sequence[Method], parameters: int) -> list[Case]:
@@ -189,12 +193,12 @@ def _no_loss(params: Any) -> Any:
     raise AssertionError("an update without refresh evaluates no loss")
 
 
-def _problem() -> tuple[Any, ...]:
+def _problem(batch_size: int = BATCH_SIZE) -> tuple[Any, ...]:
     """A dense model, split, and a batch of images of MNIST's shape."""
     model = models.create("mlp", input_shape=(28, 28, 1), num_classes=NUM_CLASSES, rngs=0)
     random = np.random.default_rng(0)
-    x = jnp.asarray(random.random((BATCH_SIZE, 28, 28, 1), np.float32))
-    y = jnp.asarray(random.integers(0, NUM_CLASSES, BATCH_SIZE, np.int32))
+    x = jnp.asarray(random.random((batch_size, 28, 28, 1), np.float32))
+    y = jnp.asarray(random.integers(0, NUM_CLASSES, batch_size, np.int32))
     return *engine.split(model), x, y
 
 
@@ -219,50 +223,83 @@ def _training_step(tx: Any, graphdef: Any) -> Any:
 
 def step_cases(base: str, group: Sequence[Method]) -> list[Case]:
     """Whole training steps of a dense model: batch 128, images of MNIST's shape."""
-    graphdef, params, rest, x, y = problem = _problem()
+    problem = _problem()
+    return [_step_case(base, method, problem, STEP_TARGETS.get(method.name)) for method in group]
 
-    def case(method: Method) -> Case:
-        tx = _build(method, problem)
-        step, period = _training_step(tx, graphdef), method.period
-        return Case(
-            name=method.name,
-            base=None if method.name == base else base,
-            call=lambda i, state: step(state, x, y, refresh=method.refresh(i)),
-            # Copies: the step donates its state, and the next case starts from the same weights.
-            carry=jax.tree.map(jnp.copy, engine.init_state(tx, params, rest)),
-            period=period * math.ceil(10 / period),
-            target=STEP_TARGETS.get(method.name),
-        )
 
-    return [case(method) for method in group]
+def natural_cases(base: str, group: Sequence[Method]) -> list[Case]:
+    """Those of K-FAC and EKFAC at batch 256: whole cycles, and steps that refresh nothing."""
+    cases = []
+    problem = _problem(2 * BATCH_SIZE)
+    for method in group:
+        if method.name == base:
+            cases.append(dataclasses.replace(_step_case(base, method, problem), period=1))
+        elif method.needs_objective:
+            cycle = _step_case(base, method, problem, CYCLE_TARGETS.get(method.name))
+            between = _step_case(base, method, problem, BETWEEN_TARGETS.get(method.name), False)
+            cases += [cycle, dataclasses.replace(between, name=f"{method.name}, between", period=1)]
+    return cases if len(cases) > 1 else []
+
+
+def _step_case(
+    base: str,
+    method: Method,
+    problem: tuple[Any, ...],
+    target: float | None = None,
+    refresh: Any = ...,
+) -> Case:
+    """Training steps as they come, or all with one `refresh`."""
+    graphdef, params, rest, x, y = problem
+    tx = _build(method, problem)
+    step, period = _training_step(tx, graphdef), method.period
+
+    def call(i: int, state: Any) -> Any:
+        return step(state, x, y, refresh=method.refresh(i) if refresh is ... else refresh)
+
+    return Case(
+        name=method.name,
+        base=None if method.name == base else base,
+        call=call,
+        # Copies: the step donates its state, and the next case starts from the same weights.
+        carry=jax.tree.map(jnp.copy, engine.init_state(tx, params, rest)),
+        period=period * math.ceil(10 / period),
+        target=target,
+    )
 
 
 def compile_cases(base: str, group: Sequence[Method]) -> list[Case]:
-    """Tracing and compiling those training steps, in all forms of their static `refresh`."""
+    """Tracing and compiling those training steps, in all forms of their static `refresh`.
+
+    The forms of K-FAC's step, of which a loop may use but some, are cases of their own.
+    """
     graphdef, params, rest, x, y = problem = _problem()
 
-    def case(method: Method) -> Case:
+    def case(name: str, method: Method, forms: Iterable[Any], target: float | None) -> Case:
         tx = _build(method, problem)
         state = jax.eval_shape(functools.partial(engine.init_state, tx), params, rest)
-        forms = {method.refresh(i) for i in range(method.period + 1)}
 
         def call(i: int, carry: None) -> None:
             for form in forms:
                 _training_step(tx, graphdef).lower(state, x, y, refresh=form).compile()
 
-        target: float | None = COMPILE_TARGET if method.tracker is None else None
-        if method.family == "natural gradient":
-            target = NATURAL_COMPILE_TARGET
-        return Case(
-            name=method.name,
-            base=None if method.name == base else base,
-            call=call,
-            carry=None,
-            period=1,
-            target=None if method.name == base else target,
-        )
+        is_base = method.name == base
+        return Case(name, None if is_base else base, call, None, 1, None if is_base else target)
 
-    return [case(method) for method in group]
+    cases = []
+    for method in group:
+        if method.needs_objective:
+            forms = {"inverses": "inverses", "factors": "factors", "between": False}
+            cases += [
+                case(f"{method.name}, {name}", method, [form], NATURAL_COMPILE_TARGET)
+                for name, form in forms.items()
+            ]
+        else:
+            forms_of_step = {method.refresh(i) for i in range(method.period + 1)}
+            target: float | None = COMPILE_TARGET if method.tracker is None else None
+            if method.family == "natural gradient":
+                target = NATURAL_COMPILE_TARGET
+            cases.append(case(method.name, method, forms_of_step, target))
+    return cases
 
 
 # Output -----------------------------------------------------------------------------------------
@@ -329,11 +366,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             functools.partial(update_cases, parameters=options.parameters),
         ),
         "step": (f"training step, MLP on 28 x 28 images, batch {BATCH_SIZE}", step_cases),
-        "compile": ("compilation of that step", compile_cases),
+        "natural": (f"K-FAC's cycle and its steps between, batch {2 * BATCH_SIZE}", natural_cases),
+        "compile": ("compilation of the step", compile_cases),
     }
     results: dict[str, Any] = {"machine": computer, "repeats": options.repeats}
     for key, (title, make) in questions.items():
-        results[key] = [
+        rows = [
             row
             for base, group in groups.items()
             if (cases := make(base, group))
@@ -343,8 +381,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 else measure(cases, options.repeats)
             )
         ]
-        console.print()
-        console.print(table(title, results[key]))
+        results[key] = rows
+        if rows:
+            console.print()
+            console.print(table(title, rows))
     console.print(
         f"\nMedians (quartiles) of {options.repeats} rounds, of compilations "
         f"{min(options.repeats, COMPILE_REPEATS)}. Updates of subspace methods project "
