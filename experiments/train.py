@@ -21,13 +21,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import shlex
 import signal
 import sys
 import time
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ from rich.progress import (
 )
 
 import models
-from experiments import cli, cluster, data, engine, methods, parallel, run_folder
+from experiments import augmentation, cli, cluster, data, engine, methods, parallel, run_folder
 from experiments.checkpoints import CheckpointError, Checkpoints
 from experiments.cli import UsageError
 from experiments.run_folder import MetricFiles, Row, number
@@ -57,6 +57,16 @@ PROG = "python -m experiments.train"
 DEFAULT_EPOCHS = 10
 # Examples per forward pass of an evaluation: keeps its activations small.
 EVALUATION_BATCH = 1000
+# Of the dominant subspace, where a task has no classes to give their number.
+DIRECTIONS = 10
+# Those that fit the labels of each kind of task.
+LOSSES = {
+    "classification": ("cross_entropy", "mse"),
+    "segmentation": ("cross_entropy",),
+    "language": ("cross_entropy",),
+    "translation": ("cross_entropy",),
+    "autoencoder": ("elbo",),
+}
 NON_FINITE = ("raise", "skip", "rollback")
 # So many steps skipped in a row, or so many rollbacks without a new checkpoint, end the run: what
 # is wrong is then not a batch.
@@ -71,23 +81,37 @@ class Options:
     """Train one model on one task with one method."""
 
     task: str = "digits"
-    """Data set: digits, mnist, mnist5k, cifar10, cifar10_5k, sst2 or sst2_1k."""
+    """Data set; an unknown name lists all."""
     data_dir: Path | None = None
-    """Folder with the data files; default: OPTAX_ACCEL_DATA. Digits needs none."""
+    """Folder with the data files, or hf:... or tfds:..., a data set of Hugging Face or TensorFlow
+    Datasets; default: OPTAX_ACCEL_DATA. Digits needs none."""
+    image_size: int | None = None
+    """Height and width of the pictures of imagenet_folder; default: 224."""
     model: str | None = None
-    """Model: mlp, cnn, resnet20 or transformer; default: the task's own."""
-    loss: str = "cross_entropy"
-    """Loss: cross_entropy, or mse (half the squared distance to the one-hot label)."""
-    method: str = "sgd"
-    """Training method; an unknown name lists all."""
+    """Model; default: the task's own. An unknown name lists all."""
+    model_options: str | None = None
+    """Options of the model as JSON, e.g. '{"dropout_rate": 0.1}'; default: the task's, for its own
+    model."""
+    loss: str | None = None
+    """Loss: cross_entropy, mse (half the squared distance to the one-hot label) or elbo (of a
+    variational autoencoder); default: the task's own."""
+    label_smoothing: float = 0.0
+    """Share of each label that goes to all classes alike; cross_entropy only, in training only."""
+    augment: str | None = None
+    """Random changes of training images: some of randaugment,crop,flip,cutout,mixup."""
+    method: str | None = None
+    """Training method; default: the task's own, sgd for most. An unknown name lists all."""
     learning_rate: float | None = None
-    """Learning rate; default: the middle of the method's grid."""
+    """Learning rate; default: the task's for its own method, else the middle of the method's
+    grid."""
     epochs: int | None = None
     """Passes over the training split; default: 10."""
     steps: int | None = None
     """Steps, instead of --epochs."""
-    batch_size: int = 64
-    """Examples per step, over all devices."""
+    early_stopping: int | None = None
+    """End after so many validations in a row without a lower loss than ever before."""
+    batch_size: int | None = None
+    """Examples per step, over all devices; default: the task's own, 64 for most."""
     curvature_batch_size: int | None = None
     """Examples (fixed) for Hessian-vector products; default: twice the batch size."""
     seed: int = 0
@@ -99,6 +123,10 @@ class Options:
     """Devices to use, of all processes; default: all. On a CPU, so many virtual ones are made."""
     workers: int | None = None
     """Workers of a method whose workers keep parameters of their own; default: one per device."""
+    data_workers: int = 0
+    """Threads that read and augment batches ahead; 0: one, which also moves them to the device."""
+    prefetch: int = 2
+    """Batches that wait on the device while it computes; 0: each is read when it is needed."""
     non_finite: str = "raise"
     """When loss, parameters or moments are not finite: raise (end the run), skip (leave the step
     out) or rollback (to the latest checkpoint, going on behind the batch that did it)."""
@@ -127,7 +155,10 @@ class Options:
     @property
     def folder(self) -> Path:
         """The run's folder."""
-        return self.runs_dir / (self.name or f"train-{self.task}-{self.method}-{self.seed}")
+        method = self.method
+        if method is None and self.task in data.DEFAULTS:
+            method = data.DEFAULTS[self.task].method
+        return self.runs_dir / (self.name or f"train-{self.task}-{method}-{self.seed}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +167,19 @@ class Plan:
 
     task: data.Task
     model: str
+    model_options: dict[str, Any]
     loss: str
+    label_smoothing: float
+    augment: tuple[str, ...]
     method: methods.Method
     learning_rate: float
     steps: int
+    early_stopping: int | None
     batch_size: int
     curvature_batch_size: int | None
     seed: int
+    data_workers: int
+    prefetch: int
     parallel: str
     devices: Sequence[jax.Device]
     workers: int | None
@@ -157,12 +194,17 @@ class Plan:
         return {
             "task": self.task.name,
             "train_examples": len(self.task.train),
-            "data_checksum": zlib.crc32(np.ascontiguousarray(self.task.train.x).data),
+            "input_shape": list(self.task.input_shape),
+            "data_checksum": self.task.train.checksum(),
             "model": self.model,
+            "model_options": self.model_options,
             "loss": self.loss,
+            "label_smoothing": self.label_smoothing,
+            "augment": list(self.augment),
             "method": self.method.name,
             "learning_rate": self.learning_rate,
             "steps": self.steps,
+            "early_stopping": self.early_stopping,
             "batch_size": self.batch_size,
             "curvature_batch_size": self.curvature_batch_size,
             "seed": self.seed,
@@ -191,15 +233,29 @@ def resolve(options: Options) -> Plan:
     """
     cli.check_known("task", options.task, data.TASKS)
     cli.check_known("model", options.model, models.list())
-    cli.check_known("loss", options.loss, tuple(engine.LOSSES))
+    defaults = data.DEFAULTS[options.task]
+    loss = options.loss or defaults.loss
+    engine.find_loss(loss, label_smoothing=options.label_smoothing)
+    if loss not in LOSSES[defaults.kind]:
+        raise UsageError(
+            f"--loss {loss} does not fit the task {options.task}; valid: "
+            f"{', '.join(LOSSES[defaults.kind])}"
+        )
+    augment = augmentation.parse(options.augment or "")
+    model = options.model or defaults.model
+    model_options = read_model_options(options.model_options)
+    if model_options is None:
+        model_options = dict(defaults.model_options) if model == defaults.model else {}
     cli.check_known("parallel mode", options.parallel, parallel.MODES)
     cli.check_known("--non-finite policy", options.non_finite, NON_FINITE)
-    (method,) = methods.get_methods([options.method])
+    (method,) = methods.get_methods([options.method or defaults.method])
     if options.epochs is not None and options.steps is not None:
         raise UsageError("--epochs and --steps exclude each other; give one")
     for name in (
         "epochs",
         "steps",
+        "image_size",
+        "early_stopping",
         "batch_size",
         "curvature_batch_size",
         "devices",
@@ -211,9 +267,14 @@ def resolve(options: Options) -> Plan:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name in ("data_workers", "prefetch"):
+        if (value := getattr(options, name)) < 0:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
     if not 0 <= options.seed < 2**31:
         raise UsageError(f"--seed must be between 0 and 2**31 - 1, got {options.seed}")
     rate = options.learning_rate
+    if rate is None and method.name == defaults.method:
+        rate = defaults.learning_rate
     if rate is None:
         rate = method.learning_rates[len(method.learning_rates) // 2]
     if not 0 < rate < math.inf:
@@ -231,14 +292,19 @@ def resolve(options: Options) -> Plan:
 
     devices = find_devices(options.devices)
     workers = (options.workers or len(devices)) if method.per_worker else None
-    task = data.load_task(options.task, data_dir=options.data_dir)
+    task = data.load_task(options.task, data_dir=options.data_dir, image_size=options.image_size)
+    if augment:
+        augmentation.Augmentation(
+            task.train, augment, seed=options.seed, num_classes=task.num_classes
+        )
     examples = len(task.train)
+    batch_size = options.batch_size or defaults.batch_size
     curvature = options.curvature_batch_size
     if curvature is None and method.refresh_every is not None:
-        most = min(2 * options.batch_size, examples)
+        most = min(2 * batch_size, examples)
         curvature = max(most - most % len(devices), 1)
     for option, size in (
-        ("--batch-size", options.batch_size),
+        ("--batch-size", batch_size),
         ("--curvature-batch-size", curvature),
     ):
         if size is not None and size > examples:
@@ -248,21 +314,27 @@ def resolve(options: Options) -> Plan:
         if size is not None:
             parallel.check_divisible(size, len(devices), option)
     if workers is not None:
-        parallel.check_divisible(options.batch_size, workers, "--batch-size", "workers")
+        parallel.check_divisible(batch_size, workers, "--batch-size", "workers")
 
-    per_epoch = examples // options.batch_size
+    per_epoch = examples // batch_size
     steps = options.steps or per_epoch * (options.epochs or DEFAULT_EPOCHS)
     eval_every = min(steps, options.eval_every or per_epoch)
     return Plan(
         task=task,
-        model=options.model or task.default_model,
-        loss=options.loss,
+        model=model,
+        model_options=model_options,
+        loss=loss,
+        label_smoothing=options.label_smoothing,
+        augment=augment,
         method=method,
         learning_rate=rate,
         steps=steps,
-        batch_size=options.batch_size,
+        early_stopping=options.early_stopping,
+        batch_size=batch_size,
         curvature_batch_size=curvature,
         seed=options.seed,
+        data_workers=options.data_workers,
+        prefetch=options.prefetch,
         parallel=options.parallel,
         devices=devices,
         workers=workers,
@@ -272,6 +344,23 @@ def resolve(options: Options) -> Plan:
         keep=options.keep,
         folder=options.folder,
     )
+
+
+def read_model_options(text: str | None) -> dict[str, Any] | None:
+    """The options of `--model-options`; None if it is not given.
+
+    Raises:
+      UsageError: it is not a JSON object.
+    """
+    if text is None:
+        return None
+    try:
+        options = json.loads(text)
+    except ValueError:
+        options = None
+    if not isinstance(options, dict):
+        raise UsageError(f"--model-options is a JSON object such as '{{\"a\": 1}}', got {text!r}")
+    return options
 
 
 def find_devices(number: int | None) -> list[jax.Device]:
@@ -406,24 +495,42 @@ def evaluate(
     compiled: Callable[..., dict[str, jax.Array]],
     runner: parallel.Parallel,
     state: engine.TrainState,
+    task: data.Task,
     split: data.Split,
+    workers: int = 0,
 ) -> dict[str, float]:
-    """Mean loss and accuracy over a split, batch by batch; of several workers, of their mean."""
+    """Scores of a split, read batch by batch; of several workers, of the mean of their parameters.
+
+    Returns:
+      ``loss``, where there are labels to predict ``accuracy``, both over the labels that count, and
+      of language ``perplexity``, e to the loss.
+    """
     state = runner.consensus(state)
-    totals = {"loss": 0.0, "accuracy": 0.0}
+    totals: dict[str, float] = {}
     # Whole multiples of the devices.
-    size = max(EVALUATION_BATCH // runner.mesh.size, 1) * runner.mesh.size
-    for start in range(0, len(split), size):
-        rows = slice(start, start + size)
-        number = len(split.y[rows])
+    size = max(evaluation_batch(task) // runner.mesh.size, 1) * runner.mesh.size
+    for batch in data.in_order(split, size, workers):
+        number = len(batch["y"])
         sharding = runner.replicated if number % runner.mesh.size else runner.sharded
         x, y = (
             jax.make_array_from_callback(part.shape, sharding, part.__getitem__)
-            for part in (split.x[rows], split.y[rows])
+            for part in (batch["x"], batch["y"])
         )
         for name, value in compiled(state.params, state.rest, x, y).items():
-            totals[name] += float(value) * number
-    return {name: total / len(split) for name, total in totals.items()}
+            totals[name] = totals.get(name, 0.0) + float(value) * number
+    counted = totals.pop("counted", float(len(split)))
+    names = [name for name in ("loss", "accuracy") if name in totals]
+    scores = {name: totals[name] / counted if counted else math.nan for name in names}
+    if task.defaults.kind in ("language", "translation"):
+        scores["perplexity"] = math.exp(min(scores["loss"], 700.0))
+    return scores
+
+
+def evaluation_batch(task: data.Task) -> int:
+    """Examples per forward pass of an evaluation: keeps activations and outputs small."""
+    outputs = task.train.y[0].size * (task.vocabulary_size or task.num_classes or 1)
+    most = min(2**22 // math.prod(task.train.x.shape[1:]), 2**25 // outputs)
+    return min(max(most, 1), EVALUATION_BATCH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -433,12 +540,14 @@ class Program:
     Attributes:
       runner: runs the step.
       make_state: makes the state before the first step; pure.
-      evaluate: loss and accuracy of ``(params, rest, x, y)``.
+      evaluate: scores of ``(params, rest, x, y)``, see `engine.evaluate`.
+      scores: names of the scores of a split, see `evaluate`.
     """
 
     runner: parallel.Parallel
     make_state: Callable[[], engine.TrainState]
     evaluate: Callable[..., dict[str, jax.Array]]
+    scores: tuple[str, ...]
 
 
 def build(plan: Plan) -> Program:
@@ -453,27 +562,29 @@ def build(plan: Plan) -> Program:
             models.create(
                 plan.model,
                 input_shape=plan.task.input_shape,
-                num_classes=plan.task.num_classes,
+                num_classes=plan.task.num_classes or None,
                 vocabulary_size=plan.task.vocabulary_size,
                 rngs=plan.seed,
+                **plan.model_options,
             )
         )
 
+    loss = engine.find_loss(plan.loss, label_smoothing=plan.label_smoothing)
     seen = None
     if plan.method.needs_objective:
         static, _, rest = make_model()
         x, y = (part[: plan.batch_size] for part in (plan.task.train.x, plan.task.train.y))
-        seen = engine.objective(static, rest, jnp.asarray(x), jnp.asarray(y), loss=plan.loss)
+        seen = engine.objective(static, rest, jnp.asarray(x), jnp.asarray(y), loss=loss)
     # With an `axis_name` an extrapolation is local; without, all parallel modes compute the same.
     tx = plan.method.build(
         plan.learning_rate,
         total_steps=plan.steps,
-        num_classes=plan.task.num_classes,
+        num_classes=plan.task.num_classes or DIRECTIONS,
         seed=plan.seed,
         axis_name=None if plan.workers is None else parallel.AXIS,
         num_workers=plan.workers or 1,
         objective=seen,
-        likelihood=engine.LIKELIHOODS[plan.loss],
+        likelihood=engine.LIKELIHOODS.get(plan.loss),
     )
 
     graphdef: Any = None
@@ -501,17 +612,23 @@ def build(plan: Plan) -> Program:
             batch["y"],
             curvature=None if curvature is None else (curvature["x"], curvature["y"]),
             refresh=refresh,
-            loss=plan.loss,
+            loss=loss,
             axis_name=axis_name,
             per_worker=plan.workers is not None,
             skip_non_finite=plan.non_finite == "skip",
         )
         return state, metrics | statistics(state.opt_state)
 
+    scores = ["loss"]
+    if np.issubdtype(plan.task.train.y.dtype, np.integer):
+        scores.append("accuracy")
+    if plan.task.defaults.kind in ("language", "translation"):
+        scores.append("perplexity")
     return Program(
         parallel.Parallel(plan.parallel, plan.devices, step, workers=plan.workers),
         make_state,
         jax.jit(functools.partial(engine.evaluate, graphdef, loss=plan.loss)),
+        tuple(scores),
     )
 
 
@@ -541,13 +658,16 @@ class Run:
                 "loss",
                 *jax.eval_shape(statistics, jax.eval_shape(program.make_state).opt_state),
             ),
-            *("validation_loss", "validation_accuracy", "seconds"),
+            *(f"validation_{name}" for name in program.scores),
+            "seconds",
         ]
         self._files: MetricFiles | None = None  # only the main process has them
         # Steps under way: a row to complete, their metrics, the position in the data behind them.
         self._pending: list[tuple[Row, dict[str, jax.Array], Any]] = []
         self._rows: list[Row] = []  # complete, not yet written
         self._skipped = self._rollbacks = 0
+        # The lowest validation loss so far, and the validations since then.
+        self._best, self._worse = math.inf, 0
 
     def __enter__(self) -> Run:
         with contextlib.ExitStack() as stack:
@@ -557,6 +677,7 @@ class Run:
                     self.plan.folder / "checkpoints", self.plan.keep, warn=self.console.print
                 )
             )
+            stack.callback(self._batches.close)
             position = self._restore()
             if position is not None:
                 self._batches.set_state(position)
@@ -586,8 +707,16 @@ class Run:
     def _load_data(self) -> None:
         plan, train = self.plan, self.plan.task.train
         shard = grain.sharding.ShardByJaxProcess()
-        dataset = data.batches(train, batch_size=plan.batch_size, seed=plan.seed, shard=shard)
-        self._batches = data.prefetch_to_device(iter(dataset), self.runner.put_batch)
+        dataset = data.batches(
+            train,
+            batch_size=plan.batch_size,
+            seed=plan.seed,
+            shard=shard,
+            augment=plan.augment,
+            num_classes=plan.task.num_classes,
+            workers=plan.data_workers,
+        )
+        self._batches = data.prefetch_to_device(iter(dataset), self.runner.put_batch, plan.prefetch)
         self._curvature = None
         if plan.curvature_batch_size is not None:
             # Fixed: redrawn at every refresh, its noise alone would move the subspace.
@@ -601,9 +730,12 @@ class Run:
         """Goes to the latest checkpoint, or to the start; returns the position in the data."""
         if self._checkpoints.latest() is None:
             self.done, position = 0, None
+            self._best, self._worse = math.inf, 0
             self.state = self.runner.init(self.program.make_state)
         else:
-            self.done, state, position = self._checkpoints.restore(self._target)
+            self.done, state, kept = self._checkpoints.restore(self._target)
+            position, self._worse = kept["batches"], kept["worse"]
+            self._best = math.inf if kept["best"] is None else kept["best"]
             self.state = self.runner.put_state(state)
         cluster.from_main(self._open_files)
         self._began = self._fetched = time.monotonic()
@@ -709,11 +841,21 @@ class Run:
 
     def validate(self) -> None:
         """Scores the validation split and adds that to the row of the latest step."""
-        scores = evaluate(self.program.evaluate, self.runner, self.state, self.plan.task.validation)
+        scores = self._evaluate(self.plan.task.validation)
         self._rows[-1] |= {f"validation_{name}": number(score) for name, score in scores.items()}
-        self.console.print(
-            f"step {self.done}: validation loss {scores['loss']:.4f}, "
-            f"accuracy {scores['accuracy']:.4f}"
+        self._worse = 0 if scores["loss"] < self._best else self._worse + 1
+        self._best = min(scores["loss"], self._best)  # never NaN
+        self.console.print(f"step {self.done}: validation {show_scores(scores)}")
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether the validation loss has not become lower for too long."""
+        return self.plan.early_stopping is not None and self._worse >= self.plan.early_stopping
+
+    def _evaluate(self, split: data.Split) -> dict[str, float]:
+        plan = self.plan
+        return evaluate(
+            self.program.evaluate, self.runner, self.state, plan.task, split, plan.data_workers
         )
 
     def write(self) -> None:
@@ -733,7 +875,13 @@ class Run:
     def save(self) -> None:
         """Starts to save a checkpoint; what it needs of the files is written before."""
         self._checkpoints.save(
-            self.done, self.runner.get_state(self.state), data=self._batches.get_state()
+            self.done,
+            self.runner.get_state(self.state),
+            data={
+                "batches": self._batches.get_state(),
+                "best": self._best if math.isfinite(self._best) else None,
+                "worse": self._worse,
+            },
         )
         self._rollbacks = 0
 
@@ -743,7 +891,7 @@ class Run:
 
     def test(self) -> dict[str, Any]:
         """Scores the test split and writes the result."""
-        scores = evaluate(self.program.evaluate, self.runner, self.state, self.plan.task.test)
+        scores = self._evaluate(self.plan.task.test)
         result = {"steps": self.done} | {
             f"test_{name}": number(score) for name, score in scores.items()
         }
@@ -783,10 +931,11 @@ def train(plan: Plan, program: Program, console: Console) -> int | None:
     Raises:
       UsageError, CheckpointError: what is in the folder does not fit; it is left as it is.
       NonFiniteError: the run met numbers that are not finite and could not go on.
+      DataError: an example cannot be read.
     """
     with Run(plan, program, console) as run, cluster.stop_signals() as requested, cluster.guard():
         stopped_by = None
-        while run.done < plan.steps and stopped_by is None:
+        while run.done < plan.steps and stopped_by is None and not run.stops_early:
             run.advance()
             stopped_by = requested()
             validate = run.is_due(plan.eval_every)
@@ -796,24 +945,31 @@ def train(plan: Plan, program: Program, console: Console) -> int | None:
             if validate:
                 run.validate()
             run.write()
-            if save:
+            if save or run.stops_early:
                 run.save()
         run.wait()
-        if run.done < plan.steps:
+        if run.stops_early:
+            console.print(
+                f"stopped early at step {run.done}: {plan.early_stopping} validations in a row "
+                "without a lower loss"
+            )
+        elif run.done < plan.steps:
             console.print(f"interrupted: saved step {run.done} of {plan.steps}")
             return stopped_by
         result = run.test()
+    scores = {name: result[f"test_{name}"] for name in program.scores}
     console.print(
-        f"test loss {show(result['test_loss'])}, accuracy {show(result['test_accuracy'])}; "
-        f"metrics and checkpoints are in {plan.folder}",
+        f"test {show_scores(scores)}; metrics and checkpoints are in {plan.folder}",
         soft_wrap=True,
     )
     return None
 
 
-def show(value: float | None) -> str:
-    """A score as the console shows it."""
-    return "nan" if value is None else f"{value:.4f}"
+def show_scores(scores: Mapping[str, float | None]) -> str:
+    """Scores as the console shows them."""
+    return ", ".join(
+        f"{name} nan" if value is None else f"{name} {value:.4f}" for name, value in scores.items()
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -861,7 +1017,7 @@ def run_and_report(plan: Plan, program: Program, console: Console) -> int:
         stopped_by = train(plan, program, console)
     except (UsageError, CheckpointError) as error:
         return fail(f"error: {error}", 2)
-    except NonFiniteError as error:
+    except (NonFiniteError, data.DataError) as error:
         return fail(f"error: {error}", 1)
     except OSError as error:
         reason = error.strerror or error

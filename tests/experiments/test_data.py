@@ -90,6 +90,27 @@ def write_sst2(folder, names=("sst2.train.tsv", "sst2.dev.tsv"), rows=2_001):
         (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
 
 
+def write_text(folder, name="tinyshakespeare.txt", lines=400):
+    """One line is "Line 7 of all the lines." """
+    text = "".join(f"Line {i} of all the lines.\n" for i in range(lines))
+    (folder / name).write_text(text)
+    return text
+
+
+def write_pairs(folder, suffix="", rows=(30, 8, 8)):
+    """Pairs such as "7 men ride 7 dogs ." and "7 Hunde reiten 7 Menschen ." """
+    parts = ("train", "val", "test_2016_flickr")
+    for part, count in zip(parts, rows, strict=True):
+        for lang, line in (("en", "{} men ride {} dogs."), ("de", "{} Männer reiten {} Hunde.")):
+            text = "".join(line.format(i, i % 3) + "\n" for i in range(count)).encode()
+            path = folder / f"multi30k.{part}.{lang}{suffix}"
+            path.write_bytes(gzip.compress(text) if suffix else text)
+
+
+def write_small_mnist(folder):
+    np.savez(folder / "mnist.npz", **arrays((28, 28), rows=5_008, test_rows=8))
+
+
 def assert_is_mnist(task, content):
     np.testing.assert_array_equal(task.train.y, content["y_train"][:5_000])
     np.testing.assert_array_equal(task.validation.y, content["y_train"][5_000:10_000])

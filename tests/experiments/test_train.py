@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import os
 import shlex
 import shutil
@@ -25,6 +26,7 @@ import models
 from experiments import data, engine, run_folder, train
 from experiments.checkpoints import Checkpoints
 from experiments.methods import METHODS
+from tests.experiments import test_data
 from tests.experiments.test_data import write_sst2
 
 ROOT = Path(__file__).parents[2]
@@ -265,6 +267,88 @@ def test_loss_can_be_chosen(runs, capsys):
     assert "a run with loss mse, now cross_entropy" in capsys.readouterr().err
 
 
+def resumed(runs, name, step):
+    """What a run's metrics were, and are after its last checkpoint is lost and it is resumed."""
+    expected = untimed(runs / name)
+    shutil.rmtree(runs / name / "checkpoints" / str(step))
+    assert train.main(["--runs-dir", str(runs), "--name", name, "--resume"]) == 0
+    return expected, untimed(runs / name)
+
+
+def test_augmented_run_resumes_bit_by_bit(runs):
+    quick = [*QUICK, "--runs-dir", str(runs), "--augment", "flip,crop,mixup", "--label-smoothing"]
+    quick += ["0.1", "--checkpoint-every", "6"]
+    assert train.main([*quick, "--name", "run"]) == 0
+    expected, again = resumed(runs, "run", 12)
+    assert again == expected
+    config = json.loads((runs / "run" / "config.json").read_text())["run"]
+    assert (config["augment"], config["label_smoothing"]) == (["crop", "flip", "mixup"], 0.1)
+    # Neither workers nor prefetching change a number.
+    assert train.main([*quick, "--name", "other", "--data-workers", "2", "--prefetch", "0"]) == 0
+    assert untimed(runs / "other") == expected
+    # But without augmentation it is another run.
+    assert train.main([*QUICK, "--runs-dir", str(runs), "--name", "plain"]) == 0
+    assert untimed(runs / "plain")[0]["loss"] != expected[0]["loss"]
+
+
+def test_early_stopping(runs, monkeypatch, capsys):
+    losses = iter([3.0, 2.0, 2.5, 2.0, 2.5, 1.0, math.nan, 1.5, 9.0])
+
+    def evaluate(*args):
+        return {"loss": next(losses), "accuracy": 0.5}
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    quick = ["--devices", "1", "--runs-dir", str(runs), "--name", "run", "--early-stopping", "3"]
+    quick += ["--eval-every", "2"]
+    # A validation that is no better, NaN included, counts, until there is one that is.
+    assert train.main([*quick, "--steps", "40"]) == 0
+    assert "stopped early at step 10: 3 validations in a row" in capsys.readouterr().out
+    assert [row["step"] for row in rows(runs / "run")] == list(range(1, 11))
+    assert json.loads((runs / "run" / "result.json").read_text())["test_loss"] == 1.0
+    # Resumed it has nothing left to do; from an earlier checkpoint it goes the same way.
+    resume = ["--runs-dir", str(runs), "--name", "run", "--resume"]
+    losses = iter([7.0])
+    assert train.main(resume) == 0
+    assert json.loads((runs / "run" / "result.json").read_text())["test_loss"] == 7.0
+    shutil.rmtree(runs / "run" / "checkpoints" / "10")
+    losses = iter([2.5, 7.0])
+    assert train.main(resume) == 0
+    assert rows(runs / "run")[-1]["step"] == 10
+
+
+@pytest.mark.parametrize(
+    ("task", "write", "options", "scores"),
+    [
+        (
+            "tiny_shakespeare",
+            lambda folder: test_data.write_text(folder),
+            {"embedding_size": 8, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0},
+            {"loss", "accuracy", "perplexity"},
+        ),
+        (
+            "multi30k",
+            lambda folder: test_data.write_pairs(folder),
+            {"embedding_size": 8, "num_layers": 1, "num_heads": 2, "feedforward_size": 8},
+            {"loss", "accuracy", "perplexity"},
+        ),
+        ("vae_mnist", test_data.write_small_mnist, {"hidden_sizes": [8]}, {"loss"}),
+    ],
+)
+def test_other_tasks(runs, tmp_path, task, write, options, scores):
+    write(tmp_path)
+    quick = ["--task", task, "--data-dir", str(tmp_path), "--runs-dir", str(runs), "--name", "run"]
+    quick += ["--model-options", json.dumps(options), "--batch-size", "4", "--devices", "1"]
+    assert train.main([*quick, "--steps", "2"]) == 0
+    (row,) = (row for row in rows(runs / "run") if "validation_loss" in row)
+    assert {name for name in row if "validation" in name} == {f"validation_{n}" for n in scores}
+    result = json.loads((runs / "run" / "result.json").read_text())
+    assert result.keys() == {"steps", *(f"test_{name}" for name in scores)}
+    if "perplexity" in scores:
+        np.testing.assert_allclose(
+            result["test_perplexity"], math.exp(result["test_loss"]), rtol=1e-6
+        )
+
+
 @pytest.fixture
 def bad_batch(monkeypatch):
     """Some training examples are broken, all of the batch of step 8."""
@@ -452,8 +536,21 @@ def test_statistics_of_the_optimizer(method, names):
     [
         ("--task foo", "unknown task 'foo'; valid: digits, mnist"),
         ("--model foo", "unknown model 'foo'; valid: mlp, cnn"),
-        ("--model transformer", "'transformer' reads token ids and needs vocabulary_size"),
-        ("--loss foo", "unknown loss 'foo'; valid: cross_entropy, mse"),
+        ("--model transformer", "'transformer' needs vocabulary_size"),
+        ("--model transformer_lm", "'transformer_lm' has no num_classes"),
+        ("--model-options [1]", "--model-options is a JSON object such as"),
+        ("--model-options {'a':1}", "--model-options is a JSON object such as"),
+        ("""--model-options '{"depth": 3}'""", "'mlp' has no option 'depth'; valid: hidden"),
+        ("--loss foo", "unknown loss 'foo'; valid: cross_entropy, mse, elbo"),
+        ("--loss elbo", "--loss elbo does not fit the task digits; valid: cross_entropy, mse"),
+        ("--task vae_mnist --loss mse", "does not fit the task vae_mnist; valid: elbo"),
+        ("--label-smoothing 1", "label smoothing must be at least 0 and below 1, got 1.0"),
+        ("--loss mse --label-smoothing 0.1", "for the loss cross_entropy, not for mse"),
+        ("--augment flop", "unknown augmentation 'flop'; valid: randaugment, crop, flip"),
+        ("--image-size 32", "image_size is for the task imagenet_folder; digits has sizes"),
+        ("--early-stopping 0", "--early-stopping must be at least 1, got 0"),
+        ("--data-workers -1", "--data-workers must be at least 0, got -1"),
+        ("--prefetch -1", "--prefetch must be at least 0, got -1"),
         ("--method foo", "unknown method 'foo'; valid methods are sgd, "),
         ("--parallel foo", "unknown parallel mode 'foo'; valid: jit, fsdp, pmap, shard_map"),
         ("--learning-rate 0", "--learning-rate must be positive and finite, got 0.0"),
