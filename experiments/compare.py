@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import models
-from experiments import cli, data, engine, methods, report
+from experiments import cli, data, methods, report
 from experiments.cli import UsageError
 from experiments.replicas import Plan, Record, Replica, Trainer, measure_time
 
@@ -100,9 +100,9 @@ def resolve(options: Options) -> Plan:
     if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"--methods names {', '.join(duplicates)} more than once")
     chosen = methods.get_methods(names, per_worker=False)
-    cli.check_known("task", options.task, data.TASKS)
+    data.check_classification(options.task)
     cli.check_known("model", options.model, models.list())
-    cli.check_known("loss", options.loss, tuple(engine.LOSSES))
+    cli.check_known("loss", options.loss, data.LOSSES["classification"])
     if options.epochs is not None and options.steps is not None:
         raise UsageError("--epochs and --steps exclude each other; give one")
     for name in (
@@ -388,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = cli.parse(Options(), argv, PROG)
     if options.list:
         print(report.catalogue(list(methods.METHODS.values())))
-        print(f"tasks: {', '.join(data.TASKS)}\nmodels: {', '.join(models.list())}")
+        print(f"tasks: {', '.join(data.CLASSIFICATION)}\nmodels: {', '.join(models.list())}")
         return 0
     try:
         plan = resolve(options)

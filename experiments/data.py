@@ -238,6 +238,33 @@ CLASSIFICATION: tuple[str, ...] = tuple(
 )
 
 
+# Losses that fit the labels of each kind of task.
+LOSSES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "classification": ("cross_entropy", "mse"),
+        "segmentation": ("cross_entropy",),
+        "language": ("cross_entropy",),
+        "translation": ("cross_entropy",),
+        "autoencoder": ("elbo",),
+    }
+)
+
+
+def check_classification(name: str) -> None:
+    """For commands that need one label for each example, and all of them in memory.
+
+    Raises:
+        DataError: The task is unknown or another one.
+    """
+    if name not in TASKS:
+        raise DataError(f"unknown task {name!r}; valid: {', '.join(CLASSIFICATION)}")
+    if name not in CLASSIFICATION:
+        raise DataError(
+            f"task {name!r} is for `train` only: this command compares classifiers of examples in "
+            f"memory; valid: {', '.join(CLASSIFICATION)}"
+        )
+
+
 @dataclass(frozen=True)
 class Split:
     """Examples and their labels.

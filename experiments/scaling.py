@@ -703,7 +703,7 @@ def _check(options: Options) -> tuple[Programs, list[Method], list[str], list[Me
     Raises:
       UsageError, DataError: an option is wrong.
     """
-    cli.check_known("task", options.task, data.TASKS)
+    data.check_classification(options.task)
     cli.check_known("model", options.model, models.list())
     modes = [mode.strip() for mode in options.modes.split(",")]
     for mode in modes:

@@ -649,6 +649,7 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
 def check(options: Options) -> None:
     """Raises `UsageError` for options that make no sense."""
     cli.check_folder_name(options.name)
+    data.check_classification(options.task)
     for name in ("k", "rounds", "chunk", "examples"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise cli.UsageError(f"--{name} must be at least 1, got {value}")

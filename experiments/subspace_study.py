@@ -797,7 +797,7 @@ def resolve(options: Options) -> tuple[Plan, list[str]]:
       UsageError, data.DataError: with one line that says what is allowed.
     """
     cli.check_known("task", options.task, TASKS)
-    cli.check_known("loss", options.loss, tuple(engine.LOSSES))
+    cli.check_known("loss", options.loss, data.LOSSES["classification"])
     cli.check_known("scale", options.scale, tuple(SCALES[options.task]))
     panels = [name.strip() for name in options.panels.split(",") if name.strip()]
     if not panels:

@@ -561,7 +561,7 @@ def _check(options: Options) -> tuple[data.Task, dict[str, Entry]]:
     if not 0 < options.learning_rate < math.inf:
         raise cli.UsageError(f"--learning-rate must be positive, got {options.learning_rate}")
     cli.check_folder_name(options.name)
-    cli.check_known("task", options.task, data.TASKS)
+    data.check_classification(options.task)
     names = list(ENTRIES)
     if options.trackers is not None:
         names = [name.strip() for name in options.trackers.split(",")]

@@ -59,14 +59,6 @@ DEFAULT_EPOCHS = 10
 EVALUATION_BATCH = 1000
 # Of the dominant subspace, where a task has no classes to give their number.
 DIRECTIONS = 10
-# Those that fit the labels of each kind of task.
-LOSSES = {
-    "classification": ("cross_entropy", "mse"),
-    "segmentation": ("cross_entropy",),
-    "language": ("cross_entropy",),
-    "translation": ("cross_entropy",),
-    "autoencoder": ("elbo",),
-}
 NON_FINITE = ("raise", "skip", "rollback")
 # So many steps skipped in a row, or so many rollbacks without a new checkpoint, end the run: what
 # is wrong is then not a batch.
@@ -236,10 +228,10 @@ def resolve(options: Options) -> Plan:
     defaults = data.DEFAULTS[options.task]
     loss = options.loss or defaults.loss
     engine.find_loss(loss, label_smoothing=options.label_smoothing)
-    if loss not in LOSSES[defaults.kind]:
+    if loss not in data.LOSSES[defaults.kind]:
         raise UsageError(
             f"--loss {loss} does not fit the task {options.task}; valid: "
-            f"{', '.join(LOSSES[defaults.kind])}"
+            f"{', '.join(data.LOSSES[defaults.kind])}"
         )
     augment = augmentation.parse(options.augment or "")
     model = options.model or defaults.model
@@ -520,7 +512,9 @@ def evaluate(
             totals[name] = totals.get(name, 0.0) + float(value) * number
     counted = totals.pop("counted", float(len(split)))
     names = [name for name in ("loss", "accuracy") if name in totals]
-    scores = {name: totals[name] / counted if counted else math.nan for name in names}
+    scores: dict[str, float] = {
+        name: totals[name] / counted if counted else math.nan for name in names
+    }
     if task.defaults.kind in ("language", "translation"):
         scores["perplexity"] = math.exp(min(scores["loss"], 700.0))
     return scores
