@@ -50,11 +50,14 @@ class Ncsn(nnx.Module):
     Convolutions start like PyTorch's, uniform within ±1/sqrt(fan in).
 
     Example:
-        >>> import jax
+        Sizes without computing anything:
+
         >>> import jax.numpy as jnp
-        >>> model = Ncsn(input_shape=(4, 4, 1), width=2, num_levels=3)
-        >>> jax.eval_shape(model.score, jnp.ones((2, 4, 4, 1)), jnp.array([0, 2])).shape
-        (2, 4, 4, 1)
+        >>> from flax import nnx
+        >>> x = jnp.ones((2, 32, 32, 3))
+        >>> outputs = nnx.eval_shape(lambda: Ncsn(input_shape=(32, 32, 3))(x))
+        >>> {name: value.shape for name, value in outputs.items()}
+        {'noise': (2, 32, 32, 3), 'score': (2, 32, 32, 3), 'sigma': (2,)}
 
     Args:
         input_shape: (height, width, channels) of one example, values from 0 to 1; height and width

@@ -30,16 +30,13 @@ class TransformerLM(nnx.Module):
     into the residual stream 0.02 / sqrt(2 `num_layers`), positions 0.01 as in their code, biases 0.
 
     Example:
+        Sizes without computing anything:
+
         >>> import jax.numpy as jnp
-        >>> model = TransformerLM(
-        ...     input_shape=(4,),
-        ...     vocabulary_size=65,
-        ...     embedding_size=8,
-        ...     num_layers=1,
-        ...     num_heads=2,
-        ...     dropout_rate=0.0,
-        ... )
-        >>> model(jnp.array([[5, 17, 3, 0], [4, 64, 2, 8]])).shape
+        >>> from flax import nnx
+        >>> x = jnp.array([[5, 17, 3, 0], [4, 64, 2, 8]])
+        >>> make = lambda: TransformerLM(input_shape=(4,), vocabulary_size=65)
+        >>> nnx.eval_shape(lambda: make()(x)).shape
         (2, 4, 65)
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -39,19 +40,15 @@ class TransformerTranslator(nnx.Module):
     standard deviation 1/sqrt(width), biases 0.
 
     Example:
+        Sizes without computing anything:
+
         >>> import jax.numpy as jnp
-        >>> model = TransformerTranslator(
-        ...     input_shape=(4, 3),
-        ...     vocabulary_size=65,
-        ...     embedding_size=8,
-        ...     num_layers=1,
-        ...     num_heads=2,
-        ...     feedforward_size=16,
-        ...     dropout_rate=0.0,
-        ... )
+        >>> from flax import nnx
         >>> source, target = jnp.array([[7, 5, 6, 0]]), jnp.array([[1, 9, 8]])
-        >>> model(jnp.concatenate([source, target], axis=1)).shape
-        (1, 3, 65)
+        >>> x = jnp.concatenate([source, target], axis=1)
+        >>> make = lambda: TransformerTranslator(input_shape=(4, 3), vocabulary_size=37_000)
+        >>> nnx.eval_shape(lambda: make()(x)).shape
+        (1, 3, 37000)
 
     Args:
         input_shape: (source_length, target_length): numbers of tokens of one example.
@@ -177,22 +174,21 @@ def translate(
     Returns:
         Token ids, (N, target_length); padding behind the first `end`.
     """
-    graphdef, state = nnx.split(model)
+    return _translate(*nnx.split(model), source, begin, end)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _translate(graphdef: Any, state: Any, source: jax.Array, begin: int, end: int) -> jax.Array:
+    model = nnx.merge(graphdef, state)
+    model.eval()
     length = model.input_shape[1]
 
-    @jax.jit
-    def decode(state: Any, source: jax.Array) -> jax.Array:
-        model = nnx.merge(graphdef, state)
-        model.eval()
+    def step(i: jax.Array, tokens: jax.Array) -> jax.Array:
+        # The first column is the begin token; prediction i goes behind column i.
+        logits = model(jnp.concatenate([source, tokens[:, :-1]], axis=1))
+        best = jnp.argmax(logits[:, i], axis=-1).astype(tokens.dtype)
+        ended = jnp.any(tokens[:, 1:] == end, axis=1)
+        return tokens.at[:, i + 1].set(jnp.where(ended, PADDING, best))
 
-        def step(i: jax.Array, tokens: jax.Array) -> jax.Array:
-            # The first column is the begin token; prediction i goes behind column i.
-            logits = model(jnp.concatenate([source, tokens[:, :-1]], axis=1))
-            best = jnp.argmax(logits[:, i], axis=-1).astype(tokens.dtype)
-            ended = jnp.any(tokens == end, axis=1)
-            return tokens.at[:, i + 1].set(jnp.where(ended, PADDING, best))
-
-        tokens = jnp.full((len(source), length + 1), PADDING, source.dtype).at[:, 0].set(begin)
-        return lax.fori_loop(0, length, step, tokens)[:, 1:]
-
-    return decode(state, source)
+    tokens = jnp.full((len(source), length + 1), PADDING, source.dtype).at[:, 0].set(begin)
+    return lax.fori_loop(0, length, step, tokens)[:, 1:]

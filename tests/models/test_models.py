@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Mapping
@@ -85,8 +86,12 @@ def tiny(request):
 
 
 def forward(model, x):
-    graphdef, state = nnx.split(model)
-    return jax.jit(lambda state, x: nnx.merge(graphdef, state)(x))(state, x)
+    return _forward(*nnx.split(model), x)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(graphdef, state, x):  # compiled once for all models of one structure
+    return nnx.merge(graphdef, state)(x)
 
 
 class SameKeys:
