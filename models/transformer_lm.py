@@ -101,8 +101,11 @@ class TransformerLM(nnx.Module):
             rngs=nnx.Rngs(rngs) if isinstance(rngs, int) else rngs,
         )
         self.embedding = layers.embedding(vocabulary_size, normal(0.02))
+        shape = (self.input_shape[0], embedding_size)
         self.positions = (
-            layers.embedding(self.input_shape[0], normal(0.01)) if positions == "learned" else None
+            nnx.Param(normal(0.01)(layers.rngs.params(), shape, param_dtype))
+            if positions == "learned"
+            else None
         )
         self.dropout = layers.dropout()
         self.layers = nnx.List(_attention.Layer(layers, pre_norm=True) for _ in range(num_layers))
@@ -119,7 +122,7 @@ class TransformerLM(nnx.Module):
             h = h * math.sqrt(h.shape[-1])
             positions = jnp.asarray(_attention.sinusoidal_positions(*h.shape[1:]), h.dtype)
         else:
-            positions = self.positions(jnp.arange(h.shape[1]))
+            positions = self.positions[...].astype(h.dtype)
         h = self.dropout(h + positions[None])
         mask = _attention.causal_mask(h.shape[1])
         for layer in self.layers:

@@ -55,7 +55,7 @@ def test_forward_is_the_formula(x64):
         if "positions" in options:
             h = h * 8**0.5 + _attention.sinusoidal_positions(5, 8)
         else:
-            h = h + np.asarray(model.positions.embedding[...])
+            h = h + np.asarray(model.positions[...])
         h = h - h.mean(-1, keepdims=True)
         h = h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-5)
         out = np.asarray(model.linear.kernel[...]) if "tied" in options else table.T
@@ -70,7 +70,7 @@ def test_the_start_is_gpt2s():
     layer = model.layers[1]
     for weights, spread in (
         (model.embedding.embedding, 0.02),
-        (model.positions.embedding, 0.01),
+        (model.positions, 0.01),
         (layer.attention.projection.kernel, 0.02),
         (layer.linear1.kernel, 0.02),
         (layer.attention.output.kernel, 0.01),  # 0.02 / sqrt(2 * 2)
