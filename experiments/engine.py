@@ -7,6 +7,7 @@ function of pytrees, so the same step runs under ``jit``, ``vmap``, ``pmap`` and
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -180,6 +181,116 @@ def find_loss(loss: str | LossFn, *, label_smoothing: float = 0.0) -> LossFn:
     if not 0 < label_smoothing < 1:
         raise ValueError(f"label smoothing must be at least 0 and below 1, got {label_smoothing}")
     return functools.partial(_cross_entropy, label_smoothing=label_smoothing)
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """Which dtypes a network trains in: policy of mixed precision.
+
+    Parameters, and with them gradients and the state of the optimizer, are float32; the network
+    casts them, and its inputs, to ``compute``; its outputs are cast to float32, in which the loss
+    and all that follows is computed.
+
+    >>> PRECISIONS["bf16"].options, PRECISIONS["bf16"].needs_loss_scale
+    ({'dtype': 'bfloat16', 'param_dtype': 'float32'}, False)
+
+    Attributes:
+      compute: dtype of activations and of matrix products.
+    """
+
+    compute: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options for `models.create`."""
+        if self.compute == "float32":
+            return {}
+        return {"dtype": self.compute, "param_dtype": "float32"}
+
+    @property
+    def needs_loss_scale(self) -> bool:
+        """Whether small gradients would be lost; bfloat16 has the range of float32."""
+        return self.compute == "float16"
+
+
+PRECISIONS = {
+    "f32": Precision("float32"),
+    "bf16": Precision("bfloat16"),
+    "f16": Precision("float16"),
+}
+
+
+def complete(
+    tx: optax.GradientTransformation,
+    learning_rate: float,
+    *,
+    clip: float | None = None,
+    weight_decay: float = 0.0,
+    precision: Precision = PRECISIONS["f32"],
+) -> optax.GradientTransformationExtraArgs:
+    """A method with what surrounds it: clipping in front, weight decay behind, a loss scale around.
+
+    Weight decay is decoupled (Loshchilov and Hutter, 2019): after the method's own step the
+    parameters that `is_decayed` selects shrink by ``learning_rate * weight_decay``, as in
+    ``optax.adamw`` of a constant rate; what the method evaluates does not contain it.
+
+    >>> tx = complete(optax.adam(0.1), 0.1, clip=1.0, weight_decay=0.01)
+    >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    >>> updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    >>> [round(float(updates[name].sum()), 4) for name in ("kernel", "bias")]
+    [-0.004, 0.0]
+
+    Args:
+      tx: the method.
+      learning_rate: its learning rate, for weight decay.
+      clip: largest norm of the gradient over all parameters; longer ones are shortened to it.
+        Gradients that the method takes itself, elsewhere, are not clipped.
+      weight_decay: its rate, at least 0.
+      precision: float16 adds `optax_accel.dynamic_loss_scale`.
+
+    Returns:
+      The optimizer.
+    """
+    parts = [tx]
+    if clip is not None:
+        parts.insert(0, optax.clip_by_global_norm(clip))
+    if weight_decay:
+        parts.append(optax.add_decayed_weights(-learning_rate * weight_decay, is_decayed))
+    whole = optax.with_extra_args_support(tx if len(parts) == 1 else optax.chain(*parts))
+    return oa.dynamic_loss_scale(whole) if precision.needs_loss_scale else whole
+
+
+def is_decayed(params: PyTree) -> PyTree:
+    """Mask for weight decay: all but biases and the scales and biases of normalization layers.
+
+    >>> is_decayed({"linear": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}})
+    {'linear': {'bias': False, 'kernel': True}}
+
+    Args:
+      params: the parameters.
+
+    Returns:
+      A pytree of booleans: false for vectors and scalars, and for what is called bias or scale.
+    """
+
+    def decayed(path: tuple[Any, ...], leaf: Any) -> bool:
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        return leaf.ndim > 1 and name not in ("bias", "scale")
+
+    return jax.tree.map_with_path(decayed, params)
+
+
+def averaged(state: TrainState) -> TrainState:
+    """The state to evaluate: with the moving averages of parameters and statistics, if it has any.
+
+    >>> state = TrainState(jnp.array(1), jnp.ones(()), (), (), average=(jnp.zeros(()), ()))
+    >>> float(averaged(state).params)
+    0.0
+    """
+    if state.average is None:
+        return state
+    params, rest = state.average
+    return state._replace(params=params, rest=rest)
 
 
 def init_state(
@@ -383,7 +494,7 @@ def evaluate(
     loss_fn = find_loss(loss)
     model = nnx.merge(graphdef, params, rest, copy=True)
     model.eval()
-    outputs = model(x)
+    outputs = jax.tree.map(_at_least_float32, model(x))
     scores = {"loss": loss_fn(outputs, y)}
     if jnp.issubdtype(y.dtype, jnp.integer):
         correct = jnp.argmax(outputs, axis=-1) == y  # never where y is -1
@@ -424,7 +535,7 @@ def _forward(
     # to an outer trace, which `rest` does inside `grad`.
     model = nnx.merge(graphdef, params, rest, copy=True)
     model.train()
-    outputs = model(x)
+    outputs = jax.tree.map(_at_least_float32, model(x))
     return outputs, nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param)))
 
 
@@ -458,6 +569,10 @@ def _moving_average(state: TrainState, decay: float) -> PyTree:
         (state.params, state.rest),
         state.average,
     )
+
+
+def _at_least_float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if _is_float(x) else x
 
 
 def _is_float(leaf: jax.Array) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,8 @@ from flax import nnx
 
 import optax_accel as oa
 from experiments import engine
-from tests.helpers import tree_equal
+from experiments.parallel import Parallel
+from tests.helpers import quick_jit, signature, tree_allclose, tree_equal
 
 
 class Mlp(nnx.Module):
@@ -446,3 +448,306 @@ def test_scores_of_tokens_are_averages_that_can_be_averaged():
     shares = jnp.full((6, 4, 5), 0.2)
     scores = engine.evaluate(graphdef, params, rest, x, shares, loss=lambda o, y: (o - y).sum())
     assert set(scores) == {"loss"}
+
+
+# -- micro-batches --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "number", "unroll"),
+    [(spy, 5, False), (lambda: oa.extrap_sgd(0.1, 0.05), 4, True)],
+    ids=["spy", "extragradient"],
+)
+def test_micro_batches_make_the_step_of_the_batch(mlp, batch, build, number, unroll):
+    """Of 12 examples, 5 parts have 3 each but the last; the method sees their mean, once."""
+    graphdef, params, rest = mlp
+    tx = build()
+    curvature = make_batch(8, seed=1)
+
+    def run(**options):
+        state = engine.init_state(tx, params, rest)
+        step = quick_jit(
+            lambda s: engine.train_step(
+                tx, graphdef, s, *batch, curvature=curvature, refresh="warm", **options
+            )
+        )
+        return step(state)
+
+    (state, metrics), expected = run(accumulate=number, unroll=unroll), run()
+    assert int(state.step) == 1
+    tree_allclose((state, metrics), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_micro_batches_in_double_precision(x64):
+    graphdef, params, rest = engine.split(Mlp(nnx.Rngs(0)))
+    params = optax.tree.cast(params, jnp.float64)
+    x, y = make_batch()
+    tx = engine.complete(optax.adam(optax.cosine_decay_schedule(0.1, 5)), 0.1, clip=0.5)
+
+    def run(number):
+        state = engine.init_state(tx, params, rest)
+        step = quick_jit(
+            lambda s: engine.train_step(tx, graphdef, s, jnp.float64(x), y, accumulate=number)[0]
+        )
+        return step(step(state))
+
+    state = run(5)
+    # One clip, one step of the schedule and of Adam's counter.
+    tree_allclose(state, run(1), rtol=1e-12)
+    assert int(optax.tree.get(state.opt_state[1][0], "count")) == 2
+
+
+@pytest.mark.parametrize("unroll", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_micro_batches_have_their_own_statistics_and_masks(norm_dropout, batch, unroll):
+    graphdef, params, rest = norm_dropout
+    x, y = batch
+    tx = spy()
+    step = quick_jit(
+        lambda s: engine.train_step(tx, graphdef, s, x, y, accumulate=3, unroll=unroll)
+    )
+    state, metrics = step(engine.init_state(tx, params, rest))
+    mean, var = np.zeros(4), np.ones(4)
+    for part in (x[0::3], x[1::3], x[2::3]):  # one after the other
+        mean = 0.9 * mean + 0.1 * np.mean(part, 0)
+        var = 0.9 * var + 0.1 * np.var(part, 0)
+    np.testing.assert_allclose(state.rest["norm"]["mean"], mean, rtol=1e-5)
+    np.testing.assert_allclose(state.rest["norm"]["var"], var, rtol=1e-5)
+    # The streams of random numbers move on by one step, whatever the number of parts.
+    before, after = rest["dropout"]["rngs"], state.rest["dropout"]["rngs"]
+    assert int(after["count"]) == int(before["count"]) + 1
+    assert after["key"] == before["key"]
+    # What the method evaluates is the mean of the same parts with the same masks.
+    given = state.opt_state.given
+    np.testing.assert_allclose(given["loss"], metrics["loss"], rtol=1e-6)
+
+
+def test_micro_batches_draw_masks_of_their_own():
+    model = nnx.Sequential(nnx.Dropout(0.5, rngs=nnx.Rngs(0)), nnx.Linear(4, 3, rngs=nnx.Rngs(1)))
+    graphdef, params, rest = engine.split(model)
+    x, y = jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
+    objective = engine.objective(graphdef, rest, x, y, accumulate=2)
+    masks = []
+    for i in range(2):
+        part = engine.objective(graphdef, engine._own_keys(rest, jnp.int32(i)), x[:4], y[:4])
+        masks.append(part(params))
+    assert masks[0] != masks[1]
+    np.testing.assert_allclose(objective(params), sum(masks) / 2, rtol=1e-6)
+
+
+MODES = ("jit", "fsdp", "pmap", "shard_map")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("number", [3, pytest.param(2, marks=pytest.mark.slow)])
+def test_micro_batches_in_parallel(mlp, mode, number):
+    """On 4 devices, 6 examples each; divided by 3 evenly, and by 2."""
+    graphdef, params, rest = mlp
+    x, y = make_batch(24)
+    tx = oa.extrap_sgd(0.1, 0.05)
+
+    def make_state():
+        return engine.init_state(tx, params, rest)
+
+    def step(state, batch, curvature, *, refresh, axis_name):
+        del curvature, refresh
+        return engine.train_step(
+            tx,
+            graphdef,
+            state,
+            *batch,
+            accumulate=number,
+            unroll=number == 2,
+            axis_name=axis_name,
+        )
+
+    runner = Parallel(mode, jax.devices()[:4], step, min_sharded_size=1)
+    state, metrics = runner.step(runner.init(make_state), runner.put_batch((x, y)))
+    expected = quick_jit(lambda s: engine.train_step(tx, graphdef, s, x, y))(make_state())
+    tree_allclose((runner.get_state(state), metrics), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_micro_batches_of_workers(norm_dropout):
+    graphdef, params, rest = norm_dropout
+    x, y = make_batch(24)
+    tx = extra(optax.sgd(0.1))
+
+    def step(state, batch, curvature, *, refresh, axis_name):
+        del curvature, refresh
+        return engine.train_step(
+            tx, graphdef, state, *batch, accumulate=3, axis_name=axis_name, per_worker=True
+        )
+
+    found = {}
+    for mode in ("jit", "shard_map"):
+        runner = Parallel(mode, jax.devices()[:2], step, workers=2)
+        state = runner.init(lambda: engine.init_state(tx, params, rest))
+        found[mode] = runner.get_state(runner.step(state, runner.put_batch((x, y)))[0])
+    tree_allclose(found["jit"], found["shard_map"], rtol=1e-5, atol=1e-7)
+    alone, _ = quick_jit(
+        lambda s: engine.train_step(tx, graphdef, s, x[12:], y[12:], accumulate=3)
+    )(engine.init_state(tx, params, rest))
+    tree_allclose(
+        jax.tree.map(lambda a: a[1], found["jit"].params), alone.params, rtol=1e-5, atol=1e-7
+    )
+
+
+# -- mixed precision ------------------------------------------------------------------------------
+
+
+class Half(nnx.Module):
+    """A network without a cast of its outputs."""
+
+    def __init__(self, dtype=None):
+        self.norm = nnx.BatchNorm(4, momentum=0.9, dtype=dtype, rngs=nnx.Rngs(0))
+        self.hidden = nnx.Linear(4, 8, dtype=dtype, rngs=nnx.Rngs(1))
+        self.head = nnx.Linear(8, 3, dtype=dtype, rngs=nnx.Rngs(2))
+
+    def __call__(self, x):
+        return self.head(jnp.tanh(self.hidden(self.norm(x))))
+
+
+@pytest.mark.parametrize("name", ["bf16", "f16"])
+def test_mixed_precision(batch, name):
+    """The network computes in half precision; what it is trained with stays float32."""
+    precision = engine.PRECISIONS[name]
+    graphdef, params, rest = engine.split(Half(precision.options["dtype"]))
+    exact, _, _ = engine.split(Half())
+    tx = engine.complete(spy(), 0.1, precision=precision)
+    state = engine.init_state(tx, params, rest)
+    assert (engine.find_in_state(state.opt_state, "loss_scale") is not None) == (name == "f16")
+
+    def step(state, curvature=batch):
+        return engine.train_step(
+            tx,
+            graphdef,
+            state,
+            *batch,
+            curvature=curvature,
+            refresh="warm",
+            value_fn_graphdef=exact,
+        )
+
+    new, metrics = quick_jit(step)(state)
+    assert metrics["finite"]
+    assert signature(new) == signature(state)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((new.params, new.rest)))
+    text = str(jax.make_jaxpr(step)(state))
+    assert ("f16" if name == "f16" else "bf16") in text
+    # The gradient is that of float32, within half precision's; so is the loss.
+    spied = new.opt_state if name == "bf16" else new.opt_state.inner_state
+    value, grads = engine.objective(exact, rest, *batch).value_and_grad(params)
+    tree_allclose(spied.given["grad"], grads, rtol=3e-2, atol=3e-3)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-2)
+    np.testing.assert_allclose(spied.given["value"], metrics["loss"], rtol=1e-6)
+    assert float(spied.given["value"]) != float(value)
+    # What the method evaluates itself is float32's, to its last bits.
+    np.testing.assert_allclose(spied.given["loss"], value, rtol=1e-6)
+    np.testing.assert_allclose(spied.given["curvature"], value, rtol=1e-6)
+
+
+def test_products_are_computed_in_float32_by_default(batch):
+    graphdef, params, rest = engine.split(Half(jnp.bfloat16))
+    exact, _, _ = engine.split(Half())
+    products = []
+
+    def update(updates, state, params, *, curvature_value_fn=None, value_fn, **given):
+        del curvature_value_fn, given
+        text = str(jax.make_jaxpr(lambda p: value_fn.hvp(p, updates))(params))
+        products.append("bf16" in text)
+        return updates, state
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    state = engine.init_state(tx, params, rest)
+    for other in (exact, None):
+        jax.eval_shape(
+            lambda s, other=other: engine.train_step(
+                tx, graphdef, s, *batch, value_fn_graphdef=other
+            ),
+            state,
+        )
+    assert products == [False, True]
+
+
+def test_a_step_that_overflows_is_left_out_and_the_scale_falls(batch):
+    precision = engine.PRECISIONS["f16"]
+    graphdef, params, rest = engine.split(Half("float16"))
+    tx = engine.complete(optax.adam(0.1), 0.1, weight_decay=0.1, precision=precision)
+    step = quick_jit(
+        lambda s, x: engine.train_step(tx, graphdef, s, x, batch[1], ema=0.9, accumulate=2)
+    )
+    state = engine.init_state(tx, params, rest, average=True)
+    good, metrics = step(state, batch[0])
+    assert metrics["finite"]
+    # Infinite inputs: loss and statistics are not finite either.
+    wrong = batch[0].at[0, 0].set(jnp.inf)
+    skipped, metrics = step(good, wrong)
+    assert metrics["finite"]  # as far as the run is concerned: it was dealt with
+    assert not np.isfinite(metrics["loss"])
+    assert float(skipped.opt_state.loss_scale) == float(good.opt_state.loss_scale) / 2
+    tree_equal(skipped.params, good.params)
+    tree_equal(skipped.rest, good.rest)
+    tree_equal(skipped.opt_state.inner_state, good.opt_state.inner_state)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(skipped.average))
+    assert np.isfinite(step(skipped, batch[0])[1]["loss"])
+    # At its smallest the scale cannot help any more, and the run is told.
+    lowest = skipped._replace(opt_state=skipped.opt_state._replace(loss_scale=jnp.float32(1.0)))
+    assert not step(lowest, wrong)[1]["finite"]
+
+
+# -- what surrounds a method ----------------------------------------------------------------------
+
+
+def test_weight_decay_is_that_of_adamw(mlp, batch):
+    graphdef, params, rest = mlp
+    found = []
+    for tx in (
+        engine.complete(optax.adam(0.1), 0.1, weight_decay=0.3),
+        optax.adamw(0.1, weight_decay=0.3, mask=engine.is_decayed),
+    ):
+        tx = extra(tx)
+        state = engine.init_state(tx, params, rest)
+        for _ in range(2):
+            state, _ = engine.train_step(tx, graphdef, state, *batch)
+        found.append(state.params)
+    tree_allclose(*found, rtol=1e-5)
+
+
+def test_norms_and_biases_are_not_decayed():
+    def masked(model):
+        mask = engine.is_decayed(engine.split(model)[1])
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): decayed
+            for path, decayed in jax.tree.leaves_with_path(mask)
+        }
+
+    attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0))
+    for model in (NormDropout(nnx.Rngs(0)), attention, nnx.Embed(5, 4, rngs=nnx.Rngs(0))):
+        for name, decayed in masked(model).items():
+            assert decayed == name.endswith(("kernel", "embedding")), name
+
+
+def test_clipping_is_of_the_whole_gradient(mlp, batch):
+    graphdef, params, rest = mlp
+    tx = engine.complete(optax.sgd(1.0), 1.0, clip=1e-2)
+    state, _ = engine.train_step(tx, graphdef, engine.init_state(tx, params, rest), *batch)
+    step = optax.tree.sub(params, state.params)
+    np.testing.assert_allclose(optax.tree.norm(step), 1e-2, rtol=1e-3)
+
+
+def test_moving_average_of_weights_and_statistics(norm_dropout, batch):
+    graphdef, params, rest = norm_dropout
+    tx = extra(optax.sgd(0.5))
+    step = quick_jit(lambda s: engine.train_step(tx, graphdef, s, *batch, ema=0.75)[0])
+    state, history = engine.init_state(tx, params, rest, average=True), []
+    for _ in range(3):
+        state = step(state)
+        history.append((state.params, state.rest["norm"]))
+    weights = np.array([0.75**2, 0.75, 1.0]) / (0.75**2 + 0.75 + 1)
+    expected = jax.tree.map(lambda *leaves: sum(map(operator.mul, weights, leaves)), *history)
+    average, statistics = state.average
+    tree_allclose((average, statistics["norm"]), expected, rtol=1e-5)
+    shown = engine.averaged(state)
+    tree_equal((shown.params, shown.rest), state.average)
+    assert engine.averaged(state._replace(average=None)).params is state.params
+    # Counters are the current ones.
+    assert int(statistics["dropout"]["rngs"]["count"]) == 3

@@ -1,0 +1,209 @@
+"""What gradient accumulation costs: memory and time of a step, measured in one run.
+
+    python -m experiments.step_cost --model cnn --batch-size 128 --accumulate 8
+
+Compares the gradient of a whole batch with the same gradient over micro-batches: by
+`optax_accel.mean_over_micro_batches` in a loop and written out, by `optax.microbatching`, and by
+`optax.MultiSteps`, whose update is called once for each. The memory is what XLA plans for
+intermediate results ("temp"); times are medians of interleaved rounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+import models
+from experiments import cli, engine
+
+PROG = "python -m experiments.step_cost"
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one call of a compiled program costs.
+
+    Attributes:
+      temp_bytes: memory of intermediate results, as the compiler plans it.
+      seconds: median over the rounds.
+    """
+
+    temp_bytes: int
+    seconds: float
+
+
+def measure(
+    programs: Mapping[str, Callable[..., Any]], *args: PyTree, rounds: int = 5
+) -> dict[str, Cost]:
+    """Memory and time of functions of the same arguments; the rounds are interleaved.
+
+    >>> costs = measure({"sum": jnp.sum, "sine": lambda x: jnp.sin(x).sum()}, jnp.ones(1000))
+    >>> sorted(costs), costs["sum"].seconds > 0
+    (['sine', 'sum'], True)
+
+    Args:
+      programs: pure functions by name; compiled here.
+      *args: their arguments.
+      rounds: timed calls of each, after one that is not timed.
+    """
+    compiled = {name: jax.jit(fn).lower(*args).compile() for name, fn in programs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in compiled}
+    for _ in range(rounds + 1):
+        for name, program in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program(*args))
+            seconds[name].append(time.perf_counter() - start)
+    costs = {}
+    for name, program in compiled.items():
+        memory = program.memory_analysis()
+        assert memory is not None  # all of JAX's own platforms tell
+        costs[name] = Cost(memory.temp_size_in_bytes, statistics.median(seconds[name][1:]))
+    return costs
+
+
+def accumulations(
+    graphdef: nnx.GraphDef[Any], tx: optax.GradientTransformation, number: int
+) -> dict[str, Callable[..., Any]]:
+    """Ways to make one step on a batch: functions ``(state, x, y) -> state``.
+
+    Args:
+      graphdef: static part of the model.
+      tx: the optimizer.
+      number: of micro-batches.
+
+    Returns:
+      ``whole``; ``loop`` and ``unrolled``, ours; ``microbatching`` and ``MultiSteps``, Optax's.
+    """
+    full = optax.with_extra_args_support(tx)
+
+    def ours(**options: Any) -> Callable[..., Any]:
+        return lambda state, x, y: engine.train_step(full, graphdef, state, x, y, **options)[0]
+
+    def gradient(state: engine.TrainState, x: jax.Array, y: jax.Array) -> PyTree:
+        return engine.objective(graphdef, state.rest, x, y).grad(state.params)
+
+    def updated(
+        tx: optax.GradientTransformation, state: engine.TrainState, grads: PyTree
+    ) -> engine.TrainState:
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        return state._replace(
+            params=optax.apply_updates(state.params, updates), opt_state=opt_state
+        )
+
+    def microbatching(state: engine.TrainState, x: jax.Array, y: jax.Array) -> engine.TrainState:
+        mean = optax.microbatching.AccumulationType.MEAN
+        in_parts = optax.microbatching.microbatch(gradient, (1, 2), len(x) // number, mean)
+        return updated(full, state, in_parts(state, x, y))
+
+    def multi_steps(state: engine.TrainState, x: jax.Array, y: jax.Array) -> engine.TrainState:
+        micro = optax.MultiSteps(full, number).gradient_transformation()
+        inner, state = state.opt_state, state._replace(opt_state=micro.init(state.params))
+        state = state._replace(opt_state=state.opt_state._replace(inner_opt_state=inner))
+        parts = [a.reshape(number, -1, *a.shape[1:]) for a in (x, y)]
+
+        def one(state: engine.TrainState, part: PyTree) -> tuple[engine.TrainState, None]:
+            return updated(micro, state, gradient(state, *part)), None
+
+        state, _ = jax.lax.scan(one, state, parts)
+        return state._replace(opt_state=state.opt_state.inner_opt_state)
+
+    return {
+        "whole": ours(),
+        "loop": ours(accumulate=number),
+        "unrolled": ours(accumulate=number, unroll=True),
+        "microbatching": microbatching,
+        "MultiSteps": multi_steps,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Measure ways to accumulate gradients."""
+
+    model: str = "cnn"
+    """Model that classifies images; an unknown name lists all."""
+    image_size: int = 32
+    """Height and width of the images."""
+    batch_size: int = 128
+    """Examples of the whole batch, a multiple of --accumulate."""
+    accumulate: int = 8
+    """Micro-batches."""
+    precision: str = "f32"
+    """f32, bf16 or f16."""
+    only: str = ""
+    """Some of whole,loop,unrolled,microbatching,MultiSteps; default: all."""
+    rounds: int = 5
+    """Timed steps of each."""
+
+
+def run(options: Options) -> dict[str, Cost]:
+    """Measures what the options say.
+
+    Raises:
+      ValueError: one line that says which option, what is allowed and how to fix it.
+    """
+    cli.check_known("model", options.model, models.list())
+    cli.check_known("precision", options.precision, tuple(engine.PRECISIONS))
+    if options.batch_size % options.accumulate:
+        raise cli.UsageError(
+            f"--batch-size {options.batch_size} is no multiple of --accumulate {options.accumulate}"
+        )
+    shape = (options.image_size, options.image_size, 3)
+    graphdef, params, rest = engine.split(
+        models.create(
+            options.model,
+            input_shape=shape,
+            num_classes=10,
+            **engine.PRECISIONS[options.precision].options,
+        )
+    )
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(options.batch_size, *shape)), jnp.float32)
+    y = jnp.arange(options.batch_size) % 10
+    tx = optax.adam(1e-3)
+    programs = accumulations(graphdef, tx, options.accumulate)
+    names = options.only.split(",") if options.only else tuple(programs)
+    for name in names:
+        cli.check_known("way", name, tuple(programs))
+    state = engine.init_state(tx, params, rest)
+    return measure({name: programs[name] for name in names}, state, x, y, rounds=options.rounds)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    options = cli.parse(Options(), argv, PROG)
+    try:
+        costs = run(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    table = Table(title=f"{options.model}, {options.batch_size} in {options.accumulate}")
+    for column in ("way", "temp MB", "of whole", "ms", "of whole"):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    whole = costs.get("whole")
+    for name, cost in costs.items():
+        table.add_row(
+            name,
+            f"{cost.temp_bytes / 1e6:.1f}",
+            f"{cost.temp_bytes / whole.temp_bytes:.2f}" if whole else "",
+            f"{1e3 * cost.seconds:.1f}",
+            f"{cost.seconds / whole.seconds:.2f}" if whole else "",
+        )
+    Console(width=100).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
