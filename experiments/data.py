@@ -217,7 +217,13 @@ DEFAULTS: Mapping[str, Defaults] = MappingProxyType(
             batch_size=128,
         ),
         "segmentation": Defaults(
-            "unet", kind="segmentation", method="adam", learning_rate=0.001, batch_size=8
+            "unet",
+            kind="segmentation",
+            # A quarter of the paper's width, and what it did not know yet.
+            model_options={"width": 16, "norm": "batch"},
+            method="adam",
+            learning_rate=0.001,
+            batch_size=8,
         ),
         "vae_mnist": Defaults(
             "vae",

@@ -132,7 +132,7 @@ def decode_jpegs(path: Path, shape: tuple[int, ...]) -> Arrays:
         x = np.empty((len(offsets) - 1, *shape), np.uint8)
         for i, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
             name = f"{path}: {part} picture {i}"
-            pixels = np.asarray(_open_image(io.BytesIO(jpeg[start:end]), name).convert("RGB"))
+            pixels = np.asarray(_decode(jpeg[start:end], name, "RGB"))
             if pixels.shape != shape:
                 raise DataError(f"{name} is of shape {pixels.shape}, expected {shape}")
             x[i] = pixels
@@ -140,18 +140,16 @@ def decode_jpegs(path: Path, shape: tuple[int, ...]) -> Arrays:
     return arrays
 
 
-def _open_image(file: Any, name: Any) -> Image.Image:
+def _decode(content: bytes, name: Any, mode: str) -> Image.Image:
     try:
-        image = Image.open(file)
-        image.load()
+        return Image.open(io.BytesIO(content)).convert(mode)
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(f"{name}: not a readable picture ({_reason(error)})") from error
-    return image
 
 
 def read_gray(path: Path) -> np.ndarray:
     """A picture file in gray: bytes, (height, width)."""
-    return np.asarray(_open_image(path, path).convert("L"))
+    return np.asarray(_decode(read_bytes(path, "a picture"), path, "L"))
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -222,7 +220,7 @@ class ImageFiles:
         if number in self._cache:
             return self._cache[number]
         path, size = self._paths[number], self.shape[1]
-        image = _open_image(path, path).convert("RGB")
+        image = _decode(read_bytes(path, "a picture"), path, "RGB")
         scale = size / min(image.size)
         width, height = (max(size, round(length * scale)) for length in image.size)
         left, top = (width - size) // 2, (height - size) // 2

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import io
 import itertools
 import pickle
 import struct
+import sys
 import threading
 import time
+from typing import ClassVar
 
 import grain
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments import data
 
@@ -257,6 +261,461 @@ def test_sst2_of_exactly_the_subset_halves_its_development_rows(tmp_path):
     write_sst2(tmp_path, rows=1_000)
     task = data.load_task("sst2_1k", data_dir=tmp_path)
     assert [len(split) for split in (task.train, task.validation, task.test)] == [1_000, 15, 15]
+
+
+@pytest.mark.parametrize("place", [".npz", "fashion_mnist", "FashionMNIST/raw"])
+def test_fashion_mnist_is_not_taken_for_mnist(tmp_path, mnist, place):
+    np.savez(tmp_path / "mnist.npz", **arrays((28, 28), rows=20))
+    write_idx(tmp_path, arrays((28, 28), rows=20))
+    if place == ".npz":
+        np.savez(tmp_path / "fashion_mnist.npz", **mnist)
+    else:
+        write_idx(tmp_path / place, mnist, gzipped=True)
+    task = data.load_task("fashion_mnist", data_dir=tmp_path)
+    np.testing.assert_array_equal(task.test.y, mnist["y_test"])
+    assert (task.input_shape, task.default_model) == ((28, 28, 1), "cnn")
+
+
+def test_autoencoder_labels_are_the_images(tmp_path):
+    write_small_mnist(tmp_path)
+    task = data.load_task("vae_mnist", data_dir=tmp_path)
+    for split in (task.train, task.validation, task.test):
+        assert split.y is split.x
+        assert 0 <= split.x.min() < split.x.max() <= 1
+    assert (task.num_classes, task.defaults.loss) == (0, "elbo")
+
+
+def write_cifar100(folder, content):
+    folder.mkdir()
+    for part in ("train", "test"):
+        x, y = content[f"x_{part}"], content[f"y_{part}"]
+        batch = {
+            b"filenames": [b"an image.png"] * len(x),
+            b"fine_labels": y.tolist(),
+            b"coarse_labels": (y // 5).tolist(),
+            b"data": x.transpose(0, 3, 1, 2).reshape(len(x), 3072),
+        }
+        (folder / part).write_bytes(pickle.dumps(batch, protocol=2))
+
+
+def test_cifar100_has_its_fine_labels(tmp_path):
+    content = arrays((32, 32, 3), rows=5_100)
+    content["y_train"] = np.arange(5_100, dtype=np.uint8) % 100
+    write_cifar100(tmp_path / "cifar-100-python", content)
+    task = data.load_task("cifar100", data_dir=tmp_path)
+    assert task.train.y.tolist() == list(range(100))
+    assert task.num_classes == 100
+    # Of all tasks only this one reads labels above 9.
+    write_cifar_batches(tmp_path / "cifar-10-batches-py", content)
+    assert_fails("labels lie between 0 and 99, expected 0 to 9", "cifar10", data_dir=tmp_path)
+    np.savez(tmp_path / "cifar100.npz", **content | {"y_test": np.full(30, 100)})
+    assert_fails("labels lie between 100 and 100, expected 0 to 99", "cifar100", data_dir=tmp_path)
+
+
+def jpeg(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def write_jpegs(path, rows=5_003):
+    """Plain gray pictures; the brightness of picture i is i % 5 * 50."""
+    pictures = [jpeg(np.full((32, 32, 3), 50 * shade, np.uint8)) for shade in range(5)]
+    content = {}
+    for part, count in (("train", rows), ("test", 10)):
+        chosen = [pictures[i % 5] for i in range(count)]
+        content[f"jpeg_{part}"] = np.frombuffer(b"".join(chosen), np.uint8)
+        content[f"off_{part}"] = np.cumsum([0, *map(len, chosen)])
+        content[f"y_{part}"] = np.arange(count, dtype=np.uint8) % 5
+    np.savez(path, **content)
+    return content
+
+
+def test_cifar10_from_jpegs(tmp_path):
+    path = tmp_path / "cifar10_jpeg.npz"
+    content = write_jpegs(path)
+    task = data.load_task("cifar10", data_dir=tmp_path)
+    assert [len(s) for s in (task.train, task.validation, task.test)] == [3, 5_000, 10]
+    mean, std = task.train.pixels
+    pixels = task.test.x * std + mean
+    expected = 50.0 * task.test.y[:, None, None, None]
+    np.testing.assert_allclose(pixels, np.broadcast_to(expected, pixels.shape), atol=2)
+    damaged = content["jpeg_train"].copy()
+    damaged[content["off_train"][7] :][:20] = 0
+    np.savez(path, **content | {"jpeg_train": damaged})
+    assert_fails(
+        "cifar10_jpeg.npz: train picture 7: not a readable pic", "cifar10", data_dir=tmp_path
+    )
+    del content["off_test"]
+    np.savez(path, **content)
+    assert_fails("no array off_test; expected jpeg_train, off_train", "cifar10", data_dir=tmp_path)
+
+
+def write_imagenet(folder, classes=("n01", "n02"), rows=10):
+    """Picture i of class c is of shade 10 i, its left half darker by 5; higher than wide."""
+    for part, count in (("train", rows), ("val", 3)):
+        for name in classes:
+            place = folder / part / name
+            place.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.full((48, 36, 3), 10 * i + 5, np.uint8)
+                pixels[:, :18] -= 5
+                Image.fromarray(pixels).save(place / f"{name}_{i}.png")
+
+
+def test_folder_of_images(tmp_path):
+    write_imagenet(tmp_path)
+    task = data.load_task("imagenet_folder", data_dir=tmp_path, image_size=12)
+    assert [len(s) for s in (task.train, task.validation, task.test)] == [19, 1, 6]
+    assert (task.num_classes, task.input_shape) == (2, (12, 12, 3))
+    assert task.test.y.tolist() == [0, 0, 0, 1, 1, 1]
+    mean, std = task.test.pixels
+    found = task.test.x[np.array([1, 5])] * std + mean
+    np.testing.assert_allclose(found[0, :, :5], 10, atol=1e-4)
+    np.testing.assert_allclose(found[1, :, 7:], 25, atol=1e-4)
+    # Read again, as another index, and by name and size: the same.
+    np.testing.assert_array_equal(task.test.x[1:2], task.test.x[np.array([1])])
+    again = data.load_task("imagenet_folder", data_dir=tmp_path, image_size=12)
+    assert task.train.checksum() == again.train.checksum() != task.test.checksum()
+    batch = next(iter(data.batches(task.train, batch_size=4, seed=0, workers=2)))
+    assert batch["x"].shape == (4, 12, 12, 3)
+    assert data.load_task("imagenet_folder", data_dir=tmp_path).input_shape == (224, 224, 3)
+
+
+def test_broken_folder_of_images(tmp_path):
+    write_imagenet(tmp_path, rows=3)
+    path = tmp_path / "train" / "n02" / "n02_1.png"
+    path.write_bytes(path.read_bytes()[:60])
+    task = data.load_task("imagenet_folder", data_dir=tmp_path, image_size=8)
+    dataset = data.batches(task.train, batch_size=2, seed=0, num_epochs=2)
+    with (
+        data.prefetch_to_device(iter(dataset)) as batches,
+        pytest.raises(data.DataError, match=r"n02_1.png: not a readable picture"),
+    ):
+        list(batches)
+    (tmp_path / "val" / "n03").mkdir()
+    assert_fails(
+        "n03: no pictures here, expected files .jpeg, ", "imagenet_folder", data_dir=tmp_path
+    )
+    (tmp_path / "val" / "n03" / "1.jpg").touch()
+    assert_fails("n03: no such class in .*train", "imagenet_folder", data_dir=tmp_path)
+    assert_fails("at least 1, got 0", "imagenet_folder", data_dir=tmp_path, image_size=0)
+
+
+def membranes(rows=10, size=(130, 260)):
+    rng = np.random.default_rng(0)
+    y = (rng.random((rows, *size)) < 0.7).astype(np.uint8)
+    return {"x": (y * 100 + 50).astype(np.uint8), "y": y}
+
+
+def test_segmentation_crops_pictures_and_labels_alike(tmp_path):
+    content = membranes()
+    np.savez(tmp_path / "isbi_em.npz", **content)
+    task = data.load_task("segmentation", data_dir=tmp_path)
+    # Two crops of each picture; eight pictures, one, one.
+    assert [len(s) for s in (task.train, task.validation, task.test)] == [16, 2, 2]
+    assert (task.input_shape, task.num_classes) == ((128, 128, 1), 2)
+    for split in (task.train, task.validation, task.test):
+        np.testing.assert_array_equal(split.x[..., 0] > 0, split.y == 1)
+    np.testing.assert_array_equal(task.train.y[1], content["y"][0, :128, 128:256])
+    np.testing.assert_array_equal(task.test.y[0], content["y"][9, :128, :128])
+    np.testing.assert_allclose([task.train.x.mean(), task.train.x.std()], [0, 1], atol=0.01)
+    # The same pictures as files: numbered, with labels of 0 and 255.
+    folder = tmp_path / "folder"
+    for name, pictures in (("image", content["x"]), ("label", 255 * content["y"])):
+        (folder / "membrane/train" / name).mkdir(parents=True)
+        for i, picture in enumerate(pictures, start=1):
+            Image.fromarray(picture).save(folder / "membrane/train" / name / f"{i}.png")
+    files = data.load_task("segmentation", data_dir=folder)
+    np.testing.assert_array_equal(files.train.x, task.train.x)
+    np.testing.assert_array_equal(files.test.y, task.test.y)
+    (folder / "membrane/train/label/7.png").unlink()
+    assert_fails("pictures of the same names in image and label", "segmentation", data_dir=folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y": None}, "no array y; expected x, y"),
+        ({"x": np.zeros((10, 130, 260), np.float32)}, "pictures are float32"),
+        ({"x": np.zeros((10, 64, 64), np.uint8)}, r"labels of shape \(10, 130, 260\)"),
+        ({"y": np.full((10, 130, 260), 2)}, "up to 2, expected 0 and 1"),
+        (membranes(rows=9), "9 pictures, expected at least 10"),
+    ],
+)
+def test_wrong_membranes(tmp_path, change, message):
+    content = membranes() | change
+    np.savez(tmp_path / "isbi_em.npz", **{k: a for k, a in content.items() if a is not None})
+    assert_fails(message, "segmentation", data_dir=tmp_path)
+
+
+def test_characters_are_bytes_and_labels_the_next_ones(tmp_path):
+    text = write_text(tmp_path)
+    task = data.load_task("tiny_shakespeare", data_dir=tmp_path)
+    assert (task.input_shape, task.vocabulary_size, task.num_classes) == ((128,), 256, 0)
+    cuts = [0, 9 * len(text) // 10, 19 * len(text) // 20, len(text)]
+    splits = (task.train, task.validation, task.test)
+    for split, start, end in zip(splits, cuts, cuts[1:], strict=False):
+        part = text[start:end]
+        assert len(split) == (len(part) - 1) // 128
+        x, y = split.x.reshape(-1), split.y.reshape(-1)
+        assert bytes(x.astype(np.uint8)).decode() == part[: len(x)]
+        assert bytes(y.astype(np.uint8)).decode() == part[1 : len(x) + 1]
+    write_text(tmp_path, lines=50)
+    assert_fails(
+        "tokens for validation, expected more than 128", "tiny_shakespeare", data_dir=tmp_path
+    )
+
+
+def write_wikitext(folder, names):
+    for name, lines in zip(names, (30, 12, 12), strict=True):
+        text = "".join(
+            f" \n = Title {i % 9} = \n \n Some <unk> words , here . \n" for i in range(lines)
+        )
+        text += "" if lines == 30 else "never seen before\n" * 12
+        (folder / name).parent.mkdir(exist_ok=True)
+        content = text.encode()
+        (folder / name).write_bytes(gzip.compress(content) if name.endswith("z") else content)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("wikitext2.train.txt.gz", "wikitext2.valid.txt.gz", "wikitext2.test.txt.gz"),
+        ("wikitext-2/train.txt", "wikitext-2/valid.txt", "wikitext-2/test.txt"),
+        (
+            "wikitext-2/wiki.train.tokens",
+            "wikitext-2/wiki.valid.tokens",
+            "wikitext-2/wiki.test.tokens",
+        ),
+    ],
+)
+def test_words_of_wikitext(tmp_path, names):
+    write_wikitext(tmp_path, names)
+    task = data.load_task("wikitext2", data_dir=tmp_path)
+    # "<eos>", "=", "Title", 9 numbers, "Some", "<unk>", "words", ",", "here", ".".
+    assert (task.input_shape, task.vocabulary_size) == ((35,), 3 + 9 + 6)
+    x, y = task.train.x.reshape(-1), task.train.y.reshape(-1)
+    # Every line ends with <eos>, also an empty one.
+    assert x[:9].tolist() == [0, 1, 2, 3, 1, 0, 0, 4, 5]
+    np.testing.assert_array_equal(x[1:], y[:-1])
+    # 14 tokens a title, the last of which is only a label.
+    assert len(x) == (30 * 14 - 1) // 35 * 35
+    # Words that the training text does not have are the unknown one.
+    assert task.validation.x.reshape(-1)[-1] in (0, 5)
+    assert task.validation.x.max() < task.vocabulary_size
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_pairs_become_source_shifted_target_and_labels(tmp_path, suffix):
+    write_pairs(tmp_path, suffix)
+    task = data.load_task("multi30k", data_dir=tmp_path)
+    assert (task.input_shape, task.num_classes) == ((40, 40), 0)
+    assert task.vocabulary_size < 200
+    for split, rows in ((task.train, 30), (task.validation, 8), (task.test, 8)):
+        assert (split.x.shape, split.y.shape) == ((rows, 80), (rows, 40))
+        source, shifted = split.x[:, :40], split.x[:, 40:]
+        for row in range(rows):
+            length = (split.y[row] != -1).sum()
+            assert split.y[row, length - 1] == 2  # end
+            assert (split.y[row, :length] > 0).all()
+            assert shifted[row, 0] == 1  # begin
+            np.testing.assert_array_equal(shifted[row, 1:length], split.y[row, : length - 1])
+            assert (shifted[row, length:] == 0).all()
+            assert source[row, (source[row] != 0).sum() - 1] == 2
+    assert task.train.x.max() < task.vocabulary_size
+    # The same pieces every time.
+    again = data.load_task("multi30k", data_dir=tmp_path)
+    np.testing.assert_array_equal(again.test.x, task.test.x)
+
+
+def test_long_sentences_are_cut(tmp_path):
+    write_pairs(tmp_path)
+    long = "".join(f"{i} men. " for i in range(60))
+    for lang in ("en", "de"):
+        path = tmp_path / f"multi30k.val.{lang}"
+        path.write_text(path.read_text() + long + "\n")
+    task = data.load_task("multi30k", data_dir=tmp_path)
+    assert (task.validation.x[-1] > 0).all()
+    assert (task.validation.y[-1] > 0).all()
+
+
+def test_pairs_that_do_not_fit_together(tmp_path):
+    write_pairs(tmp_path)
+    path = tmp_path / "multi30k.val.de"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    assert_fails("val.de: 7 lines, expected 8, one for each of", "multi30k", data_dir=tmp_path)
+    path.write_text("".join([*lines[:3], "\n", *lines[4:]]))
+    assert_fails("val.de: line 4 is empty, expected a sentence", "multi30k", data_dir=tmp_path)
+    path.unlink()
+    assert_fails("val.de: unreadable, expected text in UTF-8", "multi30k", data_dir=tmp_path)
+
+
+# Hugging Face and TensorFlow Datasets: files that their own packages write.
+
+
+def png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def save_hugging_face(folder, tables):
+    datasets = pytest.importorskip("datasets")
+    pictures = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    parts = {
+        name: datasets.Dataset.from_dict(table, features=pictures if "img" in table else None)
+        for name, table in tables.items()
+    }
+    datasets.DatasetDict(parts).save_to_disk(str(folder))
+    return f"hf:{folder}"
+
+
+def test_images_of_hugging_face(tmp_path):
+    content = arrays((32, 32, 3), rows=5_003, test_rows=4)
+    tables = {
+        part: {"img": [*map(png, content[f"x_{part}"])], "label": content[f"y_{part}"].tolist()}
+        for part in ("train", "test")
+    }
+    found = data.load_task("cifar10", data_dir=save_hugging_face(tmp_path / "hf", tables))
+    np.savez(tmp_path / "cifar10.npz", **content)
+    expected = data.load_task("cifar10", data_dir=tmp_path)
+    for split in ("train", "validation", "test"):
+        np.testing.assert_array_equal(getattr(found, split).x, getattr(expected, split).x)
+        np.testing.assert_array_equal(getattr(found, split).y, getattr(expected, split).y)
+
+
+def test_text_of_hugging_face(tmp_path):
+    write_pairs(tmp_path)
+    parts = {"train": "train", "validation": "val", "test": "test_2016_flickr"}
+    tables = {
+        name: {
+            lang: (tmp_path / f"multi30k.{part}.{lang}").read_text().splitlines()
+            for lang in ("de", "en")
+        }
+        for name, part in parts.items()
+    }
+    found = data.load_task("multi30k", data_dir=save_hugging_face(tmp_path / "pairs", tables))
+    np.testing.assert_array_equal(
+        found.test.x, data.load_task("multi30k", data_dir=tmp_path).test.x
+    )
+    names = [f"wikitext2.{part}.txt" for part in ("train", "valid", "test")]
+    write_wikitext(tmp_path, names)
+    # As their WikiText is: a row for each line, empty ones without its end.
+    tables = {
+        part: {
+            "text": [
+                line if line.strip() else ""
+                for line in (tmp_path / name).read_text().splitlines(keepends=True)
+            ]
+        }
+        for part, name in zip(parts, names, strict=True)
+    }
+    location = save_hugging_face(tmp_path / "text", tables)
+    found = data.load_task("wikitext2", data_dir=location)
+    expected = data.load_task("wikitext2", data_dir=tmp_path)
+    np.testing.assert_array_equal(found.train.x, expected.train.x)
+    np.testing.assert_array_equal(found.test.y, expected.test.y)
+    assert_fails("split train has columns text, expected en", "multi30k", data_dir=location)
+    assert_fails("reads a folder with files, not hf:", "segmentation", data_dir=location)
+    tables.pop("validation")
+    location = save_hugging_face(tmp_path / "less", tables)
+    assert_fails("no split validation, expected train, valid", "wikitext2", data_dir=location)
+
+
+def save_tensorflow(folder, features, tables):
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class Builder(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        url_infos: ClassVar = {}  # else looked for beside this file
+        name = "small"
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features(tfds))
+            )
+
+        def _split_generators(self, manager):
+            return {
+                part: list(
+                    enumerate(
+                        dict(zip(table, row, strict=True))
+                        for row in zip(*table.values(), strict=True)
+                    )
+                )
+                for part, table in tables.items()
+            }
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    builder = Builder(data_dir=str(folder), file_format="array_record")
+    builder.download_and_prepare()
+    return f"tfds:{builder.data_path}"
+
+
+def test_sentences_of_tensorflow_datasets(tmp_path):
+    write_sst2(tmp_path)
+    tables = {}
+    for part, name in (("train", "sst2.train.tsv"), ("validation", "sst2.dev.tsv")):
+        rows = [line.rsplit("\t", 1) for line in (tmp_path / name).read_text().splitlines()[1:]]
+        tables[part] = {"sentence": [x for x, _ in rows], "label": [int(y) for _, y in rows]}
+    location = save_tensorflow(
+        tmp_path,
+        lambda tfds: {
+            "sentence": tfds.features.Text(),
+            "label": tfds.features.ClassLabel(num_classes=2),
+        },
+        tables,
+    )
+    found = data.load_task("sst2_1k", data_dir=location)
+    # They shuffle rows; each still has its label: the third word says which it is.
+    assert [len(s) for s in (found.train, found.validation, found.test)] == [1_000, 1_000, 30]
+    assert found.input_shape == (4,)
+    for split in (found.train, found.test):
+        assert len({*zip(split.x[:, 2].tolist(), split.y.tolist(), strict=True)}) == 2
+    assert found.test.y.sum() == 15
+    assert_fails("no split test, expected train, test", "mnist", data_dir=location)
+
+
+@pytest.mark.parametrize(("hub", "package"), [("hf", "datasets"), ("tfds", "tensorflow-datasets")])
+def test_hub_without_its_package(hub, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package.replace("-", "_"), None)
+    assert_fails(
+        f"{hub}: needs the package {package}, .*pip install {package}", "mnist", data_dir=f"{hub}:x"
+    )
+    monkeypatch.setenv("OPTAX_ACCEL_DATA", f"{hub}:x")
+    assert_fails(f"pip install {package}", "mnist")
+
+
+def test_real_texts_and_pairs(data_dir):
+    words = data.load_task("wikitext2", data_dir=data_dir)
+    # The numbers of PyTorch's example of that data.
+    assert words.vocabulary_size == 33_278
+    assert len(words.train) == (2_088_628 - 1) // 35
+    characters = data.load_task("tiny_shakespeare", data_dir=data_dir)
+    assert len(np.unique(characters.train.x)) == 65
+    assert len(characters.train) == 7_842
+    pairs = data.load_task("multi30k", data_dir=data_dir)
+    assert [len(s) for s in (pairs.train, pairs.validation, pairs.test)] == [29_000, 1_014, 1_000]
+    assert pairs.vocabulary_size == 8_000
+    assert (pairs.train.y[:, -1] != -1).mean() < 0.005  # cut
+    assert (pairs.test.x == 3).mean() < 0.001  # unknown
+
+
+def test_real_membranes(data_dir):
+    task = data.load_task("segmentation", data_dir=data_dir)
+    assert [len(s) for s in (task.train, task.validation, task.test)] == [384, 48, 48]
+    assert 0.75 < task.train.y.mean() < 0.81  # cells
+
+
+@pytest.mark.slow
+def test_real_cifar_jpegs(data_dir):
+    task = data.load_task("cifar10", data_dir=data_dir)
+    assert [len(s) for s in (task.train, task.validation, task.test)] == [45_000, 5_000, 10_000]
+    assert np.bincount(task.test.y).tolist() == [1_000] * 10
 
 
 def test_real_sst2(data_dir):
