@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from models import _common
+from models.capsnet import CapsNet
 from models.cnn import Cnn
 from models.efficientnet import EfficientNet
 from models.lstm_lm import LstmLM
@@ -29,11 +30,14 @@ from models.resnet import CifarResNet, ResNet
 from models.transformer import Transformer
 from models.transformer_lm import TransformerLM
 from models.transformer_translator import TransformerTranslator
+from models.unet import UNet
 from models.vae import Vae
 from models.vgg import Vgg
+from models.vit import Vit
 from models.wide_resnet import WideResNet
 
 __all__ = [
+    "CapsNet",
     "CifarResNet",
     "Cnn",
     "EfficientNet",
@@ -45,8 +49,10 @@ __all__ = [
     "Transformer",
     "TransformerLM",
     "TransformerTranslator",
+    "UNet",
     "Vae",
     "Vgg",
+    "Vit",
     "WideResNet",
     "create",
     "is_convolutional",
@@ -64,6 +70,15 @@ class _Entry(NamedTuple):
 
 def _efficient(width: float, depth: float) -> dict[str, float]:
     return {"width_multiplier": width, "depth_multiplier": depth}
+
+
+def _vit(width: int, num_layers: int, num_heads: int) -> dict[str, int]:
+    return {
+        "embedding_size": width,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "feedforward_size": 4 * width,
+    }
 
 
 _MODELS: dict[str, _Entry] = {
@@ -96,6 +111,12 @@ _MODELS: dict[str, _Entry] = {
     "efficientnet_b5": _Entry(EfficientNet, True, _efficient(1.6, 2.2)),
     "efficientnet_b6": _Entry(EfficientNet, True, _efficient(1.8, 2.6)),
     "efficientnet_b7": _Entry(EfficientNet, True, _efficient(2.0, 3.1)),
+    "vit_ti": _Entry(Vit, False, _vit(192, 12, 3)),
+    "vit_s": _Entry(Vit, False, _vit(384, 12, 6)),
+    "vit_b": _Entry(Vit, False, _vit(768, 12, 12)),
+    "vit_l": _Entry(Vit, False, _vit(1024, 24, 16)),
+    "unet": _Entry(UNet, True),
+    "capsnet": _Entry(CapsNet, True),
     "transformer": _Entry(Transformer),
     "transformer_lm": _Entry(TransformerLM),
     "transformer_translator": _Entry(TransformerTranslator),

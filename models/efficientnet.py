@@ -125,7 +125,7 @@ class EfficientNet(nnx.Module):
         self.norm = layers.norm(width)
         rows = [Stage._make(stage) for stage in stages]
         repeats = [math.ceil(stage.repeats * depth_multiplier) for stage in rows]
-        self.blocks = nnx.List()
+        self.blocks: nnx.List[_Block] = nnx.List()
         for number, stage in enumerate(rows):
             for block in range(repeats[number]):
                 fan_in, width = width, _common.round_channels(stage.channels * width_multiplier)

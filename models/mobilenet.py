@@ -102,7 +102,7 @@ class MobileNetV2(nnx.Module):
         width = _common.round_channels(32 * width_multiplier)
         self.conv = layers.conv(self.input_shape[2], width, strides=1 if small_images else 2)
         self.norm = layers.norm(width)
-        self.blocks = nnx.List()
+        self.blocks: nnx.List[_Block] = nnx.List()
         for number, stage in enumerate(map(Stage._make, stages)):
             for block in range(stage.repeats):
                 fan_in, width = width, _common.round_channels(stage.channels * width_multiplier)

@@ -81,7 +81,7 @@ class CifarResNet(nnx.Module):
         )
         self.conv = layers.conv(self.input_shape[2], width)
         self.norm = layers.norm(width)
-        self.blocks = nnx.List()
+        self.blocks: nnx.List[_Block] = nnx.List()
         fan_in = width
         for stage in range(3):
             for block in range((depth - 2) // 6):
@@ -198,7 +198,7 @@ class ResNet(nnx.Module):
         self.conv = layers.conv(self.input_shape[2], width, size, strides)
         self.norm = layers.norm(width)
         self.pool = not small_images
-        self.blocks = nnx.List()
+        self.blocks: nnx.List[_Block] = nnx.List()
         fan_in = width
         for stage, num_blocks in enumerate(_STAGES[depth]):
             for block in range(num_blocks):

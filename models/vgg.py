@@ -93,7 +93,7 @@ class Vgg(nnx.Module):
             rngs=rngs,
         )
         height, image_width, channels = self.input_shape
-        self.stages = nnx.List()
+        self.stages: nnx.List[nnx.List[_ConvNorm]] = nnx.List()
         for stage, num_convs in enumerate(_STAGES[depth]):
             self.stages.append(nnx.List())
             for _ in range(num_convs):

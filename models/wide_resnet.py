@@ -79,7 +79,7 @@ class WideResNet(nnx.Module):
             rngs=rngs,
         )
         self.conv = layers.conv(self.input_shape[2], width)
-        self.blocks = nnx.List()
+        self.blocks: nnx.List[_Block] = nnx.List()
         fan_in = width
         for stage in range(3):
             for block in range((depth - 4) // 6):
