@@ -18,9 +18,9 @@ class LstmLM(nnx.Module):
 
     The default is the medium network of Zaremba et al. (2014), 2 x 650. With V = `vocabulary_size`
     and H = `hidden_size` it has 2 V H + V + `num_layers` (8 H² + 4 H) parameters, 19,775,200 for
-    the 10,000 words of Penn Treebank ("20M" in the tables of later papers); with tied weights V H
-    fewer: 13,275,200. PyTorch's LSTM has a second bias, 4 H more a layer, which adds nothing to
-    what it can compute.
+    the 10,000 words of Penn Treebank ("20M" in Merity et al., "Pointer Sentinel Mixture Models",
+    2016); with tied weights V H fewer: 13,275,200. PyTorch's LSTM has a second bias, 4 H more a
+    layer, which adds nothing to what it can compute.
 
     Lin, Stich et al. (code of "Don't Use Large Mini-Batches, Use Local SGD") take
     `num_layers=3, tied=True, dropout_rate=0.4` for WikiText-2, windows of 30 tokens: 31,811,778
