@@ -1,0 +1,270 @@
+"""How much of a slow input prefetching hides.
+
+    python -m experiments.input_overlap --task cifar10_5k --trace overlap.json
+
+The input is made slower by a delay, by default as long as a training step: then reading and
+computing one after the other take twice the time of a step, and at best, one beside the other, once
+that time. Measured in interleaved rounds are a step without delay, and with it, each batch read
+when it is asked for (`--prefetch 0` of `train`) or ahead by a background thread. The share that is
+hidden is 1 - (prefetched - no delay) / (one after the other - no delay).
+
+Every step is waited for. A loop that does not wait, as `train` between its looks at the metrics,
+hides some of the delay without prefetching too, since JAX computes in the background; that is the
+column "queued".
+
+The trace is a timeline of the prefetched run, one row for the input and one for the steps; Perfetto
+(ui.perfetto.dev) and chrome://tracing open it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from experiments import cli, data, train
+
+PROG = "python -m experiments.input_overlap"
+
+
+class Event(NamedTuple):
+    """One piece of work: "input" or "step", from start to end in seconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlap:
+    """Seconds per step, medians over the rounds.
+
+    Attributes:
+      delay: the artificial one of each batch.
+      no_delay: without it.
+      in_turn: with it, reading and computing one after the other.
+      queued: with it, without prefetching, but steps are not waited for one by one.
+      prefetched: with it, read ahead.
+      events: timeline of the last prefetched round.
+    """
+
+    delay: float
+    no_delay: float
+    in_turn: float
+    queued: float
+    prefetched: float
+    events: tuple[Event, ...]
+
+    @property
+    def hidden(self) -> float:
+        """Share of the delay that prefetching hides; 1 is all of it."""
+        return 1 - (self.prefetched - self.no_delay) / (self.in_turn - self.no_delay)
+
+    @property
+    def hidden_by_queue(self) -> float:
+        """The same without prefetching, by not waiting for each step."""
+        return 1 - (self.queued - self.no_delay) / (self.in_turn - self.no_delay)
+
+
+class _Slow(Iterator[Any]):
+    """The batches of an iterator, each later by a delay."""
+
+    def __init__(self, batches: Iterator[Any], delay: float, events: list[Event]):
+        self._batches, self._delay, self._events = batches, delay, events
+
+    def __next__(self) -> Any:
+        start = time.perf_counter()
+        time.sleep(self._delay)
+        batch = next(self._batches)
+        self._events.append(Event("input", start, time.perf_counter()))
+        return batch
+
+
+def measure(
+    step: Callable[[Any], Any],
+    batches: Callable[[], Iterator[Any]],
+    put: Callable[[Any], Any] = jax.device_put,
+    *,
+    delay: float | None = None,
+    steps: int = 20,
+    rounds: int = 5,
+    prefetch: int = 2,
+) -> Overlap:
+    """Times a training step with a slow input.
+
+    >>> import numpy as np
+    >>> square = jax.jit(lambda x: x @ x)
+    >>> result = measure(
+    ...     square, lambda: iter([np.eye(8)] * 9), delay=0.01, steps=5, rounds=1
+    ... )
+    >>> result.in_turn > result.prefetched > 0, len(result.events) >= 10
+    (True, True)
+
+    Args:
+      step: trains on a batch on the device; returns arrays to wait for. It is called once before
+        the clock runs.
+      batches: makes an iterator of at least ``steps + 1`` batches on the host.
+      put: places a batch, as for `data.prefetch_to_device`.
+      delay: seconds by which each batch is late; None: the time of a step without.
+      steps: steps of a round.
+      rounds: rounds of each way, interleaved.
+      prefetch: batches that wait on the device.
+
+    Returns:
+      The times.
+    """
+    jax.block_until_ready(step(put(next(batches()))))
+
+    def run(delay: float, size: int, wait: bool = True) -> tuple[float, list[Event]]:
+        events: list[Event] = []
+        outputs: Any = None
+        with data.prefetch_to_device(_Slow(batches(), delay, events), put, size) as prefetched:
+            next(prefetched)  # the first batch is always waited for
+            begin = time.perf_counter()
+            for _ in range(steps):
+                batch = next(prefetched)
+                start = time.perf_counter()
+                outputs = step(batch)
+                if wait:
+                    jax.block_until_ready(outputs)
+                events.append(Event("step", start, time.perf_counter()))
+            jax.block_until_ready(outputs)
+            seconds = (time.perf_counter() - begin) / steps
+        return seconds, events
+
+    if delay is None:
+        delay = statistics.median(run(0.0, prefetch)[0] for _ in range(3))
+    times: dict[str, list[float]] = {}
+    events: list[Event] = []
+    for _ in range(rounds):
+        for name, arguments in (
+            ("no_delay", (0.0, prefetch)),
+            ("in_turn", (delay, 0)),
+            ("queued", (delay, 0, False)),
+            ("prefetched", (delay, prefetch)),
+        ):
+            seconds, events = run(*arguments)
+            times.setdefault(name, []).append(seconds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return Overlap(delay, **medians, events=tuple(events))
+
+
+def trace(events: Sequence[Event]) -> str:
+    """A timeline as JSON in the format of Chrome's trace viewer, which Perfetto opens too."""
+    rows = {"input": 1, "step": 2}
+    begin = min(event.start for event in events)
+    named = [
+        {"name": "thread_name", "ph": "M", "pid": 1, "tid": row, "args": {"name": name}}
+        for name, row in rows.items()
+    ]
+    spans = [
+        {
+            "name": event.name,
+            "ph": "X",
+            "pid": 1,
+            "tid": rows[event.name],
+            "ts": 1e6 * (event.start - begin),
+            "dur": 1e6 * (event.end - event.start),
+        }
+        for event in events
+    ]
+    return json.dumps({"traceEvents": named + spans})
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Measure how much of a slow input prefetching hides."""
+
+    task: str = "digits"
+    """Data set; an unknown name lists all."""
+    data_dir: Path | None = None
+    """As in train."""
+    model: str | None = None
+    """Model; default: the task's own."""
+    model_options: str | None = None
+    """As in train."""
+    batch_size: int | None = None
+    """Examples per step; default: the task's own."""
+    delay: float | None = None
+    """Seconds by which each batch is late; default: as long as a step."""
+    steps: int = 20
+    """Steps of a round."""
+    rounds: int = 5
+    """Interleaved rounds; medians are reported."""
+    prefetch: int = 2
+    """Batches that wait on the device."""
+    trace: Path | None = None
+    """File for the timeline."""
+
+
+def run(options: Options) -> Overlap:
+    """Measures what the options say, on one device.
+
+    Raises:
+      ValueError: an option is wrong.
+    """
+    for name in ("steps", "rounds", "prefetch"):
+        if (value := getattr(options, name)) < 1:
+            raise cli.UsageError(f"--{name} must be at least 1, got {value}")
+    if options.delay is not None and not 0 < options.delay < 60:
+        raise cli.UsageError(f"--delay must lie between 0 and 60 seconds, got {options.delay}")
+    plan = train.resolve(
+        train.Options(
+            task=options.task,
+            data_dir=options.data_dir,
+            model=options.model,
+            model_options=options.model_options,
+            batch_size=options.batch_size,
+            devices=1,
+        )
+    )
+    program = train.build(plan)
+    state = program.runner.init(program.make_state)
+
+    def step(batch: Any) -> Any:
+        nonlocal state
+        state, metrics = program.runner.step(state, batch, None, None)
+        return metrics
+
+    return measure(
+        step,
+        lambda: iter(data.batches(plan.task.train, batch_size=plan.batch_size, seed=0)),
+        program.runner.put_batch,
+        delay=options.delay,
+        steps=options.steps,
+        rounds=options.rounds,
+        prefetch=options.prefetch,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    options = cli.parse(Options(), argv, PROG)
+    try:
+        result = run(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    table = cli.table(("milliseconds per step", "time", "delay hidden"))
+    table.add_row("no delay", f"{1e3 * result.no_delay:.2f}", "")
+    table.add_row(
+        f"delay of {1e3 * result.delay:.2f}, in turn", f"{1e3 * result.in_turn:.2f}", "0 %"
+    )
+    table.add_row("queued", f"{1e3 * result.queued:.2f}", f"{result.hidden_by_queue:.0%}")
+    table.add_row("prefetched", f"{1e3 * result.prefetched:.2f}", f"{result.hidden:.0%}")
+    cli.console(80).print(table)
+    if options.trace is not None:
+        cli.write_atomic(options.trace, trace(result.events))
+        print(f"timeline: {options.trace}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
