@@ -51,6 +51,7 @@ import models
 from experiments import augmentation, cli, cluster, data, engine, methods, parallel, run_folder
 from experiments.checkpoints import CheckpointError, Checkpoints
 from experiments.cli import UsageError
+from experiments.profiling import StepTrace
 from experiments.run_folder import MetricFiles, Row, number
 
 PROG = "python -m experiments.train"
@@ -106,6 +107,23 @@ class Options:
     """Examples per step, over all devices; default: the task's own, 64 for most."""
     curvature_batch_size: int | None = None
     """Examples (fixed) for Hessian-vector products; default: twice the batch size."""
+    accumulate: int = 1
+    """Micro-batches of a step, of which one is in memory at a time; on several devices each of them
+    divides its part of the batch. Batch normalization sees one at a time."""
+    precision: str = "f32"
+    """What the network computes in: f32, bf16, or f16 with a dynamic loss scale, which bf16 does
+    not need. Parameters, loss and optimizer are float32."""
+    value_fn_precision: str = "f32"
+    """What the network computes in where the method evaluates it itself (gradients elsewhere,
+    curvature): f32 or bf16."""
+    weight_decay: float = 0.0
+    """Rate by which parameters shrink a step, times the learning rate, besides the method's own
+    step; not biases and normalization."""
+    clip: float | None = None
+    """Longest gradient, over all parameters, that the method is given; longer ones are
+    shortened."""
+    ema: float | None = None
+    """Decay of a moving average of weights and batch statistics, which is what is evaluated."""
     seed: int = 0
     """Decides initial weights, batches and the method's own randomness."""
     parallel: str = "jit"
@@ -128,6 +146,8 @@ class Options:
     """Steps between checkpoints; default: as --eval-every."""
     keep: int = 3
     """How many of the latest checkpoints are kept."""
+    profile: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Record a few steps for TensorBoard and Perfetto, into the run's folder."""
     name: str | None = None
     """Name of the run's folder; default: train-<task>-<method>-<seed>."""
     runs_dir: Path = Path("runs")
@@ -169,6 +189,12 @@ class Plan:
     early_stopping: int | None
     batch_size: int
     curvature_batch_size: int | None
+    accumulate: int
+    precision: str
+    value_fn_precision: str
+    weight_decay: float
+    clip: float | None
+    ema: float | None
     seed: int
     data_workers: int
     prefetch: int
@@ -179,6 +205,7 @@ class Plan:
     eval_every: int
     checkpoint_every: int
     keep: int
+    profile: bool
     folder: Path
 
     def config(self) -> dict[str, Any]:
@@ -199,6 +226,12 @@ class Plan:
             "early_stopping": self.early_stopping,
             "batch_size": self.batch_size,
             "curvature_batch_size": self.curvature_batch_size,
+            "accumulate": self.accumulate,
+            "precision": self.precision,
+            "value_fn_precision": self.value_fn_precision,
+            "weight_decay": self.weight_decay,
+            "clip": self.clip,
+            "ema": self.ema,
             "seed": self.seed,
             "workers": self.workers,
             "eval_every": self.eval_every,
@@ -238,6 +271,11 @@ def resolve(options: Options) -> Plan:
     model_options = read_model_options(options.model_options)
     if model_options is None:
         model_options = dict(defaults.model_options) if model == defaults.model else {}
+    cli.check_known("precision", options.precision, tuple(engine.PRECISIONS))
+    cli.check_known("--value-fn-precision", options.value_fn_precision, ("f32", "bf16"))
+    mixed = options.precision != "f32" or options.value_fn_precision != "f32"
+    if mixed and "dtype" in model_options:
+        raise UsageError("--precision decides the model's dtype; leave it out of --model-options")
     cli.check_known("parallel mode", options.parallel, parallel.MODES)
     cli.check_known("--non-finite policy", options.non_finite, NON_FINITE)
     (method,) = methods.get_methods([options.method or defaults.method])
@@ -250,6 +288,7 @@ def resolve(options: Options) -> Plan:
         "early_stopping",
         "batch_size",
         "curvature_batch_size",
+        "accumulate",
         "devices",
         "workers",
         "eval_every",
@@ -271,6 +310,12 @@ def resolve(options: Options) -> Plan:
         rate = method.learning_rates[len(method.learning_rates) // 2]
     if not 0 < rate < math.inf:
         raise UsageError(f"--learning-rate must be positive and finite, got {rate}")
+    if not 0 <= options.weight_decay < math.inf:
+        raise UsageError(f"--weight-decay must be at least 0, got {options.weight_decay}")
+    if options.clip is not None and not 0 < options.clip < math.inf:
+        raise UsageError(f"--clip must be positive and finite, got {options.clip}")
+    if options.ema is not None and not 0 < options.ema < 1:
+        raise UsageError(f"--ema must be between 0 and 1, e.g. 0.999, got {options.ema}")
     cli.check_folder_name(options.name)
     if options.curvature_batch_size is not None and method.refresh_every is None:
         raise UsageError(
@@ -307,6 +352,12 @@ def resolve(options: Options) -> Plan:
             parallel.check_divisible(size, len(devices), option)
     if workers is not None:
         parallel.check_divisible(batch_size, workers, "--batch-size", "workers")
+    share = batch_size // max(len(devices), workers or 1)
+    if options.accumulate > share:
+        raise UsageError(
+            f"--accumulate {options.accumulate} is more than the {share} examples of a step on one "
+            "device or worker"
+        )
 
     per_epoch = examples // batch_size
     steps = options.steps or per_epoch * (options.epochs or DEFAULT_EPOCHS)
@@ -324,6 +375,12 @@ def resolve(options: Options) -> Plan:
         early_stopping=options.early_stopping,
         batch_size=batch_size,
         curvature_batch_size=curvature,
+        accumulate=options.accumulate,
+        precision=options.precision,
+        value_fn_precision=options.value_fn_precision,
+        weight_decay=options.weight_decay,
+        clip=options.clip,
+        ema=options.ema,
         seed=options.seed,
         data_workers=options.data_workers,
         prefetch=options.prefetch,
@@ -334,6 +391,7 @@ def resolve(options: Options) -> Plan:
         eval_every=eval_every,
         checkpoint_every=options.checkpoint_every or eval_every,
         keep=options.keep,
+        profile=options.profile,
         folder=options.folder,
     )
 
@@ -467,7 +525,7 @@ def statistics(opt_state: PyTree) -> dict[str, jax.Array]:
     """What the optimizer's state tells about the run, as scalars: what there is of it."""
     found = {
         name: engine.find_in_state(opt_state, name)
-        for name in ("momentum", "alignment", "consensus_distance", "eigenvalues")
+        for name in ("momentum", "alignment", "consensus_distance", "loss_scale", "eigenvalues")
     }
     # Some methods call an array of the parameters' shapes their momentum.
     scalars = {name: value for name, value in found.items() if getattr(value, "shape", None) == ()}
@@ -497,7 +555,7 @@ def evaluate(
       ``loss``, where there are labels to predict ``accuracy``, both over the labels that count, and
       of language ``perplexity``, e to the loss.
     """
-    state = runner.consensus(state)
+    state = engine.averaged(runner.consensus(state))
     totals: dict[str, float] = {}
     # Whole multiples of the devices.
     size = max(evaluation_batch(task) // runner.mesh.size, 1) * runner.mesh.size
@@ -550,8 +608,11 @@ def build(plan: Plan) -> Program:
     Raises:
       ValueError: the model does not take the task's examples, or the method not the model.
     """
+    precision, of_value_fn = (
+        engine.PRECISIONS[name] for name in (plan.precision, plan.value_fn_precision)
+    )
 
-    def make_model() -> tuple[nnx.GraphDef[Any], PyTree, PyTree]:
+    def make_model(precision: engine.Precision) -> tuple[nnx.GraphDef[Any], PyTree, PyTree]:
         return engine.split(
             models.create(
                 plan.model,
@@ -560,13 +621,14 @@ def build(plan: Plan) -> Program:
                 vocabulary_size=plan.task.vocabulary_size,
                 rngs=plan.seed,
                 **plan.model_options,
+                **precision.options,
             )
         )
 
     loss = engine.find_loss(plan.loss, label_smoothing=plan.label_smoothing)
     seen = None
     if plan.method.needs_objective:
-        static, _, rest = make_model()
+        static, _, rest = make_model(of_value_fn)
         x, y = (part[: plan.batch_size] for part in (plan.task.train.x, plan.task.train.y))
         seen = engine.objective(static, rest, jnp.asarray(x), jnp.asarray(y), loss=loss)
     # With an `axis_name` an extrapolation is local; without, all parallel modes compute the same.
@@ -580,15 +642,28 @@ def build(plan: Plan) -> Program:
         objective=seen,
         likelihood=engine.LIKELIHOODS.get(plan.loss),
     )
-
-    graphdef: Any = None
+    tx = engine.complete(
+        tx,
+        plan.learning_rate,
+        clip=plan.clip,
+        weight_decay=plan.weight_decay,
+        precision=precision,
+    )
 
     def make_state() -> engine.TrainState:
-        nonlocal graphdef
-        graphdef, params, rest = make_model()
-        return engine.init_state(tx, params, rest)
+        _, params, rest = make_model(precision)
+        return engine.init_state(tx, params, rest, average=plan.ema is not None)
 
-    jax.eval_shape(make_state)  # for the graphdef, and for what is wrong with model and method
+    graphdefs: list[nnx.GraphDef[Any]] = []
+
+    def make_graphdefs() -> None:
+        graphdefs.extend(make_model(chosen)[0] for chosen in (precision, of_value_fn))
+
+    jax.eval_shape(make_graphdefs)
+    graphdef, value_fn_graphdef = graphdefs
+    jax.eval_shape(make_state)  # for what is wrong with model and method
+    # XLA runs convolutions in a loop many times slower on a CPU (jax#12868).
+    unroll = plan.devices[0].platform == "cpu" and models.is_convolutional(plan.model)
 
     def step(
         state: engine.TrainState,
@@ -610,6 +685,10 @@ def build(plan: Plan) -> Program:
             axis_name=axis_name,
             per_worker=plan.workers is not None,
             skip_non_finite=plan.non_finite == "skip",
+            accumulate=plan.accumulate,
+            unroll=unroll,
+            value_fn_graphdef=value_fn_graphdef,
+            ema=plan.ema,
         )
         return state, metrics | statistics(state.opt_state)
 
@@ -676,6 +755,9 @@ class Run:
             if position is not None:
                 self._batches.set_state(position)
             stack.callback(self._close_files)
+            self._trace = None
+            if self.plan.profile and cluster.is_main():
+                self._trace = stack.enter_context(StepTrace(self.plan.folder / "profile"))
             self._progress = stack.enter_context(
                 Progress(
                     TextColumn(f"{self.plan.method.name} on {self.plan.task.name}"),
@@ -747,9 +829,12 @@ class Run:
         """Starts one step."""
         refresh = self.plan.method.refresh(self.done, cold_start=self._cold_start)
         batch = next(self._batches)
-        self.state, metrics = self.runner.step(
-            self.state, batch, self._curvature if refresh else None, refresh
-        )
+        with contextlib.nullcontext() if self._trace is None else self._trace.step():
+            self.state, metrics = self.runner.step(
+                self.state, batch, self._curvature if refresh else None, refresh
+            )
+        if self._trace is not None and self._trace.done(metrics):
+            self.console.print(f"profile: {self._trace.file}", soft_wrap=True)
         self.done += 1
         before = self._files.seconds if self._files else 0.0
         row: Row = {
