@@ -201,10 +201,15 @@ def resolve(options: Options) -> Study:
         raise UsageError(f"task {options.task} is no classification of images")
     if first.steps <= WARM_UP:
         raise UsageError(f"--steps must be more than {WARM_UP}, which are not timed")
-    config = first.config() | first.machine()
-    config |= {"model": {key: scale.models[key] for key in models}, "seed": None}
-    config |= {"seeds": options.seeds or scale.seeds}
-    config |= {"variants": {variant: changes[variant] for variant in variants}}
+    differing = {"model", "model_options", "seed", *changes["all"]}  # what differs between the runs
+    config = {
+        key: x for key, x in (first.config() | first.machine()).items() if key not in differing
+    }
+    config |= {
+        "models": {key: scale.models[key] for key in models},
+        "variants": {variant: changes[variant] for variant in variants},
+        "seeds": options.seeds or scale.seeds,
+    }
     return Study(plans, json.loads(json.dumps(config)), folder)
 
 
