@@ -35,8 +35,8 @@ class TransformerLM(nnx.Module):
         >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> x = jnp.array([[5, 17, 3, 0], [4, 64, 2, 8]])
-        >>> make = lambda: TransformerLM(input_shape=(4,), vocabulary_size=65)
-        >>> nnx.eval_shape(lambda: make()(x)).shape
+        >>> sizes = {"input_shape": (4,), "vocabulary_size": 65, "num_layers": 2}
+        >>> nnx.eval_shape(lambda: TransformerLM(**sizes)(x)).shape
         (2, 4, 65)
 
     Args:

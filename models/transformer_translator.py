@@ -46,8 +46,8 @@ class TransformerTranslator(nnx.Module):
         >>> from flax import nnx
         >>> source, target = jnp.array([[7, 5, 6, 0]]), jnp.array([[1, 9, 8]])
         >>> x = jnp.concatenate([source, target], axis=1)
-        >>> make = lambda: TransformerTranslator(input_shape=(4, 3), vocabulary_size=37_000)
-        >>> nnx.eval_shape(lambda: make()(x)).shape
+        >>> sizes = {"input_shape": (4, 3), "vocabulary_size": 37_000, "num_layers": 2}
+        >>> nnx.eval_shape(lambda: TransformerTranslator(**sizes)(x)).shape
         (1, 3, 37000)
 
     Args:

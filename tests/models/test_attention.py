@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,15 @@ def layers(**options):
     sizes = {"width": WIDTH, "num_heads": HEADS, "hidden": 5}
     defaults = {"activation": "tanh", "dropout_rate": 0.0, "dtype": None, "param_dtype": "float64"}
     return _attention.Layers(**sizes, **defaults | options, rngs=nnx.Rngs(0))
+
+
+def run(module, *args):
+    return _run(*nnx.split(module), args)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(graphdef, state, args):
+    return nnx.merge(graphdef, state)(*args)
 
 
 def normal(seed, *shape):
@@ -40,7 +51,7 @@ def test_cross_attention_is_the_formula(x64):
     attention = moved(_attention.CrossAttention(layers()))
     x, memory = normal(1, 2, 3, WIDTH), normal(2, 2, 4, WIDTH)
     visible = np.array([[1, 1, 0, 1], [0, 1, 1, 1]], bool)
-    result = attention(jnp.asarray(x), jnp.asarray(memory), jnp.asarray(visible)[:, None, None, :])
+    result = run(attention, x, memory, visible[:, None, None, :])
     keys, values = np.split(linear(attention.memory, memory), 2, axis=-1)
     mixed = np.zeros_like(x)
     size = WIDTH // HEADS
@@ -63,10 +74,12 @@ def test_attention_to_itself_is_cross_attention_with_itself(x64):
         getattr(cross.output, name)[...] = getattr(attention.output, name)[...]
     x = jnp.asarray(normal(1, 2, 4, WIDTH))
     mask = _attention.causal_mask(4)
-    np.testing.assert_allclose(attention(x, mask), cross(x, x, mask), rtol=1e-12)
-    everything = jnp.ones_like(mask)
-    np.testing.assert_allclose(attention(x), attention(x, everything), rtol=1e-12)
-    assert abs(attention(x) - attention(x, mask)).max() > 1e-3
+    masked = run(attention, x, mask)
+    np.testing.assert_allclose(masked, run(cross, x, x, mask), rtol=1e-12)
+    np.testing.assert_allclose(
+        run(attention, x), run(attention, x, jnp.ones_like(mask)), rtol=1e-12
+    )
+    assert abs(run(attention, x) - masked).max() > 1e-3
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
@@ -74,13 +87,20 @@ def test_a_layer_adds_its_parts(x64, pre_norm):
     layer = moved(_attention.Layer(layers(), pre_norm=pre_norm, cross=True))
     x, memory = (jnp.asarray(normal(i, 2, 3, WIDTH)) for i in (1, 2))
 
-    def add(x, norm, part):
-        return x + part(norm(x)) if pre_norm else norm(x + part(x))
+    def norm(norm, x):
+        x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+        return x * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
 
-    h = add(x, layer.norm1, layer.attention)
-    h = add(h, layer.cross_norm, lambda h: layer.cross(h, memory))
+    def add(x, norm_layer, part):
+        if pre_norm:
+            return x + part(norm(norm_layer, x))
+        return norm(norm_layer, x + part(x))
+
+    h = add(np.asarray(x), layer.norm1, lambda h: np.asarray(run(layer.attention, h)))
+    h = add(h, layer.cross_norm, lambda h: np.asarray(run(layer.cross, h, memory)))
     h = add(h, layer.norm2, lambda h: linear(layer.linear2, np.tanh(linear(layer.linear1, h))))
-    np.testing.assert_allclose(layer(x, None, memory), h, rtol=1e-12)
+    np.testing.assert_allclose(run(layer, x, None, memory), h, rtol=1e-9)
 
 
 def test_a_pre_norm_layer_without_outputs_changes_nothing():
@@ -88,7 +108,7 @@ def test_a_pre_norm_layer_without_outputs_changes_nothing():
     options["bias_init"] = nnx.initializers.zeros_init()
     layer = _attention.Layer(layers(**options), pre_norm=True, cross=True)
     x = jnp.asarray(normal(1, 2, 3, WIDTH), jnp.float32)
-    np.testing.assert_array_equal(layer(x, None, x), x)
+    np.testing.assert_array_equal(run(layer, x, None, x), x)
 
 
 def test_masks():
