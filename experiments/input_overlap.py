@@ -2,18 +2,19 @@
 
     python -m experiments.input_overlap --task cifar10_5k --trace overlap.json
 
-The input is made slower by a delay, by default as long as a training step: then reading and
+Reading a batch is made slower by a delay, by default as long as a training step: then reading and
 computing one after the other take twice the time of a step, and at best, one beside the other, once
 that time. Measured in interleaved rounds are a step without delay, and with it, each batch read
-when it is asked for (`--prefetch 0` of `train`) or ahead by a background thread. The share that is
-hidden is 1 - (prefetched - no delay) / (one after the other - no delay).
+when it is asked for (`--prefetch 0` of `train`) or ahead in the background, by two threads
+(`--data-workers 2`), so that one late batch does not stop all. The share that is hidden is
+1 - (prefetched - no delay) / (in turn - no delay).
 
 Every step is waited for. A loop that does not wait, as `train` between its looks at the metrics,
 hides some of the delay without prefetching too, since JAX computes in the background; that is the
-column "queued".
+row "queued".
 
-The trace is a timeline of the prefetched run, one row for the input and one for the steps; Perfetto
-(ui.perfetto.dev) and chrome://tracing open it.
+The trace is a timeline of a prefetched round, one row for the steps and one for each thread that
+reads; Perfetto (ui.perfetto.dev) and chrome://tracing open it.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import dataclasses
 import json
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,9 +37,10 @@ PROG = "python -m experiments.input_overlap"
 
 
 class Event(NamedTuple):
-    """One piece of work: "input" or "step", from start to end in seconds."""
+    """One piece of work: "input" or "step", from start to end in seconds, and its thread."""
 
     name: str
+    thread: int
     start: float
     end: float
 
@@ -73,59 +76,64 @@ class Overlap:
         return 1 - (self.queued - self.no_delay) / (self.in_turn - self.no_delay)
 
 
-class _Slow(Iterator[Any]):
-    """The batches of an iterator, each later by a delay."""
+class _Slow:
+    """Examples that are read late."""
 
-    def __init__(self, batches: Iterator[Any], delay: float, events: list[Event]):
-        self._batches, self._delay, self._events = batches, delay, events
+    def __init__(self, x: Any, delay: float, events: list[Event]):
+        self._x, self._delay, self._events = x, delay, events
 
-    def __next__(self) -> Any:
+    def __getitem__(self, rows: Any) -> Any:
         start = time.perf_counter()
         time.sleep(self._delay)
-        batch = next(self._batches)
-        self._events.append(Event("input", start, time.perf_counter()))
-        return batch
+        x = self._x[rows]
+        self._events.append(Event("input", threading.get_ident(), start, time.perf_counter()))
+        return x
 
 
 def measure(
     step: Callable[[Any], Any],
-    batches: Callable[[], Iterator[Any]],
+    split: data.Split,
     put: Callable[[Any], Any] = jax.device_put,
     *,
+    batch_size: int,
     delay: float | None = None,
     steps: int = 20,
     rounds: int = 5,
+    workers: int = 2,
     prefetch: int = 2,
 ) -> Overlap:
     """Times a training step with a slow input.
 
-    >>> import numpy as np
-    >>> square = jax.jit(lambda x: x @ x)
-    >>> result = measure(
-    ...     square, lambda: iter([np.eye(8)] * 9), delay=0.01, steps=5, rounds=1
-    ... )
-    >>> result.in_turn > result.prefetched > 0, len(result.events) >= 10
-    (True, True)
+    >>> mean = jax.jit(lambda batch: batch["x"].mean())
+    >>> split = data.load_task("digits").train
+    >>> result = measure(mean, split, batch_size=64, delay=0.01, steps=5, rounds=1)
+    >>> result.in_turn > result.prefetched > 0
+    True
 
     Args:
       step: trains on a batch on the device; returns arrays to wait for. It is called once before
         the clock runs.
-      batches: makes an iterator of at least ``steps + 1`` batches on the host.
+      split: the examples.
       put: places a batch, as for `data.prefetch_to_device`.
+      batch_size: examples per step.
       delay: seconds by which each batch is late; None: the time of a step without.
       steps: steps of a round.
       rounds: rounds of each way, interleaved.
-      prefetch: batches that wait on the device.
+      workers: threads that read, when batches are prefetched.
+      prefetch: batches that wait on the device then.
 
     Returns:
       The times.
     """
-    jax.block_until_ready(step(put(next(batches()))))
+    jax.block_until_ready(step(put(next(iter(data.batches(split, batch_size=batch_size, seed=0))))))
 
-    def run(delay: float, size: int, wait: bool = True) -> tuple[float, list[Event]]:
+    def run(delay: float, ahead: bool, wait: bool = True) -> tuple[float, list[Event]]:
         events: list[Event] = []
         outputs: Any = None
-        with data.prefetch_to_device(_Slow(batches(), delay, events), put, size) as prefetched:
+        slow = dataclasses.replace(split, x=_Slow(split.x, delay, events))
+        batches = data.batches(slow, batch_size=batch_size, seed=0, workers=workers if ahead else 0)
+        size = prefetch if ahead else 0
+        with data.prefetch_to_device(iter(batches), put, size) as prefetched:
             next(prefetched)  # the first batch is always waited for
             begin = time.perf_counter()
             for _ in range(steps):
@@ -134,21 +142,21 @@ def measure(
                 outputs = step(batch)
                 if wait:
                     jax.block_until_ready(outputs)
-                events.append(Event("step", start, time.perf_counter()))
+                events.append(Event("step", threading.get_ident(), start, time.perf_counter()))
             jax.block_until_ready(outputs)
             seconds = (time.perf_counter() - begin) / steps
         return seconds, events
 
     if delay is None:
-        delay = statistics.median(run(0.0, prefetch)[0] for _ in range(3))
+        delay = statistics.median(run(0.0, ahead=True)[0] for _ in range(3))
     times: dict[str, list[float]] = {}
     events: list[Event] = []
     for _ in range(rounds):
         for name, arguments in (
-            ("no_delay", (0.0, prefetch)),
-            ("in_turn", (delay, 0)),
-            ("queued", (delay, 0, False)),
-            ("prefetched", (delay, prefetch)),
+            ("no_delay", (0.0, True)),
+            ("in_turn", (delay, False)),
+            ("queued", (delay, False, False)),
+            ("prefetched", (delay, True)),
         ):
             seconds, events = run(*arguments)
             times.setdefault(name, []).append(seconds)
@@ -158,18 +166,18 @@ def measure(
 
 def trace(events: Sequence[Event]) -> str:
     """A timeline as JSON in the format of Chrome's trace viewer, which Perfetto opens too."""
-    rows = {"input": 1, "step": 2}
     begin = min(event.start for event in events)
+    threads = {event.thread: event.name for event in events}
     named = [
-        {"name": "thread_name", "ph": "M", "pid": 1, "tid": row, "args": {"name": name}}
-        for name, row in rows.items()
+        {"name": "thread_name", "ph": "M", "pid": 1, "tid": thread, "args": {"name": name}}
+        for thread, name in threads.items()
     ]
     spans = [
         {
             "name": event.name,
             "ph": "X",
             "pid": 1,
-            "tid": rows[event.name],
+            "tid": event.thread,
             "ts": 1e6 * (event.start - begin),
             "dur": 1e6 * (event.end - event.start),
         }
@@ -198,6 +206,8 @@ class Options:
     """Steps of a round."""
     rounds: int = 5
     """Interleaved rounds; medians are reported."""
+    workers: int = 2
+    """Threads that read ahead."""
     prefetch: int = 2
     """Batches that wait on the device."""
     trace: Path | None = None
@@ -210,7 +220,7 @@ def run(options: Options) -> Overlap:
     Raises:
       ValueError: an option is wrong.
     """
-    for name in ("steps", "rounds", "prefetch"):
+    for name in ("steps", "rounds", "workers", "prefetch"):
         if (value := getattr(options, name)) < 1:
             raise cli.UsageError(f"--{name} must be at least 1, got {value}")
     if options.delay is not None and not 0 < options.delay < 60:
@@ -235,11 +245,13 @@ def run(options: Options) -> Overlap:
 
     return measure(
         step,
-        lambda: iter(data.batches(plan.task.train, batch_size=plan.batch_size, seed=0)),
+        plan.task.train,
         program.runner.put_batch,
+        batch_size=plan.batch_size,
         delay=options.delay,
         steps=options.steps,
         rounds=options.rounds,
+        workers=options.workers,
         prefetch=options.prefetch,
     )
 
