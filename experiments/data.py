@@ -544,8 +544,13 @@ class DevicePrefetcher(Iterator[Any]):
     """What `prefetch_to_device` returns."""
 
     def __init__(self, iterator: Any, put: Callable[[Any], Any], size: int):
-        self._source = iterator
-        self._ahead = grain.experimental.ThreadPrefetchDatasetIterator(_Placed(iterator, put), size)
+        self._placed = _Placed(iterator, put)
+        # Grain's own without a buffer is refused by its older versions.
+        self._batches: Any = (
+            grain.experimental.ThreadPrefetchDatasetIterator(self._placed, size)
+            if size
+            else self._placed
+        )
 
     def __enter__(self) -> DevicePrefetcher:
         return self
@@ -554,21 +559,20 @@ class DevicePrefetcher(Iterator[Any]):
         self.close()
 
     def __next__(self) -> Any:
-        return next(self._ahead)
+        return next(self._batches)
 
     def get_state(self) -> Any:
         """Position behind the last batch that was given out."""
-        return self._ahead.get_state()
+        return self._batches.get_state()
 
     def set_state(self, state: Any) -> None:
         """Continues at a position that `get_state` gave."""
-        self._ahead.set_state(state)
+        self._batches.set_state(state)
 
     def close(self) -> None:
         """Ends the background work; nothing may be asked for afterwards."""
-        self._ahead.close()
-        if hasattr(self._source, "close"):
-            self._source.close()
+        self._batches.close()
+        self._placed.close()
 
 
 class _Placed(Iterator[Any]):
@@ -585,6 +589,10 @@ class _Placed(Iterator[Any]):
 
     def set_state(self, state: Any) -> None:
         self._iterator.set_state(state)
+
+    def close(self) -> None:
+        if hasattr(self._iterator, "close"):
+            self._iterator.close()
 
 
 def _dataset(
