@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import models
-from experiments import cli, engine
+from experiments import cli, engine, train
 
 PROG = "python -m experiments.step_cost"
 PyTree = Any
@@ -135,6 +135,8 @@ class Options:
 
     model: str = "cnn"
     """Model that classifies images; an unknown name lists all."""
+    model_options: str | None = None
+    """Options of the model as JSON, e.g. '{"patch_size": 4}'."""
     image_size: int = 32
     """Height and width of the images."""
     batch_size: int = 128
@@ -167,6 +169,7 @@ def run(options: Options) -> dict[str, Cost]:
             options.model,
             input_shape=shape,
             num_classes=10,
+            **(train.read_model_options(options.model_options) or {}),
             **engine.PRECISIONS[options.precision].options,
         )
     )

@@ -534,11 +534,17 @@ def test_micro_batches_draw_masks_of_their_own():
     np.testing.assert_allclose(objective(params), sum(masks) / 2, rtol=1e-6)
 
 
-MODES = ("jit", "fsdp", "pmap", "shard_map")
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("number", [3, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("mode", "number"),
+    [
+        ("jit", 3),
+        ("shard_map", 3),
+        *(
+            pytest.param(mode, number, marks=pytest.mark.slow)
+            for mode, number in (("pmap", 3), ("fsdp", 3), ("fsdp", 2), ("shard_map", 2))
+        ),
+    ],
+)
 def test_micro_batches_in_parallel(mlp, mode, number):
     """On 4 devices, 6 examples each; divided by 3 evenly, and by 2."""
     graphdef, params, rest = mlp

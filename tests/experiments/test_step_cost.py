@@ -1,0 +1,60 @@
+"""The measurement of gradient accumulation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import models
+from experiments import engine, step_cost
+from tests.helpers import quick_jit, tree_allclose
+
+SMALL = ["--model", "mlp", "--image-size", "8", "--batch-size", "16", "--accumulate", "4"]
+
+
+def test_all_ways_make_the_same_step():
+    graphdef, params, rest = engine.split(
+        models.create("mlp", input_shape=(4, 4, 1), num_classes=3, hidden_sizes=(8,))
+    )
+    tx = optax.adam(0.1)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(12, 4, 4, 1)), jnp.float32)
+    y = jnp.arange(12) % 3
+    ways = step_cost.accumulations(graphdef, tx, 4)
+    found = {
+        name: quick_jit(way)(engine.init_state(tx, params, rest), x, y)
+        for name, way in ways.items()
+    }
+    assert list(found) == ["whole", "loop", "unrolled", "microbatching", "MultiSteps"]
+    for state in found.values():
+        tree_allclose(
+            (state.params, state.opt_state), (found["whole"].params, found["whole"].opt_state)
+        )
+        assert jax.tree.all(jax.tree.map(lambda a, b: (a != b).any(), state.params, params))
+
+
+def test_command(capsys):
+    assert step_cost.main([*SMALL, "--rounds", "1", "--only", "loop"]) == 0
+    out = capsys.readouterr().out
+    assert "mlp, 16 in 4" in out
+    assert "loop" in out
+    assert "microbatching" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model foo", "unknown model 'foo'"),
+        ("--precision f8", "unknown precision 'f8'"),
+        ("--batch-size 15", "--batch-size 15 is no multiple of --accumulate 4"),
+        ("--only foo", "unknown way 'foo'; valid: whole, loop"),
+        ("--model-options 3", "--model-options is a JSON object"),
+    ],
+)
+def test_wrong_option_is_one_clear_line(arguments, message, capsys):
+    assert step_cost.main([*SMALL, *arguments.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
