@@ -458,6 +458,37 @@ def test_other_tasks(runs, tmp_path, task, write, options, scores):
         )
 
 
+FOLDER = ["--task", "imagenet_folder", "--image-size", "8", "--model", "mlp"]
+FOLDER += ["--model-options", '{"hidden_sizes": [8]}', "--batch-size", "4", "--devices", "1"]
+
+
+def test_folder_of_images_is_read_while_it_trains(runs, tmp_path, capsys):
+    test_data.write_imagenet(tmp_path, rows=6)
+    quick = [*FOLDER, "--data-dir", str(tmp_path), "--runs-dir", str(runs), "--steps", "6"]
+    quick += ["--checkpoint-every", "3", "--augment", "flip", "--data-workers", "2"]
+    assert train.main([*quick, "--name", "run"]) == 0
+    expected, again = resumed(runs, "run", 6)
+    assert again == expected
+    # A picture that cannot be read ends the run, in one line.
+    path = tmp_path / "train" / "n01" / "n01_2.png"
+    path.write_bytes(path.read_bytes()[:50])
+    capsys.readouterr()
+    assert train.main([*quick, "--name", "broken"]) == 1
+    err = capsys.readouterr().err
+    assert err == f"error: {path}: not a readable picture (image file is truncated)\n"
+
+
+@pytest.mark.slow
+def test_segmentation(runs, tmp_path):
+    np.savez(tmp_path / "isbi_em.npz", **test_data.membranes())
+    quick = ["--task", "segmentation", "--data-dir", str(tmp_path), "--runs-dir", str(runs)]
+    quick += ["--model-options", '{"width": 2, "depth": 1}', "--devices", "1", "--steps", "40"]
+    quick += ["--learning-rate", "0.03", "--eval-every", "40", "--augment", "crop,flip"]
+    assert train.main([*quick, "--name", "run"]) == 0
+    # Brightness tells the class.
+    assert json.loads((runs / "run" / "result.json").read_text())["test_accuracy"] > 0.8
+
+
 @pytest.fixture
 def bad_batch(monkeypatch):
     """Some training examples are broken, all of the batch of step 8."""
