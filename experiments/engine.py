@@ -405,9 +405,6 @@ def train_step(
             accumulate,
             carry=state.rest,
             unroll=unroll,
-            vary=lambda tree: jax.tree.map(
-                lambda leaf: vary_over(leaf, axis_name) if _is_float(leaf) else leaf, tree
-            ),
         )
     shared = None if per_worker else axis_name
     if shared is not None:

@@ -35,7 +35,6 @@ def mean_over_micro_batches(
     *,
     carry: PyTree = None,
     unroll: bool = False,
-    vary: Callable[[PyTree], PyTree] = lambda tree: tree,
 ) -> tuple[PyTree, PyTree]:
     """Calls a function with one part of a batch after the other; the mean of what it returns.
 
@@ -53,7 +52,6 @@ def mean_over_micro_batches(
       unroll: static; write the calls out one after the other in place of a ``lax.scan``. Compiles
         longer; necessary for convolutions on a CPU, which XLA runs many times slower in a loop
         (jax#12868).
-      vary: marks what differs between replicas, in ``shard_map``.
 
     Returns:
       ``(carry, mean)``: the carry of the last call, and the mean of the results, weighted with the
@@ -100,12 +98,11 @@ def mean_over_micro_batches(
         return carry, total
 
     first = jnp.zeros((), jnp.int32)
-    carry = vary(carry)
-    _, results = jax.eval_shape(lambda: function(carry, part_at(first), first))
+    after, results = jax.eval_shape(lambda: function(carry, part_at(first), first))
     total = jax.tree.map(
         lambda r: jnp.zeros(r.shape, jnp.promote_types(r.dtype, jnp.float32)), results
     )
-    state = carry, vary(total)
+    state = jax.tree.map(_vary_like, (carry, total), (after, results))
     if unroll:
         for i in range(whole):
             index = i + _zero_after(state[1]) if i else first
@@ -124,6 +121,33 @@ def mean_over_micro_batches(
         state = add(state, last, jnp.asarray(whole, jnp.int32))
     carry, total = state
     return carry, jax.tree.map(lambda t, r: t.astype(r.dtype), total, results)
+
+
+def vary_over(tree: PyTree, axis_name: str | None) -> PyTree:
+    """Marks replicated values as differing between the replicas of a ``shard_map`` axis.
+
+    The gradient with respect to a value that ``shard_map`` knows to be replicated is summed over
+    the axis behind the scenes; a mean on top would then be wrong by the number of replicas.
+    """
+    if axis_name is None or axis_name not in jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+
+    def vary(x: jax.Array) -> jax.Array:
+        try:
+            return lax.pcast(x, axis_name, to="varying")
+        except ValueError:  # it varies already
+            return x
+
+    return jax.tree.map(vary, tree)
+
+
+def _vary_like(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Marked as differing between the replicas of a ``shard_map`` between which ``like`` does."""
+    kind = getattr(like, "manual_axis_type", None)
+    varying = getattr(like, "vma", None) if kind is None else kind.varying
+    for axis_name in varying or ():
+        x = vary_over(x, axis_name)
+    return x
 
 
 def _zero_after(tree: PyTree) -> jax.Array:

@@ -21,7 +21,7 @@ from jax import lax
 from jax.tree_util import Partial
 
 from optax_accel._arguments import check_integer
-from optax_accel.accumulation import mean_over_micro_batches
+from optax_accel.accumulation import mean_over_micro_batches, vary_over
 
 PyTree = Any
 ValueFn = Callable[..., jax.Array]
@@ -300,9 +300,7 @@ class Objective:
 
             return carry, wrap(of_first)(*first)
 
-        return mean_over_micro_batches(
-            of_part, micro.batch, micro.number, unroll=micro.unroll, vary=self._vary
-        )[1]
+        return mean_over_micro_batches(of_part, micro.batch, micro.number, unroll=micro.unroll)[1]
 
     def __call__(self, params: PyTree, **kwargs: Any) -> jax.Array:
         """The loss at ``params``: a scalar, the mean over replicas when ``axis_name`` is set."""
@@ -518,24 +516,6 @@ def congruence(
 ) -> PyTree:
     """``J^T M J`` times a vector, from the linear functions ``J`` and ``M``."""
     return jax.linear_transpose(push, params)(middle(push(vector)))[0]
-
-
-def vary_over(tree: PyTree, axis_name: str | None) -> PyTree:
-    """Marks replicated values as differing between the replicas of a ``shard_map`` axis.
-
-    The gradient with respect to a value that ``shard_map`` knows to be replicated is summed over
-    the axis behind the scenes; a mean on top would then be wrong by the number of replicas.
-    """
-    if axis_name is None or axis_name not in jax.sharding.get_abstract_mesh().manual_axes:
-        return tree
-
-    def vary(x: jax.Array) -> jax.Array:
-        try:
-            return lax.pcast(x, axis_name, to="varying")
-        except ValueError:  # it varies already
-            return x
-
-    return jax.tree.map(vary, tree)
 
 
 def as_objective(

@@ -575,7 +575,7 @@ def test_micro_batches_in_parallel(mlp, mode, number):
 def test_micro_batches_of_workers(norm_dropout):
     graphdef, params, rest = norm_dropout
     x, y = make_batch(24)
-    tx = extra(optax.sgd(0.1))
+    tx = oa.extrap_sgd(0.1, 0.05)  # evaluates each worker's own loss
 
     def step(state, batch, curvature, *, refresh, axis_name):
         del curvature, refresh
