@@ -289,6 +289,114 @@ def test_augmented_run_resumes_bit_by_bit(runs):
     assert untimed(runs / "other") == expected
 
 
+EVERYTHING = ["--method", "extrap_sgd", "--accumulate", "4", "--precision", "f16", "--ema", "0.9"]
+EVERYTHING += ["--weight-decay", "0.01", "--clip", "1.0"]
+
+
+def test_run_with_everything_resumes_bit_by_bit(runs, capsys):
+    quick = [*QUICK, "--runs-dir", str(runs), *EVERYTHING, "--checkpoint-every", "6"]
+    assert train.main([*quick, "--name", "run"]) == 0
+    # The scale and the averages are in the checkpoint.
+    expected, again = resumed(runs, "run", 12)
+    assert again == expected
+    assert {row["loss_scale"] for row in expected} == {2**16}
+    config = json.loads((runs / "run" / "config.json").read_text())["run"]
+    assert (config["accumulate"], config["precision"], config["clip"]) == (4, "f16", 1.0)
+    assert (config["value_fn_precision"], config["weight_decay"], config["ema"]) == (
+        "f32",
+        0.01,
+        0.9,
+    )
+    capsys.readouterr()
+    for change in (["--accumulate", "2"], ["--precision", "bf16"], ["--ema", "0.5"]):
+        assert train.main([*quick, "--name", "run", "--resume", *change]) == 2
+        name = change[0].removeprefix("--")
+        assert f"a run with {name} " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["jit", "fsdp", "pmap", "shard_map"])
+def test_everything_in_parallel(runs, mode):
+    quick = [*QUICK, "--runs-dir", str(runs), *EVERYTHING]
+    assert train.main([*quick, "--name", "one"]) == 0
+    assert train.main([*quick, "--name", mode, "--parallel", mode, "--devices", "4"]) == 0
+    for row, expected in zip(rows(runs / mode), rows(runs / "one"), strict=True):
+        # Sums in another order round to other float16 numbers.
+        np.testing.assert_allclose(row["loss"], expected["loss"], rtol=2e-3)
+        if "validation_loss" in expected:
+            np.testing.assert_allclose(
+                row["validation_loss"], expected["validation_loss"], rtol=2e-3
+            )
+
+
+def test_micro_batches_change_no_number(runs):
+    """Of a method that evaluates the loss itself, too."""
+    quick = [*QUICK, "--runs-dir", str(runs), "--method", "extrap_sgd", "--ema", "0.5"]
+    for name, number in (("whole", "1"), ("parts", "5")):
+        assert train.main([*quick, "--name", name, "--accumulate", number]) == 0
+    for row, expected in zip(rows(runs / "parts"), rows(runs / "whole"), strict=True):
+        for name in ("loss", "validation_loss"):
+            if name in expected:
+                np.testing.assert_allclose(row[name], expected[name], rtol=1e-5)
+
+
+def test_averages_are_what_is_evaluated(runs):
+    quick = [*QUICK, "--runs-dir", str(runs)]
+    assert train.main([*quick, "--name", "plain"]) == 0
+    assert train.main([*quick, "--name", "ema", "--ema", "0.999"]) == 0
+    plain, averaged = rows(runs / "plain"), rows(runs / "ema")
+    assert [row["loss"] for row in averaged] == [row["loss"] for row in plain]
+    # The mean over the run lags behind its end.
+    assert averaged[-1]["validation_loss"] > plain[-1]["validation_loss"] + 0.05
+    results = [json.loads((runs / n / "result.json").read_text()) for n in ("plain", "ema")]
+    assert results[1]["test_loss"] > results[0]["test_loss"] + 0.05
+
+
+def test_profile(runs, capsys):
+    quick = [*QUICK, "--runs-dir", str(runs), "--name", "run", "--profile"]
+    assert train.main(quick) == 0
+    out = capsys.readouterr().out
+    (trace,) = (runs / "run" / "profile").rglob("perfetto_trace.json.gz")
+    assert list(trace.parent.glob("*.xplane.pb"))  # what TensorBoard reads
+    recorded = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    # Steps 10 and 11, of 12.
+    assert sum(event.get("name") == "train" for event in recorded) == 2
+    assert "profile: " not in out  # fewer steps than it would have recorded
+    assert "profile" not in json.loads((runs / "run" / "config.json").read_text())["run"]
+
+
+@pytest.mark.parametrize(("model", "loops"), [("mlp", True), ("cnn", False)])
+def test_convolutions_are_not_put_into_loops_on_a_cpu(model, loops):
+    plan = train.resolve(train.Options(model=model, devices=1, accumulate=4))
+    program = train.build(plan)
+    state = jax.eval_shape(program.make_state)
+    x, y = (part[: plan.batch_size] for part in (plan.task.train.x, plan.task.train.y))
+    text = program.runner.lower(state, {"x": x, "y": y}).as_text()
+    assert ("stablehlo.while" in text) == loops
+
+
+def test_precision_of_what_the_method_evaluates():
+    """A network in bfloat16: gradients elsewhere and products are float32's, unless asked."""
+
+    def half_products(value_fn_precision):
+        options = train.Options(
+            method="extrap_sgd",
+            devices=1,
+            precision="bf16",
+            value_fn_precision=value_fn_precision,
+        )
+        plan = train.resolve(options)
+        program = train.build(plan)
+        x, y = (part[: plan.batch_size] for part in (plan.task.train.x, plan.task.train.y))
+        state = jax.eval_shape(program.make_state)
+        text = program.runner.lower(state, {"x": x, "y": y}).as_text()
+        return sum("dot_general" in line and "bf16" in line for line in text.splitlines())
+
+    once = half_products("f32")
+    assert once > 0
+    assert half_products("bf16") == 2 * once
+
+
 def test_early_stopping(runs, monkeypatch, capsys):
     losses = iter([3.0, 2.0, 2.5, 2.0, 2.5, 1.0, math.nan, 1.5, 9.0])
 
