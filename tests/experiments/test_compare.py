@@ -182,7 +182,7 @@ def test_memory_counts_activations() -> None:
         (["--methods", "sgd,adam,sgd"], ["sgd more than once"]),
         (["--task", "digit"], ["'digit'", "digits", "cifar10"]),
         (["--model", "mlpp"], ["'mlpp'", "mlp", "resnet20"]),
-        (["--model", "transformer"], ["needs vocabulary_size", "mlp, cnn, resnet20"]),
+        (["--model", "transformer"], ["needs vocabulary_size", "number of different token ids"]),
         (["--loss", "hinge"], ["'hinge'", "cross_entropy", "mse"]),
         (["--epoch-count", "3"], ["--epoch-count", "--epochs", "--seeds"]),
         (["--seeds", "0"], ["--seeds", "positive", "0"]),
