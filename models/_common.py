@@ -126,7 +126,12 @@ def normalization(
         "rngs": rngs,
     }
     if norm == "batch":
-        return nnx.BatchNorm(width, momentum=momentum, axis_name=axis_name, **options)
+        layer = nnx.BatchNorm(width, momentum=momentum, axis_name=axis_name, **options)
+        # Flax keeps running averages in float32, and warns when it rounds wider ones to that.
+        kept = jnp.promote_types(jnp.float32, param_dtype)
+        layer.mean = nnx.BatchStat(jnp.zeros(width, kept))
+        layer.var = nnx.BatchStat(jnp.ones(width, kept))
+        return layer
     if norm == "layer":
         return nnx.LayerNorm(width, **options)
     if norm == "group":
@@ -280,9 +285,20 @@ def normalize_weights(model: nnx.Module) -> None:
 
 
 def halve_by_maximum(x: jax.Array) -> jax.Array:
-    """Maximum over 2x2 blocks. On a CPU its gradient is twice as fast as that of nnx.max_pool."""
+    """Maximum over 2x2 blocks; among equal values the first gets the gradient.
+
+    On a CPU its gradient is twice as fast as that of nnx.max_pool. It is not that of `jnp.max`,
+    which looks for what equals the maximum: where XLA computes an input twice, in two fusions that
+    round differently, nothing does, and the gradient is NaN or wrong.
+    """
     n, height, width, channels = x.shape
-    return x.reshape(n, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
+    x = x.reshape(n, height // 2, 2, width // 2, 2, channels)
+    x = _larger(x[:, :, 0], x[:, :, 1])
+    return _larger(x[:, :, :, 0], x[:, :, :, 1])
+
+
+def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.where((a >= b) | jnp.isnan(a), a, b)
 
 
 def round_channels(width: float) -> int:

@@ -50,6 +50,26 @@ def test_statistics_are_in_float32(norm):
     np.testing.assert_allclose(low.astype(jnp.float32), make(norm, 64)(x * 1.0), atol=0.02)
 
 
+def test_maximum_of_blocks_and_its_gradient():
+    x = jnp.array([[3.0, 3.0, 1.0, 2.0], [0.0, 1.0, jnp.nan, 5.0]])[None, :, :, None]
+    x = jnp.concatenate([x, 4.0 + x[:, ::-1]], axis=-1)
+    out, back = jax.vjp(_common.halve_by_maximum, x)
+    np.testing.assert_array_equal(out[0, 0], [[3, 7], [np.nan, np.nan]])
+    (slope,) = back(jnp.ones_like(out))
+    # One of each block gets all of it, of equal ones the first.
+    np.testing.assert_array_equal(slope[0, :, :, 0], [[1, 0, 0, 0], [0, 0, 1, 0]])
+    np.testing.assert_array_equal(slope[0, :, :, 1], [[0, 0, 1, 0], [1, 0, 0, 0]])
+
+
+def test_running_averages_are_in_float32_or_wider(x64):
+    for kind, kept in (("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64")):
+        layer = make("batch", 3, param_dtype=kind)
+        assert {layer.mean.dtype, layer.var.dtype} == {jnp.dtype(kept)}
+        assert layer.scale.dtype == kind
+    layer(jnp.ones((4, 3)))
+    assert layer.mean.dtype == jnp.float64
+
+
 def test_no_normalization_is_the_identity_and_unknown_ones_are_refused():
     x = jnp.arange(6.0)
     np.testing.assert_array_equal(make(None, 6)(x), x)

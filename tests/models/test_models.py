@@ -308,3 +308,35 @@ def test_batch_normalization(name):
     np.testing.assert_allclose(model(x), before, rtol=1e-3, atol=1e-3)
     statistics = jax.tree.leaves(nnx.state(model, nnx.BatchStat))
     assert len(statistics) == 2 * (2 if name == "cnn" else len(model.norms))
+
+
+@pytest.mark.slow
+def test_second_derivatives_in_double_precision(tiny, x64):
+    """Central differences of gradients: one rounding to float32 on the way would show."""
+    graphdef, params, rest = nnx.split(tiny.create(param_dtype="float64"), nnx.Param, ...)
+    params, rest = nnx.as_pure(params), nnx.as_pure(rest)
+    x = tiny.examples(3)
+    x = x.astype(jnp.float64) if tiny.num_tokens is None else x
+    # Away from the start, where a classifier may be zero.
+    keys = iter(jax.random.split(jax.random.key(1), 2 * len(jax.tree.leaves(params))))
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), params)
+    vector = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), params)
+
+    def loss(params):
+        logits = nnx.merge(graphdef, params, rest, copy=True)(x)
+        return jnp.sum(jnp.sin(logits + jnp.arange(logits.size).reshape(logits.shape)))
+
+    gradient = jax.jit(jax.grad(loss))
+    product = jax.jit(lambda p, v: jax.jvp(jax.grad(loss), (p,), (v,))[1])(params, vector)
+    step = 1e-8  # so small that hardly a relu changes sides
+    ahead, behind = (
+        gradient(jax.tree.map(lambda p, v, s=sign: p + s * step * v, params, vector))
+        for sign in (1, -1)
+    )
+    difference = jax.tree.map(lambda a, b: (a - b) / (2 * step), ahead, behind)
+    exact, close = (
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+        for tree in (product, difference)
+    )
+    assert exact.dtype == np.float64
+    np.testing.assert_allclose(exact, close, rtol=1e-3, atol=1e-4 * abs(exact).max())
