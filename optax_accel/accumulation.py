@@ -10,8 +10,17 @@ model.
 
 Neither ``optax.MultiSteps`` nor ``optax.microbatching`` is underneath.  The first keeps a second
 gradient between its calls and runs the inner update at each of them, curvature included.  The
-second does not take parts of unequal size, nor a state, and its loop cannot be unrolled, which
-convolutions on a CPU need.
+second does not take parts of unequal size, nor a state, copies the batch, and its loop cannot be
+unrolled, which convolutions on a CPU need.  Memory for intermediate results and time of a step with
+8 parts, as shares of the whole batch's, on two CPU cores:
+
+============================  ==========  =================  ==============
+network, examples             this        ``microbatching``  ``MultiSteps``
+============================  ==========  =================  ==============
+ViT-Ti, 32 x 32 pixels, 64    0.09, 0.57  0.09, 0.69         0.14, 0.60
+MLP, 3,072 inputs, 4,096      0.68, 0.73  10.2, 1.65         1.48, 0.95
+CNN, 128; here unrolled       0.13, 0.40  0.13, 10.5         0.11, 9.8
+============================  ==========  =================  ==============
 """
 
 from __future__ import annotations
