@@ -180,8 +180,8 @@ DEFAULTS: Mapping[str, Defaults] = MappingProxyType(
         "cifar10_5k": Defaults("cnn", 0.50),
         "cifar100": Defaults("resnet20", 0.45),
         "imagenet_folder": Defaults("resnet18"),
-        "sst2": Defaults("transformer", 0.68),
-        "sst2_1k": Defaults("transformer", 0.58),
+        "sst2": Defaults("transformer", 0.68, method="adam", learning_rate=0.0003),
+        "sst2_1k": Defaults("transformer", 0.58, method="adam", learning_rate=0.0003),
         "wikitext2": Defaults(
             "lstm_lm",
             kind="language",
