@@ -1,8 +1,10 @@
-"""What gradient accumulation costs: memory and time of a step, measured in one run.
+"""What a training step costs, in memory and time, and what gradient accumulation makes of that.
 
     python -m experiments.step_cost --model cnn --batch-size 128 --accumulate 8
+    python -m experiments.step_cost --model resnet20 --only plain,whole --rounds 30
 
-Compares the gradient of a whole batch with the same gradient over micro-batches: by
+Compares the step of `train` on a whole batch ("whole") with the shortest that a person would write
+with Flax and Optax ("plain"), and with the same step over micro-batches: by
 `optax_accel.mean_over_micro_batches` in a loop and written out, by `optax.microbatching`, and by
 `optax.MultiSteps`, whose update is called once for each. The memory is what XLA plans for
 intermediate results ("temp"); times are medians of interleaved rounds.
@@ -22,8 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
 import models
 from experiments import cli, engine, train
@@ -74,10 +74,10 @@ def measure(
     return costs
 
 
-def accumulations(
+def ways(
     graphdef: nnx.GraphDef[Any], tx: optax.GradientTransformation, number: int
 ) -> dict[str, Callable[..., Any]]:
-    """Ways to make one step on a batch: functions ``(state, x, y) -> state``.
+    """Ways to make one step on a batch: functions ``(state, x, y) -> (state, metrics)``.
 
     Args:
       graphdef: static part of the model.
@@ -85,12 +85,22 @@ def accumulations(
       number: of micro-batches.
 
     Returns:
-      ``whole``; ``loop`` and ``unrolled``, ours; ``microbatching`` and ``MultiSteps``, Optax's.
+      ``plain``, written by hand; ``whole``; ``loop`` and ``unrolled``, ours; ``microbatching`` and
+      ``MultiSteps``, Optax's.
     """
     full = optax.with_extra_args_support(tx)
 
     def ours(**options: Any) -> Callable[..., Any]:
-        return lambda state, x, y: engine.train_step(full, graphdef, state, x, y, **options)[0]
+        return lambda state, x, y: engine.train_step(full, graphdef, state, x, y, **options)
+
+    def plain(state: engine.TrainState, x: jax.Array, y: jax.Array) -> Any:
+        def loss(params: PyTree) -> tuple[jax.Array, PyTree]:
+            model = nnx.merge(graphdef, params, state.rest, copy=True)
+            losses = optax.softmax_cross_entropy_with_integer_labels(model(x), y)
+            return losses.mean(), nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param)))
+
+        (value, rest), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        return updated(full, state, grads)._replace(step=state.step + 1, rest=rest), value
 
     def gradient(state: engine.TrainState, x: jax.Array, y: jax.Array) -> PyTree:
         return engine.objective(graphdef, state.rest, x, y).grad(state.params)
@@ -103,12 +113,12 @@ def accumulations(
             params=optax.apply_updates(state.params, updates), opt_state=opt_state
         )
 
-    def microbatching(state: engine.TrainState, x: jax.Array, y: jax.Array) -> engine.TrainState:
+    def microbatching(state: engine.TrainState, x: jax.Array, y: jax.Array) -> Any:
         mean = optax.microbatching.AccumulationType.MEAN
         in_parts = optax.microbatching.microbatch(gradient, (1, 2), len(x) // number, mean)
-        return updated(full, state, in_parts(state, x, y))
+        return updated(full, state, in_parts(state, x, y)), None
 
-    def multi_steps(state: engine.TrainState, x: jax.Array, y: jax.Array) -> engine.TrainState:
+    def multi_steps(state: engine.TrainState, x: jax.Array, y: jax.Array) -> Any:
         micro = optax.MultiSteps(full, number).gradient_transformation()
         inner, state = state.opt_state, state._replace(opt_state=micro.init(state.params))
         state = state._replace(opt_state=state.opt_state._replace(inner_opt_state=inner))
@@ -118,9 +128,10 @@ def accumulations(
             return updated(micro, state, gradient(state, *part)), None
 
         state, _ = jax.lax.scan(one, state, parts)
-        return state._replace(opt_state=state.opt_state.inner_opt_state)
+        return state._replace(opt_state=state.opt_state.inner_opt_state), None
 
     return {
+        "plain": plain,
         "whole": ours(),
         "loop": ours(accumulate=number),
         "unrolled": ours(accumulate=number, unroll=True),
@@ -131,7 +142,7 @@ def accumulations(
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Measure ways to accumulate gradients."""
+    """Measure ways to make one training step."""
 
     model: str = "cnn"
     """Model that classifies images; an unknown name lists all."""
@@ -146,7 +157,7 @@ class Options:
     precision: str = "f32"
     """f32, bf16 or f16."""
     only: str = ""
-    """Some of whole,loop,unrolled,microbatching,MultiSteps; default: all."""
+    """Some of plain,whole,loop,unrolled,microbatching,MultiSteps; default: all."""
     rounds: int = 5
     """Timed steps of each."""
 
@@ -176,7 +187,7 @@ def run(options: Options) -> dict[str, Cost]:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(options.batch_size, *shape)), jnp.float32)
     y = jnp.arange(options.batch_size) % 10
     tx = optax.adam(1e-3)
-    programs = accumulations(graphdef, tx, options.accumulate)
+    programs = ways(graphdef, tx, options.accumulate)
     names = options.only.split(",") if options.only else tuple(programs)
     for name in names:
         cli.check_known("way", name, tuple(programs))
@@ -192,9 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    table = Table(title=f"{options.model}, {options.batch_size} in {options.accumulate}")
-    for column in ("way", "temp MB", "of whole", "ms", "of whole"):
-        table.add_column(column, justify="left" if column == "way" else "right")
+    title = f"{options.model}, {options.batch_size} in {options.accumulate}"
+    table = cli.table(["way", "temp MB", "of whole", "ms", "of whole"], title)
     whole = costs.get("whole")
     for name, cost in costs.items():
         table.add_row(
@@ -204,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{1e3 * cost.seconds:.1f}",
             f"{cost.seconds / whole.seconds:.2f}" if whole else "",
         )
-    Console(width=100).print(table)
+    cli.console(100).print(table)
     return 0
 
 

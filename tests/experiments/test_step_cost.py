@@ -1,4 +1,4 @@
-"""The measurement of gradient accumulation."""
+"""The measurement of training steps."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def test_all_ways_make_the_same_step():
     tx = optax.adam(0.1)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(12, 4, 4, 1)), jnp.float32)
     y = jnp.arange(12) % 3
-    ways = step_cost.accumulations(graphdef, tx, 4)
+    ways = step_cost.ways(graphdef, tx, 4)
     found = {
-        name: quick_jit(way)(engine.init_state(tx, params, rest), x, y)
+        name: quick_jit(way)(engine.init_state(tx, params, rest), x, y)[0]
         for name, way in ways.items()
     }
-    assert list(found) == ["whole", "loop", "unrolled", "microbatching", "MultiSteps"]
+    assert list(found) == ["plain", "whole", "loop", "unrolled", "microbatching", "MultiSteps"]
     for state in found.values():
         tree_allclose(
             (state.params, state.opt_state), (found["whole"].params, found["whole"].opt_state)
@@ -49,7 +49,7 @@ def test_command(capsys):
         ("--model foo", "unknown model 'foo'"),
         ("--precision f8", "unknown precision 'f8'"),
         ("--batch-size 15", "--batch-size 15 is no multiple of --accumulate 4"),
-        ("--only foo", "unknown way 'foo'; valid: whole, loop"),
+        ("--only foo", "unknown way 'foo'; valid: plain, whole, loop"),
         ("--model-options 3", "--model-options is a JSON object"),
     ],
 )
