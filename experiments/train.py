@@ -9,7 +9,7 @@ number of devices: up to rounding). Its folder, `runs/<name>/`, holds what `expe
 lists, and
 
     checkpoints/            the latest checkpoints
-    result.json             loss and accuracy on the test split, at the end
+    result.json             scores of the test split, at the end
 
 SIGTERM, with which clusters announce that they take a machine back, saves a checkpoint and ends the
 run with exit code 0; Ctrl-C does the same with exit code 130. Of several processes (see

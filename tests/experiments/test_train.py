@@ -456,6 +456,49 @@ def test_other_tasks(runs, tmp_path, task, write, options, scores):
         )
 
 
+def test_evaluation_batches_are_small_where_inputs_or_outputs_are_large():
+    digits = data.load_task("digits")
+    assert train.evaluation_batch(digits) == 1000
+    tokens = np.zeros((9, 35), np.int32)
+    words = dataclasses.replace(
+        digits, train=data.Split(tokens, tokens), num_classes=0, vocabulary_size=33_278
+    )
+    assert train.evaluation_batch(words) == 28
+    pictures = data.Split(np.zeros((1, 224, 224, 3), np.float32), np.zeros(1, np.int32))
+    assert train.evaluation_batch(dataclasses.replace(digits, train=pictures)) == 27
+    pictures = data.Split(np.zeros((1, 3000, 3000, 1), np.float32), np.zeros(1, np.int32))
+    assert train.evaluation_batch(dataclasses.replace(digits, train=pictures)) == 1
+
+
+def test_scores_are_means_over_the_labels_that_count(monkeypatch):
+    monkeypatch.setattr(train, "EVALUATION_BATCH", 4)  # of ten rows: two whole batches and a half
+    program = train.build(train.resolve(train.Options(devices=1)))
+    state = program.runner.init(program.make_state)
+    rng = np.random.default_rng(0)
+    losses = rng.random((10, 5), np.float32)
+    y = rng.integers(-1, 2, (10, 5)).astype(np.int32)
+    split = data.Split(losses, y)
+    task = dataclasses.replace(
+        data.load_task("digits"), name="multi30k", train=split, num_classes=0, vocabulary_size=9
+    )
+
+    def compiled(params, rest, x, y):
+        counted = y >= 0
+        values = (x * counted, (x > 0.5) & counted, counted)
+        names = ("loss", "accuracy", "counted")
+        return {name: jnp.mean(value) for name, value in zip(names, values, strict=True)}
+
+    scores = train.evaluate(compiled, program.runner, state, task, split)
+    loss = losses[y >= 0].mean()
+    np.testing.assert_allclose(scores["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(scores["accuracy"], (losses[y >= 0] > 0.5).mean(), rtol=1e-5)
+    np.testing.assert_allclose(scores["perplexity"], np.exp(loss), rtol=1e-5)
+    # Of a task without language there is no perplexity.
+    task = dataclasses.replace(task, name="segmentation")
+    scores = train.evaluate(compiled, program.runner, state, task, split)
+    assert set(scores) == {"loss", "accuracy"}
+
+
 FOLDER = ["--task", "imagenet_folder", "--image-size", "8", "--model", "mlp"]
 FOLDER += ["--model-options", '{"hidden_sizes": [8]}', "--batch-size", "4", "--devices", "1"]
 
