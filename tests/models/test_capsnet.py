@@ -98,6 +98,7 @@ def test_losses_are_their_formulas():
     np.testing.assert_allclose(loss, [0, 0.0005 * 36], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_by_the_margin_loss():
     options = CAPSNET | {"length_scale": 1.0}
     model = models.CapsNet(**options, input_shape=(8, 8, 1), num_classes=2)

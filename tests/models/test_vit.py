@@ -45,12 +45,11 @@ def open_head(model):
 
 
 def test_patches_are_those_of_a_strided_convolution():
-    model = tiny()
     x = jax.random.normal(jax.random.key(0), (2, 8, 12, 2))
-    kernel = model.patches.kernel[...].reshape(4, 4, 2, 8)
+    kernel = jax.random.normal(jax.random.key(1), (4, 4, 2, 8))
     axes = ("NHWC", "HWIO", "NHWC")
     convolved = jax.lax.conv_general_dilated(x, kernel, (4, 4), "VALID", dimension_numbers=axes)
-    tokens = model.patches(_cut(x, 4))
+    tokens = _cut(x, 4) @ kernel.reshape(32, 8)
     assert tokens.shape == (2, 6, 8)
     np.testing.assert_allclose(tokens, convolved.reshape(2, 6, 8), rtol=1e-4, atol=1e-5)
 
@@ -85,14 +84,20 @@ def test_pools():
 
 
 def test_start():
-    model = tiny(embedding_size=64, num_heads=4)
-    assert (forward(model, jnp.ones((1, 8, 12, 2))) == 0).all()
-    layer = model.layers[0]
+    @jax.jit  # of what is not returned nothing is computed
+    def start():
+        model = tiny(embedding_size=64, num_heads=4)
+        layer = model.layers[0]
+        parts = layer.attention.projection.kernel, model.patches.kernel, model.positions
+        return *(part[...] for part in parts), layer.linear1.bias[...], model.linear.kernel[...]
+
+    projection, patches, positions, bias, classifier = start()
     bound = (6 / 128) ** 0.5
-    assert 0.98 * bound < abs(layer.attention.projection.kernel[...]).max() <= bound
-    np.testing.assert_allclose(model.patches.kernel[...].std(), 32**-0.5, rtol=0.05)
-    np.testing.assert_allclose(model.positions[...].std(), 0.02, rtol=0.1)
-    assert 0 < abs(layer.linear1.bias[...]).max() < 1e-5
+    assert 0.98 * bound < abs(projection).max() <= bound
+    np.testing.assert_allclose(patches.std(), 32**-0.5, rtol=0.05)
+    np.testing.assert_allclose(positions.std(), 0.02, rtol=0.1)
+    assert 0 < abs(bias).max() < 1e-5
+    assert (classifier == 0).all()
 
 
 def test_dropout_double_precision_and_wrong_options(x64):
