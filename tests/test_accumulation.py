@@ -168,6 +168,7 @@ def test_a_sharded_batch_stays_where_it_is():
         tree_allclose(run(params, x, y), WHOLE.grad(PARAMS), rtol=2e-6)
 
 
+@SLOW
 def test_vmap_over_parameters():
     many = block_of(PARAMS)
     for unroll in (False, True):

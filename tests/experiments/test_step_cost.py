@@ -35,6 +35,7 @@ def test_all_ways_make_the_same_step():
         assert jax.tree.all(jax.tree.map(lambda a, b: (a != b).any(), state.params, params))
 
 
+@pytest.mark.slow
 def test_command(capsys):
     assert step_cost.main([*SMALL, "--rounds", "1", "--only", "loop"]) == 0
     out = capsys.readouterr().out

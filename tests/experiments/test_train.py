@@ -315,7 +315,7 @@ def test_run_with_everything_resumes_bit_by_bit(runs, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["jit", "fsdp", "pmap", "shard_map"])
+@pytest.mark.parametrize("mode", ["fsdp", "pmap", "shard_map"])
 def test_everything_in_parallel(runs, mode):
     quick = [*QUICK, "--runs-dir", str(runs), *EVERYTHING]
     assert train.main([*quick, "--name", "one"]) == 0
@@ -329,6 +329,7 @@ def test_everything_in_parallel(runs, mode):
             )
 
 
+@pytest.mark.slow
 def test_micro_batches_change_no_number(runs):
     """Of a method that evaluates the loss itself, too."""
     quick = [*QUICK, "--runs-dir", str(runs), "--method", "extrap_sgd", "--ema", "0.5"]
