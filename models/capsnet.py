@@ -39,10 +39,11 @@ class CapsNet(nnx.Module):
     either loss; add `reconstruction_loss`, or leave it out by `reconstruction=False`.
 
     Example:
+        >>> import jax
         >>> import jax.numpy as jnp
-        >>> options = {"channels": 4, "capsule_types": 2, "kernel_size": 3, "reconstruction": False}
-        >>> model = CapsNet(input_shape=(8, 8, 1), num_classes=10, **options)
-        >>> model(jnp.ones((2, 8, 8, 1))).shape
+        >>> def lengths(x):
+        ...     return CapsNet(input_shape=(28, 28, 1), num_classes=10)(x)
+        >>> jax.eval_shape(lengths, jnp.ones((2, 28, 28, 1))).shape  # without computing anything
         (2, 10)
 
     Args:

@@ -50,10 +50,12 @@ class EfficientNet(nnx.Module):
     pads strided ones ("SAME") on one side more than on the other, so that its outputs are shifted.
 
     Example:
+        >>> import jax
         >>> import jax.numpy as jnp
-        >>> options = {"stages": [(2, 3, 1, 8, 1)], "dropout_rate": 0.0, "drop_path_rate": 0.0}
-        >>> model = EfficientNet(input_shape=(8, 8, 3), num_classes=10, **options)
-        >>> model(jnp.ones((2, 8, 8, 3))).shape
+        >>> options = {"stages": [(1, 3, 1, 16, 1), (6, 3, 2, 24, 2)], "small_images": True}
+        >>> def logits(x):
+        ...     return EfficientNet(input_shape=(32, 32, 3), num_classes=10, **options)(x)
+        >>> jax.eval_shape(logits, jnp.ones((2, 32, 32, 3))).shape  # without computing anything
         (2, 10)
 
     Args:

@@ -41,10 +41,12 @@ class MobileNetV2(nnx.Module):
     convolutions. With 1,000 classes there are 3,504,872 parameters (torchvision's documentation).
 
     Example:
+        >>> import jax
         >>> import jax.numpy as jnp
-        >>> options = {"stages": [(2, 8, 2, 1)], "dropout_rate": 0.0, "small_images": True}
-        >>> model = MobileNetV2(input_shape=(8, 8, 3), num_classes=10, **options)
-        >>> model(jnp.ones((2, 8, 8, 3))).shape
+        >>> options = {"stages": [(1, 16, 1, 1), (6, 24, 2, 2)], "small_images": True}
+        >>> def logits(x):
+        ...     return MobileNetV2(input_shape=(32, 32, 3), num_classes=10, **options)(x)
+        >>> jax.eval_shape(logits, jnp.ones((2, 32, 32, 3))).shape  # without computing anything
         (2, 10)
 
     Args:

@@ -26,9 +26,11 @@ class CifarResNet(nnx.Module):
     does by default.
 
     Example:
+        >>> import jax
         >>> import jax.numpy as jnp
-        >>> model = CifarResNet(input_shape=(8, 8, 3), num_classes=10, depth=8, width=4)
-        >>> model(jnp.ones((2, 8, 8, 3))).shape
+        >>> def logits(x):
+        ...     return CifarResNet(input_shape=(32, 32, 3), num_classes=10, depth=20)(x)
+        >>> jax.eval_shape(logits, jnp.ones((2, 32, 32, 3))).shape  # without computing anything
         (2, 10)
 
     Args:
@@ -130,11 +132,12 @@ class ResNet(nnx.Module):
     60,192,808 parameters (torchvision's documentation).
 
     Example:
+        >>> import jax
         >>> import jax.numpy as jnp
-        >>> options = {"depth": 10, "width": 4, "small_images": True}
-        >>> model = ResNet(input_shape=(8, 8, 3), num_classes=10, **options)
-        >>> model(jnp.ones((2, 8, 8, 3))).shape
-        (2, 10)
+        >>> def logits(x):
+        ...     return ResNet(input_shape=(224, 224, 3), num_classes=1000, depth=18)(x)
+        >>> jax.eval_shape(logits, jnp.ones((2, 224, 224, 3))).shape  # without computing anything
+        (2, 1000)
 
     Args:
         input_shape: (height, width, channels) of one example; 224 x 224 in the paper. The last

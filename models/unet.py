@@ -22,10 +22,12 @@ class UNet(nnx.Module):
     and two classes there are 31,030,658 parameters (computed from the layers of the figure).
 
     Example:
+        >>> import jax
         >>> import jax.numpy as jnp
-        >>> model = UNet(input_shape=(8, 8, 1), num_classes=2, width=2, depth=1)
-        >>> model(jnp.ones((3, 8, 8, 1))).shape
-        (3, 8, 8, 2)
+        >>> def logits(x):
+        ...     return UNet(input_shape=(128, 128, 1), num_classes=2)(x)
+        >>> jax.eval_shape(logits, jnp.ones((3, 128, 128, 1))).shape  # without computing anything
+        (3, 128, 128, 2)
 
     Args:
         input_shape: (height, width, channels) of one example; with "same" padding height and width

@@ -32,11 +32,12 @@ class Vgg(nnx.Module):
     no hidden layer at all (K. Liu, pytorch-cifar), is `vgg16_bn` with `hidden_sizes=()`.
 
     Example:
+        >>> import jax
         >>> import jax.numpy as jnp
-        >>> options = {"depth": 11, "width": 2, "hidden_sizes": (8,), "dropout_rate": 0.0}
-        >>> model = Vgg(input_shape=(32, 32, 3), num_classes=10, **options)
-        >>> model(jnp.ones((2, 32, 32, 3))).shape
-        (2, 10)
+        >>> def logits(x):
+        ...     return Vgg(input_shape=(224, 224, 3), num_classes=1000, depth=11)(x)
+        >>> jax.eval_shape(logits, jnp.ones((2, 224, 224, 3))).shape  # without computing anything
+        (2, 1000)
 
     Args:
         input_shape: (height, width, channels) of one example; height and width multiples of 32, 224

@@ -29,10 +29,11 @@ class Vit(nnx.Module):
     second step on.
 
     Example:
+        >>> import jax
         >>> import jax.numpy as jnp
-        >>> sizes = {"embedding_size": 8, "num_layers": 1, "num_heads": 2, "feedforward_size": 16}
-        >>> model = Vit(input_shape=(8, 8, 3), num_classes=10, patch_size=4, **sizes)
-        >>> model(jnp.ones((2, 8, 8, 3))).shape
+        >>> def logits(x):
+        ...     return Vit(input_shape=(32, 32, 3), num_classes=10, patch_size=4, num_layers=2)(x)
+        >>> jax.eval_shape(logits, jnp.ones((2, 32, 32, 3))).shape  # without computing anything
         (2, 10)
 
     Args:

@@ -22,10 +22,12 @@ class WideResNet(nnx.Module):
     and WRN-16-8 10,961,370 (computed from the layers), the paper's 36.5 and 11.0 million (table 4).
 
     Example:
+        >>> import jax
         >>> import jax.numpy as jnp
-        >>> options = {"depth": 10, "widening_factor": 1, "width": 4}
-        >>> model = WideResNet(input_shape=(8, 8, 3), num_classes=10, **options)
-        >>> model(jnp.ones((2, 8, 8, 3))).shape
+        >>> options = {"depth": 16, "widening_factor": 8}
+        >>> def logits(x):
+        ...     return WideResNet(input_shape=(32, 32, 3), num_classes=10, **options)(x)
+        >>> jax.eval_shape(logits, jnp.ones((2, 32, 32, 3))).shape  # without computing anything
         (2, 10)
 
     Args:
