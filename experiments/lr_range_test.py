@@ -48,11 +48,11 @@ class Options:
     """Find a learning rate: train for a short time while the rate rises."""
 
     task: str = "digits"
-    """Data set: digits, mnist, mnist5k, cifar10, cifar10_5k, sst2 or sst2_1k."""
+    """Data set to classify; an unknown name lists all."""
     data_dir: Path | None = None
     """Folder with the data files; default: OPTAX_ACCEL_DATA. Digits needs none."""
     model: str | None = None
-    """Model: mlp, cnn, resnet20 or transformer; default: the task's own."""
+    """Model; default: the task's own. An unknown name lists all."""
     loss: str = "cross_entropy"
     """Loss: cross_entropy, or mse (half the squared distance to the one-hot label)."""
     method: str = "sgd"

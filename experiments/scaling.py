@@ -57,7 +57,7 @@ class Options:
     data_dir: Path | None = None
     """Folder with the data files; default: OPTAX_ACCEL_DATA. Digits needs none."""
     model: str | None = None
-    """Model: mlp, cnn, resnet20 or transformer; default: the task's own."""
+    """Model; default: the task's own. An unknown name lists all."""
     methods: str | None = None
     """Methods to count, separated by commas; default: all."""
     modes: str = "jit,fsdp,shard_map"

@@ -67,7 +67,7 @@ class Options:
     """Run the survey's comparison again: ranks with intervals, and what holds of its claims."""
 
     task: str = "digits"
-    """Data set of images: digits, mnist, mnist5k, cifar10 or cifar10_5k."""
+    """Data set of images to classify; an unknown name lists all."""
     data_dir: Path | None = None
     """Folder with the data files; default: OPTAX_ACCEL_DATA. Digits needs none."""
     model: str | None = None
