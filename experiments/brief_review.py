@@ -167,6 +167,9 @@ def resolve(options: Options) -> Study:
     accumulate = scale.accumulate if options.accumulate is None else options.accumulate
     if accumulate < 2:
         raise UsageError(f"--accumulate must be at least 2, got {accumulate}")
+    task = data.load_task(options.task, data_dir=options.data_dir)
+    if task.defaults.kind != "classification" or len(task.input_shape) != 3:
+        raise UsageError(f"task {task.name} is no classification of images")
     changes: dict[str, dict[str, Any]] = {
         "baseline": {},
         "accumulation": {"accumulate": accumulate},
@@ -197,8 +200,6 @@ def resolve(options: Options) -> Study:
                 plan = train.resolve(dataclasses.replace(own, **{"prefetch": 0} | changes[variant]))
                 plans[key, variant, seed] = plan
     first = next(iter(plans.values()))
-    if first.task.defaults.kind != "classification" or len(first.task.input_shape) != 3:
-        raise UsageError(f"task {options.task} is no classification of images")
     if first.steps <= WARM_UP:
         raise UsageError(f"--steps must be more than {WARM_UP}, which are not timed")
     differing = {"model", "model_options", "seed", *changes["all"]}  # what differs between the runs
