@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,22 @@ jax.config.update("jax_num_cpu_devices", 8)
 # everything, because Optax's own schedules multiply integer counts by floats: see
 # `strict_dtypes`.)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# Compiled programs are mapped into memory, and Linux allows a process 65,530 mappings by default:
+# beyond, XLA crashes in the middle of a compilation.
+MAPPINGS = Path("/proc/self/maps")
+MOST_MAPPINGS = 30_000
+tests_run = itertools.count(1)
+
+
+def pytest_runtest_teardown() -> None:
+    """Forgets compiled programs now and then, before there are too many."""
+    if next(tests_run) % 50 or not MAPPINGS.exists():
+        return
+    if MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
