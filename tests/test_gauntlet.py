@@ -64,7 +64,10 @@ class Case:
 
 
 # Methods that another one covers here.
-VARIANTS = ("cyclical2_sgd", "exp_range_sgd", "onecycle_cosine_sgd", "amsbound", "weight_norm_adam")
+VARIANTS = (
+    *("cyclical2_sgd", "exp_range_sgd", "onecycle_cosine_sgd"),
+    *("amsbound", "weight_norm_adam", "bulk_sgd_round_robin"),
+)
 
 
 def from_catalogue(name: str) -> Case:

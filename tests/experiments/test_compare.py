@@ -80,6 +80,7 @@ def test_both_methods_start_alike_and_differ_by_seed(here: Path) -> None:
     assert len(set(starts("sgd").values())) == 2
 
 
+@pytest.mark.slow
 def test_curvature_is_counted(here: Path) -> None:
     method = methods.METHODS["bulk_sgd"]
     period = method.refresh_every
@@ -102,6 +103,7 @@ def test_curvature_is_counted(here: Path) -> None:
     assert row["time_relative_to_base"] > 0
 
 
+@pytest.mark.slow
 def test_one_at_a_time_gives_the_same(here: Path) -> None:
     assert run(*TINY, "--name", "together") == 0
     assert run(*TINY, "--name", "alone", "--max-replicas", "1") == 0
@@ -122,6 +124,7 @@ def test_one_at_a_time_gives_the_same(here: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_token_ids_and_another_loss(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replicas, "TIMING_SECONDS", 0.0)
     write_sst2(here, rows=1_000)
@@ -226,6 +229,7 @@ def test_a_method_that_needs_the_objective_says_so() -> None:
         methods.METHODS["kfac"].build(0.1, total_steps=10, num_classes=2)
 
 
+@pytest.mark.slow
 def test_another_configuration_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*TINY, "--name", "a") == 0
     before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}

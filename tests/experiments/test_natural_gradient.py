@@ -140,6 +140,7 @@ def test_autoencoder_of_real_images(data_dir: Path, full: bool) -> None:
 # The command -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compares_on_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--steps", "12", "--settings", "1", "--runs-dir", str(tmp_path), "--name", "tiny"]
     assert run(*arguments) == 0

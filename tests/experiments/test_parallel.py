@@ -118,6 +118,7 @@ def make_run(name, mode, dtype="float32"):
     return {"name": name, "mode": mode, "dtype": dtype, "workers": num_workers(name)}
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_device_and_share_a_nan(tmp_path):
     runs = [
         make_run("sgd", "jit"),

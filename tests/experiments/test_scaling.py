@@ -336,6 +336,7 @@ def test_the_command(tmp_path, capsys):
         assert 0 < low <= median <= high
 
 
+@pytest.mark.slow
 def test_makes_its_devices():
     arguments = ["--methods", "sgd", "--modes", "shard_map", "--rounds", "0", "--devices", "4"]
     command = [sys.executable, "-m", "experiments.scaling", *arguments]

@@ -90,6 +90,7 @@ def test_claims_are_about_contestants() -> None:
         )
 
 
+@pytest.mark.slow
 def test_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert survey.main(TINY) == 0
     out = capsys.readouterr().out

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 TINY = ["--task", "digits", "--steps", "20", "--learning-rate", "0.1", "--directions", "4"]
 
 
+@pytest.mark.slow
 def test_a_tiny_run(tmp_path: Path) -> None:
     """One test, so that only one process has to compile the run."""
     arguments = [*TINY, "--trackers", "block,gradient_every_10,exact", "--repeats", "1"]

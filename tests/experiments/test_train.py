@@ -238,6 +238,7 @@ def test_parallel_modes_train_alike(runs, mode):
     assert train.main(["--runs-dir", str(runs), "--name", mode, "--resume"]) == 0
 
 
+@pytest.mark.slow
 def test_token_ids(runs, tmp_path):
     write_sst2(tmp_path, rows=1_000)
     quick = ["--task", "sst2_1k", "--data-dir", str(tmp_path), "--runs-dir", str(runs)]
@@ -592,6 +593,7 @@ def test_not_finite_can_be_skipped(runs, bad_batch, capsys):
     assert finite_state(runs / "run")
 
 
+@pytest.mark.slow
 def test_not_finite_can_be_rolled_back(runs, bad_batch, capsys):
     arguments = ["--runs-dir", str(runs), *BAD, "run", "--non-finite", "rollback"]
     assert train.main(arguments) == 0
@@ -660,6 +662,7 @@ def test_second_run_in_the_same_folder_is_refused(finished, capsys):
     assert train.main([*resume, "--resume"]) == 0
 
 
+@pytest.mark.slow
 def test_resumed_on_other_devices_it_is_the_same_up_to_rounding(runs, capsys):
     quick = [*QUICK, "--runs-dir", str(runs), "--method", "bulk_sgd", "--checkpoint-every", "6"]
     assert train.main([*quick, "--name", "full"]) == 0
@@ -678,7 +681,9 @@ def test_resumed_on_other_devices_it_is_the_same_up_to_rounding(runs, capsys):
             np.testing.assert_allclose(row["loss"], expected["loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["jit", "shard_map", "pmap"])
+@pytest.mark.parametrize(
+    "mode", ["jit", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("shard_map", "pmap"))]
+)
 def test_workers_with_parameters_of_their_own(runs, mode, capsys):
     quick = ["--runs-dir", str(runs), "--method", "decentlam", "--steps", "12", "--eval-every", "6"]
     one = [*quick, "--devices", "1", "--workers", "4", "--name", "one"]

@@ -10,16 +10,13 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+QUICKSTART, *OTHERS = NOTEBOOKS
 
 
-@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.fixture(params=NOTEBOOKS)
 def notebook(request):
-    return nbformat.read(request.param, as_version=4)
-
-
-def test_there_are_notebooks():
-    assert NOTEBOOKS
+    return nbformat.read(ROOT / "notebooks" / f"{request.param}.ipynb", as_version=4)
 
 
 def test_stored_without_outputs(notebook):
@@ -29,6 +26,11 @@ def test_stored_without_outputs(notebook):
             assert cell.execution_count is None
 
 
+@pytest.mark.parametrize(
+    "notebook",
+    [QUICKSTART, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)],
+    indirect=True,
+)
 def test_runs(notebook, monkeypatch):
     # The kernel is another process: it finds the package as this one does, and warnings are errors
     # in the notebook's own cells.
