@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models import _common
+from models.mobilenet import InvertedResidual
 
 
 class Stage(NamedTuple):
@@ -127,19 +129,23 @@ class EfficientNet(nnx.Module):
         self.norm = layers.norm(width)
         rows = [Stage._make(stage) for stage in stages]
         repeats = [math.ceil(stage.repeats * depth_multiplier) for stage in rows]
-        self.blocks: nnx.List[_Block] = nnx.List()
+        self.blocks: nnx.List[InvertedResidual] = nnx.List()
         for number, stage in enumerate(rows):
             for block in range(repeats[number]):
                 fan_in, width = width, _common.round_channels(stage.channels * width_multiplier)
                 strides = stage.strides if block == 0 and not (small_images and number == 1) else 1
+                hidden = _common.round_channels(fan_in * stage.expansion)
                 self.blocks.append(
-                    _Block(
+                    InvertedResidual(
                         layers,
                         fan_in,
+                        hidden,
                         width,
                         strides,
-                        stage,
-                        drop_path_rate * len(self.blocks) / sum(repeats),
+                        kernel_size=stage.kernel_size,
+                        activation=nnx.silu,
+                        gate=functools.partial(_Gate, width=hidden, squeezed=max(1, fan_in // 4)),
+                        drop_path_rate=drop_path_rate * len(self.blocks) / sum(repeats),
                     )
                 )
         fan_in, width = width, 4 * width
@@ -161,42 +167,6 @@ class EfficientNet(nnx.Module):
             x = block(x)
         x = nnx.silu(self.last_norm(self.last_conv(x)))
         return _common.as_logits(self.linear(self.dropout(x.mean(axis=(1, 2)))))
-
-
-class _Block(nnx.Module):
-    """Expand, filter each channel, weigh the channels, project."""
-
-    def __init__(
-        self,
-        layers: _common.Layers,
-        fan_in: int,
-        fan_out: int,
-        strides: int,
-        stage: Stage,
-        drop_path_rate: float,
-    ):
-        hidden = _common.round_channels(fan_in * stage.expansion)
-        self.expands = hidden != fan_in
-        if self.expands:
-            self.expand = layers.conv(fan_in, hidden, size=1)
-            self.expand_norm = layers.norm(hidden)
-        self.filter = layers.conv(
-            hidden, hidden, stage.kernel_size, strides, feature_group_count=hidden
-        )
-        self.filter_norm = layers.norm(hidden)
-        self.gate = _Gate(layers, hidden, squeezed=max(1, fan_in // 4))
-        self.project = layers.conv(hidden, fan_out, size=1)
-        self.project_norm = layers.norm(fan_out)
-        self.adds = strides == 1 and fan_in == fan_out
-        # One decision for all pixels and channels of an example.
-        rate = drop_path_rate if self.adds else 0.0
-        self.drop_path = layers.dropout(rate, broadcast_dims=(1, 2, 3))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = nnx.silu(self.expand_norm(self.expand(x))) if self.expands else x
-        y = self.gate(nnx.silu(self.filter_norm(self.filter(y))))
-        y = self.project_norm(self.project(y))
-        return x + self.drop_path(y) if self.adds else y
 
 
 class _Gate(nnx.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -104,12 +104,13 @@ class MobileNetV2(nnx.Module):
         width = _common.round_channels(32 * width_multiplier)
         self.conv = layers.conv(self.input_shape[2], width, strides=1 if small_images else 2)
         self.norm = layers.norm(width)
-        self.blocks: nnx.List[_Block] = nnx.List()
+        self.blocks: nnx.List[InvertedResidual] = nnx.List()
         for number, stage in enumerate(map(Stage._make, stages)):
             for block in range(stage.repeats):
                 fan_in, width = width, _common.round_channels(stage.channels * width_multiplier)
                 strides = stage.strides if block == 0 and not (small_images and number == 1) else 1
-                self.blocks.append(_Block(layers, fan_in, width, strides, stage.expansion))
+                hidden = fan_in * stage.expansion
+                self.blocks.append(InvertedResidual(layers, fan_in, hidden, width, strides))
         fan_in, width = width, _common.round_channels(1280 * max(1.0, width_multiplier))
         self.last_conv = layers.conv(fan_in, width, size=1)
         self.last_norm = layers.norm(width)
@@ -131,25 +132,52 @@ class MobileNetV2(nnx.Module):
         return _common.as_logits(self.linear(self.dropout(x.mean(axis=(1, 2)))))
 
 
-class _Block(nnx.Module):
-    """Expand, filter each channel, project; relu6 behind the first two."""
+class InvertedResidual(nnx.Module):
+    """Expand (1x1), filter each channel, project (1x1); the input is added if the shape stays.
+
+    Args:
+        layers: Makes them.
+        fan_in: Channels of the input.
+        hidden: Channels of what is filtered; if they are `fan_in` nothing is expanded.
+        fan_out: Channels of the result.
+        strides: Of the filter.
+        kernel_size: Of the filter.
+        activation: Behind all but the projection.
+        gate: Applied to what is filtered.
+        drop_path_rate: Probability that what would be added is left out for an example.
+    """
 
     def __init__(
-        self, layers: _common.Layers, fan_in: int, fan_out: int, strides: int, expansion: int
+        self,
+        layers: _common.Layers,
+        fan_in: int,
+        hidden: int,
+        fan_out: int,
+        strides: int,
+        *,
+        kernel_size: int = 3,
+        activation: Callable[[jax.Array], jax.Array] = nnx.relu6,
+        gate: Callable[[_common.Layers], Callable[[jax.Array], jax.Array]] | None = None,
+        drop_path_rate: float = 0.0,
     ):
-        hidden = fan_in * expansion
-        if expansion != 1:
+        self.expands = hidden != fan_in
+        if self.expands:
             self.expand = layers.conv(fan_in, hidden, size=1)
             self.expand_norm = layers.norm(hidden)
-        self.filter = layers.conv(hidden, hidden, strides=strides, feature_group_count=hidden)
+        self.filter = layers.conv(hidden, hidden, kernel_size, strides, feature_group_count=hidden)
         self.filter_norm = layers.norm(hidden)
+        self.gate = jax.nn.identity if gate is None else gate(layers)
         self.project = layers.conv(hidden, fan_out, size=1)
         self.project_norm = layers.norm(fan_out)
-        self.expands = expansion != 1
+        self.activation = activation
         self.adds = strides == 1 and fan_in == fan_out
+        # One decision for all pixels and channels of an example.
+        rate = drop_path_rate if self.adds else 0.0
+        self.drop_path = layers.dropout(rate, broadcast_dims=(1, 2, 3))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = nnx.relu6(self.expand_norm(self.expand(x))) if self.expands else x
-        y = nnx.relu6(self.filter_norm(self.filter(y)))
+        """(N, height, width, fan_in) to (N, height / strides, width / strides, fan_out)."""
+        y = self.activation(self.expand_norm(self.expand(x))) if self.expands else x
+        y = self.gate(self.activation(self.filter_norm(self.filter(y))))
         y = self.project_norm(self.project(y))
-        return x + y if self.adds else y
+        return x + self.drop_path(y) if self.adds else y

@@ -8,7 +8,8 @@ from flax import nnx
 
 import models
 from models import _common
-from models.efficientnet import Stage, _Block, _Gate
+from models.efficientnet import _Gate
+from models.mobilenet import InvertedResidual
 from tests.models.test_models import EFFICIENTNET, abstract, abstract_outputs, count, forward
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -61,8 +62,7 @@ def test_gate_is_its_formula():
 
 
 def test_stochastic_depth_leaves_out_whole_branches():
-    stage = Stage(2, 3, 1, 8, 1)
-    block = _Block(_common.Layers(norm="layer"), 8, 8, 1, stage, drop_path_rate=0.5)
+    block = InvertedResidual(_common.Layers(norm="layer"), 8, 16, 8, 1, drop_path_rate=0.5)
     x = jax.random.normal(jax.random.key(0), (64, 3, 3, 8))
     branch = forward(block, x) - x
     block.eval()

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from models import _common
-from models.mobilenet import _Block
+from models.mobilenet import InvertedResidual
 from tests.models.test_models import abstract, abstract_outputs, count, forward
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -48,7 +48,7 @@ def test_pyramid(small, size):
 
 
 def test_a_block_is_its_formula():
-    block = _Block(_common.Layers(norm=None), 2, 2, strides=1, expansion=3)
+    block = InvertedResidual(_common.Layers(norm=None), 2, 6, 2, strides=1)
     x = np.asarray(4 * jax.random.normal(jax.random.key(0), (2, 4, 5, 2)))
 
     def relu6(x):
@@ -70,6 +70,6 @@ def test_the_input_is_added_only_where_the_shape_stays():
     layers = _common.Layers(norm="layer", conv_init=zero)
     x = jax.random.normal(jax.random.key(0), (1, 4, 4, 2))
     for fan_out, strides in ((2, 1), (2, 2), (3, 1)):
-        out = forward(_Block(layers, 2, fan_out, strides, expansion=1), x)
+        out = forward(InvertedResidual(layers, 2, 2, fan_out, strides), x)
         expected = x if (fan_out, strides) == (2, 1) else jnp.zeros(out.shape)
         np.testing.assert_array_equal(out, expected)
