@@ -181,6 +181,7 @@ def test_hessian_free_is_left_out_of_convolutions_in_a_loop() -> None:
         (["--methods", "sgd,lion"], "unknown method 'lion'; valid: sgd, adam, kfac"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--settings", "7"], "--settings must be 1 to 6"),
+        (["--time-factor", "0"], "--time-factor must be positive, got 0"),
         (["--name", "a/b"], "--name must be a plain folder name"),
         (["--problem", "shakespeare_transformer", "--data-dir", "."], "tinyshakespeare.txt"),
         (["--problem", "mnist_autoencoder", "--data-dir", "/nowhere"], "no such folder"),
