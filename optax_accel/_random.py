@@ -37,7 +37,7 @@ def map_with_keys(fn: Callable[[jax.Array, Any], Any], key: jax.Array, tree: PyT
     )
 
 
-def hash_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def hash_bits(key: jax.Array, shape: tuple[int, ...], step: jax.Array | None = None) -> jax.Array:
     """32 pseudo-random bits for every index of an array: uint32 of the given shape.
 
     Each index is hashed with two words drawn from ``key``.  Against ``jax.random.bits`` it costs a
@@ -47,15 +47,30 @@ def hash_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
     The finalizer "lowbias32" (C. Wellons, hash prospector, 2018), with the second key word mixed in
     between its two multiplications, so that masks of two keys are not permutations of each other.
+
+    Args:
+      key: PRNG key.
+      shape: of the result.
+      step: integer scalar that is hashed with the key; it takes the place of ``fold_in`` where that
+        one's loop of rounds would compile longer than everything else here.
     """
-    words = jax.random.bits(key, (2,), jnp.uint32)
+    if step is None:
+        words = jax.random.bits(key, (2,), jnp.uint32)
+    else:
+        word = step.astype(jnp.uint32)
+        for part in jax.random.key_data(key):
+            word = _mix(word ^ part) + np.uint32(0x9E3779B9)  # 2**32 over the golden ratio
+        words = (_mix(word), _mix(word + np.uint32(0x9E3779B9)))
     index = jnp.zeros(shape, jnp.uint32)
     stride = 1
     for axis in reversed(range(len(shape))):
         position = lax.broadcasted_iota(jnp.uint32, shape, axis)
         index = index + position * np.uint32(stride % 2**32)
         stride *= shape[axis]
-    bits = index ^ words[0]
+    return _mix(index ^ words[0], words[1])
+
+
+def _mix(bits: jax.Array, word: Any = 0) -> jax.Array:
     bits = (bits ^ (bits >> 16)) * np.uint32(0x7FEB352D)
-    bits = (bits ^ (bits >> 15) ^ words[1]) * np.uint32(0x846CA68B)
+    bits = (bits ^ (bits >> 15) ^ word) * np.uint32(0x846CA68B)
     return bits ^ (bits >> 16)

@@ -34,6 +34,7 @@ def output_gradients(
     estimator: Estimator,
     likelihood: Likelihood | None,
     key: jax.Array,
+    step: jax.Array,
     num_examples: int,
 ) -> PyTree:
     """The vectors above for every example: like the outputs, with a leading axis of samples.
@@ -45,6 +46,7 @@ def output_gradients(
         outputs, with random signs; ``"empirical"``: the gradient of the loss.
       likelihood: the distribution that the outputs parametrize; None: the loss decides.
       key: of the random vectors. Replicas and devices draw those of their examples.
+      step: integer scalar; each step has vectors of its own.
       num_examples: the leading axis of the outputs.
 
     Raises:
@@ -61,8 +63,8 @@ def output_gradients(
     def draw(sampler: _Sampler, shape: tuple[int, ...]) -> jax.Array:
         # Hashed, not drawn one after the other: compiled several times faster.
         if axis is None:
-            return sampler(hash_bits(key, (num_examples, *shape)), dtype)
-        bits = hash_bits(key, (lax.axis_size(axis) * num_examples, *shape))
+            return sampler(hash_bits(key, (num_examples, *shape), step), dtype)
+        bits = hash_bits(key, (lax.axis_size(axis) * num_examples, *shape), step)
         first = lax.axis_index(axis) * num_examples
         return sampler(lax.dynamic_slice_in_dim(bits, first, num_examples), dtype)
 
@@ -110,10 +112,9 @@ def _categorical(logits: jax.Array, estimator: Estimator, draw: _Draw) -> jax.Ar
     # The loss is the mean over the positions of an example, too.
     scale = 1 / math.sqrt(math.prod(positions))
     if estimator == "fisher":
-        uniform = draw(_uniform, (*positions, 1))
-        cumulative = jnp.cumsum(probabilities, axis=-1)
-        below = cumulative < uniform * cumulative[..., -1:]
-        labels = jnp.minimum(jnp.sum(below, axis=-1), classes - 1)
+        # The first event of Poisson processes with these rates is of each class as likely as that.
+        times = -jnp.log(draw(_uniform, (*positions, classes))) / probabilities
+        labels = jnp.argmin(times, axis=-1)
         return scale * (probabilities - jax.nn.one_hot(labels, classes, dtype=logits.dtype))[None]
     # diag(p) - p p^T is the sum over classes c of p_c (e_c - p) (e_c - p)^T.
     unit = jnp.broadcast_to(jnp.eye(classes, dtype=logits.dtype), (*logits.shape, classes))

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from optax_accel.natural_gradient.layers import Block, Use, inverse, lay_out
@@ -164,13 +165,7 @@ def kronecker_statistics(
 def _gram(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     if len(shape) == 1:
         return jnp.sum(rows**2, axis=0)
-    if (half := shape[0] // 2) < _TRIANGLE // 2:
-        return _matmul(rows.T, rows)
-    # One of the two equal corners is spared.
-    first, second = rows[:, :half], rows[:, half:]
-    corner = _matmul(second.T, first)
-    diagonal = [_matmul(part.T, part) for part in (first, second)]
-    return jnp.block([[diagonal[0], corner.T], [corner, diagonal[1]]])
+    return _matmul(rows.T, rows)
 
 
 def _as_index(indices: jax.Array, size: int) -> jax.Array:
@@ -253,47 +248,34 @@ def _rotate(rows: jax.Array, vectors: jax.Array | None) -> jax.Array:
 # -- inverses -------------------------------------------------------------------------------------
 
 
-def split_damping(factors: Kronecker, damping: Any) -> Kronecker:
-    r"""Damping of each side, :math:`\pi \sqrt\lambda` and :math:`\sqrt\lambda / \pi`.
+def split_damping(factors: Sequence[jax.Array], damping: Any) -> list[jax.Array]:
+    r"""Damping of each factor, :math:`\pi \sqrt\lambda` for A and :math:`\sqrt\lambda / \pi` for B.
 
     :math:`\pi^2` is the ratio of the mean eigenvalues of A and B (Martens, Grosse, section 6.3).
+
+    Args:
+      factors: A and B of one layer, A and B of the next, ...; only their ratio matters.
+      damping: :math:`\lambda`.
     """
-    means = [jnp.mean(f if f.ndim == 1 else jnp.diagonal(f)) for f in factors]
-    usable = (means[0] > 0) & (means[1] > 0)
-    ratio = jnp.where(usable, means[0] / jnp.where(usable, means[1], 1), 1)
-    root = jnp.sqrt(jnp.asarray(damping, ratio.dtype))
-    return Kronecker(root * jnp.sqrt(ratio), root / jnp.sqrt(ratio))
+    means = jnp.stack(traces(factors)) / np.array([len(f) for f in factors], np.float32)
+    usable = jnp.all(means.reshape(-1, 2) > 0, axis=1)
+    a, b = (jnp.where(usable, side, 1) for side in (means[::2], means[1::2]))
+    root = jnp.sqrt(jnp.asarray(damping, means.dtype))
+    return list(root * jnp.sqrt(jnp.stack([a / b, b / a], axis=1)).ravel())
 
 
 def damped_inverse(factor: jax.Array, damping: jax.Array) -> jax.Array:
     """The inverse of ``factor + damping I``, by Cholesky decomposition."""
+    damping = damping.astype(factor.dtype)
     if factor.ndim == 1:
         return 1 / (factor + damping)
     identity = jnp.eye(len(factor), dtype=factor.dtype)
-    # LAPACK's matrices lie column by column: written like this, none is transposed in memory, which
-    # takes long to compile.
-    damped = (factor + damping * identity).T
-    root = lax.linalg.cholesky(damped, symmetrize_input=False).T
-    inverse = _upper_inverse(root)
-    return _matmul(inverse, inverse.T)
-
-
-# Larger matrices are halved where half of them need not be computed.
-_TRIANGLE = 400
-
-
-def _upper_inverse(upper: jax.Array) -> jax.Array:
-    """The inverse of an upper triangular matrix, for large ones mostly by matrix products."""
-    if (half := len(upper) // 2) < _TRIANGLE // 2:
-        identity = jnp.eye(len(upper), dtype=upper.dtype)
-        return lax.linalg.triangular_solve(upper.T, identity, left_side=True, lower=True).T
-    first, second = _upper_inverse(upper[:half, :half]), _upper_inverse(upper[half:, half:])
-    corner = -_matmul(_matmul(first, upper[:half, half:]), second)
-    # As slices of zeros: `jnp.block` takes longer to compile.
-    inverse = jnp.zeros_like(upper)
-    for part, start in ((first, (0, 0)), (corner, (0, half)), (second, (half, half))):
-        inverse = lax.dynamic_update_slice(inverse, part, start)
-    return inverse
+    # LAPACK's matrices lie column by column: transposed, which for these changes nothing, none is
+    # copied. Two solves: the product of half with itself would be less accurate.
+    root = lax.linalg.cholesky((factor + damping * identity).T, symmetrize_input=False)
+    half = lax.linalg.triangular_solve(root, identity, left_side=True, lower=True)
+    whole = lax.linalg.triangular_solve(root, half, left_side=True, lower=True, transpose_a=True)
+    return whole.T
 
 
 def eigendecomposition(factor: jax.Array) -> Eigen:
@@ -353,11 +335,9 @@ def share(
 
 def apply_inverses(inverses: Kronecker, gradient: jax.Array) -> jax.Array:
     """A^-1 G B^-1."""
-    return _apply(inverses.inputs, _apply(inverses.outputs, gradient.T).T)
-
-
-def _apply(inverse: jax.Array, matrix: jax.Array) -> jax.Array:
-    return inverse[:, None] * matrix if inverse.ndim == 1 else _matmul(inverse, matrix)
+    left, right = inverses
+    half = gradient * right[None] if right.ndim == 1 else _matmul(gradient, right)
+    return left[:, None] * half if left.ndim == 1 else _matmul(left, half)
 
 
 def apply_in_basis(
@@ -385,7 +365,20 @@ def change_basis(moments: jax.Array, old: Kronecker, new: Kronecker) -> jax.Arra
     return moments
 
 
-def diagonal(matrix: jax.Array) -> jax.Array:
-    """The diagonal of a square matrix; other arrays as they are."""
-    square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
-    return jnp.diagonal(matrix) if square else matrix
+def traces(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """The sum of each matrix's diagonal, of a vector and other arrays that of all entries.
+
+    Diagonals are summed together: each sum of its own is several kernels to compile.
+    """
+    sums = {
+        i: jnp.sum(array)
+        for i, array in enumerate(arrays)
+        if array.ndim != 2 or array.shape[0] != array.shape[1]
+    }
+    square = [i for i in range(len(arrays)) if i not in sums]
+    if square:
+        width = max(len(arrays[i]) for i in square)
+        diagonals = [arrays[i].ravel()[:: len(arrays[i]) + 1] for i in square]
+        padded = [jnp.pad(d, (0, width - len(d))) for d in diagonals]
+        sums |= dict(zip(square, jnp.sum(jnp.stack(padded), axis=1), strict=True))
+    return [sums[i] for i in range(len(arrays))]

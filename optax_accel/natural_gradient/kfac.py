@@ -634,8 +634,8 @@ def _transformation(
                 why="measure the curvature at its outputs",
                 argument="curvature_value_fn" if own else "value_fn",
             )
-            key = jax.random.fold_in(state.key, state.count)
-            batch = _measure(name, current, params, blocks, mask, estimator, likelihood, key)
+            source = state.key, state.count
+            batch = _measure(name, current, params, blocks, mask, estimator, likelihood, source)
             state, finite = _average_factors(state, batch, decay, max_size)
             if invert is True:
                 state = _invert(state, batch, strength, kind)
@@ -722,7 +722,7 @@ def _measure(
     mask: Mask,
     estimator: Estimator,
     likelihood: Likelihood | None,
-    key: jax.Array,
+    source: tuple[jax.Array, jax.Array],
 ) -> _Batch:
     """Evaluates the network on a batch, and gradients at its layers for a vector of each output."""
 
@@ -740,7 +740,7 @@ def _measure(
             )
     n = network.num_examples
     outputs, pullback, values = network.capture(jax.tree.leaves(params), vary)
-    samples = output_gradients(objective, outputs, estimator, likelihood, key, n)
+    samples = output_gradients(objective, outputs, estimator, likelihood, *source, n)
     if jax.tree.leaves(samples)[0].shape[0] == 1:
         pulled = pullback(jax.tree.map(lambda s: s[0], samples))
         gradients, generic = jax.tree.map(lambda g: g[None], pulled)
@@ -773,11 +773,16 @@ def _average_factors(
     for i, num_examples in squares.items():
         means[i] = num_examples * jnp.sum(means[i] ** 2, axis=0)
     # A matrix of sums of products with entries that are not finite has such a diagonal.
-    finite = jnp.isfinite(sum(jnp.sum(stats.diagonal(m)) for m in jax.tree.leaves(means)))
+    leaves = [
+        leaf if isinstance(m, Kronecker) else leaf.ravel()
+        for m in means
+        for leaf in jax.tree.leaves(m)
+    ]
+    finite = jnp.isfinite(sum(stats.traces(leaves)))
 
     def average(old: jax.Array, new: jax.Array) -> jax.Array:
         kept = jnp.asarray(decay, old.dtype)
-        return jnp.where(finite, kept * old + (1 - kept) * new.astype(old.dtype), old)
+        return lax.select(finite, kept * old + (1 - kept) * new.astype(old.dtype), old)
 
     factors = jax.tree.map(average, state.factors, tuple(means))
     weight = average(state.weight, jnp.ones_like(state.weight))
@@ -786,21 +791,22 @@ def _average_factors(
 
 def _invert(state: ScaleByKFACState, batch: _Batch, damping: Any, kind: str) -> ScaleByKFACState:
     """New inverses or eigendecompositions; old ones stay where they are not finite."""
-    arguments: list[tuple[jax.Array, ...]] = []
     chosen = [i for i, block in enumerate(batch.blocks) if block.kronecker]
-    for i in chosen:
-        factors = jax.tree.map(lambda f: _corrected(f, state.weight), state.factors[i])
-        if kind == "factored":
-            arguments += zip(factors, stats.split_damping(factors, damping), strict=True)
-        else:
-            arguments += [(factor,) for factor in factors]
-    function: Any = stats.damped_inverse if kind == "factored" else stats.eigendecomposition
+    factors = [factor for i in chosen for factor in state.factors[i]]
+    arguments: list[tuple[jax.Array, ...]]
+    scale = _corrected(jnp.ones_like(state.weight), state.weight)
+    arguments = [(scale.astype(factor.dtype) * factor,) for factor in factors]
+    function: Any = stats.eigendecomposition
+    if kind == "factored":
+        function, strengths = stats.damped_inverse, stats.split_damping(factors, damping)
+        arguments = [(*args, s) for args, s in zip(arguments, strengths, strict=True)]
     results = stats.share(function, arguments, batch.objective.axis_name, batch.vary)
     inverses, moments = list(state.inverses), list(state.moments)
     for i, inputs, outputs in zip(chosen, results[::2], results[1::2], strict=True):
         new, old = Kronecker(inputs, outputs), state.inverses[i]
-        finite = jnp.isfinite(sum(jnp.sum(stats.diagonal(leaf)) for leaf in jax.tree.leaves(new)))
-        new = jax.tree.map(lambda a, b, finite=finite: jnp.where(finite, a, b), new, old)
+        # A decomposition that fails is NaN everywhere; diagonal factors cannot fail.
+        finite = jnp.isfinite(sum(leaf[(0,) * leaf.ndim] for leaf in jax.tree.leaves(new)))
+        new = jax.tree.map(lambda a, b, finite=finite: lax.select(finite, a, b), new, old)
         if kind == "ekfac":
             moments[i] = stats.change_basis(moments[i], old, new)
         inverses[i] = new

@@ -14,6 +14,7 @@ import pytest
 
 import optax_accel as oa
 from optax_accel import curvature
+from optax_accel._random import hash_bits
 from optax_accel.natural_gradient import factors as stats
 from optax_accel.natural_gradient.estimators import output_gradients
 from tests.helpers import (
@@ -161,16 +162,17 @@ def test_estimators_agree_in_expectation(x64, likelihood):
     want = 4 * np.stack([hessian[i, :, i] for i in range(4)])
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
-    def estimate(estimator, name, key):
-        samples = output_gradients(objective, outputs, estimator, name, key, 4)
+    def estimate(estimator, name, step):
+        key = jax.random.key(1)
+        samples = output_gradients(objective, outputs, estimator, name, key, step, 4)
         return jnp.einsum("snc,snd->ncd", samples, samples)
 
     for name in (None, likelihood):
-        exact = estimate("ggn", name, jax.random.key(0))
+        exact = estimate("ggn", name, jnp.asarray(0))
         np.testing.assert_allclose(exact, want, atol=1e-12)
-        keys = jax.random.split(jax.random.key(1), 5_000)
-        sampled = jax.vmap(lambda key, name=name: estimate("fisher", name, key))(keys)
-        error = np.std(sampled, axis=0) / np.sqrt(len(keys))
+        steps = jnp.arange(5_000)
+        sampled = jax.vmap(lambda step, name=name: estimate("fisher", name, step))(steps)
+        error = np.std(sampled, axis=0) / np.sqrt(len(steps))
         assert np.all(np.abs(sampled.mean(0) - want) < 5 * error + 1e-12)
 
 
@@ -181,7 +183,7 @@ def test_roots_of_the_loss_hessian():
         objective = oa.Objective(lambda p: p, loss)
 
         def estimate(outputs):
-            args = "ggn", None, jax.random.key(0), len(outputs)
+            args = "ggn", None, jax.random.key(0), jnp.asarray(0), len(outputs)
             samples = output_gradients(objective, outputs, *args)
             return jnp.einsum("snc,snd->ncd", samples, samples)
 
@@ -207,6 +209,21 @@ def test_roots_of_the_loss_hessian():
     np.testing.assert_allclose(broken[:3], want[:3], atol=1e-6)
 
 
+def test_random_vectors_of_steps_and_keys_are_independent():
+    """Also of steps that follow each other, of seeds that do, and of both kinds of keys."""
+
+    def draw(key, step):
+        return hash_bits(key, (64, 100), step)
+
+    keys = [jax.random.key(0), jax.random.key(1), jax.random.key(0, impl="rbg")]
+    bits = np.stack([draw(key, jnp.asarray(step)) for key in keys for step in range(8)])
+    assert len(np.unique(bits)) > bits.size - 30  # about 3 pairs agree by chance
+    for shift in (31, 16, 0):
+        signs = 1.0 - 2 * ((bits.reshape(len(bits), -1) >> shift) & 1)
+        correlation = signs @ signs.T / signs.shape[1]
+        assert np.abs(correlation - np.eye(len(bits))).max() < 5 / np.sqrt(signs.shape[1])
+
+
 def test_positions_of_an_example(x64):
     """With logits at several positions the loss is the mean over all of them."""
     outputs = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2, 3)))
@@ -214,17 +231,18 @@ def test_positions_of_an_example(x64):
     objective = oa.Objective(lambda p: p, lambda out: cross_entropy(out, labels))
     want = 4 * jax.hessian(objective)(outputs).reshape(4, 6, 4, 6)
     want = np.stack([want[i, :, i] for i in range(4)])
-    keys = jax.random.split(jax.random.key(1), 5_000)
+    key, steps = jax.random.key(1), jnp.arange(5_000)
     for estimator in ("ggn", "fisher"):
 
         @jax.jit
-        def estimate(key: Any, estimator: Any = estimator) -> jax.Array:
-            samples = output_gradients(objective, outputs, estimator, "categorical", key, 4)
+        def estimate(step: Any, estimator: Any = estimator) -> jax.Array:
+            args = estimator, "categorical", key, step, 4
+            samples = output_gradients(objective, outputs, *args)
             flat = samples.reshape(-1, 4, 6)
             return jnp.einsum("snc,snd->ncd", flat, flat)
 
-        sampled = jax.vmap(estimate)(keys)
-        error = np.std(sampled, axis=0) / np.sqrt(len(keys))
+        sampled = jax.vmap(estimate)(steps)
+        error = np.std(sampled, axis=0) / np.sqrt(len(steps))
         assert np.all(np.abs(sampled.mean(0) - want) < 5 * error + 1e-12)
 
 
@@ -266,15 +284,28 @@ def test_preconditioning_solves_the_damped_system(x64, kind):
         np.testing.assert_allclose(got, np.linalg.solve(matrix, gradient), rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", [3, 401, 803])
-def test_wide_factors(x64, size):
-    """Halved where they are wide, for speed: odd sizes, one level and two."""
-    rows = jnp.asarray(np.random.default_rng(0).normal(size=(2 * size, size)))
-    gram = stats._gram(rows, (size, size)) / len(rows)
-    want = np.asarray(rows).T @ np.asarray(rows) / len(rows)
-    np.testing.assert_allclose(gram, want, rtol=1e-12, atol=1e-12)
-    inverse = stats.damped_inverse(gram, jnp.asarray(0.1))
-    np.testing.assert_allclose(inverse @ (want + 0.1 * np.eye(size)), np.eye(size), atol=1e-12)
+def test_inverses(x64):
+    """Of wide factors too; diagonal ones; and the damping of each side."""
+    rows = np.random.default_rng(0).normal(size=(600, 300))
+    factor, ones = rows.T @ rows / len(rows), np.eye(300)
+    inverse = stats.damped_inverse(jnp.asarray(factor), jnp.asarray(0.1))
+    np.testing.assert_allclose(inverse @ (factor + 0.1 * ones), ones, atol=1e-12)
+    values = np.array([1.0, 3.0])
+    got = stats.damped_inverse(jnp.asarray(values), jnp.asarray(0.1, jnp.float32))
+    np.testing.assert_allclose(got, 1 / (values + np.float32(0.1)), rtol=1e-12)
+    # Mean eigenvalues 4 and 1, 2 and 0 (nothing to go by): pi is 2 and 1.
+    factors = [4 * np.eye(3), np.ones(2), np.diag([1.0, 2.0, 3.0]), np.zeros((2, 2))]
+    strengths = stats.split_damping([jnp.asarray(f) for f in factors], 0.01)
+    np.testing.assert_allclose(strengths, [0.2, 0.05, 0.1, 0.1], rtol=1e-6)
+
+
+def test_traces():
+    """Of square matrices the diagonal, of all else everything."""
+    shapes = [(3, 3), (2, 5), (4,), (5, 5), (), (2, 2, 2)]
+    arrays = [np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in shapes]
+    want = [np.trace(a) if a.shape in ((3, 3), (5, 5)) else a.sum() for a in arrays]
+    np.testing.assert_allclose(stats.traces([jnp.asarray(a) for a in arrays]), want, rtol=1e-5)
+    assert stats.traces([]) == []
 
 
 def test_ekfac_is_closer_than_kfac(x64):

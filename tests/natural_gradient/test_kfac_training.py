@@ -325,6 +325,33 @@ def test_non_finite_batches_change_nothing(kind):
         assert all(jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves((updates, new.inverses)))
 
 
+def test_gradients_that_are_not_finite_somewhere_change_nothing():
+    """In the middle of a square array that has a diagonal block."""
+    x, y = X.reshape(len(X), -1), jnp.ones((len(X), 2))
+    objective = oa.Objective(
+        lambda p: (x @ p["w"]) * jnp.sqrt(p["t"]).sum(), lambda out: squares(out, y)
+    )
+    params = {"w": jnp.ones((x.shape[1], 2)), "t": jnp.ones((2, 2))}
+    tx = oa.scale_by_kfac(objective, likelihood="gaussian")
+    _, state = first_update(tx, objective, params)
+    params = {"w": params["w"], "t": jnp.array([[1.0, 0.0], [1.0, 1.0]])}
+    _, new = jax.jit(functools.partial(tx.update, value_fn=objective))(params, state, params)
+    tree_equal(new.factors, state.factors)
+
+
+def test_inverses_stay_where_a_decomposition_fails():
+    objective, params = mlp_objective(X, Y), mlp_init()
+    tx = oa.scale_by_kfac(objective, likelihood="categorical", damping=1e-3)
+    _, state = first_update(tx, objective, params)
+    first, *others = state.factors
+    broken = state._replace(factors=(first._replace(inputs=-100 * first.inputs), *others))
+    update = jax.jit(functools.partial(tx.update, value_fn=objective, refresh="inverses"))
+    updates, new = update(objective.grad(params), broken, params)
+    tree_equal(new.inverses[0], state.inverses[0])
+    assert jnp.any(new.inverses[1].inputs != state.inverses[1].inputs)
+    assert all(jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates))
+
+
 def test_curvature_batch_of_its_own():
     """The gradient's batch is not looked at."""
     objective, other = mlp_objective(X[:12], Y[:12]), mlp_objective(X[12:], Y[12:])
