@@ -55,7 +55,7 @@ def hash_bits(key: jax.Array, shape: tuple[int, ...], step: jax.Array | None = N
         one's loop of rounds would compile longer than everything else here.
     """
     if step is None:
-        words = jax.random.bits(key, (2,), jnp.uint32)
+        words: Any = jax.random.bits(key, (2,), jnp.uint32)
     else:
         word = step.astype(jnp.uint32)
         for part in jax.random.key_data(key):
