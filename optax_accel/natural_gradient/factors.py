@@ -282,7 +282,8 @@ def eigendecomposition(factor: jax.Array) -> Eigen:
     """Eigenvalues, those that rounding made negative set to 0, and eigenvectors."""
     if factor.ndim == 1:
         return Eigen(factor, None)
-    values, vectors = jnp.linalg.eigh(factor, symmetrize_input=False)
+    # Transposed as in `damped_inverse`.
+    values, vectors = jnp.linalg.eigh(factor.T, symmetrize_input=False)
     return Eigen(jnp.maximum(values, 0), vectors)
 
 
