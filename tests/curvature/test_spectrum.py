@@ -287,6 +287,7 @@ def network():
     return jax.tree.map(np.float32, (params, batch))
 
 
+@pytest.mark.slow
 def test_batches_and_shards_see_the_same_spectrum(network):
     params, batch = network
     build = functools.partial(curvature.hessian, oa.Objective(predict, loss))

@@ -25,6 +25,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(brief_review.SCALES, "tiny", TINY)
 
 
+@pytest.mark.slow
 def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*COMMAND, "--runs-dir", str(tmp_path), "--models", "mlp"]
     assert brief_review.main([*arguments, "--variants", "baseline,accumulation,all"]) == 0

@@ -158,6 +158,7 @@ def failed_starts():
         yield {name: finish(process) for name, (process,) in entered.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -172,6 +173,7 @@ def test_errors_at_the_start(failed_starts, name, message):
     assert re.search(f"^error: .*{message}", last_line(err))
 
 
+@pytest.mark.slow
 def test_the_others_do_not_come(failed_starts):
     code, _, err = failed_starts["alone"]
     assert code == -signal.SIGABRT  # by JAX

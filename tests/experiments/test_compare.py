@@ -270,6 +270,7 @@ def test_broken_files_are_named(here: Path, capsys: pytest.CaptureFixture[str]) 
     assert f"{Path('runs/a/config.json')} is broken" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_interrupted_and_continued(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--methods", "sgd,adam", "--seeds", "2", "--steps", "400", "--name", "a"]
     # A test runner in the background may have switched Ctrl-C off for its children.

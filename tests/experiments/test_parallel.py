@@ -60,7 +60,7 @@ def cases():
                 if mode != "fsdp" or not method.per_worker:
                     quick = name == "sgd" or (name in QUICK and dtype == "float32")
                     # Its programs take seconds to compile.
-                    quick &= name != "bulk_sgd" or mode in ("fsdp", "shard_map")
+                    quick &= name != "bulk_sgd" or mode == "shard_map"
                     yield pytest.param(name, mode, dtype, marks=[] if quick else pytest.mark.slow)
 
 

@@ -65,6 +65,7 @@ def by_hand(model, tokens):
     return np.stack(logits)
 
 
+@pytest.mark.slow
 def test_forward_is_the_formula(x64):
     model = models.create("transformer", **TINY, param_dtype="float64")
     # Biases of attention and scales of norms start at 0 and 1, where they could hide a mistake.

@@ -11,7 +11,6 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
-QUICKSTART, *OTHERS = NOTEBOOKS
 
 
 @pytest.fixture(params=NOTEBOOKS)
@@ -26,11 +25,7 @@ def test_stored_without_outputs(notebook):
             assert cell.execution_count is None
 
 
-@pytest.mark.parametrize(
-    "notebook",
-    [QUICKSTART, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)],
-    indirect=True,
-)
+@pytest.mark.slow
 def test_runs(notebook, monkeypatch):
     # The kernel is another process: it finds the package as this one does, and warnings are errors
     # in the notebook's own cells.
