@@ -179,7 +179,8 @@ def test_stops_by_relative_progress(x64):
     made = [iterations for _, iterations in wanted]
     assert state.num_iterations.tolist() == made
     assert made[0] < made[1] < made[2], made
-    np.testing.assert_allclose(updates, [x for x, _ in wanted], rtol=1e-6, atol=1e-8)
+    # Rounding errors grow over 133 iterations, differently in each version of XLA.
+    np.testing.assert_allclose(updates, [x for x, _ in wanted], rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("most", [1, 7, 10, 14])
