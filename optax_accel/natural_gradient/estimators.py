@@ -181,7 +181,7 @@ def _loss_root(loss: Callable[[jax.Array], jax.Array], flat: jax.Array) -> jax.A
 
     hessians = num_examples * jnp.moveaxis(jax.vmap(column)(jnp.eye(size, dtype=flat.dtype)), 0, -1)
     # Column by column instead of LAPACK's: on a CPU its batched decompositions can hang several
-    # devices, and a singular matrix (of a softmax, say) has no decomposition there.
+    # devices, and a singular matrix (of a softmax, say) has no Cholesky root.
     # The root of a rounding error is none: pivots that may be one are left out.
     error = size * jnp.finfo(flat.dtype).eps * jnp.trace(hessians, axis1=1, axis2=2)[:, None]
 

@@ -793,9 +793,10 @@ def _invert(state: ScaleByKFACState, batch: _Batch, damping: Any, kind: str) -> 
     """New inverses or eigendecompositions; old ones stay where they are not finite."""
     chosen = [i for i, block in enumerate(batch.blocks) if block.kronecker]
     factors = [factor for i in chosen for factor in state.factors[i]]
-    arguments: list[tuple[jax.Array, ...]]
     scale = _corrected(jnp.ones_like(state.weight), state.weight)
-    arguments = [(scale.astype(factor.dtype) * factor,) for factor in factors]
+    arguments: list[tuple[jax.Array, ...]] = [
+        (scale.astype(factor.dtype) * factor,) for factor in factors
+    ]
     function: Any = stats.eigendecomposition
     if kind == "factored":
         function, strengths = stats.damped_inverse, stats.split_damping(factors, damping)

@@ -284,12 +284,17 @@ def test_preconditioning_solves_the_damped_system(x64, kind):
         np.testing.assert_allclose(got, np.linalg.solve(matrix, gradient), rtol=1e-8, atol=1e-12)
 
 
-def test_inverses(x64):
-    """Of wide factors too; diagonal ones; and the damping of each side."""
-    rows = np.random.default_rng(0).normal(size=(600, 300))
-    factor, ones = rows.T @ rows / len(rows), np.eye(300)
-    inverse = stats.damped_inverse(jnp.asarray(factor), jnp.asarray(0.1))
-    np.testing.assert_allclose(inverse @ (factor + 0.1 * ones), ones, atol=1e-12)
+@pytest.mark.parametrize("size", [3, 401, 803])
+def test_wide_factors(x64, size):
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(2 * size, size)))
+    gram = stats._gram(rows, (size, size)) / len(rows)
+    want = np.asarray(rows).T @ np.asarray(rows) / len(rows)
+    np.testing.assert_allclose(gram, want, rtol=1e-12, atol=1e-12)
+    inverse = stats.damped_inverse(gram, jnp.asarray(0.1))
+    np.testing.assert_allclose(inverse @ (want + 0.1 * np.eye(size)), np.eye(size), atol=1e-12)
+
+
+def test_diagonal_factors_and_split_damping(x64):
     values = np.array([1.0, 3.0])
     got = stats.damped_inverse(jnp.asarray(values), jnp.asarray(0.1, jnp.float32))
     np.testing.assert_allclose(got, 1 / (values + np.float32(0.1)), rtol=1e-12)
