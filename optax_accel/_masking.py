@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
+import chex
 import jax
 import numpy as np
 import optax
 
-PyTree = Any
-Mask = PyTree | Callable[[PyTree], PyTree] | None
+Mask: TypeAlias = chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None
 
 
-def resolve(tree: PyTree, mask: Mask) -> PyTree:
+def resolve(tree: chex.ArrayTree, mask: Mask) -> chex.ArrayTree:
     """A boolean for every leaf of ``tree``, from a mask that may be a prefix or a function.
 
     Raises:
@@ -21,7 +21,7 @@ def resolve(tree: PyTree, mask: Mask) -> PyTree:
     """
     given = mask(tree) if callable(mask) else mask
 
-    def spread(selected: Any, part: PyTree) -> PyTree:
+    def spread(selected: Any, part: chex.ArrayTree) -> chex.ArrayTree:
         if not isinstance(selected, bool | np.bool_):
             raise ValueError(f"found {selected!r} in it")
         return jax.tree.map(lambda _: bool(selected), part)
@@ -35,14 +35,14 @@ def resolve(tree: PyTree, mask: Mask) -> PyTree:
         ) from error
 
 
-def select(tree: PyTree, mask: Mask) -> PyTree:
+def select(tree: chex.ArrayTree, mask: Mask) -> chex.ArrayTree:
     """The part of a tree that takes part; the rest becomes ``MaskedNode``, without leaves."""
     if mask is None:
         return tree
     return jax.tree.map(lambda m, x: x if m else optax.MaskedNode(), resolve(tree, mask), tree)
 
 
-def merge(part: PyTree, whole: PyTree, mask: Mask) -> PyTree:
+def merge(part: chex.ArrayTree, whole: chex.ArrayTree, mask: Mask) -> chex.ArrayTree:
     """The whole tree with the selected part replaced."""
     if mask is None:
         return part

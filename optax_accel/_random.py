@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-PyTree = Any
 
-
-def as_key(key: jax.Array | int) -> jax.Array:
+def as_key(key: chex.PRNGKey | int) -> jax.Array:
     """A typed PRNG key from a key of either kind or an integer seed.
 
     Raises:
@@ -29,7 +28,9 @@ def as_key(key: jax.Array | int) -> jax.Array:
     raise TypeError(f"`key` must be a PRNG key (jax.random.key(0)) or an integer, got {key!r}.")
 
 
-def map_with_keys(fn: Callable[[jax.Array, Any], Any], key: jax.Array, tree: PyTree) -> PyTree:
+def map_with_keys(
+    fn: Callable[[jax.Array, Any], Any], key: chex.PRNGKey, tree: chex.ArrayTree
+) -> chex.ArrayTree:
     """``fn(leaf_key, leaf)`` for every leaf of a tree, each with a key of its own."""
     leaves, treedef = jax.tree.flatten(tree)
     return jax.tree.unflatten(
@@ -37,7 +38,9 @@ def map_with_keys(fn: Callable[[jax.Array, Any], Any], key: jax.Array, tree: PyT
     )
 
 
-def hash_bits(key: jax.Array, shape: tuple[int, ...], step: jax.Array | None = None) -> jax.Array:
+def hash_bits(
+    key: chex.PRNGKey, shape: tuple[int, ...], step: jax.Array | None = None
+) -> jax.Array:
     """32 pseudo-random bits for every index of an array: uint32 of the given shape.
 
     Each index is hashed with two words drawn from ``key``.  Against ``jax.random.bits`` it costs a

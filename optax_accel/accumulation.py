@@ -28,23 +28,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from optax_accel._arguments import check_integer
 
-PyTree = Any
-
 
 def mean_over_micro_batches(
-    function: Callable[[PyTree, PyTree, jax.Array], tuple[PyTree, PyTree]],
-    batch: PyTree,
+    function: Callable[
+        [chex.ArrayTree, chex.ArrayTree, jax.Array], tuple[chex.ArrayTree, chex.ArrayTree]
+    ],
+    batch: chex.ArrayTree,
     num_micro_batches: int,
     *,
-    carry: PyTree = None,
+    carry: chex.ArrayTree = None,
     unroll: bool = False,
-) -> tuple[PyTree, PyTree]:
+) -> tuple[chex.ArrayTree, chex.ArrayTree]:
     """Calls a function with one part of a batch after the other; the mean of what it returns.
 
     Part ``j`` has every ``num_micro_batches``-th example, from ``j`` on: where the examples are
@@ -94,12 +95,14 @@ def mean_over_micro_batches(
     whole = rows // size
     parts = jax.tree.map(lambda a: a[: whole * size].reshape(size, whole, *a.shape[1:]), batch)
 
-    def part_at(index: jax.Array) -> PyTree:
+    def part_at(index: jax.Array) -> chex.ArrayTree:
         return jax.tree.map(
             lambda a: lax.dynamic_index_in_dim(a, index, axis=1, keepdims=False), parts
         )
 
-    def add(state: tuple[PyTree, PyTree], part: PyTree, index: jax.Array) -> Any:
+    def add(
+        state: tuple[chex.ArrayTree, chex.ArrayTree], part: chex.ArrayTree, index: jax.Array
+    ) -> Any:
         carry, total = state
         weight = jax.tree.leaves(part)[0].shape[0] / rows
         carry, result = function(carry, part, index)
@@ -132,7 +135,7 @@ def mean_over_micro_batches(
     return carry, jax.tree.map(lambda t, r: t.astype(r.dtype), total, results)
 
 
-def vary_over(tree: PyTree, axis_name: str | None) -> PyTree:
+def vary_over(tree: chex.ArrayTree, axis_name: str | None) -> chex.ArrayTree:
     """Marks replicated values as differing between the replicas of a ``shard_map`` axis.
 
     The gradient with respect to a value that ``shard_map`` knows to be replicated is summed over
@@ -159,7 +162,7 @@ def _vary_like(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
     return x
 
 
-def _zero_after(tree: PyTree) -> jax.Array:
+def _zero_after(tree: chex.ArrayTree) -> jax.Array:
     """The number 0, which XLA does not know before it has computed all of a tree."""
     # On a CPU it drops `optimization_barrier` before it orders the operations, would then start all
     # parts at once, and their activations would be in memory together.

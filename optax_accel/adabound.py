@@ -21,13 +21,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_accel._arguments import check_number, value_of
-
-PyTree = Any
 
 
 class ScaleByAdaBoundState(NamedTuple):
@@ -41,9 +40,9 @@ class ScaleByAdaBoundState(NamedTuple):
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
-    mu: PyTree
-    nu: PyTree
-    nu_max: PyTree
+    mu: chex.ArrayTree
+    nu: chex.ArrayTree
+    nu_max: chex.ArrayTree
 
 
 def scale_by_adabound(
@@ -113,8 +112,8 @@ def scale_by_adabound(
                 "the bounds. Give the schedule's peak."
             )
 
-    def init_fn(params: PyTree) -> ScaleByAdaBoundState:
-        def zeros() -> PyTree:
+    def init_fn(params: chex.ArrayTree) -> ScaleByAdaBoundState:
+        def zeros() -> chex.ArrayTree:
             return jax.tree.map(lambda p: jnp.zeros_like(jnp.real(p)), params)
 
         return ScaleByAdaBoundState(
@@ -125,11 +124,11 @@ def scale_by_adabound(
         )
 
     def update_fn(
-        updates: PyTree,
+        updates: chex.ArrayTree,
         state: ScaleByAdaBoundState,
-        params: PyTree | None = None,
+        params: chex.ArrayTree | None = None,
         **extra_args: Any,
-    ) -> tuple[PyTree, ScaleByAdaBoundState]:
+    ) -> tuple[chex.ArrayTree, ScaleByAdaBoundState]:
         del params, extra_args
         count = optax.safe_increment(state.count)
         # The widest float: an integer count would make a 32-bit one even in x64 mode.

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, get_args
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -32,7 +33,6 @@ from optax_accel._random import as_key, map_with_keys
 from optax_accel.hyperparams import with_schedules
 from optax_accel.objective import as_objective, check_params, mean_arguments, vary_over
 
-PyTree = Any
 Direction = Literal[
     "gradient",
     "past",
@@ -60,9 +60,9 @@ class ExtragradientState(NamedTuple):
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
     value: jax.Array
-    key: jax.Array | None
-    past: PyTree
-    inner_state: PyTree
+    key: chex.PRNGKey | None
+    past: chex.ArrayTree
+    inner_state: chex.ArrayTree
 
 
 def extragradient(
@@ -72,7 +72,7 @@ def extragradient(
     *,
     axis_name: str | None = None,
     trust_ratio: bool = False,
-    key: jax.Array | int = 0,
+    key: chex.PRNGKey | int = 0,
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Feeds any transformation the gradient of an extrapolated point.
@@ -149,7 +149,7 @@ def extragradient(
     initial_key = as_key(key) if direction in _NOISE else None
     name = "extragradient"
 
-    def init_fn(params: PyTree) -> ExtragradientState:
+    def init_fn(params: chex.ArrayTree) -> ExtragradientState:
         if direction != "none":
             check_params(params, name)
             check_real_leaves(params, name)
@@ -162,14 +162,14 @@ def extragradient(
         )
 
     def update_fn(
-        updates: PyTree,
+        updates: chex.ArrayTree,
         state: ExtragradientState,
-        params: PyTree | None = None,
+        params: chex.ArrayTree | None = None,
         *,
         value_fn: Any = None,
         extrapolation_value_fn: Any = None,
         **extra_args: Any,
-    ) -> tuple[PyTree, ExtragradientState]:
+    ) -> tuple[chex.ArrayTree, ExtragradientState]:
         count = optax.safe_increment(state.count)
         inner_args = extra_args if value_fn is None else {**extra_args, "value_fn": value_fn}
         if direction == "none":
@@ -247,7 +247,7 @@ def extrap_sgd(
     direction: Direction = "gradient",
     axis_name: str | None = None,
     trust_ratio: bool = False,
-    key: jax.Array | int = 0,
+    key: chex.PRNGKey | int = 0,
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Extrap-SGD: SGD with (Nesterov) momentum on extrapolated gradients.
@@ -346,7 +346,9 @@ def extra_adam(
     )
 
 
-def _extrapolate(params: PyTree, step: PyTree, rate: Any, trust_ratio: bool) -> PyTree:
+def _extrapolate(
+    params: chex.ArrayTree, step: chex.ArrayTree, rate: Any, trust_ratio: bool
+) -> chex.ArrayTree:
     """``x - rate * step`` in the dtype of ``x``, leaf by leaf."""
 
     def move(x: jax.Array, xi: jax.Array) -> jax.Array:
@@ -361,7 +363,7 @@ def _extrapolate(params: PyTree, step: PyTree, rate: Any, trust_ratio: bool) -> 
     return jax.tree.map(move, params, step)
 
 
-def _noise(key: jax.Array, params: PyTree, direction: str) -> PyTree:
+def _noise(key: chex.PRNGKey, params: chex.ArrayTree, direction: str) -> chex.ArrayTree:
     def leaf_noise(leaf_key: jax.Array, x: jax.Array) -> jax.Array:
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         if direction.endswith("gaussian"):

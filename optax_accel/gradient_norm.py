@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -29,8 +30,6 @@ from jax import lax
 from optax_accel._arguments import check_number, check_real_leaves, value_of
 from optax_accel._masking import Mask, merge, select
 from optax_accel.objective import as_objective, check_params, vary_over
-
-PyTree = Any
 
 
 class GNPState(NamedTuple):
@@ -46,7 +45,7 @@ class GNPState(NamedTuple):
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
     gradient_norm: jax.Array
-    inner_state: PyTree
+    inner_state: chex.ArrayTree
 
 
 def gnp(
@@ -112,7 +111,7 @@ def gnp(
     inner = optax.with_extra_args_support(inner)
     name = "gnp"
 
-    def init_fn(params: PyTree) -> GNPState:
+    def init_fn(params: chex.ArrayTree) -> GNPState:
         check_params(params, name)
         check_real_leaves(params, name)
         return GNPState(
@@ -122,13 +121,13 @@ def gnp(
         )
 
     def update_fn(
-        updates: PyTree,
+        updates: chex.ArrayTree,
         state: GNPState,
-        params: PyTree | None = None,
+        params: chex.ArrayTree | None = None,
         *,
         value_fn: Any = None,
         **extra_args: Any,
-    ) -> tuple[PyTree, GNPState]:
+    ) -> tuple[chex.ArrayTree, GNPState]:
         objective = as_objective(
             value_fn,
             extra_args,

@@ -6,11 +6,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
-
-PyTree = Any
 
 
 class WithSchedulesState(NamedTuple):
@@ -25,7 +24,7 @@ class WithSchedulesState(NamedTuple):
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
     values: dict[str, jax.Array]
-    inner_state: PyTree
+    inner_state: chex.ArrayTree
 
 
 def with_schedules(
@@ -103,17 +102,17 @@ def with_schedules(
         def inner(values: dict[str, jax.Array]) -> optax.GradientTransformationExtraArgs:
             return optax.with_extra_args_support(factory(*args, **kwargs, **values))
 
-        def init_fn(params: PyTree) -> WithSchedulesState:
+        def init_fn(params: chex.ArrayTree) -> WithSchedulesState:
             count = jnp.zeros((), jnp.int32)
             values = values_at(count)
             return WithSchedulesState(count, values, inner(values).init(params))
 
         def update_fn(
-            updates: PyTree,
+            updates: chex.ArrayTree,
             state: WithSchedulesState,
-            params: PyTree | None = None,
+            params: chex.ArrayTree | None = None,
             **extra_args: Any,
-        ) -> tuple[PyTree, WithSchedulesState]:
+        ) -> tuple[chex.ArrayTree, WithSchedulesState]:
             values = values_at(state.count)
             new_updates, inner_state = inner(values).update(
                 updates, state.inner_state, params, **extra_args

@@ -26,14 +26,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
 from optax_accel._arguments import check_integer, check_number, check_real_leaves
-
-PyTree = Any
 
 
 class DynamicLossScaleState(NamedTuple):
@@ -51,7 +50,7 @@ class DynamicLossScaleState(NamedTuple):
     finite_steps: jax.Array
     gradient_finite: jax.Array
     skipped: jax.Array
-    inner_state: PyTree
+    inner_state: chex.ArrayTree
 
 
 def dynamic_loss_scale(
@@ -138,7 +137,7 @@ def dynamic_loss_scale(
         raise TypeError(f"`inner` must be an Optax transformation, got {inner!r}.")
     inner = optax.with_extra_args_support(inner)
 
-    def init_fn(params: PyTree) -> DynamicLossScaleState:
+    def init_fn(params: chex.ArrayTree) -> DynamicLossScaleState:
         check_real_leaves(params, "dynamic_loss_scale")
         return DynamicLossScaleState(
             loss_scale=jnp.array(initial_scale, jnp.float32),
@@ -149,17 +148,17 @@ def dynamic_loss_scale(
         )
 
     def update_fn(
-        updates: PyTree,
+        updates: chex.ArrayTree,
         state: DynamicLossScaleState,
-        params: PyTree | None = None,
+        params: chex.ArrayTree | None = None,
         **extra_args: Any,
-    ) -> tuple[PyTree, DynamicLossScaleState]:
+    ) -> tuple[chex.ArrayTree, DynamicLossScaleState]:
         scale = state.loss_scale
         finite = _all_finite(updates)
         if axis_name is not None:
             finite = lax.pmin(finite.astype(jnp.int32), axis_name) == 1
 
-        def unscaled(tree: PyTree) -> PyTree:
+        def unscaled(tree: chex.ArrayTree) -> chex.ArrayTree:
             # Of a float16 gradient of float32 parameters nothing is lost again.
             like = tree if params is None else params
             return jax.tree.map(lambda g, p: _divide(g, scale, p), tree, like)
@@ -192,7 +191,7 @@ def dynamic_loss_scale(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _all_finite(tree: PyTree) -> jax.Array:
+def _all_finite(tree: chex.ArrayTree) -> jax.Array:
     finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(finite)) if finite else jnp.ones((), bool)
 

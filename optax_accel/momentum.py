@@ -16,14 +16,13 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_accel._arguments import check_choice, check_integer, check_number
 from optax_accel.hyperparams import with_schedules
-
-PyTree = Any
 
 
 def demon_schedule(init_value: float, decay_steps: int, delay_steps: int = 0) -> optax.Schedule:
@@ -182,8 +181,8 @@ class ScaleByDemonAdamState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
     momentum: jax.Array
     momentum_product: jax.Array
-    mu: PyTree
-    nu: PyTree
+    mu: chex.ArrayTree
+    nu: chex.ArrayTree
 
 
 def scale_by_demon_adam(
@@ -250,7 +249,7 @@ def scale_by_demon_adam(
     def momentum_at(count: jax.Array) -> jax.Array:
         return jnp.asarray(schedule(count), jnp.result_type(float))
 
-    def init_fn(params: PyTree) -> ScaleByDemonAdamState:
+    def init_fn(params: chex.ArrayTree) -> ScaleByDemonAdamState:
         count = jnp.zeros((), jnp.int32)
         momentum = momentum_at(count)
         return ScaleByDemonAdamState(
@@ -262,11 +261,11 @@ def scale_by_demon_adam(
         )
 
     def update_fn(
-        updates: PyTree,
+        updates: chex.ArrayTree,
         state: ScaleByDemonAdamState,
-        params: PyTree | None = None,
+        params: chex.ArrayTree | None = None,
         **extra_args: Any,
-    ) -> tuple[PyTree, ScaleByDemonAdamState]:
+    ) -> tuple[chex.ArrayTree, ScaleByDemonAdamState]:
         del params, extra_args
         momentum = momentum_at(state.count)
         product = state.momentum_product * momentum

@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -23,16 +24,15 @@ from jax.tree_util import Partial
 from optax_accel._arguments import check_integer
 from optax_accel.accumulation import mean_over_micro_batches, vary_over
 
-PyTree = Any
 ValueFn = Callable[..., jax.Array]
 
 
 class _MicroBatches(NamedTuple):
     """How an accumulated objective evaluates the loss."""
 
-    predict: Callable[..., PyTree] | None  # these take the batch by name
+    predict: Callable[..., chex.ArrayTree] | None  # these take the batch by name
     loss: ValueFn
-    batch: dict[str, PyTree]
+    batch: dict[str, chex.ArrayTree]
     number: int
     unroll: bool
 
@@ -86,7 +86,7 @@ class Objective:
 
     def __init__(
         self,
-        predict: Callable[..., PyTree],
+        predict: Callable[..., chex.ArrayTree],
         loss: Callable[..., jax.Array],
         axis_name: str | None = None,
         *,
@@ -100,7 +100,7 @@ class Objective:
                 f"Objective: unknown hvp_mode {hvp_mode!r}; allowed are 'forward_over_reverse' "
                 "and 'reverse_over_reverse'."
             )
-        self._predict: Callable[..., PyTree] | None = predict
+        self._predict: Callable[..., chex.ArrayTree] | None = predict
         self._loss = loss
         self.axis_name = axis_name
         self.hvp_mode = hvp_mode
@@ -200,7 +200,7 @@ class Objective:
         return self._copy(bound, bound)
 
     def accumulated(
-        self, num_micro_batches: int, *, unroll: bool = False, **batch: PyTree
+        self, num_micro_batches: int, *, unroll: bool = False, **batch: chex.ArrayTree
     ) -> Objective:
         r"""The objective of a batch that is seen in parts: gradient accumulation for every method.
 
@@ -249,7 +249,7 @@ class Objective:
         whole = self._copy(bound, bound)
         return whole if num_micro_batches == 1 else whole._copy(_micro=micro)
 
-    def precompose(self, transform: Callable[[PyTree], PyTree]) -> Objective:
+    def precompose(self, transform: Callable[[chex.ArrayTree], chex.ArrayTree]) -> Objective:
         """The objective of ``transform(params)``, e.g. of a part of the parameters.
 
         Args:
@@ -261,7 +261,7 @@ class Objective:
 
         def of_new(outer: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(outer)
-            def composed(params: PyTree, **kwargs: Any) -> PyTree:
+            def composed(params: chex.ArrayTree, **kwargs: Any) -> chex.ArrayTree:
                 return outer(transform(params), **kwargs)
 
             return composed
@@ -270,15 +270,15 @@ class Objective:
 
     # -- values and first derivatives --------------------------------------------------------
 
-    def _local_value(self, params: PyTree, **kwargs: Any) -> jax.Array:
+    def _local_value(self, params: chex.ArrayTree, **kwargs: Any) -> jax.Array:
         return self._over_parts(jax.checkpoint, _value_of, params, kwargs)
 
     def _over_parts(
         self,
         wrap: Callable[[Any], Any],
-        function: Callable[..., PyTree],
+        function: Callable[..., chex.ArrayTree],
         *args: Any,
-    ) -> PyTree:
+    ) -> chex.ArrayTree:
         """``function(predict, loss, *args)`` of the batch, or its mean over the micro-batches.
 
         Args:
@@ -292,33 +292,39 @@ class Objective:
             return function(self._predict, self._loss, *args)
         *first, kwargs = args
 
-        def of_part(carry: None, part: PyTree, index: jax.Array) -> tuple[None, PyTree]:
+        def of_part(
+            carry: None, part: chex.ArrayTree, index: jax.Array
+        ) -> tuple[None, chex.ArrayTree]:
             given = kwargs | part | {"micro_batch": index}
 
-            def of_first(*first: Any) -> PyTree:
+            def of_first(*first: Any) -> chex.ArrayTree:
                 return function(micro.predict, micro.loss, *first, given)
 
             return carry, wrap(of_first)(*first)
 
         return mean_over_micro_batches(of_part, micro.batch, micro.number, unroll=micro.unroll)[1]
 
-    def __call__(self, params: PyTree, **kwargs: Any) -> jax.Array:
+    def __call__(self, params: chex.ArrayTree, **kwargs: Any) -> jax.Array:
         """The loss at ``params``: a scalar, the mean over replicas when ``axis_name`` is set."""
         return self._mean(self._local_value(params, **kwargs))
 
-    def value_and_grad(self, params: PyTree, **kwargs: Any) -> tuple[jax.Array, PyTree]:
+    def value_and_grad(
+        self, params: chex.ArrayTree, **kwargs: Any
+    ) -> tuple[jax.Array, chex.ArrayTree]:
         """The loss and its gradient (like ``params`` in structure, shapes and dtypes)."""
 
-        def one(predict: Any, loss: Any, params: PyTree, kwargs: dict[str, Any]) -> PyTree:
+        def one(
+            predict: Any, loss: Any, params: chex.ArrayTree, kwargs: dict[str, Any]
+        ) -> chex.ArrayTree:
             return jax.value_and_grad(lambda p: _value_of(predict, loss, p, kwargs))(params)
 
         return self._mean(self._over_parts(lambda fn: fn, one, self._vary(params), kwargs))
 
-    def grad(self, params: PyTree, **kwargs: Any) -> PyTree:
+    def grad(self, params: chex.ArrayTree, **kwargs: Any) -> chex.ArrayTree:
         """The gradient at ``params``, like ``params`` in structure, shapes and dtypes."""
         return self.value_and_grad(params, **kwargs)[1]
 
-    def outputs(self, params: PyTree, **kwargs: Any) -> PyTree:
+    def outputs(self, params: chex.ArrayTree, **kwargs: Any) -> chex.ArrayTree:
         """The network outputs ``predict(params)`` of this replica's batch.
 
         Raises:
@@ -328,7 +334,9 @@ class Objective:
 
     # -- second derivatives ------------------------------------------------------------------
 
-    def hessian(self, params: PyTree, **kwargs: Any) -> Callable[[PyTree], PyTree]:
+    def hessian(
+        self, params: chex.ArrayTree, **kwargs: Any
+    ) -> Callable[[chex.ArrayTree], chex.ArrayTree]:
         """The Hessian at ``params`` as a linear function of a pytree like ``params``.
 
         The gradient is linearized once; each call of the result costs one product.  Vectors may
@@ -337,7 +345,9 @@ class Objective:
         """
         return self._second_derivative(_value_of, params, kwargs)
 
-    def functional_hessian(self, params: PyTree, **kwargs: Any) -> Callable[[PyTree], PyTree]:
+    def functional_hessian(
+        self, params: chex.ArrayTree, **kwargs: Any
+    ) -> Callable[[chex.ArrayTree], chex.ArrayTree]:
         r"""The functional Hessian at ``params``, ``hessian - gauss_newton``, as a linear function.
 
         :math:`H_f = \sum_j (\partial \ell / \partial f_j) \nabla^2_\theta f_j` is the Hessian of
@@ -349,14 +359,18 @@ class Objective:
         """
         self._need_predict("functional_hessian")
 
-        def linearized(predict: Any, loss: Any, params: PyTree, kwargs: dict[str, Any]) -> Any:
+        def linearized(
+            predict: Any, loss: Any, params: chex.ArrayTree, kwargs: dict[str, Any]
+        ) -> Any:
             outputs = _call_by_name(predict, params, kwargs)
             slope = jax.grad(lambda out: _call_by_name(loss, out, kwargs))(outputs)
             return optax.tree.vdot(lax.stop_gradient(slope), outputs)
 
         return self._second_derivative(linearized, params, kwargs)
 
-    def gauss_newton(self, params: PyTree, **kwargs: Any) -> Callable[[PyTree], PyTree]:
+    def gauss_newton(
+        self, params: chex.ArrayTree, **kwargs: Any
+    ) -> Callable[[chex.ArrayTree], chex.ArrayTree]:
         r"""The generalized Gauss-Newton matrix at ``params`` as a linear function.
 
         :math:`G = J^\top (\nabla^2_f \ell) J` with ``J`` the Jacobian of ``predict``; the
@@ -371,7 +385,9 @@ class Objective:
             product = _gauss_newton(self._predict, self._loss, params, kwargs)
             return self._operator(product, params)
 
-        def one(predict: Any, loss: Any, vector: PyTree, kwargs: dict[str, Any]) -> PyTree:
+        def one(
+            predict: Any, loss: Any, vector: chex.ArrayTree, kwargs: dict[str, Any]
+        ) -> chex.ArrayTree:
             return _gauss_newton(predict, loss, params, kwargs)(vector)
 
         _, product = jax.linearize(
@@ -380,15 +396,19 @@ class Objective:
         )
         return self._operator(product, params)
 
-    def hvp(self, params: PyTree, vector: PyTree, **kwargs: Any) -> PyTree:
+    def hvp(self, params: chex.ArrayTree, vector: chex.ArrayTree, **kwargs: Any) -> chex.ArrayTree:
         """Hessian-vector product; ``vector`` and the result are like ``params``."""
         return self.hessian(params, **kwargs)(vector)
 
-    def hvp_block(self, params: PyTree, block: PyTree, **kwargs: Any) -> PyTree:
+    def hvp_block(
+        self, params: chex.ArrayTree, block: chex.ArrayTree, **kwargs: Any
+    ) -> chex.ArrayTree:
         """Hessian products with every row of a block (leaves ``(k, *leaf.shape)``), vectorized."""
         return jax.vmap(self.hessian(params, **kwargs))(block)
 
-    def ggn_vp(self, params: PyTree, vector: PyTree, **kwargs: Any) -> PyTree:
+    def ggn_vp(
+        self, params: chex.ArrayTree, vector: chex.ArrayTree, **kwargs: Any
+    ) -> chex.ArrayTree:
         """Gauss-Newton-vector product; ``vector`` and the result are like ``params``.
 
         Raises:
@@ -396,7 +416,9 @@ class Objective:
         """
         return self.gauss_newton(params, **kwargs)(vector)
 
-    def ggn_vp_block(self, params: PyTree, block: PyTree, **kwargs: Any) -> PyTree:
+    def ggn_vp_block(
+        self, params: chex.ArrayTree, block: chex.ArrayTree, **kwargs: Any
+    ) -> chex.ArrayTree:
         """Gauss-Newton products with every row of a block (leaves ``(k, *leaf.shape)``).
 
         Raises:
@@ -406,7 +428,7 @@ class Objective:
 
     # -- internals ---------------------------------------------------------------------------
 
-    def _need_predict(self, what: str) -> Callable[..., PyTree]:
+    def _need_predict(self, what: str) -> Callable[..., chex.ArrayTree]:
         if self._predict is None:
             raise ValueError(
                 f"Objective.{what} needs the network outputs, but this objective was built from a "
@@ -415,12 +437,14 @@ class Objective:
         return self._predict
 
     def _second_derivative(
-        self, value: Callable[..., jax.Array], params: PyTree, kwargs: dict[str, Any]
-    ) -> Callable[[PyTree], PyTree]:
-        def one(predict: Any, loss: Any, params: PyTree, kwargs: dict[str, Any]) -> PyTree:
+        self, value: Callable[..., jax.Array], params: chex.ArrayTree, kwargs: dict[str, Any]
+    ) -> Callable[[chex.ArrayTree], chex.ArrayTree]:
+        def one(
+            predict: Any, loss: Any, params: chex.ArrayTree, kwargs: dict[str, Any]
+        ) -> chex.ArrayTree:
             return jax.grad(lambda p: value(predict, loss, p, kwargs))(params)
 
-        def gradient(params: PyTree) -> PyTree:
+        def gradient(params: chex.ArrayTree) -> chex.ArrayTree:
             return self._over_parts(jax.checkpoint, one, params, kwargs)
 
         params = self._vary(params)
@@ -432,20 +456,20 @@ class Objective:
         return self._operator(product, params)
 
     def _operator(
-        self, product: Callable[[PyTree], PyTree], params: PyTree
-    ) -> Callable[[PyTree], PyTree]:
+        self, product: Callable[[chex.ArrayTree], chex.ArrayTree], params: chex.ArrayTree
+    ) -> Callable[[chex.ArrayTree], chex.ArrayTree]:
         # A Partial of Partials: what the linearization has stored are leaves of a pytree, which a
         # jitted function can return and another take, so that products share it.
         return Partial(functools.partial(_apply, self.axis_name), product, params, self._where)
 
-    def _vary(self, tree: PyTree) -> PyTree:
+    def _vary(self, tree: chex.ArrayTree) -> chex.ArrayTree:
         return vary_over(tree, self.axis_name)
 
-    def _mean(self, tree: PyTree) -> PyTree:
+    def _mean(self, tree: chex.ArrayTree) -> chex.ArrayTree:
         return mean_over(tree, self.axis_name, self._where)
 
 
-def _value_of(predict: Any, loss: Any, params: PyTree, kwargs: dict[str, Any]) -> jax.Array:
+def _value_of(predict: Any, loss: Any, params: chex.ArrayTree, kwargs: dict[str, Any]) -> jax.Array:
     """The scalar ``loss(predict(params))``, or ``loss(params)``."""
     outputs = params if predict is None else _call_by_name(predict, params, kwargs)
     value = jnp.asarray(_call_by_name(loss, outputs, kwargs))
@@ -458,8 +482,8 @@ def _value_of(predict: Any, loss: Any, params: PyTree, kwargs: dict[str, Any]) -
 
 
 def _gauss_newton(
-    predict: Any, loss: Any, params: PyTree, kwargs: dict[str, Any]
-) -> Callable[[PyTree], PyTree]:
+    predict: Any, loss: Any, params: chex.ArrayTree, kwargs: dict[str, Any]
+) -> Callable[[chex.ArrayTree], chex.ArrayTree]:
     outputs, push = jax.linearize(lambda p: _call_by_name(predict, p, kwargs), params)
     _, loss_hessian = jax.linearize(jax.grad(lambda out: _call_by_name(loss, out, kwargs)), outputs)
     return Partial(congruence, push, loss_hessian, params)
@@ -467,33 +491,38 @@ def _gauss_newton(
 
 def _apply(
     axis_name: str | None,
-    product: Callable[[PyTree], PyTree],
-    params: PyTree,
+    product: Callable[[chex.ArrayTree], chex.ArrayTree],
+    params: chex.ArrayTree,
     where: jax.Array | None,
-    vector: PyTree,
-) -> PyTree:
+    vector: chex.ArrayTree,
+) -> chex.ArrayTree:
     """The mean over replicas of a product in the dtypes of the parameters."""
     tangent = jax.tree.map(lambda v, p: v.astype(p.dtype), vector, params)
     result = mean_over(product(vary_over(tangent, axis_name)), axis_name, where)
     return jax.tree.map(lambda r, v: r.astype(v.dtype), result, vector)
 
 
-def mean_over(tree: PyTree, axis_name: str | None, where: jax.Array | None = None) -> PyTree:
+def mean_over(
+    tree: chex.ArrayTree, axis_name: str | None, where: jax.Array | None = None
+) -> chex.ArrayTree:
     """The mean over the replicas of an axis, if there is one; where told, in some steps only."""
     if axis_name is None:
         return tree
     if where is None:
         return lax.pmean(tree, axis_name)
 
-    def mean(tree: PyTree) -> PyTree:
+    def mean(tree: chex.ArrayTree) -> chex.ArrayTree:
         return vary_over(lax.pmean(tree, axis_name), axis_name)
 
     return lax.cond(where, mean, lambda tree: tree, vary_over(tree, axis_name))
 
 
 def mean_arguments(
-    updates: PyTree, extra_args: dict[str, Any], axis_name: str, where: jax.Array | None = None
-) -> tuple[PyTree, dict[str, Any]]:
+    updates: chex.ArrayTree,
+    extra_args: dict[str, Any],
+    axis_name: str,
+    where: jax.Array | None = None,
+) -> tuple[chex.ArrayTree, dict[str, Any]]:
     """What ``update`` is given by each replica, averaged: the gradient, ``value`` and ``grad``."""
     given = {name: extra_args[name] for name in ("value", "grad") if name in extra_args}
     if given.get("grad") is updates:  # not sent twice
@@ -504,16 +533,18 @@ def mean_arguments(
     return updates, extra_args | given
 
 
-def _first_result(function: Callable[..., tuple[PyTree, ...]], *args: PyTree) -> PyTree:
+def _first_result(
+    function: Callable[..., tuple[chex.ArrayTree, ...]], *args: chex.ArrayTree
+) -> chex.ArrayTree:
     return function(*args)[0]
 
 
 def congruence(
-    push: Callable[[PyTree], PyTree],
-    middle: Callable[[PyTree], PyTree],
-    params: PyTree,
-    vector: PyTree,
-) -> PyTree:
+    push: Callable[[chex.ArrayTree], chex.ArrayTree],
+    middle: Callable[[chex.ArrayTree], chex.ArrayTree],
+    params: chex.ArrayTree,
+    vector: chex.ArrayTree,
+) -> chex.ArrayTree:
     """``J^T M J`` times a vector, from the linear functions ``J`` and ``M``."""
     return jax.linear_transpose(push, params)(middle(push(vector)))[0]
 
@@ -523,7 +554,7 @@ def as_objective(
     extra_args: dict[str, Any],
     *,
     method: str,
-    params: PyTree,
+    params: chex.ArrayTree,
     why: str,
     argument: str = "value_fn",
 ) -> Objective:
@@ -558,7 +589,7 @@ def as_objective(
     return value_fn.bind(**extra_args)
 
 
-def check_params(params: PyTree, method: str, call: str = "tx.init(params)") -> None:
+def check_params(params: chex.ArrayTree, method: str, call: str = "tx.init(params)") -> None:
     """Raises ``ValueError`` if ``params`` is missing or has the holes of ``optax.masked``."""
     if params is None:
         raise ValueError(f"{method} needs the parameters. Call it as: {call}.")
@@ -586,7 +617,7 @@ def argument_names(fn: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
     return [p.name for p in named], required, variadic
 
 
-def _call_by_name(fn: Callable[..., Any], first: PyTree, kwargs: dict[str, Any]) -> Any:
+def _call_by_name(fn: Callable[..., Any], first: chex.ArrayTree, kwargs: dict[str, Any]) -> Any:
     if not kwargs:
         return fn(first)
     names, _, variadic = argument_names(fn)
@@ -595,7 +626,7 @@ def _call_by_name(fn: Callable[..., Any], first: PyTree, kwargs: dict[str, Any])
 
 def _bind_by_name(
     fn: Callable[..., Any], kwargs: dict[str, Any], given_later: tuple[str, ...] = ()
-) -> Callable[[PyTree], Any]:
+) -> Callable[[chex.ArrayTree], Any]:
     # Only arguments that are named are bound: as in Optax, a bare ** gets nothing.
     names, required, _ = argument_names(fn)
     missing = [name for name in required if name not in kwargs and name not in given_later]

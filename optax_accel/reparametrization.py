@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -34,8 +35,6 @@ from optax_accel import _masking
 from optax_accel._arguments import check_integer, check_number, check_real_leaves
 from optax_accel._masking import Mask
 from optax_accel.objective import Objective
-
-PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +60,8 @@ class Reparametrization:
       (0.0333, -3.4025)
     """
 
-    forward: Callable[[PyTree], jax.Array]
-    inverse: Callable[[jax.Array], PyTree]
+    forward: Callable[[chex.ArrayTree], jax.Array]
+    inverse: Callable[[jax.Array], chex.ArrayTree]
 
 
 def weight_norm(output_axes: int | tuple[int, ...] = -1) -> Reparametrization:
@@ -166,8 +165,8 @@ class ReparametrizeState(NamedTuple):
       inner_state: state of the inner transformation.
     """
 
-    coordinates: PyTree
-    inner_state: PyTree
+    coordinates: chex.ArrayTree
+    inner_state: chex.ArrayTree
 
 
 def reparametrize(
@@ -245,14 +244,14 @@ def reparametrize(
     inner = optax.with_extra_args_support(inner)
     forward, inverse = reparametrization.forward, reparametrization.inverse
 
-    def chosen(params: PyTree) -> PyTree:
+    def chosen(params: chex.ArrayTree) -> chex.ArrayTree:
         return _masking.resolve(params, _has_two_axes if mask is None else mask)
 
-    def init_fn(params: PyTree) -> ReparametrizeState:
+    def init_fn(params: chex.ArrayTree) -> ReparametrizeState:
         selected = chosen(params)
         check_real_leaves(_masking.select(params, selected), "reparametrize")
 
-        def start(path: Any, w: jax.Array) -> PyTree:
+        def start(path: Any, w: jax.Array) -> chex.ArrayTree:
             coordinates = inverse(_widen(w))
             shape = jax.eval_shape(forward, coordinates).shape
             if shape != w.shape:
@@ -268,11 +267,11 @@ def reparametrize(
         return ReparametrizeState(coordinates, inner.init(_join(selected, params, coordinates)))
 
     def update_fn(
-        updates: PyTree,
+        updates: chex.ArrayTree,
         state: ReparametrizeState,
-        params: PyTree | None = None,
+        params: chex.ArrayTree | None = None,
         **extra_args: Any,
-    ) -> tuple[PyTree, ReparametrizeState]:
+    ) -> tuple[chex.ArrayTree, ReparametrizeState]:
         if params is None:
             raise ValueError(
                 "reparametrize needs the parameters, which it leads to the image of the new "
@@ -281,8 +280,8 @@ def reparametrize(
         selected = chosen(params)
         point = _join(selected, params, state.coordinates)
 
-        def pull_back(gradient: PyTree) -> PyTree:
-            def pull(m: bool, g: jax.Array, c: PyTree) -> PyTree:
+        def pull_back(gradient: chex.ArrayTree) -> chex.ArrayTree:
+            def pull(m: bool, g: jax.Array, c: chex.ArrayTree) -> chex.ArrayTree:
                 if not m:
                     return g
                 image, transposed = jax.vjp(forward, c)
@@ -290,7 +289,7 @@ def reparametrize(
 
             return jax.tree.map(pull, selected, gradient, point)
 
-        def to_params(coordinates: PyTree) -> PyTree:
+        def to_params(coordinates: chex.ArrayTree) -> chex.ArrayTree:
             return jax.tree.map(
                 lambda m, p, c: forward(c).astype(p.dtype) if m else c,
                 selected,
@@ -308,7 +307,9 @@ def reparametrize(
         inner_updates, inner_state = inner.update(gradient, state.inner_state, point, **extra_args)
         moved = optax.apply_updates(point, inner_updates)
 
-        def lead(m: bool, g: jax.Array, p: jax.Array, u: PyTree, c: PyTree) -> jax.Array:
+        def lead(
+            m: bool, g: jax.Array, p: jax.Array, u: chex.ArrayTree, c: chex.ArrayTree
+        ) -> jax.Array:
             return (forward(c) - _widen(p)).astype(g.dtype) if m else u
 
         new_updates = jax.tree.map(lead, selected, updates, params, inner_updates, moved)
@@ -317,23 +318,25 @@ def reparametrize(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _join(selected: PyTree, params: PyTree, coordinates: PyTree) -> PyTree:
+def _join(
+    selected: chex.ArrayTree, params: chex.ArrayTree, coordinates: chex.ArrayTree
+) -> chex.ArrayTree:
     """What the inner transformation optimizes: coordinates where selected, parameters elsewhere."""
     return jax.tree.map(lambda m, p, c: c if m else p, selected, params, coordinates)
 
 
-def _precompose(value_fn: Any, transform: Callable[[PyTree], PyTree]) -> Any:
+def _precompose(value_fn: Any, transform: Callable[[chex.ArrayTree], chex.ArrayTree]) -> Any:
     if isinstance(value_fn, Objective):
         return value_fn.precompose(transform)
 
     @functools.wraps(value_fn)
-    def composed(params: PyTree, *args: Any, **kwargs: Any) -> Any:
+    def composed(params: chex.ArrayTree, *args: Any, **kwargs: Any) -> Any:
         return value_fn(transform(params), *args, **kwargs)
 
     return composed
 
 
-def _has_two_axes(params: PyTree) -> PyTree:
+def _has_two_axes(params: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree.map(lambda p: jnp.ndim(p) >= 2, params)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -25,11 +26,10 @@ import optax
 from optax_accel._arguments import check_integer, check_number, value_of
 from optax_accel._random import as_key, hash_bits, map_with_keys
 
-PyTree = Any
-Sampler = Callable[[jax.Array, PyTree, Any], PyTree]
+Sampler = Callable[[jax.Array, chex.ArrayTree, Any], chex.ArrayTree]
 
 
-def bernoulli_per_element(key: jax.Array, tree: PyTree, rate: Any) -> PyTree:
+def bernoulli_per_element(key: chex.PRNGKey, tree: chex.ArrayTree, rate: Any) -> chex.ArrayTree:
     """Independent Bernoulli(``rate``) masks for every entry.
 
     Random bits dominate the cost of a mask: eight bits an entry from JAX's threefry take two to
@@ -60,7 +60,7 @@ def bernoulli_per_element(key: jax.Array, tree: PyTree, rate: Any) -> PyTree:
     return map_with_keys(mask, key, tree)
 
 
-def bernoulli_per_tensor(key: jax.Array, tree: PyTree, rate: Any) -> PyTree:
+def bernoulli_per_tensor(key: chex.PRNGKey, tree: chex.ArrayTree, rate: Any) -> chex.ArrayTree:
     """One Bernoulli(``rate``) decision for each leaf; for study, not in the paper.
 
     Args:
@@ -89,12 +89,12 @@ class SampleGradientsState(NamedTuple):
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
-    key: jax.Array
+    key: chex.PRNGKey
 
 
 def sample_gradients(
     rate: optax.ScalarOrSchedule = 0.8,
-    key: jax.Array | int = 0,
+    key: chex.PRNGKey | int = 0,
     *,
     sampler: Sampler = bernoulli_per_element,
     rescale: bool = False,
@@ -136,17 +136,17 @@ def sample_gradients(
         )
     initial_key = as_key(key)
 
-    def init_fn(params: PyTree) -> SampleGradientsState:
+    def init_fn(params: chex.ArrayTree) -> SampleGradientsState:
         del params
         # A copy, so that a donated state does not take the caller's key with it.
         return SampleGradientsState(jnp.zeros((), jnp.int32), jnp.copy(initial_key))
 
     def update_fn(
-        updates: PyTree,
+        updates: chex.ArrayTree,
         state: SampleGradientsState,
-        params: PyTree | None = None,
+        params: chex.ArrayTree | None = None,
         **extra_args: Any,
-    ) -> tuple[PyTree, SampleGradientsState]:
+    ) -> tuple[chex.ArrayTree, SampleGradientsState]:
         del params, extra_args
         step_rate = value_of(rate, state.count)
         masks = sampler(jax.random.fold_in(state.key, state.count), updates, step_rate)
@@ -164,7 +164,7 @@ def sample_gradients(
 def stoch_grad_adam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     rate: optax.ScalarOrSchedule = 0.8,
-    key: jax.Array | int = 0,
+    key: chex.PRNGKey | int = 0,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -238,12 +238,12 @@ def _scale_by_port_adam(
 ) -> optax.GradientTransformation:
     """Adam with the public port's decaying b1 and its offset in the bias correction."""
 
-    def init_fn(params: PyTree) -> optax.ScaleByAdamState:
+    def init_fn(params: chex.ArrayTree) -> optax.ScaleByAdamState:
         return optax.scale_by_adam(mu_dtype=mu_dtype).init(params)
 
     def update_fn(
-        updates: PyTree, state: optax.ScaleByAdamState, params: PyTree | None = None
-    ) -> tuple[PyTree, optax.ScaleByAdamState]:
+        updates: chex.ArrayTree, state: optax.ScaleByAdamState, params: chex.ArrayTree | None = None
+    ) -> tuple[chex.ArrayTree, optax.ScaleByAdamState]:
         del params
         count = optax.safe_increment(state.count)
         step_b1 = b1 * beta1_decay**state.count

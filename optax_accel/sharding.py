@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import chex
 import jax
 import optax
 
-PyTree = Any
 
-
-def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
+def state_shardings(tx: optax.GradientTransformation, params: chex.ArrayTree) -> chex.ArrayTree:
     """Shardings for ``tx.init(params)`` that follow those of the parameters.
 
     A leaf of the state belongs to a parameter if its path in the state ends with the parameter's
@@ -56,7 +55,7 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
     return shardings_like(jax.eval_shape(tx.init, params), params)
 
 
-def shardings_like(tree: PyTree, params: PyTree) -> PyTree:
+def shardings_like(tree: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTree:
     """Shardings for any pytree of arrays or shapes by the rule of :func:`state_shardings`.
 
     Args:

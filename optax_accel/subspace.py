@@ -26,6 +26,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -42,7 +43,6 @@ from optax_accel._masking import Mask, merge, select
 from optax_accel.curvature import BlockTracker, Eigenspace, Tracker, blocks
 from optax_accel.objective import as_objective, check_params
 
-PyTree = Any
 # Most directions whose combination is written out as a sum.
 _UNROLLED = 32
 BaseOptimizer = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
@@ -186,7 +186,7 @@ def interpolate_subspaces(
     check_number("alignment_decay", alignment_decay, 0, 1, open_high=True)
     name = "interpolate_subspaces"
 
-    def init_fn(params: PyTree) -> InterpolateSubspacesState:
+    def init_fn(params: chex.ArrayTree) -> InterpolateSubspacesState:
         check_params(params, name)
         selected = select(params, mask)
         check_real_leaves(selected, name)
@@ -202,16 +202,16 @@ def interpolate_subspaces(
         )
 
     def update_fn(
-        updates: PyTree,
+        updates: chex.ArrayTree,
         state: InterpolateSubspacesState,
-        params: PyTree | None = None,
+        params: chex.ArrayTree | None = None,
         *,
         value_fn: Any = None,
         curvature_value_fn: Any = None,
-        grad: PyTree | None = None,
+        grad: chex.ArrayTree | None = None,
         refresh: Refresh = None,
         **extra_args: Any,
-    ) -> tuple[PyTree, InterpolateSubspacesState]:
+    ) -> tuple[chex.ArrayTree, InterpolateSubspacesState]:
         _check_refresh(refresh)
         count, space = state.count, state.space
         k = space.eigenvalues.shape[0]
@@ -503,8 +503,8 @@ def bulk_sgd(
 
 
 def _dominant_component(
-    vector: PyTree, space: Eigenspace, everything: bool
-) -> tuple[PyTree, jax.Array]:
+    vector: chex.ArrayTree, space: Eigenspace, everything: bool
+) -> tuple[chex.ArrayTree, jax.Array]:
     """``P v`` in the basis' dtype, at least float32, and ``|P v| / |v|``."""
 
     def widen(v: jax.Array, b: jax.Array) -> jax.Array:

@@ -11,27 +11,26 @@ import functools
 import math
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from optax_accel._random import hash_bits, map_with_keys
 
-PyTree = Any
 
-
-def dimension(tree: PyTree) -> int:
+def dimension(tree: chex.ArrayTree) -> int:
     """Number of scalars in a pytree of arrays (or of shapes): the length of its vector."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def scalar_dtype(tree: PyTree) -> jnp.dtype:
+def scalar_dtype(tree: chex.ArrayTree) -> jnp.dtype:
     """The dtype in which inner products of a block are accumulated (float32 if empty)."""
     leaves = jax.tree.leaves(tree)
     return jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
 
 
-def inner(left: PyTree, right: PyTree) -> jax.Array:
+def inner(left: chex.ArrayTree, right: chex.ArrayTree) -> jax.Array:
     """All inner products of two blocks of ``k`` and ``m`` vectors: a ``(k, m)`` matrix.
 
     Accumulated in :func:`scalar_dtype`, at least float32, whatever dtype a block is stored in.
@@ -60,7 +59,7 @@ def inner(left: PyTree, right: PyTree) -> jax.Array:
     return functools.reduce(jnp.add, products)
 
 
-def combine(coefficients: jax.Array, block: PyTree) -> PyTree:
+def combine(coefficients: jax.Array, block: chex.ArrayTree) -> chex.ArrayTree:
     """Linear combinations of a block's ``k`` vectors.
 
     Args:
@@ -84,22 +83,22 @@ def combine(coefficients: jax.Array, block: PyTree) -> PyTree:
     return jax.tree.map(leaf_combination, block)
 
 
-def as_block(vector: PyTree) -> PyTree:
+def as_block(vector: chex.ArrayTree) -> chex.ArrayTree:
     """A vector as a block of one."""
     return jax.tree.map(lambda x: x[None], vector)
 
 
-def concatenate(first: PyTree, second: PyTree) -> PyTree:
+def concatenate(first: chex.ArrayTree, second: chex.ArrayTree) -> chex.ArrayTree:
     """The rows of two blocks, one after the other."""
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
 
 
-def rows(block: PyTree, start: int, stop: int) -> PyTree:
+def rows(block: chex.ArrayTree, start: int, stop: int) -> chex.ArrayTree:
     """The vectors ``start`` to ``stop - 1`` of a block."""
     return jax.tree.map(lambda b: b[start:stop], block)
 
 
-def random(key: jax.Array, like: PyTree) -> PyTree:
+def random(key: chex.PRNGKey, like: chex.ArrayTree) -> chex.ArrayTree:
     """A vector of uniform entries in [-1, 1), with the shapes and dtypes of ``like``."""
 
     def leaf(leaf_key: jax.Array, x: Any) -> jax.Array:
@@ -108,20 +107,20 @@ def random(key: jax.Array, like: PyTree) -> PyTree:
     return map_with_keys(leaf, key, like)
 
 
-def random_basis(key: jax.Array, like: PyTree, num: int) -> PyTree:
+def random_basis(key: chex.PRNGKey, like: chex.ArrayTree, num: int) -> chex.ArrayTree:
     """A random orthonormal block of ``num`` vectors with the shapes and dtypes of ``like``."""
     keys = jax.random.split(key, num)
     return orthonormalize(jax.vmap(lambda each: random(each, like))(keys))
 
 
-def zeros(num: int, like: PyTree) -> PyTree:
+def zeros(num: int, like: chex.ArrayTree) -> chex.ArrayTree:
     """A block of ``num`` zero vectors, placed like the leaves where these have a named sharding."""
     return jax.tree.map(
         lambda x: _placed(jnp.zeros((num, *x.shape), x.dtype), x, leading=True), like
     )
 
 
-def place(tree: PyTree, like: PyTree) -> PyTree:
+def place(tree: chex.ArrayTree, like: chex.ArrayTree) -> chex.ArrayTree:
     """A vector placed like the leaves of ``like`` where these have a named sharding."""
     return jax.tree.map(_placed, tree, like)
 
@@ -134,7 +133,7 @@ def _placed(x: jax.Array, like: Any, leading: bool = False) -> jax.Array:
     return jax.device_put(x, jax.NamedSharding(sharding.mesh, spec))
 
 
-def identity(like: PyTree) -> PyTree:
+def identity(like: chex.ArrayTree) -> chex.ArrayTree:
     """The block of all unit vectors, ``dimension(like)`` rows. For tiny problems only."""
     size = dimension(like)
     leaves, treedef = jax.tree.flatten(like)
@@ -148,11 +147,11 @@ def identity(like: PyTree) -> PyTree:
 
 
 def orthonormalize(
-    block: PyTree,
+    block: chex.ArrayTree,
     *,
     rotation: jax.Array | None = None,
     gram: jax.Array | None = None,
-) -> PyTree:
+) -> chex.ArrayTree:
     """Orthonormal rows with the span of the given ones, by scaled, shifted Cholesky QR.
 
     One round needs two passes over the block and one ``k x k`` factorization (and, for sharded
@@ -203,9 +202,9 @@ def _cholesky_transform(gram: jax.Array, *, first: bool) -> tuple[jax.Array, jax
 
 
 # The branches are not closures: outside `jit`, those would be compiled anew at every call.
-def _same(block: PyTree) -> PyTree:
+def _same(block: chex.ArrayTree) -> chex.ArrayTree:
     return block
 
 
-def _second_round(block: PyTree) -> PyTree:
+def _second_round(block: chex.ArrayTree) -> chex.ArrayTree:
     return combine(_cholesky_transform(inner(block, block), first=False)[0], block)

@@ -18,6 +18,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -26,7 +27,6 @@ from jax.flatten_util import ravel_pytree
 from optax_accel._arguments import check_choice, check_integer, check_number
 from optax_accel.curvature import blocks
 
-PyTree = Any
 Order = Literal["algebraic", "magnitude"]
 Loop = Literal["graph", "host"]
 T = TypeVar("T")
@@ -56,14 +56,14 @@ class Eigenpairs(NamedTuple):
     """
 
     eigenvalues: jax.Array
-    basis: PyTree
+    basis: chex.ArrayTree
     residual_norms: jax.Array
     num_products: jax.Array
     converged: jax.Array
     smallest: jax.Array
 
 
-def _no_pairs(like: PyTree) -> Eigenpairs:
+def _no_pairs(like: chex.ArrayTree) -> Eigenpairs:
     dtype = blocks.scalar_dtype(like)
     nothing = jnp.zeros((0,), dtype)
     return Eigenpairs(
@@ -149,9 +149,9 @@ class _Process(NamedTuple):
       done: whether to stop.
     """
 
-    basis: PyTree
-    vector: PyTree
-    previous: PyTree
+    basis: chex.ArrayTree
+    vector: chex.ArrayTree
+    previous: chex.ArrayTree
     projected: jax.Array
     origin: jax.Array
     length: jax.Array
@@ -164,26 +164,28 @@ class _Process(NamedTuple):
     done: jax.Array
 
 
-def _norm(vector: PyTree) -> jax.Array:
+def _norm(vector: chex.ArrayTree) -> jax.Array:
     block = blocks.as_block(vector)
     return jnp.sqrt(blocks.inner(block, block)[0, 0])
 
 
-def _unit(vector: PyTree, norm: jax.Array) -> PyTree:
+def _unit(vector: chex.ArrayTree, norm: jax.Array) -> chex.ArrayTree:
     factor = 1 / jnp.where(norm > 0, norm, 1)
     return jax.tree.map(lambda x: x * factor.astype(x.dtype), vector)
 
 
 def _orthogonalize(
-    vector: PyTree, basis: PyTree, newest: PyTree, index: jax.Array
-) -> tuple[PyTree, jax.Array, jax.Array]:
+    vector: chex.ArrayTree, basis: chex.ArrayTree, newest: chex.ArrayTree, index: jax.Array
+) -> tuple[chex.ArrayTree, jax.Array, jax.Array]:
     """The part of a vector orthogonal to a basis, the coefficients of the rest, and its norm.
 
     ``newest`` counts as the row ``index`` of the basis, which is zero: XLA copies a block that is
     changed before it is read.
     """
 
-    def once(vector: PyTree, total: jax.Array) -> tuple[PyTree, jax.Array, jax.Array]:
+    def once(
+        vector: chex.ArrayTree, total: jax.Array
+    ) -> tuple[chex.ArrayTree, jax.Array, jax.Array]:
         of_newest = blocks.inner(blocks.as_block(newest), blocks.as_block(vector))[0, 0]
         coefficients = blocks.inner(basis, blocks.as_block(vector))[:, 0]
 
@@ -275,7 +277,7 @@ def _converged(
 
 
 @functools.partial(jax.jit, static_argnames="random", donate_argnames="basis")
-def _begin(vector: PyTree, basis: PyTree, random: bool) -> _Process:
+def _begin(vector: chex.ArrayTree, basis: chex.ArrayTree, random: bool) -> _Process:
     dtype = blocks.scalar_dtype(vector)
     capacity = jax.tree.leaves(basis)[0].shape[0]
     zero = jnp.zeros((), dtype)
@@ -297,16 +299,16 @@ def _begin(vector: PyTree, basis: PyTree, random: bool) -> _Process:
 
 
 @functools.partial(jax.jit, donate_argnames="basis")
-def _insert(basis: PyTree, vector: PyTree, index: jax.Array) -> PyTree:
+def _insert(basis: chex.ArrayTree, vector: chex.ArrayTree, index: jax.Array) -> chex.ArrayTree:
     return jax.tree.map(lambda b, x: lax.dynamic_update_index_in_dim(b, x, index, 0), basis, vector)
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _absorb(
-    basis: PyTree,
+    basis: chex.ArrayTree,
     process: _Process,
-    image: PyTree,
-    key: jax.Array,
+    image: chex.ArrayTree,
+    key: chex.PRNGKey,
     tolerance: Any,
     *,
     num_directions: int,
@@ -332,7 +334,7 @@ def _absorb(
     threshold = _ULPS * jnp.finfo(scale.dtype).eps * scale
     exhausted = beta <= threshold
 
-    def reseed() -> PyTree:
+    def reseed() -> chex.ArrayTree:
         fresh = blocks.random(jax.random.fold_in(key, process.num_products), vector)
         fresh, _, norm = _orthogonalize(_unit(fresh, _norm(fresh)), basis, vector, length)
         return _unit(fresh, norm)
@@ -369,7 +371,7 @@ def _absorb(
 
 
 @functools.partial(jax.jit, static_argnames=("keep", "order"), donate_argnames="basis")
-def _compress(basis: PyTree, process: _Process, *, keep: int, order: Order) -> _Process:
+def _compress(basis: chex.ArrayTree, process: _Process, *, keep: int, order: Order) -> _Process:
     """Thick restart: the ``keep`` leading Ritz vectors take the place of the whole basis."""
     values, vectors, _, _ = _ritz(process._replace(basis=basis), order)
     leading = blocks.combine(vectors[:, :keep].T, basis)
@@ -406,16 +408,16 @@ def _conclude(
 
 
 def lanczos(
-    product: Callable[[PyTree], PyTree],
-    like: PyTree,
+    product: Callable[[chex.ArrayTree], chex.ArrayTree],
+    like: chex.ArrayTree,
     num_directions: int,
     *,
-    key: jax.Array,
+    key: chex.PRNGKey,
     num_products: int,
     order: Order = "algebraic",
     tolerance: float | None = None,
     max_basis: int | None = None,
-    start: PyTree | None = None,
+    start: chex.ArrayTree | None = None,
     loop: Loop = "graph",
 ) -> Eigenpairs:
     r"""Leading eigenpairs by thick-restart Lanczos with full reorthogonalization.
@@ -522,7 +524,7 @@ def lanczos(
     return _conclude(process, tolerance, num_directions=k, order=order)
 
 
-def _take_basis(process: _Process) -> tuple[PyTree, _Process]:
+def _take_basis(process: _Process) -> tuple[chex.ArrayTree, _Process]:
     """The basis apart: its buffer alone is donated, because the caller may hold the vector."""
     return process.basis, process._replace(basis=None)
 
@@ -542,12 +544,12 @@ def _check(
 
 
 def subspace_sweep(
-    products: Callable[[PyTree], PyTree],
-    basis: PyTree,
+    products: Callable[[chex.ArrayTree], chex.ArrayTree],
+    basis: chex.ArrayTree,
     *,
     shift: jax.Array,
     order: Order = "algebraic",
-) -> tuple[jax.Array, PyTree, jax.Array]:
+) -> tuple[jax.Array, chex.ArrayTree, jax.Array]:
     """One warm-started step of block power iteration with Rayleigh-Ritz: one block product.
 
     The products with an orthonormal basis ``U`` give the Ritz pairs of its span and, rotated into
@@ -583,13 +585,17 @@ def subspace_sweep(
     return values, blocks.orthonormalize(shifted, rotation=vectors.T), jnp.min(values)
 
 
-def _rayleigh_ritz(basis: PyTree, images: PyTree, order: Order) -> tuple[jax.Array, jax.Array]:
+def _rayleigh_ritz(
+    basis: chex.ArrayTree, images: chex.ArrayTree, order: Order
+) -> tuple[jax.Array, jax.Array]:
     projected = blocks.inner(basis, images)
     values, vectors = jnp.linalg.eigh((projected + projected.T) / 2)
     return sort_spectrum(values, vectors, order)
 
 
-def _power(basis: PyTree, images: PyTree, values: jax.Array, shift: jax.Array) -> PyTree:
+def _power(
+    basis: chex.ArrayTree, images: chex.ArrayTree, values: jax.Array, shift: jax.Array
+) -> chex.ArrayTree:
     """``(H + shift) U``, with a little more of the old basis.
 
     That keeps directions that the operator annihilates: a singular operator leaves them where they
@@ -614,8 +620,8 @@ class _Sweep(NamedTuple):
       smallest: smallest Ritz value seen.
     """
 
-    basis: PyTree
-    images: PyTree
+    basis: chex.ArrayTree
+    images: chex.ArrayTree
     eigenvalues: jax.Array
     residual_norms: jax.Array
     converged: jax.Array
@@ -625,8 +631,8 @@ class _Sweep(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _assess(
-    basis: PyTree,
-    images: PyTree,
+    basis: chex.ArrayTree,
+    images: chex.ArrayTree,
     num_products: jax.Array,
     smallest: jax.Array,
     tolerance: Any,
@@ -677,7 +683,9 @@ def _filter_interval(sweep: _Sweep, order: Order) -> tuple[jax.Array, jax.Array,
 
 
 @functools.partial(jax.jit, static_argnames="order")
-def _filter_start(sweep: _Sweep, *, order: Order) -> tuple[PyTree, PyTree, jax.Array]:
+def _filter_start(
+    sweep: _Sweep, *, order: Order
+) -> tuple[chex.ArrayTree, chex.ArrayTree, jax.Array]:
     """The filter's first two polynomials, the second from the products at hand, and sigma."""
     centre, radius, sigma = _filter_interval(sweep, order)
     first = jax.tree.map(
@@ -690,8 +698,12 @@ def _filter_start(sweep: _Sweep, *, order: Order) -> tuple[PyTree, PyTree, jax.A
 
 @functools.partial(jax.jit, static_argnames="order")
 def _filter_step(
-    sweep: _Sweep, state: tuple[PyTree, PyTree, jax.Array], images: PyTree, *, order: Order
-) -> tuple[PyTree, PyTree, jax.Array]:
+    sweep: _Sweep,
+    state: tuple[chex.ArrayTree, chex.ArrayTree, jax.Array],
+    images: chex.ArrayTree,
+    *,
+    order: Order,
+) -> tuple[chex.ArrayTree, chex.ArrayTree, jax.Array]:
     """One degree of the three-term recurrence, scaled to stay of order one at the top."""
     centre, radius, first_sigma = _filter_interval(sweep, order)
     before, block, sigma = state
@@ -706,7 +718,7 @@ def _filter_step(
 
 
 @functools.partial(jax.jit, static_argnames="order")
-def _next_basis(sweep: _Sweep, filtered: PyTree, *, order: Order) -> PyTree:
+def _next_basis(sweep: _Sweep, filtered: chex.ArrayTree, *, order: Order) -> chex.ArrayTree:
     """The next orthonormal basis: of the filtered block, or by a power step without one."""
     if filtered is None:
         shift = jnp.maximum(-sweep.smallest, 0) * (order == "algebraic")
@@ -715,8 +727,8 @@ def _next_basis(sweep: _Sweep, filtered: PyTree, *, order: Order) -> PyTree:
 
 
 def block_iteration(
-    products: Callable[[PyTree], PyTree],
-    start: PyTree,
+    products: Callable[[chex.ArrayTree], chex.ArrayTree],
+    start: chex.ArrayTree,
     num_directions: int | None = None,
     *,
     num_products: int,
@@ -802,7 +814,7 @@ def block_iteration(
     # The filter's first degree takes the products at hand.
     extra = rows * max(chebyshev_degree - 1, 0)
 
-    def assess(basis: PyTree, count: jax.Array, smallest: jax.Array) -> _Sweep:
+    def assess(basis: chex.ArrayTree, count: jax.Array, smallest: jax.Array) -> _Sweep:
         images = products(basis)
         return _assess(basis, images, count, smallest, tolerance, num_directions=k, order=order)
 
@@ -842,13 +854,13 @@ _orthonormalize = jax.jit(blocks.orthonormalize)
 
 
 def lobpcg(
-    product: Callable[[PyTree], PyTree],
-    like: PyTree,
+    product: Callable[[chex.ArrayTree], chex.ArrayTree],
+    like: chex.ArrayTree,
     num_directions: int,
     *,
     num_products: int,
-    key: jax.Array | None = None,
-    start: PyTree | None = None,
+    key: chex.PRNGKey | None = None,
+    start: chex.ArrayTree | None = None,
     tolerance: float | None = None,
 ) -> Eigenpairs:
     """The algebraically largest eigenpairs by JAX's own LOBPCG.
@@ -913,7 +925,7 @@ def lobpcg(
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), like)
     _, unravel = ravel_pytree(zero)
 
-    def ravel(vector: PyTree) -> jax.Array:
+    def ravel(vector: chex.ArrayTree) -> jax.Array:
         return ravel_pytree(jax.tree.map(lambda x: x.astype(dtype), vector))[0]
 
     def one(vector: jax.Array) -> jax.Array:

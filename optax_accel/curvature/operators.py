@@ -35,6 +35,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -44,10 +45,9 @@ from optax_accel._arguments import check_choice, check_real_leaves
 from optax_accel.curvature import blocks
 from optax_accel.objective import Objective, argument_names, check_params, congruence
 
-PyTree = Any
 Batch = Mapping[str, Any]
 Batches = Iterable[Batch]
-LinearFunction = Callable[[PyTree], PyTree]
+LinearFunction = Callable[[chex.ArrayTree], chex.ArrayTree]
 
 
 class CurvatureOperator:
@@ -83,11 +83,11 @@ class CurvatureOperator:
     def __init__(
         self,
         name: str,
-        params: PyTree,
+        params: chex.ArrayTree,
         linear: LinearFunction | None,
         terms: Callable[[], Iterable[tuple[LinearFunction, int]]] | None = None,
     ):
-        self.like: PyTree = jax.tree.map(_vector_like, params)
+        self.like: chex.ArrayTree = jax.tree.map(_vector_like, params)
         self.dimension: int = blocks.dimension(params)
         # Without a constraint the compiler may replicate the products of sharded vectors.
         self._shardings = shardings_of(self.like)
@@ -99,11 +99,11 @@ class CurvatureOperator:
     def __repr__(self) -> str:
         return f"CurvatureOperator({self._name}, dimension={self.dimension})"
 
-    def __call__(self, vector: PyTree) -> PyTree:
+    def __call__(self, vector: chex.ArrayTree) -> chex.ArrayTree:
         """The product with one vector, a pytree like ``like``."""
         return self._mean(lambda linear: _product(linear, vector, self._shardings))
 
-    def block(self, block: PyTree) -> PyTree:
+    def block(self, block: chex.ArrayTree) -> chex.ArrayTree:
         """The products with every row of a block, leaves ``(k, *shape)``.
 
         Every batch is visited once. On a CPU the rows are taken one after the other, which is
@@ -122,14 +122,14 @@ class CurvatureOperator:
         columns = [leaf.reshape(self.dimension, -1) for leaf in products]
         return jnp.concatenate(columns, axis=1).T if columns else jnp.zeros((0, 0))
 
-    def _mean(self, products: Callable[[Any], PyTree]) -> PyTree:
+    def _mean(self, products: Callable[[Any], chex.ArrayTree]) -> chex.ArrayTree:
         if self._terms is not None:
             return _weighted_mean(self._name, products, self._terms())
         return products(self._linear)
 
 
 def hessian(
-    objective: Objective, params: PyTree, *, batches: Batches | None = None, **batch: Any
+    objective: Objective, params: chex.ArrayTree, *, batches: Batches | None = None, **batch: Any
 ) -> CurvatureOperator:
     """The Hessian of the loss.
 
@@ -165,7 +165,7 @@ def hessian(
 
 
 def gauss_newton(
-    objective: Objective, params: PyTree, *, batches: Batches | None = None, **batch: Any
+    objective: Objective, params: chex.ArrayTree, *, batches: Batches | None = None, **batch: Any
 ) -> CurvatureOperator:
     """The generalized Gauss-Newton matrix of the loss, positive semidefinite for convex losses.
 
@@ -198,7 +198,7 @@ def gauss_newton(
 
 
 def functional_hessian(
-    objective: Objective, params: PyTree, *, batches: Batches | None = None, **batch: Any
+    objective: Objective, params: chex.ArrayTree, *, batches: Batches | None = None, **batch: Any
 ) -> CurvatureOperator:
     """The functional Hessian, ``hessian - gauss_newton``: the curvature of the network itself.
 
@@ -234,7 +234,7 @@ def functional_hessian(
 
 def fisher(
     objective: Objective,
-    params: PyTree,
+    params: chex.ArrayTree,
     *,
     likelihood: Literal["categorical", "gaussian"] = "categorical",
     batches: Batches | None = None,
@@ -281,7 +281,7 @@ def fisher(
 
 
 def empirical_fisher(
-    objective: Objective, params: PyTree, *, batches: Batches | None = None, **batch: Any
+    objective: Objective, params: chex.ArrayTree, *, batches: Batches | None = None, **batch: Any
 ) -> CurvatureOperator:
     """The empirical Fisher matrix: the second moment of the per-example gradients.
 
@@ -322,7 +322,7 @@ def empirical_fisher(
 
 
 def gradient_covariance(
-    objective: Objective, params: PyTree, *, batches: Batches | None = None, **batch: Any
+    objective: Objective, params: chex.ArrayTree, *, batches: Batches | None = None, **batch: Any
 ) -> CurvatureOperator:
     """The covariance of the per-example gradients: the empirical Fisher matrix, centred.
 
@@ -366,23 +366,27 @@ def gradient_covariance(
 # -- linear functions of one batch ---------------------------------------------------------------
 
 
-def _hessian(objective: Objective, params: PyTree, batch: Batch) -> LinearFunction:
+def _hessian(objective: Objective, params: chex.ArrayTree, batch: Batch) -> LinearFunction:
     return objective.hessian(params, **batch)
 
 
-def _gauss_newton(objective: Objective, params: PyTree, batch: Batch) -> LinearFunction:
+def _gauss_newton(objective: Objective, params: chex.ArrayTree, batch: Batch) -> LinearFunction:
     return objective.gauss_newton(params, **batch)
 
 
-def _functional_hessian(objective: Objective, params: PyTree, batch: Batch) -> LinearFunction:
+def _functional_hessian(
+    objective: Objective, params: chex.ArrayTree, batch: Batch
+) -> LinearFunction:
     return objective.functional_hessian(params, **batch)
 
 
-def _gradient(objective: Objective, params: PyTree, batch: Batch) -> PyTree:
+def _gradient(objective: Objective, params: chex.ArrayTree, batch: Batch) -> chex.ArrayTree:
     return objective.grad(params, **batch)
 
 
-def _fisher(likelihood: str, objective: Objective, params: PyTree, batch: Batch) -> LinearFunction:
+def _fisher(
+    likelihood: str, objective: Objective, params: chex.ArrayTree, batch: Batch
+) -> LinearFunction:
     params = objective._vary(params)
     outputs, push = jax.linearize(lambda p: objective.outputs(p, **batch), params)
     if not isinstance(outputs, jax.Array) or (likelihood == "categorical" and not outputs.ndim):
@@ -407,13 +411,13 @@ def _gaussian_information(tangent: jax.Array) -> jax.Array:
 
 
 def _gradient_moment(
-    objective: Objective, params: PyTree, batch: Batch, mean_gradient: PyTree = None
+    objective: Objective, params: chex.ArrayTree, batch: Batch, mean_gradient: chex.ArrayTree = None
 ) -> LinearFunction:
     params = objective._vary(params)
     axes = jax.tree.map(lambda leaf: 0 if jnp.ndim(leaf) else None, batch)
     examples = jax.tree.map(lambda leaf: leaf[:, None] if jnp.ndim(leaf) else leaf, batch)
 
-    def losses(p: PyTree) -> jax.Array:
+    def losses(p: chex.ArrayTree) -> jax.Array:
         def one(example: Batch) -> jax.Array:
             return objective._local_value(p, **example)
 
@@ -424,8 +428,11 @@ def _gradient_moment(
 
 
 def _second_moment(
-    push: LinearFunction, mean_gradient: PyTree, params: PyTree, vector: PyTree
-) -> PyTree:
+    push: LinearFunction,
+    mean_gradient: chex.ArrayTree,
+    params: chex.ArrayTree,
+    vector: chex.ArrayTree,
+) -> chex.ArrayTree:
     slopes = push(vector)  # the per-example gradients times the vector, (examples,)
     if mean_gradient is not None:
         mean = blocks.inner(blocks.as_block(mean_gradient), blocks.as_block(vector))[0]
@@ -440,18 +447,22 @@ Shardings = tuple[jax.NamedSharding | None, ...]
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _product(linear: LinearFunction, vector: PyTree, shardings: Shardings) -> PyTree:
+def _product(
+    linear: LinearFunction, vector: chex.ArrayTree, shardings: Shardings
+) -> chex.ArrayTree:
     return constrain(linear(vector), shardings)
 
 
-def _block_products(linear: LinearFunction, block: PyTree, shardings: Shardings) -> PyTree:
+def _block_products(
+    linear: LinearFunction, block: chex.ArrayTree, shardings: Shardings
+) -> chex.ArrayTree:
     if not _on_one_cpu((linear, block)):
         return _vectorized_products(linear, block, shardings)
     num_rows = jax.tree.leaves(block)[0].shape[0]
     return _concatenate([_row_product(linear, block, i, shardings) for i in range(num_rows)])
 
 
-def _on_one_cpu(tree: PyTree) -> bool:
+def _on_one_cpu(tree: chex.ArrayTree) -> bool:
     """Whether all arrays are there, on a single CPU device.
 
     On several, programs with collectives must not be queued: XLA may abort.
@@ -465,18 +476,22 @@ def _on_one_cpu(tree: PyTree) -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _vectorized_products(linear: LinearFunction, block: PyTree, shardings: Shardings) -> PyTree:
+def _vectorized_products(
+    linear: LinearFunction, block: chex.ArrayTree, shardings: Shardings
+) -> chex.ArrayTree:
     return constrain(jax.vmap(linear)(block), shardings, leading=(None,))
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _row_product(linear: LinearFunction, block: PyTree, index: int, shardings: Shardings) -> PyTree:
+def _row_product(
+    linear: LinearFunction, block: chex.ArrayTree, index: int, shardings: Shardings
+) -> chex.ArrayTree:
     """The product with one row, as a block of one."""
     row = jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, index, 0, keepdims=False), block)
     return blocks.as_block(constrain(linear(row), shardings))
 
 
-def shardings_of(like: PyTree) -> Shardings:
+def shardings_of(like: chex.ArrayTree) -> Shardings:
     """For each leaf its sharding, if it has one over a mesh whose shardings the compiler decides.
 
     On a mesh with explicit axes the sharding is part of an array's type, and follows from it.
@@ -491,7 +506,9 @@ def shardings_of(like: PyTree) -> Shardings:
     return tuple(automatic(leaf) for leaf in jax.tree.leaves(like))
 
 
-def constrain(tree: PyTree, shardings: Shardings, leading: tuple[None, ...] = ()) -> PyTree:
+def constrain(
+    tree: chex.ArrayTree, shardings: Shardings, leading: tuple[None, ...] = ()
+) -> chex.ArrayTree:
     """A vector (or with ``leading`` a block) sharded as the parameters are."""
     leaves, treedef = jax.tree.flatten(tree)
     placed = [
@@ -506,12 +523,12 @@ def constrain(tree: PyTree, shardings: Shardings, leading: tuple[None, ...] = ()
 
 
 @jax.jit
-def _concatenate(parts: list[PyTree]) -> PyTree:
+def _concatenate(parts: list[chex.ArrayTree]) -> chex.ArrayTree:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _accumulate(total: PyTree, summand: PyTree, weight: float) -> PyTree:
+def _accumulate(total: chex.ArrayTree, summand: chex.ArrayTree, weight: float) -> chex.ArrayTree:
     def weighted(leaf: jax.Array) -> jax.Array:
         return weight * leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
@@ -520,13 +537,13 @@ def _accumulate(total: PyTree, summand: PyTree, weight: float) -> PyTree:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _scale(total: PyTree, factor: float) -> PyTree:
+def _scale(total: chex.ArrayTree, factor: float) -> chex.ArrayTree:
     return jax.tree.map(lambda leaf: factor * leaf, total)
 
 
 def _weighted_mean(
-    name: str, function: Callable[[Any], PyTree], terms: Iterable[tuple[Any, int]]
-) -> PyTree:
+    name: str, function: Callable[[Any], chex.ArrayTree], terms: Iterable[tuple[Any, int]]
+) -> chex.ArrayTree:
     """The mean of ``function(term)`` over weighted terms, in at least float32."""
     total, sum_of_weights = None, 0
     for term, weight in terms:
@@ -547,7 +564,7 @@ def _build(
     name: str,
     linearize: Callable[..., LinearFunction],
     objective: Objective,
-    params: PyTree,
+    params: chex.ArrayTree,
     batches: Batches | None,
     batch: dict[str, Any],
     *,
@@ -661,7 +678,7 @@ def _count_examples(name: str, batch: Batch) -> int:
     return sizes.pop()
 
 
-def _traced(tree: PyTree) -> bool:
+def _traced(tree: chex.ArrayTree) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 

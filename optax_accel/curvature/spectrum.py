@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,8 +24,7 @@ from optax_accel._random import as_key, hash_bits, map_with_keys
 from optax_accel.curvature import blocks
 from optax_accel.curvature.operators import constrain, shape_of, shardings_of
 
-PyTree = Any
-Operator = Callable[[PyTree], PyTree]
+Operator = Callable[[chex.ArrayTree], chex.ArrayTree]
 Method = Literal["hutch++", "hutchinson"]
 
 # Lanczos vectors are kept in chunks of this many, so that memory grows with the process.
@@ -112,11 +112,11 @@ class EnergyShares(NamedTuple):
 def spectral_density(
     operator: Operator,
     *,
-    key: jax.Array,
+    key: chex.PRNGKey,
     num_probes: int = 8,
     num_products: int = 400,
     probes: Literal["rademacher", "gaussian"] = "rademacher",
-    like: PyTree = None,
+    like: chex.ArrayTree = None,
 ) -> SpectralDensity:
     """The distribution of the eigenvalues, by stochastic Lanczos quadrature.
 
@@ -172,7 +172,7 @@ def spectral_density(
 
     vector, _ = _normalize(_draw(as_key(key), like, num_probes, probes), None)
     previous, off = vector, jnp.zeros((num_probes,), blocks.scalar_dtype(like))
-    chunks: list[PyTree] = []
+    chunks: list[chex.ArrayTree] = []
     diagonal, off_diagonal, scale = [], [], off
     for step in range(num_steps):
         if step % _CHUNK == 0:
@@ -198,10 +198,10 @@ def spectral_density(
 def trace(
     operator: Operator,
     *,
-    key: jax.Array,
+    key: chex.PRNGKey,
     num_products: int = 60,
     method: Method = "hutch++",
-    like: PyTree = None,
+    like: chex.ArrayTree = None,
 ) -> Estimate:
     r"""The trace of a symmetric operator, the sum of its eigenvalues.
 
@@ -247,10 +247,10 @@ def trace(
 def frobenius_norm(
     operator: Operator,
     *,
-    key: jax.Array,
+    key: chex.PRNGKey,
     num_products: int = 60,
     method: Method = "hutch++",
-    like: PyTree = None,
+    like: chex.ArrayTree = None,
 ) -> Estimate:
     r"""The Frobenius norm of a symmetric operator, the root of its summed squared eigenvalues.
 
@@ -290,7 +290,7 @@ def frobenius_norm(
 
 
 def energy_shares(
-    operator: Operator, basis: PyTree, *, key: jax.Array, num_probes: int = 20
+    operator: Operator, basis: chex.ArrayTree, *, key: chex.PRNGKey, num_probes: int = 20
 ) -> EnergyShares:
     r"""The share of a matrix's energy in a subspace, by Frobenius norm and by trace.
 
@@ -343,7 +343,12 @@ def energy_shares(
 
 
 def _sketched_sums(
-    operator: Operator, key: jax.Array, num_products: int, method: Method, like: PyTree, name: str
+    operator: Operator,
+    key: chex.PRNGKey,
+    num_products: int,
+    method: Method,
+    like: chex.ArrayTree,
+    name: str,
 ) -> tuple[jax.Array, jax.Array, int]:
     """Traces of ``A`` and ``A**2`` in a sketched subspace, and samples of them in the complement.
 
@@ -372,7 +377,7 @@ def _sketched_sums(
     return known, _diagonals(samples, product(samples)), num_products
 
 
-def _products(operator: Operator, like: PyTree) -> tuple[Operator, PyTree]:
+def _products(operator: Operator, like: chex.ArrayTree) -> tuple[Operator, chex.ArrayTree]:
     """The operator on blocks, and what its vectors look like."""
     like = getattr(operator, "like", None) if like is None else like
     if like is None:
@@ -381,7 +386,7 @@ def _products(operator: Operator, like: PyTree) -> tuple[Operator, PyTree]:
             "arrays or jax.ShapeDtypeStruct, e.g. the parameters."
         )
 
-    def one_by_one(block: PyTree) -> PyTree:
+    def one_by_one(block: chex.ArrayTree) -> chex.ArrayTree:
         num = jax.tree.leaves(block)[0].shape[0]
         if num == 0:
             return block
@@ -399,7 +404,7 @@ def _mean_and_error(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
     return mean, jnp.sqrt(variance) if num > 1 else jnp.full_like(mean, jnp.nan)
 
 
-def _draw(key: jax.Array, like: PyTree, num: int, distribution: str) -> PyTree:
+def _draw(key: chex.PRNGKey, like: chex.ArrayTree, num: int, distribution: str) -> chex.ArrayTree:
     """A block of random vectors, sharded as ``like`` is."""
     leaves, treedef = jax.tree.flatten(like)
     return _draw_jitted(key, treedef, tuple(leaves), num, distribution)
@@ -407,8 +412,8 @@ def _draw(key: jax.Array, like: PyTree, num: int, distribution: str) -> PyTree:
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _draw_jitted(
-    key: jax.Array, treedef: Any, leaves: tuple[Any, ...], num: int, distribution: str
-) -> PyTree:
+    key: chex.PRNGKey, treedef: Any, leaves: tuple[Any, ...], num: int, distribution: str
+) -> chex.ArrayTree:
     def draw(leaf_key: jax.Array, leaf: Any) -> jax.Array:
         shape = (num, *leaf.shape)
         if distribution == "gaussian":
@@ -421,24 +426,24 @@ def _draw_jitted(
 
 
 @jax.jit
-def _diagonals(left: PyTree, images: PyTree) -> jax.Array:
+def _diagonals(left: chex.ArrayTree, images: chex.ArrayTree) -> jax.Array:
     """Row by row, the inner products with the images and the squared lengths of these, (k, 2)."""
     return jax.vmap(lambda z, w: jnp.stack([_dot(z, w), _dot(w, w)]))(left, images)
 
 
-def _dot(left: PyTree, right: PyTree) -> jax.Array:
+def _dot(left: chex.ArrayTree, right: chex.ArrayTree) -> jax.Array:
     return blocks.inner(blocks.as_block(left), blocks.as_block(right))[0, 0]
 
 
 @jax.jit
-def _complement(block: PyTree, basis: PyTree) -> PyTree:
+def _complement(block: chex.ArrayTree, basis: chex.ArrayTree) -> chex.ArrayTree:
     """The rows of a block without their parts in the span of an orthonormal basis."""
     part = blocks.combine(blocks.inner(block, basis), basis)
     return jax.tree.map(jnp.subtract, block, part)
 
 
 @jax.jit
-def _orthonormal(block: PyTree) -> PyTree:
+def _orthonormal(block: chex.ArrayTree) -> chex.ArrayTree:
     """Orthonormal rows with the span of the given ones, and zero rows where these are dependent.
 
     Unlike Cholesky QR it drops the directions of a rank-deficient block that are rounding errors:
@@ -460,7 +465,7 @@ def _orthonormal(block: PyTree) -> PyTree:
 
 
 @jax.jit
-def _open(vector: PyTree) -> PyTree:
+def _open(vector: chex.ArrayTree) -> chex.ArrayTree:
     """A new chunk, (num_probes, _CHUNK, *shape), with the vectors as its first."""
 
     def leaf(x: jax.Array) -> jax.Array:
@@ -470,15 +475,15 @@ def _open(vector: PyTree) -> PyTree:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(chunk: PyTree, vector: PyTree, index: int) -> PyTree:
+def _put(chunk: chex.ArrayTree, vector: chex.ArrayTree, index: int) -> chex.ArrayTree:
     return jax.tree.map(lambda c, x: lax.dynamic_update_index_in_dim(c, x, index, 1), chunk, vector)
 
 
 @jax.jit
 @jax.vmap
 def _recur(
-    image: PyTree, vector: PyTree, previous: PyTree, off: jax.Array
-) -> tuple[PyTree, jax.Array]:
+    image: chex.ArrayTree, vector: chex.ArrayTree, previous: chex.ArrayTree, off: jax.Array
+) -> tuple[chex.ArrayTree, jax.Array]:
     value = _dot(vector, image)
     residual = jax.tree.map(
         lambda w, q, p: w - value.astype(w.dtype) * q - off.astype(w.dtype) * p,
@@ -491,13 +496,13 @@ def _recur(
 
 @jax.jit
 @jax.vmap
-def _project_out(vector: PyTree, basis: PyTree) -> PyTree:
+def _project_out(vector: chex.ArrayTree, basis: chex.ArrayTree) -> chex.ArrayTree:
     coefficients = blocks.inner(basis, blocks.as_block(vector))[:, 0]
     return jax.tree.map(jnp.subtract, vector, blocks.combine(coefficients, basis))
 
 
 @jax.jit
-def _normalize(block: PyTree, scale: jax.Array | None) -> tuple[PyTree, jax.Array]:
+def _normalize(block: chex.ArrayTree, scale: jax.Array | None) -> tuple[chex.ArrayTree, jax.Array]:
     """Unit vectors and the lengths; zero for vectors that are rounding errors beside ``scale``."""
     lengths = jnp.sqrt(jax.vmap(_dot)(block, block))
     if scale is not None:

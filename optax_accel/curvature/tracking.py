@@ -17,6 +17,7 @@ import abc
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -26,8 +27,6 @@ from optax_accel._arguments import check_choice, check_integer, check_number
 from optax_accel.curvature import blocks
 from optax_accel.curvature.eigensolvers import Order, lanczos, subspace_sweep
 from optax_accel.objective import Objective
-
-PyTree = Any
 
 
 class Eigenspace(NamedTuple):
@@ -43,7 +42,7 @@ class Eigenspace(NamedTuple):
       memory: what else the tracker keeps; a NamedTuple of its own.
     """
 
-    basis: PyTree
+    basis: chex.ArrayTree
     eigenvalues: jax.Array
     ready: jax.Array
     accepted: jax.Array
@@ -73,7 +72,7 @@ class Tracker(abc.ABC):
         return True
 
     @abc.abstractmethod
-    def init(self, params: PyTree, num_directions: int) -> Eigenspace:
+    def init(self, params: chex.ArrayTree, num_directions: int) -> Eigenspace:
         """An eigenspace without an estimate: a random orthonormal basis, not ready."""
 
     @abc.abstractmethod
@@ -81,8 +80,8 @@ class Tracker(abc.ABC):
         self,
         space: Eigenspace,
         objective: Objective | None,
-        params: PyTree,
-        gradient: PyTree,
+        params: chex.ArrayTree,
+        gradient: chex.ArrayTree,
         *,
         cold: bool | None = None,
     ) -> Eigenspace:
@@ -100,7 +99,7 @@ class Tracker(abc.ABC):
           The new eigenspace; the old one, not accepted, where numbers were not finite.
         """
 
-    def num_products(self, params: PyTree, num_directions: int, *, cold: bool) -> int:
+    def num_products(self, params: chex.ArrayTree, num_directions: int, *, cold: bool) -> int:
         """Curvature-vector products of one refresh.
 
         Args:
@@ -131,7 +130,7 @@ class _BasisTracker(Tracker):
             if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
                 raise ValueError(f"`{name}` must be a real floating-point dtype, got {dtype!r}.")
 
-    def _like(self, params: PyTree) -> PyTree:
+    def _like(self, params: chex.ArrayTree) -> chex.ArrayTree:
         """Shapes of the parameters in the dtypes of the linear algebra."""
 
         def like(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -140,19 +139,21 @@ class _BasisTracker(Tracker):
 
         return jax.tree.map(like, params)
 
-    def _load(self, block: PyTree, params: PyTree) -> PyTree:
+    def _load(self, block: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTree:
         return jax.tree.map(lambda b, x: b.astype(x.dtype), block, self._like(params))
 
-    def _store(self, block: PyTree) -> PyTree:
+    def _store(self, block: chex.ArrayTree) -> chex.ArrayTree:
         return block if self.storage_dtype is None else optax.tree.cast(block, self.storage_dtype)
 
-    def _random_basis(self, params: PyTree, num: int) -> PyTree:
+    def _random_basis(self, params: chex.ArrayTree, num: int) -> chex.ArrayTree:
         like = self._like(params)
         if not num:
             return jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), like)
         return blocks.random_basis(jax.random.key(self.seed), like, num)
 
-    def _new_space(self, params: PyTree, basis: PyTree, k: int, memory: Any) -> Eigenspace:
+    def _new_space(
+        self, params: chex.ArrayTree, basis: chex.ArrayTree, k: int, memory: Any
+    ) -> Eigenspace:
         return Eigenspace(
             basis=self._store(blocks.rows(basis, 0, k)),
             eigenvalues=jnp.zeros((k,), blocks.scalar_dtype(self._like(params))),
@@ -163,7 +164,12 @@ class _BasisTracker(Tracker):
         )
 
     def _accept(
-        self, old: Eigenspace, values: jax.Array, basis: PyTree, memory: Any, valid: jax.Array
+        self,
+        old: Eigenspace,
+        values: jax.Array,
+        basis: chex.ArrayTree,
+        memory: Any,
+        valid: jax.Array,
     ) -> Eigenspace:
         """The new estimate if it is finite, else the old one."""
         # The squared norms of the rows tell a basis from NaNs at the cost of a pass.
@@ -192,7 +198,7 @@ class _CurvatureTracker(_BasisTracker):
         check_choice("order", self.order, ("algebraic", "magnitude"))
         check_choice("curvature", self.curvature, ("hessian", "gauss_newton"))
 
-    def _operator(self, objective: Objective | None, params: PyTree) -> Any:
+    def _operator(self, objective: Objective | None, params: chex.ArrayTree) -> Any:
         assert objective is not None
         if self.curvature == "hessian":
             return objective.hessian(params)
@@ -201,15 +207,15 @@ class _CurvatureTracker(_BasisTracker):
     def _shift(self, smallest: jax.Array) -> jax.Array:
         return jnp.maximum(-smallest, 0) * (self.order == "algebraic")
 
-    def _cold_products(self, params: PyTree, tracked: int) -> int:
+    def _cold_products(self, params: chex.ArrayTree, tracked: int) -> int:
         size = blocks.dimension(params)
         if tracked == size or not tracked:
             return tracked
         return min(max(self.cold_start_products or max(3 * tracked, 20), tracked), size)
 
     def _solve(
-        self, objective: Objective | None, params: PyTree, num: int, **options: Any
-    ) -> tuple[jax.Array, PyTree, jax.Array, jax.Array]:
+        self, objective: Objective | None, params: chex.ArrayTree, num: int, **options: Any
+    ) -> tuple[jax.Array, chex.ArrayTree, jax.Array, jax.Array]:
         """Leading Ritz values and vectors, the smallest value, and the number of products."""
         product = self._operator(objective, params)
         like = self._like(params)
@@ -232,7 +238,7 @@ class BlockMemory(NamedTuple):
       shift: scalar added to the spectrum so that its algebraic top leads.
     """
 
-    guard: PyTree
+    guard: chex.ArrayTree
     shift: jax.Array
 
 
@@ -277,24 +283,24 @@ class BlockTracker(_CurvatureTracker):
         check_integer("power_iterations", self.power_iterations, 1)
         check_integer("oversampling", self.oversampling, 0)
 
-    def _sizes(self, params: PyTree, num_directions: int) -> tuple[int, int]:
+    def _sizes(self, params: chex.ArrayTree, num_directions: int) -> tuple[int, int]:
         """Tracked directions without and with the guard, cut to the dimension."""
         size = blocks.dimension(params)
         k = min(num_directions, size)
         return k, min(k + self.oversampling, size) if k else 0
 
-    def num_products(self, params: PyTree, num_directions: int, *, cold: bool) -> int:
+    def num_products(self, params: chex.ArrayTree, num_directions: int, *, cold: bool) -> int:
         """Curvature-vector products of one refresh, see :meth:`Tracker.num_products`."""
         _, tracked = self._sizes(params, num_directions)
         return self._cold_products(params, tracked) if cold else tracked * self.power_iterations
 
-    def init(self, params: PyTree, num_directions: int) -> Eigenspace:
+    def init(self, params: chex.ArrayTree, num_directions: int) -> Eigenspace:
         """An eigenspace without an estimate: a random orthonormal basis, not ready."""
         k, tracked = self._sizes(params, num_directions)
         basis = self._random_basis(params, tracked)
         return self._new_space(params, basis, k, self._memory(basis, k, jnp.zeros(())))
 
-    def _memory(self, basis: PyTree, k: int, shift: jax.Array) -> BlockMemory:
+    def _memory(self, basis: chex.ArrayTree, k: int, shift: jax.Array) -> BlockMemory:
         tracked = jax.tree.leaves(basis)[0].shape[0] if jax.tree.leaves(basis) else 0
         # Not a block of no rows: Orbax cannot save arrays of size zero.
         guard = self._store(blocks.rows(basis, k, tracked)) if tracked > k else None
@@ -304,8 +310,8 @@ class BlockTracker(_CurvatureTracker):
         self,
         space: Eigenspace,
         objective: Objective | None,
-        params: PyTree,
-        gradient: PyTree,
+        params: chex.ArrayTree,
+        gradient: chex.ArrayTree,
         *,
         cold: bool | None = None,
     ) -> Eigenspace:
@@ -321,7 +327,9 @@ class BlockTracker(_CurvatureTracker):
             return lax.cond(space.ready, sweep, start, space)
         return start(space) if cold else sweep(space)
 
-    def _start(self, space: Eigenspace, objective: Objective | None, params: PyTree) -> Eigenspace:
+    def _start(
+        self, space: Eigenspace, objective: Objective | None, params: chex.ArrayTree
+    ) -> Eigenspace:
         k = space.eigenvalues.shape[0]
         _, tracked = self._sizes(params, k)
         values, basis, smallest, _ = self._solve(
@@ -329,7 +337,9 @@ class BlockTracker(_CurvatureTracker):
         )
         return self._finish(space, values, basis, self._shift(smallest))
 
-    def _sweep(self, space: Eigenspace, objective: Objective | None, params: PyTree) -> Eigenspace:
+    def _sweep(
+        self, space: Eigenspace, objective: Objective | None, params: chex.ArrayTree
+    ) -> Eigenspace:
         products = jax.vmap(self._operator(objective, params))
         basis = space.basis
         if space.memory.guard is not None:
@@ -346,7 +356,7 @@ class BlockTracker(_CurvatureTracker):
         return self._finish(space, values, basis, shift)
 
     def _finish(
-        self, old: Eigenspace, values: jax.Array, basis: PyTree, shift: jax.Array
+        self, old: Eigenspace, values: jax.Array, basis: chex.ArrayTree, shift: jax.Array
     ) -> Eigenspace:
         k = old.eigenvalues.shape[0]
         memory = self._memory(basis, k, shift)
@@ -363,7 +373,7 @@ class RoundRobinMemory(NamedTuple):
       shift: as in :class:`BlockMemory`.
     """
 
-    images: PyTree
+    images: chex.ArrayTree
     position: jax.Array
     shift: jax.Array
 
@@ -393,12 +403,12 @@ class RoundRobinTracker(_CurvatureTracker):
 
     refresh_every: int = 1
 
-    def num_products(self, params: PyTree, num_directions: int, *, cold: bool) -> int:
+    def num_products(self, params: chex.ArrayTree, num_directions: int, *, cold: bool) -> int:
         """Curvature-vector products of one refresh, see :meth:`Tracker.num_products`."""
         k = min(num_directions, blocks.dimension(params))
         return min(k, 1) + (self._cold_products(params, k) if cold else 0)
 
-    def init(self, params: PyTree, num_directions: int) -> Eigenspace:
+    def init(self, params: chex.ArrayTree, num_directions: int) -> Eigenspace:
         """An eigenspace without an estimate: a random orthonormal basis, not ready."""
         k = min(num_directions, blocks.dimension(params))
         basis = self._random_basis(params, k)
@@ -413,8 +423,8 @@ class RoundRobinTracker(_CurvatureTracker):
         self,
         space: Eigenspace,
         objective: Objective | None,
-        params: PyTree,
-        gradient: PyTree,
+        params: chex.ArrayTree,
+        gradient: chex.ArrayTree,
         *,
         cold: bool | None = None,
     ) -> Eigenspace:
@@ -436,7 +446,7 @@ class RoundRobinTracker(_CurvatureTracker):
         return self._advance(space, objective, params)
 
     def _advance(
-        self, space: Eigenspace, objective: Objective | None, params: PyTree
+        self, space: Eigenspace, objective: Objective | None, params: chex.ArrayTree
     ) -> Eigenspace:
         k = space.eigenvalues.shape[0]
         images, position, shift = space.memory
@@ -482,9 +492,9 @@ class GradientMemory(NamedTuple):
       seen: number of gradients seen; int32 scalar.
     """
 
-    rows: PyTree
+    rows: chex.ArrayTree
     position: jax.Array
-    mean: PyTree
+    mean: chex.ArrayTree
     seen: jax.Array
 
 
@@ -551,7 +561,7 @@ class GradientTracker(_BasisTracker):
         """Whether a refresh looks at the objective."""
         return self.rows == "outputs"
 
-    def init(self, params: PyTree, num_directions: int) -> Eigenspace:
+    def init(self, params: chex.ArrayTree, num_directions: int) -> Eigenspace:
         """An eigenspace without an estimate: a random orthonormal basis, not ready."""
         k = min(num_directions, blocks.dimension(params))
         memory = None
@@ -570,8 +580,8 @@ class GradientTracker(_BasisTracker):
         self,
         space: Eigenspace,
         objective: Objective | None,
-        params: PyTree,
-        gradient: PyTree,
+        params: chex.ArrayTree,
+        gradient: chex.ArrayTree,
         *,
         cold: bool | None = None,
     ) -> Eigenspace:
@@ -582,7 +592,9 @@ class GradientTracker(_BasisTracker):
             return self._compress(space, rows, params, self.decay)
         return self._collect(space, gradient, params)
 
-    def _output_gradients(self, objective: Objective, params: PyTree, k: int) -> PyTree:
+    def _output_gradients(
+        self, objective: Objective, params: chex.ArrayTree, k: int
+    ) -> chex.ArrayTree:
         shape = jax.eval_shape(objective.outputs, params)
         if (
             not hasattr(shape, "shape")
@@ -599,7 +611,7 @@ class GradientTracker(_BasisTracker):
             outputs = outputs.astype(weights.dtype).reshape(-1, weights.shape[0])
             return jnp.mean(outputs @ weights)
 
-        def gradient(weights: jax.Array) -> PyTree:
+        def gradient(weights: jax.Array) -> chex.ArrayTree:
             return Objective(
                 objective.outputs, lambda out: mean_output(weights, out), objective.axis_name
             ).grad(params)
@@ -607,7 +619,9 @@ class GradientTracker(_BasisTracker):
         dtype = blocks.scalar_dtype(self._like(params))
         return self._load(jax.vmap(gradient)(jnp.eye(shape.shape[-1], dtype=dtype)), params)
 
-    def _collect(self, space: Eigenspace, gradient: PyTree, params: PyTree) -> Eigenspace:
+    def _collect(
+        self, space: Eigenspace, gradient: chex.ArrayTree, params: chex.ArrayTree
+    ) -> Eigenspace:
         memory = space.memory
         gradient = self._load(gradient, params)
         valid = jnp.all(jnp.isfinite(blocks.inner(*[blocks.as_block(gradient)] * 2)))
@@ -647,7 +661,7 @@ class GradientTracker(_BasisTracker):
         return lax.cond(filled == num, compress, lambda old: old, space)
 
     def _compress(
-        self, space: Eigenspace, rows: PyTree, params: PyTree, decay: float
+        self, space: Eigenspace, rows: chex.ArrayTree, params: chex.ArrayTree, decay: float
     ) -> Eigenspace:
         """The leading principal directions of the old sketch and the new rows."""
         k = space.eigenvalues.shape[0]
@@ -672,7 +686,7 @@ class GradientTracker(_BasisTracker):
         # A not finite row makes its own entry of the Gram matrix not finite.
         valid = jnp.all(jnp.isfinite(gram))
 
-        def rotate() -> PyTree:
+        def rotate() -> chex.ArrayTree:
             from_old = blocks.combine(vectors[:, :k], basis)
             from_new = blocks.combine(vectors[:, k:], rows)
             return self._store(jax.tree.map(jnp.add, from_old, from_new))
@@ -721,13 +735,13 @@ class ExactTracker(_CurvatureTracker):
         super().__post_init__()
         check_number("tolerance", self.tolerance, 0, 1, open_low=True)
 
-    def num_products(self, params: PyTree, num_directions: int, *, cold: bool) -> int:
+    def num_products(self, params: chex.ArrayTree, num_directions: int, *, cold: bool) -> int:
         """The budget of products of one refresh, see :meth:`Tracker.num_products`."""
         size = blocks.dimension(params)
         k = min(num_directions, size)
         return k if k == size else max(self.cold_start_products or 20 * k, k)
 
-    def init(self, params: PyTree, num_directions: int) -> Eigenspace:
+    def init(self, params: chex.ArrayTree, num_directions: int) -> Eigenspace:
         """An eigenspace without an estimate: a random orthonormal basis, not ready."""
         k = min(num_directions, blocks.dimension(params))
         memory = ExactMemory(jnp.zeros((), jnp.int32))
@@ -737,8 +751,8 @@ class ExactTracker(_CurvatureTracker):
         self,
         space: Eigenspace,
         objective: Objective | None,
-        params: PyTree,
-        gradient: PyTree,
+        params: chex.ArrayTree,
+        gradient: chex.ArrayTree,
         *,
         cold: bool | None = None,
     ) -> Eigenspace:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,7 +20,6 @@ from jax import lax
 from optax_accel._random import hash_bits
 from optax_accel.objective import Objective
 
-PyTree = Any
 Estimator = Literal["fisher", "ggn", "empirical"]
 Likelihood = Literal["categorical", "bernoulli", "gaussian"]
 # Outputs of an example up to which a root of its loss Hessian is computed.
@@ -30,13 +30,13 @@ _Draw = Callable[[_Sampler, tuple[int, ...]], jax.Array]
 
 def output_gradients(
     objective: Objective,
-    outputs: PyTree,
+    outputs: chex.ArrayTree,
     estimator: Estimator,
     likelihood: Likelihood | None,
-    key: jax.Array,
+    key: chex.PRNGKey,
     step: jax.Array,
     num_examples: int,
-) -> PyTree:
+) -> chex.ArrayTree:
     """The vectors above for every example: like the outputs, with a leading axis of samples.
 
     Args:
@@ -144,8 +144,8 @@ def _each_output(deviation: jax.Array) -> jax.Array:
 
 
 def _flatten(
-    outputs: PyTree, num_examples: int, dtype: Any
-) -> tuple[jax.Array, Callable[[jax.Array], PyTree]]:
+    outputs: chex.ArrayTree, num_examples: int, dtype: Any
+) -> tuple[jax.Array, Callable[[jax.Array], chex.ArrayTree]]:
     """Outputs as a matrix, a row for each example, and the inverse."""
     leaves, treedef = jax.tree.flatten(outputs)
     rows = [leaf.reshape(num_examples, -1).astype(dtype) for leaf in leaves]
@@ -153,7 +153,7 @@ def _flatten(
     for row in rows:
         ends.append(ends[-1] + row.shape[1])
 
-    def restore(flat: jax.Array) -> PyTree:
+    def restore(flat: jax.Array) -> chex.ArrayTree:
         parts = [
             flat[:, low:high].reshape(leaf.shape).astype(leaf.dtype)
             for leaf, low, high in zip(leaves, ends[:-1], ends[1:], strict=True)

@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,9 +32,8 @@ from jax import lax
 
 from optax_accel.natural_gradient.layers import Block, Use, inverse, lay_out
 
-PyTree = Any
 Values = Mapping[int, jax.Array]
-Vary = Callable[[PyTree], PyTree]
+Vary = Callable[[chex.ArrayTree], chex.ArrayTree]
 # Nothing here tolerates the three digits of TF32 or bfloat16 products.
 _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -288,11 +288,11 @@ def eigendecomposition(factor: jax.Array) -> Eigen:
 
 
 def share(
-    function: Callable[..., PyTree],
+    function: Callable[..., chex.ArrayTree],
     arguments: Sequence[tuple[jax.Array, ...]],
     axis_name: str | None,
     vary: Vary,
-) -> list[PyTree]:
+) -> list[chex.ArrayTree]:
     """Results of a function of factors, each computed by one replica of an axis and sent to all.
 
     Replicas are given matrices so that the sums of their cubed sizes are alike.  (Stacking those of
@@ -307,16 +307,16 @@ def share(
     if axis_name is None:
         return [function(*args) for args in arguments]
 
-    def own(*args: jax.Array) -> PyTree:
+    def own(*args: jax.Array) -> chex.ArrayTree:
         return vary(function(*args))
 
-    def nothing(*args: jax.Array) -> PyTree:
+    def nothing(*args: jax.Array) -> chex.ArrayTree:
         shapes = jax.eval_shape(function, *args)
         return vary(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
 
     load = [0] * lax.axis_size(axis_name)
-    results: list[PyTree] = [None] * len(arguments)
-    sent: dict[int, PyTree] = {}
+    results: list[chex.ArrayTree] = [None] * len(arguments)
+    sent: dict[int, chex.ArrayTree] = {}
     for i in sorted(range(len(arguments)), key=lambda i: -len(arguments[i][0])):
         factor = arguments[i][0]
         if factor.ndim == 1:

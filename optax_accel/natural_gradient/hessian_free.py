@@ -32,6 +32,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -42,7 +43,6 @@ from optax_accel._arguments import check_integer, check_number, check_real_leave
 from optax_accel._masking import Mask, merge, select
 from optax_accel.objective import as_objective, check_params, mean_over, vary_over
 
-PyTree = Any
 # Iterations in the first window (Martens, 2010, section 4.4), and the growth of later ones.
 _FIRST_WINDOW, _GROWTH = 10, 0.5
 # The preconditioner is (diagonal + damping) ** 0.75 (Martens, 2010, section 4.7); the average of
@@ -71,12 +71,12 @@ class HessianFreeState(NamedTuple):
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
     damping: jax.Array
-    direction: PyTree
+    direction: chex.ArrayTree
     num_iterations: jax.Array
     reduction_ratio: jax.Array
     model_decrease: jax.Array
     step_size: jax.Array
-    diagonal_squares: PyTree
+    diagonal_squares: chex.ArrayTree
 
 
 def hessian_free(
@@ -165,12 +165,12 @@ def hessian_free(
         raise TypeError(f"`precondition` must be True or False, got {precondition!r}.")
     name = "hessian_free"
 
-    def init_fn(params: PyTree) -> HessianFreeState:
+    def init_fn(params: chex.ArrayTree) -> HessianFreeState:
         check_params(params, name)
         selected = select(params, mask)
         check_real_leaves(selected, name)
 
-        def zeros() -> PyTree:
+        def zeros() -> chex.ArrayTree:
             return jax.tree.map(lambda p: jnp.zeros_like(_widen(p)), selected)
 
         return HessianFreeState(
@@ -185,14 +185,14 @@ def hessian_free(
         )
 
     def update_fn(
-        updates: PyTree,
+        updates: chex.ArrayTree,
         state: HessianFreeState,
-        params: PyTree | None = None,
+        params: chex.ArrayTree | None = None,
         *,
         value_fn: Any = None,
         curvature_value_fn: Any = None,
         **extra_args: Any,
-    ) -> tuple[PyTree, HessianFreeState]:
+    ) -> tuple[chex.ArrayTree, HessianFreeState]:
         def objective_of(given: Any, argument: str, why: str) -> Any:
             objective = as_objective(
                 given, extra_args, method=name, params=params, why=why, argument=argument
@@ -225,14 +225,14 @@ def hessian_free(
         # devices; the mean of what is the same says that it is, and keeps rounding from adding up.
         axis_name, where = curved.axis_name, curved._where
 
-        def product(vector: PyTree) -> PyTree:
+        def product(vector: chex.ArrayTree) -> chex.ArrayTree:
             return vary_over(curvature(vector), axis_name)
 
         problem = vary_over((strength, gradient, start, preconditioner), axis_name)
         solution = _solve(product, *problem, max_iterations=max_iterations, tolerance=tolerance)
         direction, bending, iterations = mean_over(vary_over(solution, axis_name), axis_name, where)
 
-        def step_of(size: Any) -> PyTree:
+        def step_of(size: Any) -> chex.ArrayTree:
             return jax.tree.map(
                 lambda d, u: (jnp.asarray(size, d.dtype) * d).astype(u.dtype),
                 direction,
@@ -281,21 +281,21 @@ def hessian_free(
 
 
 def _solve(
-    curvature: Callable[[PyTree], PyTree],
+    curvature: Callable[[chex.ArrayTree], chex.ArrayTree],
     damping: jax.Array,
-    gradient: PyTree,
-    start: PyTree,
-    preconditioner: PyTree | None,
+    gradient: chex.ArrayTree,
+    start: chex.ArrayTree,
+    preconditioner: chex.ArrayTree | None,
     *,
     max_iterations: int,
     tolerance: Any,
-) -> tuple[PyTree, jax.Array, jax.Array]:
+) -> tuple[chex.ArrayTree, jax.Array, jax.Array]:
     """The direction d, ``d^T G d`` and the number of iterations."""
 
-    def matrix(vector: PyTree) -> PyTree:
+    def matrix(vector: chex.ArrayTree) -> chex.ArrayTree:
         return jax.tree.map(lambda g, v: g + damping.astype(v.dtype) * v, curvature(vector), vector)
 
-    def model(vector: PyTree) -> tuple[jax.Array, jax.Array]:
+    def model(vector: chex.ArrayTree) -> tuple[jax.Array, jax.Array]:
         """The damped model and ``v^T G v``."""
         bending = optax.tree.vdot(vector, curvature(vector))
         damped = bending + damping * optax.tree.vdot(vector, vector)
@@ -340,8 +340,8 @@ def _solve(
 
 
 def _diagonal(
-    curvature: Callable[[PyTree], PyTree], squares: PyTree, count: jax.Array
-) -> tuple[PyTree, PyTree]:
+    curvature: Callable[[chex.ArrayTree], chex.ArrayTree], squares: chex.ArrayTree, count: jax.Array
+) -> tuple[chex.ArrayTree, chex.ArrayTree]:
     """The running mean of squared estimates ``v * G v``, and the diagonal that follows from it."""
     # The same on all replicas; the probes of different steps are independent.
     key = jax.random.fold_in(jax.random.key(0), count)

@@ -37,6 +37,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -57,7 +58,6 @@ from optax_accel.natural_gradient.factors import Kronecker
 from optax_accel.natural_gradient.layers import Block, Network, find, report
 from optax_accel.objective import Objective, as_objective, check_params, vary_over
 
-PyTree = Any
 Damping = Literal["factored", "eigen"]
 Refresh = Literal[False, "factors", "inverses"] | None
 Example = Mapping[str, Any] | None
@@ -81,7 +81,7 @@ class ScaleByKFACState(NamedTuple):
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
-    key: jax.Array
+    key: chex.PRNGKey
     scale: jax.Array
     weight: jax.Array
     factors: tuple[Any, ...]
@@ -116,7 +116,7 @@ def kfac_refresh_at(step: int, factors_every: int = 1, inverses_every: int = 10)
 
 
 def describe_layers(
-    objective: Objective, params: PyTree, example: Example = None, *, mask: Mask = None
+    objective: Objective, params: chex.ArrayTree, example: Example = None, *, mask: Mask = None
 ) -> str:
     """What K-FAC makes of a network: a readable report, one line for each block of parameters.
 
@@ -163,7 +163,7 @@ def scale_by_kfac(
     likelihood: Likelihood | None = None,
     norm_constraint: optax.ScalarOrSchedule | None = None,
     max_size: int = 4096,
-    key: jax.Array | int = 0,
+    key: chex.PRNGKey | int = 0,
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies gradients by the inverse of K-FAC's curvature matrix.
@@ -295,7 +295,7 @@ def scale_by_ekfac(
     likelihood: Likelihood | None = None,
     norm_constraint: optax.ScalarOrSchedule | None = None,
     max_size: int = 4096,
-    key: jax.Array | int = 0,
+    key: chex.PRNGKey | int = 0,
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies gradients by the inverse of EKFAC's curvature matrix.
@@ -378,7 +378,7 @@ def kfac(
     estimator: Estimator = "fisher",
     likelihood: Likelihood | None = None,
     max_size: int = 4096,
-    key: jax.Array | int = 0,
+    key: chex.PRNGKey | int = 0,
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""K-FAC with momentum and a KL clip.
@@ -462,7 +462,7 @@ def ekfac(
     estimator: Estimator = "fisher",
     likelihood: Likelihood | None = None,
     max_size: int = 4096,
-    key: jax.Array | int = 0,
+    key: chex.PRNGKey | int = 0,
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """EKFAC with momentum and a KL clip.
@@ -540,7 +540,7 @@ def _transformation(
     likelihood: Likelihood | None,
     norm_constraint: optax.ScalarOrSchedule | None,
     max_size: int,
-    key: jax.Array | int,
+    key: chex.PRNGKey | int,
     mask: Mask,
 ) -> optax.GradientTransformationExtraArgs:
     if not isinstance(objective, Objective):
@@ -561,7 +561,7 @@ def _transformation(
 
     structures: dict[Any, tuple[Block, ...]] = {}
 
-    def blocks_of(params: PyTree) -> tuple[Block, ...]:
+    def blocks_of(params: chex.ArrayTree) -> tuple[Block, ...]:
         leaves, treedef = jax.tree.flatten(params)
         shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
         known = treedef, tuple((shape.shape, shape.dtype) for shape in shapes)
@@ -570,7 +570,7 @@ def _transformation(
             structures[known] = _find(name, objective, abstract, example, mask).blocks
         return structures[known]
 
-    def init_fn(params: PyTree) -> ScaleByKFACState:
+    def init_fn(params: chex.ArrayTree) -> ScaleByKFACState:
         check_params(params, name)
         check_real_leaves(params, name)
         blocks, leaves = blocks_of(params), jax.tree.leaves(params)
@@ -604,15 +604,15 @@ def _transformation(
         )
 
     def update_fn(
-        updates: PyTree,
+        updates: chex.ArrayTree,
         state: ScaleByKFACState,
-        params: PyTree | None = None,
+        params: chex.ArrayTree | None = None,
         *,
         value_fn: Any = None,
         curvature_value_fn: Any = None,
         refresh: Refresh = None,
         **extra_args: Any,
-    ) -> tuple[PyTree, ScaleByKFACState]:
+    ) -> tuple[chex.ArrayTree, ScaleByKFACState]:
         if isinstance(refresh, jax.Array):
             raise TypeError(
                 "`refresh` must be a static Python value, got an array: mark it with "
@@ -670,7 +670,9 @@ def _transformation(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _find(name: str, objective: Objective, params: PyTree, example: Example, mask: Mask) -> Network:
+def _find(
+    name: str, objective: Objective, params: chex.ArrayTree, example: Example, mask: Mask
+) -> Network:
     if objective._predict is None:
         raise ValueError(
             f"{name} finds layers in the program of the network, but the objective is a plain "
@@ -717,7 +719,7 @@ class _Batch(NamedTuple):
 def _measure(
     name: str,
     objective: Objective,
-    params: PyTree,
+    params: chex.ArrayTree,
     blocks: tuple[Block, ...],
     mask: Mask,
     estimator: Estimator,
@@ -726,7 +728,7 @@ def _measure(
 ) -> _Batch:
     """Evaluates the network on a batch, and gradients at its layers for a vector of each output."""
 
-    def vary(tree: PyTree) -> PyTree:
+    def vary(tree: chex.ArrayTree) -> chex.ArrayTree:
         return vary_over(tree, objective.axis_name)
 
     params = vary(params)
@@ -842,12 +844,12 @@ def _corrected(average: jax.Array, weight: jax.Array, otherwise: Any = 0) -> jax
 
 
 def _precondition(
-    updates: PyTree,
+    updates: chex.ArrayTree,
     state: ScaleByKFACState,
     blocks: tuple[Block, ...],
     damping: Any,
     bound: Any,
-) -> tuple[PyTree, jax.Array]:
+) -> tuple[chex.ArrayTree, jax.Array]:
     """The natural gradient and what it was multiplied by to keep its norm within bounds."""
     leaves, treedef = jax.tree.flatten(updates)
     new = dict[int, jax.Array]()

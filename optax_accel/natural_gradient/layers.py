@@ -30,6 +30,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +38,6 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from optax_accel.objective import Objective
 
-PyTree = Any
 Shape = tuple[int, ...]
 # Reshapes and transpositions, applied in this order.
 Ops = tuple[tuple[str, Shape], ...]
@@ -281,8 +281,8 @@ class Network:
     output_tree: Any
 
     def capture(
-        self, leaves: Sequence[jax.Array], vary: Callable[[PyTree], PyTree]
-    ) -> tuple[PyTree, Callable[[PyTree], Any], dict[int, Any]]:
+        self, leaves: Sequence[jax.Array], vary: Callable[[chex.ArrayTree], chex.ArrayTree]
+    ) -> tuple[chex.ArrayTree, Callable[[chex.ArrayTree], Any], dict[int, Any]]:
         """Evaluates the network where its layers can be read.
 
         Args:
@@ -336,7 +336,7 @@ _tap.defvjp(_tap_forward, _tap_backward)
 
 def find(
     objective: Objective,
-    params: PyTree,
+    params: chex.ArrayTree,
     example: Mapping[str, Any] | None = None,
     selected: Sequence[bool] | None = None,
 ) -> Network:
@@ -363,7 +363,7 @@ def find(
 class _Finder:
     """Flattens a program and follows the parameters through it."""
 
-    def __init__(self, closed: ClosedJaxpr, params: PyTree, outputs: PyTree):
+    def __init__(self, closed: ClosedJaxpr, params: chex.ArrayTree, outputs: chex.ArrayTree):
         paths = jax.tree_util.tree_leaves_with_path(params)
         self.names = [jax.tree_util.keystr(path) or "params" for path, _ in paths]
         self.leaf_shapes = [tuple(jnp.shape(leaf)) for _, leaf in paths]
@@ -762,7 +762,7 @@ def _product(shape: Shape, *factors: jax.Array) -> tuple[jax.Array]:
     return (jnp.broadcast_to(math.prod(factors), shape),)
 
 
-def count_examples(outputs: PyTree) -> int:
+def count_examples(outputs: chex.ArrayTree) -> int:
     """The number of examples of a batch: the leading axis of the outputs.
 
     Raises:

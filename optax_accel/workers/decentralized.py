@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,8 +38,6 @@ from jax import lax
 from optax_accel._arguments import check_integer, check_number, check_real_leaves, value_of
 from optax_accel.objective import vary_over
 from optax_accel.workers.topologies import Topology, consensus_distance, widen
-
-PyTree = Any
 
 
 class DecentralizedState(NamedTuple):
@@ -53,7 +52,7 @@ class DecentralizedState(NamedTuple):
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
-    momentum: PyTree
+    momentum: chex.ArrayTree
     consensus_distance: jax.Array
 
 
@@ -211,7 +210,7 @@ def _mixing(
                 "symmetric=True), a smaller `momentum`, or dmsgd."
             )
 
-    def init_fn(params: PyTree) -> DecentralizedState:
+    def init_fn(params: chex.ArrayTree) -> DecentralizedState:
         check_real_leaves(params, method)
         return DecentralizedState(
             count=jnp.zeros((), jnp.int32),
@@ -220,11 +219,11 @@ def _mixing(
         )
 
     def update_fn(
-        updates: PyTree,
+        updates: chex.ArrayTree,
         state: DecentralizedState,
-        params: PyTree | None = None,
+        params: chex.ArrayTree | None = None,
         **extra_args: Any,
-    ) -> tuple[PyTree, DecentralizedState]:
+    ) -> tuple[chex.ArrayTree, DecentralizedState]:
         del extra_args
         if params is None:
             raise ValueError(
@@ -236,7 +235,7 @@ def _mixing(
         def scale(factor: Any, x: jax.Array) -> jax.Array:
             return jnp.asarray(factor, x.dtype) * x
 
-        def mix(tree: PyTree) -> PyTree:
+        def mix(tree: chex.ArrayTree) -> chex.ArrayTree:
             # What is sent is as wide as parameters and momentum are, not as the arithmetic.
             sent = jax.tree.map(
                 lambda t, p, m: t.astype(jnp.promote_types(p.dtype, m.dtype)),
@@ -268,7 +267,7 @@ def _mixing(
             consensus_distance=distance(state, optax.apply_updates(params, new_updates)),
         )
 
-    def distance(state: DecentralizedState, params: PyTree) -> jax.Array:
+    def distance(state: DecentralizedState, params: chex.ArrayTree) -> jax.Array:
         if not consensus_every:
             return state.consensus_distance
         return lax.cond(

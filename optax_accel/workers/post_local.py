@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -22,8 +23,6 @@ from jax import lax
 from optax_accel._arguments import check_integer
 from optax_accel.objective import Objective, mean_arguments, vary_over
 from optax_accel.workers.topologies import distance_to, widen
-
-PyTree = Any
 
 
 class PostLocalSGDState(NamedTuple):
@@ -39,7 +38,7 @@ class PostLocalSGDState(NamedTuple):
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
     consensus_distance: jax.Array
-    inner_state: PyTree
+    inner_state: chex.ArrayTree
 
 
 def post_local_sgd(
@@ -109,7 +108,7 @@ def post_local_sgd(
         raise TypeError(f"`inner` must be an Optax transformation, got {inner!r}.")
     inner = optax.with_extra_args_support(inner)
 
-    def init_fn(params: PyTree) -> PostLocalSGDState:
+    def init_fn(params: chex.ArrayTree) -> PostLocalSGDState:
         return PostLocalSGDState(
             count=jnp.zeros((), jnp.int32),
             consensus_distance=jnp.zeros((), jnp.float32),
@@ -117,11 +116,11 @@ def post_local_sgd(
         )
 
     def update_fn(
-        updates: PyTree,
+        updates: chex.ArrayTree,
         state: PostLocalSGDState,
-        params: PyTree | None = None,
+        params: chex.ArrayTree | None = None,
         **extra_args: Any,
-    ) -> tuple[PyTree, PostLocalSGDState]:
+    ) -> tuple[chex.ArrayTree, PostLocalSGDState]:
         if params is None:
             raise ValueError(
                 "post_local_sgd needs this worker's parameters, which it averages. Call it as: "
@@ -150,8 +149,8 @@ def post_local_sgd(
 
 
 def _average(
-    updates: PyTree, extra_args: dict[str, Any], axis_name: str, where: jax.Array
-) -> tuple[PyTree, dict[str, Any]]:
+    updates: chex.ArrayTree, extra_args: dict[str, Any], axis_name: str, where: jax.Array
+) -> tuple[chex.ArrayTree, dict[str, Any]]:
     """The gradient and the extra arguments of ``update``, averaged over the workers where true."""
     updates, extra_args = mean_arguments(updates, extra_args, axis_name, where)
     for name, argument in extra_args.items():
@@ -162,7 +161,9 @@ def _average(
     return updates, extra_args
 
 
-def _to_mean(params: PyTree, updates: PyTree, axis_name: str) -> tuple[PyTree, jax.Array]:
+def _to_mean(
+    params: chex.ArrayTree, updates: chex.ArrayTree, axis_name: str
+) -> tuple[chex.ArrayTree, jax.Array]:
     """Updates that lead to the mean over the workers, and how far these were apart."""
     ends = widen(optax.apply_updates(params, updates))
     mean = lax.pmean(ends, axis_name)

@@ -17,6 +17,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,8 +37,6 @@ __all__ = [
     "one_peer_exponential",
     "ring",
 ]
-
-PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +144,9 @@ class Topology:
         rounding = 4 * n * np.finfo(np.float64).eps
         return 1 - (0.0 if sigma < rounding else min(float(sigma), 1.0) ** (1 / self.period))
 
-    def mix(self, tree: PyTree, step: jax.Array | int, axis_name: str | None) -> PyTree:
+    def mix(
+        self, tree: chex.ArrayTree, step: jax.Array | int, axis_name: str | None
+    ) -> chex.ArrayTree:
         """This worker's weighted mean over itself and the workers it hears from.
 
         Works under ``shard_map``, ``pmap`` and ``vmap`` with that axis name.  Sums are made in
@@ -195,7 +196,7 @@ class Topology:
             f"make the topology for {size} workers."
         )
 
-    def _mix(self, t: int, axis_name: str, tree: PyTree) -> PyTree:
+    def _mix(self, t: int, axis_name: str, tree: chex.ArrayTree) -> chex.ArrayTree:
         rounds = self._rounds(t)
         table = np.stack([np.diagonal(self.matrices[t]), *(r.weights for r in rounds)])
         weights = jnp.asarray(table)[:, lax.axis_index(axis_name)]
@@ -223,7 +224,7 @@ class Topology:
         return self._decompositions[t]
 
 
-def consensus_distance(tree: PyTree, axis_name: str | None) -> jax.Array:
+def consensus_distance(tree: chex.ArrayTree, axis_name: str | None) -> jax.Array:
     r"""How far the workers are apart: the root mean square over them of ||x_i - mean x||.
 
     Costs an all-reduce of the tree.
@@ -248,7 +249,7 @@ def consensus_distance(tree: PyTree, axis_name: str | None) -> jax.Array:
     return distance_to(lax.pmean(tree, axis_name), tree, axis_name)
 
 
-def distance_to(mean: PyTree, tree: PyTree, axis_name: str) -> jax.Array:
+def distance_to(mean: chex.ArrayTree, tree: chex.ArrayTree, axis_name: str) -> jax.Array:
     """The consensus distance where the mean is known already: an all-reduce of one number."""
     squares = [
         jnp.sum(jnp.abs(x - m) ** 2)
@@ -258,7 +259,7 @@ def distance_to(mean: PyTree, tree: PyTree, axis_name: str) -> jax.Array:
     return vary_over(jnp.sqrt(lax.pmean(vary_over(total, axis_name), axis_name)), axis_name)
 
 
-def widen(tree: PyTree) -> PyTree:
+def widen(tree: chex.ArrayTree) -> chex.ArrayTree:
     """Leaves in float32 or wider, to compute with."""
     return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
