@@ -284,7 +284,7 @@ def known_records(study: Study, overwrite: bool) -> list[Record]:
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
         records: list[Record] = old["records"]
-        change = compare.first_difference(old["config"], study.config)
+        change = run_folder.first_difference(old["config"], study.config)
     except (ValueError, KeyError, TypeError):
         raise UsageError(f"{path} is not a result of this command; give another --name") from None
     if change:

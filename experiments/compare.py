@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import models
-from experiments import cli, data, methods, report
+from experiments import cli, data, methods, report, run_folder
 from experiments.cli import UsageError
 from experiments.replicas import Plan, Record, Replica, Trainer, measure_time
 
@@ -154,16 +154,6 @@ def resolve(options: Options) -> Plan:
 # Files ------------------------------------------------------------------------------------------
 
 
-def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """Names the first setting in which two configurations differ, with both values."""
-    for key in dict.fromkeys([*new, *old]):
-        if old.get(key) != new.get(key):
-            if key == "methods" and list(old.get(key, {})) != list(new[key]):
-                return f"methods {','.join(old.get(key, {}))}, now {','.join(new[key])}"
-            return f"{key} {old.get(key)}, now {new.get(key)}"
-    return None
-
-
 def open_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
     """Makes the run's folder, or checks that the one there belongs to the same run.
 
@@ -177,7 +167,7 @@ def open_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
             raise UsageError(f"{folder} is not a comparison's folder; give another --name")
         if overwrite:
             shutil.rmtree(folder)
-        elif difference := first_difference(old, config):
+        elif difference := run_folder.first_difference(old, config):
             raise UsageError(
                 f"{folder} holds a run with {difference}; give another --name, --overwrite "
                 "to replace it, or the old settings to continue it"

@@ -295,11 +295,17 @@ class Split:
         """The split of these rows, a slice or an array of numbers."""
         return Split(self.x[rows], self.y[rows], self.pixels)
 
-    def checksum(self) -> int:
-        """A number that tells other examples from these."""
-        if isinstance(self.x, readers.ImageFiles):
-            return self.x.checksum()
-        return zlib.crc32(np.ascontiguousarray(self.x).data)
+    def checksums(self) -> dict[str, int]:
+        """Numbers that tell other examples, and other labels, from these."""
+        examples = _checksum(self.x)
+        return {"examples": examples, "labels": examples if self.y is self.x else _checksum(self.y)}
+
+
+def _checksum(array: Any) -> int:
+    if isinstance(array, readers.ImageFiles):
+        return array.checksum()
+    kind = f"{array.dtype.str} {array.shape}"
+    return zlib.crc32(np.ascontiguousarray(array).data, zlib.crc32(kind.encode()))
 
 
 @dataclass(frozen=True)
@@ -324,6 +330,14 @@ class Task:
     num_classes: int
     input_shape: tuple[int, ...]
     vocabulary_size: int | None = None
+
+    def checksums(self) -> dict[str, dict[str, int]]:
+        """Numbers that tell the data from others: of each split the examples and the labels.
+
+        A run records them, so that it is never continued on other data. Those of files of pictures
+        are described at `readers.ImageFiles.checksum`.
+        """
+        return {split: getattr(self, split).checksums() for split in _SPLITS}
 
     @property
     def defaults(self) -> Defaults:

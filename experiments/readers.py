@@ -31,6 +31,8 @@ HUBS = ("hf", "tfds")
 _SUFFIXES = (".jpeg", ".jpg", ".png")
 # Decoded images that are kept in memory, in bytes.
 _CACHE_BYTES = 2**30
+# Up to so many bytes of pictures enter a checksum as a whole; of more, so many files.
+_CHECKSUM_BYTES, _CHECKSUM_FILES = 2**28, 64
 
 
 class DataError(ValueError):
@@ -212,9 +214,29 @@ class ImageFiles:
         return x
 
     def checksum(self) -> int:
-        """Of the names and sizes of the files."""
-        sizes = "\n".join(f"{p.parent.name}/{p.name} {p.stat().st_size}" for p in self._paths)
-        return zlib.crc32(sizes.encode())
+        """A number that tells these files from others.
+
+        It covers the names of classes and files and their sizes. Up to 256 MiB of files are read
+        as a whole; of more than that the times of the last change count, and the content of 64
+        files, evenly spread. A large folder has to be copied with its times (`cp -a`, `rsync -a`).
+
+        Raises:
+            DataError: A file cannot be read.
+        """
+        try:
+            stats = [path.stat() for path in self._paths]
+        except OSError as error:
+            raise DataError(f"{error.filename}: unreadable ({_reason(error)})") from error
+        read, number = self._paths, 0
+        large = sum(stat.st_size for stat in stats) > _CHECKSUM_BYTES
+        if large:
+            read = self._paths[:: math.ceil(len(self._paths) / _CHECKSUM_FILES)]
+        for path, stat in zip(self._paths, stats, strict=True):
+            line = f"{path.parent.name}/{path.name} {stat.st_size} {stat.st_mtime_ns * large}\n"
+            number = zlib.crc32(line.encode(errors="surrogateescape"), number)
+        for path in read:
+            number = zlib.crc32(read_bytes(path, "a picture"), number)
+        return number
 
     def _read(self, number: int) -> np.ndarray:
         if number in self._cache:

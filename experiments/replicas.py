@@ -14,7 +14,6 @@ import math
 import os
 import statistics
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,7 +62,7 @@ class Plan:
             "train_examples": len(self.task.train.y),
             "validation_examples": len(self.task.validation.y),
             "test_examples": len(self.task.test.y),
-            "data_checksum": zlib.crc32(self.task.train.x.tobytes()),
+            "data": self.task.checksums(),
             "model": self.model,
             **({"model_options": self.model_options} if self.model_options else {}),
             "loss": self.loss,

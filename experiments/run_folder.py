@@ -102,12 +102,44 @@ def write_config(folder: Path, options: dict[str, Any], run: dict[str, Any], mac
 
 def check_same(folder: Path, saved: dict[str, Any], run: dict[str, Any]) -> None:
     """Raises `UsageError`, naming the first difference, if a run is not the one in the folder."""
-    for key in dict.fromkeys([*run, *saved]):
-        if saved.get(key) != run.get(key):
-            raise UsageError(
-                f"{folder} is a run with {key} {saved.get(key)}, now {run.get(key)}; resume it "
-                "with the options it was started with, or give another --name"
-            )
+    if difference := first_difference(saved, run):
+        raise UsageError(
+            f"{folder} is a run with {difference}; resume it with the options and data it was "
+            "started with, or give another --name"
+        )
+
+
+def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """Names the first setting in which two runs differ, with both values.
+
+    Args:
+      old: all that decided the numbers of the run in a folder.
+      new: the same of the run that is to continue it; its ``data`` are `Task.checksums`.
+    """
+    for key in dict.fromkeys([*new, *old]):
+        before, now = old.get(key), new.get(key)
+        if before == now:
+            continue
+        if key == "data" and isinstance(now, dict):
+            return _other_data(before, now)
+        if key == "methods" and isinstance(before, dict) and list(before) != list(now or ()):
+            return f"methods {','.join(before)}, now {','.join(now or ())}"
+        return f"{key} {before}, now {now}"
+    return None
+
+
+def _other_data(before: Any, now: dict[str, dict[str, int]]) -> str:
+    """What of the data differs, by their checksums."""
+    try:
+        parts = [
+            f"{kind} of the {split} split"
+            for split, numbers in now.items()
+            for kind, number in numbers.items()
+            if before[split][kind] != number
+        ]
+    except (KeyError, TypeError):
+        return "no checksums of all its data, because an older version of this project made it"
+    return f"other {' and '.join(parts)}"
 
 
 def versions() -> dict[str, str]:

@@ -47,7 +47,6 @@ import json
 import math
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ from rich.console import Console
 
 import models
 import optax_accel as oa
-from experiments import cli, compare, data, engine, report, subspace_report
+from experiments import cli, compare, data, engine, report, run_folder, subspace_report
 from experiments.cli import UsageError
 from optax_accel import curvature
 from optax_accel.curvature import blocks
@@ -211,7 +210,7 @@ class Plan:
             "model": self.task.default_model,
             "train_examples": len(self.task.train),
             "test_examples": len(self.task.test),
-            "data_checksum": zlib.crc32(self.task.train.x.tobytes()),
+            "data": self.task.checksums(),
             "loss": self.loss,
             "k": self.directions,
             "learning_rate": self.learning_rate,
@@ -833,7 +832,7 @@ def open_folder(folder: Path, config: dict[str, Any]) -> None:
         old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if "study" not in old:
             raise UsageError(f"{folder} is not a study's folder; give another --name")
-        if difference := compare.first_difference(old, config):
+        if difference := run_folder.first_difference(old, config):
             raise UsageError(
                 f"{folder} holds a run with {difference}; give another --name, or the old settings "
                 "to continue it"

@@ -214,7 +214,7 @@ class Plan:
             "task": self.task.name,
             "train_examples": len(self.task.train),
             "input_shape": list(self.task.input_shape),
-            "data_checksum": self.task.train.checksum(),
+            "data": self.task.checksums(),
             "model": self.model,
             "model_options": self.model_options,
             "loss": self.loss,

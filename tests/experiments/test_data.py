@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import itertools
+import os
 import pickle
 import struct
 import sys
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import data
+from experiments import data, readers, run_folder
 
 ROWS = 10_020  # more than a 5k subset and its validation need
 
@@ -376,7 +378,7 @@ def test_folder_of_images(tmp_path):
     # Read again, as another index, and by name and size: the same.
     np.testing.assert_array_equal(task.test.x[1:2], task.test.x[np.array([1])])
     again = data.load_task("imagenet_folder", data_dir=tmp_path, image_size=12)
-    assert task.train.checksum() == again.train.checksum() != task.test.checksum()
+    assert task.checksums() == again.checksums()
     batch = next(iter(data.batches(task.train, batch_size=4, seed=0, workers=2)))
     assert batch["x"].shape == (4, 12, 12, 3)
     assert data.load_task("imagenet_folder", data_dir=tmp_path).input_shape == (224, 224, 3)
@@ -915,6 +917,73 @@ def test_cifar_batch_cannot_run_code(tmp_path):
     (folder / "test_batch").write_bytes(pickle.dumps({b"data": Attack(), b"labels": [1]}))
     assert_fails("test_batch: .*does not belong in a data file", "cifar10", data_dir=tmp_path)
     assert not (tmp_path / "written").exists()
+
+
+# Checksums.
+
+
+def test_checksums_tell_which_part_of_the_data_differs(tmp_path):
+    task = data.load_task("digits")
+    expected = task.checksums()
+    assert expected == data.load_task("digits").checksums()
+    for split in ("train", "validation", "test"):
+        old = getattr(task, split)
+        x, y = old.x.copy(), old.y.copy()
+        x[-1, -1, -1] += 1
+        y[-1] += 1
+        for kind, new in (("examples", data.Split(x, old.y)), ("labels", data.Split(old.x, y))):
+            changed = dataclasses.replace(task, **{split: new}).checksums()
+            difference = run_folder.first_difference({"data": expected}, {"data": changed})
+            assert difference == f"other {kind} of the {split} split"
+    # The same bytes in another shape, or another type.
+    reshaped = data.Split(task.test.x.reshape(360, 4, 16, 1), task.test.y.view(np.float32))
+    assert not {*reshaped.checksums().values()} & {*task.test.checksums().values()}
+    for older in (None, {}, {"train": 3}, [1], {"train": {"examples": 1}}):
+        difference = run_folder.first_difference({"data": older}, {"data": expected})
+        assert difference == (
+            "no checksums of all its data, because an older version of this project made it"
+        )
+    # Where the labels are the examples there is one number.
+    autoencoder = data.Split(task.test.x, task.test.x).checksums()
+    assert autoencoder["labels"] == autoencoder["examples"]
+
+
+def test_checksums_of_pictures(tmp_path, monkeypatch):
+    def checksum():
+        paths = readers.list_images(tmp_path / "train" / "n01")
+        return readers.ImageFiles(paths, 8, np.zeros(3), np.ones(3)).checksum()
+
+    write_imagenet(tmp_path, rows=5)
+    path = tmp_path / "train" / "n01" / "n01_3.png"
+    content, times = path.read_bytes(), (0, path.stat().st_mtime_ns)
+
+    def write(changed):
+        path.write_bytes(changed)
+        os.utime(path, ns=times)
+
+    # Few bytes count as a whole, whenever they were written.
+    expected = checksum()
+    os.utime(path)
+    assert checksum() == expected
+    write(content[:-1] + b"x")
+    assert checksum() != expected
+    write(content)
+    assert checksum() == expected
+    # Of many, sizes, times and some of the files.
+    monkeypatch.setattr(readers, "_CHECKSUM_BYTES", 100)
+    monkeypatch.setattr(readers, "_CHECKSUM_FILES", 2)
+    expected = checksum()
+    write(content[:-1] + b"x")  # every third file is read, the first and this one
+    assert checksum() != expected
+    write(content)
+    assert checksum() == expected
+    os.utime(path)
+    assert checksum() != expected
+    write(content + b"x")
+    assert checksum() != expected
+    write(content)
+    path.rename(path.with_name("n01_9.png"))
+    assert checksum() != expected
 
 
 # Pipelines.

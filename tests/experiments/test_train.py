@@ -810,7 +810,7 @@ def finished(runs):
     return runs / "run"
 
 
-def test_run_is_never_overwritten_or_mixed(finished, capsys):
+def test_run_is_never_overwritten_or_mixed(finished, capsys, monkeypatch):
     arguments = [*QUICK, "--runs-dir", str(finished.parent), "--name", "run"]
     before = contents(finished)
     capsys.readouterr()
@@ -824,6 +824,13 @@ def test_run_is_never_overwritten_or_mixed(finished, capsys):
         err = capsys.readouterr().err
         assert message in err
         assert err.count("\n") == 1
+    task = data.load_task("digits")
+    test = data.Split(task.test.x * 0, task.test.y, task.test.pixels)
+    with monkeypatch.context() as patch:
+        other = dataclasses.replace(task, test=test)
+        patch.setattr(data, "load_task", lambda *args, **kwargs: other)
+        assert train.main([*arguments, "--resume"]) == 2
+    assert "a run with other examples of the test split; resume" in capsys.readouterr().err
     assert contents(finished) == before
     # What does not change the numbers may change.
     assert train.main([*arguments, "--resume", "--keep", "1", "--checkpoint-every", "3"]) == 0
