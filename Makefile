@@ -1,10 +1,11 @@
 # `make demo` and `make test` need Python >= 3.11 and make, nothing else: the first call makes a
-# virtual environment with the versions of requirements.lock, later calls reuse it.
+# virtual environment with the versions of requirements-demo.lock or requirements.lock, whose hashes
+# every download has to match; later calls reuse it.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Version choice of an installation; the other test targets replace it.
-PINS ?= --constraint requirements.lock
+# Options that choose other versions than the locked ones, for test-lowest and test-latest.
+PINS ?=
 PYTEST_ARGS ?= -n 2
 
 # The first of the named interpreters that can make environments and passes the version test. Each
@@ -49,10 +50,15 @@ lint: $(VENV)/dev.stamp  ## Check style, format and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-lock: $(VENV)/dev.stamp  ## Renew requirements.lock with the newest versions
-	$(BIN)/uv pip compile pyproject.toml --quiet --upgrade --all-extras --universal \
-		--python-version 3.11 --fork-strategy fewest --no-emit-package optax-accel \
-		--no-annotate --custom-compile-command "make lock" --output-file requirements.lock
+lock: $(VENV)/dev.stamp  ## Renew both lock files with the newest versions
+	$(call compile,requirements.lock,--all-extras)
+	$(call compile,requirements-demo.lock,--extra experiments --constraint requirements.lock)
+
+# Beside the packages of the extras: what installs them, and what builds the project itself.
+compile = printf '%s\n' uv hatchling editables | $(BIN)/uv pip compile pyproject.toml - $(2) \
+	--quiet --upgrade --generate-hashes --universal --python-version 3.11 --fork-strategy fewest \
+	--no-emit-package optax-accel --no-annotate --custom-compile-command "make lock" \
+	--output-file $(1)
 
 clean:  ## Remove environments, caches and builds (results in runs/ stay)
 	rm -rf .venv .venv-lowest .venv-latest build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
@@ -67,16 +73,26 @@ $(BIN)/uv:
 	fi; \
 	echo "Making $(VENV) with $$python"; \
 	"$$python" -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock uv
+	@awk '/^uv==/ { found = 1 } found { print; if (!/\\$$/) exit }' requirements-demo.lock >$(VENV)/uv.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--require-hashes --requirement $(VENV)/uv.lock
 
-# uv installs in seconds what takes pip a minute; pip steps in where only pip knows the package index.
-install = $(BIN)/uv pip install --quiet --python $(BIN)/python $(PINS) --editable '.[$(1)]' \
-	|| $(BIN)/python -m pip install --disable-pip-version-check $(PINS) --editable '.[$(1)]'
+# Installs an extra (1) from its lock file (2), then the project itself, which has no hash. uv
+# installs in seconds what takes pip a minute; pip steps in where only pip knows the package index.
+uv_install = $(BIN)/uv pip install --quiet --python $(BIN)/python
+pip_install = $(BIN)/python -m pip install --disable-pip-version-check
+either = $(uv_install) $(1) || $(pip_install) $(1)
+ifeq ($(strip $(PINS)),)
+install = { $(call either,--require-hashes --requirement $(2)); } \
+	&& { $(call either,--no-deps --no-build-isolation --editable .); }
+else
+install = $(call either,$(PINS) --editable '.[$(1)]')
+endif
 
-$(VENV)/demo.stamp: $(BIN)/uv pyproject.toml requirements.lock
-	$(call install,experiments)
+$(VENV)/demo.stamp: $(BIN)/uv pyproject.toml requirements-demo.lock
+	$(call install,experiments,requirements-demo.lock)
 	touch $@
 
 $(VENV)/dev.stamp: $(BIN)/uv pyproject.toml requirements.lock
-	$(call install,dev)
+	$(call install,dev,requirements.lock)
 	touch $@
