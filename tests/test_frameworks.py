@@ -49,13 +49,19 @@ def equinox() -> Model:
     return params, lambda params: jax.vmap(eqx.combine(params, static))(X)
 
 
+def haiku() -> Model:
+    hk = pytest.importorskip("haiku")
+    network = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([8, 3])(x)))
+    return network.init(jax.random.key(0), X), lambda params: network.apply(params, X)
+
+
 OPTIMIZERS = {
     "bulk_sgd": oa.bulk_sgd(0.5, 3),
     "extrap_sgd": oa.extrap_sgd(0.1),
 }
 
 
-@pytest.mark.parametrize("make", [plain_dict, flax_linen, flax_nnx, equinox])
+@pytest.mark.parametrize("make", [plain_dict, flax_linen, flax_nnx, equinox, haiku])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_trains(make: Callable[[], Model], name: str) -> None:
     tx = OPTIMIZERS[name]
