@@ -437,7 +437,7 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     # A method that evaluates the loss elsewhere keeps that value in its state. Reporting it lets
     # XLA drop the pass at the current parameters where the method has no use for it.
-    logged = find_in_state(opt_state, "value")
+    logged = find_in_state(opt_state, "objective_value")
     value = value if scale is None else value / scale
     value = value if logged is None else logged
     alarming = value
@@ -517,7 +517,7 @@ def find_in_state(opt_state: PyTree, name: str) -> Any:
 
     def belongs_to_a_state(path: tuple[Any, ...], _: Any) -> bool:
         if len(path) > 1 and getattr(path[-2], "tuple_name", None) == "WithSchedulesState":
-            return path[-2].name == "values"
+            return path[-2].name == "scheduled"
         return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
 
     found = optax.tree_utils.tree_get_all_with_path(opt_state, name, filtering=belongs_to_a_state)

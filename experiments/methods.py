@@ -417,7 +417,7 @@ _ALL = (
         fidelity="faithful",
         base="sgd",
         learning_rates=SGD_RATES,
-        make=lambda lr, c: oa.demon_sgd(lr, c.total_steps),
+        make=lambda lr, c: oa.demon_sgd(lr, decay_steps=c.total_steps),
     ),
     Method(
         "demon_adam",
@@ -427,7 +427,7 @@ _ALL = (
         fidelity="faithful",
         base="adam",
         learning_rates=DEMON_ADAM_RATES,
-        make=lambda lr, c: oa.demon_adam(lr, c.total_steps, nu_bias_correction=True),
+        make=lambda lr, c: oa.demon_adam(lr, decay_steps=c.total_steps, nu_bias_correction=True),
     ),
     Method(
         "demon_adam_ema",
@@ -437,7 +437,7 @@ _ALL = (
         fidelity="our reading",
         base="adam",
         learning_rates=ADAM_RATES,
-        make=lambda lr, c: oa.demon_adam(lr, c.total_steps, form="ema"),
+        make=lambda lr, c: oa.demon_adam(lr, decay_steps=c.total_steps, form="ema"),
     ),
     Method(
         "cosine_momentum_sgd",
@@ -480,7 +480,9 @@ _ALL = (
         base="sgd",
         learning_rates=SGD_RATES,
         make=_momentum_schedule(
-            lambda steps: oa.momentum_onecycle_schedule(steps, pct_start=0.5, pct_final=1.0)
+            lambda steps: oa.momentum_onecycle_schedule(
+                steps, rise_fraction=0.5, cycle_fraction=1.0
+            )
         ),
     ),
     Method(
@@ -721,7 +723,7 @@ _ALL = (
         fidelity="faithful",
         base="sgd",
         learning_rates=SGD_RATES,
-        make=lambda lr, c: oa.gnp(_MOMENTUM(lr), r=0.1, alpha=0.8),
+        make=lambda lr, c: oa.gnp(_MOMENTUM(lr), rho=0.1, alpha=0.8),
         gradients_per_step=2,
     ),
     Method(
@@ -732,7 +734,7 @@ _ALL = (
         fidelity="faithful",
         base="sgd",
         learning_rates=SGD_RATES,
-        make=lambda lr, c: oa.gnp(_MOMENTUM(lr), r=0.05, alpha=1.0),
+        make=lambda lr, c: oa.gnp(_MOMENTUM(lr), rho=0.05, alpha=1.0),
         gradients_per_step=2,
     ),
     Method(
@@ -813,7 +815,7 @@ _ALL = (
         fidelity="as public code",
         base="sgd",
         learning_rates=SGD_RATES,
-        make=lambda lr, c: oa.decentlam(lr, _graph(c), axis_name=c.axis_name),
+        make=lambda lr, c: oa.decentlam(lr, topology=_graph(c), axis_name=c.axis_name),
         per_worker=True,
     ),
     Method(
@@ -824,7 +826,7 @@ _ALL = (
         fidelity="as public code",
         base="sgd",
         learning_rates=SGD_RATES,
-        make=lambda lr, c: oa.dmsgd(lr, _graph(c), axis_name=c.axis_name),
+        make=lambda lr, c: oa.dmsgd(lr, topology=_graph(c), axis_name=c.axis_name),
         per_worker=True,
     ),
 )

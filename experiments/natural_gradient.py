@@ -333,7 +333,7 @@ def _kfac(factory: Callable[..., Any]) -> Callable[..., Any]:
         return factory(
             0.1,
             problem.objective,
-            example,
+            example=example,
             kl_clip=kl_clip,
             damping=damping,
             likelihood=problem.likelihood,
@@ -365,7 +365,7 @@ METHODS: dict[str, Method] = {
     "hessian_free": Method(
         "Hessian-free, gradients of four batches, curvature of one",
         _grid(rate=(0.5, 1.0), damping=(0.1, 1.0, 10.0)),
-        lambda problem, rate, damping: oa.hessian_free(rate, damping),
+        lambda problem, rate, damping: oa.hessian_free(rate, damping=damping),
         gradient_batches=4,
     ),
 }

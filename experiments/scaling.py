@@ -586,7 +586,9 @@ def entries(names: Sequence[str]) -> list[Entry]:
 
     def post_local(learning_rate: Any, context: Context) -> optax.GradientTransformation:
         inner = optax.sgd(learning_rate, momentum=0.9, nesterov=True)
-        return oa.post_local_sgd(inner, LOCAL_STEPS, 0, axis_name=context.axis_name)
+        return oa.post_local_sgd(
+            inner, local_steps=LOCAL_STEPS, switch_step=0, axis_name=context.axis_name
+        )
 
     method = dataclasses.replace(METHODS["post_local_sgd"], make=post_local)
     result.append(Entry(f"post_local_sgd, H = {LOCAL_STEPS}", method, LOCAL_STEPS))
@@ -603,7 +605,7 @@ def _dmsgd(
     # DecentLaM sends the same, but diverges with momentum on the directed topologies.
     return oa.dmsgd(
         learning_rate,
-        topology(context.num_workers),
+        topology=topology(context.num_workers),
         axis_name=context.axis_name,
         consensus_every=0,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,18 +23,27 @@ def check_number(
     open_high: bool = False,
     allow_schedule: bool = False,
 ) -> None:
-    """Raises if a hyperparameter is no number in the allowed range.
+    """Raises if a hyperparameter is not a number in the allowed range.
 
-    Arrays pass unchecked: under ``optax.inject_hyperparams`` or ``vmap`` their value is unknown.
+    A scalar array is checked where its value is known.  Its ends count as inside, because
+    ``optax.inject_hyperparams`` rounds numbers to the dtype of the parameters, and because a
+    schedule may end there.  Traced arrays and arrays with axes (members of a ``vmap``) pass.
 
     Raises:
       ValueError: the value is outside the range or not finite.
-      TypeError: the value is no number (nor a schedule where one is allowed).
+      TypeError: the value is not a number (nor a schedule where one is allowed).
     """
-    if isinstance(value, jax.Array) or (allow_schedule and callable(value)):
+    if allow_schedule and callable(value):
         return
+    kind = "a number or a schedule" if allow_schedule else "a number"
+    if isinstance(value, jax.Array):
+        if not jnp.issubdtype(value.dtype, jnp.floating) and not _is_integer_array(value):
+            raise TypeError(f"`{name}` must be {kind}, got an array of dtype {value.dtype}.")
+        known = _known(value)
+        if known is None:
+            return
+        value, open_low, open_high = known, False, False
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        kind = "a number or a schedule" if allow_schedule else "a number"
         raise TypeError(f"`{name}` must be {kind}, got {value!r}.")
     below = value <= low if open_low else value < low
     above = value >= high if open_high else value > high
@@ -43,12 +53,17 @@ def check_number(
         raise ValueError(f"`{name}` must lie in {left}{low}, {high}{right}, got {value!r}.")
 
 
+def check_learning_rate(value: Any) -> None:
+    """Raises if a learning rate is neither a number of at least 0 nor a schedule."""
+    check_number("learning_rate", value, 0, allow_schedule=True)
+
+
 def check_integer(name: str, value: Any, low: int) -> None:
-    """Raises if a static count is no Python integer of at least ``low``.
+    """Raises if a static count is not a Python integer of at least ``low``.
 
     Raises:
       ValueError: the value is too small.
-      TypeError: the value is no integer, e.g. an array made by ``optax.inject_hyperparams``.
+      TypeError: the value is not an integer, e.g. an array made by ``optax.inject_hyperparams``.
     """
     if isinstance(value, jax.Array):
         raise TypeError(
@@ -61,22 +76,107 @@ def check_integer(name: str, value: Any, low: int) -> None:
         raise ValueError(f"`{name}` must be at least {low}, got {value!r}.")
 
 
+def check_count(name: str, value: Any, low: int) -> None:
+    """Raises if a count that is only calculated with is not an integer of at least ``low``.
+
+    Unlike :func:`check_integer` it allows integer arrays, as ``optax.inject_hyperparams`` makes
+    them, and checks those whose value is known.
+
+    Raises:
+      ValueError: the value is too small.
+      TypeError: the value is not an integer.
+    """
+    if isinstance(value, jax.Array):
+        if not _is_integer_array(value):
+            raise TypeError(f"`{name}` must be an integer, got an array of dtype {value.dtype}.")
+        value = _known(value)
+        if value is None:
+            return
+    check_integer(name, value, low)
+
+
+def known_integer(value: Any) -> int | None:
+    """A count as a Python integer, None if it is an array whose value is not known."""
+    known = _known(value) if isinstance(value, jax.Array) else value
+    return None if known is None else int(known)
+
+
+def check_dtype(name: str, value: Any) -> None:
+    """Raises if an optional dtype is an array, which ``optax.inject_hyperparams`` makes of it."""
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"`{name}` must be a dtype, got an array: optax.inject_hyperparams takes every "
+            "callable for a schedule, dtypes too. Use optax_accel.inject_hyperparams, which keeps "
+            "static arguments as they are."
+        )
+
+
+def check_inner(inner: Any) -> None:
+    """Raises ``TypeError`` if what a method wraps is not an Optax transformation."""
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(f"`inner` must be an Optax transformation, got {inner!r}.")
+
+
+def _is_integer_array(value: jax.Array) -> bool:
+    return jnp.issubdtype(value.dtype, jnp.integer)
+
+
+def _known(value: jax.Array) -> Any:
+    """The Python number in a scalar array; None if it is traced or has axes."""
+    return None if isinstance(value, jax.core.Tracer) or value.ndim else value.item()
+
+
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raises ``ValueError`` if ``value`` is none of the allowed words."""
     if value not in allowed:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
 
 
-def check_real_leaves(params: Any, method: str) -> None:
-    """Raises ``TypeError`` if a leaf is not real floating point."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        dtype = jnp.result_type(leaf)
+HOLD_FIXED = "hold it fixed with optax.masked"
+
+
+def check_real_leaves(
+    params: Any,
+    method: str,
+    advice: str = "leave it out of what is differentiated (`mask=`, where there is one)",
+) -> None:
+    """Raises ``TypeError`` if a leaf is not real floating point; ``advice`` says what to do."""
+    for path, dtype in _dtypes(params, method):
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"{method} works on real floating-point parameters, but the leaf "
-                f"{jax.tree_util.keystr(path) or '(root)'} has dtype {dtype}; leave it out of "
-                "what is differentiated (`mask=`, where there is one)."
+                f"{method} works on real floating-point parameters, but the leaf {path} has dtype "
+                f"{dtype}; {advice}."
             )
+
+
+def check_floating_leaves(params: Any, method: str, advice: str = HOLD_FIXED) -> None:
+    """Raises ``TypeError`` if a leaf is not floating point, real or complex."""
+    for path, dtype in _dtypes(params, method):
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"{method} works on floating-point parameters, but the leaf {path} has dtype "
+                f"{dtype}; {advice}."
+            )
+
+
+def check_numeric_leaves(params: Any, method: str, advice: str = HOLD_FIXED) -> None:
+    """Raises ``TypeError`` if a leaf is a PRNG key, boolean or another thing without arithmetic."""
+    for path, dtype in _dtypes(params, method):
+        if not jnp.issubdtype(dtype, jnp.number):
+            raise TypeError(
+                f"{method} works on numbers, but the leaf {path} has dtype {dtype}; {advice}."
+            )
+
+
+def _dtypes(tree: Any, method: str) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path) or "(root)"
+        try:
+            yield name, leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+        except TypeError as error:
+            raise TypeError(
+                f"{method} works on arrays, but the leaf {name} is {leaf!r}."
+            ) from error
 
 
 def value_of(parameter: optax.ScalarOrSchedule, count: jax.Array) -> Any:

@@ -25,6 +25,8 @@ def as_key(key: chex.PRNGKey | int) -> jax.Array:
             return key
         if key.dtype == jnp.uint32 and key.shape == (2,):
             return jax.random.wrap_key_data(key)
+        if jnp.issubdtype(key.dtype, jnp.integer) and not key.ndim:  # a seed, injected
+            return jax.random.key(key)
     raise TypeError(f"`key` must be a PRNG key (jax.random.key(0)) or an integer, got {key!r}.")
 
 

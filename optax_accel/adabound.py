@@ -14,7 +14,9 @@ Luo, Xiong, Liu, Sun, `Adaptive gradient methods with dynamic bound of learning 
 <https://arxiv.org/abs/1902.09843>`_, ICLR 2019.  Bounds and defaults as in its section 4; as in the
 authors' code (``Luolc/AdaBound``): Adam's bias correction, the maximum taken of the uncorrected
 second moment, ``eps`` added before the correction, and :math:`f_t = f\, \eta_t / \eta_0`, so that a
-schedule of the learning rate scales the bounds too.
+schedule of the learning rate scales the bounds too.  Therefore the learning rate is a factor of the
+whole step, :math:`\mathrm{clip}(\eta a, \eta b, \eta c) = \eta\, \mathrm{clip}(a, b, c)`, and
+:func:`scale_by_adabound` does without it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_accel._arguments import check_number, value_of
+from optax_accel._adam import second_moment, zeros_for_squares
+from optax_accel._arguments import (
+    check_dtype,
+    check_floating_leaves,
+    check_learning_rate,
+    check_number,
+)
 
 
 class ScaleByAdaBoundState(NamedTuple):
@@ -35,7 +43,7 @@ class ScaleByAdaBoundState(NamedTuple):
     Attributes:
       count: number of updates made; int32 scalar.
       mu: first moment, like the parameters.
-      nu: second moment, like the parameters (real).
+      nu: second moment, like the parameters; real, in at least float32.
       nu_max: running maximum of the second moment with ``amsbound``, else None.
     """
 
@@ -46,47 +54,39 @@ class ScaleByAdaBoundState(NamedTuple):
 
 
 def scale_by_adabound(
-    learning_rate: optax.ScalarOrSchedule = 1e-3,
-    final_lr: float = 0.1,
     b1: float = 0.9,
     b2: float = 0.999,
-    gamma: float = 1e-3,
     eps: float = 1e-8,
     *,
+    final_scale: float = 100.0,
+    gamma: float = 1e-3,
     amsbound: bool = False,
-    base_lr: float | None = None,
     mu_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam's step with bounded per-element rates, not yet negated.
-
-    What is clipped is the rate of each element, the learning rate included, so that it is an
-    argument here and not a factor chained behind; :func:`adabound` is this and a change of sign.
+    r"""Adam's scaling with bounded per-element rates, relative to the learning rate behind it.
 
     Args:
-      learning_rate: :math:`\eta`, Adam's rate, greater than 0; float or schedule.
-      final_lr: f, the rate of SGD that the bounds close in on.
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
-      gamma: speed of the bounds, greater than 0; they reach half of ``final_lr`` and twice of it
-        after ``1 / gamma`` steps.  Near 0 all steps are Adam's, at infinity all are SGD's.
       eps: added to the root of the second moment before the bias correction.
+      final_scale: :math:`f / \eta_0`, at least 0: the rate of SGD that the bounds close in on, over
+        the learning rate.  The default, 100, is that of the authors' code: 0.1 over 0.001.
+      gamma: speed of the bounds, greater than 0; they reach half of ``final_scale`` and twice of it
+        after ``1 / gamma`` steps.  Near 0 all steps are Adam's, at infinity all are SGD's.
       amsbound: divides by the root of the running maximum of the second moment: AMSBound.
-      base_lr: :math:`\eta_0`: the bounds are scaled by ``learning_rate / base_lr`` in each step.
-        ``None`` (default): a schedule's value at step 0; no scaling for a number.  Needed where a
-        schedule starts at 0 (warm-up: give its peak), or where ``inject_hyperparams`` holds the
-        schedule, which makes it a number here.
       mu_dtype: dtype of the first moment; ``None``: that of the parameters.
 
     Returns:
       A transformation with state :class:`ScaleByAdaBoundState`.
 
     Raises:
-      ValueError: an argument outside its range, or a schedule that starts at 0 and no ``base_lr``.
+      ValueError: an argument outside its range.
+      TypeError: in ``init``: parameters that are not floating-point numbers.
 
     Example:
       >>> import jax.numpy as jnp, optax
       >>> import optax_accel as oa
-      >>> tx = optax.chain(oa.scale_by_adabound(0.01, amsbound=True), optax.scale(-1.0))
+      >>> tx = optax.chain(oa.scale_by_adabound(amsbound=True), optax.scale_by_learning_rate(0.01))
       >>> params = jnp.array([1.0, -2.0])
       >>> updates, state = tx.update(params, tx.init(params), params)
       >>> [round(float(u), 6) for u in updates]
@@ -95,32 +95,20 @@ def scale_by_adabound(
     References:
       Luo et al., `AdaBound <https://arxiv.org/abs/1902.09843>`_, section 4, algorithm 2.
     """
-    check_number("learning_rate", learning_rate, 0, open_low=True, allow_schedule=True)
-    check_number("final_lr", final_lr, 0)
     for name, value in (("b1", b1), ("b2", b2)):
         check_number(name, value, 0, 1, open_high=True)
-    check_number("gamma", gamma, 0, open_low=True)
     check_number("eps", eps, 0)
-    if base_lr is not None:
-        check_number("base_lr", base_lr, 0, open_low=True)
-    elif callable(learning_rate):
-        base_lr = learning_rate(0)
-        if not isinstance(base_lr, jax.core.Tracer) and not base_lr > 0:
-            raise ValueError(
-                "`base_lr` must be given where the schedule of the learning rate does not start "
-                f"above 0 (it starts at {float(base_lr)}), because learning_rate / base_lr scales "
-                "the bounds. Give the schedule's peak."
-            )
+    check_number("final_scale", final_scale, 0)
+    check_number("gamma", gamma, 0, open_low=True)
+    check_dtype("mu_dtype", mu_dtype)
 
     def init_fn(params: chex.ArrayTree) -> ScaleByAdaBoundState:
-        def zeros() -> chex.ArrayTree:
-            return jax.tree.map(lambda p: jnp.zeros_like(jnp.real(p)), params)
-
+        check_floating_leaves(params, "scale_by_adabound")
         return ScaleByAdaBoundState(
             count=jnp.zeros((), jnp.int32),
             mu=optax.tree.zeros_like(params, dtype=mu_dtype),
-            nu=zeros(),
-            nu_max=zeros() if amsbound else None,
+            nu=zeros_for_squares(params),
+            nu_max=zeros_for_squares(params) if amsbound else None,
         )
 
     def update_fn(
@@ -133,69 +121,72 @@ def scale_by_adabound(
         count = optax.safe_increment(state.count)
         # The widest float: an integer count would make a 32-bit one even in x64 mode.
         t = count.astype(jnp.result_type(float))
-        rate = value_of(learning_rate, state.count)
-        final = final_lr if base_lr is None else final_lr * rate / base_lr
-        adam_rate = rate * jnp.sqrt(1 - b2**t) / (1 - b1**t)
-        lower, upper = final * (1 - 1 / (gamma * t + 1)), final * (1 + 1 / (gamma * t))
+        adam_rate = jnp.sqrt(1 - b2**t) / (1 - b1**t)
+        lower = final_scale * (1 - 1 / (gamma * t + 1))
+        upper = final_scale * (1 + 1 / (gamma * t))
 
         def step(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
-            wide = jnp.promote_types(v.dtype, jnp.float32)
-            adam, low, high = (jnp.asarray(x, wide) for x in (adam_rate, lower, upper))
-            rates = jnp.clip(adam / (jnp.sqrt(v.astype(wide)) + eps), low, high)
-            return (rates * m).astype(g.dtype)
+            adam, low, high = (jnp.asarray(x, v.dtype) for x in (adam_rate, lower, upper))
+            rates = jnp.clip(adam / (jnp.sqrt(v) + eps), low, high)
+            return (rates * m.astype(jnp.promote_types(m.dtype, v.dtype))).astype(g.dtype)
 
         mu = optax.tree.update_moment(updates, state.mu, b1, 1)
-        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
+        nu = second_moment(updates, state.nu, b2)
         nu_max = jax.tree.map(jnp.maximum, state.nu_max, nu) if amsbound else None
         new_updates = jax.tree.map(step, updates, mu, nu_max if amsbound else nu)
         return new_updates, ScaleByAdaBoundState(
             count=count,
             mu=optax.tree.cast_like(mu, state.mu),
             nu=optax.tree.cast_like(nu, state.nu),
-            nu_max=optax.tree.cast_like(nu_max, state.nu_max),
+            nu_max=optax.tree.cast_like(nu_max, state.nu_max) if amsbound else None,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def adabound(
-    learning_rate: optax.ScalarOrSchedule = 1e-3,
-    final_lr: float = 0.1,
+    learning_rate: optax.ScalarOrSchedule,
     b1: float = 0.9,
     b2: float = 0.999,
-    gamma: float = 1e-3,
     eps: float = 1e-8,
     *,
+    final_learning_rate: float = 0.1,
+    gamma: float = 1e-3,
     amsbound: bool = False,
-    base_lr: float | None = None,
+    base_learning_rate: float | None = None,
     mu_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdaBound, and AMSBound with ``amsbound=True``: from Adam to SGD as training goes on.
-
-    For the weight decay of the authors' code (L2), chain ``optax.add_decayed_weights`` before it.
+    r"""AdaBound, or AMSBound: starts as Adam and ends as SGD.
 
     Args:
-      learning_rate: Adam's rate, greater than 0; float or schedule.
-      final_lr: the rate of SGD that the bounds close in on.
-      b1: as in :func:`scale_by_adabound`, like the following ones.
-      b2: see there.
-      gamma: see there.
-      eps: see there.
-      amsbound: see there.
-      base_lr: see there.
-      mu_dtype: see there.
+      learning_rate: :math:`\eta`, Adam's rate, greater than 0; float or schedule. The paper's
+        default is 0.001.
+      b1: decay of the first moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
+      eps: added to the root of the second moment before the bias correction.
+      final_learning_rate: f, at least 0: the rate of SGD that the bounds close in on.
+      gamma: speed of the bounds, greater than 0; they reach half of ``final_learning_rate`` and
+        twice of it after ``1 / gamma`` steps.
+      amsbound: divides by the root of the running maximum of the second moment: AMSBound.
+      base_learning_rate: :math:`\eta_0`: the bounds are scaled by ``learning_rate /
+        base_learning_rate`` in each step.  ``None`` (default): a schedule's value at step 0; no
+        scaling for a number.  It is needed where a schedule starts at 0 (give the peak of the
+        warm-up), and where ``inject_hyperparams`` holds the schedule, which makes it a number here.
+      mu_dtype: dtype of the first moment; ``None``: that of the parameters.
 
     Returns:
       The optimizer.
 
     Raises:
-      ValueError: as :func:`scale_by_adabound`.
+      ValueError: an argument outside its range, or a schedule that starts at 0 without a
+        ``base_learning_rate``.
+      TypeError: in ``init``: parameters that are not floating-point numbers.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> import optax_accel as oa
       >>> loss = lambda p: 0.5 * p**2
-      >>> tx = oa.adabound(learning_rate=0.01, final_lr=0.5, gamma=0.1)
+      >>> tx = oa.adabound(learning_rate=0.01, final_learning_rate=0.5, gamma=0.1)
       >>> param = jnp.array(1.0)
       >>> state = tx.init(param)
       >>> for _ in range(50):
@@ -207,15 +198,39 @@ def adabound(
     References:
       Luo et al., `AdaBound <https://arxiv.org/abs/1902.09843>`_, algorithms 2 and 3.
     """
-    scale_by = scale_by_adabound(
-        learning_rate,
-        final_lr,
-        b1,
-        b2,
-        gamma,
-        eps,
-        amsbound=amsbound,
-        base_lr=base_lr,
-        mu_dtype=mu_dtype,
+    check_learning_rate(learning_rate)
+    check_number("final_learning_rate", final_learning_rate, 0)
+    base: Any = base_learning_rate
+    if base is not None:
+        check_number("base_learning_rate", base, 0, open_low=True)
+    elif callable(learning_rate):
+        base = learning_rate(0)
+        if not isinstance(base, jax.core.Tracer) and not base > 0:
+            raise ValueError(
+                "`base_learning_rate` must be given where the schedule of the learning rate does "
+                f"not start above 0 (it starts at {float(base)}), because learning_rate / "
+                "base_learning_rate scales the bounds. Give the schedule's peak."
+            )
+    else:
+        check_number("learning_rate", learning_rate, 0, open_low=True)
+        base = learning_rate
+    return optax.chain(
+        scale_by_adabound(
+            b1,
+            b2,
+            eps,
+            final_scale=_ratio(final_learning_rate, base),
+            gamma=gamma,
+            amsbound=amsbound,
+            mu_dtype=mu_dtype,
+        ),
+        optax.scale_by_learning_rate(learning_rate),
     )
-    return optax.chain(scale_by, optax.scale(-1.0))
+
+
+def _ratio(final: Any, base: Any) -> Any:
+    """The ratio in the widest float; finite for an injected rate of 0, with which nothing moves."""
+    if not isinstance(base, jax.Array):
+        return final / base
+    base = base.astype(jnp.result_type(float))
+    return final / jnp.where(base > 0, base, 1)

@@ -27,10 +27,17 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_accel._arguments import check_choice, check_number, check_real_leaves, value_of
+from optax_accel._adam import scale_by_adam
+from optax_accel._arguments import (
+    check_choice,
+    check_inner,
+    check_learning_rate,
+    check_number,
+    check_real_leaves,
+    value_of,
+)
 from optax_accel._masking import Mask, merge, select
 from optax_accel._random import as_key, map_with_keys
-from optax_accel.hyperparams import with_schedules
 from optax_accel.objective import as_objective, check_params, mean_arguments, vary_over
 
 Direction = Literal[
@@ -51,16 +58,17 @@ class ExtragradientState(NamedTuple):
 
     Attributes:
       count: number of updates made; int32 scalar.
-      value: the loss at the last extrapolated point (infinity before the first step); float32
-        scalar. Logging it instead of the loss at ``params`` saves a forward pass under ``jit``.
-      key: PRNG key of the noise directions, else None.
+      objective_value: the loss at the last extrapolated point (infinity before the first step);
+        float32 scalar. Logging it instead of the loss at ``params`` saves a forward pass under
+        ``jit``.
+      rng_key: PRNG key of the noise directions, else None.
       past: this replica's last extrapolated gradient, for direction ``"past"``, else None.
       inner_state: state of the inner transformation.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
-    value: jax.Array
-    key: chex.PRNGKey | None
+    objective_value: jax.Array
+    rng_key: chex.PRNGKey | None
     past: chex.ArrayTree
     inner_state: chex.ArrayTree
 
@@ -95,7 +103,7 @@ def extragradient(
 
     Where the incoming gradient is not used (past, noise, or with ``axis_name``), ``jit`` removes
     its computation, unless the training step also returns the loss at ``params``: return
-    ``optax.tree.get(state, "value")`` instead.
+    ``optax.tree.get(state, "objective_value")`` instead.
 
     ``update`` needs ``value_fn`` (an :class:`~optax_accel.Objective` or a function of the
     parameters) and ``params``.  Clip gradients in ``inner``: what is clipped then is the
@@ -143,8 +151,7 @@ def extragradient(
             "extragradient: direction 'inner_update' advances the inner state with the incoming "
             "gradient, which must be the same on all replicas; leave `axis_name` out."
         )
-    if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(f"`inner` must be an Optax transformation, got {inner!r}.")
+    check_inner(inner)
     inner = optax.with_extra_args_support(inner)
     initial_key = as_key(key) if direction in _NOISE else None
     name = "extragradient"
@@ -155,8 +162,8 @@ def extragradient(
             check_real_leaves(params, name)
         return ExtragradientState(
             count=jnp.zeros((), jnp.int32),
-            value=jnp.full((), jnp.inf, jnp.float32),
-            key=None if initial_key is None else jnp.copy(initial_key),
+            objective_value=jnp.full((), jnp.inf, jnp.float32),
+            rng_key=None if initial_key is None else jnp.copy(initial_key),
             past=optax.tree.zeros_like(params) if direction == "past" else None,
             inner_state=inner.init(params),
         )
@@ -178,8 +185,10 @@ def extragradient(
             new_updates, inner_state = inner.update(
                 updates, state.inner_state, params, **inner_args
             )
-            value = jnp.asarray(inner_args.get("value", state.value), jnp.float32)
-            return new_updates, state._replace(count=count, value=value, inner_state=inner_state)
+            value = jnp.asarray(inner_args.get("value", state.objective_value), jnp.float32)
+            return new_updates, state._replace(
+                count=count, objective_value=value, inner_state=inner_state
+            )
 
         objective = as_objective(
             value_fn,
@@ -199,8 +208,8 @@ def extragradient(
             step = jax.tree.map(jnp.negative, own)
         elif direction == "past":
             step = state.past
-        elif state.key is not None:
-            step_key = jax.random.fold_in(state.key, state.count)
+        elif state.rng_key is not None:
+            step_key = jax.random.fold_in(state.rng_key, state.count)
             if axis_name is not None:
                 step_key = jax.random.fold_in(step_key, lax.axis_index(axis_name))
             step = _noise(step_key, point, direction)
@@ -229,8 +238,8 @@ def extragradient(
         new_updates, inner_state = inner.update(gradient, inner_state, params, **inner_args)
         return new_updates, ExtragradientState(
             count=count,
-            value=value.astype(jnp.float32),
-            key=state.key,
+            objective_value=value.astype(jnp.float32),
+            rng_key=state.rng_key,
             past=own_gradient if direction == "past" else None,
             inner_state=inner_state,
         )
@@ -240,10 +249,10 @@ def extragradient(
 
 def extrap_sgd(
     learning_rate: optax.ScalarOrSchedule,
-    extrapolation_rate: optax.ScalarOrSchedule | None = None,
     momentum: float | None = 0.9,
     nesterov: bool = True,
     *,
+    extrapolation_rate: optax.ScalarOrSchedule | None = None,
     direction: Direction = "gradient",
     axis_name: str | None = None,
     trust_ratio: bool = False,
@@ -256,16 +265,21 @@ def extrap_sgd(
     look-ahead form ``y = x + u v`` it agrees after the change of variables ``params = y``.
 
     Args:
-      learning_rate: float or schedule.
-      extrapolation_rate: ``None`` (default): the learning rate (ratio 1, our choice: the paper's
-        value is not known; tune it in 0.05 to 1 times the learning rate).
-      momentum: momentum, ``None`` for plain SGD. The paper's strong baseline is Nesterov.
+      learning_rate: float or schedule, at least 0.
+      momentum: momentum in [0, 1), ``None`` for plain SGD. The paper's strong baseline is Nesterov.
       nesterov: Nesterov's form.
-      direction: as in :func:`extragradient`, like the following ones.
-      axis_name: see there; with it, this is the local method of the paper.
-      trust_ratio: see there.
-      key: see there.
-      mask: see there.
+      extrapolation_rate: step ahead, at least 0, float or schedule; ``None`` (default): the
+        learning rate (ratio 1, our choice: the paper's value is not known; tune it in 0.05 to 1
+        times the learning rate).
+      direction: where to extrapolate to, one of the words listed in :func:`extragradient`;
+        ``"gradient"`` (default) steps ahead along the gradient.
+      axis_name: axis of ``pmap``, ``shard_map`` or ``vmap`` for local extrapolation, the paper's
+        method for large batches: each replica extrapolates with its own direction.
+      trust_ratio: scales the direction of each leaf with two or more axes by the leaf's norm over
+        the direction's.
+      key: PRNG key or integer seed of the noise directions.
+      mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
+        parameters to one: leaves to extrapolate; ``None``: all.
 
     Returns:
       The optimizer; its ``update`` needs ``value_fn``.
@@ -283,7 +297,7 @@ def extrap_sgd(
       >>> round(float(param + updates), 4)
       0.829
     """
-    check_number("learning_rate", learning_rate, allow_schedule=True)
+    check_learning_rate(learning_rate)
     if momentum is not None:
         check_number("momentum", momentum, 0, 1, open_high=True)
     return extragradient(
@@ -306,7 +320,7 @@ def extra_adam(
     """ExtraAdam: both half-steps are Adam steps that share moments and step count.
 
     Args:
-      learning_rate: float or schedule; counted in half-steps, two a step.
+      learning_rate: float or schedule, at least 0; counted in half-steps, two a step.
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: added to the root of the second moment *before* its bias correction, as in the authors'
@@ -332,15 +346,11 @@ def extra_adam(
       Gidel et al., `A variational inequality perspective on GANs
       <https://arxiv.org/abs/1802.10551>`_, 2019, Algorithm 4.
     """
+    check_learning_rate(learning_rate)
     for name, value in (("b1", b1), ("b2", b2)):
         check_number(name, value, 0, 1, open_high=True)
     check_number("eps", eps, 0)
-
-    def corrected_eps(count: jax.Array) -> jax.Array:
-        # Optax adds eps after the correction: m^ / (sqrt(v / c) + eps / sqrt(c)), c = 1 - b2 ** t.
-        return eps / jnp.sqrt(1 - b2 ** (count + 1.0))
-
-    adam = with_schedules(optax.scale_by_adam, eps=corrected_eps)(b1=b1, b2=b2)
+    adam = scale_by_adam("extra_adam", b1, b2, eps, eps_before_correction=True)
     return extragradient(
         optax.chain(adam, optax.scale_by_learning_rate(learning_rate)), 1.0, "inner_update"
     )

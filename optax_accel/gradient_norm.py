@@ -3,12 +3,12 @@ r"""GNP: penalize the norm of the gradient, with a second gradient instead of se
 .. math::
   \min_x L(x) + \lambda \|\nabla L(x)\|: \qquad
   g = (1 - \alpha)\, \nabla L(x)
-    + \alpha\, \nabla L\Big(x + r\, \frac{\nabla L(x)}{\|\nabla L(x)\|}\Big), \qquad
-  \alpha = \lambda / r .
+    + \alpha\, \nabla L\Big(x + \rho\, \frac{\nabla L(x)}{\|\nabla L(x)\|}\Big), \qquad
+  \alpha = \lambda / \rho .
 
 The second gradient contains the Hessian product of the penalty's gradient as a difference quotient
-of step r: exact on quadratics, and of first order in r elsewhere.  :math:`\alpha = 0` is plain
-training, :math:`\alpha = 1` is SAM with radius r.
+of step :math:`\rho` (the paper's r): exact on quadratics, and of first order in it elsewhere.
+:math:`\alpha = 0` is plain training, :math:`\alpha = 1` is SAM with radius :math:`\rho`.
 
 Zhao, Zhang, Hu, `Penalizing gradient norm for efficiently improving generalization in deep learning
 <https://arxiv.org/abs/2202.03599>`_, ICML 2022.  Faithful: the formula of the paper.  The authors'
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_accel._arguments import check_number, check_real_leaves, value_of
+from optax_accel._arguments import check_inner, check_number, check_real_leaves, value_of
 from optax_accel._masking import Mask, merge, select
 from optax_accel.objective import as_objective, check_params, vary_over
 
@@ -50,7 +50,7 @@ class GNPState(NamedTuple):
 
 def gnp(
     inner: optax.GradientTransformation,
-    r: optax.ScalarOrSchedule = 0.1,
+    rho: optax.ScalarOrSchedule = 0.1,
     alpha: optax.ScalarOrSchedule = 0.8,
     *,
     axis_name: str | None = None,
@@ -64,16 +64,16 @@ def gnp(
     same key of dropout.  Update statistics of batch normalization in the first pass only.  What the
     inner transformation clips is the mixed gradient (the paper clips it to a global norm of 5).
 
-    ``optax.contrib.sam(inner, chain(normalize(), sgd(r)), opaque_mode=True)`` makes the same steps
-    as ``alpha=1``; it takes a ``grad_fn`` of two arguments.
+    ``optax.contrib.sam(inner, chain(normalize(), sgd(rho)), opaque_mode=True)`` makes the steps of
+    ``alpha=1``; it takes a ``grad_fn`` of two arguments.
 
     Args:
       inner: transformation or optimizer that takes the step.
-      r: radius of the perturbation, at least 0, float or schedule. The paper: 0.1 on CIFAR (the
-        default), 0.05 on ImageNet.
-      alpha: :math:`\lambda / r`, at least 0, float or schedule. The paper: 0.8. With warm-up of an
-        adaptive optimizer's learning rate the penalty should warm up too, by a schedule of ``r`` or
-        ``alpha`` (Zhao et al., `When will gradient regularization be harmful?
+      rho: radius of the perturbation, at least 0, float or schedule: SAM's rho, the paper's r. The
+        paper: 0.1 on CIFAR (the default), 0.05 on ImageNet.
+      alpha: :math:`\lambda / \rho`, at least 0, float or schedule. The paper: 0.8. With warm-up of
+        an adaptive optimizer's learning rate the penalty should warm up too, by a schedule of
+        ``rho`` or ``alpha`` (Zhao et al., `When will gradient regularization be harmful?
         <https://arxiv.org/abs/2406.09723>`_, 2024).
       axis_name: axis of ``pmap``, ``shard_map`` or ``vmap`` for *local* perturbations, as in the
         authors' code: each replica perturbs with its own gradient and penalizes its own norm, and
@@ -88,14 +88,15 @@ def gnp(
       A transformation with state :class:`GNPState`.
 
     Raises:
-      ValueError: ``r`` or ``alpha`` below 0; in ``update``: missing ``value_fn`` or ``params``.
-      TypeError: ``inner`` is no transformation.
+      ValueError: ``rho`` or ``alpha`` below 0; in ``update``: missing ``value_fn`` or ``params``.
+      TypeError: ``inner`` is not a transformation; in ``init``: parameters that are not real
+        floating-point numbers.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> import optax_accel as oa
       >>> loss = lambda p: 0.5 * p**2
-      >>> tx = oa.gnp(optax.sgd(0.1), r=0.5, alpha=0.8)
+      >>> tx = oa.gnp(optax.sgd(0.1), rho=0.5, alpha=0.8)
       >>> param = jnp.array(1.0)
       >>> updates, state = tx.update(jax.grad(loss)(param), tx.init(param), param, value_fn=loss)
       >>> round(float(param + updates), 4)  # 1 - 0.1 * (0.2 * 1 + 0.8 * 1.5)
@@ -104,10 +105,9 @@ def gnp(
     References:
       Zhao et al., `Penalizing gradient norm <https://arxiv.org/abs/2202.03599>`_, algorithm 1.
     """
-    check_number("r", r, 0, allow_schedule=True)
+    check_number("rho", rho, 0, allow_schedule=True)
     check_number("alpha", alpha, 0, allow_schedule=True)
-    if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(f"`inner` must be an Optax transformation, got {inner!r}.")
+    check_inner(inner)
     inner = optax.with_extra_args_support(inner)
     name = "gnp"
 
@@ -135,7 +135,7 @@ def gnp(
             params=params,
             why="take the gradient at the perturbed point",
         )
-        radius, weight = value_of(r, state.count), value_of(alpha, state.count)
+        radius, weight = value_of(rho, state.count), value_of(alpha, state.count)
         point, first = params, updates
         if axis_name is not None:
             objective, point = objective.local, vary_over(params, axis_name)

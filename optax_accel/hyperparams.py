@@ -17,13 +17,13 @@ class WithSchedulesState(NamedTuple):
 
     Attributes:
       count: number of updates made; int32 scalar.
-      values: the scheduled arguments as used in the last update (before the first: as they will be
-        in it), by name; e.g. ``optax.tree.get(state, "momentum")``.
+      scheduled: the scheduled arguments as used in the last update (before the first: as they will
+        be in it), by name; e.g. ``optax.tree.get(state, "momentum")``.
       inner_state: state of the transformation that the factory builds.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
-    values: dict[str, jax.Array]
+    scheduled: dict[str, jax.Array]
     inner_state: chex.ArrayTree
 
 
@@ -66,7 +66,7 @@ def with_schedules(
       >>> state = tx.init(params)
       >>> for _ in range(3):
       ...     update, state = tx.update(jnp.array(1.0), state, params)
-      ...     print(round(float(state.values["momentum"]), 2), round(float(update), 2))
+      ...     print(round(float(state.scheduled["momentum"]), 2), round(float(update), 2))
       0.9 -1.0
       0.45 -1.45
       0.0 -1.0
@@ -163,8 +163,9 @@ def inject_hyperparams(
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
     """``optax.inject_hyperparams`` that knows which arguments of our methods are static.
 
-    Optax turns every number into an array and takes every callable for a schedule; step counts,
-    numbers of directions and base optimizers must stay what they are.
+    Optax's own works with the numbers of our methods, but it turns all of them into arrays, counts
+    and seeds too, and takes every callable for a schedule: samplers, masks, dtypes, objectives.
+    This one leaves whatever is not a hyperparameter (:func:`static_arguments`) as it is.
 
     Args:
       factory: a function of this package that returns a transformation.

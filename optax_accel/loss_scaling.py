@@ -32,7 +32,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_accel._arguments import check_integer, check_number, check_real_leaves
+from optax_accel._arguments import (
+    HOLD_FIXED,
+    check_count,
+    check_inner,
+    check_number,
+    check_real_leaves,
+)
 
 
 class DynamicLossScaleState(NamedTuple):
@@ -55,8 +61,8 @@ class DynamicLossScaleState(NamedTuple):
 
 def dynamic_loss_scale(
     inner: optax.GradientTransformation,
-    initial_scale: int = 2**16,
     *,
+    initial_scale: float = 2.0**16,
     growth_interval: int = 2000,
     growth_factor: float = 2.0,
     backoff_factor: float = 0.5,
@@ -81,7 +87,7 @@ def dynamic_loss_scale(
 
     Args:
       inner: transformation or optimizer that takes the step.
-      initial_scale: the first scale.
+      initial_scale: the first scale, from ``min_scale`` to ``max_scale``.
       growth_interval: finite gradients in a row after which the scale grows, at least 1.
       growth_factor: by how much, at least 1.
       backoff_factor: what the scale is multiplied by after a gradient that is not finite, between 0
@@ -97,7 +103,8 @@ def dynamic_loss_scale(
 
     Raises:
       ValueError: a factor, interval or scale outside its range.
-      TypeError: ``inner`` is no transformation; in ``init``: parameters that are not real numbers.
+      TypeError: ``inner`` is not a transformation; in ``init``: parameters that are not real
+        floating-point numbers.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -126,19 +133,18 @@ def dynamic_loss_scale(
     check_number("initial_scale", initial_scale, 0, open_low=True)
     check_number("growth_factor", growth_factor, 1)
     check_number("backoff_factor", backoff_factor, 0, 1, open_low=True, open_high=True)
-    check_integer("growth_interval", growth_interval, 1)
+    check_count("growth_interval", growth_interval, 1)
     scales = (min_scale, initial_scale, max_scale)
     if not any(isinstance(s, jax.Array) for s in scales) and sorted(scales) != list(scales):
         raise ValueError(
             "`min_scale`, `initial_scale` and `max_scale` must be in this order, got "
             f"{min_scale}, {initial_scale} and {max_scale}."
         )
-    if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(f"`inner` must be an Optax transformation, got {inner!r}.")
+    check_inner(inner)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: chex.ArrayTree) -> DynamicLossScaleState:
-        check_real_leaves(params, "dynamic_loss_scale")
+        check_real_leaves(params, "dynamic_loss_scale", HOLD_FIXED)
         return DynamicLossScaleState(
             loss_scale=jnp.array(initial_scale, jnp.float32),
             finite_steps=jnp.zeros((), jnp.int32),

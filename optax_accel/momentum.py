@@ -21,7 +21,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_accel._arguments import check_choice, check_integer, check_number
+from optax_accel._adam import divide, second_moment, zeros_for_squares
+from optax_accel._arguments import (
+    check_choice,
+    check_count,
+    check_dtype,
+    check_floating_leaves,
+    check_learning_rate,
+    check_number,
+    known_integer,
+)
 from optax_accel.hyperparams import with_schedules
 
 
@@ -51,11 +60,12 @@ def demon_schedule(init_value: float, decay_steps: int, delay_steps: int = 0) ->
       Chen et al., `Demon <https://arxiv.org/abs/1910.04952>`_, section 2.
     """
     check_number("init_value", init_value, 0, 1, open_high=True)
-    check_integer("decay_steps", decay_steps, 1)
-    check_integer("delay_steps", delay_steps, 0)
-    if delay_steps >= decay_steps:
+    check_count("decay_steps", decay_steps, 1)
+    check_count("delay_steps", delay_steps, 0)
+    known = known_integer(delay_steps), known_integer(decay_steps)
+    if None not in known and known[0] >= known[1]:  # type: ignore[operator]
         raise ValueError(
-            f"`delay_steps` must be less than `decay_steps`, got {delay_steps} and {decay_steps}."
+            f"`delay_steps` must be less than `decay_steps`, got {known[0]} and {known[1]}."
         )
 
     def schedule(count: Any) -> jax.Array:
@@ -69,27 +79,27 @@ def demon_schedule(init_value: float, decay_steps: int, delay_steps: int = 0) ->
 
 
 def scale_by_demon(
-    decay_steps: int,
     momentum: float = 0.9,
-    *,
-    delay_steps: int = 0,
     nesterov: bool = False,
     accumulator_dtype: Any = None,
+    *,
+    decay_steps: int,
+    delay_steps: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Heavy-ball momentum that decays by :func:`demon_schedule`.
 
     ``v = momentum_t * v + g``, and ``v`` is the update; ``optax.trace`` with a scheduled decay.
 
     Args:
-      decay_steps: step at which the momentum reaches 0.
-      momentum: its initial value, in [0, 1).
-      delay_steps: steps before the decay.
+      momentum: initial momentum, in [0, 1).
       nesterov: Nesterov's form of the update (not in the paper).
       accumulator_dtype: dtype of ``v``; ``None``: that of the parameters.
+      decay_steps: step at which the momentum reaches 0.
+      delay_steps: steps before the decay, less than ``decay_steps``; 0 in the paper.
 
     Returns:
       A transformation with state :class:`~optax_accel.WithSchedulesState`; the current momentum is
-      ``state.values["momentum"]``.
+      ``state.scheduled["momentum"]``.
 
     Raises:
       ValueError: an argument outside its range.
@@ -103,34 +113,42 @@ def scale_by_demon(
     check_number("momentum", momentum, 0, 1, open_high=True)
     schedule = demon_schedule(momentum, decay_steps, delay_steps)
 
+    check_dtype("accumulator_dtype", accumulator_dtype)
+
     def trace(momentum: jax.Array) -> optax.GradientTransformation:  # names it in the state
-        return optax.trace(momentum, nesterov, accumulator_dtype)
+        tx = optax.trace(momentum, nesterov, accumulator_dtype)
+
+        def init_fn(params: chex.ArrayTree) -> optax.OptState:
+            check_floating_leaves(params, "scale_by_demon")
+            return tx.init(params)
+
+        return optax.GradientTransformation(init_fn, tx.update)
 
     return with_schedules(trace, momentum=schedule)()
 
 
 def demon_sgd(
     learning_rate: optax.ScalarOrSchedule,
-    decay_steps: int,
     momentum: float = 0.9,
-    *,
-    delay_steps: int = 0,
     nesterov: bool = False,
-    lr_in_momentum: bool = False,
     accumulator_dtype: Any = None,
+    *,
+    decay_steps: int,
+    delay_steps: int = 0,
+    learning_rate_in_momentum: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Demon SGDM: SGD with decaying momentum.
 
     Args:
-      learning_rate: float or schedule; the paper's runs hold it constant.
-      decay_steps: number of training steps.
+      learning_rate: float or schedule, at least 0; the paper's runs hold it constant.
       momentum: initial momentum, in [0, 1); paper: tuned in {0.9, 0.95, 0.97}.
-      delay_steps: steps before the decay; 0 in the paper.
       nesterov: Nesterov's form (not in the paper).
-      lr_in_momentum: accumulates ``learning_rate * g``, as Algorithm 1 writes it, instead of
-        multiplying the accumulated gradient by the rate, as Optax and the paper's text do.  The
-        same for a constant rate.
       accumulator_dtype: dtype of the momentum; ``None``: that of the parameters.
+      decay_steps: step at which the momentum reaches 0, usually the number of training steps.
+      delay_steps: steps before the decay, less than ``decay_steps``; 0 in the paper.
+      learning_rate_in_momentum: accumulates ``learning_rate * g``, as Algorithm 1 writes it,
+        instead of multiplying the accumulated gradient by the rate, as Optax and the paper's text
+        do.  The same for a constant rate.
 
     Returns:
       The optimizer.
@@ -154,17 +172,18 @@ def demon_sgd(
     References:
       Chen et al., `Demon <https://arxiv.org/abs/1910.04952>`_, Algorithm 1.
     """
+    check_learning_rate(learning_rate)
     parts = [
         scale_by_demon(
-            decay_steps,
             momentum,
+            nesterov,
+            accumulator_dtype,
+            decay_steps=decay_steps,
             delay_steps=delay_steps,
-            nesterov=nesterov,
-            accumulator_dtype=accumulator_dtype,
         ),
         optax.scale_by_learning_rate(learning_rate),
     ]
-    return optax.chain(*(reversed(parts) if lr_in_momentum else parts))
+    return optax.chain(*(reversed(parts) if learning_rate_in_momentum else parts))
 
 
 class ScaleByDemonAdamState(NamedTuple):
@@ -175,7 +194,7 @@ class ScaleByDemonAdamState(NamedTuple):
       momentum: the momentum of the last update (before the first: of the first); scalar.
       momentum_product: product of all momenta used so far; scalar.
       mu: first moment, like the parameters.
-      nu: second moment, like the parameters.
+      nu: second moment, like the parameters; real, in at least float32.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
@@ -186,11 +205,11 @@ class ScaleByDemonAdamState(NamedTuple):
 
 
 def scale_by_demon_adam(
-    decay_steps: int,
     b1: optax.ScalarOrSchedule = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     *,
+    decay_steps: int,
     delay_steps: int = 0,
     form: Literal["paper", "ema"] = "paper",
     nu_bias_correction: bool | None = None,
@@ -206,13 +225,13 @@ def scale_by_demon_adam(
     constant :math:`\beta`.
 
     Args:
-      decay_steps: step at which the momentum reaches 0.
       b1: initial momentum in [0, 1), or a schedule of one's own (a rival of Demon's), for which
         ``decay_steps`` and ``delay_steps`` have no effect.
       b2: decay of the second moment, in [0, 1).
       eps: added to the denominator; inside the root for ``nu_bias_correction=False``, as in
         Algorithm 2, else outside, as in Adam.
-      delay_steps: steps before the decay.
+      decay_steps: step at which the momentum reaches 0.
+      delay_steps: steps before the decay, less than ``decay_steps``; 0 in the paper.
       form: ``"paper"`` (default) or ``"ema"``.
       nu_bias_correction: divides the second moment by ``1 - b2 ** t``.  ``None`` (default): False
         for ``"paper"``, as Algorithm 2 has it (a footnote says that the step is left out of the
@@ -242,6 +261,7 @@ def scale_by_demon_adam(
     check_number("b2", b2, 0, 1, open_high=True)
     check_number("eps", eps, 0)
     check_choice("form", form, ("paper", "ema"))
+    check_dtype("mu_dtype", mu_dtype)
     schedule = b1 if callable(b1) else demon_schedule(b1, decay_steps, delay_steps)
     average = form == "ema"
     correct_nu = average if nu_bias_correction is None else nu_bias_correction
@@ -250,6 +270,7 @@ def scale_by_demon_adam(
         return jnp.asarray(schedule(count), jnp.result_type(float))
 
     def init_fn(params: chex.ArrayTree) -> ScaleByDemonAdamState:
+        check_floating_leaves(params, "scale_by_demon_adam")
         count = jnp.zeros((), jnp.int32)
         momentum = momentum_at(count)
         return ScaleByDemonAdamState(
@@ -257,7 +278,7 @@ def scale_by_demon_adam(
             momentum=momentum,
             momentum_product=jnp.ones_like(momentum),
             mu=optax.tree.zeros_like(params, dtype=mu_dtype),
-            nu=optax.tree.zeros_like(params),
+            nu=zeros_for_squares(params),
         )
 
     def update_fn(
@@ -277,16 +298,13 @@ def scale_by_demon_adam(
             beta = momentum.astype(m.dtype)
             return beta * m + (1 - beta) * g if average else g + beta * m
 
-        def second_moment(g: jax.Array, v: jax.Array) -> jax.Array:
-            return b2 * v + (1 - b2) * (g * g.conj()).real  # of the modulus, if complex
-
         def direction(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
             m, v = m / mu_norm, v / nu_norm
-            step = m / (jnp.sqrt(v) + eps) if correct_nu else m / jnp.sqrt(v + eps)
-            return step.astype(g.dtype)
+            root = jnp.sqrt(v) + eps if correct_nu else jnp.sqrt(v + eps)
+            return divide(m, root).astype(g.dtype)
 
         mu = jax.tree.map(first_moment, updates, state.mu)
-        nu = jax.tree.map(second_moment, updates, state.nu)
+        nu = second_moment(updates, state.nu, b2)
         new_updates = jax.tree.map(direction, updates, mu, nu)
         return new_updates, ScaleByDemonAdamState(
             count=count,
@@ -301,11 +319,11 @@ def scale_by_demon_adam(
 
 def demon_adam(
     learning_rate: optax.ScalarOrSchedule,
-    decay_steps: int,
     b1: optax.ScalarOrSchedule = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     *,
+    decay_steps: int,
     delay_steps: int = 0,
     form: Literal["paper", "ema"] = "paper",
     nu_bias_correction: bool | None = None,
@@ -314,15 +332,19 @@ def demon_adam(
     """Demon Adam: Adam with a decaying first moment.
 
     Args:
-      learning_rate: float or schedule. With ``form="paper"`` about a tenth of Adam's.
-      decay_steps: number of training steps.
-      b1: as in :func:`scale_by_demon_adam`, like the following ones.
-      b2: see there.
-      eps: see there.
-      delay_steps: see there.
-      form: see there.
-      nu_bias_correction: see there.
-      mu_dtype: see there.
+      learning_rate: float or schedule, at least 0. With ``form="paper"`` about a tenth of Adam's.
+      b1: initial momentum in [0, 1), or a schedule of one's own, for which ``decay_steps`` and
+        ``delay_steps`` have no effect.
+      b2: decay of the second moment, in [0, 1).
+      eps: added to the denominator; inside the root for ``nu_bias_correction=False``, as in
+        Algorithm 2, else outside, as in Adam.
+      decay_steps: step at which the momentum reaches 0, usually the number of training steps.
+      delay_steps: steps before the decay, less than ``decay_steps``; 0 in the paper.
+      form: ``"paper"`` (default) sums gradients in the first moment, ``"ema"`` averages them; see
+        :func:`scale_by_demon_adam`.
+      nu_bias_correction: divides the second moment by ``1 - b2 ** t``; ``None`` (default): False
+        for ``"paper"``, as in Algorithm 2, True for ``"ema"``.
+      mu_dtype: dtype of the first moment; ``None``: that of the parameters.
 
     Returns:
       The optimizer.
@@ -346,12 +368,13 @@ def demon_adam(
     References:
       Chen et al., `Demon <https://arxiv.org/abs/1910.04952>`_, Algorithm 2.
     """
+    check_learning_rate(learning_rate)
     return optax.chain(
         scale_by_demon_adam(
-            decay_steps,
             b1,
             b2,
             eps,
+            decay_steps=decay_steps,
             delay_steps=delay_steps,
             form=form,
             nu_bias_correction=nu_bias_correction,

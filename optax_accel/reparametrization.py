@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_accel import _masking
-from optax_accel._arguments import check_integer, check_number, check_real_leaves
+from optax_accel._arguments import check_inner, check_integer, check_number, check_real_leaves
 from optax_accel._masking import Mask
 from optax_accel.objective import Objective
 
@@ -67,10 +67,11 @@ class Reparametrization:
 def weight_norm(output_axes: int | tuple[int, ...] = -1) -> Reparametrization:
     """Weight normalization: a length and a direction for each output unit.
 
-    The coordinates of an array are ``{"g": lengths, "v": directions}``, ``v`` of the array's shape
-    and ``g`` of that of its output axes.  The gradient of a unit's ``v`` is orthogonal to it, so
-    that gradient steps let its norm grow, which lowers the effective learning rate.  A unit whose
-    weights are all zero starts with ``g = 0`` and a ``v`` of equal entries, so that it can learn.
+    The coordinates of an array are ``{"lengths": g, "directions": v}``, v of the array's shape and
+    g of that of its output axes.  The gradient of a unit's direction is orthogonal to it, so that
+    gradient steps let its norm grow, which lowers the effective learning rate.  A unit whose
+    weights are all zero starts with length 0 and a direction of equal entries, so that it can
+    learn.
 
     Args:
       output_axes: the axes that count output units; the norm is over the others.  -1 (default): the
@@ -86,7 +87,7 @@ def weight_norm(output_axes: int | tuple[int, ...] = -1) -> Reparametrization:
       >>> import jax.numpy as jnp
       >>> import optax_accel as oa
       >>> coordinates = oa.weight_norm().inverse(jnp.array([[3.0, 0.0], [4.0, 0.0]]))
-      >>> coordinates["g"].tolist()
+      >>> coordinates["lengths"].tolist()
       [5.0, 0.0]
     """
     axes_given = output_axes if isinstance(output_axes, tuple) else (output_axes,)
@@ -103,7 +104,7 @@ def weight_norm(output_axes: int | tuple[int, ...] = -1) -> Reparametrization:
         return jnp.sqrt(jnp.where(squares > 0, squares, 1)), squares > 0
 
     def forward(coordinates: dict[str, jax.Array]) -> jax.Array:
-        g, v = coordinates["g"], coordinates["v"]
+        g, v = coordinates["lengths"], coordinates["directions"]
         axes = norm_axes(v)
         norm, positive = lengths(v, axes)
         return jnp.where(positive, jnp.expand_dims(g, axes) / norm, 0) * v
@@ -113,7 +114,7 @@ def weight_norm(output_axes: int | tuple[int, ...] = -1) -> Reparametrization:
         norm, positive = lengths(w, axes)
         fan_in = max(1, math.prod(w.shape[axis] for axis in axes))
         v = jnp.where(positive, w, fan_in**-0.5)
-        return {"g": jnp.squeeze(jnp.where(positive, norm, 0), axes), "v": v}
+        return {"lengths": jnp.squeeze(jnp.where(positive, norm, 0), axes), "directions": v}
 
     return Reparametrization(forward, inverse)
 
@@ -227,15 +228,14 @@ def reparametrize(
       >>> params = optax.apply_updates(params, updates)
       >>> [round(float(x), 4) for x in (params["kernel"][0, 0], params["bias"][0])]
       [0.995, -0.01]
-      >>> [round(float(x), 4) for x in state.coordinates["kernel"]["g"]]
+      >>> [round(float(x), 4) for x in state.coordinates["kernel"]["lengths"]]
       [1.99, 1.99]
 
     References:
       Salimans and Kingma, `Weight normalization <https://arxiv.org/abs/1602.07868>`_, 2016; Schwarz
       et al., `Powerpropagation <https://arxiv.org/abs/2110.00296>`_, 2021.
     """
-    if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(f"`inner` must be an Optax transformation, got {inner!r}.")
+    check_inner(inner)
     if not isinstance(reparametrization, Reparametrization):
         raise TypeError(
             "`reparametrization` must be a Reparametrization, such as weight_norm() or "

@@ -23,7 +23,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_accel._arguments import check_integer, check_number, value_of
+from optax_accel._adam import scale_by_adam
+from optax_accel._arguments import (
+    check_count,
+    check_dtype,
+    check_floating_leaves,
+    check_learning_rate,
+    check_number,
+    check_numeric_leaves,
+    value_of,
+)
 from optax_accel._random import as_key, hash_bits, map_with_keys
 
 Sampler = Callable[[jax.Array, chex.ArrayTree, Any], chex.ArrayTree]
@@ -85,18 +94,18 @@ class SampleGradientsState(NamedTuple):
 
     Attributes:
       count: number of updates made; int32 scalar.
-      key: the PRNG key given at construction; step ``t`` draws from ``fold_in(key, t)``.
+      rng_key: the PRNG key given at construction; step ``t`` draws from ``fold_in(rng_key, t)``.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
-    key: chex.PRNGKey
+    rng_key: chex.PRNGKey
 
 
 def sample_gradients(
     rate: optax.ScalarOrSchedule = 0.8,
-    key: chex.PRNGKey | int = 0,
     *,
-    sampler: Sampler = bernoulli_per_element,
+    key: chex.PRNGKey | int = 0,
+    sampler: Sampler | None = None,
     rescale: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps each gradient entry with probability ``rate``, else sets it to zero.
@@ -108,8 +117,8 @@ def sample_gradients(
         default, 0.8, is that of the public port of StochGradAdam.
       key: PRNG key or integer seed.
       sampler: what is kept or dropped together, a function ``(key, gradients, rate) -> masks``:
-        :func:`bernoulli_per_element` (default, the paper's), :func:`bernoulli_per_tensor`, or
-        one's own, e.g. with fixed masks.
+        :func:`bernoulli_per_element` (``None``, the default: the paper's),
+        :func:`bernoulli_per_tensor`, or one's own, e.g. with fixed masks.
       rescale: divides what is kept by ``rate``, so that the expectation is the gradient. False
         (default) as in the paper.
 
@@ -118,7 +127,8 @@ def sample_gradients(
 
     Raises:
       ValueError: ``rate`` outside (0, 1].
-      TypeError: ``key`` is neither a key nor an integer.
+      TypeError: ``key`` is neither a key nor an integer; in ``init`` and ``update``: leaves that
+        are not numbers or, with ``rescale``, not floating-point numbers.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -130,14 +140,22 @@ def sample_gradients(
       True
     """
     check_number("rate", rate, 0, 1, open_low=True, allow_schedule=True)
-    if not callable(sampler):
+    draw = bernoulli_per_element if sampler is None else sampler
+    if not callable(draw):
         raise TypeError(
-            f"`sampler` must be a function (key, tree, rate) -> masks, got {sampler!r}."
+            f"`sampler` must be a function (key, tree, rate) -> masks, got {sampler!r}. Under "
+            "optax.inject_hyperparams use optax_accel.inject_hyperparams, which leaves it be."
         )
     initial_key = as_key(key)
 
+    def check_leaves(tree: chex.ArrayTree) -> None:
+        if rescale:
+            check_floating_leaves(tree, "sample_gradients with `rescale`")
+        else:
+            check_numeric_leaves(tree, "sample_gradients")
+
     def init_fn(params: chex.ArrayTree) -> SampleGradientsState:
-        del params
+        check_leaves(params)
         # A copy, so that a donated state does not take the caller's key with it.
         return SampleGradientsState(jnp.zeros((), jnp.int32), jnp.copy(initial_key))
 
@@ -148,51 +166,59 @@ def sample_gradients(
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, SampleGradientsState]:
         del params, extra_args
+        check_leaves(updates)
         step_rate = value_of(rate, state.count)
-        masks = sampler(jax.random.fold_in(state.key, state.count), updates, step_rate)
+        masks = draw(jax.random.fold_in(state.rng_key, state.count), updates, step_rate)
 
         def keep(mask: jax.Array, g: jax.Array) -> jax.Array:
-            kept = g / jnp.asarray(step_rate, g.dtype) if rescale else g
+            if rescale:
+                wide = jnp.promote_types(g.dtype, jnp.float32)
+                kept = (g.astype(wide) / jnp.asarray(step_rate, wide)).astype(g.dtype)
+            else:
+                kept = g
             return jnp.where(mask, kept, jnp.zeros_like(g))
 
         sampled = jax.tree.map(keep, masks, updates)
-        return sampled, SampleGradientsState(optax.safe_increment(state.count), state.key)
+        return sampled, SampleGradientsState(optax.safe_increment(state.count), state.rng_key)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def stoch_grad_adam(
-    learning_rate: optax.ScalarOrSchedule = 1e-3,
-    rate: optax.ScalarOrSchedule = 0.8,
-    key: chex.PRNGKey | int = 0,
+    learning_rate: optax.ScalarOrSchedule,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     *,
+    rate: optax.ScalarOrSchedule = 0.8,
+    key: chex.PRNGKey | int = 0,
     weight_decay: float = 0.0,
-    beta1_decay: float = 1.0,
+    b1_decay: float = 1.0,
     bias_offset: int = 0,
-    sampler: Sampler = bernoulli_per_element,
+    sampler: Sampler | None = None,
     rescale: bool = False,
     mu_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """StochGradAdam: Adam on sampled gradients.
 
     Args:
-      learning_rate: float or schedule.
-      rate: as in :func:`sample_gradients`. 1 is Adam, bit for bit.
-      key: PRNG key or integer seed.
+      learning_rate: float or schedule, at least 0. The public port's default is 0.001.
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: added to the root of the second moment.
+      rate: probability of keeping a gradient entry, in (0, 1]; float or schedule. 1 is Adam, bit
+        for bit in float32; the default, 0.8, is the public port's.
+      key: PRNG key or integer seed.
       weight_decay: coupled L2 decay, added to the gradient before the mask; needs ``params`` in
         ``update`` when it is not 0.
-      beta1_decay: factor d of the port's ``b1_t = b1 * d ** (t - 1)``; 1 (default) is off.  The
-        bias correction keeps the constant ``b1``, as in the port.
+      b1_decay: factor d of the port's ``b1_t = b1 * d ** (t - 1)``; 1 (default) is off.  The bias
+        correction keeps the constant ``b1``, as in the port.
       bias_offset: 1 gives the port's bias correction, with the exponent ``t + 1``, whose first step
         is 0.744 of the learning rate; 0 (default) is Adam's.
-      sampler: as in :func:`sample_gradients`.
-      rescale: as in :func:`sample_gradients`.
+      sampler: what is kept or dropped together, a function ``(key, gradients, rate) -> masks``;
+        ``None`` (default): :func:`bernoulli_per_element`, the paper's.
+      rescale: divides what is kept by ``rate``, so that the expectation is the gradient. False
+        (default) as in the paper.
       mu_dtype: dtype of the first moment; ``None``: that of the parameters.
 
     Returns:
@@ -200,6 +226,7 @@ def stoch_grad_adam(
 
     Raises:
       ValueError: an argument outside its range.
+      TypeError: in ``init``: parameters that are not floating-point numbers.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -214,48 +241,26 @@ def stoch_grad_adam(
     References:
       Yun, `Stochastic gradient sampling <https://arxiv.org/abs/2310.17042>`_, 2023.
     """
+    check_learning_rate(learning_rate)
     for name, value in (("b1", b1), ("b2", b2)):
         check_number(name, value, 0, 1, open_high=True)
     check_number("eps", eps, 0)
     check_number("weight_decay", weight_decay, 0)
-    check_number("beta1_decay", beta1_decay, 0, 1)
-    check_integer("bias_offset", bias_offset, 0)
+    check_number("b1_decay", b1_decay, 0, 1)
+    check_count("bias_offset", bias_offset, 0)
+    check_dtype("mu_dtype", mu_dtype)
     decays = isinstance(weight_decay, jax.Array) or weight_decay != 0
-    if bias_offset == 0 and not isinstance(beta1_decay, jax.Array) and beta1_decay == 1:
-        adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
-    else:
-        adam = _scale_by_port_adam(b1, b2, eps, beta1_decay, bias_offset, mu_dtype)
     return optax.chain(
         *([optax.add_decayed_weights(weight_decay)] if decays else []),
-        sample_gradients(rate, key, sampler=sampler, rescale=rescale),
-        adam,
+        sample_gradients(rate, key=key, sampler=sampler, rescale=rescale),
+        scale_by_adam(
+            "stoch_grad_adam",
+            b1,
+            b2,
+            eps,
+            b1_decay=b1_decay,
+            bias_offset=bias_offset,
+            mu_dtype=mu_dtype,
+        ),
         optax.scale_by_learning_rate(learning_rate),
     )
-
-
-def _scale_by_port_adam(
-    b1: Any, b2: Any, eps: Any, beta1_decay: Any, bias_offset: int, mu_dtype: Any
-) -> optax.GradientTransformation:
-    """Adam with the public port's decaying b1 and its offset in the bias correction."""
-
-    def init_fn(params: chex.ArrayTree) -> optax.ScaleByAdamState:
-        return optax.scale_by_adam(mu_dtype=mu_dtype).init(params)
-
-    def update_fn(
-        updates: chex.ArrayTree, state: optax.ScaleByAdamState, params: chex.ArrayTree | None = None
-    ) -> tuple[chex.ArrayTree, optax.ScaleByAdamState]:
-        del params
-        count = optax.safe_increment(state.count)
-        step_b1 = b1 * beta1_decay**state.count
-        mu = optax.tree.update_moment(updates, state.mu, step_b1, 1)
-        nu = optax.tree.update_moment(updates, state.nu, b2, 2)
-        mu_hat = optax.tree.bias_correction(mu, b1, count + bias_offset)
-        nu_hat = optax.tree.bias_correction(nu, b2, count + bias_offset)
-        new_updates = jax.tree.map(
-            lambda m, v, g: (m / (jnp.sqrt(v) + eps)).astype(g.dtype), mu_hat, nu_hat, updates
-        )
-        mu = optax.tree.cast_like(mu, state.mu)
-        nu = optax.tree.cast_like(nu, state.nu)
-        return new_updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
-
-    return optax.GradientTransformation(init_fn, update_fn)

@@ -123,8 +123,8 @@ def momentum_onecycle_schedule(
     max_momentum: float = 0.95,
     min_momentum: float = 0.85,
     *,
-    pct_start: float = 0.3,
-    pct_final: float = 0.85,
+    rise_fraction: float = 0.3,
+    cycle_fraction: float = 0.85,
     interpolation: Interpolation = "linear",
 ) -> optax.Schedule:
     """The momentum of 1cycle: high while the rate is low, and the other way round.
@@ -132,15 +132,17 @@ def momentum_onecycle_schedule(
     ``interpolation="linear"``, as in the paper, has three phases: from ``max_momentum`` to
     ``min_momentum`` and back, and then it stays, while the rate is annihilated.  ``"cosine"`` has
     two: down and back.  The corners are those of the rate's schedule in Optax,
-    ``int(pct_start * transition_steps)`` and so on.
+    ``int(rise_fraction * transition_steps)`` and so on.
 
     Args:
       transition_steps: length of the cycle, all phases.
       max_momentum: at both ends, in [0, 1); 0.95 in the paper.
       min_momentum: where the rate peaks, in [0, 1); 0.85 in the paper.
-      pct_start: fraction of the steps in which the momentum falls; default: Optax's.
-      pct_final: fraction after which it is back; for ``"linear"`` only, the two phases of
-        ``"cosine"`` end with the cycle. Default: Optax's.
+      rise_fraction: fraction of the steps in which the rate rises and the momentum falls
+        (``pct_start`` of Optax's schedules; default: theirs).
+      cycle_fraction: fraction of the steps after which the momentum is back (Optax's
+        ``pct_final``; default: theirs); for ``"linear"`` only, as the two phases of ``"cosine"``
+        end with the cycle.
       interpolation: ``"linear"`` or ``"cosine"``.
 
     Returns:
@@ -153,7 +155,7 @@ def momentum_onecycle_schedule(
 
     Example:
       >>> import optax_accel as oa
-      >>> schedule = oa.momentum_onecycle_schedule(100, pct_start=0.4, pct_final=0.8)
+      >>> schedule = oa.momentum_onecycle_schedule(100, rise_fraction=0.4, cycle_fraction=0.8)
       >>> [round(float(schedule(t)), 3) for t in (0, 20, 40, 60, 80, 100)]
       [0.95, 0.9, 0.85, 0.9, 0.95, 0.95]
 
@@ -164,14 +166,15 @@ def momentum_onecycle_schedule(
     _check_fits("a cycle of `transition_steps`", transition_steps)
     check_number("max_momentum", max_momentum, 0, 1, open_high=True)
     check_number("min_momentum", min_momentum, 0, 1, open_high=True)
-    _check_static_fraction("pct_start", pct_start, 1)
-    _check_static_fraction("pct_final", pct_final, 1)
+    _check_static_fraction("rise_fraction", rise_fraction, 1)
+    _check_static_fraction("cycle_fraction", cycle_fraction, 1)
     check_choice("interpolation", interpolation, ("linear", "cosine"))
-    back = int(pct_final * transition_steps) if interpolation == "linear" else transition_steps
-    low = int(pct_start * transition_steps)
+    back = int(cycle_fraction * transition_steps) if interpolation == "linear" else transition_steps
+    low = int(rise_fraction * transition_steps)
     if low > back:
         raise ValueError(
-            f"`pct_start` must be at most `pct_final`, got {pct_start} and {pct_final}."
+            "`rise_fraction` must be at most `cycle_fraction`, got "
+            f"{rise_fraction} and {cycle_fraction}."
         )
     return _piecewise([0, low, back], [max_momentum, min_momentum, max_momentum], interpolation)
 
@@ -194,10 +197,10 @@ def onecycle(
     *,
     max_momentum: float = 0.95,
     min_momentum: float = 0.85,
-    pct_start: float = 0.3,
-    pct_final: float = 0.85,
-    div_factor: float = 25.0,
-    final_div_factor: float = 1e4,
+    rise_fraction: float = 0.3,
+    cycle_fraction: float = 0.85,
+    initial_divisor: float = 25.0,
+    final_divisor: float = 1e4,
     interpolation: Interpolation = "linear",
 ) -> OneCycle:
     """1cycle (super-convergence): one cycle of the learning rate, and the opposite of the momentum.
@@ -215,10 +218,12 @@ def onecycle(
       peak_value: largest rate; a range test shows how large it may be.
       max_momentum: the momentum at both ends, in [0, 1).
       min_momentum: the momentum where the rate peaks, in [0, 1).
-      pct_start: fraction of the steps in which the rate rises; default: Optax's.
-      pct_final: fraction after which it is back at its start; for ``"linear"`` only.
-      div_factor: ``peak_value`` over the first rate.
-      final_div_factor: the first rate over the last one.
+      rise_fraction: fraction of the steps in which the rate rises (``pct_start`` of Optax's
+        schedules; default: theirs).
+      cycle_fraction: fraction of the steps after which the rate is back at its start and begins to
+        be annihilated (Optax's ``pct_final``; default: theirs); for ``"linear"`` only.
+      initial_divisor: ``peak_value`` over the first rate (Optax's ``div_factor``).
+      final_divisor: the first rate over the last one (Optax's ``final_div_factor``).
       interpolation: ``"linear"`` or ``"cosine"``.
 
     Returns:
@@ -248,28 +253,33 @@ def onecycle(
         transition_steps,
         max_momentum,
         min_momentum,
-        pct_start=pct_start,
-        pct_final=pct_final,
+        rise_fraction=rise_fraction,
+        cycle_fraction=cycle_fraction,
         interpolation=interpolation,
     )
     check_number("peak_value", peak_value, 0)
-    check_number("div_factor", div_factor, 0, open_low=True)
-    check_number("final_div_factor", final_div_factor, 0, open_low=True)
-    corners = [int(pct_start * transition_steps), transition_steps]
+    check_number("initial_divisor", initial_divisor, 0, open_low=True)
+    check_number("final_divisor", final_divisor, 0, open_low=True)
+    corners = [int(rise_fraction * transition_steps), transition_steps]
     if interpolation == "linear":
-        corners.insert(1, int(pct_final * transition_steps))
+        corners.insert(1, int(cycle_fraction * transition_steps))
     if len({*corners}) < len(corners):  # Optax would drop one of them
         raise ValueError(
             f"the corners of the cycle must be different steps, got {corners}: give more "
-            "`transition_steps`, or `pct_start` < `pct_final` < 1."
+            "`transition_steps`, or `rise_fraction` < `cycle_fraction` < 1."
         )
     if interpolation == "linear":
         rate = optax.linear_onecycle_schedule(
-            transition_steps, peak_value, pct_start, pct_final, div_factor, final_div_factor
+            transition_steps,
+            peak_value,
+            rise_fraction,
+            cycle_fraction,
+            initial_divisor,
+            final_divisor,
         )
     else:
         rate = optax.cosine_onecycle_schedule(
-            transition_steps, peak_value, pct_start, div_factor, final_div_factor
+            transition_steps, peak_value, rise_fraction, initial_divisor, final_divisor
         )
 
     def learning_rate(count: Any) -> jax.Array:
@@ -286,16 +296,16 @@ def vtpc_schedule(
     num_cycles: int,
     *,
     floor_value: float = 0.0,
-    cycle_mult: float = 1.0,
+    cycle_factor: float = 1.0,
     peak_decay: float = 1.0,
-    pct_rise: float = 0.25,
-    pct_hold: float = 0.5,
+    rise_fraction: float = 0.25,
+    hold_fraction: float = 0.5,
 ) -> optax.Schedule:
     """VTPC, variable trapezoidal parity cycle: our reading of the name.
 
     Only the name and the family (cyclic, with restarts) are public.  We read: each cycle is a
     trapezoid, it rises linearly, holds its peak and falls linearly; the lengths of the cycles vary,
-    each ``cycle_mult`` times the one before; and by parity the first, third, ... fall to
+    each ``cycle_factor`` times the one before; and by parity the first, third, ... fall to
     ``base_value``, the second, fourth, ... to ``floor_value``.  A cycle rises from where the one
     before it ended, the first from ``base_value``.  All defaults are ours.
 
@@ -305,10 +315,10 @@ def vtpc_schedule(
       cycle_steps: length of the first cycle, in steps.
       num_cycles: number of cycles; after them the rate stays where the last one ended.
       floor_value: the rate at the end of even cycles.
-      cycle_mult: length of a cycle over that of the one before; rounded to whole steps.
+      cycle_factor: length of a cycle over that of the one before; rounded to whole steps.
       peak_decay: peak of a cycle over that of the one before, in (0, 1].
-      pct_rise: fraction of a cycle that rises.
-      pct_hold: fraction of a cycle that holds the peak; the rest falls.
+      rise_fraction: fraction of a cycle that rises.
+      hold_fraction: fraction of a cycle that holds the peak; the rest falls.
 
     Returns:
       A schedule: a function of the zero-based step count, traceable.
@@ -319,7 +329,7 @@ def vtpc_schedule(
 
     Example:
       >>> import optax_accel as oa
-      >>> schedule = oa.vtpc_schedule(0.1, 0.5, cycle_steps=4, num_cycles=2, cycle_mult=2)
+      >>> schedule = oa.vtpc_schedule(0.1, 0.5, cycle_steps=4, num_cycles=2, cycle_factor=2)
       >>> [round(float(schedule(t)), 2) for t in range(0, 13)]
       [0.1, 0.5, 0.5, 0.5, 0.1, 0.3, 0.5, 0.5, 0.5, 0.5, 0.5, 0.25, 0.0]
 
@@ -331,20 +341,23 @@ def vtpc_schedule(
     check_integer("cycle_steps", cycle_steps, 1)
     check_integer("num_cycles", num_cycles, 1)
     check_number("floor_value", floor_value, 0)
-    _check_static_fraction("cycle_mult", cycle_mult, math.inf, open_low=True)
+    _check_static_fraction("cycle_factor", cycle_factor, math.inf, open_low=True)
     check_number("peak_decay", peak_decay, 0, 1, open_low=True)
-    _check_static_fraction("pct_rise", pct_rise, 1)
-    _check_static_fraction("pct_hold", pct_hold, 1)
-    if pct_rise + pct_hold > 1:
+    _check_static_fraction("rise_fraction", rise_fraction, 1)
+    _check_static_fraction("hold_fraction", hold_fraction, 1)
+    if rise_fraction + hold_fraction > 1:
         raise ValueError(
-            f"`pct_rise` and `pct_hold` must be at most 1 together, got {pct_rise} and {pct_hold}."
+            "`rise_fraction` and `hold_fraction` must be at most 1 together, got "
+            f"{rise_fraction} and {hold_fraction}."
         )
     steps, values, peak = [0], [base_value], peak_value
     for cycle in range(num_cycles):
         start = steps[-1]
-        length = max(1, round(min(cycle_steps * cycle_mult**cycle, 2.0 * _LAST_COUNT)))
+        length = max(1, round(min(cycle_steps * cycle_factor**cycle, 2.0 * _LAST_COUNT)))
         _check_fits(f"the first {cycle + 1} cycles", start + length)
-        steps += [start + round(part * length) for part in (pct_rise, pct_rise + pct_hold)]
+        steps += [
+            start + round(part * length) for part in (rise_fraction, rise_fraction + hold_fraction)
+        ]
         steps += [start + length]
         values += [peak, peak, floor_value if cycle % 2 else base_value]
         peak = peak * peak_decay

@@ -200,8 +200,8 @@ def test_parts_have_numbers_for_their_random_keys():
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: oa.extrap_sgd(0.1, 0.05),
-        lambda: oa.gnp(optax.sgd(0.1), 0.1, mask={"layer0": True, "layer1": False}),
+        lambda: oa.extrap_sgd(0.1, extrapolation_rate=0.05),
+        lambda: oa.gnp(optax.sgd(0.1), rho=0.1, mask={"layer0": True, "layer1": False}),
         *(
             pytest.param(build, marks=SLOW)
             for build in (

@@ -96,7 +96,7 @@ def test_local_extrapolation_on_two_devices(mode):
 
 
 def test_golden_w3_nesterov_and_its_look_ahead_form(x64):
-    tx = oa.extrap_sgd(0.1, 0.2, momentum=0.9, axis_name="workers")
+    tx = oa.extrap_sgd(0.1, extrapolation_rate=0.2, axis_name="workers")
     iterates, state = run_workers(tx, quadratic, 2.0, 2, average_gradients=True)
     np.testing.assert_allclose(iterates, [1.544, 0.962912], rtol=1e-12)
     np.testing.assert_allclose(optax.tree.get(state, "trace"), [4.1952] * 2, rtol=1e-12)
@@ -126,7 +126,7 @@ def test_golden_extra_adam(x64):
         if len(halves) == 1:
             np.testing.assert_allclose(optax.tree.get(state, "mu"), 0.1800000032, atol=1e-10)
             np.testing.assert_allclose(optax.tree.get(state, "nu"), 0.001809000057, atol=1e-12)
-    assert optax.tree.get(state.inner_state[0].inner_state, "count") == 4
+    assert optax.tree.get(state.inner_state[0], "count") == 4
 
 
 # -- communication of the local form --------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_a_step_communicates_one_all_reduce(direction, incoming, with_value):
         extra = {"value": value, "grad": grads} if with_value else {}
         updates, state = tx.update(grads, state, params, value_fn=objective, **extra)
         moved = optax.apply_updates(params, updates), state.inner_state, state.past
-        return (*moved, state.value) if with_value else moved
+        return (*moved, state.objective_value) if with_value else moved
 
     everywhere = jax.tree.map(lambda a: jnp.broadcast_to(a, (8, *a.shape)), params)
     state = jax.vmap(tx.init)(everywhere)
@@ -193,7 +193,9 @@ def test_global_extrapolation_communicates_twice():
 def test_workers_follow_the_simulation(x64, direction, mode):
     """Four workers with quartic losses, each given its own gradient, in NumPy."""
     centers, rate, ahead, momentum = np.array([1.0, -3.0, 0.5, 2.0]), 0.05, 0.1, 0.9
-    tx = oa.extrap_sgd(rate, ahead, momentum, direction=direction, axis_name="workers")
+    tx = oa.extrap_sgd(
+        rate, momentum, extrapolation_rate=ahead, direction=direction, axis_name="workers"
+    )
 
     def worker(x, state, target):
         own = oa.Objective.from_value_fn(quartic).bind(target=target)
@@ -356,7 +358,7 @@ def test_replicas_draw_their_own_noise():
         tx = oa.extragradient(optax.sgd(1.0), 0.5, "gaussian", axis_name=axis_name)
 
         def worker(x):
-            return tx.update(x, tx.init(x), x, value_fn=jnp.sum)[1].value
+            return tx.update(x, tx.init(x), x, value_fn=jnp.sum)[1].objective_value
 
         return jax.vmap(worker, axis_name="workers")(params)
 
@@ -404,9 +406,9 @@ def test_value_is_the_loss_at_the_extrapolated_point(x64):
     tx = oa.extragradient(optax.sgd(0.1), 0.5)
     x = jnp.asarray(2.0)
     state = tx.init(x)
-    assert state.value == jnp.inf
+    assert state.objective_value == jnp.inf
     _, state = tx.update(x, state, x, value_fn=lambda p: 0.5 * p**2)
-    np.testing.assert_allclose(state.value, 0.5, rtol=1e-6)
+    np.testing.assert_allclose(state.objective_value, 0.5, rtol=1e-6)
 
 
 def test_curvature_methods_work_inside():

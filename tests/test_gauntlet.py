@@ -131,12 +131,16 @@ CASES = (
     ),
     chained("scale_by_kfac", oa.scale_by_kfac(PROBLEM.objective(), **KFAC)),
     chained("scale_by_ekfac", oa.scale_by_ekfac(PROBLEM.objective(), **KFAC)),
-    chained("scale_by_demon", oa.scale_by_demon(NUM_STEPS, nesterov=True)),
-    chained("scale_by_demon_adam", oa.scale_by_demon_adam(NUM_STEPS, form="ema"), rates=ADAM_RATES),
+    chained("scale_by_demon", oa.scale_by_demon(nesterov=True, decay_steps=NUM_STEPS)),
+    chained(
+        "scale_by_demon_adam",
+        oa.scale_by_demon_adam(decay_steps=NUM_STEPS, form="ema"),
+        rates=ADAM_RATES,
+    ),
     chained("sample_gradients", oa.sample_gradients(0.5, key=1, rescale=True)),
     chained(
         "sample_gradients per tensor",
-        oa.sample_gradients(0.5, jax.random.key(2), sampler=oa.bernoulli_per_tensor),
+        oa.sample_gradients(0.5, key=jax.random.key(2), sampler=oa.bernoulli_per_tensor),
     ),
     *(
         Case(
@@ -494,11 +498,11 @@ FACTORIES: dict[Callable[..., optax.GradientTransformationExtraArgs], dict[str, 
     oa.scale_by_demon_adam: {"decay_steps": 10},
     oa.demon_adam: {"learning_rate": 0.1, "decay_steps": 10},
     oa.sample_gradients: {"rescale": True},
-    oa.stoch_grad_adam: {},
+    oa.stoch_grad_adam: {"learning_rate": 0.1},
     oa.extragradient: {"inner": SGD, "extrapolation_rate": 0.1, "direction": "gaussian"},
     oa.extrap_sgd: {"learning_rate": 0.1, "extrapolation_rate": 0.05},
     oa.extra_adam: {"learning_rate": 0.1},
-    oa.gnp: {"inner": SGD, "r": 0.3},
+    oa.gnp: {"inner": SGD, "rho": 0.3},
     oa.dynamic_loss_scale: {"inner": SGD, "initial_scale": 4},
     # Damping that acts at once.
     oa.scale_by_kfac: {"objective": PROBLEM.objective(), "damping": 1.0, "damping_kind": "eigen"},
@@ -512,8 +516,8 @@ FACTORIES: dict[Callable[..., optax.GradientTransformationExtraArgs], dict[str, 
     oa.ekfac: {"learning_rate": 0.1, "objective": PROBLEM.objective(), "damping": 1.0},
     oa.hessian_free: {"max_iterations": 5},
     oa.reparametrize: {"inner": SGD, "reparametrization": oa.weight_norm()},
-    # Bounds that act on the gradients of the problem, so that `final_lr` and `gamma` matter.
-    oa.scale_by_adabound: {"learning_rate": 0.1, "gamma": 0.5},
+    # Bounds that act on the gradients of the problem, so that they matter.
+    oa.scale_by_adabound: {"final_scale": 1.0, "gamma": 0.5},
     oa.adabound: {"learning_rate": 0.1, "gamma": 0.5, "amsbound": True},
     oa.decentlam: {"learning_rate": 0.1, "topology": oa.topologies.ring(1)},
     oa.dmsgd: {"learning_rate": 0.1, "topology": oa.topologies.ring(1)},
@@ -544,6 +548,11 @@ def three_updates(tx: Any, hyperparams: dict[str, Any] | None = None) -> list[An
     return result
 
 
+@functools.cache
+def plain_updates(factory: Callable[..., Any]) -> list[Any]:
+    return quick_jit(three_updates, static_argnums=0)(factory(**FACTORIES[factory]))
+
+
 def distance(left: Any, right: Any) -> float:
     return float(optax.tree.norm(optax.tree.sub(left, right)) / optax.tree.norm(right))
 
@@ -558,12 +567,44 @@ def test_inject_hyperparams(factory: Callable[..., Any]) -> None:
     from_state = quick_jit(lambda new: three_updates(injected, new))
     built_with = quick_jit(lambda new: three_updates(factory(**{**kwargs, **new})))
     # In float32, 1 - b2 has lost three digits.
-    tree_allclose(
-        from_state(values), quick_jit(three_updates, static_argnums=0)(factory(**kwargs)), rtol=1e-4
-    )
+    tree_allclose(from_state(values), plain_updates(factory), rtol=1e-4)
     for name, value in values.items():
         changed = {**values, name: value * 0.9 if value else 0.1}
         tree_allclose(from_state(changed), built_with(changed), rtol=1e-6)
+
+
+# What decides shapes in these is still read from their arguments.
+SHAPED = (oa.project_to_bulk, oa.project_to_dominant, oa.interpolate_subspaces)
+SHAPED += (oa.bulk_sgd, oa.dom_sgd, oa.interpolated_sgd)
+SHAPED += (oa.scale_by_kfac, oa.scale_by_ekfac, oa.kfac, oa.ekfac)
+
+
+@pytest.mark.parametrize(
+    "factory", [f for f in FACTORIES if f not in SHAPED], ids=lambda factory: factory.__name__
+)
+def test_optax_inject_hyperparams(factory: Callable[..., Any]) -> None:
+    """Optax's own makes arrays of all numbers: of counts, periods and seeds, too."""
+    kwargs = FACTORIES[factory]
+    injected = optax.inject_hyperparams(factory)(**kwargs)
+    numbers = {
+        name
+        for name, parameter in inspect.signature(factory).parameters.items()
+        if type(kwargs.get(name, parameter.default)) in (int, float)
+    }
+    hyperparams = injected.init(PROBLEM.params).hyperparams
+    assert set(hyperparams) == numbers
+    changed = quick_jit(lambda new: three_updates(injected, new))(hyperparams)
+    tree_allclose(changed, plain_updates(factory), rtol=1e-4)
+
+
+def test_inject_stateful_hyperparams() -> None:
+    """A schedule with a state, in the older function's name."""
+    schedule = optax.schedules.WrappedSchedule(lambda count: 0.1 / (1 + count))
+    with pytest.warns(DeprecationWarning, match="inject_hyperparams"):
+        tx = optax.inject_stateful_hyperparams(oa.demon_sgd)(schedule, decay_steps=10)
+    scheduled = oa.demon_sgd(lambda count: 0.1 / (1 + count), decay_steps=10)
+    results = [quick_jit(three_updates, static_argnums=0)(t) for t in (tx, scheduled)]
+    tree_allclose(*results, rtol=1e-5)
 
 
 SCHEDULABLE = [
@@ -594,7 +635,7 @@ def test_schedules(factory: Callable[..., Any], name: str) -> None:
     "build",
     [
         lambda key: oa.stoch_grad_adam(0.1, key=key),
-        lambda key: optax.chain(oa.sample_gradients(0.5, key), SGD),
+        lambda key: optax.chain(oa.sample_gradients(0.5, key=key), SGD),
         lambda key: oa.extragradient(SGD, 0.1, "gaussian", key=key),
     ],
     ids=["stoch_grad_adam", "sample_gradients", "extragradient"],
@@ -607,6 +648,53 @@ def test_vmap_over_seeds_is_a_loop(build: Callable[[Any], Any]) -> None:
     together, alone = quick_jit(jax.vmap(run))(keys), [quick_jit(run)(key) for key in keys]
     tree_allclose(together, jax.tree.map(lambda *rows: jnp.stack(rows), *alone), rtol=1e-5)
     assert distance(alone[0], alone[1]) > 1e-3
+
+
+SGD_LIKE = (oa.demon_sgd, oa.extrap_sgd, oa.decentlam, oa.dmsgd, oa.scale_by_demon)
+ADAM_LIKE = (oa.demon_adam, oa.stoch_grad_adam, oa.extra_adam, oa.adabound)
+ADAM_LIKE += (oa.scale_by_demon_adam, oa.scale_by_adabound)
+
+
+@pytest.mark.parametrize("factory", SGD_LIKE + ADAM_LIKE, ids=lambda factory: factory.__name__)
+def test_positional_arguments_are_those_of_optax(factory: Callable[..., Any]) -> None:
+    """In Optax's order, so that `f(1e-3, 0.9, 0.999)` means what it means there."""
+    base = optax.sgd if factory in SGD_LIKE else optax.adam
+    ours, theirs = (
+        [
+            name
+            for name, parameter in inspect.signature(fn).parameters.items()
+            if parameter.kind is not parameter.KEYWORD_ONLY and name != "learning_rate"
+        ]
+        for fn in (factory, base)
+    )
+    assert ours
+    assert ours == theirs[: len(ours)]
+
+
+def test_learning_rates_come_first_and_are_not_negative() -> None:
+    for factory, kwargs in FACTORIES.items():
+        names = list(inspect.signature(factory).parameters)
+        if "learning_rate" not in names or factory in SHAPED[:6]:
+            continue
+        assert names[0] == "learning_rate"
+        with pytest.raises(ValueError, match=r"`learning_rate` must lie in .*, got -0\.1"):
+            factory(**{**kwargs, "learning_rate": -0.1})
+
+
+# What the parameters of networks are called: `optax.tree.get` must not find them for our fields.
+PARAMETER_NAMES = {
+    *("kernel", "bias", "weight", "weights", "w", "b", "scale", "embedding", "embeddings"),
+    *("query", "key", "value", "q", "k", "v", "out", "mean", "var", "alpha", "beta", "gamma"),
+    *("g", "step", "params", "layers", "u", "values", "keys"),
+}
+
+
+def test_fields_of_states_are_not_called_as_parameters() -> None:
+    states = [cls for name, cls in vars(oa).items() if name.endswith("State")]
+    assert len(states) > 8
+    for cls in states:
+        if cls is not oa.ScaleByKFACState:
+            assert not PARAMETER_NAMES & set(cls._fields), cls.__name__
 
 
 def test_the_gauntlet_covers_every_factory() -> None:

@@ -25,9 +25,9 @@ def loss_fn(p):
     return jnp.sum(jnp.cosh(p["w"])) + 0.5 * jnp.sum((p["w"] @ p["v"]) ** 2)
 
 
-def fed(loss, params, r, alpha, **kwargs):
+def fed(loss, params, rho, alpha, **kwargs):
     """The gradient that the inner transformation gets, and the state."""
-    tx = oa.gnp(optax.identity(), r, alpha, **kwargs)
+    tx = oa.gnp(optax.identity(), rho, alpha, **kwargs)
     return tx.update(jax.grad(loss)(params), tx.init(params), params, value_fn=loss)
 
 
@@ -35,15 +35,15 @@ def double(params):
     return jax.tree.map(lambda x: jnp.asarray(x, float), params)
 
 
-@pytest.mark.parametrize("r", [0.01, 1.0, 30.0])
-def test_exact_on_quadratics(x64, r):
+@pytest.mark.parametrize("rho", [0.01, 1.0, 30.0])
+def test_exact_on_quadratics(x64, rho):
     """The gradient of L + lambda ||grad L||, by automatic differentiation."""
 
     def penalized(x):
-        return quadratic(x) + 0.7 * r * jnp.linalg.norm(jax.grad(quadratic)(x))
+        return quadratic(x) + 0.7 * rho * jnp.linalg.norm(jax.grad(quadratic)(x))
 
     x = jnp.array([1.0, -2.0, 0.5])
-    gradient, state = fed(quadratic, x, r, 0.7)
+    gradient, state = fed(quadratic, x, rho, 0.7)
     np.testing.assert_allclose(gradient, jax.grad(penalized)(x), rtol=1e-12)
     np.testing.assert_allclose(
         state.gradient_norm, np.linalg.norm(jax.grad(quadratic)(x)), rtol=1e-6
@@ -77,8 +77,8 @@ def test_error_is_of_first_order_in_the_radius(x64):
     params = double(PARAMS)
     want = jax.grad(penalized)(params)
     errors = []
-    for r in (1e-2, 1e-3):
-        got, _ = fed(loss_fn, params, r, 0.1 / r)
+    for rho in (1e-2, 1e-3):
+        got, _ = fed(loss_fn, params, rho, 0.1 / rho)
         errors.append(optax.tree.norm(optax.tree.sub(got, want)))
     assert 8 < errors[0] / errors[1] < 12
 
@@ -122,8 +122,8 @@ def test_schedules():
     x = jnp.array([1.0, -2.0, 0.5])
     grads = jax.grad(quadratic)(x)
     for scheduled in (
-        {"r": lambda t: 0.5 * (t > 0), "alpha": 0.8},
-        {"r": 0.5, "alpha": lambda t: 0.8 * (t > 0)},
+        {"rho": lambda t: 0.5 * (t > 0), "alpha": 0.8},
+        {"rho": 0.5, "alpha": lambda t: 0.8 * (t > 0)},
     ):
         tx = oa.gnp(optax.identity(), **scheduled)
         state = tx.init(x)

@@ -36,7 +36,7 @@ def test_mixed_precision_trees_keep_their_dtypes():
         assert jax.tree.map(jnp.result_type, new_state) == jax.tree.map(jnp.result_type, state)
         state = new_state
     # 0.9 in bfloat16 would be 0.8984: the momentum itself stays in float32.
-    assert state.values["momentum"].dtype == jnp.float32
+    assert state.scheduled["momentum"].dtype == jnp.float32
 
 
 def test_several_arguments_and_integers_stay_static():
@@ -91,6 +91,9 @@ def test_injected_rates_can_be_changed_between_steps():
     np.testing.assert_allclose(update(state)[0], [-0.5, -1.0], rtol=1e-5)
 
 
-def test_optax_inject_hyperparams_alone_is_refused_with_the_way_out():
-    with pytest.raises(TypeError, match=r"use optax_accel\.inject_hyperparams"):
-        optax.inject_hyperparams(oa.demon_sgd)(0.1, decay_steps=10).init(jnp.ones(2))
+def test_callables_that_optax_takes_for_schedules_are_refused_with_the_way_out():
+    """Counts may become arrays; a dtype must stay one."""
+    inject = optax.inject_hyperparams(oa.demon_sgd)
+    with pytest.raises(TypeError, match=r"`accumulator_dtype` .* Use optax_accel\.inject_hyperp"):
+        inject(0.1, accumulator_dtype=jnp.float32, decay_steps=10).init(jnp.ones(2))
+    assert inject(0.1, decay_steps=10).init(jnp.ones(2)).hyperparams["decay_steps"] == 10

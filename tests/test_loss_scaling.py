@@ -41,7 +41,7 @@ def step(tx, params, state, poison=0.0):
 @pytest.mark.parametrize("wrong", [jnp.inf, -jnp.inf, jnp.nan])
 def test_a_gradient_that_is_not_finite_changes_nothing_but_the_scale(wrong):
     inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lambda count: 0.1 / (1 + count)))
-    tx = oa.dynamic_loss_scale(inner, 1024)
+    tx = oa.dynamic_loss_scale(inner, initial_scale=1024)
     run = jax.jit(lambda params, state, poison: step(tx, params, state, poison))
     params, state = run(PROBLEM.params, tx.init(PROBLEM.params), 0.0)
     same_params, skipped = run(params, state, wrong)
@@ -59,7 +59,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_scale(wrong):
 
 
 def test_grows_after_exactly_so_many_finite_gradients():
-    tx = oa.dynamic_loss_scale(optax.sgd(0.0), 4, growth_interval=3)
+    tx = oa.dynamic_loss_scale(optax.sgd(0.0), initial_scale=4, growth_interval=3)
     state, scales = tx.init(jnp.ones(2)), []
     for _ in range(8):
         scales.append(float(state.loss_scale))
@@ -69,7 +69,12 @@ def test_grows_after_exactly_so_many_finite_gradients():
 
 def test_counts_anew_after_an_overflow_and_keeps_to_the_bounds():
     tx = oa.dynamic_loss_scale(
-        optax.sgd(0.0), 4, growth_interval=2, min_scale=2.0, max_scale=8.0, growth_factor=4.0
+        optax.sgd(0.0),
+        initial_scale=4,
+        growth_interval=2,
+        min_scale=2.0,
+        max_scale=8.0,
+        growth_factor=4.0,
     )
     good, bad = jnp.ones(2), jnp.array([1.0, jnp.inf])
     # Through flatten and unflatten, as in any jit: jmp forgets its smallest scale there.
@@ -84,8 +89,8 @@ def test_counts_anew_after_an_overflow_and_keeps_to_the_bounds():
 
 def test_scale_of_powers_of_two_is_exact():
     """The same steps as without a scale, to the last bit."""
-    for inner in (optax.adam(0.1), oa.extrap_sgd(0.1, 0.05)):
-        tx = oa.dynamic_loss_scale(inner, 1024)
+    for inner in (optax.adam(0.1), oa.extrap_sgd(0.1, extrapolation_rate=0.05)):
+        tx = oa.dynamic_loss_scale(inner, initial_scale=1024)
         params, state = PROBLEM.params, tx.init(PROBLEM.params)
         plain, plain_state = PROBLEM.params, inner.init(PROBLEM.params)
         for _ in range(3):
@@ -109,7 +114,7 @@ def test_inner_methods_see_everything_without_the_scale():
         return updates, seen
 
     spy = optax.GradientTransformationExtraArgs(init, update)
-    tx = oa.dynamic_loss_scale(spy, 8)
+    tx = oa.dynamic_loss_scale(spy, initial_scale=8)
     params, state = PROBLEM.params, tx.init(PROBLEM.params)
     value, grads = scaled_grads(params, state)
     other = optax.tree.scale(2.0, grads)
@@ -124,7 +129,7 @@ def test_inner_methods_see_everything_without_the_scale():
 
 def test_a_line_search_finds_the_same_steps():
     search = optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(10))
-    tx = oa.dynamic_loss_scale(search, 256)
+    tx = oa.dynamic_loss_scale(search, initial_scale=256)
     params, _ = step(tx, PROBLEM.params, tx.init(PROBLEM.params))
     value, grads = LOSS.value_and_grad(PROBLEM.params)
     updates, _ = search.update(
@@ -174,7 +179,7 @@ def test_half_gradients_of_float32_parameters_are_unscaled_in_float32():
 @pytest.mark.parametrize("mode", WORKER_MODES)
 def test_replicas_agree(mode):
     """With gradients of their own: what one cannot use, none uses."""
-    tx = oa.dynamic_loss_scale(optax.adam(0.1), 8, axis_name="workers")
+    tx = oa.dynamic_loss_scale(optax.adam(0.1), initial_scale=8, axis_name="workers")
     params = jnp.ones((4, 3))
     state = jax.tree.map(lambda a: jnp.broadcast_to(a, (4, *a.shape)), tx.init(params[0]))
     one = over_workers(mode, lambda g, s, p: tx.update(g, s, p), 4)
@@ -188,7 +193,7 @@ def test_replicas_agree(mode):
 @pytest.mark.parametrize("mode", ["pmap", "shard_map"])
 def test_replicas_with_the_mean_gradient_agree_without_an_axis(mode):
     """One overflow anywhere is an overflow in the mean."""
-    tx = oa.dynamic_loss_scale(optax.sgd(0.1), 8)
+    tx = oa.dynamic_loss_scale(optax.sgd(0.1), initial_scale=8)
 
     def one(gradient, state):
         return tx.update(jax.lax.pmean(gradient, "workers"), state)
@@ -199,7 +204,7 @@ def test_replicas_with_the_mean_gradient_agree_without_an_axis(mode):
 
 
 def test_vmap_keeps_a_scale_for_each():
-    tx = oa.dynamic_loss_scale(optax.sgd(0.1), 8)
+    tx = oa.dynamic_loss_scale(optax.sgd(0.1), initial_scale=8)
     params = jnp.ones((2, 3))
     state = jax.vmap(tx.init)(params)
     updates, new = jax.vmap(tx.update)(params.at[1, 0].set(jnp.inf), state, params)
@@ -213,7 +218,7 @@ def test_around_multi_steps_a_micro_batch_that_is_not_finite_is_left_out():
 
     def run(poisons):
         inner = optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation()
-        tx = oa.dynamic_loss_scale(inner, 8, growth_interval=2)
+        tx = oa.dynamic_loss_scale(inner, initial_scale=8, growth_interval=2)
         run_one = jax.jit(lambda params, state, poison: step(tx, params, state, poison))
         params, state = PROBLEM.params, tx.init(PROBLEM.params)
         for poison in poisons:
@@ -227,7 +232,9 @@ def test_around_multi_steps_a_micro_batch_that_is_not_finite_is_left_out():
 
 
 def test_within_multi_steps_one_scale_for_all_micro_batches():
-    tx = optax.MultiSteps(oa.dynamic_loss_scale(optax.sgd(0.1), 8, growth_interval=1), 2)
+    tx = optax.MultiSteps(
+        oa.dynamic_loss_scale(optax.sgd(0.1), initial_scale=8, growth_interval=1), 2
+    )
     params, state = PROBLEM.params, tx.init(PROBLEM.params)
     scales = []
     for _ in range(4):
@@ -242,7 +249,9 @@ def test_within_multi_steps_one_scale_for_all_micro_batches():
 
 def test_in_a_mask_and_in_a_chain():
     mask = {"dense": True, "b": False}
-    tx = optax.chain(optax.masked(oa.dynamic_loss_scale(optax.sgd(0.1), 8), mask), optax.scale(2.0))
+    tx = optax.chain(
+        optax.masked(oa.dynamic_loss_scale(optax.sgd(0.1), initial_scale=8), mask), optax.scale(2.0)
+    )
     params, state = PROBLEM.params, tx.init(PROBLEM.params)
     _, grads = scaled_grads(params, state)
     updates, state = tx.update(grads, state, params)
@@ -252,7 +261,7 @@ def test_in_a_mask_and_in_a_chain():
 
 
 def test_orbax_round_trip(tmp_path):
-    tx = oa.dynamic_loss_scale(optax.adam(0.1), 1024, growth_interval=2)
+    tx = oa.dynamic_loss_scale(optax.adam(0.1), initial_scale=1024, growth_interval=2)
     carry = PROBLEM.params, tx.init(PROBLEM.params)
     for poison in (0.0, jnp.inf, 0.0):
         carry = step(tx, *carry, poison)
@@ -266,7 +275,7 @@ def test_orbax_round_trip(tmp_path):
 
 
 def test_any_tree():
-    tx = oa.dynamic_loss_scale(optax.sgd(1.0), 2)
+    tx = oa.dynamic_loss_scale(optax.sgd(1.0), initial_scale=2)
     for params in ((), {"a": None, "b": [jnp.ones(()), jnp.zeros((0, 3), jnp.bfloat16)]}):
         updates, state = tx.update(params, tx.init(params), params)
         assert signature(updates) == signature(params)

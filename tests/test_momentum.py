@@ -76,12 +76,14 @@ def test_one_step_of_decay_and_no_momentum():
 # -- the algorithms -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lr_in_momentum", [False, True])
-def test_golden_demon_sgd(x64, lr_in_momentum):
-    iterates, state = run(oa.demon_sgd(0.1, 4, lr_in_momentum=lr_in_momentum), 5)
+@pytest.mark.parametrize("learning_rate_in_momentum", [False, True])
+def test_golden_demon_sgd(x64, learning_rate_in_momentum):
+    iterates, state = run(
+        oa.demon_sgd(0.1, decay_steps=4, learning_rate_in_momentum=learning_rate_in_momentum), 5
+    )
     want = [0.9, 0.7229032258, 0.5057155425, 0.3047832845, 0.2743049560]
     np.testing.assert_allclose(iterates, want, atol=5e-11)
-    buffer = optax.tree.get(state, "trace") * (1 if lr_in_momentum else -0.1)
+    buffer = optax.tree.get(state, "trace") * (1 if learning_rate_in_momentum else -0.1)
     np.testing.assert_allclose(buffer, -0.0304783284, atol=5e-11)
 
 
@@ -93,7 +95,7 @@ def test_golden_demon_sgd(x64, lr_in_momentum):
     ],
 )
 def test_golden_demon_adam(x64, nu_bias_correction, want):
-    tx = oa.demon_adam(0.01, 4, nu_bias_correction=nu_bias_correction)
+    tx = oa.demon_adam(0.01, decay_steps=4, nu_bias_correction=nu_bias_correction)
     iterates, state = run(tx, 4)
     np.testing.assert_allclose(iterates, want, atol=1e-10)
     if nu_bias_correction is None:
@@ -105,11 +107,11 @@ def test_constant_momentum_gives_the_optax_methods(x64):
     constant = optax.constant_schedule(0.9)
     for ours, theirs in (
         (oa.with_schedules(optax.sgd, momentum=constant)(0.1), optax.sgd(0.1, 0.9)),
-        (oa.demon_adam(0.1, 1, b1=constant, form="ema"), optax.adam(0.1)),
+        (oa.demon_adam(0.1, constant, decay_steps=1, form="ema"), optax.adam(0.1)),
         # In the paper's form a constant momentum is Adam at 1 / (1 - beta) times the rate, without
         # the bias correction of the first moment.
         (
-            oa.demon_adam(0.01, 1, b1=constant, nu_bias_correction=True),
+            oa.demon_adam(0.01, constant, decay_steps=1, nu_bias_correction=True),
             optax.chain(
                 optax.trace(0.9),
                 _adam_denominator(),
@@ -135,7 +137,7 @@ def _adam_denominator():
 
 def test_ema_form_is_unbiased_for_a_constant_gradient(x64):
     # With gradient 1 throughout, the corrected first moment is exactly 1 at every step.
-    tx = oa.scale_by_demon_adam(5, form="ema", eps=0.0)
+    tx = oa.scale_by_demon_adam(decay_steps=5, form="ema", eps=0.0)
     state = tx.init(jnp.zeros(()))
     for _ in range(8):
         update, state = tx.update(jnp.ones(()), state)
@@ -143,22 +145,25 @@ def test_ema_form_is_unbiased_for_a_constant_gradient(x64):
 
 
 def test_momentum_of_the_last_step_is_plain_sgd(x64):
-    iterates, _ = run(oa.demon_sgd(0.1, 1), 2)
+    iterates, _ = run(oa.demon_sgd(0.1, decay_steps=1), 2)
     # First step with momentum 0.9 (an empty buffer), then without any.
     np.testing.assert_allclose(iterates, [0.9, 0.81], rtol=1e-12)
 
 
 def test_nesterov_is_optax_nesterov(x64):
-    got = run(oa.demon_sgd(0.1, 10**9, nesterov=True), 5)[0]
+    got = run(oa.demon_sgd(0.1, nesterov=True, decay_steps=10**9), 5)[0]
     want = run(optax.sgd(0.1, 0.9, nesterov=True), 5)[0]
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_state_can_be_read():
-    tx = oa.demon_sgd(0.1, 4)
+    tx = oa.demon_sgd(0.1, decay_steps=4)
     state = tx.init(jnp.zeros(2))
     assert optax.tree.get(state, "momentum") == pytest.approx(0.9)
-    assert optax.tree.get(oa.demon_adam(0.1, 4).init(jnp.zeros(2)), "momentum_product") == 1
+    assert (
+        optax.tree.get(oa.demon_adam(0.1, decay_steps=4).init(jnp.zeros(2)), "momentum_product")
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -169,10 +174,13 @@ def test_state_can_be_read():
         (lambda: oa.demon_schedule(float("nan"), 10), "`init_value` must lie in"),
         (lambda: oa.demon_schedule(0.9, 0), "`decay_steps` must be at least 1, got 0"),
         (lambda: oa.demon_schedule(0.9, 5, 5), "`delay_steps` must be less than `decay_steps`"),
-        (lambda: oa.demon_sgd(0.1, 10, momentum=2), "must lie in"),
-        (lambda: oa.demon_adam(0.1, 10, b2=1.0), r"`b2` must lie in \[0, 1\), got 1.0"),
-        (lambda: oa.demon_adam(0.1, 10, eps=-1), r"`eps` must lie in"),
-        (lambda: oa.demon_adam(0.1, 10, form="box"), "`form` must be one of 'paper', 'ema'"),
+        (lambda: oa.demon_sgd(0.1, momentum=2, decay_steps=10), "must lie in"),
+        (lambda: oa.demon_adam(0.1, decay_steps=10, b2=1.0), r"`b2` must lie in \[0, 1\), got 1.0"),
+        (lambda: oa.demon_adam(0.1, decay_steps=10, eps=-1), r"`eps` must lie in"),
+        (
+            lambda: oa.demon_adam(0.1, decay_steps=10, form="box"),
+            "`form` must be one of 'paper', 'ema'",
+        ),
     ],
 )
 def test_bad_hyperparameters_raise_at_construction(call, message):

@@ -225,7 +225,7 @@ def test_curvature_with_other_numbers_masked_out(dtype: str) -> None:
 def test_demon_adam_takes_complex_gradients_as_adam_does() -> None:
     """With a momentum of 0 both are RMSProp: the second moment is that of the modulus."""
     grads = {"w": jnp.array([1.0 + 2.0j, -1.0j, 3.0])}
-    ours = oa.scale_by_demon_adam(10, b1=0.0, form="ema")
+    ours = oa.scale_by_demon_adam(0.0, decay_steps=10, form="ema")
     theirs = optax.scale_by_adam(b1=0.0)
     tree_allclose(
         ours.update(grads, ours.init(grads))[0], theirs.update(grads, theirs.init(grads))[0]

@@ -113,19 +113,21 @@ def test_gradients_of_weight_normalization(x64):
     """Salimans and Kingma, equations 3 and 4, and what follows from them."""
     rng = np.random.default_rng(0)
     v, g, gradient = rng.normal(size=(4, 3)), rng.normal(size=3), rng.normal(size=(4, 3))
-    _, pull = jax.vjp(oa.weight_norm().forward, {"g": jnp.asarray(g), "v": jnp.asarray(v)})
+    _, pull = jax.vjp(
+        oa.weight_norm().forward, {"lengths": jnp.asarray(g), "directions": jnp.asarray(v)}
+    )
     (actual,) = pull(jnp.asarray(gradient))
     norm = np.linalg.norm(v, axis=0)
     along = np.sum(gradient * v, axis=0) / norm
     across = g / norm * gradient - g * along / norm**2 * v
-    tree_allclose(actual, {"g": along, "v": across}, rtol=1e-13)
-    np.testing.assert_allclose(np.sum(np.asarray(actual["v"]) * v, axis=0), 0, atol=1e-13)
+    tree_allclose(actual, {"lengths": along, "directions": across}, rtol=1e-13)
+    np.testing.assert_allclose(np.sum(np.asarray(actual["directions"]) * v, axis=0), 0, atol=1e-13)
 
 
 def test_directions_grow(x64):
     params = double(mlp_init((3, 5, 2)))
     _, state = trained(oa.reparametrize(optax.sgd(0.3), oa.weight_norm()), loss_fn, params, 30)
-    length = np.linalg.norm(state.coordinates["layer0"]["w"]["v"], axis=1)
+    length = np.linalg.norm(state.coordinates["layer0"]["w"]["directions"], axis=1)
     assert np.all(np.diff(length, axis=0) > 0)
 
 
@@ -134,11 +136,11 @@ def test_output_axes(axes, shape):
     maps = oa.weight_norm(axes)
     w = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, 5)), jnp.float32)
     coordinates = maps.inverse(w)
-    assert coordinates["g"].shape == shape
+    assert coordinates["lengths"].shape == shape
     tree_allclose(maps.forward(coordinates), w, rtol=3e-7)
     kept = {range(4)[axis] for axis in ((axes,) if isinstance(axes, int) else axes)}
     norm = jnp.sqrt(jnp.sum(w**2, tuple(axis for axis in range(4) if axis not in kept)))
-    tree_allclose(coordinates["g"], norm, rtol=1e-6)
+    tree_allclose(coordinates["lengths"], norm, rtol=1e-6)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0, 5.0])
@@ -196,7 +198,9 @@ def test_units_without_weights_learn():
         return jnp.mean((x @ p["w"] + p["b"][None] - target) ** 2)
 
     tx = oa.reparametrize(optax.sgd(0.2), oa.weight_norm())
-    tree_equal(tx.init(params).coordinates["w"]["g"], jnp.array([0.0, np.sqrt(np.float32(3))]))
+    tree_equal(
+        tx.init(params).coordinates["w"]["lengths"], jnp.array([0.0, np.sqrt(np.float32(3))])
+    )
     path, _ = trained(tx, loss, params, 300)
     assert all(map(jnp.all, map(jnp.isfinite, jax.tree.leaves(path))))
     assert loss(jax.tree.map(lambda leaf: leaf[-1], path)) < 1e-3

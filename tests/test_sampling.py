@@ -56,7 +56,7 @@ def test_golden(x64, bias_offset, want, parameters):
 
 def test_port_options_reduce_to_adam(x64):
     """The port's own code path, at d = 1 - tiny and offset 0, is Adam."""
-    ours = oa.stoch_grad_adam(0.1, rate=1.0, beta1_decay=1 - 1e-15)
+    ours = oa.stoch_grad_adam(0.1, rate=1.0, b1_decay=1 - 1e-15)
     theirs = optax.adam(0.1)
     params = jnp.array([1.0, -2.0])
     states = [ours.init(params), theirs.init(params)]
@@ -66,7 +66,7 @@ def test_port_options_reduce_to_adam(x64):
             for tx, state in zip((ours, theirs), states, strict=True)
         )
         np.testing.assert_allclose(a, b, rtol=1e-12)
-    decayed = oa.stoch_grad_adam(0.1, rate=1.0, beta1_decay=0.5)
+    decayed = oa.stoch_grad_adam(0.1, rate=1.0, b1_decay=0.5)
     state = decayed.init(params)
     for _ in range(2):
         _, state = decayed.update(jnp.ones(2), state, params)
@@ -127,7 +127,7 @@ def test_masks_change_every_step_and_repeat_with_the_key():
     grads = jnp.ones(1000)
 
     def run(key):
-        tx = oa.sample_gradients(0.5, key)
+        tx = oa.sample_gradients(0.5, key=key)
         first, state = tx.update(grads, tx.init(grads))
         second, _ = tx.update(grads, state)
         return first, second
@@ -195,7 +195,7 @@ def test_rates_outside_the_range_raise(rate):
 
 def test_wrong_keys_and_samplers_raise():
     with pytest.raises(TypeError, match="`sampler` must be a function"):
-        oa.sample_gradients(0.5, sampler=None)
+        oa.sample_gradients(0.5, sampler=0.5)
     with pytest.raises(TypeError, match="`key` must be a PRNG key"):
         oa.sample_gradients(0.5, key=jnp.ones(3))
     with pytest.raises(TypeError, match="`key` must be a PRNG key"):

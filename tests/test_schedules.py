@@ -28,7 +28,7 @@ SCHEDULES: dict[str, Callable[[], optax.Schedule]] = {
     "momentum_cosine": lambda: oa.momentum_onecycle_schedule(40, interpolation="cosine"),
     "onecycle_linear": lambda: oa.onecycle(40, 0.7).learning_rate,
     "onecycle_cosine": lambda: oa.onecycle(40, 0.7, interpolation="cosine").learning_rate,
-    "vtpc": lambda: oa.vtpc_schedule(0.1, 0.7, 8, 4, floor_value=0.01, cycle_mult=1.5),
+    "vtpc": lambda: oa.vtpc_schedule(0.1, 0.7, 8, 4, floor_value=0.01, cycle_factor=1.5),
     "snapshot": lambda: oa.snapshot_schedule(0.7, 50, 4),
 }
 
@@ -235,7 +235,9 @@ def test_onecycle_as_torch(interpolation: Any) -> None:
     """Torch's corners lie at `pct * steps - 1`, the last one at `steps - 1`."""
     steps, peak = 101, 0.3
     linear = interpolation == "linear"
-    cycle = oa.onecycle(steps - 1, peak, pct_start=0.4, pct_final=0.8, interpolation=interpolation)
+    cycle = oa.onecycle(
+        steps - 1, peak, rise_fraction=0.4, cycle_fraction=0.8, interpolation=interpolation
+    )
     expected = [
         torch_onecycle(
             t, steps, peak, 41 / steps, linear, anneal_linear if linear else anneal_cosine
@@ -287,14 +289,14 @@ def test_onecycle_corners(interpolation: Any, steps: int) -> None:
 def test_momentum_for_huge_counts() -> None:
     """The corner is at its step, not at another one that is the same float."""
     steps = 2**30 + 1
-    schedule = oa.momentum_onecycle_schedule(steps, 0.5, 0.0, pct_start=1.0, pct_final=1.0)
+    schedule = oa.momentum_onecycle_schedule(steps, 0.5, 0.0, rise_fraction=1.0, cycle_fraction=1.0)
     assert schedule(jnp.int32(steps)) == 0.5
     assert schedule(jnp.int32(steps - 1)) < 1e-6
 
 
 def test_momentum_that_rises_to_the_end() -> None:
     """Half down, half up: the rival of Demon in Chen et al. (2022), section 4."""
-    schedule = oa.momentum_onecycle_schedule(10, pct_start=0.5, pct_final=1.0)
+    schedule = oa.momentum_onecycle_schedule(10, rise_fraction=0.5, cycle_fraction=1.0)
     expected = [0.95, 0.93, 0.91, 0.89, 0.87, 0.85, 0.87, 0.89, 0.91, 0.93, 0.95, 0.95]
     np.testing.assert_allclose(values(schedule, np.arange(12)), expected, rtol=1e-6)
 
@@ -328,10 +330,10 @@ def test_vtpc_closed_form(mult: float, rise: float, hold: float) -> None:
     schedule = oa.vtpc_schedule(
         *(0.1, 0.7, 20, 5),
         floor_value=0.01,
-        cycle_mult=mult,
+        cycle_factor=mult,
         peak_decay=0.9,
-        pct_rise=rise,
-        pct_hold=hold,
+        rise_fraction=rise,
+        hold_fraction=hold,
     )
     total = sum(round(20 * mult**cycle) for cycle in range(5))
     t = np.arange(total + 10)
@@ -343,7 +345,7 @@ def test_vtpc_closed_form(mult: float, rise: float, hold: float) -> None:
 def test_vtpc_corners_are_exact() -> None:
     """Odd cycles end at the base, even ones at the floor; peaks decay; then it stays."""
     schedule = jax.jit(
-        oa.vtpc_schedule(0.1, 0.7, 2**20, 4, floor_value=0.003, cycle_mult=8, peak_decay=0.5)
+        oa.vtpc_schedule(0.1, 0.7, 2**20, 4, floor_value=0.003, cycle_factor=8, peak_decay=0.5)
     )
     ends = [2**20 * (8**c - 1) // 7 for c in range(5)]
     bounds = [np.float32(v) for v in (0.1, 0.1, 0.003, 0.1, 0.003)]
@@ -397,23 +399,32 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: oa.momentum_onecycle_schedule(2**31), "must fit into a 32-bit step count"),
     (lambda: oa.momentum_onecycle_schedule(9, 1.0), r"`max_momentum` must lie in \[0, 1\)"),
     (lambda: oa.momentum_onecycle_schedule(9, 0.9, -0.1), r"`min_momentum` must lie in \[0, 1\)"),
-    (lambda: oa.momentum_onecycle_schedule(9, pct_start=2), r"`pct_start` must lie in \[0, 1\]"),
     (
-        lambda: oa.momentum_onecycle_schedule(9, pct_start=jnp.array(0.3)),
-        "`pct_start` decides where corners lie",
+        lambda: oa.momentum_onecycle_schedule(9, rise_fraction=2),
+        r"`rise_fraction` must lie in \[0, 1\]",
     ),
-    (lambda: oa.momentum_onecycle_schedule(9, pct_start=0.9), "`pct_start` must be at most `pct_f"),
+    (
+        lambda: oa.momentum_onecycle_schedule(9, rise_fraction=jnp.array(0.3)),
+        "`rise_fraction` decides where corners lie",
+    ),
+    (
+        lambda: oa.momentum_onecycle_schedule(9, rise_fraction=0.9),
+        "`rise_fraction` must be at most `cycle_f",
+    ),
     (lambda: oa.onecycle(9, 0.1, interpolation="cos"), "`interpolation` must be one of 'linear'"),
     (lambda: oa.onecycle(1, 0.1), r"must be different steps, got \[0, 0, 1\]"),
-    (lambda: oa.onecycle(9, 0.1, pct_final=1.0), r"must be different steps, got \[2, 9, 9\]"),
+    (lambda: oa.onecycle(9, 0.1, cycle_fraction=1.0), r"must be different steps, got \[2, 9, 9\]"),
     (lambda: oa.onecycle(9, -0.1), r"`peak_value` must lie in \[0, inf\)"),
-    (lambda: oa.onecycle(9, 0.1, div_factor=0), r"`div_factor` must lie in \(0, inf\)"),
+    (lambda: oa.onecycle(9, 0.1, initial_divisor=0), r"`initial_divisor` must lie in \(0, inf\)"),
     (lambda: oa.vtpc_schedule(0.1, 1, 0, 2), "`cycle_steps` must be at least 1"),
     (lambda: oa.vtpc_schedule(0.1, 1, 9, 0), "`num_cycles` must be at least 1"),
-    (lambda: oa.vtpc_schedule(0.1, 1, 9, 2, cycle_mult=0), r"`cycle_mult` must lie in \(0, inf\)"),
-    (lambda: oa.vtpc_schedule(0.1, 1, 9, 99, cycle_mult=2), "the first 28 cycles must fit into"),
+    (
+        lambda: oa.vtpc_schedule(0.1, 1, 9, 2, cycle_factor=0),
+        r"`cycle_factor` must lie in \(0, inf\)",
+    ),
+    (lambda: oa.vtpc_schedule(0.1, 1, 9, 99, cycle_factor=2), "the first 28 cycles must fit into"),
     (lambda: oa.vtpc_schedule(0.1, 1, 9, 2, peak_decay=1.5), r"`peak_decay` must lie in \(0, 1\]"),
-    (lambda: oa.vtpc_schedule(0.1, 1, 9, 2, pct_hold=0.8), "must be at most 1 together"),
+    (lambda: oa.vtpc_schedule(0.1, 1, 9, 2, hold_fraction=0.8), "must be at most 1 together"),
     (lambda: oa.snapshot_schedule(0.1, 0, 1), "`total_steps` must be at least 1"),
     (lambda: oa.snapshot_schedule(0.1, 5, 6), "`num_snapshots` must be at most `total_steps`"),
 ]

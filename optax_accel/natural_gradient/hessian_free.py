@@ -39,7 +39,13 @@ import optax
 from jax import lax
 from jax.scipy.sparse.linalg import cg
 
-from optax_accel._arguments import check_integer, check_number, check_real_leaves, value_of
+from optax_accel._arguments import (
+    check_count,
+    check_number,
+    check_real_leaves,
+    known_integer,
+    value_of,
+)
 from optax_accel._masking import Mask, merge, select
 from optax_accel.objective import as_objective, check_params, mean_over, vary_over
 
@@ -81,8 +87,8 @@ class HessianFreeState(NamedTuple):
 
 def hessian_free(
     learning_rate: optax.ScalarOrSchedule = 1.0,
-    damping: float = 1.0,
     *,
+    damping: float = 1.0,
     damping_factor: float = 1.5,
     max_iterations: int = 250,
     tolerance: float = 5e-4,
@@ -157,10 +163,10 @@ def hessian_free(
     check_number("learning_rate", learning_rate, 0, allow_schedule=True)
     check_number("damping", damping, 0)
     check_number("damping_factor", damping_factor, 1)
-    check_integer("max_iterations", max_iterations, 1)
+    check_count("max_iterations", max_iterations, 1)
     check_number("tolerance", tolerance, 0)
     check_number("decay", decay, 0, 1)
-    check_integer("max_halvings", max_halvings, 0)
+    check_count("max_halvings", max_halvings, 0)
     if not isinstance(precondition, bool):
         raise TypeError(f"`precondition` must be True or False, got {precondition!r}.")
     name = "hessian_free"
@@ -256,13 +262,13 @@ def hessian_free(
             return telling & ~(after <= before)
 
         size = jnp.where(telling, rate, rate)  # to shard_map, like what it will be compared with
-        if max_halvings:
+        if known_integer(max_halvings) != 0:
             size, after, _ = lax.while_loop(
                 lambda carry: rises(carry[1]) & (carry[2] < max_halvings),
                 lambda carry: (carry[0] / 2, loss_after(carry[0] / 2), carry[2] + 1),
                 (size, after, jnp.where(telling, 0, 0)),
             )
-            size = jnp.where(rises(after), 0, size)
+            size = jnp.where(rises(after) & (max_halvings > 0), 0, size)
         step = step_of(size)
         finite = jnp.isfinite(optax.tree.norm(direction))
         return merge(step, updates, mask), HessianFreeState(

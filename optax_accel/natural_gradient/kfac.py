@@ -152,8 +152,8 @@ def describe_layers(
 
 def scale_by_kfac(
     objective: Objective,
-    example: Example = None,
     *,
+    example: Example = None,
     damping: optax.ScalarOrSchedule = 1e-3,
     damping_kind: Damping = "factored",
     decay: float = 0.95,
@@ -269,7 +269,7 @@ def scale_by_kfac(
         "scale_by_kfac",
         damping_kind,
         objective,
-        example,
+        example=example,
         damping=damping,
         decay=decay,
         factors_every=factors_every,
@@ -285,8 +285,8 @@ def scale_by_kfac(
 
 def scale_by_ekfac(
     objective: Objective,
-    example: Example = None,
     *,
+    example: Example = None,
     damping: optax.ScalarOrSchedule = 1e-3,
     decay: float = 0.95,
     factors_every: int = 1,
@@ -349,7 +349,7 @@ def scale_by_ekfac(
         "scale_by_ekfac",
         "ekfac",
         objective,
-        example,
+        example=example,
         damping=damping,
         decay=decay,
         factors_every=factors_every,
@@ -366,8 +366,8 @@ def scale_by_ekfac(
 def kfac(
     learning_rate: optax.ScalarOrSchedule,
     objective: Objective,
-    example: Example = None,
     *,
+    example: Example = None,
     momentum: float = 0.9,
     kl_clip: float | None = 1e-3,
     damping: optax.ScalarOrSchedule = 1e-3,
@@ -417,7 +417,7 @@ def kfac(
       ... )
       >>> batch = {"x": jnp.diag(jnp.array([10.0, 1.0, 0.1])), "y": jnp.ones((3, 1))}
       >>> settings = {"momentum": 0.0, "kl_clip": None, "damping": 1e-6, "estimator": "ggn"}
-      >>> tx = oa.kfac(0.5, objective, batch, **settings)
+      >>> tx = oa.kfac(0.5, objective, example=batch, **settings)
       >>> @jax.jit
       ... def step(params, state):
       ...     grads = objective.grad(params, **batch)
@@ -432,7 +432,7 @@ def kfac(
     """
     preconditioner = scale_by_kfac(
         objective,
-        example,
+        example=example,
         damping=damping,
         damping_kind=damping_kind,
         decay=decay,
@@ -451,8 +451,8 @@ def kfac(
 def ekfac(
     learning_rate: optax.ScalarOrSchedule,
     objective: Objective,
-    example: Example = None,
     *,
+    example: Example = None,
     momentum: float = 0.9,
     kl_clip: float | None = 1e-3,
     damping: optax.ScalarOrSchedule = 1e-3,
@@ -478,7 +478,9 @@ def ekfac(
       ...     loss=lambda outputs: 0.5 * jnp.mean(jnp.sum(outputs**2, axis=-1)),
       ... )
       >>> batch = {"x": jnp.array([[2.0, 0.0], [0.0, 0.2]])}
-      >>> tx = oa.ekfac(1.0, objective, batch, kl_clip=None, damping=1e-6, estimator="ggn")
+      >>> tx = oa.ekfac(
+      ...     1.0, objective, example=batch, kl_clip=None, damping=1e-6, estimator="ggn"
+      ... )
       >>> params = {"w": jnp.ones((2, 1))}
       >>> grads = objective.grad(params, **batch)
       >>> updates, _ = tx.update(grads, tx.init(params), params, value_fn=objective, **batch)
@@ -487,7 +489,7 @@ def ekfac(
     """
     preconditioner = scale_by_ekfac(
         objective,
-        example,
+        example=example,
         damping=damping,
         decay=decay,
         factors_every=factors_every,

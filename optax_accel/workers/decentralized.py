@@ -35,7 +35,16 @@ import numpy as np
 import optax
 from jax import lax
 
-from optax_accel._arguments import check_integer, check_number, check_real_leaves, value_of
+from optax_accel._arguments import (
+    HOLD_FIXED,
+    check_count,
+    check_dtype,
+    check_learning_rate,
+    check_number,
+    check_real_leaves,
+    known_integer,
+    value_of,
+)
 from optax_accel.objective import vary_over
 from optax_accel.workers.topologies import Topology, consensus_distance, widen
 
@@ -58,9 +67,9 @@ class DecentralizedState(NamedTuple):
 
 def decentlam(
     learning_rate: optax.ScalarOrSchedule,
-    topology: Topology,
     momentum: float = 0.9,
     *,
+    topology: Topology,
     axis_name: str | None = None,
     consensus_every: int = 100,
     accumulator_dtype: Any = None,
@@ -79,11 +88,11 @@ def decentlam(
     Args:
       learning_rate: γ, at least 0, float or schedule.  Where it is 0 the parameters are mixed and
         nothing is added to the momentum (the rule divides by γ).
+      momentum: β in [0, 1).
       topology: who averages with whom, made by a constructor of ``optax_accel.topologies``.  With
         the default momentum a symmetric one, such as ``ring``, ``mesh_2d`` or ``exponential(n,
         symmetric=True)``; on the directed exponential graphs the method diverges from a momentum
         of about 0.5 (0.7 on few workers).
-      momentum: β in [0, 1).
       axis_name: the axis of the workers; ``None`` (default): a single worker.
       consensus_every: steps between computations of the state's ``consensus_distance``, each of
         which costs an all-reduce of the parameters; 0: never. 100 (our choice) keeps that below a
@@ -104,7 +113,7 @@ def decentlam(
       >>> import jax, jax.numpy as jnp, optax
       >>> import optax_accel as oa
       >>> targets = jnp.arange(4.0)  # each worker has its own; all together want their mean
-      >>> tx = oa.decentlam(0.1, oa.topologies.ring(4), axis_name="workers")
+      >>> tx = oa.decentlam(0.1, topology=oa.topologies.ring(4), axis_name="workers")
       >>> def step(x, state, target):
       ...     updates, state = tx.update(x - target, state, x)
       ...     return optax.apply_updates(x, updates), state
@@ -122,8 +131,8 @@ def decentlam(
     return _mixing(
         "decentlam",
         learning_rate,
-        topology,
         momentum,
+        topology=topology,
         axis_name=axis_name,
         consensus_every=consensus_every,
         accumulator_dtype=accumulator_dtype,
@@ -132,9 +141,9 @@ def decentlam(
 
 def dmsgd(
     learning_rate: optax.ScalarOrSchedule,
-    topology: Topology,
     momentum: float = 0.9,
     *,
+    topology: Topology,
     axis_name: str | None = None,
     consensus_every: int = 100,
     accumulator_dtype: Any = None,
@@ -147,11 +156,14 @@ def dmsgd(
 
     Args:
       learning_rate: at least 0, float or schedule.
-      topology: as in :func:`decentlam`, like the following ones.
-      momentum: see there.
-      axis_name: see there.
-      consensus_every: see there.
-      accumulator_dtype: see there.
+      momentum: momentum of each worker, in [0, 1).
+      topology: who averages with whom, made by a constructor of ``optax_accel.topologies``; any
+        graph is stable.
+      axis_name: the axis of the workers; ``None`` (default): a single worker.
+      consensus_every: steps between computations of the state's ``consensus_distance``, each of
+        which costs an all-reduce of the parameters; 0: never.
+      accumulator_dtype: dtype of the momentum, and at least that of what is sent; ``None``: that of
+        the parameters.
 
     Returns:
       The optimizer, with state :class:`DecentralizedState`.
@@ -162,7 +174,7 @@ def dmsgd(
     Example:
       >>> import jax.numpy as jnp, optax
       >>> import optax_accel as oa
-      >>> tx = oa.dmsgd(0.5, oa.topologies.ring(1))  # a single worker: SGD with momentum
+      >>> tx = oa.dmsgd(0.5, topology=oa.topologies.ring(1))  # a single worker: SGD with momentum
       >>> x = jnp.array([1.0, -2.0])
       >>> updates, state = tx.update(x, tx.init(x), x)
       >>> updates.tolist()
@@ -174,8 +186,8 @@ def dmsgd(
     return _mixing(
         "dmsgd",
         learning_rate,
-        topology,
         momentum,
+        topology=topology,
         axis_name=axis_name,
         consensus_every=consensus_every,
         accumulator_dtype=accumulator_dtype,
@@ -185,16 +197,17 @@ def dmsgd(
 def _mixing(
     method: str,
     learning_rate: optax.ScalarOrSchedule,
-    topology: Topology,
     momentum: float,
     *,
+    topology: Topology,
     axis_name: str | None,
     consensus_every: int,
     accumulator_dtype: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    check_number("learning_rate", learning_rate, 0, allow_schedule=True)
+    check_learning_rate(learning_rate)
     check_number("momentum", momentum, 0, 1, open_high=True)
-    check_integer("consensus_every", consensus_every, 0)
+    check_count("consensus_every", consensus_every, 0)
+    check_dtype("accumulator_dtype", accumulator_dtype)
     if not isinstance(topology, Topology):
         raise TypeError(
             "`topology` must be a Topology, such as optax_accel.topologies.ring(8); got "
@@ -211,7 +224,7 @@ def _mixing(
             )
 
     def init_fn(params: chex.ArrayTree) -> DecentralizedState:
-        check_real_leaves(params, method)
+        check_real_leaves(params, method, HOLD_FIXED)
         return DecentralizedState(
             count=jnp.zeros((), jnp.int32),
             momentum=optax.tree.zeros_like(params, dtype=accumulator_dtype),
@@ -268,10 +281,11 @@ def _mixing(
         )
 
     def distance(state: DecentralizedState, params: chex.ArrayTree) -> jax.Array:
-        if not consensus_every:
+        if known_integer(consensus_every) == 0:
             return state.consensus_distance
+        every = jnp.maximum(consensus_every, 1)
         return lax.cond(
-            state.count % consensus_every == 0,
+            (consensus_every > 0) & (state.count % every == 0),
             lambda: consensus_distance(params, axis_name),
             lambda: vary_over(state.consensus_distance, axis_name),
         )

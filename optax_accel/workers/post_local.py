@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_accel._arguments import check_integer
+from optax_accel._arguments import check_count, check_inner
 from optax_accel.objective import Objective, mean_arguments, vary_over
 from optax_accel.workers.topologies import distance_to, widen
 
@@ -43,9 +43,9 @@ class PostLocalSGDState(NamedTuple):
 
 def post_local_sgd(
     inner: optax.GradientTransformation,
+    *,
     local_steps: int,
     switch_step: int,
-    *,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Averages gradients at every step, then, after a switch, parameters every few steps.
@@ -77,7 +77,7 @@ def post_local_sgd(
 
     Raises:
       ValueError: an argument outside its range; in ``update``: missing ``params``.
-      TypeError: ``inner`` is no transformation, or a count no integer.
+      TypeError: ``inner`` is not a transformation, or a count is not an integer.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -102,10 +102,9 @@ def post_local_sgd(
     References:
       Lin et al., `Local SGD <https://arxiv.org/abs/1808.07217>`_, 2020.
     """
-    check_integer("local_steps", local_steps, 1)
-    check_integer("switch_step", switch_step, 0)
-    if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(f"`inner` must be an Optax transformation, got {inner!r}.")
+    check_count("local_steps", local_steps, 1)
+    check_count("switch_step", switch_step, 0)
+    check_inner(inner)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: chex.ArrayTree) -> PostLocalSGDState:

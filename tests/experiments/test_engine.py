@@ -201,7 +201,7 @@ def test_logged_loss_is_the_one_the_method_evaluated(mlp, batch):
 def test_state_lookup_ignores_parameters_of_that_name():
     tx = optax.chain(optax.trace(0.9), optax.trace(0.8), spy())
     opt_state = tx.init({"value": jnp.ones(3), "trace": jnp.ones(2)})
-    assert engine.find_in_state(opt_state, "value").shape == ()
+    assert engine.find_in_state(opt_state, "objective_value").shape == ()
     assert engine.find_in_state(opt_state, "trace") is opt_state[1].trace
     assert engine.find_in_state(opt_state, "alignment") is None
 
@@ -455,7 +455,7 @@ def test_scores_of_tokens_are_averages_that_can_be_averaged():
 
 @pytest.mark.parametrize(
     ("build", "number", "unroll"),
-    [(spy, 5, False), (lambda: oa.extrap_sgd(0.1, 0.05), 4, True)],
+    [(spy, 5, False), (lambda: oa.extrap_sgd(0.1, extrapolation_rate=0.05), 4, True)],
     ids=["spy", "extragradient"],
 )
 def test_micro_batches_make_the_step_of_the_batch(mlp, batch, build, number, unroll):
@@ -549,7 +549,7 @@ def test_micro_batches_in_parallel(mlp, mode, number):
     """On 4 devices, 6 examples each; divided by 3 evenly, and by 2."""
     graphdef, params, rest = mlp
     x, y = make_batch(24)
-    tx = oa.extrap_sgd(0.1, 0.05)
+    tx = oa.extrap_sgd(0.1, extrapolation_rate=0.05)
 
     def make_state():
         return engine.init_state(tx, params, rest)
@@ -576,7 +576,7 @@ def test_micro_batches_in_parallel(mlp, mode, number):
 def test_micro_batches_of_workers(norm_dropout, mode):
     graphdef, params, rest = norm_dropout
     x, y = make_batch(24)
-    tx = oa.extrap_sgd(0.1, 0.05)  # evaluates each worker's own loss
+    tx = oa.extrap_sgd(0.1, extrapolation_rate=0.05)  # evaluates each worker's own loss
 
     def step(state, batch, curvature, *, refresh, axis_name):
         del curvature, refresh

@@ -84,7 +84,7 @@ def test_solves_least_squares_in_one_step(x64, precondition):
 def test_direction_is_the_dense_solution(x64, damping, precondition):
     """(G + damping I) d = -g for a network, by a dense solve."""
     params, objective = double(mlp_init()), mlp()
-    tx = oa.hessian_free(0.3, damping, tolerance=0.0, precondition=precondition)
+    tx = oa.hessian_free(0.3, damping=damping, tolerance=0.0, precondition=precondition)
     updates, state = step(tx, params, objective=objective)
     matrix, flatten = dense(objective.gauss_newton(params), params)
     gradient = flatten(objective.grad(params))
@@ -353,7 +353,7 @@ def test_vmap_over_members_is_a_loop():
     """Though each member stops after iterations of its own."""
 
     def run(tolerance, rate):
-        tx = oa.hessian_free(rate, 0.1, tolerance=tolerance)
+        tx = oa.hessian_free(rate, damping=0.1, tolerance=tolerance)
         (params, state), losses = train(tx, mlp_init(), 4)
         return params, state.num_iterations, losses
 

@@ -77,7 +77,8 @@ def bias(x: np.ndarray) -> float:
 
 @functools.cache
 def converged(method: str, rate: float, momentum: float) -> np.ndarray:
-    tx = METHODS[method](rate, topologies.ring(N), momentum, axis_name="workers", consensus_every=0)
+    ring = topologies.ring(N)
+    tx = METHODS[method](rate, momentum, topology=ring, axis_name="workers", consensus_every=0)
     curvatures, centers = jnp.asarray(CURVATURES), jnp.asarray(CENTERS)
 
     def worker(h: jax.Array, c: jax.Array) -> jax.Array:
@@ -182,7 +183,8 @@ def test_workers_follow_the_simulation(x64: None, method: str, topology: str, mo
     """Of all workers in one NumPy array, with a learning rate that changes."""
     start, one, everyone = problem()
     schedule = lambda t: 0.1 - 0.01 * t  # noqa: E731
-    tx = METHODS[method](schedule, ON_EIGHT[topology], 0.3, axis_name="workers", consensus_every=2)
+    graph = ON_EIGHT[topology]
+    tx = METHODS[method](schedule, 0.3, topology=graph, axis_name="workers", consensus_every=2)
     seen, state = run(tx, start, one, 6, mode=mode)
     rates = [schedule(t) for t in range(6)]
     expected = simulate(method, ON_EIGHT[topology], start, everyone, rates, 0.3)
@@ -210,7 +212,7 @@ def test_on_the_complete_graph_it_is_parallel_momentum_sgd(x64: None, method: st
     start, one, everyone = problem()
     start = np.broadcast_to(start.mean(0), start.shape)
     schedule = optax.cosine_decay_schedule(0.1, 30)
-    tx = METHODS[method](schedule, topologies.complete(N), 0.9, axis_name="workers")
+    tx = METHODS[method](schedule, 0.9, topology=topologies.complete(N), axis_name="workers")
     seen, _ = run(tx, start, one, 20)
     rates = [float(schedule(t)) for t in range(20)]
     for x, expected in zip(seen, parallel_sgd(start, everyone, rates, 0.9), strict=True):
@@ -221,8 +223,9 @@ def test_on_the_complete_graph_it_is_parallel_momentum_sgd(x64: None, method: st
 
 def test_without_momentum_both_are_decentralized_sgd(x64: None) -> None:
     start, one, everyone = problem()
+    ring = topologies.ring(N)
     runs = {
-        name: run(make(0.05, topologies.ring(N), 0.0, axis_name="workers"), start, one, 10)[0]
+        name: run(make(0.05, 0.0, topology=ring, axis_name="workers"), start, one, 10)[0]
         for name, make in METHODS.items()
     }
     np.testing.assert_allclose(runs["decentlam"], runs["dmsgd"], rtol=1e-13)
@@ -237,7 +240,7 @@ def test_the_mean_gradient_is_kept_where_the_workers_agree(x64: None, topology: 
     """After one step from a common point, the momentum is the corrected gradient."""
     start, one, everyone = problem()
     start = np.broadcast_to(start[0], start.shape)
-    tx = oa.decentlam(0.05, ON_EIGHT[topology], 0.3, axis_name="workers")
+    tx = oa.decentlam(0.05, 0.3, topology=ON_EIGHT[topology], axis_name="workers")
     _, state = run(tx, start, one, 1)
     corrected, own = np.asarray(state.momentum), everyone(start)
     np.testing.assert_allclose(corrected.mean(0), own.mean(0), rtol=1e-12)
@@ -249,7 +252,7 @@ def test_the_mean_over_the_workers_takes_a_mean_step(x64: None) -> None:
     """Columns that sum to 1: mixing moves no mean, also where the workers disagree."""
     start, one, everyone = problem()
     for make in METHODS.values():
-        tx = make(0.05, topologies.mesh_2d(2, 4), axis_name="workers")
+        tx = make(0.05, topology=topologies.mesh_2d(2, 4), axis_name="workers")
         (x,), _ = run(tx, start, one, 1)
         np.testing.assert_allclose(
             x.mean(0), start.mean(0) - 0.05 * everyone(start).mean(0), rtol=1e-12
@@ -259,7 +262,7 @@ def test_the_mean_over_the_workers_takes_a_mean_step(x64: None) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_one_worker_is_sgd_with_momentum(x64: None, method: str) -> None:
     params = {"w": jnp.linspace(-1.0, 1, 6).reshape(2, 3), "b": jnp.ones(2)}
-    ours, theirs = METHODS[method](0.1, topologies.exponential(1)), optax.sgd(0.1, 0.9)
+    ours, theirs = METHODS[method](0.1, topology=topologies.exponential(1)), optax.sgd(0.1, 0.9)
     left = right = params
     states = [ours.init(params), theirs.init(params)]
     for _ in range(5):
@@ -296,9 +299,9 @@ def test_growth_is_that_of_the_simulation(topology: str, momentum: float) -> Non
 def test_momentum_that_diverges_is_refused(topology: str) -> None:
     message = r"decentlam diverges with momentum 0\.9 on topologies\..* grow by 1\.[0-9]+ a step"
     with pytest.raises(ValueError, match=message):
-        oa.decentlam(0.1, ON_EIGHT[topology], 0.9)
-    oa.decentlam(0.1, ON_EIGHT[topology], 0.3)
-    oa.dmsgd(0.1, ON_EIGHT[topology], 0.9)
+        oa.decentlam(0.1, 0.9, topology=ON_EIGHT[topology])
+    oa.decentlam(0.1, 0.3, topology=ON_EIGHT[topology])
+    oa.dmsgd(0.1, 0.9, topology=ON_EIGHT[topology])
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 5, 8, 64, 1024])
@@ -315,7 +318,7 @@ def test_weight_decay_in_front_belongs_to_each_workers_loss(x64: None) -> None:
     """The decay changes what is sent; behind the optimizer it would not."""
     start, one, everyone = problem()
     for name, make in METHODS.items():
-        tx = make(0.05, topologies.ring(N), 0.9, axis_name="workers")
+        tx = make(0.05, 0.9, topology=topologies.ring(N), axis_name="workers")
         seen, _ = run(optax.chain(optax.add_decayed_weights(0.1), tx), start, one, 5)
         expected = simulate(
             name, topologies.ring(N), start, lambda x: everyone(x) + 0.1 * x, [0.05] * 5, 0.9
@@ -327,7 +330,8 @@ def test_weight_decay_in_front_belongs_to_each_workers_loss(x64: None) -> None:
 def test_at_a_learning_rate_of_zero_parameters_are_only_mixed(x64: None, method: str) -> None:
     """Warm-up from 0 and decay to 0 must not divide by it."""
     start, one, everyone = problem()
-    tx = METHODS[method](lambda t: 0.05 * (t == 1), topologies.ring(N), axis_name="workers")
+    warm = lambda t: 0.05 * (t == 1)  # noqa: E731
+    tx = METHODS[method](warm, topology=topologies.ring(N), axis_name="workers")
     (first, second, third), state = run(tx, start, one, 3)
     w = topologies.ring(N).matrix(0)
     np.testing.assert_allclose(first, w @ start, rtol=1e-12)
@@ -342,7 +346,7 @@ def test_consensus_distance_is_measured_as_often_as_told() -> None:
     start, one, _ = problem()
 
     def distances(every: int) -> list[float]:
-        tx = oa.dmsgd(0.05, topologies.ring(N), axis_name="workers", consensus_every=every)
+        tx = oa.dmsgd(0.05, topology=topologies.ring(N), axis_name="workers", consensus_every=every)
 
         def worker(x: Any, i: Any) -> Any:
             state, seen = tx.init(x), []
@@ -358,7 +362,9 @@ def test_consensus_distance_is_measured_as_often_as_told() -> None:
     assert every_third == [always[0], always[0], always[0], always[3]]
     assert len(set(always)) == 4
     assert np.all(np.isnan(distances(0)))
-    assert np.isnan(oa.dmsgd(0.05, topologies.ring(N)).init(jnp.ones(2)).consensus_distance)
+    assert np.isnan(
+        oa.dmsgd(0.05, topology=topologies.ring(N)).init(jnp.ones(2)).consensus_distance
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -367,7 +373,8 @@ def test_communication(method: str, every: int) -> None:
     """One copy of the parameters to each neighbor, the same for both methods."""
     start = problem()[0]
     params = {"a": np.float32(start), "b": np.float32(start[:, :2])}
-    tx = METHODS[method](0.05, topologies.ring(N), axis_name="workers", consensus_every=every)
+    ring = topologies.ring(N)
+    tx = METHODS[method](0.05, topology=ring, axis_name="workers", consensus_every=every)
 
     def step(x: Any, state: Any) -> Any:
         return tx.update(x, state, x)
@@ -390,7 +397,9 @@ def test_narrow_parameters_and_wide_momentum() -> None:
     corrected = (exact - w @ (exact - 0.01 * everyone(exact))) / 0.01
     errors = {}
     for dtype in (None, jnp.float32):
-        tx = oa.decentlam(0.01, topologies.ring(N), axis_name="workers", accumulator_dtype=dtype)
+        tx = oa.decentlam(
+            0.01, topology=topologies.ring(N), axis_name="workers", accumulator_dtype=dtype
+        )
         gradient = lambda x, i: one(x.astype(jnp.float32), i).astype(jnp.bfloat16)  # noqa: E731
         seen, state = run(tx, narrow, gradient, 1)
         assert seen[0].dtype == jnp.bfloat16
@@ -402,7 +411,7 @@ def test_narrow_parameters_and_wide_momentum() -> None:
 
 def test_loop_inside_the_mapped_function() -> None:
     """Under `shard_map` the types of a loop's state must not change: varying stays varying."""
-    tx = oa.decentlam(0.05, topologies.ring(N), axis_name="workers", consensus_every=2)
+    tx = oa.decentlam(0.05, topology=topologies.ring(N), axis_name="workers", consensus_every=2)
     start, one, _ = problem()
 
     def worker(x: Any, i: Any) -> Any:

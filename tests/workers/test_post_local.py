@@ -85,7 +85,9 @@ def simulate(
 
 @pytest.mark.parametrize("mode", WORKER_MODES)
 def test_before_at_and_after_the_switch(x64: None, mode: str) -> None:
-    tx = oa.post_local_sgd(optax.sgd(0.1, 0.9), LOCAL, SWITCH, axis_name="workers")
+    tx = oa.post_local_sgd(
+        optax.sgd(0.1, 0.9), local_steps=LOCAL, switch_step=SWITCH, axis_name="workers"
+    )
     seen, states = run(tx, mode)
     expected, momenta, distances = simulate(SWITCH, LOCAL)
     np.testing.assert_allclose(seen, expected, rtol=1e-12)
@@ -101,13 +103,15 @@ def test_before_at_and_after_the_switch(x64: None, mode: str) -> None:
 
 @pytest.mark.parametrize(("switch", "local"), [(0, 1), (0, 3), (STEPS, 2), (1, 5)])
 def test_other_switches_and_periods(x64: None, switch: int, local: int) -> None:
-    tx = oa.post_local_sgd(optax.sgd(0.1, 0.9), local, switch, axis_name="workers")
+    tx = oa.post_local_sgd(
+        optax.sgd(0.1, 0.9), local_steps=local, switch_step=switch, axis_name="workers"
+    )
     np.testing.assert_allclose(run(tx)[0], simulate(switch, local)[0], rtol=1e-12)
 
 
 def test_until_the_switch_it_is_the_inner_method_on_the_mean_gradient() -> None:
     """Here Adam, whose moments would tell."""
-    tx = oa.post_local_sgd(optax.adam(0.1), 4, STEPS, axis_name="workers")
+    tx = oa.post_local_sgd(optax.adam(0.1), local_steps=4, switch_step=STEPS, axis_name="workers")
     seen, _ = run(tx)
     x, state = jnp.asarray(START, jnp.float32), optax.adam(0.1).init(jnp.zeros(3))
     for actual in seen:
@@ -119,7 +123,7 @@ def test_until_the_switch_it_is_the_inner_method_on_the_mean_gradient() -> None:
 
 def test_one_worker_is_the_inner_method_bit_for_bit() -> None:
     inner = optax.sgd(0.1, 0.9, nesterov=True)
-    left, right = oa.post_local_sgd(inner, LOCAL, SWITCH), inner
+    left, right = oa.post_local_sgd(inner, local_steps=LOCAL, switch_step=SWITCH), inner
     params = jnp.asarray(START, jnp.float32)
     states, x = [left.init(params), right.init(params)], [params, params]
     for _ in range(STEPS):
@@ -136,13 +140,17 @@ def test_one_worker_is_the_inner_method_bit_for_bit() -> None:
 def test_extragradient_inside(x64: None, mode: str) -> None:
     """The loss it is given averages before the switch: all extrapolate with the mean gradient."""
     inner = oa.extragradient(optax.sgd(0.1, 0.9), 0.2)
-    seen, _ = run(oa.post_local_sgd(inner, LOCAL, SWITCH, axis_name="workers"), mode)
+    seen, _ = run(
+        oa.post_local_sgd(inner, local_steps=LOCAL, switch_step=SWITCH, axis_name="workers"), mode
+    )
     np.testing.assert_allclose(seen, simulate(SWITCH, LOCAL, ahead=0.2)[0], rtol=1e-12)
 
 
 def test_extragradient_outside(x64: None) -> None:
     """Each worker extrapolates with its own gradient throughout."""
-    tx = oa.post_local_sgd(optax.sgd(0.1, 0.9), LOCAL, SWITCH, axis_name="workers")
+    tx = oa.post_local_sgd(
+        optax.sgd(0.1, 0.9), local_steps=LOCAL, switch_step=SWITCH, axis_name="workers"
+    )
     seen, _ = run(oa.extragradient(tx, 0.2))
     expected = simulate(SWITCH, LOCAL, ahead=0.2, shared_ahead=False)[0]
     np.testing.assert_allclose(seen, expected, rtol=1e-12)
@@ -152,7 +160,10 @@ def test_extragradient_outside(x64: None) -> None:
 def test_curvature_inside(x64: None) -> None:
     """Before the switch the dominant direction is the mean Hessian's, then the worker's own."""
     tx = oa.post_local_sgd(
-        oa.dom_sgd(0.1, 1, tracker=oa.ExactTracker(refresh_every=1)), 10, 1, axis_name="workers"
+        oa.dom_sgd(0.1, 1, tracker=oa.ExactTracker(refresh_every=1)),
+        local_steps=10,
+        switch_step=1,
+        axis_name="workers",
     )
     seen, _ = run(tx, num_steps=2)
     first = np.linalg.eigh(HESSIANS.mean(0))[1][:, -1]
@@ -167,7 +178,7 @@ def test_curvature_inside(x64: None) -> None:
 def test_line_search_inside(x64: None) -> None:
     """Value, gradient and loss are averages before the switch; no Objective is needed."""
     inner = optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(20))
-    tx = oa.post_local_sgd(inner, LOCAL, SWITCH, axis_name="workers")
+    tx = oa.post_local_sgd(inner, local_steps=LOCAL, switch_step=SWITCH, axis_name="workers")
 
     def step(x: Any, state: Any, i: Any) -> Any:
         own = lambda x: loss(x, i)  # noqa: E731
@@ -189,7 +200,10 @@ def test_line_search_inside(x64: None) -> None:
 
 def test_arguments_of_the_loss_are_passed_on(x64: None) -> None:
     tx = oa.post_local_sgd(
-        oa.extragradient(optax.sgd(0.1, 0.9), 0.2), LOCAL, SWITCH, axis_name="workers"
+        oa.extragradient(optax.sgd(0.1, 0.9), 0.2),
+        local_steps=LOCAL,
+        switch_step=SWITCH,
+        axis_name="workers",
     )
 
     def step(x: Any, state: Any, i: Any) -> Any:
@@ -205,7 +219,9 @@ def test_arguments_of_the_loss_are_passed_on(x64: None) -> None:
 
 def test_communication(x64: None) -> None:
     """One all-reduce of the gradient, or one of the parameters, each under its condition."""
-    tx = oa.post_local_sgd(optax.sgd(0.1, 0.9), LOCAL, SWITCH, axis_name="workers")
+    tx = oa.post_local_sgd(
+        optax.sgd(0.1, 0.9), local_steps=LOCAL, switch_step=SWITCH, axis_name="workers"
+    )
 
     def step(x: Any, state: Any) -> Any:
         return tx.update(x, state, x)
@@ -221,7 +237,7 @@ def test_communication(x64: None) -> None:
 
 
 def test_narrow_parameters_average_in_float32() -> None:
-    tx = oa.post_local_sgd(optax.sgd(0.5), 1, 0, axis_name="workers")
+    tx = oa.post_local_sgd(optax.sgd(0.5), local_steps=1, switch_step=0, axis_name="workers")
     x = jnp.asarray(RNG.normal(size=(N, 50)), jnp.bfloat16)
     step = over_workers("vmap", lambda x, s: tx.update(jnp.zeros_like(x), s, x), N)
     updates, state = step(x, jax.vmap(tx.init)(x))
