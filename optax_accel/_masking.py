@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import Partial
+
+from optax_accel._arguments import check_real_leaves
+from optax_accel.objective import Objective
 
 Mask: TypeAlias = chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None
 
 
-def resolve(tree: chex.ArrayTree, mask: Mask) -> chex.ArrayTree:
-    """A boolean for every leaf of ``tree``, from a mask that may be a prefix or a function.
+def resolve(params: chex.ArrayTree, mask: Mask) -> chex.ArrayTree | None:
+    """A boolean for every leaf of the parameters; None, which stands for all, stays None.
+
+    The mask may be a prefix or a function.  As in Optax it is a function only if its leaves can be
+    called: a module with booleans in place of its parameters is a tree of booleans.
+    Resolve a mask on the *parameters* and use the result for their gradients: those of leaves that
+    are not differentiated may be ``None`` or of the dtype ``float0``.
 
     Raises:
-      ValueError: the mask does not fit the tree or holds something else than booleans.
+      ValueError: the mask does not fit the parameters or holds something else than booleans.
     """
-    given = mask(tree) if callable(mask) else mask
+    if mask is None:
+        return None
+    leaves, given = jax.tree.leaves(mask), mask
+    if isinstance(mask, Partial) or (callable(mask) and leaves and all(map(callable, leaves))):
+        given = mask(params)
 
     def spread(selected: Any, part: chex.ArrayTree) -> chex.ArrayTree:
-        if not isinstance(selected, bool | np.bool_):
+        if not _is_boolean(selected):
             raise ValueError(f"found {selected!r} in it")
         return jax.tree.map(lambda _: bool(selected), part)
 
     try:
-        return jax.tree.map(spread, given, tree)
+        return jax.tree.map(spread, given, params)
     except ValueError as error:
         raise ValueError(
             "`mask` must be a pytree of booleans like the parameters (or a prefix of it), or a "
@@ -35,20 +50,121 @@ def resolve(tree: chex.ArrayTree, mask: Mask) -> chex.ArrayTree:
         ) from error
 
 
-def select(tree: chex.ArrayTree, mask: Mask) -> chex.ArrayTree:
+def select(tree: chex.ArrayTree, chosen: chex.ArrayTree | None) -> chex.ArrayTree:
     """The part of a tree that takes part; the rest becomes ``MaskedNode``, without leaves."""
-    if mask is None:
+    if chosen is None:
         return tree
-    return jax.tree.map(lambda m, x: x if m else optax.MaskedNode(), resolve(tree, mask), tree)
+    return jax.tree.map(lambda m, x: x if m else optax.MaskedNode(), chosen, tree)
 
 
-def merge(part: chex.ArrayTree, whole: chex.ArrayTree, mask: Mask) -> chex.ArrayTree:
+def merge(
+    part: chex.ArrayTree, whole: chex.ArrayTree, chosen: chex.ArrayTree | None
+) -> chex.ArrayTree:
     """The whole tree with the selected part replaced."""
-    if mask is None:
+    if chosen is None:
         return part
-    flat, treedef = jax.tree.flatten(whole)
-    chosen = jax.tree.leaves(resolve(whole, mask))
-    replacements = iter(jax.tree.leaves(part))
-    return jax.tree.unflatten(
-        treedef, [next(replacements) if m else x for m, x in zip(chosen, flat, strict=True)]
+    return jax.tree.map(lambda m, new, old: new if m else old, chosen, part, whole)
+
+
+def check_selected(params: chex.ArrayTree, mask: Mask, method: str) -> None:
+    """Raises ``TypeError`` if a leaf that takes part is not real floating point."""
+    if mask is None:
+        advice = "leave it out with `mask=`"
+    else:
+        advice = "`mask` selects it: set it to False there"
+    check_real_leaves(select(params, resolve(params, mask)), method, advice)
+
+
+def with_fixed_leaves(
+    make: Callable[[chex.ArrayTree | None], optax.GradientTransformation], mask: Mask
+) -> optax.GradientTransformationExtraArgs:
+    """A masked method that never meets the masked-out leaves that cannot be differentiated.
+
+    Integers, booleans and PRNG keys become ``None`` for the method and whatever is inside, and
+    their updates pass as they come: ``float0`` or ``None`` or a leaf of the same kind.
+
+    Args:
+      make: the transformation for a mask that is resolved, or None.
+      mask: pytree of booleans like the parameters (or a prefix of it), function or None.
+    """
+
+    def init_fn(params: chex.ArrayTree) -> optax.OptState:
+        chosen, trained = _parts(params, mask)
+        return make(_hide(chosen, trained)).init(_hide(params, trained))
+
+    def update_fn(
+        updates: chex.ArrayTree,
+        state: optax.OptState,
+        params: chex.ArrayTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[chex.ArrayTree, optax.OptState]:
+        chosen, trained = _parts(updates if params is None else params, mask)
+        tx = optax.with_extra_args_support(make(_hide(chosen, trained)))
+        if trained is None:
+            return tx.update(updates, state, params, **extra_args)
+        if extra_args.get("grad") is not None:
+            extra_args["grad"] = _hide(extra_args["grad"], trained)
+        extra_args = precompose_all(extra_args, lambda part: merge(part, params, trained))
+        new_updates, state = tx.update(
+            _hide(updates, trained),
+            state,
+            None if params is None else _hide(params, trained),
+            **extra_args,
+        )
+        return merge(new_updates, updates, trained), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def precompose_all(
+    extra_args: dict[str, Any], transform: Callable[[chex.ArrayTree], chex.ArrayTree]
+) -> dict[str, Any]:
+    """Extra arguments of ``update`` whose losses are functions of what ``transform`` takes."""
+    return {
+        name: _precompose(argument, transform)
+        if name.endswith("value_fn") and callable(argument)
+        else argument
+        for name, argument in extra_args.items()
+    }
+
+
+def _precompose(value_fn: Any, transform: Callable[[chex.ArrayTree], chex.ArrayTree]) -> Any:
+    if isinstance(value_fn, Objective):
+        return value_fn.precompose(transform)
+
+    @functools.wraps(value_fn)
+    def composed(params: chex.ArrayTree, *args: Any, **kwargs: Any) -> Any:
+        return value_fn(transform(params), *args, **kwargs)
+
+    return composed
+
+
+def _parts(
+    params: chex.ArrayTree, mask: Mask
+) -> tuple[chex.ArrayTree | None, chex.ArrayTree | None]:
+    """The resolved mask, and which leaves can be trained: None if all are, or if none may not."""
+    chosen = resolve(params, mask)
+    if chosen is None:
+        return None, None
+    trained = jax.tree.map(lambda m, p: m or _is_inexact(p), chosen, params)
+    return chosen, None if all(jax.tree.leaves(trained)) else trained
+
+
+def _hide(tree: chex.ArrayTree | None, trained: chex.ArrayTree | None) -> chex.ArrayTree | None:
+    if tree is None or trained is None:
+        return tree
+    return jax.tree.map(lambda m, x: x if m else None, trained, tree)
+
+
+def _is_inexact(leaf: Any) -> bool:
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _is_boolean(leaf: Any) -> bool:
+    """Whether it decides on a leaf: a Python or NumPy boolean or a known boolean scalar."""
+    if isinstance(leaf, jax.core.Tracer):
+        return False
+    return isinstance(leaf, bool | np.bool_) or (
+        isinstance(leaf, np.ndarray | jax.Array) and leaf.dtype == bool and leaf.ndim == 0
     )

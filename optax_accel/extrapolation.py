@@ -33,10 +33,9 @@ from optax_accel._arguments import (
     check_inner,
     check_learning_rate,
     check_number,
-    check_real_leaves,
     value_of,
 )
-from optax_accel._masking import Mask, merge, select
+from optax_accel._masking import Mask, check_selected, merge, resolve, select, with_fixed_leaves
 from optax_accel._random import as_key, map_with_keys
 from optax_accel.objective import as_objective, check_params, mean_arguments, vary_over
 
@@ -125,6 +124,8 @@ def extragradient(
       key: PRNG key or integer seed of the noise; under ``axis_name`` each replica draws its own.
       mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
         parameters to one: leaves to extrapolate; the others stay at ``params``.  ``None``: all.
+        Masked-out integers, booleans and PRNG keys are hidden from ``inner``; their updates pass
+        unchanged.
 
     Returns:
       A transformation with state :class:`ExtragradientState`.
@@ -152,14 +153,37 @@ def extragradient(
             "gradient, which must be the same on all replicas; leave `axis_name` out."
         )
     check_inner(inner)
-    inner = optax.with_extra_args_support(inner)
     initial_key = as_key(key) if direction in _NOISE else None
+
+    def make(mask: Mask) -> optax.GradientTransformationExtraArgs:
+        return _extragradient(
+            optax.with_extra_args_support(inner),
+            extrapolation_rate,
+            direction,
+            axis_name,
+            trust_ratio,
+            initial_key,
+            mask,
+        )
+
+    return with_fixed_leaves(make, mask)
+
+
+def _extragradient(
+    inner: optax.GradientTransformationExtraArgs,
+    extrapolation_rate: optax.ScalarOrSchedule,
+    direction: Direction,
+    axis_name: str | None,
+    trust_ratio: bool,
+    initial_key: chex.PRNGKey | None,
+    mask: Mask,
+) -> optax.GradientTransformationExtraArgs:
     name = "extragradient"
 
     def init_fn(params: chex.ArrayTree) -> ExtragradientState:
         if direction != "none":
             check_params(params, name)
-            check_real_leaves(params, name)
+            check_selected(params, mask, name)
         return ExtragradientState(
             count=jnp.zeros((), jnp.int32),
             objective_value=jnp.full((), jnp.inf, jnp.float32),
@@ -226,8 +250,9 @@ def extragradient(
         else:
             step = updates if axis_name is None else objective.grad(point)
 
-        ahead = _extrapolate(select(point, mask), select(step, mask), rate, trust_ratio)
-        half = merge(ahead, point, mask)
+        chosen = resolve(params, mask)
+        ahead = _extrapolate(select(point, chosen), select(step, chosen), rate, trust_ratio)
+        half = merge(ahead, point, chosen)
         value, own_gradient = objective.value_and_grad(half)
         gradient = own_gradient
         if axis_name is not None:

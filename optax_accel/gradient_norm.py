@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_accel._arguments import check_inner, check_number, check_real_leaves, value_of
-from optax_accel._masking import Mask, merge, select
+from optax_accel._arguments import check_inner, check_number, value_of
+from optax_accel._masking import Mask, check_selected, merge, resolve, select, with_fixed_leaves
 from optax_accel.objective import as_objective, check_params, vary_over
 
 
@@ -83,6 +83,8 @@ def gnp(
         both points.
       mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
         parameters to one: leaves to perturb, whose gradient's norm is penalized.  ``None``: all.
+        Masked-out integers, booleans and PRNG keys are hidden from ``inner``; their updates pass
+        unchanged.
 
     Returns:
       A transformation with state :class:`GNPState`.
@@ -108,12 +110,23 @@ def gnp(
     check_number("rho", rho, 0, allow_schedule=True)
     check_number("alpha", alpha, 0, allow_schedule=True)
     check_inner(inner)
-    inner = optax.with_extra_args_support(inner)
+    return with_fixed_leaves(
+        lambda mask: _gnp(optax.with_extra_args_support(inner), rho, alpha, axis_name, mask), mask
+    )
+
+
+def _gnp(
+    inner: optax.GradientTransformationExtraArgs,
+    rho: optax.ScalarOrSchedule,
+    alpha: optax.ScalarOrSchedule,
+    axis_name: str | None,
+    mask: Mask,
+) -> optax.GradientTransformationExtraArgs:
     name = "gnp"
 
     def init_fn(params: chex.ArrayTree) -> GNPState:
         check_params(params, name)
-        check_real_leaves(params, name)
+        check_selected(params, mask, name)
         return GNPState(
             count=jnp.zeros((), jnp.int32),
             gradient_norm=jnp.full((), jnp.inf, jnp.float32),
@@ -140,15 +153,16 @@ def gnp(
         if axis_name is not None:
             objective, point = objective.local, vary_over(params, axis_name)
             first = objective.grad(point)
-        direction = select(first, mask)
+        chosen = resolve(params, mask)
+        direction = select(first, chosen)
         norm = optax.tree.norm(jax.tree.map(_widen, direction))
         scale = jnp.where(norm > 0, radius / jnp.where(norm > 0, norm, 1), 0)
         ahead = jax.tree.map(
             lambda x, g: (_widen(x) + scale * _widen(g)).astype(x.dtype),
-            select(point, mask),
+            select(point, chosen),
             direction,
         )
-        second = objective.grad(merge(ahead, point, mask))
+        second = objective.grad(merge(ahead, point, chosen))
         mixed = jax.tree.map(
             lambda g, h: ((1 - weight) * _widen(g) + weight * _widen(h)).astype(g.dtype),
             first,

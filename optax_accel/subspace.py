@@ -35,11 +35,11 @@ from jax import lax
 from optax_accel._arguments import (
     check_choice,
     check_integer,
+    check_learning_rate,
     check_number,
-    check_real_leaves,
     value_of,
 )
-from optax_accel._masking import Mask, merge, select
+from optax_accel._masking import Mask, check_selected, merge, resolve, select, with_fixed_leaves
 from optax_accel.curvature import BlockTracker, Eigenspace, Tracker, blocks
 from optax_accel.objective import as_objective, check_params
 
@@ -188,8 +188,8 @@ def interpolate_subspaces(
 
     def init_fn(params: chex.ArrayTree) -> InterpolateSubspacesState:
         check_params(params, name)
-        selected = select(params, mask)
-        check_real_leaves(selected, name)
+        check_selected(params, mask, name)
+        selected = select(params, resolve(params, mask))
         space = tracker.init(selected, num_directions)
         # Two arrays, because one can be donated only once.
         alignment, alignment_ema = (jnp.zeros((), space.eigenvalues.dtype) for _ in range(2))
@@ -214,11 +214,12 @@ def interpolate_subspaces(
     ) -> tuple[chex.ArrayTree, InterpolateSubspacesState]:
         _check_refresh(refresh)
         count, space = state.count, state.space
+        chosen = resolve(updates if params is None else params, mask)
         k = space.eigenvalues.shape[0]
         tracked_from = count >= start_step
         if k > 0 and refresh is not False:
-            selected, gradient = select(params, mask), updates if grad is None else grad
-            gradient = select(gradient, mask)
+            selected, gradient = select(params, chosen), updates if grad is None else grad
+            gradient = select(gradient, chosen)
             objective = None
             if tracker.needs_objective:
                 own = curvature_value_fn is not None
@@ -229,7 +230,7 @@ def interpolate_subspaces(
                     params=params,
                     why="track the dominant subspace of its Hessian",
                     argument="curvature_value_fn" if own else "value_fn",
-                ).precompose(lambda part: merge(part, params, mask))
+                ).precompose(lambda part: merge(part, params, chosen))
 
             def refreshed(old: Eigenspace) -> Eigenspace:
                 cold = {"cold": True, "warm": False}.get(refresh)  # type: ignore[arg-type]
@@ -241,7 +242,7 @@ def interpolate_subspaces(
             else:
                 space = refreshed(space)
 
-        vector = select(updates, mask)
+        vector = select(updates, chosen)
         everything = k == blocks.dimension(vector)
         dominant, alignment = _dominant_component(vector, space, everything)
         measured = space.usable & tracked_from
@@ -272,7 +273,7 @@ def interpolate_subspaces(
             alignment_ema=ema,
             active=active,
         )
-        return merge(weighted, updates, mask), new_state
+        return merge(weighted, updates, chosen), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -355,7 +356,7 @@ def interpolated_sgd(
     dominant_weight: optax.ScalarOrSchedule,
     bulk_weight: optax.ScalarOrSchedule,
     *,
-    base: BaseOptimizer = optax.sgd,
+    base: BaseOptimizer | None = None,
     tracker: Tracker | None = None,
     start_step: int = 0,
     switch_alignment: float | None = None,
@@ -397,14 +398,16 @@ def interpolated_sgd(
       >>> [round(float(u), 4) for u in updates]
       [-0.05, -0.1, -0.1]
     """
-    if not callable(base):
+    check_learning_rate(learning_rate)
+    factory = optax.sgd if base is None else base
+    if not callable(factory):
         raise TypeError(
             f"`base` must be a function of the learning rate, such as optax.sgd, got {base!r}. "
             "Under optax.inject_hyperparams use optax_accel.inject_hyperparams, which leaves it be."
         )
-    return optax.chain(
-        base(learning_rate),
-        interpolate_subspaces(
+
+    def make(mask: Mask) -> optax.GradientTransformation:
+        projection = interpolate_subspaces(
             num_directions,
             dominant_weight,
             bulk_weight,
@@ -413,15 +416,18 @@ def interpolated_sgd(
             switch_alignment=switch_alignment,
             alignment_decay=alignment_decay,
             mask=mask,
-        ),
-    )
+        )
+        return optax.chain(factory(learning_rate), projection)
+
+    make(mask)  # bad arguments show here
+    return with_fixed_leaves(make, mask)
 
 
 def dom_sgd(
     learning_rate: optax.ScalarOrSchedule,
     num_directions: int,
     *,
-    base: BaseOptimizer = optax.sgd,
+    base: BaseOptimizer | None = None,
     tracker: Tracker | None = None,
     start_step: int = 0,
     switch_alignment: float | None = None,
@@ -463,7 +469,7 @@ def bulk_sgd(
     learning_rate: optax.ScalarOrSchedule,
     num_directions: int,
     *,
-    base: BaseOptimizer = optax.sgd,
+    base: BaseOptimizer | None = None,
     tracker: Tracker | None = None,
     start_step: int = 0,
     switch_alignment: float | None = None,

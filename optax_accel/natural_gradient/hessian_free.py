@@ -42,11 +42,10 @@ from jax.scipy.sparse.linalg import cg
 from optax_accel._arguments import (
     check_count,
     check_number,
-    check_real_leaves,
     known_integer,
     value_of,
 )
-from optax_accel._masking import Mask, merge, select
+from optax_accel._masking import Mask, check_selected, merge, resolve, select
 from optax_accel.objective import as_objective, check_params, mean_over, vary_over
 
 # Iterations in the first window (Martens, 2010, section 4.4), and the growth of later ones.
@@ -173,8 +172,8 @@ def hessian_free(
 
     def init_fn(params: chex.ArrayTree) -> HessianFreeState:
         check_params(params, name)
-        selected = select(params, mask)
-        check_real_leaves(selected, name)
+        check_selected(params, mask, name)
+        selected = select(params, resolve(params, mask))
 
         def zeros() -> chex.ArrayTree:
             return jax.tree.map(lambda p: jnp.zeros_like(_widen(p)), selected)
@@ -203,14 +202,15 @@ def hessian_free(
             objective = as_objective(
                 given, extra_args, method=name, params=params, why=why, argument=argument
             )
-            return objective.precompose(lambda part: merge(part, params, mask))
+            return objective.precompose(lambda part: merge(part, params, chosen))
 
+        chosen = None if params is None else resolve(params, mask)
         loss = objective_of(value_fn, "value_fn", "compare the loss with what was predicted")
         curved = loss
         if curvature_value_fn is not None:
             curved = objective_of(curvature_value_fn, "curvature_value_fn", "take its curvature")
-        position = select(params, mask)
-        gradient = jax.tree.map(_widen, select(updates, mask))
+        position = select(params, chosen)
+        gradient = jax.tree.map(_widen, select(updates, chosen))
         if not jax.tree.leaves(gradient):  # nothing to move
             return updates, state._replace(count=optax.safe_increment(state.count))
         curvature = curved.gauss_newton(position)
@@ -242,7 +242,7 @@ def hessian_free(
             return jax.tree.map(
                 lambda d, u: (jnp.asarray(size, d.dtype) * d).astype(u.dtype),
                 direction,
-                select(updates, mask),
+                select(updates, chosen),
             )
 
         def loss_after(size: Any) -> jax.Array:
@@ -271,7 +271,7 @@ def hessian_free(
             size = jnp.where(rises(after) & (max_halvings > 0), 0, size)
         step = step_of(size)
         finite = jnp.isfinite(optax.tree.norm(direction))
-        return merge(step, updates, mask), HessianFreeState(
+        return merge(step, updates, chosen), HessianFreeState(
             count=optax.safe_increment(state.count),
             damping=(strength * jnp.where(telling, factor, 1)).astype(jnp.float32),
             # Nothing bad is started from.
