@@ -20,7 +20,6 @@ are all zero, and exact derivatives of powerpropagation at 0, where the plain fo
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import sys
 from collections.abc import Callable
@@ -30,11 +29,17 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
-from optax_accel import _masking
-from optax_accel._arguments import check_inner, check_integer, check_number, check_real_leaves
-from optax_accel._masking import Mask
-from optax_accel.objective import Objective
+from optax_accel._arguments import check_floating_leaves, check_inner, check_integer, check_number
+from optax_accel._masking import (
+    Mask,
+    check_selected,
+    merge,
+    precompose_all,
+    select,
+    with_fixed_leaves,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +49,8 @@ class Reparametrization:
     Args:
       forward: the array from its coordinates; differentiable, of the shape of the parameters.
       inverse: coordinates, any pytree of floating-point arrays, of a given array: those that the
-        optimization starts from, so that ``forward(inverse(w))`` should be ``w``. Evaluated once.
+        optimization starts from, so that ``forward(inverse(w))`` should be ``w``. They are taken
+        at the start and wherever the parameters have been changed from outside.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -163,10 +169,15 @@ class ReparametrizeState(NamedTuple):
     Attributes:
       coordinates: like the parameters, with the coordinates of each reparametrized array in its
         place, in float32 or wider; ``optax.MaskedNode`` in place of the others.
+      image: the parameters that the last update led to, where the next one expects to find them;
+        ``optax.MaskedNode`` in place of those that are not reparametrized.
+      resets: number of updates that found other parameters there; int32 scalar.
       inner_state: state of the inner transformation.
     """
 
     coordinates: chex.ArrayTree
+    image: chex.ArrayTree
+    resets: jax.Array
     inner_state: chex.ArrayTree
 
 
@@ -189,16 +200,15 @@ def reparametrize(
     ``optax.chain(optax.add_decayed_weights(1e-4), reparametrize(...))``, as the penalty on the
     parameters whose gradient it is, pulled back.  Clip likewise.
 
-    The coordinates in the state decide.  ``params`` follow them to one rounding, which does not add
-    up: the update leads from ``params`` as they are given to the image of the new coordinates.
-    Therefore the next step undoes what is done to reparametrized parameters from outside, and what
-    a transformation chained *behind* does to their updates.  After loading, averaging or pruning
-    parameters move the coordinates there, and keep the inner state::
+    ``params`` follow the coordinates in the state to one rounding, which does not add up: the
+    update leads from ``params`` as they are given to the image of the new coordinates.  In
+    bfloat16, the coordinates are a master copy of the parameters in float32.
 
-      fresh = optax.tree.get(tx.init(params), "coordinates")
-      state = optax.tree.set(state, coordinates=fresh)
-
-    In bfloat16, the coordinates are a master copy of the parameters in float32.
+    Where an array is not what the last update led to, by more than the rounding of its dtype, it
+    was changed from outside: loaded, averaged (``optax.lookahead``), pruned, projected, or by a
+    transformation chained *behind*.  Then its coordinates are computed anew from the array, the
+    inner state is kept, and ``resets`` in the state counts the update.  Weight normalization
+    forgets how long the directions have grown at that point.
 
     Args:
       inner: transformation or optimizer.
@@ -206,11 +216,13 @@ def reparametrize(
         one's own, applied to each array.
       mask: pytree of booleans like the parameters (or a prefix of it: True for everything), or a
         function from the parameters to one: arrays to reparametrize; the inner transformation has
-        the others as they are.  ``None`` (default): those with two or more axes, as both papers
-        leave biases alone.
+        the others as they are, except for masked-out integers, booleans and PRNG keys, which are
+        hidden from it and whose updates pass unchanged.  ``None`` (default): floating-point arrays
+        with two or more axes, as both papers leave biases alone.
 
     Returns:
-      A transformation with state :class:`ReparametrizeState`.
+      A transformation with state :class:`ReparametrizeState`.  Memory: the coordinates, a copy of
+      the reparametrized arrays, and the inner state.
 
     Raises:
       TypeError: ``inner`` or ``reparametrization`` is something else; in ``init``: parameters to
@@ -241,30 +253,46 @@ def reparametrize(
             "`reparametrization` must be a Reparametrization, such as weight_norm() or "
             f"powerprop(2.0), got {reparametrization!r}."
         )
-    inner = optax.with_extra_args_support(inner)
-    forward, inverse = reparametrization.forward, reparametrization.inverse
+    rule = _real_matrices if mask is None else mask
+    return with_fixed_leaves(
+        lambda chosen: _reparametrize(
+            optax.with_extra_args_support(inner), reparametrization, chosen
+        ),
+        rule,
+    )
 
-    def chosen(params: chex.ArrayTree) -> chex.ArrayTree:
-        return _masking.resolve(params, _has_two_axes if mask is None else mask)
+
+def _reparametrize(
+    inner: optax.GradientTransformationExtraArgs,
+    maps: Reparametrization,
+    chosen: chex.ArrayTree,
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation for a mask that is resolved."""
+    forward, inverse = maps.forward, maps.inverse
 
     def init_fn(params: chex.ArrayTree) -> ReparametrizeState:
-        selected = chosen(params)
-        check_real_leaves(_masking.select(params, selected), "reparametrize")
+        check_selected(params, chosen, "reparametrize")
 
         def start(path: Any, w: jax.Array) -> chex.ArrayTree:
             coordinates = inverse(_widen(w))
             shape = jax.eval_shape(forward, coordinates).shape
-            if shape != w.shape:
+            if shape != jnp.shape(w):
                 raise ValueError(
                     "reparametrize: `forward(inverse(w))` must have the shape of the parameters, "
                     f"but for {jax.tree_util.keystr(path) or '(root)'} it is {shape}, not "
-                    f"{w.shape}."
+                    f"{jnp.shape(w)}."
                 )
             # Copies with dtypes of their own: a step may donate parameters and state.
             return jax.tree.map(lambda c: jnp.array(c, c.dtype, copy=True), coordinates)
 
-        coordinates = jax.tree_util.tree_map_with_path(start, _masking.select(params, selected))
-        return ReparametrizeState(coordinates, inner.init(_join(selected, params, coordinates)))
+        selected = select(params, chosen)
+        coordinates = jax.tree_util.tree_map_with_path(start, selected)
+        return ReparametrizeState(
+            coordinates=coordinates,
+            image=jax.tree.map(lambda w: jnp.array(w, jnp.result_type(w), copy=True), selected),
+            resets=jnp.zeros((), jnp.int32),
+            inner_state=inner.init(merge(coordinates, params, chosen)),
+        )
 
     def update_fn(
         updates: chex.ArrayTree,
@@ -277,8 +305,17 @@ def reparametrize(
                 "reparametrize needs the parameters, which it leads to the image of the new "
                 "coordinates. Call it as: tx.update(grads, state, params)."
             )
-        selected = chosen(params)
-        point = _join(selected, params, state.coordinates)
+        selected = select(params, chosen)
+        moved_away = jax.tree.map(_differ, selected, state.image)
+        coordinates = jax.tree.map(
+            lambda away, w, c: jax.tree.map(
+                lambda new, old: jnp.where(away, new, old), inverse(_widen(w)), c
+            ),
+            moved_away,
+            selected,
+            state.coordinates,
+        )
+        point = merge(coordinates, params, chosen)
 
         def pull_back(gradient: chex.ArrayTree) -> chex.ArrayTree:
             def pull(m: bool, g: jax.Array, c: chex.ArrayTree) -> chex.ArrayTree:
@@ -287,12 +324,12 @@ def reparametrize(
                 image, transposed = jax.vjp(forward, c)
                 return transposed(g.astype(image.dtype))[0]
 
-            return jax.tree.map(pull, selected, gradient, point)
+            return jax.tree.map(pull, chosen, gradient, point)
 
         def to_params(coordinates: chex.ArrayTree) -> chex.ArrayTree:
             return jax.tree.map(
                 lambda m, p, c: forward(c).astype(p.dtype) if m else c,
-                selected,
+                chosen,
                 params,
                 coordinates,
             )
@@ -301,43 +338,52 @@ def reparametrize(
         if "grad" in extra_args:
             given = extra_args["grad"]
             extra_args["grad"] = gradient if given is updates else pull_back(given)
-        for name, argument in extra_args.items():
-            if name.endswith("value_fn") and callable(argument):
-                extra_args[name] = _precompose(argument, to_params)
+        extra_args = precompose_all(extra_args, to_params)
         inner_updates, inner_state = inner.update(gradient, state.inner_state, point, **extra_args)
         moved = optax.apply_updates(point, inner_updates)
 
-        def lead(
-            m: bool, g: jax.Array, p: jax.Array, u: chex.ArrayTree, c: chex.ArrayTree
-        ) -> jax.Array:
-            return (forward(c) - _widen(p)).astype(g.dtype) if m else u
+        def lead(m: bool, g: jax.Array, p: jax.Array, u: Any, c: chex.ArrayTree) -> jax.Array:
+            return _rounded(forward(c) - _widen(p), g.dtype) if m else u
 
-        new_updates = jax.tree.map(lead, selected, updates, params, inner_updates, moved)
-        return new_updates, ReparametrizeState(_masking.select(moved, selected), inner_state)
+        new_updates = jax.tree.map(lead, chosen, updates, params, inner_updates, moved)
+        away = jax.tree.leaves(moved_away)
+        return new_updates, ReparametrizeState(
+            coordinates=select(moved, chosen),
+            image=optax.apply_updates(selected, select(new_updates, chosen)),
+            resets=jnp.where(
+                jnp.any(jnp.stack(away)) if away else False,
+                optax.safe_increment(state.resets),
+                state.resets,
+            ),
+            inner_state=inner_state,
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _join(
-    selected: chex.ArrayTree, params: chex.ArrayTree, coordinates: chex.ArrayTree
-) -> chex.ArrayTree:
-    """What the inner transformation optimizes: coordinates where selected, parameters elsewhere."""
-    return jax.tree.map(lambda m, p, c: c if m else p, selected, params, coordinates)
+def _differ(params: jax.Array, image: jax.Array) -> jax.Array:
+    """Whether an array was changed by more than the rounding of the sum that led to it."""
+    p, q = _widen(params), _widen(image)
+    # Sums of narrow numbers are computed in float32 and rounded once, those of others as compilers
+    # see fit: with or without fused multiplication.
+    spacings = 1 if params.dtype.itemsize < 4 else 4
+    rounding = spacings * jnp.finfo(params.dtype).eps * jnp.maximum(jnp.abs(p), jnp.abs(q))
+    same = (p == q) | (jnp.abs(p - q) <= rounding) | (jnp.isnan(p) & jnp.isnan(q))
+    return ~jnp.all(same)
 
 
-def _precompose(value_fn: Any, transform: Callable[[chex.ArrayTree], chex.ArrayTree]) -> Any:
-    if isinstance(value_fn, Objective):
-        return value_fn.precompose(transform)
-
-    @functools.wraps(value_fn)
-    def composed(params: chex.ArrayTree, *args: Any, **kwargs: Any) -> Any:
-        return value_fn(transform(params), *args, **kwargs)
-
-    return composed
+def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """A cast that compilers do not leave out: what is kept must be what the caller applies."""
+    info = jnp.finfo(dtype)
+    return lax.reduce_precision(x, info.nexp, info.nmant).astype(dtype)
 
 
-def _has_two_axes(params: chex.ArrayTree) -> chex.ArrayTree:
-    return jax.tree.map(lambda p: jnp.ndim(p) >= 2, params)
+def _real_matrices(params: chex.ArrayTree) -> chex.ArrayTree:
+    """The default mask; nothing else has been said about leaves that cannot be trained."""
+    check_floating_leaves(params, "reparametrize", "leave it out with `mask=`")
+    return jax.tree.map(
+        lambda p: jnp.ndim(p) >= 2 and jnp.issubdtype(jnp.result_type(p), jnp.floating), params
+    )
 
 
 def _widen(x: jax.Array) -> jax.Array:

@@ -240,19 +240,71 @@ def test_coordinates_are_a_master_copy_of_bfloat16():
     assert np.float32(params["w"][0, 0]) < 1
 
 
-def test_coordinates_decide_and_can_be_moved():
+def test_parameters_changed_from_outside_are_taken():
+    """Their coordinates are computed anew, those of other arrays and the inner state are kept."""
     params = mlp_init((3, 5, 2))
-    tx = oa.reparametrize(optax.adam(0.01), oa.weight_norm())
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    state = tx.init(params)
-    other = jax.tree.map(lambda p: p + 1, params)
-    updates, _ = tx.update(zeros, state, other)
-    back = optax.apply_updates(other, updates)
-    tree_allclose(back["layer0"]["w"], params["layer0"]["w"], rtol=3e-7)
-    tree_equal(back["layer0"]["b"], other["layer0"]["b"])  # not reparametrized
-    moved = optax.tree.set(state, coordinates=optax.tree.get(tx.init(other), "coordinates"))
-    updates, _ = tx.update(zeros, moved, other)
-    tree_allclose(optax.apply_updates(other, updates), other, rtol=3e-7)
+    tx = oa.reparametrize(optax.sgd(0.1, momentum=0.9), oa.weight_norm())
+    updates, state = tx.update(params, tx.init(params), params)
+    params = optax.apply_updates(params, updates)
+    params["layer0"]["w"] = params["layer0"]["w"].at[0, 0].multiply(1.001)  # or pruned, or loaded
+    still = tx.init(params)._replace(inner_state=state.inner_state)
+    expected, fresh = tx.update(params, still, params)
+    actual, after = tx.update(params, state, params)
+    assert (state.resets, after.resets, fresh.resets) == (0, 1, 0)
+    tree_equal(actual["layer0"], expected["layer0"])
+    tree_equal(after.coordinates["layer0"]["w"], fresh.coordinates["layer0"]["w"])
+    tree_equal(after.inner_state[0].trace["layer0"], fresh.inner_state[0].trace["layer0"])
+    # The other layer's directions have grown and stay so.
+    lengths = (jnp.linalg.norm(s.coordinates["layer1"]["w"]["directions"]) for s in (after, fresh))
+    assert next(lengths) > next(lengths)
+
+
+@pytest.mark.parametrize("behind", [lambda tx: optax.lookahead(tx, 3, 0.5), None])
+def test_wrapped_in_methods_that_move_parameters(behind):
+    """The identity as a map changes nothing, whoever averages or scales what it led to."""
+
+    def wrapped(inner):
+        if behind is not None:
+            return behind(inner)
+        return optax.chain(inner, optax.scale(0.5), optax.keep_params_nonnegative())
+
+    results = []
+    for inner in (
+        optax.sgd(0.2),
+        oa.reparametrize(optax.sgd(0.2), oa.powerprop(1.0), mask=True),
+    ):
+        tx = wrapped(inner)
+        params = jnp.array([1.0, 0.02, 3.0])
+        if behind is not None:
+            params = optax.LookaheadParams.init_synced(params)
+        state = tx.init(params)
+        for _ in range(8):
+            point = params if behind is None else params.fast
+            updates, state = tx.update(jnp.array([3.0, 1.0, 0.1]) * (point + 0.5), state, params)
+            params = optax.apply_updates(params, updates)
+        results.append(params)
+    tree_allclose(*results, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_rounding_is_no_change_from_outside(dtype):
+    """Compiled or not, with gradients of another dtype, and with weights that cross zero."""
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(40, 30)), dtype)}
+    for maps in (oa.weight_norm(), oa.powerprop(2.0)):
+        tx = oa.reparametrize(optax.sgd(0.3), maps)
+        for wrap in (jax.jit, lambda step: step):
+            for gradient_dtype in (dtype, "float32"):
+
+                def step(params, state, tx=tx, gradient_dtype=gradient_dtype):
+                    gradient = jax.tree.map(lambda p: (p + 0.1).astype(gradient_dtype), params)
+                    updates, state = tx.update(gradient, state, params)
+                    return optax.apply_updates(params, updates), state
+
+                now, state = params, tx.init(params)
+                run = wrap(step)
+                for _ in range(6):
+                    now, state = run(now, state)
+                assert state.resets == 0
 
 
 def test_flax_model_with_explicit_weight_normalization(x64):
@@ -305,5 +357,8 @@ def test_wrong_maps_are_refused():
     text = re.escape("for ['layer']['w'] it is (1, 2), not (3, 2)")
     with pytest.raises(ValueError, match=text):
         oa.reparametrize(optax.sgd(0.1), halves).init(params)
-    with pytest.raises(TypeError, match=r"'n'.* has dtype int32"):
-        oa.reparametrize(optax.sgd(0.1), oa.weight_norm()).init({"n": jnp.ones((2, 2), int)})
+    for mask, advice in ((None, "leave it out with `mask=`"), (True, "`mask` selects it")):
+        with pytest.raises(TypeError, match=rf"'n'.* has dtype int32; {advice}"):
+            oa.reparametrize(optax.sgd(0.1), oa.weight_norm(), mask=mask).init(
+                {"n": jnp.ones((2, 2), int)}
+            )
