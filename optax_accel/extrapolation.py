@@ -223,7 +223,7 @@ def _extragradient(
         )
         if axis_name is not None:
             objective = objective.local
-        point = vary_over(params, axis_name)
+        point, chosen = vary_over(params, axis_name), resolve(params, mask)
         rate = value_of(extrapolation_rate, state.count)
         inner_state = state.inner_state
 
@@ -236,7 +236,7 @@ def _extragradient(
             step_key = jax.random.fold_in(state.rng_key, state.count)
             if axis_name is not None:
                 step_key = jax.random.fold_in(step_key, lax.axis_index(axis_name))
-            step = _noise(step_key, point, direction)
+            step = _noise(step_key, select(point, chosen), direction)
         elif extrapolation_value_fn is not None:
             other = as_objective(
                 extrapolation_value_fn,
@@ -250,7 +250,6 @@ def _extragradient(
         else:
             step = updates if axis_name is None else objective.grad(point)
 
-        chosen = resolve(params, mask)
         ahead = _extrapolate(select(point, chosen), select(step, chosen), rate, trust_ratio)
         half = merge(ahead, point, chosen)
         value, own_gradient = objective.value_and_grad(half)
