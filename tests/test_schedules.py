@@ -249,14 +249,22 @@ def test_onecycle_as_torch(interpolation: Any) -> None:
     np.testing.assert_allclose(values(cycle.momentum, t), [e[1] for e in expected], rtol=1e-14)
 
 
-def test_onecycle_takes_its_rate_from_optax() -> None:
-    t = np.arange(120)
-    for interpolation, theirs in (
-        ("linear", optax.linear_onecycle_schedule(100, 0.3)),
-        ("cosine", optax.cosine_onecycle_schedule(100, 0.3)),
-    ):
-        ours = oa.onecycle(100, 0.3, interpolation=interpolation).learning_rate
-        np.testing.assert_array_equal(values(ours, t), values(theirs, t))
+@pytest.mark.parametrize("interpolation", ["linear", "cosine"])
+def test_onecycle_rates_of_the_default_shape(interpolation: Any) -> None:
+    """Up to step 30; down, linearly in two parts that meet at the start value in step 85."""
+    linear = interpolation == "linear"
+    steps, rates = ([0, 30, 85, 100], [0.012, 0.3, 0.012, 1.2e-6])
+    if not linear:
+        steps, rates = [0, 30, 100], [0.012, 0.3, 1.2e-6]
+    anneal = anneal_linear if linear else anneal_cosine
+    expected = [
+        anneal(a, b, (t - begin) / (end - begin))
+        for begin, end, a, b in zip(steps, steps[1:], rates, rates[1:], strict=False)
+        for t in range(begin, end)
+    ]
+    got = values(oa.onecycle(100, 0.3, interpolation=interpolation).learning_rate, np.arange(120))
+    np.testing.assert_allclose(got[:100], expected, rtol=RTOL, atol=1e-7 * 0.3)
+    np.testing.assert_allclose(got[100:], 1.2e-6, rtol=RTOL)
 
 
 def test_momentum_moves_with_the_rate() -> None:

@@ -9,6 +9,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -211,6 +212,14 @@ def test_extreme_curves(results: dict[str, Any], tmp_path: Path, change: dict[st
     for row in results["rows"]:
         row["curve"] |= change
     report.write_all(tmp_path, results)
+    assert (tmp_path / "curves.png").stat().st_size > (tmp_path / "rates.png").stat().st_size
+    panels = report.curves(results).axes
+    assert len(panels) == 4
+    for axes in panels:
+        low, high = axes.get_ylim()
+        for row, line in zip(results["rows"], axes.lines, strict=False):  # the target comes last
+            assert len(line.get_ydata()) == len(row["curve"]["step"]) - 1
+            assert np.all((low <= line.get_ydata()) & (line.get_ydata() <= high))
 
 
 def test_each_principal_method_has_its_own_color() -> None:
