@@ -1,12 +1,11 @@
-"""The gauntlet: what every method has to pass, those of the catalogue and the bare building blocks.
+"""The gauntlet: what every method has to pass, ready-made optimizers and bare building blocks.
 
-A method registered in `experiments.methods` is picked up from there. One tiny problem serves all
-tests, and the tests of one case run one after the other and share its compiled programs.
+One tiny problem serves all tests, and the tests of one case run one after the other and share its
+compiled programs.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -21,10 +20,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 import optax_accel as oa
-from experiments.methods import ADAM_RATES, METHODS, SGD_RATES
 from optax_accel.extrapolation import Direction
 from tests.helpers import (
-    least_squares,
     over_workers,
     quick_jit,
     signature,
@@ -32,10 +29,17 @@ from tests.helpers import (
     tree_equal,
     with_eigenspace,
 )
+from tests.methods import (
+    ADAM_RATES,
+    NUM_STEPS,
+    OPTIMIZERS,
+    PER_WORKER,
+    PROBLEM,
+    SGD_RATES,
+    Case,
+    K,
+)
 
-PROBLEM = least_squares()
-K = PROBLEM.num_directions
-NUM_STEPS = 60
 PARTS = {
     "everything": jax.tree.map(np.ones_like, PROBLEM.dominant),
     "bulk": jax.tree.map(np.logical_not, PROBLEM.dominant),
@@ -43,51 +47,6 @@ PARTS = {
     # The inputs have mean zero, so the mean outputs depend on the biases alone.
     "weights": {"dense": {"w": np.ones((4, 2), bool)}, "b": np.zeros(2, bool)},
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One method of the gauntlet and the part of the parameters that it optimizes."""
-
-    name: str
-    build: Callable[[Any], optax.GradientTransformationExtraArgs]
-    rates: tuple[float, ...] = SGD_RATES
-    optimizes: str = "everything"  # or a part, see `PARTS`: the rest it must not touch
-    refresh: Callable[[int], bool | str | None] | None = None  # in a host-driven loop
-    factors: bool = False  # refreshes K-FAC's factors, not a basis
-    slow: bool = False  # for variants of what another case covers
-
-    @property
-    def basis(self) -> bool:
-        """Whether it follows a dominant subspace."""
-        return self.refresh is not None and not self.factors
-
-
-# Methods that another one covers here.
-VARIANTS = (
-    *("cyclical2_sgd", "exp_range_sgd", "onecycle_cosine_sgd"),
-    *("amsbound", "weight_norm_adam", "bulk_sgd_round_robin"),
-)
-
-
-def from_catalogue(name: str) -> Case:
-    method = METHODS[name]
-    return Case(
-        name,
-        lambda rate: method.build(
-            rate, total_steps=NUM_STEPS, num_classes=K, objective=PROBLEM.objective()
-        ),
-        method.learning_rates,
-        {
-            "bulk_sgd": "bulk",
-            "bulk_sgd_round_robin": "bulk",
-            "bulk_sgd_gradient": "weights",
-            "dom_sgd": "dominant",
-        }.get(name, "everything"),
-        method.refresh if method.refresh(0) else None,
-        factors=method.needs_objective,
-        slow=name in VARIANTS or (method.fidelity == "Optax" and name not in ("sgd", "adam")),
-    )
 
 
 def chained(name: str, *parts: Any, rates: tuple[float, ...] = SGD_RATES, **kwargs: Any) -> Case:
@@ -99,14 +58,18 @@ def chained(name: str, *parts: Any, rates: tuple[float, ...] = SGD_RATES, **kwar
 CURVED: dict[str, Any] = {"refresh": oa.refresh_at}
 TRACKER = oa.BlockTracker(refresh_every=2, oversampling=1, order="magnitude")
 KFAC: dict[str, Any] = {"damping": 0.1, "factors_every": 2, "inverses_every": 4}
-# The catalogue has the others.
+# Those that the ready-made optimizers have not.
 TRACKERS: dict[str, oa.Tracker] = {
     "gradient rows": oa.GradientTracker(rows="gradient", refresh_every=1, buffer=2),
     "exact": oa.ExactTracker(refresh_every=3),
     "bfloat16 basis": oa.BlockTracker(refresh_every=2, storage_dtype=jnp.bfloat16),
 }
 CASES = (
-    *map(from_catalogue, METHODS),
+    *OPTIMIZERS,
+    *(
+        Case(name, lambda rate, name=name: PER_WORKER[name](rate, None, 1))
+        for name in ("post_local_sgd", "decentlam", "dmsgd")
+    ),
     chained("project_to_bulk", oa.project_to_bulk(K), optimizes="bulk", **CURVED, slow=True),
     chained(
         "project_to_dominant", oa.project_to_dominant(K), optimizes="dominant", **CURVED, slow=True
@@ -149,7 +112,7 @@ CASES = (
                 optax.sgd(rate), 0.1, direction, trust_ratio=direction == "gaussian"
             ),
         )
-        # The catalogue has the others.
+        # Those that `extrap_sgd` and `extra_adam` do not take.
         for direction in get_args(Direction)
         if direction not in ("gradient", "past", "inner_update")
     ),
@@ -254,6 +217,12 @@ def run(request: pytest.FixtureRequest) -> Runner:
     return Runner(request.param)
 
 
+def check_convergence(relative_losses: jax.Array) -> None:
+    """Whether losses fell, of one rate of the grid far; the two highest rates may diverge."""
+    assert jnp.all(relative_losses[:3] < 1), relative_losses  # no comparison with NaN is true
+    assert jnp.nanmin(relative_losses) < 0.01, relative_losses
+
+
 def test_converges(run: Runner) -> None:
     """On the part that it optimizes; `dom_sgd` does not converge on the rest, nor should it."""
     objective, end = PROBLEM.objective(), at((slice(None), -1), run.trajectories)
@@ -262,7 +231,7 @@ def test_converges(run: Runner) -> None:
     relative_loss = jax.vmap(lambda p: objective(cut(p, PROBLEM.optimum)))(end) / objective(
         cut(PROBLEM.params, PROBLEM.optimum)
     )
-    assert jnp.nanmin(relative_loss) < 0.01, f"losses for {run.case.rates}: {relative_loss}"
+    check_convergence(relative_loss)
     moved = jax.tree.map(
         lambda p, x, x0: jnp.where(p[None], 0, x[:3] - x0[None]), part, end, PROBLEM.params
     )
@@ -387,13 +356,10 @@ def test_non_finite_values_leave_the_basis_alone(case: Case, poisoned: str) -> N
 
 WORKERS = 4
 X, Y = (a.reshape(WORKERS, -1, a.shape[1]) for a in (PROBLEM.x, PROBLEM.y))
-PER_WORKER = [name for name, method in METHODS.items() if method.per_worker]
 
 
 def build_worker(name: str, rate: Any) -> Any:
-    return METHODS[name].build(
-        rate, total_steps=NUM_STEPS, num_classes=K, axis_name="workers", num_workers=WORKERS
-    )
+    return PER_WORKER[name](rate, "workers", WORKERS)
 
 
 def copies(tree: Any) -> Any:
@@ -405,7 +371,7 @@ def worker_trajectory(name: str) -> Any:
     """20 steps with the middle one of the learning rates."""
 
     def run(x: Any, y: Any) -> Any:
-        tx = build_worker(name, METHODS[name].learning_rates[2])
+        tx = build_worker(name, SGD_RATES[2])
         return train(tx, PROBLEM.params, x, y, 20)
 
     return over_workers("vmap", run, WORKERS)(X, Y)
@@ -419,20 +385,20 @@ def test_workers_converge(name: str) -> None:
         return at(-1, train(build_worker(name, rate), PROBLEM.params, x, y, NUM_STEPS))
 
     over_rates = jax.vmap(jax.vmap(run, (None, 0, 0), axis_name="workers"), (0, None, None))
-    end = quick_jit(over_rates)(np.float32(METHODS[name].learning_rates), X, Y)
+    end = quick_jit(over_rates)(np.float32(SGD_RATES), X, Y)
     mean = jax.tree.map(lambda leaf: leaf.mean(1), end)
     objective = PROBLEM.objective()
     for losses in (
         jax.vmap(jax.vmap(objective))(end).max(1),
         jax.vmap(objective)(mean),
     ):
-        assert jnp.nanmin(losses) < 0.01 * objective(PROBLEM.params), losses
+        check_convergence(losses / objective(PROBLEM.params))
 
 
 @pytest.mark.parametrize("mode", ["pmap", "shard_map"])
 @pytest.mark.parametrize("name", PER_WORKER)
 def test_workers_on_devices_are_those_of_a_simulation(name: str, mode: str) -> None:
-    tx = build_worker(name, METHODS[name].learning_rates[2])
+    tx = build_worker(name, SGD_RATES[2])
     one = over_workers(mode, functools.partial(step, tx), WORKERS)
     params, state = copies(PROBLEM.params), copies(tx.init(PROBLEM.params))
     for i in range(20):
@@ -445,7 +411,7 @@ def test_workers_on_devices_are_those_of_a_simulation(name: str, mode: str) -> N
 @pytest.mark.parametrize("name", PER_WORKER)
 def test_workers_in_a_chain_and_with_micro_batches(name: str) -> None:
     """Neutral neighbors and micro-batches that are all alike change nothing."""
-    rate = METHODS[name].learning_rates[2]
+    rate = SGD_RATES[2]
     chain = optax.chain(
         optax.clip_by_global_norm(1e6), build_worker(name, rate), optax.add_decayed_weights(0.0)
     )
@@ -707,3 +673,6 @@ def test_the_gauntlet_covers_every_factory() -> None:
         and "Callable" not in str(inspect.signature(fn).return_annotation)
     }
     assert returns == set(FACTORIES)
+    run = {case.name.split()[0] for case in CASES}
+    # `adabound` is nothing but `scale_by_adabound`; loss scales have tests of their own.
+    assert {f.__name__ for f in returns} - run == {"scale_by_adabound", "dynamic_loss_scale"}

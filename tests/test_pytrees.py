@@ -14,9 +14,9 @@ import optax
 import pytest
 
 import optax_accel as oa
-from experiments.methods import METHODS
 from optax_accel.curvature import blocks
 from tests.helpers import quick_jit, signature, tree_allclose, tree_equal
+from tests.methods import OPTIMIZERS, Case
 
 PyTree = Any
 
@@ -86,13 +86,15 @@ def quadratic(params: PyTree) -> jax.Array:
 
 
 # K-FAC knows one network's parameters.
-@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if not m.needs_objective])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=c.name.replace(" ", "-")) for c in OPTIMIZERS if not c.factors]
+)
 @on_edges
 @hypothesis.given(shapes=TREES)
 @FEW
-def test_updates_look_like_the_gradients(name: str, shapes: PyTree) -> None:
+def test_updates_look_like_the_gradients(case: Case, shapes: PyTree) -> None:
     """Structure, shapes and dtypes of the updates; the state keeps its own."""
-    tx = METHODS[name].build(0.1, total_steps=10, num_classes=2)
+    tx = case.build(0.1)
     state = jax.eval_shape(tx.init, shapes)
 
     def update(params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:

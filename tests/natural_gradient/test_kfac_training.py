@@ -1,4 +1,4 @@
-"""K-FAC and EKFAC as people train with them: devices, models, bad batches, wrong input."""
+"""K-FAC and EKFAC as people train with them: devices, bad batches, wrong input."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
-import models
 import optax_accel as oa
-from experiments import engine
 from optax_accel.natural_gradient import factors as stats
 from optax_accel.objective import vary_over
 from tests.helpers import (
@@ -161,75 +158,7 @@ def test_each_inverse_is_computed_once():
     assert sorted(calls) == [0, 1, 2, 3, 3]
 
 
-# -- models as people train them ------------------------------------------------------------------
-
-
-class Normalized(nnx.Module):
-    """Batch normalization and dropout."""
-
-    def __init__(self, input_shape: tuple[int, ...], num_classes: int, rngs: nnx.Rngs):
-        self.linear1 = nnx.Linear(*input_shape, 6, rngs=rngs)
-        self.norm = nnx.BatchNorm(6, rngs=rngs)
-        self.dropout = nnx.Dropout(0.1, rngs=rngs)
-        self.linear2 = nnx.Linear(6, num_classes, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.linear2(self.dropout(nnx.relu(self.norm(self.linear1(x)))))
-
-
-MODELS: dict[str, tuple[Any, tuple[int, ...]]] = {
-    "convolutions": (models.Cnn, (4, 4, 1)),
-    "bfloat16": (functools.partial(models.Mlp, hidden_sizes=(7,), param_dtype="bfloat16"), (9,)),
-    "batch norm and dropout": (Normalized, (5,)),
-    "attention": (
-        functools.partial(
-            models.Transformer,
-            vocabulary_size=9,
-            embedding_size=8,
-            num_layers=1,
-            num_heads=2,
-            feedforward_size=7,
-            dropout_rate=0.1,
-        ),
-        (5,),
-    ),
-}
-SLOW = ("convolutions", "attention")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in MODELS]
-)
-@pytest.mark.parametrize("kind", ["factored", "ekfac"])
-def test_trains_models(name, kind):
-    """By the engine's step: losses fall, dtypes stay, factors are in single precision."""
-    build, shape = MODELS[name]
-    graphdef, params, rest = engine.split(build(input_shape=shape, num_classes=3, rngs=nnx.Rngs(0)))
-    rng = np.random.default_rng(0)
-    x = np.float32(rng.normal(size=(12, *shape)))
-    x = rng.integers(1, 9, x.shape) if name == "attention" else x
-    y = jnp.arange(12) % 3
-    objective = engine.objective(graphdef, rest)
-    example = {"x": jax.ShapeDtypeStruct(x.shape, x.dtype)}
-    optimizer = oa.ekfac if kind == "ekfac" else oa.kfac
-    tx = optimizer(
-        0.05, objective, example, damping=0.1, likelihood="categorical", inverses_every=4
-    )
-    state = engine.init_state(tx, params, rest)
-
-    @functools.partial(jax.jit, static_argnames="refresh")
-    def step(state: Any, refresh: Any) -> Any:
-        return engine.train_step(tx, graphdef, state, x, y, refresh=refresh)
-
-    losses, before = [], signature(state)
-    for i in range(12):
-        state, metrics = step(state, oa.kfac_refresh_at(i, 1, 4))
-        assert signature(state) == before
-        assert metrics["finite"]
-        losses.append(float(metrics["loss"]))
-    assert losses[-1] < 0.8 * losses[0], losses
-    factors = optax.tree.get(state.opt_state, "factors")
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(factors)} == {"float32"}
+# -- what it gains ------------------------------------------------------------------------------
 
 
 def test_a_fifth_of_the_steps_of_sgd():
@@ -253,7 +182,9 @@ def test_a_fifth_of_the_steps_of_sgd():
             (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=num_steps)
             return objective(params)
 
-        return jnp.nanmin(jax.jit(jax.vmap(run))(jnp.logspace(-1, 0, 3)))
+        losses = jax.jit(jax.vmap(run))(jnp.logspace(-1, 0, 3))
+        assert jnp.isfinite(losses[0])  # the highest rates may be too high
+        return jnp.nanmin(losses)
 
     sgd = reached(functools.partial(optax.sgd, momentum=0.9), 200)
     settings = {"likelihood": "gaussian", "inverses_every": 1, "kl_clip": 0.01, "momentum": 0.0}

@@ -15,9 +15,7 @@ from flax import linen as nn
 from flax import nnx
 from jax import lax
 
-import models
 import optax_accel as oa
-from experiments import engine
 from optax_accel.natural_gradient import factors as stats
 from optax_accel.natural_gradient.layers import find
 
@@ -415,7 +413,8 @@ def as_layer(layer: Any) -> Any:
 
 def nnx_attention() -> Any:
     model = nnx.MultiHeadAttention(num_heads=2, in_features=6, decode=False, rngs=nnx.Rngs(0))
-    graphdef, params, rest = engine.split(model)
+    graphdef, *states = nnx.split(model, nnx.Param, ...)
+    params, rest = (nnx.as_pure(state) for state in states)
     x = jnp.asarray(normal(N, T, 6), jnp.float32)
     return lambda p: nnx.merge(graphdef, p, rest)(x), params
 
@@ -435,42 +434,6 @@ def test_libraries(build, counts):
     found = [block.kind for block in network.blocks]
     assert {kind: found.count(kind) for kind in found} == counts
     assert all(block.has_bias for block in network.blocks if block.kronecker)
-
-
-ZOO: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
-    "mlp": ({"input_shape": (4, 4, 1), "hidden_sizes": (5,)}, {"dense": 2}),
-    "cnn": ({"input_shape": (8, 8, 3)}, {"convolution": 2, "dense": 1}),
-    "resnet20": ({"input_shape": (8, 8, 3)}, {"convolution": 19, "dense": 1, "scale-shift": 38}),
-    "transformer": (
-        {
-            "input_shape": (6,),
-            "vocabulary_size": 11,
-            "embedding_size": 8,
-            "num_heads": 2,
-            "feedforward_size": 7,
-            "dropout_rate": 0.1,
-        },
-        {"dense": 9, "embedding": 1, "scale-shift": 8},
-    ),
-}
-
-
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=[pytest.mark.slow])])
-@pytest.mark.parametrize("name", ZOO)
-def test_describe_finds_every_layer_of_the_zoo(name, dtype):
-    """Batch normalization, dropout and half precision change nothing in it."""
-    options, counts = ZOO[name]
-    model = models.create(name, num_classes=3, param_dtype=dtype, **options)
-    graphdef, params, rest = engine.split(model)
-    x = jax.ShapeDtypeStruct(
-        (4, *options["input_shape"]), jnp.int32 if "vocabulary_size" in options else jnp.float32
-    )
-    text = oa.describe_layers(engine.objective(graphdef, rest), params, {"x": x})
-    found = [kind for line in text.splitlines()[1:] for kind in counts if f"  {kind} " in line]
-    assert {kind: found.count(kind) for kind in found} == counts
-    assert len(found) == len(text.splitlines()) - 1
-    weights = sum("kernel" in line for line in text.splitlines())
-    assert weights == counts["dense"] + counts.get("convolution", 0)
 
 
 def test_masked_parameters_have_no_block():
