@@ -22,16 +22,86 @@ from jax import lax
 from jax.tree_util import Partial
 
 from optax_accel._arguments import check_integer
-from optax_accel.accumulation import mean_over_micro_batches, vary_over
+from optax_accel.accumulation import (
+    as_weight,
+    is_inexact,
+    mean_over_micro_batches,
+    shares_of,
+    vary_over,
+    weighted,
+)
 
 ValueFn = Callable[..., jax.Array]
+HasAux = bool | Literal["loss", "predict", "both"]
+
+
+class _Functions(NamedTuple):
+    """What an objective is made of; all of them take further arguments by name."""
+
+    predict: Callable[..., Any] | None
+    loss: Callable[..., Any]
+    weight: Callable[..., chex.Numeric] | None
+    aux_of: tuple[str, ...]  # which of "predict" and "loss" return a pair
+
+    def change(self, change: Callable[[Any, str], Any]) -> _Functions:
+        """Other functions, made of those there are."""
+        new = {
+            name: function and change(function, name)
+            for name, function in self._asdict().items()
+            if name != "aux_of"
+        }
+        return self._replace(**new)
+
+    def outputs_and_aux(self, params: chex.ArrayTree, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if self.predict is None:
+            return params, None
+        outputs = _call_by_name(self.predict, params, kwargs)
+        return _pair(outputs, "predict") if "predict" in self.aux_of else (outputs, None)
+
+    def outputs(self, params: chex.ArrayTree, kwargs: dict[str, Any]) -> chex.ArrayTree:
+        return self.outputs_and_aux(params, kwargs)[0]
+
+    def loss_and_aux(self, outputs: chex.ArrayTree, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        value, aux = _call_by_name(self.loss, outputs, kwargs), None
+        if "loss" in self.aux_of:
+            value, aux = _pair(value, "loss" if self.predict else "value_fn")
+        return _scalar(value, self.predict is not None), aux
+
+    def loss_of(self, outputs: chex.ArrayTree, kwargs: dict[str, Any]) -> jax.Array:
+        return self.loss_and_aux(outputs, kwargs)[0]
+
+    def value_and_aux(
+        self, params: chex.ArrayTree, kwargs: dict[str, Any]
+    ) -> tuple[jax.Array, Any]:
+        outputs, of_predict = self.outputs_and_aux(params, kwargs)
+        value, of_loss = self.loss_and_aux(outputs, kwargs)
+        if self.aux_of == ("predict", "loss"):
+            return value, (of_predict, of_loss)
+        return value, of_predict if "predict" in self.aux_of else of_loss
+
+    def value(self, params: chex.ArrayTree, kwargs: dict[str, Any]) -> jax.Array:
+        return self.value_and_aux(params, kwargs)[0]
+
+    def weight_of(self, kwargs: dict[str, Any]) -> jax.Array | None:
+        if self.weight is None:
+            return None
+        names, _, variadic = argument_names(self.weight, skip=0)
+        return as_weight(self.weight(**_named(kwargs, names, variadic)))
+
+
+_AUX_OF: dict[Any, tuple[str, ...]] = {
+    False: (),
+    True: ("loss",),
+    "loss": ("loss",),
+    "predict": ("predict",),
+    "both": ("predict", "loss"),
+}
 
 
 class _MicroBatches(NamedTuple):
     """How an accumulated objective evaluates the loss."""
 
-    predict: Callable[..., chex.ArrayTree] | None  # these take the batch by name
-    loss: ValueFn
+    functions: _Functions  # these take the batch by name
     batch: dict[str, chex.ArrayTree]
     number: int
     unroll: bool
@@ -49,20 +119,45 @@ class Objective:
     by name, either in the call, ``objective(params, x=x, y=y)``, or as extra arguments of
     ``tx.update(..., value_fn=objective, x=x, y=y)``, as in Optax's line searches.
 
+    **Means.** The loss of a batch is a mean, and wherever a batch is seen in parts (micro-batches,
+    the batches of a loader, replicas) the parts are averaged.  By default a micro-batch and a batch
+    of a loader count by their number of examples and all replicas count alike, which is right for
+    a mean over examples if replicas have equally many.  It is wrong for a loss that divides by
+    something else, such as the number of valid tokens under a mask: nothing in the batch says so,
+    and a mask among its arguments is not looked at.  Declare what the loss divides by as
+    ``weight``; then value, gradient and all products are those of the whole batch for any split.
+
+    **Auxiliary outputs.** With ``has_aux``, :meth:`value_and_grad` returns
+    ``((value, aux), gradient)``, as ``jax.value_and_grad`` does; everything else, calls of the
+    objective and :meth:`grad` included, leaves them out.  Over micro-batches and replicas the
+    floating-point leaves of ``aux`` are averaged as the loss is; all other leaves (counters, keys)
+    are those of the last micro-batch and of the own replica.  Every micro-batch starts from the
+    same arguments, so the running statistics of batch normalization are those after one step with
+    the mean of the micro-batches' statistics; to hand them on from part to part, use
+    :func:`~optax_accel.mean_over_micro_batches`.
+
     Args:
       predict: maps parameters (any pytree) to outputs (any pytree of float arrays).
       loss: maps the outputs to a scalar (shape ``()``); for a batch, the *mean* over its examples,
-        so that means over replicas are means over the global batch.
+        or the weighted mean that ``weight`` declares.
       axis_name: name of the ``pmap``, ``shard_map`` or ``vmap`` axis over which values, gradients
         and products are averaged. ``None`` (default) for one device and for global-view ``jit``,
         where the mean over a sharded batch is global already.
+      weight: function of what it names of the batch (``lambda mask: jnp.sum(mask)``; the parameters
+        are not among it) that returns what the loss of that batch was divided by, a scalar of at
+        least 0: how much a micro-batch, a batch of a loader or a replica counts in a mean. One of
+        weight 0 counts nothing, even where its loss is 0 / 0. ``None`` (default): see above.
+      has_aux: who returns auxiliary outputs. ``True`` or ``"loss"``: ``loss`` returns
+        ``(value, aux)``; ``"predict"``: ``predict`` returns ``(outputs, aux)``, e.g. new batch
+        statistics; ``"both"``: both do, and ``aux`` is the pair ``(of_predict, of_loss)``.
+        ``False`` (default): there are none.
       hvp_mode: how Hessian products are differentiated. ``"forward_over_reverse"`` (default) is
         the cheapest, 1 to 2 gradients a product (Pearlmutter 1994); ``"reverse_over_reverse"``
         works for losses whose gradient has no forward-mode rule (some custom kernels).
 
     Raises:
-      ValueError: unknown ``hvp_mode``.
-      TypeError: ``predict`` or ``loss`` is not callable.
+      ValueError: unknown ``hvp_mode`` or ``has_aux``.
+      TypeError: ``predict``, ``loss`` or ``weight`` is not callable.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -78,6 +173,19 @@ class Objective:
       >>> objective.hvp(params, params)["w"].shape
       (3, 2)
 
+      A mean over the valid tokens of a batch, whose parts have different numbers of them:
+
+      >>> objective = oa.Objective(
+      ...     predict=lambda scale, tokens: scale * tokens,
+      ...     loss=lambda outputs, mask: jnp.sum(outputs * mask) / jnp.sum(mask),
+      ...     weight=lambda mask: jnp.sum(mask),
+      ... )
+      >>> tokens, mask = jnp.array([[4.0, 0.0], [1.0, 1.0]]), jnp.array([[1.0, 0.0], [1.0, 1.0]])
+      >>> float(objective(1.0, tokens=tokens, mask=mask))
+      2.0
+      >>> float(objective.accumulated(2, tokens=tokens, mask=mask)(1.0))
+      2.0
+
     References:
       Pearlmutter, `Fast exact multiplication by the Hessian
       <https://doi.org/10.1162/neco.1994.6.1.147>`_, 1994; Schraudolph, `Fast curvature
@@ -87,23 +195,30 @@ class Objective:
     def __init__(
         self,
         predict: Callable[..., chex.ArrayTree],
-        loss: Callable[..., jax.Array],
+        loss: Callable[..., Any],
         axis_name: str | None = None,
         *,
+        weight: Callable[..., chex.Numeric] | None = None,
+        has_aux: HasAux = False,
         hvp_mode: Literal["forward_over_reverse", "reverse_over_reverse"] = "forward_over_reverse",
     ):
-        for name, fn in (("predict", predict), ("loss", loss)):
-            if not callable(fn):
+        for name, fn in (("predict", predict), ("loss", loss), ("weight", weight)):
+            if not callable(fn) and not (name == "weight" and fn is None):
                 raise TypeError(f"Objective: `{name}` must be callable, got {type(fn).__name__}.")
         if hvp_mode not in ("forward_over_reverse", "reverse_over_reverse"):
             raise ValueError(
                 f"Objective: unknown hvp_mode {hvp_mode!r}; allowed are 'forward_over_reverse' "
                 "and 'reverse_over_reverse'."
             )
-        self._predict: Callable[..., chex.ArrayTree] | None = predict
-        self._loss = loss
+        if has_aux not in _AUX_OF:
+            raise ValueError(
+                f"Objective: unknown has_aux {has_aux!r}; allowed are False, True (the loss "
+                "returns a pair), 'loss', 'predict' and 'both'."
+            )
         self.axis_name = axis_name
+        self.has_aux = bool(has_aux)
         self.hvp_mode = hvp_mode
+        self._functions = _Functions(predict, loss, weight, _AUX_OF[has_aux])
         self._where: jax.Array | None = None
         self._micro: _MicroBatches | None = None
 
@@ -113,14 +228,21 @@ class Objective:
         value_fn: ValueFn,
         axis_name: str | None = None,
         *,
+        weight: Callable[..., chex.Numeric] | None = None,
+        has_aux: bool = False,
         hvp_mode: Literal["forward_over_reverse", "reverse_over_reverse"] = "forward_over_reverse",
     ) -> Objective:
         """An objective from a plain function ``value_fn(params, **kwargs) -> scalar``.
 
         Args:
           value_fn: the local loss of a replica; it must not average over ``axis_name`` itself.
-          axis_name: as for :class:`Objective`.
-          hvp_mode: as for :class:`Objective`.
+          axis_name: name of the axis of replicas to average over, or ``None``; as for
+            :class:`Objective`.
+          weight: function of what it names of the batch that returns what its loss was divided by,
+            or ``None``; as for :class:`Objective`.
+          has_aux: whether ``value_fn`` returns a pair ``(value, aux)``, as in
+            ``jax.value_and_grad``; :meth:`value_and_grad` then returns it, too.
+          hvp_mode: how Hessian products are differentiated, as for :class:`Objective`.
 
         Returns:
           The objective; :meth:`ggn_vp` and :meth:`outputs` raise ``ValueError`` on it.
@@ -131,34 +253,66 @@ class Objective:
           >>> objective = oa.Objective.from_value_fn(lambda w: jnp.sum(w**4))
           >>> objective.grad(jnp.ones(2)).tolist()
           [4.0, 4.0]
+          >>> objective = oa.Objective.from_value_fn(lambda w: (w**2, {"w": w}), has_aux=True)
+          >>> (value, aux), gradient = objective.value_and_grad(3.0)
+          >>> float(value), float(aux["w"]), float(gradient)
+          (9.0, 3.0, 6.0)
         """
+        has_aux = "loss" if has_aux is True else has_aux  # type: ignore[assignment]
+        objective = cls(
+            lambda params: params,
+            value_fn,
+            axis_name,
+            weight=weight,
+            has_aux=has_aux,
+            hvp_mode=hvp_mode,
+        )
         # `outputs = params` and `loss = value_fn`: one composition rule serves both constructors.
-        objective = cls(lambda params: params, value_fn, axis_name, hvp_mode=hvp_mode)
-        objective._predict = None
+        objective._functions = objective._functions._replace(predict=None)
         return objective
 
     def __repr__(self) -> str:
-        kind = "from_value_fn" if self._predict is None else "predict, loss"
+        kind = "predict, loss" if self.has_outputs else "from_value_fn"
         return f"Objective({kind}, axis_name={self.axis_name!r})"
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether the objective was built from ``predict`` and ``loss``."""
+        return self._functions.predict is not None
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether the objective declares by what its loss was divided."""
+        return self._functions.weight is not None
+
+    @property
+    def arguments(self) -> tuple[list[str], list[str], bool]:
+        """Names of the keyword arguments taken, of the required ones, and whether ``**`` is."""
+        functions = self._functions
+        found = [
+            argument_names(function, skip)
+            for function, skip in (
+                (functions.predict, 1),
+                (functions.loss, 1),
+                (functions.weight, 0),
+            )
+            if function is not None
+        ]
+        names = [name for names, _, _ in found for name in names]
+        required = [name for _, names, _ in found for name in names]
+        return names, required, any(variadic for *_, variadic in found)
 
     # -- derived objectives ------------------------------------------------------------------
 
     def _copy(
-        self,
-        predict: Callable[[Any], Any] = lambda fn: fn,
-        loss: Callable[[Any], Any] = lambda fn: fn,
-        **attributes: Any,
+        self, change: Callable[[Any, str], Any] = lambda function, name: function, **attributes: Any
     ) -> Objective:
         """A copy with other functions, made of those there are, and other attributes."""
         new = copy.copy(self)
         vars(new).pop("_compiled", None)  # programs of `curvature`, made for this one
-        new._predict = self._predict and predict(self._predict)
-        new._loss = loss(self._loss)
+        new._functions = self._functions.change(change)
         if self._micro is not None:
-            new._micro = self._micro._replace(
-                predict=self._micro.predict and predict(self._micro.predict),
-                loss=loss(self._micro.loss),
-            )
+            new._micro = self._micro._replace(functions=self._micro.functions.change(change))
         vars(new).update(attributes)
         return new
 
@@ -167,13 +321,18 @@ class Objective:
         """The same objective without collectives: this replica's own loss."""
         return self if self.axis_name is None else self._copy(axis_name=None, _where=None)
 
-    def averaged_where(self, axis_name: str, where: jax.Array) -> Objective:
-        """The same objective that averages over an axis in some steps only.
+    @property
+    def without_aux(self) -> Objective:
+        """The same objective whose :meth:`value_and_grad` gives no auxiliary outputs."""
+        return self._copy(has_aux=False) if self.has_aux else self
+
+    def averaged_over(self, axis_name: str, where: jax.Array | None = None) -> Objective:
+        """The same objective averaged over an axis of replicas.
 
         Args:
-          axis_name: as for :class:`Objective`.
+          axis_name: name of the ``pmap``, ``shard_map`` or ``vmap`` axis.
           where: boolean scalar, the same on all replicas: whether to average; if not, values,
-            gradients and products are the replica's own.
+            gradients and products are the replica's own. ``None`` (default): always.
 
         Returns:
           The objective.
@@ -181,7 +340,7 @@ class Objective:
         return self._copy(axis_name=axis_name, _where=where)
 
     def bind(self, **kwargs: Any) -> Objective:
-        """Fixes the keyword arguments that ``predict`` and ``loss`` take; ignores the others.
+        """Fixes the keyword arguments that the functions of the objective take; ignores the others.
 
         Args:
           **kwargs: candidates, as the extra arguments of an Optax ``update``.
@@ -194,10 +353,27 @@ class Objective:
         """
         given_later = () if self._micro is None else (*self._micro.batch, "micro_batch")
 
-        def bound(fn: Callable[..., Any]) -> Callable[..., Any]:
-            return _bind_by_name(fn, kwargs, given_later)
+        def bound(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+            return _bind_by_name(function, kwargs, given_later, skip=int(name != "weight"))
 
-        return self._copy(bound, bound)
+        return self._copy(bound)
+
+    def given(self, **kwargs: Any) -> Objective:
+        """Fixes some of the keyword arguments that the functions of the objective take.
+
+        Args:
+          **kwargs: the arguments; what none of the functions names is ignored.
+
+        Returns:
+          An objective of the parameters and of the arguments that are not given here.
+        """
+
+        def bound(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+            names, _, _ = argument_names(function, skip=int(name != "weight"))
+            named = _named(kwargs, names, variadic=False)
+            return functools.partial(function, **named) if named else function
+
+        return self._copy(bound)
 
     def accumulated(
         self, num_micro_batches: int, *, unroll: bool = False, **batch: chex.ArrayTree
@@ -205,21 +381,25 @@ class Objective:
         r"""The objective of a batch that is seen in parts: gradient accumulation for every method.
 
         Value, gradient, Hessian and Gauss-Newton products are the means over the micro-batches,
-        weighted with their numbers of examples: those of the whole batch, up to rounding, wherever
-        the loss is a mean over examples that do not see each other (batch normalization makes them
-        see those of their micro-batch).  One micro-batch is in memory at a time.  A value with its
-        gradient costs what it costs without micro-batches; a product recomputes the gradient that
-        it differentiates, and so does ``jax.grad`` of the objective with the value.  ``outputs``,
-        Fisher products and the factors of K-FAC see the whole batch at once.
+        weighted with their ``weight``, or without one with their numbers of examples: those of the
+        whole batch, up to rounding, wherever the loss is such a mean over examples that do not see
+        each other (batch normalization makes them see those of their micro-batch).  One micro-batch
+        is in memory at a time.  A value with its gradient costs what it costs without
+        micro-batches; a product recomputes the gradient that it differentiates, and so does
+        ``jax.grad`` of the objective with the value.  ``outputs``, Fisher products and the factors
+        of K-FAC see the whole batch at once.
 
         ``predict`` and ``loss`` may take an argument ``micro_batch``, the number of the part (int32
         scalar), e.g. to fold it into the key of dropout; it needs a default, for the whole batch.
 
         Args:
           num_micro_batches: number of parts, at least 1.
-          unroll: static; as in :func:`~optax_accel.mean_over_micro_batches`, which says how the
-            batch is divided: for convolutions on a CPU.
-          **batch: arguments of ``predict`` and ``loss`` with a leading axis of examples.
+          unroll: static; write the parts out one after the other in place of a ``lax.scan``:
+            for convolutions on a CPU, which are slow in loops. How a batch is divided says
+            :func:`~optax_accel.mean_over_micro_batches`.
+          **batch: arguments of ``predict``, ``loss`` and ``weight``: arrays with a leading axis of
+            examples, which are divided, and anything without axes (flags, numbers, strings,
+            ``None``, PRNG keys), which every part is given as it is.
 
         Returns:
           An objective of the parameters, and of the arguments that are not given here.
@@ -232,7 +412,7 @@ class Objective:
           ...     loss=lambda outputs, y: jnp.mean((outputs - y) ** 2),
           ... )
           >>> x, y, params = jnp.eye(4), jnp.arange(4.0), jnp.zeros(4)
-          >>> tx = oa.extrap_sgd(0.1, 0.1)
+          >>> tx = oa.extrap_sgd(0.1)
           >>> parts = objective.accumulated(2, x=x, y=y)
           >>> updates, _ = tx.update(parts.grad(params), tx.init(params), params, value_fn=parts)
           >>> updates.shape
@@ -240,13 +420,8 @@ class Objective:
         """
         check_integer("num_micro_batches", num_micro_batches, 1)
 
-        def bound(fn: Callable[..., Any]) -> Callable[..., Any]:
-            named, _, _ = argument_names(fn)
-            given = {name: value for name, value in batch.items() if name in named}
-            return functools.partial(fn, **given) if given else fn
-
-        micro = _MicroBatches(self._predict, self._loss, batch, num_micro_batches, unroll)
-        whole = self._copy(bound, bound)
+        micro = _MicroBatches(self._functions, batch, num_micro_batches, unroll)
+        whole = self.given(**batch)
         return whole if num_micro_batches == 1 else whole._copy(_micro=micro)
 
     def precompose(self, transform: Callable[[chex.ArrayTree], chex.ArrayTree]) -> Objective:
@@ -258,20 +433,85 @@ class Objective:
         Returns:
           An objective of the new parameters.
         """
+        first = "predict" if self.has_outputs else "loss"
 
-        def of_new(outer: Callable[..., Any]) -> Callable[..., Any]:
+        def of_new(outer: Callable[..., Any], name: str) -> Callable[..., Any]:
+            if name != first:
+                return outer
+
             @functools.wraps(outer)
             def composed(params: chex.ArrayTree, **kwargs: Any) -> chex.ArrayTree:
                 return outer(transform(params), **kwargs)
 
             return composed
 
-        return self._copy(loss=of_new) if self._predict is None else self._copy(of_new)
+        return self._copy(of_new)
+
+    # -- means -------------------------------------------------------------------------------
+
+    def batch_weight(self, **kwargs: Any) -> jax.Array | None:
+        """How much a batch counts in a mean over several, or ``None`` if no ``weight`` was given.
+
+        Args:
+          **kwargs: the batch, as far as the objective does not hold it.
+
+        Returns:
+          A scalar in the widest float dtype: of this replica's whole batch, micro-batches or not.
+        """
+        return self._functions.weight_of(kwargs)
+
+    def mean(self, tree: chex.ArrayTree, **kwargs: Any) -> chex.ArrayTree:
+        """The mean over the replicas of what each has computed from its own batch.
+
+        Replicas count with their ``weight``, or alike if none was given; one of weight 0 counts
+        nothing, even where its value is NaN. Without an ``axis_name`` the tree is returned as it
+        is.
+
+        Args:
+          tree: means over this replica's batch; leaves that are not floating-point pass unchanged.
+          **kwargs: the batch, as far as the objective does not hold it and ``weight`` takes it.
+
+        Returns:
+          A tree like ``tree``, the same on all replicas.
+        """
+        if self.axis_name is None:
+            return tree
+        weight = self.batch_weight(**kwargs)
+        return mean_over(self.vary(tree), self.axis_name, self._where, weight)
+
+    def vary(self, tree: chex.ArrayTree) -> chex.ArrayTree:
+        """The same values as arrays that ``shard_map`` takes for different between replicas.
+
+        What is differentiated there has to be marked so, or JAX sums its gradient over the
+        replicas; the means of this class come on top.
+        """
+        return vary_over(jax.tree.map(_as_array, tree), self.axis_name)
+
+    def mean_product(
+        self,
+        product: Callable[[chex.ArrayTree], chex.ArrayTree],
+        params: chex.ArrayTree,
+        **kwargs: Any,
+    ) -> Callable[[chex.ArrayTree], chex.ArrayTree]:
+        """The mean over the replicas of a linear function that each has of its own batch.
+
+        Args:
+          product: linear function of a pytree like ``params``, itself a pytree
+            (``jax.tree_util.Partial``), as the result is: a jitted function can return it.
+          params: whose dtypes the vectors are cast to for the product; the result has their own.
+          **kwargs: the batch, as far as the objective does not hold it and ``weight`` takes it.
+
+        Returns:
+          The mean, weighted as in :meth:`mean`.
+        """
+        weight = None if self.axis_name is None else self.batch_weight(**kwargs)
+        apply = functools.partial(_apply, self.axis_name)
+        return Partial(apply, product, params, self._where, weight)
 
     # -- values and first derivatives --------------------------------------------------------
 
     def _local_value(self, params: chex.ArrayTree, **kwargs: Any) -> jax.Array:
-        return self._over_parts(jax.checkpoint, _value_of, params, kwargs)
+        return self._over_parts(jax.checkpoint, _Functions.value, params, kwargs)
 
     def _over_parts(
         self,
@@ -279,58 +519,81 @@ class Objective:
         function: Callable[..., chex.ArrayTree],
         *args: Any,
     ) -> chex.ArrayTree:
-        """``function(predict, loss, *args)`` of the batch, or its mean over the micro-batches.
+        """``function(functions, *args)`` of the batch, or its mean over the micro-batches.
 
         Args:
           wrap: what is done to the function of one micro-batch, e.g. ``jax.checkpoint``, without
             which a derivative would keep what all of them have computed.
-          function: a mean over the examples, if ``loss`` is one.
+          function: a mean over the batch, if ``loss`` is one.
           *args: its last one are keyword arguments.
         """
         micro = self._micro
         if micro is None:
-            return function(self._predict, self._loss, *args)
+            return function(self._functions, *args)
         *first, kwargs = args
+        functions = micro.functions
 
-        def of_part(
-            carry: None, part: chex.ArrayTree, index: jax.Array
-        ) -> tuple[None, chex.ArrayTree]:
+        def of_part(carry: None, part: chex.ArrayTree, index: jax.Array) -> Any:
             given = kwargs | part | {"micro_batch": index}
+            weight = functions.weight_of(given)
 
             def of_first(*first: Any) -> chex.ArrayTree:
-                return function(micro.predict, micro.loss, *first, given)
+                return function(functions, *fixed_if_unused(first, weight), given)
 
             return carry, wrap(of_first)(*first)
 
-        return mean_over_micro_batches(of_part, micro.batch, micro.number, unroll=micro.unroll)[1]
+        def weight_of(part: dict[str, chex.ArrayTree]) -> Any:
+            return functions.weight_of(kwargs | part)
+
+        return mean_over_micro_batches(
+            of_part,
+            micro.batch,
+            micro.number,
+            unroll=micro.unroll,
+            weight=None if functions.weight is None else weight_of,
+        )[1]
 
     def __call__(self, params: chex.ArrayTree, **kwargs: Any) -> jax.Array:
         """The loss at ``params``: a scalar, the mean over replicas when ``axis_name`` is set."""
-        return self._mean(self._local_value(params, **kwargs))
+        if self.axis_name is not None:
+            params = fixed_if_unused(params, self.batch_weight(**kwargs))
+        return self.mean(self._local_value(params, **kwargs), **kwargs)
 
-    def value_and_grad(
-        self, params: chex.ArrayTree, **kwargs: Any
-    ) -> tuple[jax.Array, chex.ArrayTree]:
-        """The loss and its gradient (like ``params`` in structure, shapes and dtypes)."""
+    def value_and_grad(self, params: chex.ArrayTree, **kwargs: Any) -> tuple[Any, chex.ArrayTree]:
+        """The loss and its gradient (like ``params`` in structure, shapes and dtypes).
 
-        def one(
-            predict: Any, loss: Any, params: chex.ArrayTree, kwargs: dict[str, Any]
-        ) -> chex.ArrayTree:
-            return jax.value_and_grad(lambda p: _value_of(predict, loss, p, kwargs))(params)
+        With ``has_aux``, ``((value, aux), gradient)``.
+        """
+        has_aux = self.has_aux
 
-        return self._mean(self._over_parts(lambda fn: fn, one, self._vary(params), kwargs))
+        def one(functions: _Functions, params: chex.ArrayTree, kwargs: dict[str, Any]) -> Any:
+            function = functions.value_and_aux if has_aux else functions.value
+            return jax.value_and_grad(lambda p: function(p, kwargs), has_aux=has_aux)(params)
+
+        found = self._over_parts(lambda fn: fn, one, self.vary(params), kwargs)
+        return self.mean(found, **kwargs)
 
     def grad(self, params: chex.ArrayTree, **kwargs: Any) -> chex.ArrayTree:
         """The gradient at ``params``, like ``params`` in structure, shapes and dtypes."""
-        return self.value_and_grad(params, **kwargs)[1]
+        return self.without_aux.value_and_grad(params, **kwargs)[1]
 
     def outputs(self, params: chex.ArrayTree, **kwargs: Any) -> chex.ArrayTree:
-        """The network outputs ``predict(params)`` of this replica's batch.
+        """The network outputs ``predict(params)`` of this replica's batch, without ``aux``.
 
         Raises:
           ValueError: the objective was built from a value function.
         """
-        return _call_by_name(self._need_predict("outputs"), params, kwargs)
+        self._need_predict("outputs")
+        return self._functions.outputs(params, kwargs)
+
+    def loss_of_outputs(self, outputs: chex.ArrayTree, **kwargs: Any) -> jax.Array:
+        """The loss of network outputs: of this replica's whole batch, without ``aux``.
+
+        Raises:
+          ValueError: the objective was built from a value function.
+        """
+        self._need_predict("loss_of_outputs")
+        return self._functions.loss_of(outputs, kwargs)
 
     # -- second derivatives ------------------------------------------------------------------
 
@@ -343,7 +606,14 @@ class Objective:
         have another float dtype than the parameters (a float32 basis for bfloat16 parameters):
         they are cast for the product, and the result has the vector's dtype.
         """
-        return self._second_derivative(_value_of, params, kwargs)
+
+        def value(
+            functions: _Functions, params: chex.ArrayTree, base: None, kwargs: dict[str, Any]
+        ) -> jax.Array:
+            del base
+            return functions.value(params, kwargs)
+
+        return self._second_derivative(value, params, kwargs)
 
     def functional_hessian(
         self, params: chex.ArrayTree, **kwargs: Any
@@ -359,14 +629,15 @@ class Objective:
         """
         self._need_predict("functional_hessian")
 
-        def linearized(
-            predict: Any, loss: Any, params: chex.ArrayTree, kwargs: dict[str, Any]
-        ) -> Any:
-            outputs = _call_by_name(predict, params, kwargs)
-            slope = jax.grad(lambda out: _call_by_name(loss, out, kwargs))(outputs)
+        def value(
+            functions: _Functions, params: chex.ArrayTree, base: Any, kwargs: dict[str, Any]
+        ) -> jax.Array:
+            outputs = functions.outputs(params, kwargs)
+            fixed = outputs if base is None else functions.outputs(base, kwargs)
+            slope = jax.grad(lambda out: functions.loss_of(out, kwargs))(fixed)
             return optax.tree.vdot(lax.stop_gradient(slope), outputs)
 
-        return self._second_derivative(linearized, params, kwargs)
+        return self._second_derivative(value, params, kwargs)
 
     def gauss_newton(
         self, params: chex.ArrayTree, **kwargs: Any
@@ -379,22 +650,39 @@ class Objective:
         Raises:
           ValueError: the objective was built from a value function.
         """
-        self._need_predict("ggn_vp")
-        params = self._vary(params)
+        self._need_predict("gauss_newton")
+        params, mode = self.vary(params), self.hvp_mode
         if self._micro is None:
-            product = _gauss_newton(self._predict, self._loss, params, kwargs)
-            return self._operator(product, params)
+            product = _gauss_newton(mode, self._functions, params, kwargs)
+            return self.mean_product(product, params, **kwargs)
 
         def one(
-            predict: Any, loss: Any, vector: chex.ArrayTree, kwargs: dict[str, Any]
+            functions: _Functions,
+            params: chex.ArrayTree,
+            vector: chex.ArrayTree,
+            kwargs: dict[str, Any],
         ) -> chex.ArrayTree:
-            return _gauss_newton(predict, loss, params, kwargs)(vector)
+            return _gauss_newton(mode, functions, params, kwargs)(vector)
 
-        _, product = jax.linearize(
-            lambda vector: self._over_parts(jax.checkpoint, one, vector, kwargs),
-            optax.tree.zeros_like(params),
-        )
-        return self._operator(product, params)
+        def of_all(
+            params: chex.ArrayTree, kwargs: dict[str, Any], vector: chex.ArrayTree
+        ) -> chex.ArrayTree:
+            return self._over_parts(lambda fn: fn, one, params, vector, kwargs)
+
+        return self.mean_product(Partial(of_all, params, kwargs), params, **kwargs)
+
+    def loss_hessian(
+        self, outputs: chex.ArrayTree, **kwargs: Any
+    ) -> Callable[[chex.ArrayTree], chex.ArrayTree]:
+        """The Hessian of ``loss`` at network outputs, as a linear function of a pytree like them.
+
+        It belongs to this replica's whole batch: neither micro-batches nor replicas are averaged.
+
+        Raises:
+          ValueError: the objective was built from a value function.
+        """
+        self._need_predict("loss_hessian")
+        return _loss_hessian(self.hvp_mode, self._functions, outputs, kwargs)
 
     def hvp(self, params: chex.ArrayTree, vector: chex.ArrayTree, **kwargs: Any) -> chex.ArrayTree:
         """Hessian-vector product; ``vector`` and the result are like ``params``."""
@@ -428,51 +716,87 @@ class Objective:
 
     # -- internals ---------------------------------------------------------------------------
 
-    def _need_predict(self, what: str) -> Callable[..., chex.ArrayTree]:
-        if self._predict is None:
+    def _need_predict(self, what: str) -> None:
+        if not self.has_outputs:
             raise ValueError(
                 f"Objective.{what} needs the network outputs, but this objective was built from a "
                 "value function; build it with Objective(predict, loss)."
             )
-        return self._predict
 
     def _second_derivative(
-        self, value: Callable[..., jax.Array], params: chex.ArrayTree, kwargs: dict[str, Any]
+        self,
+        value: Callable[..., jax.Array],
+        params: chex.ArrayTree,
+        kwargs: dict[str, Any],
     ) -> Callable[[chex.ArrayTree], chex.ArrayTree]:
-        def one(
-            predict: Any, loss: Any, params: chex.ArrayTree, kwargs: dict[str, Any]
-        ) -> chex.ArrayTree:
-            return jax.grad(lambda p: value(predict, loss, p, kwargs))(params)
+        def one(functions: _Functions, params: chex.ArrayTree, kwargs: dict[str, Any]) -> Any:
+            return jax.grad(lambda p: value(functions, p, None, kwargs))(params)
 
         def gradient(params: chex.ArrayTree) -> chex.ArrayTree:
             return self._over_parts(jax.checkpoint, one, params, kwargs)
 
-        params = self._vary(params)
+        params = self.vary(params)
         if self.hvp_mode == "forward_over_reverse":
             _, product = jax.linearize(gradient, params)
         else:
             _, pullback = jax.vjp(gradient, params)
             product = Partial(_first_result, pullback)
-        return self._operator(product, params)
-
-    def _operator(
-        self, product: Callable[[chex.ArrayTree], chex.ArrayTree], params: chex.ArrayTree
-    ) -> Callable[[chex.ArrayTree], chex.ArrayTree]:
-        # A Partial of Partials: what the linearization has stored are leaves of a pytree, which a
-        # jitted function can return and another take, so that products share it.
-        return Partial(functools.partial(_apply, self.axis_name), product, params, self._where)
-
-    def _vary(self, tree: chex.ArrayTree) -> chex.ArrayTree:
-        return vary_over(tree, self.axis_name)
+        return self.mean_product(product, params, **kwargs)
 
     def _mean(self, tree: chex.ArrayTree) -> chex.ArrayTree:
-        return mean_over(tree, self.axis_name, self._where)
+        return self.mean(tree)
+
+    @property
+    def _predict(self) -> Any:
+        return self._functions.predict
+
+    @property
+    def _loss(self) -> Any:
+        return functools.partial(self._functions.loss_of, kwargs={})
 
 
-def _value_of(predict: Any, loss: Any, params: chex.ArrayTree, kwargs: dict[str, Any]) -> jax.Array:
-    """The scalar ``loss(predict(params))``, or ``loss(params)``."""
-    outputs = params if predict is None else _call_by_name(predict, params, kwargs)
-    value = jnp.asarray(_call_by_name(loss, outputs, kwargs))
+def _gauss_newton(
+    mode: str, functions: _Functions, params: chex.ArrayTree, kwargs: dict[str, Any]
+) -> Callable[[chex.ArrayTree], chex.ArrayTree]:
+    outputs, push = jax.linearize(lambda p: functions.outputs(p, kwargs), params)
+    return Partial(congruence, push, _loss_hessian(mode, functions, outputs, kwargs), params)
+
+
+def _loss_hessian(
+    mode: str, functions: _Functions, outputs: chex.ArrayTree, kwargs: dict[str, Any]
+) -> Callable[[chex.ArrayTree], chex.ArrayTree]:
+    del mode
+    return jax.linearize(jax.grad(lambda out: functions.loss_of(out, kwargs)), outputs)[1]
+
+
+def _as_array(leaf: Any) -> Any:
+    return jnp.asarray(leaf) if isinstance(leaf, bool | int | float | complex) else leaf
+
+
+def _pair(result: Any, name: str) -> tuple[Any, Any]:
+    if not isinstance(result, tuple) or len(result) != 2:
+        first = "outputs" if name == "predict" else "value"
+        raise TypeError(
+            f"Objective: has_aux says that `{name}` returns a pair ({first}, aux), but it returned "
+            f"{_describe(result)}; return the pair, or build the objective without has_aux."
+        )
+    return result
+
+
+def _scalar(value: Any, has_outputs: bool) -> jax.Array:
+    """The value of a loss, which must be a scalar."""
+    name = "loss" if has_outputs else "value_fn"
+    if isinstance(value, tuple):
+        build = "Objective(predict, loss" if has_outputs else "Objective.from_value_fn(value_fn"
+        raise TypeError(
+            f"Objective: the loss must be a scalar, but `{name}` returned {_describe(value)}. If "
+            f"it returns (value, aux), say so with has_aux: optax_accel.{build}, has_aux=True)."
+        )
+    if value is None or not jax.tree_util.all_leaves([value]):
+        raise TypeError(
+            f"Objective: the loss must be a scalar, but `{name}` returned {_describe(value)}."
+        )
+    value = jnp.asarray(value)
     if value.shape != ():
         raise ValueError(
             f"Objective: the loss must be a scalar, got shape {value.shape}; reduce it, "
@@ -481,12 +805,24 @@ def _value_of(predict: Any, loss: Any, params: chex.ArrayTree, kwargs: dict[str,
     return value
 
 
-def _gauss_newton(
-    predict: Any, loss: Any, params: chex.ArrayTree, kwargs: dict[str, Any]
-) -> Callable[[chex.ArrayTree], chex.ArrayTree]:
-    outputs, push = jax.linearize(lambda p: _call_by_name(predict, p, kwargs), params)
-    _, loss_hessian = jax.linearize(jax.grad(lambda out: _call_by_name(loss, out, kwargs)), outputs)
-    return Partial(congruence, push, loss_hessian, params)
+def _describe(value: Any) -> str:
+    kind = type(value).__name__
+    return f"a {kind} of {len(value)}" if isinstance(value, tuple | list | dict) else kind
+
+
+def fixed_if_unused(tree: chex.ArrayTree, weight: jax.Array | None) -> chex.ArrayTree:
+    """The same values, without derivative where the weight is 0.
+
+    The loss of a part without weight may be 0 / 0, whose derivative is NaN even times 0. Leaving
+    out the value and, here, the derivative is what keeps it from spreading.
+    """
+    if weight is None:
+        return tree
+
+    def fixed(leaf: Any) -> jax.Array:
+        return jnp.where(weight == 0, lax.stop_gradient(leaf), leaf)
+
+    return jax.tree.map(fixed, tree)
 
 
 def _apply(
@@ -494,27 +830,56 @@ def _apply(
     product: Callable[[chex.ArrayTree], chex.ArrayTree],
     params: chex.ArrayTree,
     where: jax.Array | None,
+    weight: jax.Array | None,
     vector: chex.ArrayTree,
 ) -> chex.ArrayTree:
     """The mean over replicas of a product in the dtypes of the parameters."""
+    vector = jax.tree.map(jnp.asarray, vector)
     tangent = jax.tree.map(lambda v, p: v.astype(p.dtype), vector, params)
-    result = mean_over(product(vary_over(tangent, axis_name)), axis_name, where)
+    result = mean_over(product(vary_over(tangent, axis_name)), axis_name, where, weight)
     return jax.tree.map(lambda r, v: r.astype(v.dtype), result, vector)
 
 
 def mean_over(
-    tree: chex.ArrayTree, axis_name: str | None, where: jax.Array | None = None
+    tree: chex.ArrayTree,
+    axis_name: str | None,
+    where: jax.Array | None = None,
+    weight: jax.Array | None = None,
 ) -> chex.ArrayTree:
-    """The mean over the replicas of an axis, if there is one; where told, in some steps only."""
+    """The mean of the floating-point leaves over the replicas of an axis, if there is one.
+
+    Args:
+      tree: this replica's values.
+      axis_name: the axis, or ``None`` for a single replica.
+      where: boolean scalar: whether to average in this step; ``None``: always.
+      weight: how much this replica counts, a scalar; ``None``: all alike.
+    """
     if axis_name is None:
         return tree
+    leaves, treedef = jax.tree.flatten(tree)
+    chosen = [is_inexact(leaf) for leaf in leaves]
+    values = [jnp.asarray(x) for x, is_chosen in zip(leaves, chosen, strict=True) if is_chosen]
+
+    def mean(values: list[jax.Array]) -> list[jax.Array]:
+        if weight is None:
+            return lax.pmean(values, axis_name)
+        own = vary_over(weight, axis_name)
+        share = shares_of(own, lax.psum(own, axis_name), lax.axis_size(axis_name))
+        return lax.psum([weighted(share, x).astype(x.dtype) for x in values], axis_name)
+
     if where is None:
-        return lax.pmean(tree, axis_name)
-
-    def mean(tree: chex.ArrayTree) -> chex.ArrayTree:
-        return vary_over(lax.pmean(tree, axis_name), axis_name)
-
-    return lax.cond(where, mean, lambda tree: tree, vary_over(tree, axis_name))
+        values = mean(values)
+    else:
+        values = lax.cond(
+            where,
+            lambda values: vary_over(mean(values), axis_name),
+            lambda values: values,
+            vary_over(values, axis_name),
+        )
+    means = iter(values)
+    return jax.tree.unflatten(
+        treedef, [next(means) if c else x for c, x in zip(chosen, leaves, strict=True)]
+    )
 
 
 def mean_arguments(
@@ -523,19 +888,25 @@ def mean_arguments(
     axis_name: str,
     where: jax.Array | None = None,
 ) -> tuple[chex.ArrayTree, dict[str, Any]]:
-    """What ``update`` is given by each replica, averaged: the gradient, ``value`` and ``grad``."""
+    """What ``update`` is given by each replica, averaged: the gradient, ``value`` and ``grad``.
+
+    Replicas count with the ``weight`` of an Objective among the arguments, ``value_fn``.
+    """
     given = {name: extra_args[name] for name in ("value", "grad") if name in extra_args}
     if given.get("grad") is updates:  # not sent twice
         del given["grad"]
-    updates, given = mean_over(vary_over((updates, given), axis_name), axis_name, where)
+    objective = extra_args.get("value_fn")
+    weight = None
+    if isinstance(objective, Objective):
+        weight = objective.bind(**extra_args).batch_weight()
+    values = vary_over(jax.tree.map(_as_array, (updates, given)), axis_name)
+    updates, given = mean_over(values, axis_name, where, weight)
     if "grad" in extra_args:
         given.setdefault("grad", updates)
     return updates, extra_args | given
 
 
-def _first_result(
-    function: Callable[..., tuple[chex.ArrayTree, ...]], *args: chex.ArrayTree
-) -> chex.ArrayTree:
+def _first_result(function: Callable[..., tuple[chex.ArrayTree, ...]], *args: Any) -> Any:
     return function(*args)[0]
 
 
@@ -586,7 +957,7 @@ def as_objective(
     check_params(params, method, call)
     if not isinstance(value_fn, Objective):
         value_fn = Objective.from_value_fn(value_fn)
-    return value_fn.bind(**extra_args)
+    return value_fn.without_aux.bind(**extra_args)
 
 
 def check_params(params: chex.ArrayTree, method: str, call: str = "tx.init(params)") -> None:
@@ -602,8 +973,13 @@ def check_params(params: chex.ArrayTree, method: str, call: str = "tx.init(param
         )
 
 
-def argument_names(fn: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
-    """Names of all and of the required arguments after the first, and whether ** is taken."""
+def argument_names(fn: Callable[..., Any], skip: int = 1) -> tuple[list[str], list[str], bool]:
+    """Names of the keyword arguments of a function, of the required ones, and whether ** is taken.
+
+    Args:
+      fn: the function.
+      skip: how many positional arguments come before, e.g. the parameters.
+    """
     try:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):  # some builtins have none: they get no extra arguments
@@ -611,24 +987,31 @@ def argument_names(fn: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
     parameters = list(signature.parameters.values())
     keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     first_is_positional = parameters and parameters[0].kind is not inspect.Parameter.KEYWORD_ONLY
-    named = [p for p in parameters[1 if first_is_positional else 0 :] if p.kind in keyword]
+    named = [p for p in parameters[skip if first_is_positional else 0 :] if p.kind in keyword]
     required = [p.name for p in named if p.default is inspect.Parameter.empty]
     variadic = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     return [p.name for p in named], required, variadic
+
+
+def _named(kwargs: dict[str, Any], names: list[str], variadic: bool) -> dict[str, Any]:
+    return kwargs if variadic else {name: kwargs[name] for name in kwargs if name in names}
 
 
 def _call_by_name(fn: Callable[..., Any], first: chex.ArrayTree, kwargs: dict[str, Any]) -> Any:
     if not kwargs:
         return fn(first)
     names, _, variadic = argument_names(fn)
-    return fn(first, **(kwargs if variadic else {k: v for k, v in kwargs.items() if k in names}))
+    return fn(first, **_named(kwargs, names, variadic))
 
 
 def _bind_by_name(
-    fn: Callable[..., Any], kwargs: dict[str, Any], given_later: tuple[str, ...] = ()
-) -> Callable[[chex.ArrayTree], Any]:
+    fn: Callable[..., Any],
+    kwargs: dict[str, Any],
+    given_later: tuple[str, ...] = (),
+    skip: int = 1,
+) -> Callable[..., Any]:
     # Only arguments that are named are bound: as in Optax, a bare ** gets nothing.
-    names, required, _ = argument_names(fn)
+    names, required, _ = argument_names(fn, skip)
     missing = [name for name in required if name not in kwargs and name not in given_later]
     if missing:
         label = getattr(fn, "__name__", type(fn).__name__)

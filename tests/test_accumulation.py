@@ -21,9 +21,8 @@ from tests.helpers import (
 
 X, Y = classification()  # 48 examples
 PARAMS = mlp_init()
-UNBOUND = oa.Objective(
-    lambda params, x: mlp_apply(params, x), lambda logits, y: cross_entropy(logits, y)
-)
+FUNCTIONS = (lambda params, x: mlp_apply(params, x), lambda logits, y: cross_entropy(logits, y))
+UNBOUND = oa.Objective(*FUNCTIONS)
 WHOLE = UNBOUND.bind(x=X, y=Y)
 SLOW = pytest.mark.slow
 QUANTITIES = {
@@ -137,7 +136,7 @@ def test_one_micro_batch_is_in_memory_at_a_time(unroll):
     ],
 )
 def test_on_replicas(mode, unroll):
-    unbound = oa.Objective(UNBOUND._predict, UNBOUND._loss, "workers")
+    unbound = oa.Objective(*FUNCTIONS, "workers")
 
     def one(x, y):
         parts = unbound.accumulated(5, unroll=unroll, x=x, y=y)
@@ -250,3 +249,46 @@ def test_wrong_numbers_and_batches():
         UNBOUND.accumulated(2, x=X, y=Y[:7])(PARAMS)
     with pytest.raises(TypeError, match="'y'"):
         UNBOUND.accumulated(2, x=X).bind()
+
+
+def test_what_has_no_axis_of_examples_goes_to_every_part():
+    def predict(p, x, train, scale, mode, key, raw_key, nothing):
+        assert train is True
+        assert mode == "fast"
+        assert nothing is None
+        assert raw_key.shape == (2,)
+        noise = jax.random.normal(key, ()) + jax.random.normal(raw_key, ())
+        return scale * p * x + 0 * noise
+
+    objective = oa.Objective(predict, lambda outputs: jnp.mean(outputs))
+    flags = {"train": True, "scale": 3.0, "mode": "fast", "nothing": None}
+    keys = {"key": jax.random.key(0), "raw_key": jax.random.PRNGKey(0)}
+    x = jnp.arange(5.0)
+    for unroll in (False, True):
+        parts = objective.accumulated(2, unroll=unroll, x=x, **flags, **keys)
+        np.testing.assert_allclose(parts.grad(jnp.ones(())), 6.0, rtol=1e-6)
+    with pytest.raises(ValueError, match="one leading axis of examples"):
+        objective.accumulated(2, **flags).grad(jnp.ones(()))
+
+
+def test_weights_and_other_results_of_the_loop():
+    batch = {"x": jnp.arange(5.0), "w": jnp.array([1, 0, 1, 0, 0])}
+
+    def one(carry, part, index):
+        mean = jnp.sum(part["x"] * part["w"]) / jnp.sum(part["w"])
+        return carry, {"mean": mean, "index": index, "flag": index > 5}
+
+    for unroll in (False, True):
+        # Parts (0, 3), (1, 4), (2): of weight 1, 0 and 1.
+        _, found = oa.mean_over_micro_batches(
+            one, batch, 3, unroll=unroll, weight=lambda part: jnp.sum(part["w"])
+        )
+        np.testing.assert_allclose(found["mean"], 1.0, rtol=1e-6)
+        assert found["index"] == 2
+        assert not found["flag"]
+    # Nothing counts: then the mean is what it is of a batch of which nothing counts.
+    nothing = {**batch, "w": jnp.zeros(5, int)}
+    _, found = oa.mean_over_micro_batches(one, nothing, 3, weight=lambda part: jnp.sum(part["w"]))
+    assert jnp.isnan(found["mean"])
+    with pytest.raises(ValueError, match=r"shape \(2,\) for one micro-batch and \(1,\)"):
+        oa.mean_over_micro_batches(lambda carry, part, _: (carry, part["x"]), batch, 3)

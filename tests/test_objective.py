@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optax_accel as oa
+from tests.helpers import over_workers, quick_jit, tree_allclose
 
 DATA = np.random.default_rng(0)
 X = DATA.normal(size=(8, 3))
@@ -187,3 +189,171 @@ def test_local_drops_the_collectives(problem):
     replicated = oa.Objective(predict, loss, axis_name="batch").bind(**batch)
     assert replicated.local.axis_name is None
     assert replicated.local(params) == loss(predict(params, batch["x"]), batch["y"])
+
+
+# -- means that are not over examples --------------------------------------------------------------
+
+# Sentences of different lengths; two of them are empty, and so are two pairs of neighbours.
+TOKENS = DATA.integers(0, 5, (8, 4))
+LENGTHS = np.array([4, 1, 0, 0, 3, 2, 0, 0])
+MASK = np.arange(4)[None] < LENGTHS[:, None]
+EMBEDDING = {"e": np.float32(DATA.normal(size=(5, 3))), "o": np.float32(DATA.normal(size=(3, 5)))}
+
+
+def predict_tokens(params, tokens):
+    return jnp.tanh(params["e"][tokens]) @ params["o"]
+
+
+def token_loss(outputs, tokens, mask):
+    """The mean over the valid tokens, 0 / 0 without any."""
+    log_p = jax.nn.log_softmax(outputs)
+    entropy = -jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
+    return jnp.sum(entropy * mask) / jnp.sum(mask)
+
+
+def token_objective(**options):
+    options.setdefault("weight", lambda mask: jnp.sum(mask))
+    return oa.Objective(predict_tokens, token_loss, **options)
+
+
+QUANTITIES = {
+    "value_and_grad": lambda objective, v: objective.value_and_grad(EMBEDDING),
+    "jax.grad": lambda objective, v: jax.grad(objective)(EMBEDDING),
+    "hvp": lambda objective, v: objective.hvp(EMBEDDING, v),
+    "ggn": lambda objective, v: objective.ggn_vp(EMBEDDING, v),
+    "functional": lambda objective, v: objective.functional_hessian(EMBEDDING)(v),
+}
+
+
+def quantities(objective, names):
+    vector = jax.tree.map(jnp.cos, EMBEDDING)
+    return {name: QUANTITIES[name](objective, vector) for name in names}
+
+
+@pytest.fixture(scope="module")
+def of_all_tokens():
+    plain = oa.Objective(predict_tokens, token_loss).bind(tokens=TOKENS, mask=MASK)
+    return quick_jit(lambda: quantities(plain, QUANTITIES))()
+
+
+@pytest.mark.parametrize(
+    ("mode", "names"),
+    [("forward_over_reverse", QUANTITIES), ("reverse_over_reverse", ["hvp", "ggn"])],
+)
+def test_micro_batches_count_with_their_weight(of_all_tokens, mode, names):
+    """Four parts of two sentences; two of them have no token."""
+    parts = token_objective(hvp_mode=mode).accumulated(4, tokens=TOKENS, mask=MASK)
+    for name, found in quick_jit(lambda: quantities(parts, names))().items():
+        tree_allclose(found, of_all_tokens[name], rtol=3e-6)
+
+
+@pytest.mark.parametrize(
+    ("mode", "names"), [("vmap", ["jax.grad"]), ("shard_map", ["value_and_grad", "hvp", "ggn"])]
+)
+def test_replicas_count_with_their_weight(of_all_tokens, mode, names):
+    """Four replicas of two sentences; two of them have no token."""
+    objective = token_objective(axis_name="workers")
+
+    def one(tokens, mask):
+        return quantities(objective.bind(tokens=tokens, mask=mask), names)
+
+    split = [a.reshape(4, 2, 4) for a in (TOKENS, MASK)]
+    for name, found in over_workers(mode, one, 4)(*split).items():
+        if name == "jax.grad":  # by each replica's own parameters; their mean is the gradient
+            found = jax.tree.map(lambda a: jnp.broadcast_to(jnp.mean(a, 0), a.shape), found)
+        for i in (0, 3):
+            tree_allclose(jax.tree.map(lambda a, i=i: a[i], found), of_all_tokens[name], rtol=3e-6)
+
+
+def test_a_weight_is_called_with_what_it_names():
+    by_number = oa.Objective.from_value_fn(
+        lambda p, x, n: p * jnp.sum(x) / n, weight=lambda n: n, axis_name="workers"
+    )
+    value = jax.vmap(lambda x, n: by_number(2.0, x=x, n=n), axis_name="workers")(
+        jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([1.0, 3.0])
+    )
+    np.testing.assert_allclose(value, 2 * 10 / 4, rtol=1e-6)
+    assert by_number.batch_weight(n=3, x=None) == 3
+    assert oa.Objective(predict, loss).batch_weight() is None
+    with pytest.raises(TypeError, match=r"takes the arguments \['n'\]"):
+        by_number.bind(x=jnp.ones(2))
+    with pytest.raises(ValueError, match="`weight` must return a scalar, got shape"):
+        oa.Objective(predict, loss, weight=lambda y: y).batch_weight(y=jnp.ones(2))
+    with pytest.raises(TypeError, match="`weight` must be callable, got float"):
+        oa.Objective(predict, loss, weight=1.0)
+
+
+# -- auxiliary outputs -----------------------------------------------------------------------------
+
+
+def test_auxiliary_outputs_are_averaged_or_handed_through():
+    x, key = jnp.arange(6.0), jax.random.key(1)
+
+    def predict(p, x, state):
+        new = {"mean": 0.5 * state["mean"] + 0.5 * jnp.mean(x), "count": state["count"] + 1}
+        return p * x, new | {"key": state["key"]}
+
+    def loss(outputs, x):
+        return jnp.mean(outputs), {"largest": jnp.max(outputs)}
+
+    state = {"mean": 1.0, "count": jnp.int32(7), "key": key}
+    objective = oa.Objective(predict, loss, has_aux="both")
+    (value, (new, metrics)), gradient = objective.value_and_grad(2.0, x=x, state=state)
+    assert (value, gradient, new["mean"], metrics["largest"]) == (5.0, 2.5, 1.75, 10.0)
+    assert objective(2.0, x=x, state=state) == 5.0
+    assert objective.grad(2.0, x=x, state=state) == 2.5
+    np.testing.assert_array_equal(objective.outputs(2.0, x=x, state=state), 2 * x)
+    # In parts of 2, 2, 2 as if seen at once; the largest outputs of the parts are averaged.
+    parts = objective.accumulated(3, x=x, state=state)
+    (value, (new, metrics)), gradient = parts.value_and_grad(2.0)
+    np.testing.assert_allclose([value, gradient, new["mean"]], [5.0, 2.5, 1.75], rtol=1e-6)
+    np.testing.assert_allclose(metrics["largest"], 8.0, rtol=1e-6)
+    assert new["count"] == 8
+    assert new["key"] == key
+    # On replicas.
+    replicated = oa.Objective(predict, lambda o, x: loss(o, x)[0], "workers", has_aux="predict")
+    (value, new), _ = jax.vmap(
+        lambda x: replicated.value_and_grad(2.0, x=x, state=state), axis_name="workers"
+    )(x.reshape(3, 2))
+    np.testing.assert_allclose(value, 5.0, rtol=1e-6)
+    np.testing.assert_allclose(new["mean"], 1.75, rtol=1e-6)
+    np.testing.assert_array_equal(new["count"], [8, 8, 8])
+
+
+def test_methods_leave_auxiliary_outputs_out():
+    objective = oa.Objective.from_value_fn(lambda p: (jnp.sum(p**2), {"p": p}), has_aux=True)
+    params = jnp.ones(2)
+    (value, aux), grads = objective.value_and_grad(params)
+    assert value == 2.0
+    np.testing.assert_array_equal(aux["p"], params)
+    for tx in (oa.extrap_sgd(0.1), oa.gnp(optax.sgd(0.1))):
+        updates, _ = tx.update(grads, tx.init(params), params, value_fn=objective)
+        assert jnp.isfinite(updates).all()
+
+
+@pytest.mark.parametrize("value_fn", [lambda p: (p, {"a": 1.0}), lambda p: (p, p, p)])
+def test_a_value_function_with_auxiliary_outputs_is_told_what_to_do(value_fn):
+    tx, p = oa.extrap_sgd(0.1), jnp.ones(())
+    with pytest.raises(TypeError, match=r"from_value_fn\(value_fn, has_aux=True\)"):
+        tx.update(p, tx.init(p), p, value_fn=value_fn)
+
+
+def test_wrong_auxiliary_outputs_are_named():
+    p = jnp.ones(())
+    with pytest.raises(TypeError, match=r"`value_fn` returns a pair .*, but it returned"):
+        oa.Objective.from_value_fn(lambda p: p, has_aux=True)(p)
+    with pytest.raises(TypeError, match="`predict` returns a pair"):
+        oa.Objective(lambda p: (p, p, p), lambda out: out, has_aux="predict")(p)
+    with pytest.raises(ValueError, match="unknown has_aux 'outputs'"):
+        oa.Objective(predict, loss, has_aux="outputs")
+    with pytest.raises(TypeError, match="must be a scalar, but `loss` returned NoneType"):
+        oa.Objective(lambda p: p, lambda out: None)(p)
+
+
+def test_python_numbers_as_parameters():
+    objective = oa.Objective(lambda p: p["w"] * 3.0, lambda out: out**2)
+    params = {"w": 1.0}
+    assert objective(params) == 9.0
+    assert objective.grad(params)["w"] == 18.0
+    for product in (objective.hvp, objective.ggn_vp):
+        assert product(params, {"w": 2.0})["w"] == 36.0

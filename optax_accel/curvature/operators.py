@@ -42,8 +42,9 @@ from jax import lax
 from jax.tree_util import Partial
 
 from optax_accel._arguments import check_choice, check_real_leaves
+from optax_accel.accumulation import shares_of, weighted
 from optax_accel.curvature import blocks
-from optax_accel.objective import Objective, argument_names, check_params, congruence
+from optax_accel.objective import Objective, check_params, congruence, fixed_if_unused
 
 Batch = Mapping[str, Any]
 Batches = Iterable[Batch]
@@ -85,7 +86,7 @@ class CurvatureOperator:
         name: str,
         params: chex.ArrayTree,
         linear: LinearFunction | None,
-        terms: Callable[[], Iterable[tuple[LinearFunction, int]]] | None = None,
+        terms: Callable[[], Iterable[tuple[LinearFunction, float]]] | None = None,
     ):
         self.like: chex.ArrayTree = jax.tree.map(_vector_like, params)
         self.dimension: int = blocks.dimension(params)
@@ -243,7 +244,10 @@ def fisher(
     """The Fisher information of the model's predictive distribution, exact: nothing is sampled.
 
     It equals the Gauss-Newton matrix of the mean negative log-likelihood, whatever loss the
-    objective has; only the outputs of the objective are used.
+    objective has; only the outputs of the objective are used, and all examples count alike. Where
+    the objective declares a ``weight``, its loss must be the weighted mean of that negative
+    log-likelihood (up to a factor), and examples, or positions, count as they do in the loss: those
+    under a mask not at all.
 
     Args:
       objective: the loss, built from ``predict`` and ``loss``; ``predict`` returns one array.
@@ -380,6 +384,11 @@ def _functional_hessian(
     return objective.functional_hessian(params, **batch)
 
 
+def _weight(objective: Objective, params: chex.ArrayTree, batch: Batch) -> jax.Array | None:
+    del params
+    return objective.batch_weight(**batch)
+
+
 def _gradient(objective: Objective, params: chex.ArrayTree, batch: Batch) -> chex.ArrayTree:
     return objective.grad(params, **batch)
 
@@ -387,7 +396,7 @@ def _gradient(objective: Objective, params: chex.ArrayTree, batch: Batch) -> che
 def _fisher(
     likelihood: str, objective: Objective, params: chex.ArrayTree, batch: Batch
 ) -> LinearFunction:
-    params = objective._vary(params)
+    params = objective.vary(params)
     outputs, push = jax.linearize(lambda p: objective.outputs(p, **batch), params)
     if not isinstance(outputs, jax.Array) or (likelihood == "categorical" and not outputs.ndim):
         need = "one array of logits (..., classes)" if likelihood == "categorical" else "one array"
@@ -397,47 +406,97 @@ def _fisher(
         information = Partial(_categorical_information, jax.nn.softmax(outputs, axis=-1))
     else:
         information = Partial(_gaussian_information)
-    return objective._operator(Partial(congruence, push, information, params), params)
+    shares = _shares_in_loss(objective, outputs, information, batch)
+    middle = Partial(_mean_information, information, shares)
+    product = Partial(congruence, push, middle, params)
+    return objective.mean_product(product, params, **batch)
 
 
 def _categorical_information(probabilities: jax.Array, tangent: jax.Array) -> jax.Array:
     mean = jnp.sum(probabilities * tangent, axis=-1, keepdims=True)
-    num_examples = probabilities.size // probabilities.shape[-1]
-    return probabilities * (tangent - mean) / num_examples
+    return probabilities * (tangent - mean)
 
 
 def _gaussian_information(tangent: jax.Array) -> jax.Array:
-    return tangent / (tangent.shape[0] if tangent.ndim else 1)
+    return tangent
+
+
+def _mean_information(
+    information: LinearFunction, shares: jax.Array, tangent: jax.Array
+) -> jax.Array:
+    return shares * information(tangent)
+
+
+def _shares_in_loss(
+    objective: Objective, outputs: jax.Array, information: Partial, batch: Batch
+) -> jax.Array:
+    """What each position counts in the mean: like the outputs, or with a last axis of length 1.
+
+    All alike, unless the objective declares a weight. Then the loss has weights of its own. It is a
+    weighted mean of negative log-likelihoods, so its Hessian at a position is a multiple of the
+    Fisher information there, and one product with both shows which.
+    """
+    axes: tuple[int, ...]
+    if information.func is _categorical_information:
+        number = outputs.size // outputs.shape[-1]
+        # A unit vector at the likeliest class: its information is the largest or close to it.
+        probe = jax.nn.one_hot(jnp.argmax(outputs, -1), outputs.shape[-1], dtype=outputs.dtype)
+        total, axes = 1.0, (-1,)
+    else:
+        number = outputs.shape[0] if outputs.ndim else 1
+        probe = jnp.ones_like(outputs)
+        total, axes = outputs.size / number, ()  # a mean over examples of sums over outputs
+    if not objective.has_weight:
+        return jnp.full((1,) * outputs.ndim, 1 / number, outputs.dtype)
+    bent = jnp.sum(probe * objective.loss_hessian(outputs, **batch)(probe), axes, keepdims=True)
+    known = jnp.sum(probe * information(probe), axes, keepdims=True)
+    ratio = jnp.where(known > 0, bent / jnp.where(known > 0, known, 1), 0)
+    everything = jnp.sum(ratio)
+    return jnp.where(everything > 0, total * ratio / jnp.where(everything > 0, everything, 1), 0)
 
 
 def _gradient_moment(
     objective: Objective, params: chex.ArrayTree, batch: Batch, mean_gradient: chex.ArrayTree = None
 ) -> LinearFunction:
-    params = objective._vary(params)
-    axes = jax.tree.map(lambda leaf: 0 if jnp.ndim(leaf) else None, batch)
-    examples = jax.tree.map(lambda leaf: leaf[:, None] if jnp.ndim(leaf) else leaf, batch)
+    params = objective.vary(params)
+    leaves, treedef = jax.tree.flatten(batch)
+    examples = {i: leaf[:, None] for i, leaf in enumerate(leaves) if _has_axis(leaf)}
 
-    def losses(p: chex.ArrayTree) -> jax.Array:
-        def one(example: Batch) -> jax.Array:
-            return objective._local_value(p, **example)
+    def of_each(function: Callable[[dict[str, Any]], Any]) -> Any:
+        def one(example: dict[int, jax.Array]) -> Any:
+            own = [example.get(i, leaf) for i, leaf in enumerate(leaves)]
+            return function(jax.tree.unflatten(treedef, own))
 
-        return jax.vmap(one, in_axes=(axes,))(examples)
+        return jax.vmap(one)(examples)
 
-    _, push = jax.linearize(losses, params)
-    return objective._operator(Partial(_second_moment, push, mean_gradient, params), params)
+    def loss_of(example: dict[str, Any], p: chex.ArrayTree) -> jax.Array:
+        # What counts nothing has no derivative, even where its loss is 0 / 0.
+        p = fixed_if_unused(p, objective.batch_weight(**example))
+        return objective.local(p, **example)
+
+    weights = of_each(lambda example: objective.batch_weight(**example))
+    _, push = jax.linearize(lambda p: of_each(lambda example: loss_of(example, p)), params)
+    product = Partial(_second_moment, push, mean_gradient, params, weights)
+    return objective.mean_product(product, params, **batch)
 
 
 def _second_moment(
     push: LinearFunction,
     mean_gradient: chex.ArrayTree,
     params: chex.ArrayTree,
+    weights: jax.Array | None,
     vector: chex.ArrayTree,
 ) -> chex.ArrayTree:
     slopes = push(vector)  # the per-example gradients times the vector, (examples,)
     if mean_gradient is not None:
         mean = blocks.inner(blocks.as_block(mean_gradient), blocks.as_block(vector))[0]
         slopes = slopes - mean.astype(slopes.dtype)
-    return jax.linear_transpose(push, params)(slopes / slopes.size)[0]
+    if weights is None:
+        slopes = slopes / slopes.size
+    else:
+        shares = shares_of(weights, jnp.sum(weights), slopes.size)
+        slopes = weighted(shares, slopes).astype(slopes.dtype)
+    return jax.linear_transpose(push, params)(slopes)[0]
 
 
 # -- products ------------------------------------------------------------------------------------
@@ -529,10 +588,10 @@ def _concatenate(parts: list[chex.ArrayTree]) -> chex.ArrayTree:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _accumulate(total: chex.ArrayTree, summand: chex.ArrayTree, weight: float) -> chex.ArrayTree:
-    def weighted(leaf: jax.Array) -> jax.Array:
+    def weigh(leaf: jax.Array) -> jax.Array:
         return weight * leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
-    summand = jax.tree.map(weighted, summand)
+    summand = jax.tree.map(weigh, summand)
     return summand if total is None else jax.tree.map(jnp.add, total, summand)
 
 
@@ -542,18 +601,22 @@ def _scale(total: chex.ArrayTree, factor: float) -> chex.ArrayTree:
 
 
 def _weighted_mean(
-    name: str, function: Callable[[Any], chex.ArrayTree], terms: Iterable[tuple[Any, int]]
+    name: str, function: Callable[[Any], chex.ArrayTree], terms: Iterable[tuple[Any, float]]
 ) -> chex.ArrayTree:
     """The mean of ``function(term)`` over weighted terms, in at least float32."""
-    total, sum_of_weights = None, 0
+    total, unit, sum_of_weights = None, 0.0, 0.0
     for term, weight in terms:
         value = function(term)
         # At most two batches are in flight: what they store is as large as their activations.
         jax.block_until_ready(total)
-        total = _accumulate(total, value, float(weight))
-        sum_of_weights += weight
+        unit = unit or weight  # weights near 1 let the sum be as large as the mean may be
+        total = _accumulate(total, value, weight / unit)
+        sum_of_weights += weight / unit
     if total is None:
-        raise ValueError(f"{name}: `batches` is empty; it must give at least one batch.")
+        raise ValueError(
+            f"{name}: `batches` is empty; it must give at least one batch with examples (of a "
+            "`weight` above 0, if the objective has one)."
+        )
     return _scale(total, 1 / sum_of_weights)
 
 
@@ -585,8 +648,8 @@ def _build(
 
     if batches is None:
         batch = _select(name, objective, batch)
-        if per_example:
-            _count_examples(name, batch)
+        if per_example and _count_examples(name, batch) == 0:
+            raise ValueError(f"{name}: the batch must have at least one example, it has none.")
         mean = (gradient(params, batch),) if centred else ()
         return CurvatureOperator(name, params, linearize(params, batch, *mean))
 
@@ -611,7 +674,7 @@ def _build(
             "__iter__ starts afresh."
         )
 
-    def select() -> Iterator[tuple[Batch, int]]:
+    def select() -> Iterator[tuple[Batch, float]]:
         for each in batches:
             if not isinstance(each, Mapping):
                 raise TypeError(
@@ -619,13 +682,21 @@ def _build(
                     f"as {{'x': x, 'y': y}}, got {type(each).__name__}."
                 )
             selected = _select(name, objective, each)
-            yield selected, _count_examples(name, selected)
+            if weigh is not None:
+                weight = float(weigh(params, selected))
+            else:
+                weight = float(_count_examples(name, selected))
+            if weight:  # an empty batch adds nothing, and its loss may be 0 / 0
+                yield selected, weight
 
+    weigh = None
+    if objective.has_weight:
+        weigh = _compiled("weight", _weight, objective, traced)
     mean = ()
     if centred:
         mean = (_weighted_mean(name, functools.partial(gradient, params), select()),)
 
-    def terms() -> Iterable[tuple[LinearFunction, int]]:
+    def terms() -> Iterable[tuple[LinearFunction, float]]:
         return ((linearize(params, each, *mean), weight) for each, weight in select())
 
     return CurvatureOperator(name, params, None, terms)
@@ -634,35 +705,56 @@ def _build(
 def _compiled(
     name: str, function: Callable[..., Any], objective: Objective, traced: bool
 ) -> Callable[..., Any]:
-    """``function`` of an objective; compiled code lives as long as the objective."""
-    bound = functools.partial(function, objective)
+    """``function`` of an objective; compiled code lives as long as the objective.
+
+    Flags and strings in a batch are constants of the program, as they are without ``jit``.
+    """
     if traced:
-        return bound
-    cache: dict[str, Callable[..., Any]] = vars(objective).setdefault("_compiled", {})
-    return cache.setdefault(name, jax.jit(bound))
+        return functools.partial(function, objective)
+    cache: dict[Any, Callable[..., Any]] = vars(objective).setdefault("_compiled", {})
+
+    def call(params: chex.ArrayTree, batch: Batch, *args: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(batch)
+        is_fixed = [isinstance(leaf, bool) or not _is_numeric(leaf) for leaf in leaves]
+        fixed = tuple(leaf if f else None for leaf, f in zip(leaves, is_fixed, strict=True))
+
+        def from_arrays(params: chex.ArrayTree, arrays: list[Any], *args: Any) -> Any:
+            own = [c if f else a for a, c, f in zip(arrays, fixed, is_fixed, strict=True)]
+            return function(objective, params, jax.tree.unflatten(treedef, own), *args)
+
+        key = (name, treedef, tuple(is_fixed), fixed)
+        arrays = [None if f else leaf for leaf, f in zip(leaves, is_fixed, strict=True)]
+        return cache.setdefault(key, jax.jit(from_arrays))(params, arrays, *args)
+
+    return call
+
+
+def _is_numeric(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)
+
+
+def _has_axis(leaf: Any) -> bool:
+    return len(getattr(leaf, "shape", ())) > 0
 
 
 def _select(name: str, objective: Objective, batch: Batch) -> dict[str, Any]:
     """The keyword arguments that the objective takes; nothing that it needs may be missing."""
-    functions = [fn for fn in (objective._predict, objective._loss) if fn is not None]
-    signatures = [argument_names(fn) for fn in functions]
-    missing = [arg for _, required, _ in signatures for arg in required if arg not in batch]
+    names, required, variadic = objective.arguments
+    missing = [arg for arg in required if arg not in batch]
     if missing:
         raise TypeError(
             f"{name}: the objective takes the arguments {sorted(set(missing))}, which were not "
             f"given; pass them as {name}(objective, params, {missing[0]}=...) or in `batches`."
         )
-    if any(variadic for *_, variadic in signatures):
-        return dict(batch)
-    return {arg: batch[arg] for arg in batch if any(arg in names for names, *_ in signatures)}
+    return {arg: batch[arg] for arg in batch if variadic or arg in names}
 
 
 def _count_examples(name: str, batch: Batch) -> int:
     """The length of the leading axis of a batch's leaves."""
     shapes = {
-        jax.tree_util.keystr(path): jnp.shape(leaf)
+        jax.tree_util.keystr(path): leaf.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
-        if jnp.ndim(leaf)
+        if _has_axis(leaf)
     }
     sizes = {shape[0] for shape in shapes.values()}
     if not sizes:
@@ -670,10 +762,10 @@ def _count_examples(name: str, batch: Batch) -> int:
             f"{name} needs data with a leading axis of examples, as keyword arguments of the "
             "objective: an objective that holds its data, or a batch of scalars, has none."
         )
-    if len(sizes) > 1 or 0 in sizes:
+    if len(sizes) > 1:
         raise ValueError(
-            f"{name}: the arguments of a batch must have the same leading axis, of at least one "
-            f"example, got the shapes {shapes}; bind other arguments first (objective.bind)."
+            f"{name}: the arguments of a batch must have the same leading axis of examples, got "
+            f"the shapes {shapes}; bind other arguments first (objective.bind)."
         )
     return sizes.pop()
 

@@ -156,7 +156,7 @@ def _average(
         if name.endswith("value_fn") and callable(argument):
             if not isinstance(argument, Objective):
                 argument = Objective.from_value_fn(argument)
-            extra_args[name] = argument.averaged_where(axis_name, where)
+            extra_args[name] = argument.averaged_over(axis_name, where)
     return updates, extra_args
 
 

@@ -139,6 +139,68 @@ def test_batches_of_any_size_give_the_mean_over_all_examples(x64, name):
     np.testing.assert_allclose(ravel_pytree(product)[0], want @ vector, rtol=1e-11, atol=1e-13)
 
 
+def masked(loss):
+    """A mean over what a mask leaves, 0 / 0 of nothing."""
+    return lambda out, y, mask: jnp.sum(loss(out, y) * mask) / jnp.sum(mask)
+
+
+MASKED = {
+    "categorical": masked(
+        lambda out, y: -jnp.take_along_axis(jax.nn.log_softmax(out), y[:, None], 1)[:, 0]
+    ),
+    "gaussian": masked(lambda out, y: 0.5 * jnp.sum((out - y) ** 2, axis=-1)),
+}
+
+
+@pytest.mark.parametrize("likelihood", MASKED)
+def test_batches_count_with_the_weight_of_the_objective(x64, likelihood):
+    params = as_float64(PARAMS)
+    y = TARGETS["mse" if likelihood == "gaussian" else "cross_entropy"]
+    batch = {"x": X, "y": y, "mask": np.array([2.0, 0.5, 0.0, 0.0, 1.0, 0.0])}
+    data = in_batches(batch, 2, 2, 4)  # of weight 2.5, empty, of weight 0, and of weight 1
+    objective = oa.Objective(predict, MASKED[likelihood], weight=lambda mask: jnp.sum(mask))
+    vector = jax.tree.map(jnp.cos, params)
+    operators = {"fisher": functools.partial(curvature.fisher, likelihood=likelihood)}
+    if likelihood == "categorical":
+        operators["gauss_newton"] = curvature.gauss_newton
+    else:
+        operators["gradient_covariance"] = curvature.gradient_covariance
+    found = {}
+    for name, build in operators.items():
+        found[name] = ravel_pytree(build(objective, params, batches=data)(vector))[0]
+        whole = build(objective, params, **as_float64(batch))(vector)
+        np.testing.assert_allclose(found[name], ravel_pytree(whole)[0], rtol=1e-11, atol=1e-14)
+    with pytest.raises(ValueError, match="of a `weight` above 0"):
+        curvature.hessian(objective, params, batches=data[1:3])(vector)
+    if likelihood == "categorical":
+        np.testing.assert_allclose(found["fisher"], found["gauss_newton"], rtol=1e-11, atol=1e-14)
+        return
+    # From the outputs and gradients of one example at a time, with their weights.
+    weights, v = batch["mask"] / 3.5, np.asarray(ravel_pytree(vector)[0])
+    flat, unravel = ravel_pytree(params)
+    jacobians = np.asarray(jax.jacobian(lambda p: predict(unravel(p), X))(flat))
+    slopes = np.asarray(predict(params, X)) - y
+    gradients = np.einsum("nc,ncp->np", slopes, jacobians)
+    gradients -= (weights @ gradients)[None]
+    want = gradients.T @ (weights * (gradients @ v))
+    np.testing.assert_allclose(found["gradient_covariance"], want, rtol=1e-10, atol=1e-13)
+    want = np.einsum("n,ncp,ncq,q->p", weights, jacobians, jacobians, v)
+    np.testing.assert_allclose(found["fisher"], want, rtol=1e-10, atol=1e-13)
+
+
+def test_flags_in_a_batch_stay_flags():
+    def with_flag(params, x, train, mode):
+        assert train is True
+        assert mode == "fast"
+        return predict(params, x)
+
+    objective, params = oa.Objective(with_flag, mse), jax.tree.map(jnp.float32, PARAMS)
+    data = [{**batch, "train": True, "mode": "fast"} for batch in DATA]
+    got = curvature.empirical_fisher(objective, params, batches=data)(params)
+    want = curvature.empirical_fisher(oa.Objective(predict, mse), params, batches=DATA)(params)
+    np.testing.assert_allclose(got["w"], want["w"], rtol=1e-5)
+
+
 def test_fisher_is_the_gauss_newton_matrix_of_the_log_likelihood(problem):
     objective, params, batch, loss_name = problem
     likelihood = {"mse": "gaussian", "cross_entropy": "categorical"}[loss_name]
@@ -279,7 +341,7 @@ def test_errors_when_an_operator_is_built(arguments, error, message):
         ([], ValueError, "`batches` is empty"),
         (Shuffled([]), ValueError, "`batches` is empty"),
         ([tuple(DATA[0].values())], TypeError, "must give dicts"),
-        ([jax.tree.map(lambda leaf: leaf[:0], DATA[0])], ValueError, "at least one example"),
+        ([jax.tree.map(lambda leaf: leaf[:0], DATA[0])], ValueError, "one batch with examples"),
         ([{"x": DATA[0]["x"], "y": DATA[0]["y"][:1]}], ValueError, "the same leading axis"),
     ],
 )
