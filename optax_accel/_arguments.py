@@ -42,6 +42,11 @@ def check_number(
         known = _known(value)
         if known is None:
             return
+        if open_high and known == high and value.dtype.itemsize < 4:  # 0.999 in bfloat16
+            raise ValueError(
+                f"`{name}` must be less than {high}, which it was rounded to in {value.dtype}. "
+                "Give optax.inject_hyperparams `hyperparam_dtype=jnp.float32`."
+            )
         value, open_low, open_high = known, False, False
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         raise TypeError(f"`{name}` must be {kind}, got {value!r}.")

@@ -124,6 +124,8 @@ def scale_by_adabound(
         adam_rate = jnp.sqrt(1 - b2**t) / (1 - b1**t)
         lower = final_scale * (1 - 1 / (gamma * t + 1))
         upper = final_scale * (1 + 1 / (gamma * t))
+        # Finite where `eps` and the second moment are zero.
+        upper = jnp.minimum(upper, jnp.finfo(jnp.float32).max)
 
         def step(g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
             adam, low, high = (jnp.asarray(x, v.dtype) for x in (adam_rate, lower, upper))

@@ -204,5 +204,6 @@ def _all_finite(tree: chex.ArrayTree) -> jax.Array:
 
 def _divide(x: jax.Array, scale: jax.Array, like: jax.Array | None = None) -> jax.Array:
     """The quotient, computed in at least float32."""
-    dtype = x.dtype if like is None else jnp.promote_types(x.dtype, like.dtype)
-    return (x.astype(jnp.promote_types(x.dtype, jnp.float32)) / scale).astype(dtype)
+    own = jnp.result_type(x)
+    dtype = own if like is None else jnp.promote_types(own, jnp.result_type(like))
+    return (jnp.asarray(x, jnp.promote_types(own, jnp.float32)) / scale).astype(dtype)

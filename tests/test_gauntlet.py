@@ -296,6 +296,40 @@ def test_trains_mixed_precision(run: Runner) -> None:
     assert loss[-1] < PROBLEM.objective()(params)
 
 
+# Those that are Optax's own divide by an `eps` that is 0 in float16.
+OURS = [
+    case
+    for case in CASES
+    if case.name != "with_schedules adamw"
+    and not (case.name in METHODS and METHODS[case.name].fidelity == "Optax")
+]
+
+
+@pytest.mark.parametrize("case", as_params(OURS))
+def test_half_precision_survives_zero_and_tiny_gradients(case: Case) -> None:
+    """Numbers whose squares, and an `eps` that, are 0 in float16 are divided by in float32."""
+    tx, objective = case.build(case.rates[2]), PROBLEM.objective()
+    params = {
+        "dense": {"w": PROBLEM.params["dense"]["w"].astype(jnp.float16)},
+        "b": PROBLEM.params["b"].astype(jnp.bfloat16),
+    }
+
+    def body(carry: Any, scale: jax.Array) -> Any:
+        params, state = carry
+        scaled = oa.Objective(objective.outputs, lambda out: scale * jnp.mean(out))
+        grads = scaled.grad(params)
+        updates, state = tx.update(grads, state, params, value_fn=scaled, refresh=False)
+        return (optax.apply_updates(params, updates), state), updates
+
+    state = with_eigenspace(tx.init(params))
+    updates = quick_jit(lambda *carry: jax.lax.scan(body, carry, jnp.float32([0, 1e-4, 0])))(
+        params, state
+    )[1]
+    for leaf in jax.tree.leaves(updates):
+        assert not leaf[0].any()
+        assert jnp.all(jnp.abs(leaf) < 10 * case.rates[2])
+
+
 def test_state_holds_arrays_of_known_shapes(run: Runner) -> None:
     state = run.init()
     leaves = jax.tree.leaves(state)

@@ -97,3 +97,19 @@ def test_callables_that_optax_takes_for_schedules_are_refused_with_the_way_out()
     with pytest.raises(TypeError, match=r"`accumulator_dtype` .* Use optax_accel\.inject_hyperp"):
         inject(0.1, accumulator_dtype=jnp.float32, decay_steps=10).init(jnp.ones(2))
     assert inject(0.1, decay_steps=10).init(jnp.ones(2)).hyperparams["decay_steps"] == 10
+
+
+def test_hyperparameters_that_lose_their_meaning_in_half_precision():
+    """Optax takes the dtype of the parameters: 0.999 is 1 in bfloat16, and the epsilon 0."""
+    half = jnp.zeros(2, jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"`b2` must be less than 1, .* `hyperparam_dtype="):
+        optax.inject_hyperparams(oa.stoch_grad_adam)(0.1).init(half)
+    inject = optax.inject_hyperparams(oa.stoch_grad_adam, hyperparam_dtype=jnp.float32)
+    state = inject(0.1).init(half)
+    assert float(state.hyperparams["b2"]) == pytest.approx(0.999)
+    tx = optax.inject_hyperparams(oa.extra_adam)(0.1)
+    half = half.astype(jnp.float16)
+    state = tx.init(half)
+    assert state.hyperparams["eps"] == 0
+    updates, _ = tx.update(half, state, half, value_fn=lambda p: jnp.sum(p * 0))
+    assert not updates.any()
