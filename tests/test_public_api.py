@@ -6,7 +6,6 @@ import inspect
 import re
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -396,14 +395,3 @@ def test_own_mask_is_what_the_message_promises() -> None:
         # The inputs are orthogonal to the bias: its gradient is the same at the point ahead.
         assert jnp.allclose(updates["b"], -0.1 * grads["b"], rtol=1e-5)
         assert not jnp.allclose(updates["dense"]["w"], -0.1 * grads["dense"]["w"], rtol=1e-2)
-
-
-@pytest.mark.slow
-def test_wheel_holds_the_library_only(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"optax_accel"}
-    assert "optax_accel/py.typed" in names
-    assert {"optax_accel/subspace.py", "optax_accel/curvature/blocks.py"} <= set(names)
