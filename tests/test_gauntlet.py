@@ -296,13 +296,8 @@ def test_trains_mixed_precision(run: Runner) -> None:
     assert loss[-1] < PROBLEM.objective()(params)
 
 
-# Those that are Optax's own divide by an `eps` that is 0 in float16.
-OURS = [
-    case
-    for case in CASES
-    if case.name != "with_schedules adamw"
-    and not (case.name in METHODS and METHODS[case.name].fidelity == "Optax")
-]
+# Optax's own divide by an `eps` that is 0 in float16.
+OURS = [case for case in CASES if case.name != "with_schedules adamw"]
 
 
 @pytest.mark.parametrize("case", as_params(OURS))
