@@ -130,8 +130,8 @@ OPTIMIZERS = (
         "reparametrize powerprop",
         lambda rate: oa.reparametrize(momentum_sgd(rate), oa.powerprop(2.0)),
     ),
-    Case("gnp", lambda rate: oa.gnp(momentum_sgd(rate), r=0.1, alpha=0.8)),
-    Case("gnp sharpness", lambda rate: oa.gnp(momentum_sgd(rate), r=0.05, alpha=1.0)),
+    Case("gnp", lambda rate: oa.gnp(momentum_sgd(rate), rho=0.1, alpha=0.8)),
+    Case("gnp sharpness", lambda rate: oa.gnp(momentum_sgd(rate), rho=0.05, alpha=1.0)),
     natural(oa.kfac),
     natural(oa.ekfac),
     Case(
@@ -153,9 +153,9 @@ PER_WORKER: dict[str, Callable[[Any, str | None, int], optax.GradientTransformat
     ),
     # Symmetric: DecentLaM with momentum 0.9 diverges on the directed graph.
     "decentlam": lambda rate, axis_name, size: oa.decentlam(
-        rate, oa.topologies.exponential(size, symmetric=True), axis_name=axis_name
+        rate, topology=oa.topologies.exponential(size, symmetric=True), axis_name=axis_name
     ),
     "dmsgd": lambda rate, axis_name, size: oa.dmsgd(
-        rate, oa.topologies.exponential(size, symmetric=True), axis_name=axis_name
+        rate, topology=oa.topologies.exponential(size, symmetric=True), axis_name=axis_name
     ),
 }
