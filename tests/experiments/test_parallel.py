@@ -321,14 +321,16 @@ def test_token_ids_and_another_loss_on_four_devices(mode):
 
 @pytest.mark.parametrize("mode", ["pmap", "shard_map"])
 def test_batch_statistics_are_averaged(mode):
+    """Over the devices: means and variances of each part, moved by a tenth at each step."""
     _, losses, state = worker.train("sgd", mode, 4, model=WithNorm)
-    _, _, expected = worker.train("sgd", "jit", 1, model=WithNorm)
     assert np.all(np.isfinite(losses))
-    # The mean of a batch is the mean of its parts' means; of variances only the scale agrees.
-    np.testing.assert_allclose(
-        state.rest["norm"]["mean"], expected.rest["norm"]["mean"], rtol=1e-4, atol=1e-6
-    )
-    np.testing.assert_allclose(state.rest["norm"]["var"], expected.rest["norm"]["var"], rtol=0.2)
+    mean, variance = np.zeros(6), np.ones(6)
+    for x, _ in worker.batches():
+        parts = x.reshape(4, -1, 6)
+        mean = 0.9 * mean + 0.1 * parts.mean(1).mean(0)
+        variance = 0.9 * variance + 0.1 * parts.var(1).mean(0)
+    np.testing.assert_allclose(state.rest["norm"]["mean"], mean, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(state.rest["norm"]["var"], variance, rtol=1e-4)
 
 
 # States ----------------------------------------------------------------------------------------
