@@ -112,7 +112,8 @@ def extragradient(
     Args:
       inner: transformation or optimizer that takes the step from ``params``.
       extrapolation_rate: :math:`\hat\gamma \ge 0`, float or schedule. 0: the inner transformation.
-      direction: see above.
+      direction: where to extrapolate to, one of the names above; default ``"gradient"``, the
+        gradient at ``params``.
       axis_name: axis of ``pmap``, ``shard_map`` or ``vmap`` for *local* extrapolation: each replica
         extrapolates with its own direction and the gradients found there are averaged, one
         all-reduce of the parameters' size a step; the incoming gradient is not used, and need not

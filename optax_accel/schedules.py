@@ -71,7 +71,8 @@ def cyclical_schedule(
       peak_value: the rate in the middle of the (first) cycle: the largest one that trains stably.
       step_size: s, half a cycle, in steps; 2 to 10 epochs (section 3.2).  The end of a cycle, at a
         multiple of ``2 * step_size``, is the time to stop.
-      mode: see the table.
+      mode: the scale of the cycles: ``"triangular"`` (default), all alike; ``"triangular2"``, each
+        half as high as the one before; ``"exp_range"``, decaying by ``gamma`` in every step.
       gamma: the factor per step of ``exp_range``, in (0, 1]; for that mode only.
 
     Returns:

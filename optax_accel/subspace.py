@@ -76,8 +76,9 @@ def refresh_at(
 
     Args:
       step: zero-based training step, a Python integer.
-      refresh_every: as the tracker's; default 20, as ``BlockTracker``'s.
-      start_step: as the transformation's.
+      refresh_every: steps between refreshes, as given to the tracker; default 20, that of
+        ``BlockTracker``.
+      start_step: the first step with tracking, as given to the transformation; default 0.
       cold_start: False for convolutional networks on a CPU, where the loop of the Lanczos start
         runs many times slower than the same products outside it (jax#12868): the estimate then
         grows from a random basis by a sweep in each of the first ten steps.
@@ -372,15 +373,19 @@ def interpolated_sgd(
     Args:
       learning_rate: float or schedule, given to ``base``.
       num_directions: k, usually the number of classes.
-      dominant_weight: a.
-      bulk_weight: b.
+      dominant_weight: a, the weight of the component in the dominant subspace; float or schedule.
+      bulk_weight: b, the weight of the component orthogonal to it; float or schedule.
       base: the optimizer, as a function of the learning rate: ``optax.sgd`` (default),
         ``optax.adam``, ``functools.partial(optax.sgd, momentum=0.9)`` ...
-      tracker: as in :func:`interpolate_subspaces`, like the following ones.
-      start_step: see there.
-      switch_alignment: see there.
-      alignment_decay: see there.
-      mask: see there.
+      tracker: how the eigenspace is followed; default ``BlockTracker()``.
+      start_step: before this step the base optimizer's updates pass unchanged, and nothing is
+        tracked.
+      switch_alignment: if given, tracking starts at ``start_step``, but the projection is switched
+        on, for good, only when the moving average of chi_k exceeds this value, in [0, 1].
+      alignment_decay: decay of that moving average, in [0, 1); default 0.9.
+      mask: pytree of booleans like the parameters, or a function from the parameters to one: True
+        leaves take part, the others are held fixed in the curvature and get the base optimizer's
+        update.
 
     Returns:
       A transformation whose ``update`` takes the extra arguments of :func:`interpolate_subspaces`.

@@ -68,6 +68,35 @@ def test_every_transformation_and_state_is_exported() -> None:
                 assert name in oa.__all__
 
 
+def descriptions(text: str) -> dict[str, str]:
+    """What a docstring says of each argument, attribute or field, by name."""
+    found = {}
+    for section in re.findall(r"^(?:Args|Attributes):\n((?:(?: .*)?\n)+)", text + "\n", re.M):
+        entries = re.split(r"^ {2}(\*{0,2}\w+)(?: \(.*?\))?: ", section, flags=re.M)[1:]
+        found |= dict(zip(entries[::2], entries[1::2], strict=True))
+    return {name.lstrip("*"): " ".join(words.split()) for name, words in found.items()}
+
+
+# Help is read in an editor, where "see there" leads nowhere: what refers to another description
+# does so after a sentence of its own.
+REFERENCE = re.compile(r"(see|as|ditto)\b|.*\bsee there\b", re.I)
+    r"(see|as (in|for|of|above)|as .*'s|like the following|ditto)\b|.*\bsee there\b", re.I
+)
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, *CLASSES, *METHODS])
+def test_arguments_are_described_where_they_stand(name: str) -> None:
+    text = inspect.getdoc((FUNCTIONS | CLASSES | METHODS)[name]) or ""
+    described = descriptions(text)
+    assert bool(described) == bool(re.search("^(Args|Attributes):", text, re.M))
+    short = {
+        argument: words
+        for argument, words in described.items()
+        if REFERENCE.match(words) or len(words.split()) < 2
+    }
+    assert not short
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_are_documented(name: str) -> None:
     text = inspect.getdoc(FUNCTIONS[name]) or ""

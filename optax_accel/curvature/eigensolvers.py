@@ -640,7 +640,8 @@ def subspace_sweep(
       basis: orthonormal block of ``m`` vectors.
       shift: scalar added to the spectrum so that its top leads in magnitude (order
         ``"algebraic"``); the negative of the smallest eigenvalue, or 0.
-      order: as in :func:`lanczos`.
+      order: which eigenvalues lead: ``"algebraic"`` (default) the largest, ``"magnitude"`` the
+        largest in magnitude.
 
     Returns:
       ``(eigenvalues, basis, smallest)``: the Ritz values ``(m,)`` of the basis that came in
@@ -836,8 +837,10 @@ def block_iteration(
         random_basis` makes a random one.
       num_directions: how many leading eigenpairs to return, at most ``m``; ``None`` (default): all.
       num_products: budget, at least ``m``; counted per row.
-      order: as in :func:`lanczos`.
-      tolerance: as in :func:`lanczos`.
+      order: which eigenvalues lead: ``"algebraic"`` (default) the largest, ``"magnitude"`` the
+        largest in magnitude.
+      tolerance: relative error of the leading eigenvalues at which to stop; ``None`` (default): use
+        the whole budget.
       chebyshev_degree: degree of the filter; 0 (default): none, a power step, for order
         ``"algebraic"`` shifted by the smallest Ritz value seen, if negative.
       smallest: lower end of the spectrum or an estimate (``lanczos(...).smallest``); what is below

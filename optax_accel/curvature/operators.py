@@ -136,7 +136,7 @@ def hessian(
 
     Args:
       objective: the loss; products are differentiated by its ``hvp_mode``.
-      params: where.
+      params: the parameters at which the curvature is taken.
       batches: data in batches, a re-iterable of dicts of keyword arguments of the objective; their
         leaves' leading axis counts examples, and the last batch may be smaller.
       **batch: or one batch in memory: the objective's keyword arguments. Neither, if the objective
@@ -172,9 +172,11 @@ def gauss_newton(
 
     Args:
       objective: the loss, built from ``predict`` and ``loss``.
-      params: as for :func:`hessian`.
-      batches: as for :func:`hessian`.
-      **batch: as for :func:`hessian`.
+      params: the parameters at which the curvature is taken.
+      batches: data in batches, a re-iterable of dicts of keyword arguments of the objective; their
+        leaves' leading axis counts examples, and the last batch may be smaller.
+      **batch: or one batch in memory, the objective's keyword arguments. Neither, if the objective
+        holds its data.
 
     Returns:
       The operator.
@@ -207,9 +209,11 @@ def functional_hessian(
 
     Args:
       objective: the loss, built from ``predict`` and ``loss``.
-      params: as for :func:`hessian`.
-      batches: as for :func:`hessian`.
-      **batch: as for :func:`hessian`.
+      params: the parameters at which the curvature is taken.
+      batches: data in batches, a re-iterable of dicts of keyword arguments of the objective; their
+        leaves' leading axis counts examples, and the last batch may be smaller.
+      **batch: or one batch in memory, the objective's keyword arguments. Neither, if the objective
+        holds its data.
 
     Returns:
       The operator.
@@ -251,13 +255,15 @@ def fisher(
 
     Args:
       objective: the loss, built from ``predict`` and ``loss``; ``predict`` returns one array.
-      params: as for :func:`hessian`.
+      params: the parameters at which the curvature is taken.
       likelihood: ``"categorical"`` (default): outputs are logits ``(..., classes)``, and the mean
         is over all axes but the last. ``"gaussian"``: outputs are means of unit-variance Gaussians
         (half the squared error, summed over outputs), and the mean is over the leading axis; an
         output of shape ``()`` is one example.
-      batches: as for :func:`hessian`.
-      **batch: as for :func:`hessian`.
+      batches: data in batches, a re-iterable of dicts of keyword arguments of the objective; their
+        leaves' leading axis counts examples, and the last batch may be smaller.
+      **batch: or one batch in memory, the objective's keyword arguments. Neither, if the objective
+        holds its data.
 
     Returns:
       The operator.
@@ -296,9 +302,11 @@ def empirical_fisher(
 
     Args:
       objective: the loss; for a batch the mean over its examples.
-      params: as for :func:`hessian`.
-      batches: as for :func:`hessian`.
-      **batch: as for :func:`hessian`; the objective must take its data as arguments.
+      params: the parameters at which the curvature is taken.
+      batches: data in batches, a re-iterable of dicts of keyword arguments of the objective; their
+        leaves' leading axis counts examples, and the last batch may be smaller.
+      **batch: or one batch in memory, the objective's keyword arguments. One of the two is needed:
+        an objective that holds its data cannot be cut into examples.
 
     Returns:
       The operator.
@@ -334,10 +342,12 @@ def gradient_covariance(
     the operator is built.
 
     Args:
-      objective: as for :func:`empirical_fisher`.
-      params: as for :func:`hessian`.
-      batches: as for :func:`hessian`.
-      **batch: as for :func:`empirical_fisher`.
+      objective: the loss; for a batch the mean over its examples.
+      params: the parameters at which the curvature is taken.
+      batches: data in batches, a re-iterable of dicts of keyword arguments of the objective; their
+        leaves' leading axis counts examples, and the last batch may be smaller.
+      **batch: or one batch in memory, the objective's keyword arguments. One of the two is needed:
+        an objective that holds its data cannot be cut into examples.
 
     Returns:
       The operator.

@@ -211,11 +211,12 @@ def trace(
     few large eigenvalues over a small bulk, as curvature has them, far more precise.
 
     Args:
-      operator: as for :func:`spectral_density`.
+      operator: a symmetric operator: a :class:`~optax_accel.curvature.CurvatureOperator` or a
+        function of a pytree.
       key: PRNG key of the probes, or an integer seed.
       num_products: products in all; from the dimension on, the trace is computed exactly.
       method: ``"hutch++"`` (default) or ``"hutchinson"``.
-      like: as for :func:`spectral_density`.
+      like: structure, shapes and dtypes of the vectors; default: the operator's own.
 
     Returns:
       The estimate, with the standard error of the mean over the probes.
@@ -258,11 +259,13 @@ def frobenius_norm(
     each; the error of the root is that of the square over twice the root.
 
     Args:
-      operator: as for :func:`spectral_density`.
+      operator: a symmetric operator: a :class:`~optax_accel.curvature.CurvatureOperator` or a
+        function of a pytree.
       key: PRNG key of the probes, or an integer seed.
-      num_products: as for :func:`trace`.
-      method: as for :func:`trace`.
-      like: as for :func:`spectral_density`.
+      num_products: products in all; from the dimension on, the norm is computed exactly.
+      method: ``"hutch++"`` (default), which computes a sketched part exactly, or ``"hutchinson"``,
+        which only averages over random probes.
+      like: structure, shapes and dtypes of the vectors; default: the operator's own.
 
     Returns:
       The estimate.
@@ -300,7 +303,8 @@ def energy_shares(
     Frobenius share never leaves [0, 1].
 
     Args:
-      operator: as for :func:`spectral_density`.
+      operator: a symmetric operator: a :class:`~optax_accel.curvature.CurvatureOperator` or a
+        function of a pytree.
       basis: orthonormal block of the ``k`` directions, leaves ``(k, *shape)``.
       key: PRNG key of the probes, or an integer seed.
       num_probes: random probes; ``k + num_probes`` products in all. From the dimension on, the

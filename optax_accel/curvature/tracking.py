@@ -104,7 +104,7 @@ class Tracker(abc.ABC):
 
         Args:
           params: the parameters (or their shapes).
-          num_directions: k.
+          num_directions: how many directions are followed.
           cold: of a cold start instead of a warm refresh.
 
         Returns:
@@ -390,12 +390,17 @@ class RoundRobinTracker(_CurvatureTracker):
 
     Args:
       refresh_every: steps between products; default 1.
-      cold_start_products: as in :class:`BlockTracker`, like the following ones.
-      order: see there.
-      curvature: see there.
-      accumulator_dtype: see there.
-      storage_dtype: see there; also of the products kept.
-      seed: see there.
+      cold_start_products: Hessian-vector products of the Lanczos cold start; ``None`` (default):
+        three per direction, at least 20 (fewer only where the dimension is smaller).
+      order: ``"algebraic"`` (default) follows the largest eigenvalues, ``"magnitude"`` the largest
+        in magnitude.
+      curvature: the matrix whose eigenspace is followed: ``"hessian"`` (default) or
+        ``"gauss_newton"`` (needs ``Objective(predict, loss)``).
+      accumulator_dtype: dtype of the linear algebra; ``None`` (default): each leaf's own, but at
+        least float32.
+      storage_dtype: dtype in which the basis and its products are kept between steps, e.g.
+        ``jnp.bfloat16``; ``None`` (default): the dtype of the linear algebra.
+      seed: integer from which the random start is drawn; default 0.
 
     Raises:
       ValueError, TypeError: an argument outside its range.
@@ -529,9 +534,11 @@ class GradientTracker(_BasisTracker):
       decay: weight of the old sketch at a refresh, the new rows have ``1 - decay``; default 0.5.
       buffer: rows ``"gradient"``: gradients gathered before the sketch is compressed, default 10
         (at least k are).
-      accumulator_dtype: as in :class:`BlockTracker`, like the following ones.
-      storage_dtype: see there.
-      seed: see there.
+      accumulator_dtype: dtype of the linear algebra; ``None`` (default): each leaf's own, but at
+        least float32.
+      storage_dtype: dtype in which the basis is kept between steps, e.g. ``jnp.bfloat16``; ``None``
+        (default): the dtype of the linear algebra.
+      seed: integer from which the random start is drawn; default 0.
 
     Raises:
       ValueError, TypeError: an argument outside its range.
@@ -718,11 +725,15 @@ class ExactTracker(_CurvatureTracker):
       refresh_every: steps between refreshes; default 1, the protocol of Song et al., 2024.
       tolerance: relative error of the eigenvalues; default 1e-4.
       cold_start_products: budget of products of a solve; ``None`` (default): 20 per direction.
-      order: as in :class:`BlockTracker`, like the following ones.
-      curvature: see there.
-      accumulator_dtype: see there.
-      storage_dtype: see there.
-      seed: see there.
+      order: ``"algebraic"`` (default) follows the largest eigenvalues, ``"magnitude"`` the largest
+        in magnitude.
+      curvature: the matrix whose eigenspace is followed: ``"hessian"`` (default) or
+        ``"gauss_newton"`` (needs ``Objective(predict, loss)``).
+      accumulator_dtype: dtype of the linear algebra; ``None`` (default): each leaf's own, but at
+        least float32.
+      storage_dtype: dtype in which the basis is kept between steps, e.g. ``jnp.bfloat16``; ``None``
+        (default): the dtype of the linear algebra.
+      seed: integer from which the random start is drawn; default 0.
 
     Raises:
       ValueError, TypeError: an argument outside its range.

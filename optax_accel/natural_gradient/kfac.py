@@ -94,8 +94,8 @@ def kfac_refresh_at(step: int, factors_every: int = 1, inverses_every: int = 10)
 
     Args:
       step: zero-based training step, a Python integer.
-      factors_every: as the transformation's.
-      inverses_every: as the transformation's.
+      factors_every: steps between refreshes of the factors, as given to the transformation.
+      inverses_every: steps between refreshes of the inverses, as given to the transformation.
 
     Returns:
       ``"inverses"`` when factors and inverses are due, ``"factors"`` when only these are, else
@@ -121,10 +121,13 @@ def describe_layers(
     """What K-FAC makes of a network: a readable report, one line for each block of parameters.
 
     Args:
-      objective: as in :func:`scale_by_kfac`.
+      objective: what the network looks like: an objective, of whose ``predict`` only the program is
+        read, when a state is made.
       params: the parameters, arrays or ``jax.ShapeDtypeStruct``.
-      example: as in :func:`scale_by_kfac`.
-      mask: as in :func:`scale_by_kfac`.
+      example: keyword arguments of ``predict``, arrays or ``jax.ShapeDtypeStruct``, of which only
+        shapes matter; ``None`` for an objective that holds its batch.
+      mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
+        parameters to one: the leaves to report. ``None`` (default): all.
 
     Returns:
       A table: the names of the parameters, the kind of layer, how its curvature is approximated
@@ -310,18 +313,27 @@ def scale_by_ekfac(
     of an example are taken for examples of their own.
 
     Args:
-      objective: as in :func:`scale_by_kfac`, like the following arguments.
-      example: see there.
-      damping: see there; :math:`\lambda` is added to S.
-      decay: see there; also that of S.
-      factors_every: see there; also the period of S.
-      inverses_every: see there; the period of the eigenbasis.
-      estimator: see there.
-      likelihood: see there.
-      norm_constraint: see there.
-      max_size: see there.
-      key: see there.
-      mask: see there.
+      objective: what the network looks like: an objective, of whose ``predict`` only the program is
+        read, when a state is made.
+      example: keyword arguments of ``predict``, arrays or ``jax.ShapeDtypeStruct``, of which only
+        shapes matter; ``None`` for an objective that holds its batch.
+      damping: :math:`\lambda > 0`, float or schedule; it is added to S.
+      decay: of the moving averages of the factors and of S, in [0, 1); default 0.95.
+      factors_every: steps between refreshes of the factors and of S.
+      inverses_every: steps between refreshes of the eigenbasis, a multiple of ``factors_every``.
+      estimator: the curvature: ``"fisher"`` (default) from one random vector an example at the
+        outputs; ``"ggn"``, the same matrix without sampling, one backward pass an output;
+        ``"empirical"``, from the gradients of the loss. :func:`scale_by_kfac` compares them.
+      likelihood: what the outputs are: ``"categorical"`` (logits), ``"bernoulli"`` (logits; the
+        loss is a sum over outputs), ``"gaussian"`` (means with unit variance). ``None`` (default):
+        whatever the loss is, up to 256 outputs an example.
+      norm_constraint: c, float or schedule: the update V is multiplied by :math:`\min(1, \sqrt{c /
+        \langle V, G \rangle})`. ``None`` (default): its length is left as it is.
+      max_size: a factor with more rows than this is approximated by its diagonal.
+      key: PRNG key or integer seed of the random vectors.
+      mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
+        parameters to one: leaves to precondition; updates of others pass unchanged. ``None``
+        (default): all.
 
     Returns:
       A transformation with state :class:`ScaleByKFACState` and the extra arguments of
@@ -385,22 +397,33 @@ def kfac(
 
     Args:
       learning_rate: float or schedule.
-      objective: as in :func:`scale_by_kfac`.
-      example: see there.
+      objective: what the network looks like: an objective, of whose ``predict`` only the program is
+        read, when a state is made.
+      example: keyword arguments of ``predict``, arrays or ``jax.ShapeDtypeStruct``, of which only
+        shapes matter; ``None`` for an objective that holds its batch.
       momentum: of the natural gradients, in [0, 1).
       kl_clip: :math:`\kappa`: natural gradients are multiplied by :math:`\min(1, \sqrt{\kappa /
         (\eta^2 \langle V, G \rangle)})` with the learning rate :math:`\eta`; 1e-3 in Pauloski et
         al.  It keeps the first steps, in which curvature is small, from diverging. None: not.
-      damping: as in :func:`scale_by_kfac`, like the following arguments.
-      damping_kind: see there.
-      decay: see there.
-      factors_every: see there.
-      inverses_every: see there.
-      estimator: see there.
-      likelihood: see there.
-      max_size: see there.
-      key: see there.
-      mask: see there.
+      damping: :math:`\lambda > 0`, float or schedule, relative to the curvature of the loss: tune
+        it together with the learning rate.
+      damping_kind: ``"factored"`` (default): added to each factor, whose inverses are Cholesky
+        decompositions. ``"eigen"``: added to the eigenvalues of the Kronecker product, which is
+        exact and about ten times as expensive.
+      decay: of the moving averages of the factors, in [0, 1); default 0.95.
+      factors_every: steps between refreshes of the factors.
+      inverses_every: steps between refreshes of the inverses, a multiple of ``factors_every``.
+      estimator: the curvature: ``"fisher"`` (default) from one random vector an example at the
+        outputs; ``"ggn"``, the same matrix without sampling, one backward pass an output;
+        ``"empirical"``, from the gradients of the loss. :func:`scale_by_kfac` compares them.
+      likelihood: what the outputs are: ``"categorical"`` (logits), ``"bernoulli"`` (logits; the
+        loss is a sum over outputs), ``"gaussian"`` (means with unit variance). ``None`` (default):
+        whatever the loss is, up to 256 outputs an example.
+      max_size: a factor with more rows than this is approximated by its diagonal.
+      key: PRNG key or integer seed of the random vectors.
+      mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
+        parameters to one: leaves to precondition; updates of others pass unchanged. ``None``
+        (default): all.
 
     Returns:
       The optimizer; its ``update`` takes the extra arguments of :func:`scale_by_kfac`.
