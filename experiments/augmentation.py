@@ -63,17 +63,23 @@ class Augmentation:
     Args:
       examples: images, `experiments.data.Split`.
       names: of the operations, from `parse`.
-      seed: of what is drawn.
-      num_classes: labels are 0 to `num_classes` - 1.
+      seed: of what is drawn, from 0 to 2**31 - 1.
+      num_classes: labels are 0 to `num_classes` - 1; for ``mixup`` only.
 
     Raises:
-      ValueError: the examples are no images, or an operation does not fit them: where each pixel
-        has a label only ``crop`` and ``flip`` do, which move the labels too.
+      ValueError: the examples are no images, an operation is unknown or does not fit them (where
+        each pixel has a label only ``crop`` and ``flip`` do, which move the labels too), the seed
+        is out of its range, or a label is none of the classes.
     """
 
     def __init__(self, examples: Any, names: tuple[str, ...], *, seed: int, num_classes: int):
         if examples.pixels is None:
             raise ValueError(f"augmentation ({', '.join(names)}) is for images")
+        for name in names:
+            if name not in OPERATIONS:
+                raise ValueError(f"unknown augmentation {name!r}; valid: {', '.join(OPERATIONS)}")
+        if not 0 <= seed < 2**31:
+            raise ValueError(f"seed must be between 0 and 2**31 - 1, got {seed}")
         self._moves_labels = examples.y.ndim > 1
         for name in names:
             if self._moves_labels and name not in ("crop", "flip"):
@@ -81,6 +87,11 @@ class Augmentation:
                     f"augmentation {name} needs one label for each image; with labels of pixels "
                     "crop and flip work"
                 )
+        if "mixup" in names and num_classes <= examples.y.max():
+            raise ValueError(
+                f"mixup needs the number of classes, more than the largest label "
+                f"{examples.y.max()}; got num_classes={num_classes}"
+            )
         height, width, channels = examples.x.shape[1:]
         if "randaugment" in names and channels not in (1, 3):
             raise ValueError(f"randaugment is for images of 1 or 3 channels, these have {channels}")

@@ -62,6 +62,11 @@ languages by SentencePiece, learned from the training split. A row of `x` is the
 target behind a begin token, each 40 pieces: padding 0, begin 1, end 2, unknown 3; a row of `y` is
 the target and an end token. Labels of -1 are padding and count nothing.
 
+**Files are not trusted.** Only regular files are opened, and of one file at most 512 MiB, counted
+as they are unpacked; the environment variable OPTAX_ACCEL_DATA_LIMIT allows another number of MiB.
+Pictures are JPEG or PNG of at most 89,478,485 pixels, lines of text at most 1,048,576 characters
+long. Whatever is wrong with a file is one `DataError` of one line.
+
 **From Hugging Face and TensorFlow Datasets.** A data directory `hf:...` or `tfds:...` names a data
 set of theirs instead of a folder with files, see `readers.read_hub`: for the MNISTs and CIFARs,
 `sst2`, the language models and `multi30k`.
@@ -125,6 +130,8 @@ _IMAGE_COLUMNS = (("image", "img"), ("label", "fine_label"))
 _IMAGENET_MEAN = 255 * np.array([0.485, 0.456, 0.406])
 _IMAGENET_STD = 255 * np.array([0.229, 0.224, 0.225])
 _CROP = 128  # of `segmentation`
+_IMAGE_SIZES = (1, 4096)
+_MOST_AHEAD = 1000  # threads that read, batches that wait
 # (training file, development file) of SST-2.
 _SST2_FILES = (("sst2.train.tsv", "sst2.dev.tsv"), ("SST-2/train.tsv", "SST-2/dev.tsv"))
 _UNKNOWN, _FIRST_WORD = 1, 2  # token ids; padding is 0
@@ -369,18 +376,22 @@ def load_task(
         name: One of `TASKS`.
         data_dir: Folder with the files, or `hf:...` or `tfds:...`; default: the environment
             variable OPTAX_ACCEL_DATA. The digits need none.
-        image_size: Height and width of `imagenet_folder`'s pictures; default: 224.
+        image_size: Height and width of `imagenet_folder`'s pictures, up to 4096; default: 224.
 
     Returns:
         The task.
 
     Raises:
-        DataError: If the name is unknown or a file is missing or broken.
+        DataError: If the name is unknown, if a file is missing, broken or larger than
+            `readers.limit` when unpacked, or if a split has no example.
     """
     if name not in TASKS:
         raise DataError(f"unknown task {name!r}; valid: {', '.join(TASKS)}")
     if image_size is not None and name != "imagenet_folder":
         raise DataError(f"image_size is for the task imagenet_folder; {name} has sizes of its own")
+    smallest, largest = _IMAGE_SIZES
+    if image_size is not None and not smallest <= image_size <= largest:
+        raise DataError(f"image_size must be between {smallest} and {largest}, got {image_size}")
     if name == "digits":
         return _digits()
     location = data_dir or os.environ.get(_ENVIRONMENT_VARIABLE)
@@ -439,12 +450,15 @@ def index_batches(
     Args:
         n: Number of examples.
         batch_size: Examples per batch, at most `n`.
-        seed: Decides the order; any two seeds give unrelated ones.
-        num_epochs: Number of passes; `None` never ends.
+        seed: Decides the order, at least 0; any two seeds give unrelated ones.
+        num_epochs: Number of passes, at least 1; `None` never ends.
         shard: Gives one process its part of each batch, see `batches`; default: whole batches.
 
     Returns:
         A checkpointable iterator of int32 arrays of shape (batch_size,), or of one shard's part.
+
+    Raises:
+        ValueError: A number is out of its range, or the processes cannot share a batch evenly.
     """
     return iter(_dataset(lambda _, rows: rows, n, batch_size, seed, num_epochs, shard))
 
@@ -476,16 +490,21 @@ def batches(
     Args:
         split: The examples.
         batch_size: Examples per batch, over all processes; at most the number of examples.
-        seed: Decides the order, and what is augmented; any two seeds give unrelated ones.
-        num_epochs: Number of passes; `None` never ends.
+        seed: Decides the order, and what is augmented, from 0 to 2**31 - 1; any two seeds give
+            unrelated ones.
+        num_epochs: Number of passes, at least 1; `None` never ends.
         shard: The part of each batch to read; default: all of it.
         augment: Names of `augmentation.OPERATIONS`.
         num_classes: Number of classes, for `mixup`.
-        workers: Number of threads that read and augment batches ahead, two for each; 0: the thread
-            that asks for a batch does.
+        workers: Number of threads that read and augment batches ahead, two for each, up to 1000; 0:
+            the thread that asks for a batch does.
 
     Returns:
         A Grain data set of `{"x", "y"}`; its iterators are checkpointable.
+
+    Raises:
+        ValueError: A number is out of its range, the processes cannot share a batch evenly, or the
+            augmentation does not fit the examples.
     """
 
     def plain(_: int, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -506,17 +525,23 @@ def in_order(
 
     Args:
         split: The examples.
-        batch_size: Examples per batch.
-        workers: As in `batches`.
+        batch_size: Examples per batch, at least 1.
+        workers: Number of threads that read batches ahead, as in `batches`, up to 1000; 0: the
+            thread that asks for a batch does.
 
     Returns:
         A Grain data set of `{"x", "y"}`.
+
+    Raises:
+        ValueError: A number is out of its range.
     """
 
     def read(number: int) -> dict[str, np.ndarray]:
         rows = slice(number * batch_size, (number + 1) * batch_size)
         return {"x": split.x[rows], "y": split.y[rows]}
 
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     numbers = grain.MapDataset.range(math.ceil(len(split) / batch_size))
     return numbers.map(read).to_iter_dataset(_read_options(workers))
 
@@ -541,16 +566,19 @@ def prefetch_to_device(
         iterator: Gives pytrees of arrays; a Grain iterator where the position is to be saved.
         put: Places a batch, e.g. `Parallel.put_batch`, which makes global arrays of what each
             process has; default: on the default device.
-        size: Number of batches that wait on the device, besides the one that is being made; 0:
-            each is made when it is asked for.
+        size: Number of batches that wait on the device, besides the one that is being made, up to
+            1000; 0: each is made when it is asked for.
 
     Returns:
         An iterator of the same batches on the device. Its `get_state` and `set_state` count the
         batches it gave out, not those under way. What goes wrong in the background is raised where
         the batch would have been given out. `close`, or leaving its `with` block, ends the thread.
+
+    Raises:
+        ValueError: `size` is out of its range.
     """
-    if size < 0:
-        raise ValueError(f"size must be at least 0, got {size}")
+    if not 0 <= size <= _MOST_AHEAD:
+        raise ValueError(f"size must be between 0 and {_MOST_AHEAD}, got {size}")
     return DevicePrefetcher(iterator, put, size)
 
 
@@ -621,6 +649,10 @@ def _dataset(
     """What `read` makes of an epoch and the rows of each batch."""
     if not 1 <= batch_size <= n:
         raise ValueError(f"batch_size must be between 1 and the {n} examples, got {batch_size}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
+    if num_epochs is not None and num_epochs < 1:
+        raise ValueError(f"num_epochs must be at least 1, or None, got {num_epochs}")
     shard = shard or grain.sharding.NoSharding()
     size, rest = divmod(batch_size, shard.shard_count)
     if rest:
@@ -646,6 +678,8 @@ def _dataset(
 
 
 def _read_options(workers: int) -> grain.ReadOptions:
+    if not 0 <= workers <= _MOST_AHEAD:
+        raise ValueError(f"workers must be between 0 and {_MOST_AHEAD}, got {workers}")
     # Without workers in the calling thread: a batch is ready sooner than a thread hands it over.
     return grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)
 
@@ -675,6 +709,9 @@ def _task(
     vocabulary_size: int | None = None,
     input_shape: tuple[int, ...] | None = None,
 ) -> Task:
+    for part, split in zip(_SPLITS, splits, strict=True):
+        if not len(split):
+            raise DataError(f"task {name!r}: no {part} example, expected at least one")
     train, validation, test = splits
     return Task(
         name=name,
@@ -699,8 +736,8 @@ def data_folder(name: str, data_dir: str | Path | None) -> Path:
             f"task {name!r} needs data files: name their folder by --data-dir or the environment "
             f"variable {_ENVIRONMENT_VARIABLE} (the task 'digits' needs none)"
         )
-    folder = Path(data_dir).expanduser()
-    if not folder.is_dir():
+    folder = Path(os.path.expanduser(data_dir))
+    if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder, expected one with the files of task {name!r}")
     return folder
 
@@ -710,6 +747,11 @@ def _split(path: Path, arrays: Arrays, subset: int | None) -> list[Split]:
     test = Split(arrays["x_test"], arrays["y_test"])
     if len(train) == subset:
         half = len(test) // 2
+        if not half:
+            raise DataError(
+                f"{path}: {len(test)} test example, expected at least 2: half of them, which "
+                "become the validation split"
+            )
         return [train, test[:half], test[half:]]
     size = subset or _VALIDATION
     start = subset or len(train) - size
@@ -725,10 +767,12 @@ def _split(path: Path, arrays: Arrays, subset: int | None) -> list[Split]:
 
 def _scale(splits: list[Split]) -> list[Split]:
     """To [0, 1], with an axis for the one channel."""
-    return [
-        Split(s.x.astype(np.float32)[..., np.newaxis] / np.float32(255), s.y, (0.0, 255.0))
-        for s in splits
-    ]
+    scaled = []
+    for split in splits:
+        x = split.x.astype(np.float32)[..., np.newaxis]
+        x /= np.float32(255)
+        scaled.append(Split(x, split.y, (0.0, 255.0)))
+    return scaled
 
 
 def _standardize(splits: list[Split]) -> list[Split]:
@@ -755,12 +799,12 @@ def _load_mnist(name: str, folder: Path, hub: str | None) -> tuple[Path, Arrays]
     if hub:
         return folder, _hub_images(hub)
     npz = folder / f"{name}.npz"
-    if npz.exists():
+    if readers.exists(npz):
         return npz, readers.read_npz(npz)
     title, places = _MNISTS[name]
     for place in (folder / place for place in places):
         paths = {k: readers.plain_or_gzipped(place / file) for k, file in _MNIST_FILES.items()}
-        if any(path.exists() for path in paths.values()):
+        if any(map(readers.exists, paths.values())):
             return place, {k: readers.read_idx(p, 3 if "x" in k else 1) for k, p in paths.items()}
     raise DataError(
         f"{folder}: no {title} here, expected {npz.name} or {_MNIST_FILES['x_train']} and the "
@@ -774,13 +818,13 @@ def _load_cifar(name: str, folder: Path, hub: str | None, subset: bool) -> tuple
     name = name.removesuffix("_5k")
     names = [f"{name}_5k.npz"] * subset + [f"{name}.npz"]
     for path in (folder / name for name in names):
-        if path.exists():
+        if readers.exists(path):
             return path, readers.read_npz(path)
     title, place, files, labels = _CIFARS[name]
-    if (folder / place).is_dir():
+    if readers.exists(folder / place):
         return folder / place, readers.read_cifar(folder / place, files, labels)
     jpeg = folder / f"{name}_jpeg.npz"
-    if jpeg.exists():
+    if readers.exists(jpeg):
         return jpeg, readers.decode_jpegs(jpeg, _CIFAR_SHAPE)
     raise DataError(
         f"{folder}: no {title} here, expected {', '.join(names)}, the folder {place} (from "
@@ -791,16 +835,36 @@ def _load_cifar(name: str, folder: Path, hub: str | None, subset: bool) -> tuple
 def _hub_images(hub: str) -> Arrays:
     arrays: Arrays = {}
     for part, (images, labels) in readers.read_hub(hub, ("train", "test"), _IMAGE_COLUMNS).items():
+        shapes = {np.shape(image) for image in images}
+        if len(shapes) > 1:
+            found = " and ".join(map(str, sorted(shapes)[:2]))
+            raise DataError(f"{hub}: {part} pictures of shapes {found}, expected one shape")
         x = np.stack([np.asarray(image) for image in images])
         # TensorFlow Datasets keep the one channel of gray pictures.
-        arrays[f"x_{part}"] = x[..., 0] if x.shape[-1] == 1 else x
-        arrays[f"y_{part}"] = np.asarray(labels)
+        arrays[f"x_{part}"] = x[..., 0] if x.shape[-1:] == (1,) else x
+        arrays[f"y_{part}"] = _hub_labels(hub, part, labels)
     return arrays
 
 
+def _hub_labels(hub: str, part: str, labels: Sequence[Any]) -> np.ndarray:
+    for label in labels:
+        if not isinstance(label, int | np.integer) or not -(2**31) <= label < 2**31:
+            raise DataError(f"{hub}: a label of {part} is {str(label)[:40]}, expected a number")
+    return np.array(labels, np.int32)
+
+
+def _hub_texts(
+    hub: str, part: str, texts: Sequence[Any], expected: str = "a sentence"
+) -> list[str]:
+    """Texts of a hub, checked; of sentences, which `expected` says they are, none is empty."""
+    for text in texts:
+        usable = isinstance(text, str) and "\0" not in text
+        if not usable or (expected == "a sentence" and not text.strip()):
+            raise DataError(f"{hub}: a row of {part} is {str(text)[:40]!r}, expected {expected}")
+    return [*texts]
+
+
 def _imagenet(folder: Path, size: int) -> Task:
-    if size < 1:
-        raise DataError(f"image_size must be at least 1, got {size}")
     classes = readers.list_classes(folder / "train")
     held_out = readers.list_classes(folder / "val")
     numbers = {name: i for i, name in enumerate(classes)}
@@ -816,9 +880,9 @@ def _imagenet(folder: Path, size: int) -> Task:
         for part in (classes, held_out)
     )
     # ImageNet's validation pictures are what results are reported on.
-    chosen = {*np.random.default_rng(0).permutation(len(train))[: max(1, len(train) // 20)]}
     if len(train) < 2:
         raise DataError(f"{folder / 'train'}: {len(train)} picture, expected at least 2")
+    chosen = {*np.random.default_rng(0).permutation(len(train))[: max(1, len(train) // 20)]}
     kept = [file for i, file in enumerate(train) if i not in chosen]
     validation = [file for i, file in enumerate(train) if i in chosen]
     return _task("imagenet_folder", [split(kept), split(validation), split(test)], len(classes))
@@ -826,18 +890,21 @@ def _imagenet(folder: Path, size: int) -> Task:
 
 def _segmentation(folder: Path) -> Task:
     path, place = folder / "isbi_em.npz", folder / "membrane" / "train"
-    if path.exists():
+    if readers.exists(path):
         arrays = readers.read_npz(path, ("x", "y"))
         x, y = arrays["x"], arrays["y"]
-    elif (place / "image").is_dir() and (place / "label").is_dir():
+    elif os.path.isdir(place / "image") and os.path.isdir(place / "label"):
         path = place
         files = [readers.list_images(place / kind) for kind in ("image", "label")]
         if [p.name for p in files[0]] != [p.name for p in files[1]] or not files[0]:
             raise DataError(f"{place}: expected pictures of the same names in image and label")
-        pictures = [[readers.read_gray(path) for path in paths] for paths in files]
-        if len({picture.shape for pair in pictures for picture in pair}) > 1:
-            raise DataError(f"{place}: expected pictures and labels of one size")
-        x, y = (np.stack(part) for part in pictures)
+        size = None
+        pictures = []
+        for file in itertools.chain(*files):
+            pictures.append(readers.read_gray(file, size))
+            size = pictures[0].shape
+            readers.check_size(place, sum(picture.size for picture in pictures))
+        x, y = np.split(np.stack(pictures), 2)
         y = (y > 127).astype(np.uint8)
     else:
         raise DataError(
@@ -912,7 +979,16 @@ def _load_sst2(folder: Path, hub: str | None) -> tuple[Path, Arrays]:
     pairs: Sequence[Sequence[Any]]
     if hub:
         columns = readers.read_hub(hub, ("train", "validation"), [("sentence",), ("label",)])
-        path, pairs = folder, [columns["train"], columns["validation"]]
+        path = folder
+        pairs = [
+            (_hub_texts(hub, part, x), _hub_labels(hub, part, y))
+            for part, (x, y) in columns.items()
+        ]
+        for _, y in pairs:
+            if y.min() < 0 or y.max() > 1:
+                raise DataError(
+                    f"{hub}: labels lie between {y.min()} and {y.max()}, expected 0 and 1"
+                )
     else:
         paths = readers.find(folder, _SST2_FILES, "SST-2")
         path, pairs = paths[0], [readers.read_sentences(path) for path in paths]
@@ -924,33 +1000,41 @@ def _load_sst2(folder: Path, hub: str | None) -> tuple[Path, Arrays]:
 
 def _language(name: str, folder: Path, hub: str | None) -> Task:
     length = _WINDOWS[name]
+    paths: Sequence[Path]
     if hub:
         rows = readers.read_hub(hub, _SPLITS, [("text",)])
-        texts = ["\n".join(line.removesuffix("\n") for line in lines) for (lines,) in rows.values()]
-        path = folder
+        texts = [
+            "\n".join(line.removesuffix("\n") for line in _hub_texts(hub, part, lines, "a text"))
+            for part, (lines,) in rows.items()
+        ]
+        paths = [folder] * len(texts)
     elif name == "wikitext2":
         paths = readers.find(folder, _WIKITEXT_FILES, "WikiText-2")
-        path, texts = paths[0], [readers.read_text(path) for path in paths]
+        texts = [readers.read_text(path) for path in paths]
     else:
-        (path,) = readers.find(folder, [["tinyshakespeare.txt"]], "Tiny Shakespeare")
-        text = readers.read_text(path)
+        paths = 3 * readers.find(folder, [["tinyshakespeare.txt"]], "Tiny Shakespeare")
+        text = readers.read_text(paths[0])
         bounds = (slice(9 * len(text) // 10), slice(9 * len(text) // 10, 19 * len(text) // 20))
         texts = [text[bounds[0]], text[bounds[1]], text[19 * len(text) // 20 :]]
     if name == "wikitext2":
-        words = [
-            list(itertools.chain.from_iterable((*line.split(), "<eos>") for line in lines))
-            for lines in (text.removesuffix("\n").split("\n") for text in texts)
-        ]
         # In the order of the training text; other words, which its own files do not have, are the
         # one that stands for rare ones.
-        ids = {word: i for i, word in enumerate(dict.fromkeys([*words[0], "<unk>"]))}
-        tokens = [np.array([ids.get(w, ids["<unk>"]) for w in part], np.int32) for part in words]
+        ids: dict[str, int] = {}
+        tokens: list[np.ndarray] = []
+        for place, text in zip(paths, texts, strict=True):
+            words = _words_and_ends(place, text)
+            if not tokens:
+                row = np.fromiter((ids.setdefault(word, len(ids)) for word in words), np.int32)
+                unknown = ids.setdefault("<unk>", len(ids))
+            else:
+                row = np.fromiter((ids.get(word, unknown) for word in words), np.int32)
+            tokens.append(row)
         size = len(ids)
     else:
         tokens = [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
         size = 256
     splits = []
-    for part, row in zip(_SPLITS, tokens, strict=True):
+    for path, part, row in zip(paths, _SPLITS, tokens, strict=True):
         windows = (len(row) - 1) // length
         if not windows:
             raise DataError(
@@ -961,11 +1045,20 @@ def _language(name: str, folder: Path, hub: str | None) -> Task:
     return _task(name, splits, num_classes=0, vocabulary_size=size)
 
 
+def _words_and_ends(path: Path, text: str) -> Iterator[str]:
+    for _, line in readers.lines(path, text):
+        yield from line.split()
+        yield "<eos>"
+
+
 def _multi30k(folder: Path, hub: str | None) -> Task:
     import sentencepiece
 
     if hub:
-        pairs = [*readers.read_hub(hub, _SPLITS, [(language,) for language in _LANGUAGES]).values()]
+        rows = readers.read_hub(hub, _SPLITS, [(language,) for language in _LANGUAGES])
+        pairs = [
+            [_hub_texts(hub, part, texts) for texts in columns] for part, columns in rows.items()
+        ]
     else:
         pairs = []
         for part in _MULTI30K_PARTS:
@@ -974,22 +1067,32 @@ def _multi30k(folder: Path, hub: str | None) -> Task:
             ]
             pairs.append(readers.read_pairs(readers.find(folder, groups, "Multi30k")))
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=itertools.chain.from_iterable(pairs[0]),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=_PIECES,
-        hard_vocab_limit=False,  # a small text has fewer
-        pad_id=0,
-        bos_id=_BEGIN,
-        eos_id=_END,
-        unk_id=3,
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=itertools.chain.from_iterable(pairs[0]),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=_PIECES,
+            hard_vocab_limit=False,  # a small text has fewer
+            pad_id=0,
+            bos_id=_BEGIN,
+            eos_id=_END,
+            unk_id=3,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError, ValueError) as error:
+        raise DataError(
+            f"{hub or folder}: SentencePiece learns no pieces from the training split; expected "
+            "sentences of words, of up to 4192 bytes"
+        ) from error
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     splits = []
     for source, target in pairs:
-        sources, targets = ([[*row, _END] for row in pieces.encode(s)] for s in (source, target))
+        # Cut at once: a line may be long, and a number takes more room than a character.
+        sources, targets = (
+            [[*pieces.encode(sentence)[:_SENTENCE], _END] for sentence in part]
+            for part in (source, target)
+        )
         shifted = [[_BEGIN, *row[:-1]] for row in targets]
         x = np.concatenate([_padded(rows, _SENTENCE) for rows in (sources, shifted)], axis=1)
         splits.append(Split(x, _padded(targets, _SENTENCE, IGNORED)))

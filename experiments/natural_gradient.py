@@ -51,7 +51,7 @@ from matplotlib.figure import Figure
 
 import models
 import optax_accel as oa
-from experiments import bench, cli, data, engine, report, run_folder
+from experiments import bench, cli, data, engine, readers, report, run_folder
 from experiments.cli import UsageError
 
 PROG = "python -m experiments.natural_gradient"
@@ -258,11 +258,16 @@ def _shakespeare_transformer(full: bool, data_dir: Path | None, seed: int) -> Pr
     length, width, layers, examples, batch_size = (
         (128, 128, 4, None, 128) if full else (32, 48, 2, 3000, 50)
     )
-    path = data.data_folder("shakespeare", data_dir) / "tinyshakespeare.txt"
-    if not path.exists():
-        raise UsageError(f"{path}: no such file, expected the text of tiny Shakespeare")
-    characters, ids = np.unique(np.frombuffer(path.read_bytes(), np.uint8), return_inverse=True)
+    folder = data.data_folder("shakespeare", data_dir)
+    (path,) = readers.find(folder, [["tinyshakespeare.txt"]], "Tiny Shakespeare")
+    text = np.frombuffer(readers.read_bytes(path, "text, gzipped or not"), np.uint8)
+    characters, ids = np.unique(text, return_inverse=True)
     windows = len(ids) // (length + 1)
+    if windows < 10 or windows - windows // 10 < batch_size:
+        raise data.DataError(
+            f"{path}: {len(ids)} characters, expected at least {batch_size} windows of "
+            f"{length + 1} to train on, and a ninth of them to test on"
+        )
     rows = ids[: windows * (length + 1)].reshape(windows, length + 1).astype(np.int32)
     held_out = windows // 10
     train, test = (

@@ -401,7 +401,10 @@ def test_broken_folder_of_images(tmp_path):
     )
     (tmp_path / "val" / "n03" / "1.jpg").touch()
     assert_fails("n03: no such class in .*train", "imagenet_folder", data_dir=tmp_path)
-    assert_fails("at least 1, got 0", "imagenet_folder", data_dir=tmp_path, image_size=0)
+    for size in (0, -3, 4097, 10**9):
+        assert_fails(
+            f"between 1 and 4096, got {size}", "imagenet_folder", data_dir=tmp_path, image_size=size
+        )
 
 
 def membranes(rows=10, size=(130, 260)):
@@ -624,6 +627,70 @@ def test_text_of_hugging_face(tmp_path):
     tables.pop("validation")
     location = save_hugging_face(tmp_path / "less", tables)
     assert_fails("no split validation, expected train, valid", "wikitext2", data_dir=location)
+
+
+def refused_tables(folder, name, table, message):
+    parts = ("train", "test") if "img" in table else ("train", "validation", "test")
+    location = save_hugging_face(folder, dict.fromkeys(parts, table))
+    assert_fails(f"^{location}: .*{message}", name, data_dir=location)
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "message"),
+    [
+        ("sst2", {"sentence": ["good", None], "label": [1, 0]}, "row of train is 'None', expected"),
+        ("sst2", {"sentence": ["good", " "], "label": [1, 0]}, "row of train is ' ', expected a"),
+        ("sst2", {"sentence": ["good", "bad"], "label": [1, -1]}, "lie between -1 and 1, expected"),
+        ("sst2", {"sentence": ["good", "bad"], "label": [1, None]}, "a label of train is None"),
+        ("sst2", {"sentence": ["good", "bad"], "label": [1, 0.5]}, "a label of train is 1.0, exp"),
+        ("wikitext2", {"text": ["a", "b\0c"]}, r"row of train is 'b.x00c', expected a text"),
+        ("wikitext2", {"text": [1, 2]}, "row of train is '1', expected a text"),
+        ("multi30k", {"en": ["a man"], "de": ["\n"]}, r"row of train is '.n', expected a sentence"),
+    ],
+)
+def test_wrong_values_of_hugging_face(tmp_path, name, table, message):
+    refused_tables(tmp_path / "hf", name, table, message)
+
+
+def test_wrong_pictures_of_hugging_face(tmp_path, monkeypatch):
+    pictures = [png(np.zeros((32, 32, 3), np.uint8)), png(np.zeros((30, 32, 3), np.uint8))]
+    table = {"img": pictures, "label": [1, 2]}
+    shapes = r"pictures of shapes \(30, 32, 3\) and \(32, 32, 3\), expected one"
+    refused_tables(tmp_path / "shapes", "cifar10", table, shapes)
+    # Their package would start Ghostscript.
+    started = tmp_path / "started"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {started}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    box = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    table = {"img": [{"bytes": box, "path": None}], "label": [1]}
+    refused_tables(tmp_path / "eps", "cifar10", table, "train 0: not a readable picture, expected")
+    assert not started.exists()
+    (tmp_path / "eps" / "fifo").symlink_to("/dev/zero")
+    assert_fails("fifo: not a regular file", "cifar10", data_dir=f"hf:{tmp_path / 'eps'}")
+    (tmp_path / "eps" / "fifo").unlink()
+    monkeypatch.setenv("OPTAX_ACCEL_DATA_LIMIT", "1")
+    table = {"text": ["a b" * 10_000] * 40}
+    refused_tables(tmp_path / "large", "wikitext2", table, "bytes when unpacked, allowed are 1048")
+
+
+def test_damaged_folders_of_hugging_face(tmp_path):
+    tables = {
+        part: {"sentence": ["a good film"] * 9, "label": [1] * 9}
+        for part in ("train", "validation")
+    }
+    location = save_hugging_face(tmp_path / "hf", tables)
+    rng = np.random.default_rng(0)
+    files = sorted(path for path in (tmp_path / "hf").rglob("*") if path.is_file())
+    assert len(files) == 7
+    for path in 4 * files:
+        content = path.read_bytes()
+        changed = bytearray(content)
+        for position in rng.integers(len(changed), size=5):
+            changed[position] = rng.integers(256)
+        path.write_bytes(changed[: rng.integers(len(changed))] if rng.integers(3) == 0 else changed)
+        assert_fails(f"^{location}: ", "sst2", data_dir=location)
+        path.write_bytes(content)
 
 
 def save_tensorflow(folder, features, tables):
@@ -852,6 +919,28 @@ def test_number_of_rows(tmp_path):
     assert_fails("9999 training examples, expected 10000", "mnist5k", data_dir=tmp_path)
 
 
+def test_splits_without_examples(tmp_path):
+    write_sst2(tmp_path, rows=1_000)
+    path = tmp_path / "sst2.dev.tsv"
+    path.write_text("sentence\tlabel\ngood\t1\n")
+    assert_fails("1 test example, expected at least 2", "sst2_1k", data_dir=tmp_path)
+    write_pairs(tmp_path)
+    for lang in ("en", "de"):
+        (tmp_path / f"multi30k.train.{lang}").write_text("a" * 5_000 + "\n")
+    assert_fails("SentencePiece learns no pieces from the train", "multi30k", data_dir=tmp_path)
+    nothing = data.Split(np.zeros((0, 3)), np.zeros(0, int))
+    something = data.Split(np.zeros((2, 3)), np.zeros(2, int))
+    with pytest.raises(data.DataError, match="task 'mnist': no validation example, expected at"):
+        data._task("mnist", [something, nothing, something])
+
+
+@pytest.mark.parametrize("folder", ["a" * 300, "a\0b", "~nobody-of-this-name/data", "/dev/null"])
+def test_folders_that_cannot_be(folder):
+    assert_fails(
+        "no such folder, expected one with the files of task 'mnist'", "mnist", data_dir=folder
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -864,7 +953,7 @@ def test_number_of_rows(tmp_path):
         ({"y_train": np.uint8(3)}, r"labels are uint8 of shape \(\)"),
         ({"y_test": np.full(30, 2.5)}, "test labels are float64"),
         ({"y_test": np.arange(30)}, "test labels lie between 0 and 29, expected 0 to 9"),
-        ({"y_test": np.array([None] * 30)}, "not a readable .npz file"),
+        ({"y_test": np.array([None] * 30)}, "y_test is of type '.O', expected numbers"),
     ],
 )
 def test_wrong_arrays_in_npz(tmp_path, change, message):
@@ -879,9 +968,11 @@ def test_damaged_npz(tmp_path):
     whole = path.read_bytes()
     for content in (whole[:-100], whole[: len(whole) // 2], b"", b"<html>not found</html>"):
         path.write_bytes(content)
-        assert_fails("cifar10.npz: not a readable .npz file", "cifar10", data_dir=tmp_path)
+        assert_fails("cifar10.npz: unreadable, expected an .npz", "cifar10", data_dir=tmp_path)
     with path.open("wb") as file:
         np.save(file, np.zeros(3))
+    assert_fails("cifar10.npz: unreadable, expected an .npz", "cifar10", data_dir=tmp_path)
+    np.savez(path, np.zeros(3))
     assert_fails(
         "cifar10.npz: no array x_train, y_train, x_test, y_test", "cifar10", data_dir=tmp_path
     )
@@ -1030,6 +1121,26 @@ def test_impossible_batch_size(batch_size):
         data.index_batches(13, batch_size=batch_size, seed=0)
 
 
+def test_impossible_numbers():
+    split = data.load_task("digits").validation
+    for options, message in (
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"num_epochs": 0}, "num_epochs must be at least 1, or None, got 0"),
+        ({"workers": -1}, "workers must be between 0 and 1000, got -1"),
+        ({"workers": 10**9}, "workers must be between 0 and 1000"),
+        ({"augment": ("mixup",)}, "mixup needs the number of classes, more than .* label 9; got"),
+        ({"augment": ("blur",)}, "unknown augmentation 'blur'; valid: randaugment, crop"),
+        ({"augment": ("flip",), "seed": 2**31}, "seed must be between 0 and 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.batches(split, **{"batch_size": 8, "seed": 0} | options)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        data.in_order(split, 0)
+    for size in (-1, 10**9):
+        with pytest.raises(ValueError, match=f"size must be between 0 and 1000, got {size}"):
+            data.prefetch_to_device(iter([]), size=size)
+
+
 def test_batches_hold_the_examples_of_the_indices():
     split = data.load_task("digits").train
     indices = data.index_batches(len(split), batch_size=64, seed=3)
@@ -1146,8 +1257,6 @@ def test_prefetching_works_on_any_iterator_and_stays_ahead_by_its_size():
         assert [int(batch[0]) for batch in iterator] == [1, 2, 3, 4, 5, 6, 7, 8]
         with pytest.raises(StopIteration):
             next(iterator)
-    with pytest.raises(ValueError, match="size must be at least 0, got -1"):
-        data.prefetch_to_device(count_to(9, pulled), size=-1)
 
 
 def test_without_prefetching_a_batch_is_made_when_it_is_asked_for():
