@@ -44,11 +44,18 @@ from jax.tree_util import Partial
 from optax_accel._arguments import check_choice, check_real_leaves
 from optax_accel.accumulation import shares_of, weighted
 from optax_accel.curvature import blocks
-from optax_accel.objective import Objective, check_params, congruence, fixed_if_unused
+from optax_accel.objective import (
+    Constants,
+    LinearFunction,
+    Objective,
+    check_params,
+    congruence,
+    fixed_if_unused,
+    jacobian_of,
+)
 
 Batch = Mapping[str, Any]
 Batches = Iterable[Batch]
-LinearFunction = Callable[[chex.ArrayTree], chex.ArrayTree]
 
 
 class CurvatureOperator:
@@ -406,8 +413,7 @@ def _gradient(objective: Objective, params: chex.ArrayTree, batch: Batch) -> che
 def _fisher(
     likelihood: str, objective: Objective, params: chex.ArrayTree, batch: Batch
 ) -> LinearFunction:
-    params = objective.vary(params)
-    outputs, push = jax.linearize(lambda p: objective.outputs(p, **batch), params)
+    outputs, push, pull = objective.jacobian(params, **batch)
     if not isinstance(outputs, jax.Array) or (likelihood == "categorical" and not outputs.ndim):
         need = "one array of logits (..., classes)" if likelihood == "categorical" else "one array"
         got = jax.tree.map(jnp.shape, outputs)
@@ -418,8 +424,8 @@ def _fisher(
         information = Partial(_gaussian_information)
     shares = _shares_in_loss(objective, outputs, information, batch)
     middle = Partial(_mean_information, information, shares)
-    product = Partial(congruence, push, middle, params)
-    return objective.mean_product(product, params, **batch)
+    params = objective.vary(params)
+    return objective.mean_product(Partial(congruence, push, middle, pull), params, **batch)
 
 
 def _categorical_information(probabilities: jax.Array, tangent: jax.Array) -> jax.Array:
@@ -469,31 +475,34 @@ def _gradient_moment(
     objective: Objective, params: chex.ArrayTree, batch: Batch, mean_gradient: chex.ArrayTree = None
 ) -> LinearFunction:
     params = objective.vary(params)
-    leaves, treedef = jax.tree.flatten(batch)
-    examples = {i: leaf[:, None] for i, leaf in enumerate(leaves) if _has_axis(leaf)}
 
-    def of_each(function: Callable[[dict[str, Any]], Any]) -> Any:
+    def of_each(function: Callable[..., Any], batch: Batch) -> Any:
+        leaves, treedef = jax.tree.flatten(batch)
+
         def one(example: dict[int, jax.Array]) -> Any:
             own = [example.get(i, leaf) for i, leaf in enumerate(leaves)]
             return function(jax.tree.unflatten(treedef, own))
 
-        return jax.vmap(one)(examples)
+        return jax.vmap(one)({i: leaf[:, None] for i, leaf in enumerate(leaves) if _has_axis(leaf)})
 
-    def loss_of(example: dict[str, Any], p: chex.ArrayTree) -> jax.Array:
-        # What counts nothing has no derivative, even where its loss is 0 / 0.
-        p = fixed_if_unused(p, objective.batch_weight(**example))
-        return objective.local(p, **example)
+    def losses(p: chex.ArrayTree, batch: Batch) -> jax.Array:
+        def one(example: dict[str, Any]) -> jax.Array:
+            # What counts nothing has no derivative, even where its loss is 0 / 0.
+            own = fixed_if_unused(p, objective.batch_weight(**example))
+            return objective.local(own, **example)
 
-    weights = of_each(lambda example: objective.batch_weight(**example))
-    _, push = jax.linearize(lambda p: of_each(lambda example: loss_of(example, p)), params)
-    product = Partial(_second_moment, push, mean_gradient, params, weights)
+        return of_each(one, batch)
+
+    weights = of_each(lambda example: objective.batch_weight(**example), batch)
+    _, push, pull = jacobian_of(objective.hvp_mode, losses, params, batch)
+    product = Partial(_second_moment, push, pull, mean_gradient, weights)
     return objective.mean_product(product, params, **batch)
 
 
 def _second_moment(
     push: LinearFunction,
+    pull: LinearFunction,
     mean_gradient: chex.ArrayTree,
-    params: chex.ArrayTree,
     weights: jax.Array | None,
     vector: chex.ArrayTree,
 ) -> chex.ArrayTree:
@@ -506,7 +515,7 @@ def _second_moment(
     else:
         shares = shares_of(weights, jnp.sum(weights), slopes.size)
         slopes = weighted(shares, slopes).astype(slopes.dtype)
-    return jax.linear_transpose(push, params)(slopes)[0]
+    return pull(slopes)
 
 
 # -- products ------------------------------------------------------------------------------------
@@ -724,23 +733,14 @@ def _compiled(
     cache: dict[Any, Callable[..., Any]] = vars(objective).setdefault("_compiled", {})
 
     def call(params: chex.ArrayTree, batch: Batch, *args: Any) -> Any:
-        leaves, treedef = jax.tree.flatten(batch)
-        is_fixed = [isinstance(leaf, bool) or not _is_numeric(leaf) for leaf in leaves]
-        fixed = tuple(leaf if f else None for leaf, f in zip(leaves, is_fixed, strict=True))
+        arrays, constants = Constants.split(batch)
 
         def from_arrays(params: chex.ArrayTree, arrays: list[Any], *args: Any) -> Any:
-            own = [c if f else a for a, c, f in zip(arrays, fixed, is_fixed, strict=True)]
-            return function(objective, params, jax.tree.unflatten(treedef, own), *args)
+            return function(objective, params, constants.join(arrays), *args)
 
-        key = (name, treedef, tuple(is_fixed), fixed)
-        arrays = [None if f else leaf for leaf, f in zip(leaves, is_fixed, strict=True)]
-        return cache.setdefault(key, jax.jit(from_arrays))(params, arrays, *args)
+        return cache.setdefault((name, constants), jax.jit(from_arrays))(params, arrays, *args)
 
     return call
-
-
-def _is_numeric(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)
 
 
 def _has_axis(leaf: Any) -> bool:

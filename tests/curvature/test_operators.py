@@ -240,6 +240,86 @@ def test_reverse_mode_objectives_and_value_functions(x64):
             OPERATORS[name](value_fn, params, **batch)
 
 
+@jax.custom_vjp
+def tanh_kernel(h):
+    """A kernel with a backward pass of its own, as fused attention has."""
+    return jnp.tanh(h)
+
+
+tanh_kernel.defvjp(lambda h: (jnp.tanh(h), jnp.tanh(h)), lambda t, g: (g * (1 - t**2),))
+
+
+@jax.custom_vjp
+def opaque_kernel(h):
+    """A kernel whose backward pass cannot be differentiated."""
+    return jnp.tanh(h)
+
+
+def opaque_backward(h, g):
+    def backward(h, g):
+        return np.asarray(g * (1 - np.tanh(h) ** 2), h.dtype)
+
+    shape = jax.ShapeDtypeStruct(h.shape, h.dtype)
+    return (jax.pure_callback(backward, shape, h, g, vmap_method="expand_dims"),)
+
+
+opaque_kernel.defvjp(lambda h: (jnp.tanh(h), h), opaque_backward)
+
+
+def kernel_objective(kernel, mode):
+    def predict(params, x):
+        return kernel(x @ params["w"] + params["b"][None]) @ params["v"]
+
+    return oa.Objective(predict, cross_entropy, hvp_mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "mode", "dtype", "error"),
+    [
+        (tanh_kernel, "reverse_over_reverse", np.float64, 1e-13),
+        (opaque_kernel, "finite_difference", np.float64, 1e-9),
+        (opaque_kernel, "finite_difference", np.float32, 2e-4),
+    ],
+)
+def test_every_product_honours_the_mode(x64, kernel, mode, dtype, error):
+    objective = kernel_objective(kernel, mode)
+    params = jax.tree.map(lambda p: jnp.asarray(p, dtype), PARAMS)
+    batch = {"x": jnp.asarray(X, dtype), "y": TARGETS["cross_entropy"]}
+    vector = jax.tree.map(jnp.cos, params)
+    flat = np.float64(ravel_pytree(vector)[0])
+    found = {name: build(objective, params, **batch)(vector) for name, build in OPERATORS.items()}
+    parts = objective.accumulated(2, **batch)
+    found["hessian in parts"] = parts.hvp(params, vector)
+    found["gauss_newton in parts"] = parts.ggn_vp(params, vector)
+    for name, product in found.items():
+        want = matrices("cross_entropy")[name.split()[0]] @ flat
+        got = np.float64(ravel_pytree(product)[0])
+        assert np.linalg.norm(got - want) <= error * np.linalg.norm(want), name
+
+
+def test_a_missing_derivative_names_the_mode_that_helps():
+    params = jax.tree.map(jnp.float32, PARAMS)
+    batch = {"x": np.float32(X), "y": TARGETS["cross_entropy"]}
+    objective = kernel_objective(tanh_kernel, "forward_over_reverse")
+    for name in ("gauss_newton", "fisher_gaussian", "empirical_fisher"):
+        with pytest.raises(TypeError, match=r"hvp_mode='forward_over_reverse'.*reverse_over_rev"):
+            OPERATORS[name](objective, params, **batch)(params)
+    with pytest.raises(TypeError, match="'reverse_over_reverse', which differentiates"):
+        objective.bind(**batch).accumulated(1).ggn_vp(params, params)
+    objective = kernel_objective(opaque_kernel, "reverse_over_reverse")
+    for name in ("hessian", "gauss_newton"):
+        with pytest.raises(TypeError, match=r"hvp_mode='reverse_over_reverse'.*finite_difference"):
+            OPERATORS[name](objective, params, **batch)(params)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_differences_do_not_depend_on_the_size_of_the_vector(size):
+    objective = oa.Objective(lambda w: jnp.sin(w), jnp.sum, hvp_mode="finite_difference")
+    w, v = jnp.array([1.0, 2.0]), jnp.array([1.0, -2.0])
+    np.testing.assert_allclose(objective.hvp(w, size * v) / size, -jnp.sin(w) * v, rtol=1e-3)
+    np.testing.assert_array_equal(objective.hvp(w, 0 * v), jnp.zeros(2))
+
+
 @pytest.mark.parametrize("name", EACH_KIND)
 def test_new_parameters_and_data_do_not_compile_again(name):
     traces = []

@@ -1,0 +1,47 @@
+"""Norms of pytrees that neither overflow nor underflow in between."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+def max_norm(tree: chex.ArrayTree) -> jax.Array:
+    """The largest absolute value of all entries, in at least float32; 0 without entries."""
+    largest = [
+        jnp.max(jnp.abs(leaf), initial=0).astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        for leaf in map(jnp.asarray, jax.tree.leaves(tree))
+    ]
+    return jnp.stack(_same_dtype(largest)).max() if largest else jnp.zeros((), jnp.float32)
+
+
+def norm(tree: chex.ArrayTree) -> jax.Array:
+    """The Euclidean norm, in at least float32, wherever it can be represented.
+
+    ``optax.tree.norm`` squares the entries, so in float32 it is infinite from about 1e19 on and 0
+    below about 1e-23. The entries are divided by a power of two first, which costs no digit.
+    """
+    scale = power_of_two(max_norm(tree))
+
+    def squares(leaf: jax.Array) -> jax.Array:
+        wide = jnp.abs(leaf).astype(jnp.promote_types(leaf.dtype, scale.dtype))
+        return jnp.sum(jnp.square(wide / scale.astype(wide.dtype))).astype(scale.dtype)
+
+    total = sum(map(squares, map(jnp.asarray, jax.tree.leaves(tree))), start=jnp.zeros_like(scale))
+    return scale * jnp.sqrt(total)
+
+
+def power_of_two(number: jax.Array) -> jax.Array:
+    """The largest power of two up to a positive number; 1 for 0 and what is not finite."""
+    usable = (number > 0) & jnp.isfinite(number)
+    _, exponent = jnp.frexp(jnp.where(usable, number, 1))
+    # Both it and its reciprocal are normal numbers: others are flushed to 0 on some devices.
+    limits = jnp.finfo(number.dtype)
+    exponent = jnp.clip(exponent - 1, limits.minexp, limits.maxexp - 2)
+    return jnp.ldexp(jnp.ones_like(number), exponent)
+
+
+def _same_dtype(numbers: list[jax.Array]) -> list[jax.Array]:
+    dtype = jnp.result_type(*numbers)
+    return [number.astype(dtype) for number in numbers]
