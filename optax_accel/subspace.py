@@ -290,8 +290,24 @@ def project_to_dominant(
 ) -> optax.GradientTransformationExtraArgs:
     """Projects updates onto the dominant Hessian subspace: ``P d``.
 
-    Arguments, extra arguments, state and errors as in :func:`interpolate_subspaces`, which see,
-    with weights 1 and 0.
+    It is :func:`interpolate_subspaces` with weights 1 and 0.
+
+    Args:
+      num_directions: k, usually the number of classes.
+      tracker: how the eigenspace is followed; default ``BlockTracker()``.
+      start_step: before this step updates pass unprojected, and nothing is tracked.
+      switch_alignment: if given, tracking starts at ``start_step``, but the projection is switched
+        on, for good, only when the moving average of chi_k exceeds this value, in [0, 1].
+      alignment_decay: decay of that moving average, in [0, 1); default 0.9.
+      mask: pytree of booleans like the parameters, or a function from the parameters to one: True
+        leaves take part, the others are held fixed in the curvature and their updates pass
+        unprojected.
+
+    Returns:
+      A transformation with the state and the extra arguments of :func:`interpolate_subspaces`.
+
+    Raises:
+      ValueError, TypeError: an argument outside its range, as in :func:`interpolate_subspaces`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -326,8 +342,24 @@ def project_to_bulk(
 ) -> optax.GradientTransformationExtraArgs:
     """Removes the dominant Hessian subspace from updates: ``d - P d``.
 
-    Arguments, extra arguments, state and errors as in :func:`interpolate_subspaces`, which see,
-    with weights 0 and 1.
+    It is :func:`interpolate_subspaces` with weights 0 and 1.
+
+    Args:
+      num_directions: k, usually the number of classes.
+      tracker: how the eigenspace is followed; default ``BlockTracker()``.
+      start_step: before this step updates pass unprojected, and nothing is tracked.
+      switch_alignment: if given, tracking starts at ``start_step``, but the projection is switched
+        on, for good, only when the moving average of chi_k exceeds this value, in [0, 1].
+      alignment_decay: decay of that moving average, in [0, 1); default 0.9.
+      mask: pytree of booleans like the parameters, or a function from the parameters to one: True
+        leaves take part, the others are held fixed in the curvature and their updates pass
+        unprojected.
+
+    Returns:
+      A transformation with the state and the extra arguments of :func:`interpolate_subspaces`.
+
+    Raises:
+      ValueError, TypeError: an argument outside its range, as in :func:`interpolate_subspaces`.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -444,7 +476,27 @@ def dom_sgd(
     A diagnostic, not an accelerator: Song et al. (arXiv 2405.16002) show that it stops reducing the
     training loss although the gradient lies mostly in that subspace.
 
-    Arguments, errors and extra arguments as in :func:`interpolated_sgd`, with weights 1 and 0.
+    It is :func:`interpolated_sgd` with weights 1 and 0.
+
+    Args:
+      learning_rate: float or schedule, given to ``base``.
+      num_directions: k, usually the number of classes.
+      base: the optimizer, as a function of the learning rate: ``optax.sgd`` (default),
+        ``optax.adam``, ``functools.partial(optax.sgd, momentum=0.9)`` ...
+      tracker: how the eigenspace is followed; default ``BlockTracker()``.
+      start_step: before this step updates pass unprojected, and nothing is tracked.
+      switch_alignment: if given, tracking starts at ``start_step``, but the projection is switched
+        on, for good, only when the moving average of chi_k exceeds this value, in [0, 1].
+      alignment_decay: decay of that moving average, in [0, 1); default 0.9.
+      mask: pytree of booleans like the parameters, or a function from the parameters to one: True
+        leaves take part, the others are held fixed in the curvature and their updates pass
+        unprojected.
+
+    Returns:
+      A transformation whose ``update`` takes the extra arguments of :func:`interpolate_subspaces`.
+
+    Raises:
+      ValueError, TypeError: an argument outside its range, as in :func:`interpolate_subspaces`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -483,7 +535,27 @@ def bulk_sgd(
 ) -> optax.GradientTransformationExtraArgs:
     """Bulk-SGD: the base optimizer restricted to the complement of the dominant subspace.
 
-    Arguments, errors and extra arguments as in :func:`interpolated_sgd`, with weights 0 and 1.
+    It is :func:`interpolated_sgd` with weights 0 and 1.
+
+    Args:
+      learning_rate: float or schedule, given to ``base``.
+      num_directions: k, usually the number of classes.
+      base: the optimizer, as a function of the learning rate: ``optax.sgd`` (default),
+        ``optax.adam``, ``functools.partial(optax.sgd, momentum=0.9)`` ...
+      tracker: how the eigenspace is followed; default ``BlockTracker()``.
+      start_step: before this step updates pass unprojected, and nothing is tracked.
+      switch_alignment: if given, tracking starts at ``start_step``, but the projection is switched
+        on, for good, only when the moving average of chi_k exceeds this value, in [0, 1].
+      alignment_decay: decay of that moving average, in [0, 1); default 0.9.
+      mask: pytree of booleans like the parameters, or a function from the parameters to one: True
+        leaves take part, the others are held fixed in the curvature and their updates pass
+        unprojected.
+
+    Returns:
+      A transformation whose ``update`` takes the extra arguments of :func:`interpolate_subspaces`.
+
+    Raises:
+      ValueError, TypeError: an argument outside its range, as in :func:`interpolate_subspaces`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

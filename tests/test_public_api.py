@@ -80,8 +80,6 @@ def descriptions(text: str) -> dict[str, str]:
 # Help is read in an editor, where "see there" leads nowhere: what refers to another description
 # does so after a sentence of its own.
 REFERENCE = re.compile(r"(see|as|ditto)\b|.*\bsee there\b", re.I)
-    r"(see|as (in|for|of|above)|as .*'s|like the following|ditto)\b|.*\bsee there\b", re.I
-)
 
 
 @pytest.mark.parametrize("name", [*FUNCTIONS, *CLASSES, *METHODS])
@@ -100,12 +98,10 @@ def test_arguments_are_described_where_they_stand(name: str) -> None:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_are_documented(name: str) -> None:
     text = inspect.getdoc(FUNCTIONS[name]) or ""
-    # An alias may refer to the function that it calls: "Arguments ... as in :func:`...`".
     for section in ("Args:", "Returns:"):
-        assert section in text or "Arguments" in text, f"no section {section}"
-    if "Args:" in text:
-        for parameter in inspect.signature(FUNCTIONS[name]).parameters:
-            assert re.search(rf"\b{parameter}:", text), f"argument {parameter} is not described"
+        assert section in text, f"no section {section}"
+    missing = set(inspect.signature(FUNCTIONS[name]).parameters) - set(descriptions(text))
+    assert not missing
     assert ">>>" in text, "no example"
 
 

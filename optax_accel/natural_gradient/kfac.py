@@ -404,7 +404,8 @@ def kfac(
       momentum: of the natural gradients, in [0, 1).
       kl_clip: :math:`\kappa`: natural gradients are multiplied by :math:`\min(1, \sqrt{\kappa /
         (\eta^2 \langle V, G \rangle)})` with the learning rate :math:`\eta`; 1e-3 in Pauloski et
-        al.  It keeps the first steps, in which curvature is small, from diverging. None: not.
+        al.  It keeps the first steps, in which curvature is small, from diverging. ``None``
+        turns it off.
       damping: :math:`\lambda > 0`, float or schedule, relative to the curvature of the loss: tune
         it together with the learning rate.
       damping_kind: ``"factored"`` (default): added to each factor, whose inverses are Cholesky
@@ -488,10 +489,43 @@ def ekfac(
     key: chex.PRNGKey | int = 0,
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """EKFAC with momentum and a KL clip.
+    r"""EKFAC with momentum and a KL clip.
 
-    Arguments, extra arguments and errors as in :func:`kfac`; the curvature is that of
-    :func:`scale_by_ekfac`.
+    It is :func:`kfac` with the curvature of :func:`scale_by_ekfac`.
+
+    Args:
+      learning_rate: float or schedule.
+      objective: what the network looks like: an objective, of whose ``predict`` only the program is
+        read, when a state is made.
+      example: keyword arguments of ``predict``, arrays or ``jax.ShapeDtypeStruct``, of which only
+        shapes matter; ``None`` for an objective that holds its batch.
+      momentum: of the natural gradients, in [0, 1).
+      kl_clip: :math:`\kappa`: natural gradients are multiplied by :math:`\min(1, \sqrt{\kappa /
+        (\eta^2 \langle V, G \rangle)})` with the learning rate :math:`\eta`; 1e-3 in Pauloski et
+        al.  It keeps the first steps, in which curvature is small, from diverging. ``None``
+        turns it off.
+      damping: :math:`\lambda > 0`, float or schedule, relative to the curvature of the loss; it is
+        added to the second moments S.
+      decay: of the moving averages of the factors and of S, in [0, 1); default 0.95.
+      factors_every: steps between refreshes of the factors and of S.
+      inverses_every: steps between refreshes of the eigenbasis, a multiple of ``factors_every``.
+      estimator: the curvature: ``"fisher"`` (default) from one random vector an example at the
+        outputs; ``"ggn"``, the same matrix without sampling, one backward pass an output;
+        ``"empirical"``, from the gradients of the loss. :func:`scale_by_kfac` compares them.
+      likelihood: what the outputs are: ``"categorical"`` (logits), ``"bernoulli"`` (logits; the
+        loss is a sum over outputs), ``"gaussian"`` (means with unit variance). ``None`` (default):
+        whatever the loss is, up to 256 outputs an example.
+      max_size: a factor with more rows than this is approximated by its diagonal.
+      key: PRNG key or integer seed of the random vectors.
+      mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
+        parameters to one: leaves to precondition; updates of others pass unchanged. ``None``
+        (default): all.
+
+    Returns:
+      The optimizer; its ``update`` takes the extra arguments of :func:`scale_by_kfac`.
+
+    Raises:
+      ValueError, TypeError: an argument outside its range, as in :func:`scale_by_kfac`.
 
     Example:
       >>> import jax.numpy as jnp
