@@ -50,7 +50,7 @@ TOTAL_STEPS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(cli.Options):
     """Time every method of the catalogue against its Optax base."""
 
     methods: str | None = None
@@ -331,27 +331,25 @@ def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     return view
 
 
+@cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, "python -m experiments.bench")
-    for name in ("repeats", "parameters"):
-        if (value := getattr(options, name)) < 1:
-            print(f"error: --{name} must be at least 1, got {value}", file=sys.stderr)
-            return 2
+    cli.check_file("--json", options.json)
+    # The tree, its gradient, its update and a state of two trees for the method and its base each.
+    cli.check_memory(4 * 8 * options.parameters, f"a tree of {options.parameters:,} parameters")
     try:
         everything = [name for name, method in METHODS.items() if not method.per_worker]
         names = everything if options.methods is None else options.methods.split(",")
         chosen = get_methods([name.strip() for name in names], per_worker=False)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return cli.fail(error)
     groups: dict[str, list[Method]] = {}
     for method in chosen:
         if method.base is not None:
             groups.setdefault(method.base, [METHODS[method.base]]).append(method)
     if not groups:
-        print("error: --methods names only base methods; add one to compare", file=sys.stderr)
-        return 2
+        return cli.fail("--methods names only base methods; add one to compare")
     console = cli.console(100)
     side = max(1, math.isqrt(options.parameters // 10))
     computer = machine()

@@ -32,12 +32,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import grain
 import jax
@@ -49,6 +50,7 @@ from experiments import bench, cli, compare, data, parallel, report, run_folder,
 from experiments.cli import UsageError
 
 PROG = "python -m experiments.brief_review"
+PICTURE = "brief_review.png"
 VARIANTS = ("baseline", "accumulation", "precision", "prefetching", "all")
 # Steps that are not timed: compilation, and the first batches under way.
 WARM_UP = 5
@@ -103,8 +105,10 @@ SCALES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(cli.Options):
     """Train three networks with and without what makes training faster."""
+
+    limits: ClassVar = {"accumulate": cli.Range(2, 10**6)}
 
     task: str = "cifar10_5k"
     """Data set of images; an unknown name lists all."""
@@ -157,16 +161,13 @@ def resolve(options: Options) -> Study:
     Raises:
       ValueError: one line that says which option, what is allowed and how to fix it.
     """
+    options.check()
     cli.check_known("scale", options.scale, tuple(SCALES))
     scale = SCALES[options.scale]
     models = _chosen("model", options.models, tuple(scale.models))
     variants = _chosen("variant", options.variants, VARIANTS)
     cli.check_known("precision", options.precision, ("bf16", "f16"))
-    if options.seeds is not None and options.seeds < 1:
-        raise UsageError(f"--seeds must be at least 1, got {options.seeds}")
-    accumulate = scale.accumulate if options.accumulate is None else options.accumulate
-    if accumulate < 2:
-        raise UsageError(f"--accumulate must be at least 2, got {accumulate}")
+    accumulate = options.accumulate or scale.accumulate
     task = data.load_task(options.task, data_dir=options.data_dir)
     if task.defaults.kind != "classification" or len(task.input_shape) != 3:
         raise UsageError(f"task {task.name} is no classification of images")
@@ -177,7 +178,8 @@ def resolve(options: Options) -> Study:
         "prefetching": {"prefetch": 2},
     }
     changes["all"] = {name: value for change in changes.values() for name, value in change.items()}
-    folder = options.runs_dir / (options.name or f"brief_review-{options.task}-{options.scale}")
+    default = f"brief_review-{options.task}-{options.scale}"
+    folder = run_folder.locate(options.runs_dir, options.name, default)
     plans = {}
     for key in models:
         model, model_options = scale.models[key]
@@ -278,20 +280,26 @@ def known_records(study: Study, overwrite: bool) -> list[Record]:
     Raises:
       UsageError: the folder holds another study, or something else.
     """
-    path = study.folder / "results.json"
-    if overwrite or not path.exists():
+    path = study.folder / run_folder.RESULTS
+    if run_folder.is_new(study.folder):
         return []
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-        records: list[Record] = old["records"]
-        change = run_folder.first_difference(old["config"], study.config)
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{path} is not a result of this command; give another --name") from None
-    if change:
+    if not os.path.lexists(path):
+        raise UsageError(f"{study.folder} holds something else than {PROG}; give another --name")
+    run_folder.check_files(study.folder, [run_folder.RESULTS, PICTURE])
+    if overwrite:
+        old = run_folder.read_json(path)
+        if not isinstance(old, dict) or old.get("command") != PROG:
+            raise UsageError(f"{path} is not a result of this command; give another --name")
+        return []
+    record = run_folder.read_record(path) or {}
+    if record.get("command") != PROG:
+        raise UsageError(f"{path} is not a result of this command; give another --name")
+    if change := run_folder.first_difference(record["config"], study.config):
         raise UsageError(
             f"{study.folder} holds a study with {change}; give another --name, or --overwrite to "
             "replace it"
         )
+    records: list[Record] = record["records"]
     return records
 
 
@@ -376,17 +384,16 @@ def picture(rows: Sequence[Record], title: str) -> Figure:
     return figure
 
 
+@cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
-    with contextlib.ExitStack() as stack:
-        try:
-            study = resolve(options)
-            stack.callback(run_folder.lock(study.folder).release)
-            records = known_records(study, options.overwrite)
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+    try:
+        study = resolve(options)
+    except ValueError as error:
+        return cli.fail(error)
+    with run_folder.claim(study.folder, lambda: known_records(study, options.overwrite)):
+        records = known_records(study, options.overwrite)
         console = cli.console(100)
         plan = next(iter(study.plans.values()))
         console.print(
@@ -405,7 +412,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 record = {"model": model, "variant": variant, "seed": seed} | run(plan)
                 records.append(record)
                 result = {"machine": machine, "config": study.config, "records": records}
-                cli.write_atomic(study.folder / "results.json", cli.to_json(result))
+                run_folder.write_record(
+                    study.folder / run_folder.RESULTS, {"command": PROG, **result}
+                )
                 console.print(
                     f"  {model} {variant}, seed {seed}: {record['examples_per_second']:.1f} "
                     f"examples / s; {time.perf_counter() - began:.0f} s with compilation"
@@ -417,14 +426,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         records.sort(key=lambda record: order[record["model"], record["variant"], record["seed"]])
         rows = summarize(records)
         title = f"{plan.task.name}, {plan.steps} steps of {plan.batch_size}"
-        cli.write_atomic(study.folder / "brief_review.png", report.png(picture(rows, title)))
+        cli.write_atomic(study.folder / PICTURE, report.png(picture(rows, title)))
         console.print()
         console.print(table(rows))
         console.print(
             "\nx: over the baseline. Memory: what the compiler plans for a step, its arguments "
             f"included.\n{', '.join(f'{key} {value}' for key, value in machine.items())}"
         )
-        console.print(f"picture: {study.folder / 'brief_review.png'}")
+        console.print(f"picture: {study.folder / PICTURE}", soft_wrap=True)
     return 0
 
 

@@ -209,7 +209,8 @@ class Checkpoints:
             raise self._not_saved(step, error) from error
         if step is not None and jax.process_index() == 0:
             for path in self._directory.glob(f"*{DAMAGED}"):
-                if int(path.name.removesuffix(DAMAGED)) <= step:
+                number = path.name.removesuffix(DAMAGED)
+                if number.isdecimal() and int(number) <= step:
                     shutil.rmtree(path, ignore_errors=True)
 
     def restore(self, target: PyTree) -> Restored:

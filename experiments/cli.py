@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import json
+import math
 import os
+import secrets
 import sys
-from collections.abc import Sequence
+import textwrap
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-T = TypeVar("T")
+T = TypeVar("T", bound="Options")
 
 
 class UsageError(ValueError):
@@ -31,38 +36,248 @@ def check_known(kind: str, value: str | None, valid: Sequence[str]) -> None:
         raise UsageError(f"unknown {kind} {value!r}; valid: {', '.join(valid)}")
 
 
-def check_folder_name(name: str | None) -> None:
-    """Raises `UsageError` if `--name` is a path instead of a plain folder name."""
-    if name is not None and Path(name).name != name:
+# What Windows does not allow in a name, so that a run can be copied anywhere.
+_FORBIDDEN = frozenset('/\\:*?"<>|')
+_RESERVED = {"CON", "PRN", "AUX", "NUL"} | {f"{x}{i}" for x in ("COM", "LPT") for i in range(10)}
+_LONGEST_NAME = 200  # bytes; common file systems allow 255
+
+
+def check_folder_name(name: str) -> None:
+    """Raises `UsageError` if `--name` is anything but the plain name of a folder.
+
+    A plain name means the same folder on every system: no path, no control characters, nothing that
+    Windows reserves or changes.
+    """
+    problem = None
+    if not name or name.strip(".") == "" or _FORBIDDEN & set(name):
+        problem = "must be a plain folder name"
+    elif not name.isprintable():
+        problem = "must hold no control characters and be valid UTF-8"
+    elif name != name.strip() or name.endswith("."):
+        problem = "must neither begin or end with a space nor end with a dot"
+    elif name.partition(".")[0].strip().upper() in _RESERVED:
+        problem = "must be a name that no system reserves"
+    elif len(name.encode()) > _LONGEST_NAME:
+        problem, name = f"must be at most {_LONGEST_NAME} bytes long", f"{name[:20]}..."
+    if problem is not None:
         raise UsageError(
-            f"--name must be a plain folder name, got {name!r}; "
-            "--runs-dir says where the folder is made"
+            f"--name {problem}, got {name!r}; --runs-dir says where the folder is made"
         )
+
+
+class Range(NamedTuple):
+    """The values that an option may have.
+
+    Attributes:
+      low: the lowest one.
+      high: the highest one.
+      ends: which of the two are allowed: ``"[]"``, ``"[)"``, ``"(]"`` or ``"()"``.
+    """
+
+    low: float
+    high: float
+    ends: str = "[]"
+
+    def problem(self, value: float) -> str | None:
+        """What a value has to be instead; ``None`` if it lies in the range."""
+        above = value > self.low or (value == self.low and self.ends[0] == "[")
+        below = value < self.high or (value == self.high and self.ends[1] == "]")
+        if above and below:  # NaN is neither
+            return None
+        if isinstance(value, int):
+            return f"at most {self.high}" if above else f"at least {self.low}"
+        least = f"at least {self.low:g}" if self.ends[0] == "[" else f"more than {self.low:g}"
+        if math.isinf(self.high):
+            return "positive and finite" if self.ends[0] == "(" and self.low == 0 else least
+        most = f"at most {self.high:g}" if self.ends[1] == "]" else f"below {self.high:g}"
+        return f"{least} and {most}"
+
+
+# Optax counts steps in 32 bits.
+COUNT = Range(1, 2**31 - 1)
+POSITIVE = Range(0, math.inf, "()")
+# The one table of what numbers may be, by the option's name; a command's `limits` come first.
+LIMITS: Mapping[str, Range] = {
+    **dict.fromkeys(("steps", "epochs", "early_stopping", "eval_every", "checkpoint_every"), COUNT),
+    **dict.fromkeys(("batch_size", "curvature_batch_size", "curvature_batch", "accumulate"), COUNT),
+    **dict.fromkeys(("switch_step", "keep", "examples", "chunk", "parameters"), COUNT),
+    **dict.fromkeys(("seeds", "members", "max_replicas", "data_workers"), Range(1, 1_000)),
+    **dict.fromkeys(("devices", "processes", "workers"), Range(1, 2**16)),
+    **dict.fromkeys(("rounds", "repeats", "bins"), Range(1, 1_000_000)),
+    **dict.fromkeys(("k", "directions", "image_size"), Range(1, 10_000)),
+    "data_workers": Range(0, 1_000),
+    "prefetch": Range(0, 1_000),
+    "seed": Range(0, 2**31 - 1),
+    "process_id": Range(0, 2**16 - 1),
+    "settings": Range(1, 6),
+    **dict.fromkeys(("learning_rate", "lowest", "highest", "clip", "memory_gib"), POSITIVE),
+    **dict.fromkeys(("time_factor", "budget_seconds"), POSITIVE),
+    "weight_decay": Range(0, math.inf, "[)"),
+    "label_smoothing": Range(0, 1, "[)"),
+    "smoothing": Range(0, 1, "[)"),
+    "stop_factor": Range(1, math.inf, "()"),
+    "tolerance": Range(0, 1, "()"),
+    "ema": Range(0, 1, "()"),
+    "target": Range(0, 1, "(]"),
+    "delay": Range(0, 60, "()"),
+}
+_KINDS: Mapping[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the options of all commands have in common; the fields are the options."""
+
+    limits: ClassVar[Mapping[str, Range]] = {}
+    """Ranges of the command's own, which go before those of `LIMITS`."""
+
+    def check(self) -> None:
+        """Raises `UsageError` if an option has a value of another type or out of its range."""
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value: Any = getattr(self, field.name)
+            option = f"--{field.name.replace('_', '-')}"
+            allowed = typing.get_args(hints[field.name]) or (hints[field.name],)
+            if value is None and type(None) in allowed:
+                continue
+            kind = next(kind for kind in _KINDS if kind in allowed)
+            if type(value) is int and kind is float:
+                value = float(value) if abs(value) < sys.float_info.max else math.inf
+            fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            if not fits:
+                raise UsageError(f"{option} must be {_KINDS[kind]}, got {shortened(repr(value))}")
+            if kind in (int, float):
+                limits = self.limits.get(field.name) or LIMITS[field.name]
+                if problem := limits.problem(value):
+                    raise UsageError(f"{option} must be {problem}, got {shortened(str(value))}")
+            if field.name == "name":
+                check_folder_name(value)
+
+
+def shortened(text: str) -> str:
+    """A text as a message shows it: not more than 60 characters."""
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_file(option: str, path: Path | None) -> None:
+    """Raises `UsageError` if the file that an option names cannot be written."""
+    if path is None:
+        return
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{option} {path} is not a file; give another one")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise UsageError(f"{option} {path}: {parent} is no folder that can be written to")
+
+
+def host_memory() -> float:
+    """Bytes of this machine's memory; infinite where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not Linux or macOS
+        return math.inf
+
+
+def check_memory(need: float, what: str, available: float | None = None) -> None:
+    """Raises `UsageError` for what cannot fit into memory, before it is made.
+
+    Args:
+      need: bytes.
+      what: what takes them, for the message.
+      available: bytes; default: the memory of this machine.
+    """
+    available = host_memory() if available is None else available
+    if need > available:
+        raise UsageError(
+            f"{what} would take {need / 2**30:,.0f} GiB of memory, of which there are "
+            f"{available / 2**30:,.0f}; make it smaller"
+        )
+
+
+def read_json_object(option: str, text: str | None) -> dict[str, Any] | None:
+    """The JSON object that an option holds; ``None`` if it is not given.
+
+    Args:
+      option: its name, for messages.
+      text: its value.
+
+    Returns:
+      The object.
+
+    Raises:
+      UsageError: it is not a JSON object.
+    """
+    if text is None:
+        return None
+    try:
+        value = parse_json(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UsageError(
+            f"{option} is a JSON object such as '{{\"a\": 1}}', got {shortened(repr(text))}"
+        )
+    return value
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Reads JSON in UTF-8.
+
+    Args:
+      text: what to read.
+
+    Returns:
+      The value.
+
+    Raises:
+      ValueError: it is not JSON, not UTF-8, nested too deeply or holds NaN.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        text = text if isinstance(text, str) else text.decode()
+        return json.loads(text, parse_constant=refuse)
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def parse(default: T, argv: Sequence[str] | None, prog: str) -> T:
     """Reads a command line; an unknown option's error lists the valid ones.
 
     Args:
-      default: an instance of a dataclass with one field per option: the values of the options that
-        are not given.
+      default: the values of the options that are not given.
       argv: the arguments; ``None`` for those of the process.
       prog: the command, for messages.
 
     Returns:
-      The options. Wrong ones end the process with exit code 2.
+      The options. Unknown ones and values that cannot be read end the process with exit code 2.
+
+    Raises:
+      UsageError: an option is out of its range, see `Options`.
     """
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(type(default), args=argv, prog=prog, default=default)
+            options = tyro.cli(type(default), args=argv, prog=prog, default=default)
     except SystemExit as stop:
         if stop.code not in (0, None):
-            reason = _first_paragraph(complaint.getvalue())
-            fields = dataclasses.fields(default)  # type: ignore[arg-type]
+            reason = textwrap.shorten(_first_paragraph(complaint.getvalue()), 500)
+            fields = dataclasses.fields(default)
             names = (f"--{field.name.replace('_', '-')}" for field in fields)
-            print(f"error: {reason} Valid options: {' '.join(names)}", file=sys.stderr)
+            fail(f"{reason} Valid options: {' '.join(names)}")
         raise
+    options.check()
+    return options
 
 
 def _first_paragraph(box: str) -> str:
@@ -79,10 +294,73 @@ def _first_paragraph(box: str) -> str:
     )
 
 
-def console(width: int) -> Console:
-    """Where a command prints: the terminal, or that many columns in a file or a pipe."""
-    terminal = Console(highlight=False)
-    return terminal if terminal.is_terminal else Console(highlight=False, width=width)
+def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """Makes a command's wrong input one line on the standard error output and the exit code 2.
+
+    Args:
+      main: reads and runs a command line, returns the exit code.
+
+    Returns:
+      The same, which returns 2 where `main` raises `UsageError`.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except UsageError as error:
+            return fail(error)
+
+    return wrapped
+
+
+def fail(message: Any, code: int = 2) -> int:
+    """Prints a message as ``error: ...`` on the standard error output.
+
+    Args:
+      message: one line, or an exception whose text is one.
+      code: the exit code.
+
+    Returns:
+      The exit code.
+    """
+    print(f"error: {printable(str(message))}", file=sys.stderr)
+    return code
+
+
+def printable(text: str) -> str:
+    r"""Text with control characters, and what is not UTF-8, shown as escapes.
+
+    >>> printable("a\x1b[31m b")
+    'a\\x1b[31m b'
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+class _Console(Console):
+    """A console on which text, such as a name that somebody gave, is shown as it is."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        shown = (printable(part) if isinstance(part, str) else part for part in objects)
+        super().print(*shown, **options)
+
+
+def console(width: int, *, quiet: bool = False) -> Console:
+    """Where a command prints: the terminal, or that many columns in a file or a pipe.
+
+    Rich would take ``[...]`` and ``:...:`` in a name for its markup.
+
+    Args:
+      width: columns, where the output is not a terminal.
+      quiet: prints nothing.
+
+    Returns:
+      The console.
+    """
+    terminal = _Console(highlight=False, markup=False, emoji=False, quiet=quiet)
+    if not terminal.is_terminal:
+        terminal.width = width
+    return terminal
 
 
 def table(
@@ -113,11 +391,26 @@ def table(
     return view
 
 
+PARTIAL = ".partial"
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a whole file or nothing: an interrupted run never leaves half a file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, path)
+    """Writes a whole file or nothing: an interrupted run never leaves half a file.
+
+    Two processes that write the same file do not mix their contents: the later one wins.
+
+    Args:
+      path: the file; it is replaced if it exists.
+      content: what it holds then.
+    """
+    partial = path.with_name(f".{secrets.token_hex(8)}{PARTIAL}")
+    try:
+        with partial.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def to_json(value: Any) -> str:

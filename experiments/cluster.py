@@ -46,6 +46,8 @@ HEARTBEAT_TIMEOUT = 30
 # Seconds that a process waits at its end for the others: bounds how long one that failed alone
 # holds up the run, and how much longer than the others process 0 may write its results. (JAX: 300)
 SHUTDOWN_TIMEOUT = 60
+# Each virtual device of a CPU has threads of its own.
+MOST_VIRTUAL = 512
 
 # What the errors of collectives and of the coordination service say when a peer is gone, in lower
 # case: Gloo's (CPU), NCCL's (GPU), the network's, the service's.
@@ -148,6 +150,13 @@ def check_processes(processes: int, devices: int | None) -> None:
             f"--devices {devices} (over all processes) does not split evenly over --processes "
             f"{processes}; use a multiple of {processes}"
         )
+    check_virtual_devices(0 if devices is None else devices // processes)
+
+
+def check_virtual_devices(number: int) -> None:
+    """Raises `UsageError` for more devices than one process can make virtual ones of a CPU."""
+    if number > MOST_VIRTUAL:
+        raise UsageError(f"--devices must be at most {MOST_VIRTUAL} in a process, got {number}")
 
 
 def _check_coordinator(address: str, process_id: int) -> None:

@@ -47,7 +47,7 @@ DEFAULT_EPOCHS |= {"sst2": 1, "sst2_1k": 10}
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(cli.Options):
     """Compare training methods on real data, each at the best learning rate of its own grid."""
 
     task: str = "digits"
@@ -94,6 +94,7 @@ def resolve(options: Options) -> Plan:
     Raises:
       UsageError, data.DataError, ValueError: with one line that says what is allowed.
     """
+    options.check()
     names = [name.strip() for name in options.methods.split(",") if name.strip()]
     if not names:
         raise UsageError(f"--methods names no method; valid: {', '.join(methods.METHODS)}")
@@ -105,23 +106,6 @@ def resolve(options: Options) -> Plan:
     cli.check_known("loss", options.loss, data.LOSSES["classification"])
     if options.epochs is not None and options.steps is not None:
         raise UsageError("--epochs and --steps exclude each other; give one")
-    for name in (
-        "seeds",
-        "epochs",
-        "steps",
-        "batch_size",
-        "curvature_batch_size",
-        "eval_every",
-        "max_replicas",
-        "memory_gib",
-    ):
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise UsageError(f"--{name.replace('_', '-')} must be positive, got {value}")
-    if options.target is not None and not 0 < options.target <= 1:
-        raise UsageError(f"--target is an accuracy between 0 and 1, got {options.target}")
-    cli.check_folder_name(options.name)
-
     task = data.load_task(options.task, data_dir=options.data_dir)
     examples = len(task.train.y)
     curvature_batch_size = options.curvature_batch_size or min(2 * options.batch_size, examples)
@@ -135,6 +119,10 @@ def resolve(options: Options) -> Plan:
             )
     epochs = options.epochs or DEFAULT_EPOCHS.get(task.name, 10)
     steps = options.steps or epochs * (examples // options.batch_size)
+    if steps > cli.COUNT.high:
+        raise UsageError(f"--epochs {epochs} are {steps} steps, more than {cli.COUNT.high}")
+    order = 4 * options.seeds * steps * options.batch_size
+    cli.check_memory(order, f"the order of the examples over {options.seeds} x {steps} steps")
     # Never look at more validation examples than training examples: at most a third of the time.
     enough = math.ceil(len(task.validation.y) / options.batch_size)
     return Plan(
@@ -154,33 +142,112 @@ def resolve(options: Options) -> Plan:
 # Files ------------------------------------------------------------------------------------------
 
 
-def open_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
-    """Makes the run's folder, or checks that the one there belongs to the same run.
+# What a comparison's folder holds, files and folders.
+FILES = (run_folder.CONFIG, "timing.json", run_folder.RESULTS, *report.FILES)
+FOLDERS = ("metrics",)
+
+
+def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
+    """Checks that a folder is new, or belongs to the same comparison.
+
+    Args:
+      folder: the comparison's folder.
+      config: what decides its numbers, from `Plan.config`.
+      overwrite: whether another comparison there is to be replaced.
 
     Raises:
       UsageError: the folder belongs to another run or is not a comparison's folder at all.
     """
-    path = folder / "config.json"
-    if folder.exists() and any(folder.iterdir()):
-        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if "methods" not in old:
-            raise UsageError(f"{folder} is not a comparison's folder; give another --name")
-        if overwrite:
-            shutil.rmtree(folder)
-        elif difference := run_folder.first_difference(old, config):
+    if run_folder.is_new(folder):
+        return
+    path = folder / run_folder.CONFIG
+    old = run_folder.read_json(path) if os.path.lexists(path) else None
+    if not isinstance(old, dict) or not isinstance(old.get("methods"), dict):
+        raise UsageError(f"{folder} is not a comparison's folder; give another --name")
+    if not overwrite:
+        if difference := run_folder.first_difference(old, config):
             raise UsageError(
                 f"{folder} holds a run with {difference}; give another --name, --overwrite "
                 "to replace it, or the old settings to continue it"
             )
+        run_folder.check_files(folder, FILES, FOLDERS)
+
+
+def open_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
+    """Prepares a folder that `check_folder` has passed: empties it if need be.
+
+    Args:
+      folder: the comparison's folder.
+      config: what decides its numbers.
+      overwrite: whether to remove what an earlier comparison has written there.
+    """
+    for name in (*FILES, *FOLDERS) if overwrite else ():
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     (folder / "metrics").mkdir(parents=True, exist_ok=True)
-    cli.write_atomic(path, cli.to_json(config))
+    cli.write_atomic(folder / run_folder.CONFIG, cli.to_json(config))
 
 
-def read_records(path: Path) -> list[Record]:
-    """The records of one method; none if nothing is finished yet."""
-    if not path.exists():
+def read_records(plan: Plan, method: methods.Method, path: Path) -> list[Record]:
+    """The records of one method's runs that are complete, from its file.
+
+    A line that is damaged, or one that is missing, makes a run incomplete.
+
+    Args:
+      plan: what the runs are.
+      method: the method.
+      path: its file; it need not exist.
+
+    Returns:
+      The records, in the order of the file.
+
+    Raises:
+      UsageError: the file cannot be read.
+    """
+    if not os.path.lexists(path):
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    points = [*range(0, plan.steps, plan.eval_every), plan.steps]
+    runs: dict[Replica, list[Record]] = {
+        (rate, seed): [] for rate in method.learning_rates for seed in range(plan.seeds)
+    }
+    records = []
+    for line in run_folder.read_file(path).splitlines():
+        try:
+            record = cli.parse_json(line)
+            runs[record["learning_rate"], record["seed"]].append(record)
+        except (ValueError, KeyError, TypeError):
+            continue
+        records.append(record)
+    complete = {
+        replica
+        for replica, own in runs.items()
+        if [record.get("step") for record in own] == points
+        and all(_is_valid(record, method, plan.steps) for record in own)
+    }
+    return [record for record in records if (record["learning_rate"], record["seed"]) in complete]
+
+
+def _is_valid(record: Record, method: methods.Method, steps: int) -> bool:
+    """Whether a record holds all that `Trainer.train` writes, within its range."""
+    scores = ["validation_loss", "validation_accuracy"]
+    if record["step"] > 0:
+        scores.append("train_loss")
+    if record["step"] == steps:
+        scores += ["test_loss", "test_accuracy"]
+    numbers = ("learning_rate", "seed", "step", "gradient_evaluations")
+    return (
+        record.get("method") == method.name
+        and all(run_folder.is_number(record.get(name)) for name in numbers)
+        and record["gradient_evaluations"] >= 0
+        and all(
+            name in record and (record[name] is None or run_folder.is_number(record[name]))
+            for name in scores
+        )
+        and all(0 <= (record[name] or 0) <= 1 for name in scores if name.endswith("accuracy"))
+    )
 
 
 # Results ----------------------------------------------------------------------------------------
@@ -301,13 +368,15 @@ def train_missing(
     plan: Plan, method: methods.Method, path: Path, trainer: Trainer, progress: Progress
 ) -> list[Record]:
     """Trains the runs of a method that its file lacks, a chunk at a time; returns all records."""
-    records = read_records(path)
+    records = read_records(plan, method, path)
     finished = {(record["learning_rate"], record["seed"]) for record in records}
     everyone = [(rate, seed) for rate in method.learning_rates for seed in range(plan.seeds)]
     todo = [replica for replica in everyone if replica not in finished]
     if not todo:
         progress.console.print(f"  {method.name:<18} already done")
         return records
+    if path.exists() and len(run_folder.read_file(path).splitlines()) > len(records):
+        progress.console.print(f"  {method.name:<18} damaged runs in {path} are trained again")
     size = trainer.chunk_size(method, len(todo))
     bar = progress.add_task(
         f"{method.name}: {len(todo)} runs", total=plan.steps * math.ceil(len(todo) / size)
@@ -335,7 +404,7 @@ def run(plan: Plan, folder: Path, trainer: Trainer, console: Console) -> dict[st
     """Trains what is not finished yet, measures the time; returns the results."""
     everything: dict[str, list[Record]] = {}
     columns = (
-        TextColumn("  {task.description}"),
+        TextColumn("  {task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
@@ -346,13 +415,12 @@ def run(plan: Plan, folder: Path, trainer: Trainer, console: Console) -> dict[st
             path = folder / "metrics" / f"{method.name}.jsonl"
             everything[method.name] = train_missing(plan, method, path, trainer, progress)
         path = folder / "timing.json"
-        if path.exists():
-            timing = json.loads(path.read_text(encoding="utf-8"))
-        else:
+        timing = run_folder.read_record(path)
+        if timing is None:
             progress.add_task("time per step", total=None)
             begin = time.perf_counter()
             timing = measure_time(trainer)
-            cli.write_atomic(path, cli.to_json(timing))
+            run_folder.write_record(path, timing)
             seconds = time.perf_counter() - begin
             console.print(f"  {'time per step':<18} {timing['rounds']} rounds: {seconds:.1f} s")
 
@@ -373,6 +441,7 @@ def run(plan: Plan, folder: Path, trainer: Trainer, console: Console) -> dict[st
     }
 
 
+@cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
@@ -389,42 +458,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         config = plan.config()
         digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
-        folder = options.runs_dir / (options.name or f"{plan.task.name}-{digest}")
-        open_folder(folder, config, options.overwrite)
-    except json.JSONDecodeError as error:
-        print(f"error: {folder / 'config.json'} is broken: {error}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        folder = run_folder.locate(options.runs_dir, options.name, f"{plan.task.name}-{digest}")
+    except ValueError as error:
+        return cli.fail(error)
 
     console = cli.console(100)
-    console.print(
-        f"{plan.task.name}, {plan.model}: {report.plural(len(plan.methods), 'method')} x "
-        f"{len(plan.methods[0].learning_rates)} learning rates x "
-        f"{report.plural(plan.seeds, 'seed')}, {report.plural(plan.steps, 'step')} of "
-        f"{report.plural(plan.batch_size, 'example')} -> {folder}"
-    )
-    try:
-        results = run(plan, folder, trainer, console)
-        cli.write_atomic(folder / "results.json", cli.to_json(results))
-        report.write_all(folder, results)
-    except json.JSONDecodeError as error:
-        print(f"error: a file in {folder} is broken: {error}; delete it", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            f"interrupted: finished runs are kept in {folder}; the same command continues",
-            file=sys.stderr,
+    with run_folder.claim(folder, lambda: check_folder(folder, config, options.overwrite)):
+        open_folder(folder, config, options.overwrite)
+        console.print(
+            f"{plan.task.name}, {plan.model}: {report.plural(len(plan.methods), 'method')} x "
+            f"{len(plan.methods[0].learning_rates)} learning rates x "
+            f"{report.plural(plan.seeds, 'seed')}, {report.plural(plan.steps, 'step')} of "
+            f"{report.plural(plan.batch_size, 'example')} -> {folder}",
+            soft_wrap=True,
         )
-        return 130
+        try:
+            results = run(plan, folder, trainer, console)
+            cli.write_atomic(folder / run_folder.RESULTS, cli.to_json(results))
+            report.write_all(folder, results)
+        except KeyboardInterrupt:
+            return interrupted(folder)
     console.print()
     console.print(report.table(results))
     console.print()
     for note in report.footnotes(results):
         console.print(note)
-    console.print(f"report: {folder / 'report.html'}")
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
     return 0
+
+
+def interrupted(folder: Path) -> int:
+    """Tells how to go on after Ctrl-C; returns the exit code."""
+    what = f"interrupted: finished runs are kept in {folder}; the same command continues"
+    print(cli.printable(what), file=sys.stderr)
+    return 130
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ SCHEDULES: dict[str, Callable[[Any, int], Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(cli.Options):
     """Train ensembles of each kind with one budget; compare accuracy and calibration."""
 
     task: str = "digits"
@@ -487,12 +487,10 @@ def resolve(options: Options) -> tuple[Plan, list[str], list[float]]:
     Raises:
       ValueError: with one line that says what is allowed.
     """
+    options.check()
     cli.check_known("kind", options.kind, (*KINDS, "all"))
     cli.check_known("method", options.method, tuple(methods.METHODS))
     cli.check_known("schedule", options.schedule, tuple(SCHEDULES))
-    for name in ("members", "bins"):
-        if (value := getattr(options, name)) < 1:
-            raise UsageError(f"--{name} must be at least 1, got {value}")
     rates = _rates(options)
     plan = compare.resolve(
         compare.Options(
@@ -504,7 +502,6 @@ def resolve(options: Options) -> tuple[Plan, list[str], list[float]]:
             steps=options.steps,
             batch_size=options.batch_size,
             curvature_batch_size=options.curvature_batch_size,
-            name=options.name,
         )
     )
     kinds = list(KINDS) if options.kind == "all" else [options.kind]
@@ -647,45 +644,42 @@ def picture(options: Options, records: Sequence[Record]) -> Figure:
     return figure
 
 
+@cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
-    folder = options.runs_dir / (options.name or f"ensembles-{options.task}-{options.method}")
     try:
         plan, kinds, rates = resolve(options)
-        if (folder / run_folder.CONFIG).exists():
-            raise UsageError(f"{folder} holds another command's run; give another --name")
-        folder.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        default = f"ensembles-{options.task}-{options.method}"
+        folder = run_folder.locate(options.runs_dir, options.name, default)
+    except ValueError as error:
+        return cli.fail(error)
     console = cli.console(120)
-    console.print(
-        f"{plan.task.name}, {plan.model}, {options.method}: "
-        f"{report.plural(options.members, 'member')}, {report.plural(plan.steps, 'step')} of "
-        f"{report.plural(plan.batch_size, 'example')} together, "
-        f"{report.plural(len(rates), 'rate')} x {report.plural(plan.seeds, 'seed')} -> {folder}"
-    )
-    records = []
-    for kind in kinds:
-        begin = time.perf_counter()
-        _, record = run(options, plan, kind, rates)
-        records.append(record)
-        console.print(f"  {kind:<12} {time.perf_counter() - begin:.1f} s")
-    shown = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in dataclasses.asdict(options).items()
-    }
-    result = {"machine": bench.machine(), "options": shown, "kinds": records}
-    cli.write_atomic(folder / "results.json", cli.to_json(_plain(result)))
-    cli.write_atomic(folder / "ensembles.png", report.png(picture(options, records)))
+    with run_folder.claim_results(folder, PROG, ["ensembles.png"]):
+        console.print(
+            f"{plan.task.name}, {plan.model}, {options.method}: "
+            f"{report.plural(options.members, 'member')}, {report.plural(plan.steps, 'step')} of "
+            f"{report.plural(plan.batch_size, 'example')} together, "
+            f"{report.plural(len(rates), 'rate')} x {report.plural(plan.seeds, 'seed')} -> "
+            f"{folder}",
+            soft_wrap=True,
+        )
+        records = []
+        for kind in kinds:
+            begin = time.perf_counter()
+            _, record = run(options, plan, kind, rates)
+            records.append(record)
+            console.print(f"  {kind:<12} {time.perf_counter() - begin:.1f} s")
+        result = {"machine": bench.machine(), "kinds": records}
+        run_folder.write_results(folder, PROG, options, _plain(result))
+        cli.write_atomic(folder / "ensembles.png", report.png(picture(options, records)))
     for view in tables(records, rates):
         console.print()
         console.print(view)
     console.print()
     if any(_on_edge(record, rates) for record in records):
         console.print("* an end of the rates: beyond it may be a better one")
-    console.print(f"picture: {folder / 'ensembles.png'}")
+    console.print(f"picture: {folder / 'ensembles.png'}", soft_wrap=True)
     return 0
 
 

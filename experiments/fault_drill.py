@@ -611,7 +611,7 @@ FAULTS: dict[str, tuple[Fault, int, int]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(cli.Options):
     """Do to training runs what machines and people do to them, and see what is lost."""
 
     quick: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -620,6 +620,7 @@ class Options:
     """Decides when the faults happen."""
 
 
+@cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 1 if a fault was not survived."""
     options = cli.parse(Options(), argv, PROG)

@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 
@@ -187,8 +187,10 @@ def trace(events: Sequence[Event]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(cli.Options):
     """Measure how much of a slow input prefetching hides."""
+
+    limits: ClassVar = {"workers": cli.Range(1, 1_000), "prefetch": cli.Range(1, 1_000)}
 
     task: str = "digits"
     """Data set; an unknown name lists all."""
@@ -220,11 +222,8 @@ def run(options: Options) -> Overlap:
     Raises:
       ValueError: an option is wrong.
     """
-    for name in ("steps", "rounds", "workers", "prefetch"):
-        if (value := getattr(options, name)) < 1:
-            raise cli.UsageError(f"--{name} must be at least 1, got {value}")
-    if options.delay is not None and not 0 < options.delay < 60:
-        raise cli.UsageError(f"--delay must lie between 0 and 60 seconds, got {options.delay}")
+    options.check()
+    cli.check_file("--trace", options.trace)
     plan = train.resolve(
         train.Options(
             task=options.task,
@@ -256,14 +255,14 @@ def run(options: Options) -> Overlap:
     )
 
 
+@cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
     try:
         result = run(options)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return cli.fail(error)
     table = cli.table(("milliseconds per step", "time", "delay hidden"))
     table.add_row("no delay", f"{1e3 * result.no_delay:.2f}", "")
     table.add_row(

@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import IO
+from typing import IO, ClassVar
 
 from experiments import cli, cluster
 from experiments.cli import UsageError
@@ -39,8 +39,10 @@ _PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(cli.Options):
     """Start a run of several processes on this machine; behind -- follows what each one runs."""
+
+    limits: ClassVar = {"processes": cli.Range(1, 256)}
 
     processes: int = 2
     """How many processes."""
@@ -142,6 +144,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -154,8 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(f"no command; give one behind --, e.g. {PROG} -- {COMMANDS[0]}")
         cli.check_known("command", command[0], COMMANDS)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return cli.fail(error)
     if options.devices is not None:
         command += ["--devices", f"{options.devices}"]
     return run([sys.executable, "-m", f"experiments.{command[0]}", *command[1:]], options.processes)

@@ -27,7 +27,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,8 +44,10 @@ MARGIN = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(cli.Options):
     """Find a learning rate: train for a short time while the rate rises."""
+
+    limits: ClassVar = {"steps": cli.Range(2, 10**6)}
 
     task: str = "digits"
     """Data set to classify; an unknown name lists all."""
@@ -201,21 +203,14 @@ def resolve(options: Options) -> tuple[Plan, np.ndarray]:
     Raises:
       ValueError: with one line that says what is allowed.
     """
+    options.check()
     cli.check_known("method", options.method, tuple(methods.METHODS))
     cli.check_known("spacing", options.spacing, SPACINGS)
-    if options.steps < 2:
-        raise UsageError(f"--steps must be at least 2, got {options.steps}")
-    if not 0 <= options.smoothing < 1:
-        raise UsageError(f"--smoothing must lie in [0, 1), got {options.smoothing}")
-    if not 1 < options.stop_factor < math.inf:
-        raise UsageError(f"--stop-factor must be more than 1, got {options.stop_factor}")
     grid = methods.METHODS[options.method].learning_rates
     lowest = min(grid) / MARGIN if options.lowest is None else options.lowest
     highest = max(grid) * MARGIN if options.highest is None else options.highest
-    if not 0 < lowest < highest < math.inf:
-        raise UsageError(
-            f"--lowest and --highest must be positive, in this order, got {lowest:g}, {highest:g}"
-        )
+    if not lowest < highest:
+        raise UsageError(f"--lowest {lowest:g} must be less than --highest {highest:g}")
     plan = compare.resolve(
         compare.Options(
             task=options.task,
@@ -227,7 +222,6 @@ def resolve(options: Options) -> tuple[Plan, np.ndarray]:
             steps=options.steps,
             batch_size=options.batch_size,
             curvature_batch_size=options.curvature_batch_size,
-            name=options.name,
         )
     )
     space = np.geomspace if options.spacing == "exponential" else np.linspace
@@ -292,56 +286,52 @@ def picture(options: Options, results: Sequence[RangeTest], suggestion: float | 
     return figure
 
 
+@cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
-    folder = options.runs_dir / (options.name or f"lr-range-{options.task}-{options.method}")
     try:
         plan, rates = resolve(options)
-        if (folder / run_folder.CONFIG).exists():
-            raise UsageError(f"{folder} holds another command's run; give another --name")
-        folder.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    console = cli.console(100)
-    console.print(
-        f"{plan.task.name}, {plan.model}, {options.method}: {report.plural(plan.seeds, 'test')} of "
-        f"up to {report.plural(plan.steps, 'step')} of {report.plural(plan.batch_size, 'example')},"
-        f" rates {rates[0]:g} to {rates[-1]:g} -> {folder}"
-    )
-    try:
-        results = run(options, plan, rates)
+        default = f"lr-range-{options.task}-{options.method}"
+        folder = run_folder.locate(options.runs_dir, options.name, default)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    suggestion = median([result.suggestion for result in results])
+        return cli.fail(error)
+    console = cli.console(100)
+    with run_folder.claim_results(folder, PROG, ["range.png"]):
+        console.print(
+            f"{plan.task.name}, {plan.model}, {options.method}: "
+            f"{report.plural(plan.seeds, 'test')} of up to {report.plural(plan.steps, 'step')} of "
+            f"{report.plural(plan.batch_size, 'example')}, rates {rates[0]:g} to {rates[-1]:g} -> "
+            f"{folder}",
+            soft_wrap=True,
+        )
+        try:
+            results = run(options, plan, rates)
+        except ValueError as error:
+            return cli.fail(error, 1)
+        suggestion = median([result.suggestion for result in results])
+        tests = [
+            {
+                key: value.tolist() if isinstance(value, np.ndarray) else value
+                for key, value in dataclasses.asdict(result).items()
+            }
+            for result in results
+        ]
+        record = {"machine": bench.machine(), "suggestion": suggestion, "tests": tests}
+        run_folder.write_results(folder, PROG, options, record)
+        cli.write_atomic(folder / "range.png", report.png(picture(options, results, suggestion)))
     view = cli.table(["seed", "falls fastest at", "lowest at", "a tenth of that", "left at"])
     for seed, result in enumerate(results):
         cells = (result.suggestion, result.lowest, result.lowest / 10, result.stopped_at)
         view.add_row(str(seed), *("never" if cell is None else f"{cell:.2g}" for cell in cells))
     console.print(view)
-    shown = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in dataclasses.asdict(options).items()
-    }
-    tests = [
-        {
-            key: value.tolist() if isinstance(value, np.ndarray) else value
-            for key, value in dataclasses.asdict(result).items()
-        }
-        for result in results
-    ]
-    record = {"machine": bench.machine(), "options": shown, "suggestion": suggestion}
-    cli.write_atomic(folder / "results.json", cli.to_json(record | {"tests": tests}))
-    cli.write_atomic(folder / "range.png", report.png(picture(options, results, suggestion)))
     if suggestion is None:
         console.print("the loss never falls: lower --lowest, raise --highest, or give more --steps")
     else:
         console.print(f"suggested learning rate: {suggestion:.2g}, where the loss falls fastest")
     if all(result.stopped_at is None for result in results):
         console.print("the loss never left: a higher --highest may show more")
-    console.print(f"picture: {folder / 'range.png'}")
+    console.print(f"picture: {folder / 'range.png'}", soft_wrap=True)
     return 0
 
 

@@ -52,7 +52,6 @@ from matplotlib.figure import Figure
 import models
 import optax_accel as oa
 from experiments import bench, cli, data, engine, readers, report, run_folder
-from experiments.cli import UsageError
 
 PROG = "python -m experiments.natural_gradient"
 PyTree = Any
@@ -63,7 +62,7 @@ POINTS, EVALUATED = 50, 500
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(cli.Options):
     """Compare natural-gradient methods with SGD and Adam: loss over steps and over time."""
 
     problem: str = "digits_mlp"
@@ -618,38 +617,28 @@ def resolve(options: Options) -> tuple[Problem, tuple[str, ...]]:
     Raises:
       ValueError: with one line that says what is allowed.
     """
+    options.check()
     cli.check_known("problem", options.problem, tuple(PROBLEMS))
     cli.check_known("scale", options.scale, SCALES)
-    cli.check_folder_name(options.name)
     names = default_methods(options.problem)
     if options.methods is not None:
         names = tuple(dict.fromkeys(name.strip() for name in options.methods.split(",")))
     for name in names:
         cli.check_known("method", name, tuple(METHODS))
-    if options.steps is not None and options.steps < 1:
-        raise UsageError(f"--steps must be at least 1, got {options.steps}")
-    most = len(METHODS["sgd"].settings)
-    if options.settings is not None and not 1 <= options.settings <= most:
-        raise UsageError(f"--settings must be 1 to {most}, got {options.settings}")
-    if not 0 < options.time_factor < math.inf:
-        raise UsageError(f"--time-factor must be positive, got {options.time_factor}")
     make = PROBLEMS[options.problem]
     return make(options.scale == "full", options.data_dir, options.seed), names
 
 
+@cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
-    name = options.name or f"natural-gradient-{options.problem}-{options.scale}"
-    folder = options.runs_dir / name
     try:
         problem, names = resolve(options)
-        if (folder / run_folder.CONFIG).exists():
-            raise UsageError(f"{folder} holds another command's run; give another --name")
-        folder.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        default = f"natural-gradient-{options.problem}-{options.scale}"
+        folder = run_folder.locate(options.runs_dir, options.name, default)
+    except ValueError as error:
+        return cli.fail(error)
     console = cli.console(130)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(problem.params))
     title = (
@@ -657,12 +646,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{len(problem.train[1]):,} examples, batches of {problem.batch_size}"
     )
     steps = report.plural(options.steps or problem.steps, "step")
-    console.print(f"{title}, up to {steps} -> {folder}")
-    try:
-        rows = run(options, problem, names)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    with run_folder.claim_results(folder, PROG, ["curves.png"]):
+        console.print(f"{title}, up to {steps} -> {folder}", soft_wrap=True)
+        try:
+            rows = run(options, problem, names)
+        except ValueError as error:
+            return cli.fail(error, 1)
+        lines = conclusion(rows)
+        record = {"machine": bench.machine(), "title": title, "conclusion": lines, "methods": rows}
+        run_folder.write_results(folder, PROG, options, record)
+        cli.write_atomic(folder / "curves.png", report.png(picture(title, rows)))
     columns = ["method", "setting", "steps", "ms/step", "compile s", "train", "test"]
     view = cli.table([*columns, "steps there", "seconds there"], left=2)
     for row in rows:
@@ -678,17 +671,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             *(("never", "never") if there is None else (str(there[0]), f"{there[1]:.3g}")),
         )
     console.print(view)
-    lines = conclusion(rows)
     for line in lines:
         console.print(line)
-    shown = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in dataclasses.asdict(options).items()
-    }
-    record = {"machine": bench.machine(), "options": shown, "title": title, "conclusion": lines}
-    cli.write_atomic(folder / "results.json", cli.to_json(record | {"methods": rows}))
-    cli.write_atomic(folder / "curves.png", report.png(picture(title, rows)))
-    console.print(f"picture: {folder / 'curves.png'}")
+    console.print(f"picture: {folder / 'curves.png'}", soft_wrap=True)
     return 0
 
 

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from experiments import cli
 from optax_accel.sharding import shardings_like
 
 PyTree = Any
@@ -50,6 +51,20 @@ def check_divisible(size: int, parts: int, option: str, what: str = "devices") -
         raise ValueError(
             f"{option} {size} does not split evenly over {parts} {what}; use e.g. {nearest}"
         )
+
+
+def check_memory(need: float, what: str, devices: Sequence[jax.Device]) -> None:
+    """Raises `UsageError` for what cannot fit into the memory of the devices, before it is made.
+
+    Args:
+      need: bytes, over all devices.
+      what: what takes them, for the message.
+      devices: the devices; virtual ones share the memory of the machine.
+    """
+    statistics = [] if devices[0].platform == "cpu" else [d.memory_stats() for d in devices]
+    limits = [found["bytes_limit"] for found in statistics if found]
+    available = sum(limits) if limits else cli.host_memory() * jax.process_count()
+    cli.check_memory(need, what, available)
 
 
 class Step(Protocol):

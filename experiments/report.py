@@ -549,10 +549,14 @@ def table_csv(results: Results) -> str:
     return buffer.getvalue()
 
 
+# What `write_all` writes.
+FILES = ("results.csv", "curves.png", "rates.png", "report.html")
+
+
 def write_all(folder: Path, results: Results) -> None:
     """Writes results.csv, curves.png, rates.png and report.html into the run's folder."""
     curves_png, rates_png = png(curves(results)), png(rates(results))
-    (folder / "results.csv").write_text(table_csv(results), encoding="utf-8")
-    (folder / "curves.png").write_bytes(curves_png)
-    (folder / "rates.png").write_bytes(rates_png)
-    (folder / "report.html").write_text(page(results, curves_png, rates_png), encoding="utf-8")
+    html = page(results, curves_png, rates_png)
+    contents: tuple[str | bytes, ...] = (table_csv(results), curves_png, rates_png, html)
+    for name, content in zip(FILES, contents, strict=True):
+        cli.write_atomic(folder / name, content)

@@ -24,7 +24,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ from rich.table import Table
 
 import models
 import optax_accel as oa
-from experiments import bench, cli, data, engine, parallel
+from experiments import bench, cli, cluster, data, engine, parallel, run_folder
 from experiments.methods import METHODS, Context, Method, get_methods
 from experiments.parallel import Parallel
 
@@ -49,8 +49,10 @@ LEARNING_RATE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(cli.Options):
     """Count what the methods send between devices, and time it."""
+
+    limits: ClassVar = {"rounds": cli.Range(0, 10**6)}
 
     task: str = "digits"
     """Data set: digits, mnist5k, cifar10_5k, ..."""
@@ -705,13 +707,14 @@ def _check(options: Options) -> tuple[Programs, list[Method], list[str], list[Me
     Raises:
       UsageError, DataError: an option is wrong.
     """
+    options.check()
+    cli.check_file("--json", options.json)
+    cluster.check_virtual_devices(options.devices)
     data.check_classification(options.task)
     cli.check_known("model", options.model, models.list())
     modes = [mode.strip() for mode in options.modes.split(",")]
     for mode in modes:
         cli.check_known("parallel mode", mode, MODES)
-    if options.rounds < 0:
-        raise cli.UsageError(f"--rounds must be at least 0, got {options.rounds}")
     if options.devices < 2 or options.devices & (options.devices - 1):
         raise cli.UsageError(f"--devices must be a power of two from 2 on, got {options.devices}")
     try:
@@ -813,10 +816,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         )
     return {
         "machine": machine,
-        "options": {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in dataclasses.asdict(options).items()
-        },
+        "options": run_folder.plain_options(options),
         "copy_bytes": programs.copy,
         "counts": counted,
         "workers": WORKERS,
@@ -825,14 +825,14 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     }
 
 
+@cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
     try:
         results = run(options, cli.console(150))
     except (cli.UsageError, data.DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return cli.fail(error)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         cli.write_atomic(options.json, cli.to_json(results))

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +33,11 @@ from rich.console import Console
 from rich.table import Table
 
 import models
-from experiments import cli, data, engine
+from experiments import cli, data, engine, run_folder
 from optax_accel import curvature
 from optax_accel.curvature import blocks
 
+PROG = "python -m experiments.solvers"
 PyTree = Any
 
 # What a search for the cheapest setting tries.
@@ -54,8 +55,10 @@ PROBE_EXAMPLES = 50
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(cli.Options):
     """Time the eigensolvers of this library beside SciPy's, matfree's and JAX's."""
+
+    limits: ClassVar = {"steps": cli.Range(WARM_STEPS, 10**6), "rounds": cli.Range(1, 1_000)}
 
     task: str = "mnist5k"
     """Data set: mnist5k, cifar10_5k, digits, ...; its default model is used."""
@@ -648,22 +651,12 @@ def to_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 def check(options: Options) -> None:
     """Raises `UsageError` for options that make no sense."""
-    cli.check_folder_name(options.name)
+    options.check()
     data.check_classification(options.task)
-    for name in ("k", "rounds", "chunk", "examples"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise cli.UsageError(f"--{name} must be at least 1, got {value}")
-    if options.steps < WARM_STEPS:
-        raise cli.UsageError(f"--steps must be at least {WARM_STEPS}, got {options.steps}")
-    if not 0 < options.tolerance < 1:
-        raise cli.UsageError(f"--tolerance must lie between 0 and 1, got {options.tolerance}")
-    if not options.budget_seconds > 0:
-        raise cli.UsageError(f"--budget-seconds must be positive, got {options.budget_seconds}")
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
     """Makes the matrix, finds the settings, times the tools and prints the table."""
-    check(options)
     task = data.load_task(options.task, data_dir=options.data_dir)
     problem = make_problem(options, task)
     size = blocks.dimension(problem.params)
@@ -693,10 +686,6 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         "eigenvectors that another does are not counted."
     )
     return {
-        "options": {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in dataclasses.asdict(options).items()
-        },
         "parameters": size,
         "product_milliseconds": 1000 * product_seconds,
         "loop_penalty": penalty,
@@ -705,20 +694,21 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     }
 
 
+@cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    options = cli.parse(Options(), argv, "python -m experiments.solvers")
+    options = cli.parse(Options(), argv, PROG)
     console = cli.console(120)
     try:
-        results = run(options, console)
-    except (cli.UsageError, data.DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    folder = options.runs_dir / (options.name or f"solvers-{options.task}")
-    folder.mkdir(parents=True, exist_ok=True)
-    cli.write_atomic(folder / "results.json", cli.to_json(results))
-    cli.write_atomic(folder / "results.csv", to_csv(results["solvers"]))
-    console.print(f"{folder / 'results.json'}, {folder / 'results.csv'}")
+        check(options)
+        folder = run_folder.locate(options.runs_dir, options.name, f"solvers-{options.task}")
+        with run_folder.claim_results(folder, PROG, ["results.csv"]):
+            results = run(options, console)
+            run_folder.write_results(folder, PROG, options, results)
+            cli.write_atomic(folder / "results.csv", to_csv(results["solvers"]))
+    except data.DataError as error:
+        return cli.fail(error)
+    console.print(f"{folder / 'results.json'}, {folder / 'results.csv'}", soft_wrap=True)
     return 0
 
 

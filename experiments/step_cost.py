@@ -13,6 +13,7 @@ intermediate results ("temp"); times are medians of interleaved rounds.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import sys
 import time
@@ -141,7 +142,7 @@ def ways(
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(cli.Options):
     """Measure ways to make one training step."""
 
     model: str = "cnn"
@@ -168,6 +169,7 @@ def run(options: Options) -> dict[str, Cost]:
     Raises:
       ValueError: one line that says which option, what is allowed and how to fix it.
     """
+    options.check()
     cli.check_known("model", options.model, models.list())
     cli.check_known("precision", options.precision, tuple(engine.PRECISIONS))
     if options.batch_size % options.accumulate:
@@ -175,15 +177,23 @@ def run(options: Options) -> dict[str, Cost]:
             f"--batch-size {options.batch_size} is no multiple of --accumulate {options.accumulate}"
         )
     shape = (options.image_size, options.image_size, 3)
-    graphdef, params, rest = engine.split(
-        models.create(
+    own = train.read_model_options(options.model_options) or {}
+
+    def make_model() -> Any:
+        model = models.create(
             options.model,
             input_shape=shape,
             num_classes=10,
-            **(train.read_model_options(options.model_options) or {}),
+            **own,
             **engine.PRECISIONS[options.precision].options,
         )
-    )
+        return engine.split(model)
+
+    arrays = jax.eval_shape(lambda: make_model()[1:])
+    images = 4 * options.batch_size * math.prod(shape)
+    need = images + sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+    cli.check_memory(need, f"model {options.model} with {options.batch_size} images of {shape}")
+    graphdef, params, rest = make_model()
     x = jnp.asarray(np.random.default_rng(0).normal(size=(options.batch_size, *shape)), jnp.float32)
     y = jnp.arange(options.batch_size) % 10
     tx = optax.adam(1e-3)
@@ -195,14 +205,14 @@ def run(options: Options) -> dict[str, Cost]:
     return measure({name: programs[name] for name in names}, state, x, y, rounds=options.rounds)
 
 
+@cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
     try:
         costs = run(options)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return cli.fail(error)
     title = f"{options.model}, {options.batch_size} in {options.accumulate}"
     table = cli.table(["way", "temp MB", "of whole", "ms", "of whole"], title)
     whole = costs.get("whole")

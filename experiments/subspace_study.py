@@ -92,8 +92,13 @@ EXTRA_EIGENVALUES, TOLERANCE = 4, 1e-4
 WAIT_EVERY = 16
 
 
+# What a study's folder holds, besides its two folders.
+FILES = [run_folder.CONFIG, "claims.json", "report.md", "report.html"]
+FILES += [f"{panel}.{kind}" for panel in subspace_report.PANELS for kind in ("csv", "png")]
+
+
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(cli.Options):
     """Re-run the experiments on the dominant and the bulk subspace of the Hessian."""
 
     task: str = "digits"
@@ -512,14 +517,13 @@ class Store:
         """Stores a finished unit."""
         path = self.path(unit)
         path.parent.mkdir(parents=True, exist_ok=True)
-        cli.write_atomic(path, cli.to_json({"identity": unit.identity, "rows": rows}))
+        run_folder.write_record(path, {"identity": unit.identity, "rows": rows})
 
     def load(self, unit: Unit) -> Rows | None:
         """The rows of a unit, its identity in front of each; None if it is not finished."""
-        path = self.path(unit)
-        if not path.exists():
+        content = run_folder.read_record(self.path(unit))
+        if content is None:
             return None
-        content = json.loads(path.read_text(encoding="utf-8"))
         return [{**content["identity"], **row} for row in content["rows"]]
 
     def save_snapshots(self, seed: int, snapshots: dict[int, PyTree]) -> None:
@@ -537,15 +541,25 @@ class Store:
 
     def snapshots(self, seed: int, like: PyTree) -> dict[int, PyTree]:
         """What `save_snapshots` stored, in the structure of `like`."""
-        with np.load(self.folder / "snapshots" / f"seed{seed}.npz") as file:
-            steps = dict.fromkeys(int(name.split("/")[0]) for name in file.files)
-            structure, count = jax.tree.structure(like), len(jax.tree.leaves(like))
-            return {
-                step: jax.tree.unflatten(
-                    structure, [jnp.asarray(file[f"{step}/{i}"]) for i in range(count)]
-                )
-                for step in steps
-            }
+        path = self.folder / "snapshots" / f"seed{seed}.npz"
+        structure, shapes = jax.tree.structure(like), [x.shape for x in jax.tree.leaves(like)]
+        found = {}
+        try:
+            with np.load(io.BytesIO(run_folder.read_file(path))) as file:
+                for step in dict.fromkeys(int(name.split("/")[0]) for name in file.files):
+                    leaves = [file[f"{step}/{i}"] for i in range(len(shapes))]
+                    if [leaf.shape for leaf in leaves] != shapes:
+                        raise ValueError("other shapes")
+                    found[step] = jax.tree.unflatten(structure, [*map(jnp.asarray, leaves)])
+            if not found:
+                raise ValueError("nothing in it")
+        except Exception as error:  # NumPy and zipfile raise whatever they meet
+            alignment = self.folder / "units" / "alignment" / f"{seed}.json"
+            raise UsageError(
+                f"{path} is missing or damaged ({type(error).__name__}); delete {alignment}, so "
+                "that both are made again"
+            ) from error
+        return found
 
 
 def sgd(plan: Plan, seed: int, factor: float = 1.0, **changes: Any) -> Run:
@@ -795,6 +809,7 @@ def resolve(options: Options) -> tuple[Plan, list[str]]:
     Raises:
       UsageError, data.DataError: with one line that says what is allowed.
     """
+    options.check()
     cli.check_known("task", options.task, TASKS)
     cli.check_known("loss", options.loss, data.LOSSES["classification"])
     cli.check_known("scale", options.scale, tuple(SCALES[options.task]))
@@ -803,11 +818,6 @@ def resolve(options: Options) -> tuple[Plan, list[str]]:
         raise UsageError(f"--panels names none; valid: {', '.join(subspace_report.PANELS)}")
     for panel in panels:
         cli.check_known("panel", panel, tuple(subspace_report.PANELS))
-    for name in ("learning_rate", "seeds", "switch_step"):
-        value = getattr(options, name)
-        if value is not None and not (0 < value < math.inf):
-            raise UsageError(f"--{name.replace('_', '-')} must be positive, got {value}")
-    cli.check_folder_name(options.name)
     scale = SCALES[options.task][options.scale]
     if options.seeds is not None:
         scale = dataclasses.replace(scale, seeds=options.seeds)
@@ -821,24 +831,24 @@ def resolve(options: Options) -> tuple[Plan, list[str]]:
     return plan, panels
 
 
-def open_folder(folder: Path, config: dict[str, Any]) -> None:
-    """Makes the run's folder, or checks that the one there belongs to the same run.
+def check_folder(folder: Path, config: dict[str, Any]) -> None:
+    """Checks that a folder is new, or belongs to the same study.
 
     Raises:
       UsageError: the folder belongs to another run or is not a study's folder at all.
     """
-    path = folder / "config.json"
-    if folder.exists() and any(folder.iterdir()):
-        old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if "study" not in old:
-            raise UsageError(f"{folder} is not a study's folder; give another --name")
-        if difference := run_folder.first_difference(old, config):
-            raise UsageError(
-                f"{folder} holds a run with {difference}; give another --name, or the old settings "
-                "to continue it"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    cli.write_atomic(path, cli.to_json(config))
+    if run_folder.is_new(folder):
+        return
+    path = folder / run_folder.CONFIG
+    old = run_folder.read_json(path) if path.exists() else None
+    if not isinstance(old, dict) or "study" not in old:
+        raise UsageError(f"{folder} is not a study's folder; give another --name")
+    if difference := run_folder.first_difference(old, config):
+        raise UsageError(
+            f"{folder} holds a run with {difference}; give another --name, or the old settings "
+            "to continue it"
+        )
+    run_folder.check_files(folder, FILES, ("units", "snapshots"))
 
 
 def run(
@@ -867,6 +877,7 @@ def run(
     return {name: content for name, content in rows.items() if name not in incomplete}
 
 
+@cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
@@ -874,40 +885,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         plan, panels = resolve(options)
         config = plan.config()
         digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
-        name = options.name or f"subspaces-{plan.task.name}-{plan.loss}-{digest}"
-        folder = options.runs_dir / name
-        open_folder(folder, config)
-    except json.JSONDecodeError as error:
-        print(f"error: {folder / 'config.json'} is broken: {error}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        default = f"subspaces-{plan.task.name}-{plan.loss}-{digest}"
+        folder = run_folder.locate(options.runs_dir, options.name, default)
+    except ValueError as error:
+        return cli.fail(error)
 
     console = cli.console(100)
-    console.print(
-        f"{plan.task.name}, {plan.task.default_model}, {plan.loss}, learning rate "
-        f"{plan.learning_rate:g}, {report.plural(plan.scale.seeds, 'seed')} -> {folder}"
-    )
-    try:
-        rows = run(plan, folder, panels, console)
-        results = {"config": config, "environment": compare.environment(), "rows": rows}
-        claims = subspace_report.write_all(folder, results)
-    except json.JSONDecodeError as error:
-        print(f"error: a file in {folder} is broken: {error}; delete it", file=sys.stderr)
-        return 2
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            f"interrupted: finished units are kept in {folder}; the same command continues",
-            file=sys.stderr,
+    with run_folder.claim(folder, lambda: check_folder(folder, config)):
+        cli.write_atomic(folder / run_folder.CONFIG, cli.to_json(config))
+        console.print(
+            f"{plan.task.name}, {plan.task.default_model}, {plan.loss}, learning rate "
+            f"{plan.learning_rate:g}, {report.plural(plan.scale.seeds, 'seed')} -> {folder}",
+            soft_wrap=True,
         )
-        return 130
+        try:
+            rows = run(plan, folder, panels, console)
+            results = {"config": config, "environment": compare.environment(), "rows": rows}
+            claims = subspace_report.write_all(folder, results)
+        except KeyboardInterrupt:
+            return compare.interrupted(folder)
     console.print()
     console.print(subspace_report.table(claims))
-    console.print(f"report: {folder / 'report.html'}")
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
     return 0
 
 

@@ -27,12 +27,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tyro
@@ -42,7 +41,7 @@ from rich.table import Table
 from scipy.stats import rankdata
 
 import optax_accel as oa
-from experiments import cli, compare, ensembles, methods, report
+from experiments import cli, compare, ensembles, methods, report, run_folder
 from experiments.cli import UsageError
 from experiments.replicas import Plan, Record, Trainer
 
@@ -60,11 +59,15 @@ BATCH_NORM = ("sgd", "weight_norm_sgd")
 BN = " + BN"  # marks a contestant that was trained with batch normalization
 SCALES = {"small": (5, 1), "full": (10, 3)}  # seeds, and times the task's usual number of passes
 DRAWS = 10_000
+# What a survey's folder holds.
+FILES, FOLDERS = ("ensembles.json", "survey.json", "survey.png"), ("plain", "batch_norm")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(cli.Options):
     """Run the survey's comparison again: ranks with intervals, and what holds of its claims."""
+
+    limits: ClassVar = {"seeds": cli.Range(2, 1_000)}  # one seed makes no interval
 
     task: str = "digits"
     """Data set of images to classify; an unknown name lists all."""
@@ -160,6 +163,7 @@ def resolve(options: Options) -> Plan:
     Raises:
       UsageError, data.DataError, ValueError: with one line that says what is allowed.
     """
+    options.check()
     cli.check_known("scale", options.scale, tuple(SCALES))
     cli.check_known("model", options.model, MODELS)
     seeds, passes = SCALES[options.scale]
@@ -175,13 +179,10 @@ def resolve(options: Options) -> Plan:
             if options.steps is not None
             else passes * compare.DEFAULT_EPOCHS.get(options.task, 10),
             batch_size=options.batch_size,
-            name=options.name,
         )
     )
     if plan.task.vocabulary_size is not None:
         raise UsageError(f"the survey is about images, {options.task} holds sentences")
-    if plan.seeds < 2:
-        raise UsageError(f"--seeds must be at least 2 to make intervals, got {plan.seeds}")
     ensembles.snapshot_cycle(plan.steps, MEMBERS)
     return plan if plan.model in MODELS else dataclasses.replace(plan, model="cnn")
 
@@ -194,19 +195,24 @@ def train(plan: Plan, folder: Path, console: Console) -> list[dict[str, Any]]:
     error) with one value per seed.
     """
     rows = []
-    panels = {"plain": plan, "batch_norm": batch_norm(plan)}
-    for panel, own in panels.items():
+    for panel, own in panel_plans(plan).items():
         console.print(f"{panel}: {report.plural(len(own.methods), 'method')}")
         place = folder / panel
         results = compare.run(own, place, Trainer(own), console)
         cli.write_atomic(place / "results.json", cli.to_json(results))
         report.write_all(place, results)
         for row in results["rows"]:
-            records = compare.read_records(place / "metrics" / f"{row['method']}.jsonl")
+            path = place / "metrics" / f"{row['method']}.jsonl"
+            records = compare.read_records(own, methods.METHODS[row["method"]], path)
             mark = BN if panel == "batch_norm" else ""
             rows.append(contestant(plan, row, records) | {"name": row["method"] + mark})
     console.print(f"ensembles of {MEMBERS}")
     return rows + train_ensembles(plan, folder / "ensembles.json", console)
+
+
+def panel_plans(plan: Plan) -> dict[str, Plan]:
+    """The comparisons that a survey is made of, by the folder of each."""
+    return {"plain": plan, "batch_norm": batch_norm(plan)}
 
 
 def batch_norm(plan: Plan) -> Plan:
@@ -242,9 +248,9 @@ def contestant(plan: Plan, row: Mapping[str, Any], records: Sequence[Record]) ->
 
 def train_ensembles(plan: Plan, path: Path, console: Console) -> list[dict[str, Any]]:
     """Trains ensembles by SGD with momentum, a cosine cycle for each member; returns their rows."""
-    if path.exists():
+    if (record := run_folder.read_record(path)) is not None:
         console.print("  already done")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return record["rows"]
     method = methods.METHODS["sgd"]
     rows = []
     for kind in ENSEMBLES:
@@ -286,7 +292,7 @@ def train_ensembles(plan: Plan, path: Path, console: Console) -> list[dict[str, 
             ]
         rows.append(row)
         console.print(f"  {kind:<18} {time.perf_counter() - begin:.1f} s")
-    cli.write_atomic(path, cli.to_json(rows))
+    run_folder.write_record(path, {"rows": rows})
     return rows
 
 
@@ -452,43 +458,46 @@ def picture(results: Mapping[str, Any]) -> Figure:
 QUALITIES = {"accuracy": "test accuracy", "speed": "speed (mean validation accuracy)"}
 
 
+@cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
-    folder = options.runs_dir / (options.name or f"survey-{options.task}-{options.scale}")
     try:
         plan = resolve(options)
-        if folder.exists() and any(folder.iterdir()) and not (folder / "plain").is_dir():
+        default = f"survey-{options.task}-{options.scale}"
+        folder = run_folder.locate(options.runs_dir, options.name, default)
+    except ValueError as error:
+        return cli.fail(error)
+    panels = {folder / name: own.config() for name, own in panel_plans(plan).items()}
+
+    def check() -> None:
+        if not run_folder.is_new(folder) and not (folder / "plain").is_dir():
             raise UsageError(f"{folder} is not a survey's folder; give another --name")
-        if options.overwrite:
-            (folder / "ensembles.json").unlink(missing_ok=True)
-        for panel, own in (("plain", plan), ("batch_norm", batch_norm(plan))):
-            compare.open_folder(folder / panel, own.config(), options.overwrite)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        run_folder.check_files(folder, FILES, FOLDERS)
+        for place, config in panels.items():
+            compare.check_folder(place, config, options.overwrite)
+
     console = cli.console(130)
     contestants = len(PLAIN) + len(BATCH_NORM) + len(ENSEMBLES)
-    console.print(
-        f"{plan.task.name}, {plan.model}: {contestants} contestants x "
-        f"{len(plan.methods[0].learning_rates)} learning rates x "
-        f"{report.plural(plan.seeds, 'seed')}, {report.plural(plan.steps, 'step')} of "
-        f"{report.plural(plan.batch_size, 'example')} -> {folder}"
-    )
     begin = time.perf_counter()
-    try:
-        results = conclude(plan, train(plan, folder, console))
-    except json.JSONDecodeError as error:
-        print(f"error: a file in {folder} is broken: {error}; delete it", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            f"interrupted: finished runs are kept in {folder}; the same command continues",
-            file=sys.stderr,
+    with run_folder.claim(folder, check):
+        if options.overwrite:
+            (folder / "ensembles.json").unlink(missing_ok=True)
+        for place, config in panels.items():
+            compare.open_folder(place, config, options.overwrite)
+        console.print(
+            f"{plan.task.name}, {plan.model}: {contestants} contestants x "
+            f"{len(plan.methods[0].learning_rates)} learning rates x "
+            f"{report.plural(plan.seeds, 'seed')}, {report.plural(plan.steps, 'step')} of "
+            f"{report.plural(plan.batch_size, 'example')} -> {folder}",
+            soft_wrap=True,
         )
-        return 130
-    cli.write_atomic(folder / "survey.json", cli.to_json(results))
-    cli.write_atomic(folder / "survey.png", report.png(picture(results)))
+        try:
+            results = conclude(plan, train(plan, folder, console))
+        except KeyboardInterrupt:
+            return compare.interrupted(folder)
+        cli.write_atomic(folder / "survey.json", cli.to_json(results))
+        cli.write_atomic(folder / "survey.png", report.png(picture(results)))
     console.print()
     console.print(table(results))
     console.print()
@@ -500,7 +509,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "over the seeds. Speed: mean validation accuracy over the run, in %. * an end of the "
         f"rates: beyond it may be a better one. {(time.perf_counter() - begin) / 60:.1f} minutes."
     )
-    console.print(f"picture: {folder / 'survey.png'}")
+    console.print(f"picture: {folder / 'survey.png'}", soft_wrap=True)
     return 0
 
 

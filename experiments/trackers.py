@@ -31,7 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.flatten_util
@@ -44,7 +44,7 @@ from rich.table import Table
 
 import models
 import optax_accel as oa
-from experiments import bench, cli, data, engine
+from experiments import bench, cli, data, engine, run_folder
 
 PROG = "python -m experiments.trackers"
 LOSS = "mse"
@@ -55,8 +55,10 @@ PRODUCT_FREE_STEP = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(cli.Options):
     """Measure the trackers of the dominant Hessian subspace against ARPACK."""
+
+    limits: ClassVar = {"steps": cli.Range(CHECKPOINTS, 10**6), "repeats": cli.Range(0, 10**6)}
 
     task: str = "mnist5k"
     """Data set: a task of images, such as digits, mnist5k, cifar10_5k."""
@@ -551,16 +553,7 @@ def _check(options: Options) -> tuple[data.Task, dict[str, Entry]]:
     Raises:
       UsageError: an option is wrong.
     """
-    for name, low in (("steps", CHECKPOINTS), ("batch_size", 1), ("curvature_batch", 1)):
-        if (value := getattr(options, name)) < low:
-            raise cli.UsageError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
-    if options.directions is not None and options.directions < 1:
-        raise cli.UsageError(f"--directions must be at least 1, got {options.directions}")
-    if options.repeats < 0:
-        raise cli.UsageError(f"--repeats must be at least 0, got {options.repeats}")
-    if not 0 < options.learning_rate < math.inf:
-        raise cli.UsageError(f"--learning-rate must be positive, got {options.learning_rate}")
-    cli.check_folder_name(options.name)
+    options.check()
     data.check_classification(options.task)
     names = list(ENTRIES)
     if options.trackers is not None:
@@ -576,53 +569,48 @@ def _check(options: Options) -> tuple[data.Task, dict[str, Entry]]:
     return task, {name: ENTRIES[name] for name in dict.fromkeys(names)}
 
 
+@cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
     try:
         task, entries = _check(options)
-    except (cli.UsageError, data.DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        default = f"trackers-{options.task}-{options.learning_rate:g}"
+        folder = run_folder.locate(options.runs_dir, options.name, default)
+    except ValueError as error:
+        return cli.fail(error)
     console = cli.console(180)
-    problem = Problem(task, options)
-    machine = bench.machine()
-    console.print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    console.print(
-        f"{options.task}, {len(task.train):,} examples, {task.default_model} with "
-        f"{problem.dimension:,} parameters, squared error, SGD {options.learning_rate:g}, batch "
-        f"{options.batch_size}, k = {problem.k}; subset of {options.curvature_batch} examples"
-    )
-    rows, references = accuracy(problem, entries, console.print)
-    arpack_seconds = float(np.median([reference.seconds for reference in references]))
-    cost = costs(problem, entries, arpack_seconds) if options.repeats else []
-    summary = {name: summarize(rows, name) for name in entries}
-    _print(console, entries, rows, summary, cost)
-    folder = options.runs_dir / (
-        options.name or f"trackers-{options.task}-{options.learning_rate:g}"
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    cli.write_atomic(folder / "accuracy.csv", _to_csv(rows))
-    shown = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in dataclasses.asdict(options).items()
-    }
-    results = {
-        "machine": machine,
-        "options": shown,
-        "arpack": {
-            "seconds": arpack_seconds,
-            "products": [reference.products for reference in references],
-        },
-        "summary": summary,
-        "cost": cost,
-        "checks": [
-            dict(zip(("what", "value", "comparison", "limit", "holds"), check, strict=True))
-            for check in checks(summary, cost)
-        ],
-    }
-    cli.write_atomic(folder / "results.json", cli.to_json(results))
-    console.print(f"results in {folder}")
+    with run_folder.claim_results(folder, PROG, ["accuracy.csv"]):
+        problem = Problem(task, options)
+        machine = bench.machine()
+        console.print(", ".join(f"{key} {value}" for key, value in machine.items()))
+        console.print(
+            f"{options.task}, {len(task.train):,} examples, {task.default_model} with "
+            f"{problem.dimension:,} parameters, squared error, SGD {options.learning_rate:g}, "
+            f"batch {options.batch_size}, k = {problem.k}; subset of {options.curvature_batch} "
+            "examples"
+        )
+        rows, references = accuracy(problem, entries, console.print)
+        arpack_seconds = float(np.median([reference.seconds for reference in references]))
+        cost = costs(problem, entries, arpack_seconds) if options.repeats else []
+        summary = {name: summarize(rows, name) for name in entries}
+        _print(console, entries, rows, summary, cost)
+        results = {
+            "machine": machine,
+            "arpack": {
+                "seconds": arpack_seconds,
+                "products": [reference.products for reference in references],
+            },
+            "summary": summary,
+            "cost": cost,
+            "checks": [
+                dict(zip(("what", "value", "comparison", "limit", "holds"), check, strict=True))
+                for check in checks(summary, cost)
+            ],
+        }
+        run_folder.write_results(folder, PROG, options, results)
+        cli.write_atomic(folder / "accuracy.csv", _to_csv(rows))
+    console.print(f"results in {folder}", soft_wrap=True)
     return 0
 
 

@@ -70,7 +70,7 @@ PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(cli.Options):
     """Train one model on one task with one method."""
 
     task: str = "digits"
@@ -168,9 +168,12 @@ class Options:
     def folder(self) -> Path:
         """The run's folder."""
         method = self.method
-        if method is None and self.task in data.DEFAULTS:
-            method = data.DEFAULTS[self.task].method
-        return self.runs_dir / (self.name or f"train-{self.task}-{method}-{self.seed}")
+        if self.name is None:
+            cli.check_known("task", self.task, data.TASKS)
+            method = data.DEFAULTS[self.task].method if method is None else method
+            methods.get_methods([method])
+        default = f"train-{self.task}-{method}-{self.seed}"
+        return run_folder.locate(self.runs_dir, self.name, default)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +259,7 @@ def resolve(options: Options) -> Plan:
     Raises:
       ValueError: one line that says which option, what is allowed and how to fix it.
     """
+    options.check()
     cli.check_known("task", options.task, data.TASKS)
     cli.check_known("model", options.model, models.list())
     defaults = data.DEFAULTS[options.task]
@@ -281,42 +285,11 @@ def resolve(options: Options) -> Plan:
     (method,) = methods.get_methods([options.method or defaults.method])
     if options.epochs is not None and options.steps is not None:
         raise UsageError("--epochs and --steps exclude each other; give one")
-    for name in (
-        "epochs",
-        "steps",
-        "image_size",
-        "early_stopping",
-        "batch_size",
-        "curvature_batch_size",
-        "accumulate",
-        "devices",
-        "workers",
-        "eval_every",
-        "checkpoint_every",
-        "keep",
-    ):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in ("data_workers", "prefetch"):
-        if (value := getattr(options, name)) < 0:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 0, got {value}")
-    if not 0 <= options.seed < 2**31:
-        raise UsageError(f"--seed must be between 0 and 2**31 - 1, got {options.seed}")
     rate = options.learning_rate
     if rate is None and method.name == defaults.method:
         rate = defaults.learning_rate
     if rate is None:
         rate = method.learning_rates[len(method.learning_rates) // 2]
-    if not 0 < rate < math.inf:
-        raise UsageError(f"--learning-rate must be positive and finite, got {rate}")
-    if not 0 <= options.weight_decay < math.inf:
-        raise UsageError(f"--weight-decay must be at least 0, got {options.weight_decay}")
-    if options.clip is not None and not 0 < options.clip < math.inf:
-        raise UsageError(f"--clip must be positive and finite, got {options.clip}")
-    if options.ema is not None and not 0 < options.ema < 1:
-        raise UsageError(f"--ema must be between 0 and 1, e.g. 0.999, got {options.ema}")
-    cli.check_folder_name(options.name)
     if options.curvature_batch_size is not None and method.refresh_every is None:
         raise UsageError(
             f"--curvature-batch-size: method {method.name} uses no curvature; leave it out"
@@ -361,6 +334,11 @@ def resolve(options: Options) -> Plan:
 
     per_epoch = examples // batch_size
     steps = options.steps or per_epoch * (options.epochs or DEFAULT_EPOCHS)
+    if steps > cli.COUNT.high:
+        raise UsageError(
+            f"--epochs {options.epochs} are {steps} steps; give at most "
+            f"{int(cli.COUNT.high) // per_epoch}"
+        )
     eval_every = min(steps, options.eval_every or per_epoch)
     return Plan(
         task=task,
@@ -396,20 +374,33 @@ def resolve(options: Options) -> Plan:
     )
 
 
+# Of `--model-options`: the largest whole number, that of options which count layers or other parts
+# that are made one by one, and the most entries of a list.
+LARGEST, MOST_PARTS = 10**6, 1_000
+PARTS = ("depth", "num_layers", "num_levels", "num_iterations")
+
+
 def read_model_options(text: str | None) -> dict[str, Any] | None:
     """The options of `--model-options`; None if it is not given.
 
     Raises:
-      UsageError: it is not a JSON object.
+      UsageError: it is not a JSON object, or holds a number beyond all sense.
     """
-    if text is None:
-        return None
-    try:
-        options = json.loads(text)
-    except ValueError:
-        options = None
-    if not isinstance(options, dict):
-        raise UsageError(f"--model-options is a JSON object such as '{{\"a\": 1}}', got {text!r}")
+    options = cli.read_json_object("--model-options", text)
+
+    def check(name: str, value: Any, most: int) -> None:
+        if isinstance(value, list):
+            if len(value) > MOST_PARTS:
+                raise UsageError(f"--model-options: {name} has more than {MOST_PARTS} entries")
+            for part in value:
+                check(name, part, most)
+        elif isinstance(value, (int, float)) and not abs(value) <= most:
+            raise UsageError(
+                f"--model-options: {name} must be at most {most}, got {cli.shortened(str(value))}"
+            )
+
+    for name, value in (options or {}).items():
+        check(name, value, MOST_PARTS if name in PARTS else LARGEST)
     return options
 
 
@@ -420,6 +411,7 @@ def find_devices(number: int | None) -> list[jax.Device]:
       UsageError: there are not so many.
     """
     if number is not None and not jax.distributed.is_initialized():
+        cluster.check_virtual_devices(number)
         # Only possible before JAX starts its backends; afterwards what is there has to do.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", number)
@@ -453,9 +445,7 @@ def read_folder(given: Options, stack: contextlib.ExitStack) -> dict[str, Any] |
         raise UsageError(
             f"{folder} holds a run; add --resume to continue it, or give another --name"
         )
-    if folder.exists() and (
-        not folder.is_dir() or {*folder.iterdir()} - {folder / run_folder.LOCK}
-    ):
+    if not run_folder.is_new(folder):
         raise UsageError(f"{folder} exists and holds no run; give another --name")
     return None
 
@@ -474,10 +464,15 @@ def read_options(argv: Sequence[str] | None, given: Options, record: Any) -> Opt
             saved[name] = None if saved[name] is None else Path(saved[name])
         saved |= {"name": given.name, "runs_dir": given.runs_dir}
         default = Options(**saved)
+        default.check()
     except (KeyError, TypeError):
         raise UsageError(
             f"{given.folder / run_folder.CONFIG} is of another version of this command; give "
             "another --name"
+        ) from None
+    except UsageError as error:
+        raise UsageError(
+            f"{given.folder / run_folder.CONFIG} is damaged: {error}; give another --name"
         ) from None
     return cli.parse(default, argv, PROG)
 
@@ -626,6 +621,23 @@ def build(plan: Plan) -> Program:
         )
 
     loss = engine.find_loss(plan.loss, label_smoothing=plan.label_smoothing)
+    graphdefs: list[nnx.GraphDef[Any]] = []
+
+    def make_arrays() -> PyTree:
+        made = [make_model(chosen) for chosen in (precision, of_value_fn)]
+        graphdefs.extend(graphdef for graphdef, _, _ in made)
+        return made[0][1:]
+
+    options = json.dumps(plan.model_options)
+    try:
+        arrays = jax.eval_shape(make_arrays)
+    except (ArithmeticError, LookupError, TypeError, AttributeError) as error:
+        reason = cli.shortened(str(error).partition("\n")[0])
+        raise UsageError(
+            f"--model-options {options} do not make a {plan.model}: {reason}"
+        ) from error
+    graphdef, value_fn_graphdef = graphdefs
+    _check_memory(plan, arrays, f"model {plan.model} with the options {options}")
     seen = None
     if plan.method.needs_objective:
         static, _, rest = make_model(of_value_fn)
@@ -654,14 +666,8 @@ def build(plan: Plan) -> Program:
         _, params, rest = make_model(precision)
         return engine.init_state(tx, params, rest, average=plan.ema is not None)
 
-    graphdefs: list[nnx.GraphDef[Any]] = []
-
-    def make_graphdefs() -> None:
-        graphdefs.extend(make_model(chosen)[0] for chosen in (precision, of_value_fn))
-
-    jax.eval_shape(make_graphdefs)
-    graphdef, value_fn_graphdef = graphdefs
-    jax.eval_shape(make_state)  # for what is wrong with model and method
+    state = jax.eval_shape(make_state)  # for what is wrong with model and method
+    _check_memory(plan, state, f"model and state of method {plan.method.name}")
     # XLA runs convolutions in a loop many times slower on a CPU (jax#12868).
     unroll = plan.devices[0].platform == "cpu" and models.is_convolutional(plan.model)
 
@@ -703,6 +709,13 @@ def build(plan: Plan) -> Program:
         jax.jit(functools.partial(engine.evaluate, graphdef, loss=plan.loss)),
         tuple(scores),
     )
+
+
+def _check_memory(plan: Plan, arrays: PyTree, what: str) -> None:
+    """Raises `UsageError` if arrays of these shapes do not fit into the plan's devices."""
+    copies = 1 if plan.parallel == "fsdp" else len(plan.devices)
+    need = copies * sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+    parallel.check_memory(need, what, plan.devices)
 
 
 class Run:
@@ -760,12 +773,12 @@ class Run:
                 self._trace = stack.enter_context(StepTrace(self.plan.folder / "profile"))
             self._progress = stack.enter_context(
                 Progress(
-                    TextColumn(f"{self.plan.method.name} on {self.plan.task.name}"),
+                    TextColumn(f"{self.plan.method.name} on {self.plan.task.name}", markup=False),
                     BarColumn(),
                     MofNCompleteColumn(),
                     TimeElapsedColumn(),
                     TimeRemainingColumn(),
-                    TextColumn("{task.fields[metrics]}"),
+                    TextColumn("{task.fields[metrics]}", markup=False),
                     console=self.console,
                 )
             )
@@ -1051,6 +1064,7 @@ def show_scores(scores: Mapping[str, float | None]) -> str:
     )
 
 
+@cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     given = cli.parse(Options(), argv, PROG)
@@ -1069,14 +1083,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             program = build(plan)
             notes = cluster.from_main(lambda: open_folder(options, plan, record, stack))
         except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+            return cli.fail(error)
         # Room for the metrics where the output goes to a file.
-        console = Console(
-            highlight=False,
-            width=None if sys.stdout.isatty() else 120,
-            quiet=not cluster.is_main(),
-        )
+        console = cli.console(120, quiet=not cluster.is_main())
         cluster.advise(f"to continue: {resume_command(plan.folder)}")
         console.print(
             f"{plan.task.name}, {plan.model}, {plan.method.name} at learning rate "
@@ -1105,7 +1114,7 @@ def run_and_report(plan: Plan, program: Program, console: Console) -> int:
         stopped_by = signal.SIGINT
     if stopped_by is None:
         return 0
-    print(to_continue, file=sys.stderr)
+    print(cli.printable(to_continue), file=sys.stderr)
     # A machine that is taken back is no failure.
     return 0 if stopped_by == signal.SIGTERM else 128 + stopped_by
 
@@ -1114,7 +1123,7 @@ def fail(message: str, code: int) -> int:
     """Tells what went wrong and returns the exit code; of several processes none waits for it."""
     if jax.process_count() > 1:
         cluster.abort(message, code)
-    print(message, file=sys.stderr)
+    print(cli.printable(message), file=sys.stderr)
     return code
 
 

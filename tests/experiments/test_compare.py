@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import compare, engine, methods, replicas
+from experiments import compare, engine, methods, replicas, run_folder
 from tests.experiments.test_data import write_sst2
 
 TINY = ["--task", "digits", "--methods", "sgd,adam", "--seeds", "2", "--steps", "12"]
@@ -47,7 +47,7 @@ def test_table_and_files(here: Path, capsys: pytest.CaptureFixture[str]) -> None
     folder = here / "runs" / "first"
     names = {path.name for path in folder.iterdir()}
     assert names == {
-        *("config.json", "metrics", "timing.json", "results.json", "results.csv"),
+        *("run.lock", "config.json", "metrics", "timing.json", "results.json", "results.csv"),
         *("curves.png", "rates.png", "report.html"),
     }
     for method in ("sgd", "adam"):
@@ -188,10 +188,10 @@ def test_memory_counts_activations() -> None:
         (["--model", "transformer"], ["needs vocabulary_size", "number of different token ids"]),
         (["--loss", "hinge"], ["'hinge'", "cross_entropy", "mse"]),
         (["--epoch-count", "3"], ["--epoch-count", "--epochs", "--seeds"]),
-        (["--seeds", "0"], ["--seeds", "positive", "0"]),
+        (["--seeds", "0"], ["--seeds must be at least 1, got 0"]),
         (["--seeds", "three"], ["--seeds", "three"]),
         (["--steps", "5", "--epochs", "1"], ["--epochs", "--steps"]),
-        (["--target", "95"], ["--target", "between 0 and 1", "95"]),
+        (["--target", "95"], ["--target must be more than 0 and at most 1, got 95"]),
         (["--batch-size", "100000"], ["--batch-size 100000", "training examples"]),
         (["--name", "../x"], ["--name", "'../x'", "--runs-dir"]),
         (["--task", "mnist", "--data-dir", "nowhere"], ["nowhere"]),
@@ -260,14 +260,91 @@ def test_a_strange_folder_is_left_alone(here: Path, capsys: pytest.CaptureFixtur
     assert "runs/b" in capsys.readouterr().err
 
 
-def test_broken_files_are_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(*TINY, "--name", "a") == 0
-    (here / "runs/a/metrics/adam.jsonl").write_text("{half a li")
-    assert run(*TINY, "--name", "a") == 2
-    assert f"a file in {Path('runs/a')} is broken" in capsys.readouterr().err
-    (here / "runs/a/config.json").write_text("{")
-    assert run(*TINY, "--name", "a") == 2
-    assert f"{Path('runs/a/config.json')} is broken" in capsys.readouterr().err
+def test_damaged_files(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--methods", "sgd", "--seeds", "1", "--steps", "4", "--name", "a"]
+    assert run(*arguments) == 0
+    folder = here / "runs/a"
+    # Each of these ends the command with one line that names the file.
+    for name, content, message in (
+        ("timing.json", "{}", "is damaged (it is not what was written there); delete it"),
+        ("timing.json", "null", "is damaged"),
+        ("timing.json", "[" * 100_000, "is damaged (nested too deeply); delete it"),
+        ("config.json", "{", "is damaged (Expecting"),
+        ("config.json", b"\xff", "is damaged (not UTF-8)"),
+        ("config.json", "5", "is not a comparison's folder"),
+        ("metrics/sgd.jsonl", None, "sgd.jsonl is not a file"),
+        ("curves.png", None, "curves.png is not a file"),
+    ):
+        path = folder / name
+        before = path.read_bytes()
+        path.unlink()
+        if content is None:
+            path.mkdir()
+        else:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        capsys.readouterr()
+        assert run(*arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+        path.rmdir() if content is None else path.unlink()
+        path.write_bytes(before)
+
+    plan = compare.resolve(compare.Options(methods="sgd", seeds=1, steps=4))
+    (method,), path = plan.methods, folder / "metrics/sgd.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert len(compare.read_records(plan, method, path)) == len(lines)
+    last = json.loads(lines[-1])
+    # Each of these loses the last run, which is trained again, and no other.
+    kept = [line for line in lines if json.loads(line)["learning_rate"] != last["learning_rate"]]
+    points = [line for line in lines if line not in kept]
+    for damaged in (
+        points[:-1],
+        [*points[:-1], points[-1][:40]],
+        [*points, points[-1]],
+        [*points[:-1], b"\xff\n"],
+        [*points[:-1], b"5\n"],
+        *(
+            [*points[:-1], json.dumps(last | change).encode()]
+            for change in (
+                {"test_accuracy": 1.5},
+                {"test_loss": "low"},
+                {"step": 3},
+                {"seed": [0]},
+                {"gradient_evaluations": -1},
+            )
+        ),
+    ):
+        path.write_bytes(b"".join([*kept, *damaged]))
+        found = compare.read_records(plan, method, path)
+        assert [*map(json.loads, kept)] == found
+    path.write_bytes(b"".join([*kept, *points[:-1]]))
+    assert run(*arguments) == 0
+    assert "damaged runs in" in capsys.readouterr().out
+    again = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert again[: len(kept)] == [*map(json.loads, kept)]
+    for record, line in zip(again[len(kept) :], points, strict=True):
+        expected = json.loads(line)
+        assert record.pop("method") == expected.pop("method")
+        assert record == pytest.approx(expected, rel=1e-4)
+
+
+def test_locked_and_replaced(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = here / "runs/a"
+    arguments = ["--methods", "sgd", "--seeds", "1", "--steps", "2", "--name", "a"]
+    assert run(*arguments) == 0
+    (folder / "notes.txt").write_text("mine")
+    held = run_folder.lock(folder)
+    capsys.readouterr()
+    for extra in ([], ["--overwrite"]):
+        assert run(*arguments, *extra) == 2
+        assert "a is in use by process" in capsys.readouterr().err
+    held.release()
+    config = (folder / "config.json").read_text()
+    compare.open_folder(folder, json.loads(config), overwrite=True)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "metrics", "notes.txt", "run.lock"}
+    assert not [*(folder / "metrics").iterdir()]
 
 
 @pytest.mark.slow

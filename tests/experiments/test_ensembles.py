@@ -407,7 +407,7 @@ def test_files_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run(*TINY, "--runs-dir", str(tmp_path)) == 0
     out = capsys.readouterr().out
     folder = tmp_path / "ensembles-digits-sgd"
-    assert {path.name for path in folder.iterdir()} == {"results.json", "ensembles.png"}
+    assert {path.name for path in folder.iterdir()} == {"results.json", "ensembles.png", "run.lock"}
     assert (folder / "ensembles.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((folder / "results.json").read_text())
     assert record["options"]["members"] == 3
@@ -489,7 +489,7 @@ def test_a_training_that_fails_is_shown(tmp_path: Path, capsys: pytest.CaptureFi
         (["--members", "6", "--steps", "10"], ["5 cycles of 2, not 6", "take 12 steps"]),
         (["--learning-rates", "0.1,x"], ["--learning-rates", "'0.1,x'"]),
         (["--learning-rates", "0"], ["must be positive numbers", "'0'"]),
-        (["--seeds", "0"], ["--seeds must be positive"]),
+        (["--seeds", "0"], ["--seeds must be at least 1, got 0"]),
         (["--name", "../x"], ["--name", "'../x'"]),
         (["--kinds", "single"], ["--kinds", "--members"]),
     ],
@@ -509,7 +509,9 @@ def test_the_folder_of_another_command_is_left_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a").mkdir()
-    (tmp_path / "a/config.json").write_text("{}")
-    assert run(*TINY, "--runs-dir", str(tmp_path), "--name", "a") == 2
-    assert "holds another command's run; give another --name" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["config.json"]
+    for name in ("config.json", "results.json"):
+        (tmp_path / "a" / name).write_text("{}")
+        assert run(*TINY, "--runs-dir", str(tmp_path), "--name", "a") == 2
+        assert "a holds something else than python -m exp" in capsys.readouterr().err
+        assert [path.name for path in (tmp_path / "a").iterdir()] == [name]
+        (tmp_path / "a" / name).unlink()

@@ -82,7 +82,7 @@ def test_command_writes_a_timeline(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--steps", "0"], "--steps must be at least 1, got 0"),
-        (["--delay", "0"], "--delay must lie between 0 and 60 seconds, got 0.0"),
+        (["--delay", "0"], "--delay must be more than 0 and below 60, got 0.0"),
         (["--task", "foo"], "unknown task 'foo'"),
     ],
 )

@@ -151,7 +151,7 @@ def test_files_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert run(*TINY, "--runs-dir", str(tmp_path)) == 0
     out = capsys.readouterr().out
     folder = tmp_path / "lr-range-digits-sgd"
-    assert {path.name for path in folder.iterdir()} == {"results.json", "range.png"}
+    assert {path.name for path in folder.iterdir()} == {"results.json", "range.png", "run.lock"}
     assert (folder / "range.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((folder / "results.json").read_text())
     assert f"suggested learning rate: {record['suggestion']:.2g}" in out
@@ -201,11 +201,11 @@ def test_a_method_with_curvature(tmp_path: Path) -> None:
         (["--task", "digit"], ["'digit'", "cifar10"]),
         (["--spacing", "log"], ["'log'", "exponential, linear"]),
         (["--steps", "1"], ["--steps must be at least 2, got 1"]),
-        (["--lowest", "1", "--highest", "0.1"], ["--lowest and --highest", "got 1, 0.1"]),
-        (["--lowest", "0"], ["must be positive", "got 0"]),
-        (["--smoothing", "1"], ["--smoothing must lie in [0, 1), got 1"]),
-        (["--stop-factor", "1"], ["--stop-factor must be more than 1"]),
-        (["--seeds", "0"], ["--seeds must be positive"]),
+        (["--lowest", "1", "--highest", "0.1"], ["--lowest 1 must be less than --highest 0.1"]),
+        (["--lowest", "0"], ["--lowest must be positive and finite, got 0"]),
+        (["--smoothing", "1"], ["--smoothing must be at least 0 and below 1, got 1"]),
+        (["--stop-factor", "1"], ["--stop-factor must be more than 1, got 1"]),
+        (["--seeds", "0"], ["--seeds must be at least 1, got 0"]),
         (["--name", "../x"], ["--name", "'../x'"]),
         (["--rate", "1"], ["--rate", "--lowest"]),
     ],
@@ -225,7 +225,9 @@ def test_the_folder_of_another_command_is_left_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a").mkdir()
-    (tmp_path / "a/config.json").write_text("{}")
-    assert run(*TINY, "--runs-dir", str(tmp_path), "--name", "a") == 2
-    assert "holds another command's run; give another --name" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["config.json"]
+    for name in ("config.json", "results.json"):
+        (tmp_path / "a" / name).write_text("{}")
+        assert run(*TINY, "--runs-dir", str(tmp_path), "--name", "a") == 2
+        assert "a holds something else than python -m exp" in capsys.readouterr().err
+        assert [path.name for path in (tmp_path / "a").iterdir()] == [name]
+        (tmp_path / "a" / name).unlink()

@@ -180,8 +180,8 @@ def test_hessian_free_is_left_out_of_convolutions_in_a_loop() -> None:
         (["--scale", "huge"], "unknown scale 'huge'; valid: small, full"),
         (["--methods", "sgd,lion"], "unknown method 'lion'; valid: sgd, adam, kfac"),
         (["--steps", "0"], "--steps must be at least 1"),
-        (["--settings", "7"], "--settings must be 1 to 6"),
-        (["--time-factor", "0"], "--time-factor must be positive, got 0"),
+        (["--settings", "7"], "--settings must be at most 6, got 7"),
+        (["--time-factor", "0"], "--time-factor must be positive and finite, got 0"),
         (["--name", "a/b"], "--name must be a plain folder name"),
         (["--problem", "shakespeare_transformer", "--data-dir", "."], "tinyshakespeare.txt"),
         (["--problem", "mnist_autoencoder", "--data-dir", "/nowhere"], "no such folder"),
@@ -203,4 +203,4 @@ def test_does_not_write_into_a_training_run(
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "config.json").write_text("{}")
     assert run("--name", "train", "--runs-dir", str(tmp_path)) == 2
-    assert "holds another command's run" in capsys.readouterr().err
+    assert f"holds something else than {study.PROG}; give another" in capsys.readouterr().err

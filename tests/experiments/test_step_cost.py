@@ -51,6 +51,11 @@ def test_command(capsys):
         ("--precision f8", "unknown precision 'f8'"),
         ("--batch-size 15", "--batch-size 15 is no multiple of --accumulate 4"),
         ("--only foo", "unknown way 'foo'; valid: plain, whole, loop"),
+        (
+            "--image-size 9000 --batch-size 2000000",
+            "model mlp with 2000000 images of (9000, 9000, 3)",
+        ),
+        ("--image-size 99999", "--image-size must be at most 10000, got 99999"),
         ("--model-options 3", "--model-options is a JSON object"),
     ],
 )

@@ -54,7 +54,15 @@ def test_files(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     panels = ("alignment", "switch")
     pictures = {f"{panel}.{kind}" for panel in panels for kind in ("png", "csv")}
-    others = {"config.json", "units", "snapshots", "claims.json", "report.md", "report.html"}
+    others = {
+        "run.lock",
+        "config.json",
+        "units",
+        "snapshots",
+        "claims.json",
+        "report.md",
+        "report.html",
+    }
     assert names == pictures | others
     for panel in panels:
         assert (folder / f"{panel}.png").read_bytes().startswith(b"\x89PNG")
@@ -117,6 +125,33 @@ def test_nothing_is_trained_again(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert again(folder) == 0
 
 
+def test_damaged_files_are_named(
+    folder: Path,
+    study: subspace_study.Study,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(subspace_study, "Study", lambda plan: study)
+    unit = folder / "units/switch/sgd-1.0-1.0-0.json"
+    snapshots = folder / "snapshots/seed0.npz"
+    units = unit.read_bytes(), snapshots.read_bytes()
+    for content in (b"null", b"[" * 100_000, b"\xff", units[0].replace(b'"step"', b'"stop"')):
+        unit.write_bytes(content)
+        assert again(folder) == 2
+        error = capsys.readouterr().err
+        assert f"{unit} is damaged" in error
+        assert error.count("\n") == 1
+    unit.unlink()  # its training starts from the snapshots
+    for damaged in (None, b"", units[1][:-100], units[1].replace(b"0/0", b"0/9")):
+        snapshots.unlink() if damaged is None else snapshots.write_bytes(damaged)
+        assert again(folder) == 2
+        error = capsys.readouterr().err
+        assert "seed0.npz is missing or damaged" in error
+        assert error.count("\n") == 1
+    unit.write_bytes(units[0])
+    snapshots.write_bytes(units[1])
+
+
 def test_another_configuration_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert again(folder, "--learning-rate", "0.1") == 2
@@ -137,7 +172,7 @@ def test_a_strange_or_broken_folder_is_named(
     assert "not a study's folder" in capsys.readouterr().err
     (tmp_path / "a/config.json").write_text("{")
     assert again(tmp_path / "a") == 2
-    assert f"{tmp_path / 'a/config.json'} is broken" in capsys.readouterr().err
+    assert f"{tmp_path / 'a/config.json'} is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -148,9 +183,9 @@ def test_a_strange_or_broken_folder_is_named(
         (["--scale", "huge"], ["'huge'", "small", "full"]),
         (["--panels", "switch,noisy"], ["'noisy'", "alignment", "noise"]),
         (["--panels", ","], ["--panels", "alignment"]),
-        (["--seeds", "0"], ["--seeds", "positive"]),
+        (["--seeds", "0"], ["--seeds must be at least 1, got 0"]),
         (["--learning-rate", "-1"], ["--learning-rate", "positive"]),
-        (["--switch-step", "0"], ["--switch-step", "positive"]),
+        (["--switch-step", "0"], ["--switch-step must be at least 1, got 0"]),
         (["--name", "../x"], ["--name", "--runs-dir"]),
         (["--speed", "1"], ["--speed", "--scale", "--panels"]),
         (["--task", "mnist5k", "--data-dir", "nowhere"], ["nowhere"]),

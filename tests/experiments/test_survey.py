@@ -130,7 +130,7 @@ def test_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("--scale", "huge"), "unknown scale 'huge'; valid: small, full"),
         (("--model", "resnet20"), "unknown model 'resnet20'; valid: mlp, cnn"),
         (("--task", "sst3"), "unknown task 'sst3'"),
-        (("--seeds", "1"), "--seeds must be at least 2 to make intervals, got 1"),
+        (("--seeds", "1"), "--seeds must be at least 2, got 1"),
         (("--steps", "3"), "5 members need at least 5 steps, got 3"),
         (("--name", "a/b"), "--name must be a plain folder name"),
     ],

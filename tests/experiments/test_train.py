@@ -728,10 +728,28 @@ def test_statistics_of_the_optimizer(method, names):
         ("--model-options [1]", "--model-options is a JSON object such as"),
         ("--model-options {'a':1}", "--model-options is a JSON object such as"),
         ("""--model-options '{"depth": 3}'""", "'mlp' has no option 'depth'; valid: hidden"),
+        (
+            """--model-options '{"hidden_sizes": [1000000, 1000000]}'""",
+            "GiB of memory, of which there are",
+        ),
+        ("""--model-options '{"hidden_sizes": [1e9]}'""", "hidden_sizes must be at most 1000000"),
+        ("""--model cnn --model-options '{"norm": 3}'""", "unknown norm 3; valid: batch"),
+        ("""--model-options '{"hidden_sizes": "a"}'""", "--model-options"),
+        (
+            "--task sst2_1k --model-options '{\"num_layers\": 1e6}'",
+            "num_layers must be at most 1000",
+        ),
+        ("--devices 4096", "--devices must be at most 512 in a process, got 4096"),
+        ("--epochs 2000000000", "--epochs 2000000000 are 32000000000 steps; give at most"),
+        ("--steps 99999999999999", "--steps must be at most 2147483647, got 99999999999999"),
+        ("--checkpoint-every 0", "--checkpoint-every must be at least 1, got 0"),
+        ("--task ../x", "unknown task '../x'"),
+        ("--method ../x", "unknown method '../x'"),
+        ("--name ..", "--name must be a plain folder name, got '..'"),
         ("--loss foo", "unknown loss 'foo'; valid: cross_entropy, mse, elbo"),
         ("--loss elbo", "--loss elbo does not fit the task digits; valid: cross_entropy, mse"),
         ("--task vae_mnist --loss mse", "does not fit the task vae_mnist; valid: elbo"),
-        ("--label-smoothing 1", "label smoothing must be at least 0 and below 1, got 1.0"),
+        ("--label-smoothing 1", "--label-smoothing must be at least 0 and below 1, got 1.0"),
         ("--loss mse --label-smoothing 0.1", "for the loss cross_entropy, not for mse"),
         ("--augment flop", "unknown augmentation 'flop'; valid: randaugment, crop, flip"),
         ("--image-size 32", "image_size is for the task imagenet_folder; digits has sizes"),
@@ -752,14 +770,14 @@ def test_statistics_of_the_optimizer(method, names):
         ),
         ("--weight-decay -1", "--weight-decay must be at least 0, got -1.0"),
         ("--clip 0", "--clip must be positive and finite, got 0.0"),
-        ("--ema 1", "--ema must be between 0 and 1, e.g. 0.999, got 1.0"),
+        ("--ema 1", "--ema must be more than 0 and below 1, got 1.0"),
         ("--method foo", "unknown method 'foo'; valid methods are sgd, "),
         ("--parallel foo", "unknown parallel mode 'foo'; valid: jit, fsdp, pmap, shard_map"),
         ("--learning-rate 0", "--learning-rate must be positive and finite, got 0.0"),
         ("--learning-rate nan", "--learning-rate must be positive and finite, got nan"),
         ("--steps 0", "--steps must be at least 1, got 0"),
         ("--keep 0", "--keep must be at least 1, got 0"),
-        ("--seed -1", "--seed must be between 0 and "),
+        ("--seed -1", "--seed must be at least 0, got -1"),
         ("--steps 3 --epochs 1", "--epochs and --steps exclude each other"),
         ("--batch-size 1078", "--batch-size 1078 is more than the 1077 training examples"),
         ("--devices 3", "--batch-size 64 does not split evenly over 3 devices; use e.g. 63 or 66"),
@@ -838,18 +856,66 @@ def test_run_is_never_overwritten_or_mixed(finished, capsys, monkeypatch):
 
 def test_damaged_run_is_refused(finished, capsys):
     resume = ["--runs-dir", str(finished.parent), "--name", "run", "--resume"]
+    names = ("config.json", "metrics.jsonl", "metrics.csv", "result.json")
+    whole = {name: (finished / name).read_bytes() for name in names}
     metrics = finished / "metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:7]))
     capsys.readouterr()
     assert train.main(resume) == 2
     assert "metrics.jsonl holds 7 of the 12 steps" in capsys.readouterr().err
     assert len(rows(finished)) == 7
-    metrics.write_text("\n" * 12)
+    shutil.rmtree(finished / "tensorboard")
+    (finished / "tensorboard").touch()
     assert train.main(resume) == 2
-    assert "metrics.jsonl is damaged" in capsys.readouterr().err
-    (finished / "config.json").write_text("{}")
-    assert train.main(resume) == 2
-    assert "config.json is not the config.json of a run" in capsys.readouterr().err
+    assert "tensorboard is not a folder" in capsys.readouterr().err
+    (finished / "tensorboard").unlink()
+
+    def option(name, value):
+        config = json.loads(whole["config.json"])
+        config["options"][name] = value
+        return json.dumps(config).encode()
+
+    row = json.loads(whole["metrics.jsonl"].splitlines()[0])
+    for name, content, message in (
+        ("metrics.jsonl", b"\n" * 12, "metrics.jsonl is damaged (line 1: Expecting value"),
+        ("metrics.jsonl", b"{}\n" * 12, "metrics.jsonl is damaged (line 1: step or seconds"),
+        ("metrics.jsonl", b"5\n" * 12, "metrics.jsonl is damaged (line 1: not a row of"),
+        ("metrics.jsonl", b"\xff\n" * 12, "metrics.jsonl is damaged (not UTF-8)"),
+        ("metrics.jsonl", b"[" * 100_000 + b"\n" * 12, "(line 1: nested too deeply)"),
+        *(
+            (
+                "metrics.jsonl",
+                json.dumps(row | change).encode() + b"\n" + b"{}\n" * 11,
+                "metrics.jsonl is damaged (line 1: ",
+            )
+            for change in ({"loss": "low"}, {"loss": 10**400}, {"step": 2}, {"other": 1})
+        ),
+        ("metrics.csv", b"\xff\n" * 13, "metrics.csv is damaged (not UTF-8)"),
+        ("metrics.csv", b"step\n" * 13, "metrics.csv holds 0 of the 12 steps"),
+        ("metrics.csv", None, "metrics.csv is not a file"),
+        ("result.json", None, "result.json is not a file"),
+        ("config.json", None, "config.json is not a file"),
+        ("config.json", b"{}", "config.json is not the config.json of a run"),
+        ("config.json", b"null", "config.json is not the config.json of a run"),
+        ("config.json", b"[" * 100_000, "config.json is damaged (nested too deeply)"),
+        ("config.json", option("steps", "abc"), "--steps must be a whole number, got 'abc'"),
+        ("config.json", option("seed", None), "--seed must be a whole number, got None"),
+        ("config.json", option("learning_rate", -1), "--learning-rate must be positive"),
+        ("config.json", option("data_dir", 5), "is of another version of this command"),
+        ("config.json", option("task", "foo"), "unknown task 'foo'"),
+        ("config.json", option("model_options", "[1]"), "--model-options is a JSON object"),
+    ):
+        for other, before in whole.items():
+            (finished / other).write_bytes(before)
+        (finished / name).unlink()
+        (finished / name).mkdir() if content is None else (finished / name).write_bytes(content)
+        assert train.main(resume) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+        if content is None:
+            (finished / name).rmdir()
+            (finished / name).touch()
 
 
 def test_other_folders_are_left_alone(runs, capsys):
