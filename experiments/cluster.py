@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ipaddress
 import itertools
 import json
 import os
@@ -119,6 +120,7 @@ def initialize(
             process_id,
             # Given everything, JAX would still ask the cluster for the devices of this process.
             cluster_detection_method=None if missing else "deactivate",
+            coordinator_bind_address=None if coordinator is None else _bind_address(coordinator),
             initialization_timeout=INITIALIZATION_TIMEOUT,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
             shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
@@ -164,7 +166,9 @@ def _check_coordinator(address: str, process_id: int) -> None:
     host, _, port = address.rpartition(":")
     if process_id == 0:
         try:
-            socket.create_server(("", int(port))).close()
+            at, _, _ = (_bind_address(address) or "").rpartition(":")
+            family = socket.AF_INET6 if at.startswith("[") else socket.AF_INET
+            socket.create_server((at.strip("[]"), int(port)), family=family).close()
         except OSError:
             raise UsageError(
                 f"--coordinator {address}: process 0 cannot listen on port {port}; take a free one"
@@ -183,6 +187,27 @@ def _check_coordinator(address: str, process_id: int) -> None:
                     "the host of process 0, and a port that is free there and not blocked"
                 ) from None
             time.sleep(0.1)
+
+
+def _bind_address(coordinator: str) -> str | None:
+    """Where process 0 listens: on the loopback interface alone if the others reach it by that.
+
+    JAX's coordination service, which asks nobody who they are, would listen on all interfaces.
+
+    Args:
+      coordinator: ``HOST:PORT`` as the others name it.
+
+    Returns:
+      An address and the port; ``None``, JAX's default, where the processes are on several machines.
+    """
+    host, _, port = coordinator.rpartition(":")
+    if host == "localhost":
+        host = "127.0.0.1"
+    try:
+        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:  # a name
+        loopback = False
+    return f"{host}:{port}" if loopback else None
 
 
 def is_main() -> bool:

@@ -10,22 +10,26 @@ is seen as if it ran alone, and what the others print follows their number.
 
 Ctrl-C and SIGTERM reach all processes; the second one ends them at once. Where one process fails,
 the others get `GRACE` seconds to end. If the launcher itself is killed, its processes get a SIGTERM
-(on Linux). The exit code is that of the first process that failed.
+(on Linux), upon which they save and end. The exit code is that of the first process that failed.
+
+JAX's coordination service listens on the loopback interface alone, so that nobody else on the
+network can join. (Where Gloo, which carries the collectives on CPUs, listens is decided by the
+address that this machine's name stands for.)
 """
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
-from typing import IO, ClassVar
+from typing import ClassVar
 
 from experiments import cli, cluster
 from experiments.cli import UsageError
@@ -66,39 +70,39 @@ def run(command: Sequence[str], processes: int) -> int:
         signum: signal.signal(signum, lambda signum, _: received.append(signum))
         for signum in (signal.SIGINT, signal.SIGTERM)
     }
-    running: dict[int, subprocess.Popen[str]] = {}
-    readers: list[threading.Thread] = []
+    running: dict[int, subprocess.Popen[bytes]] = {}
+    prefixes: list[subprocess.Popen[bytes]] = []
     try:
         address = f"127.0.0.1:{free_port()}"
         for i in range(processes):
             arguments = ["--coordinator", address, "--processes", f"{processes}"]
+            output = None
+            if i:
+                prefixes.append(_prefix(i))
+                output = prefixes[-1].stdin
             running[i] = subprocess.Popen(
                 [*command, *arguments, "--process-id", f"{i}"],
                 env={"JAX_PLATFORMS": "cpu"} | os.environ | {"PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE if i else None,
-                stderr=subprocess.STDOUT if i else None,
-                text=True,
-                errors="replace",
+                stdout=output,
+                stderr=None if output is None else subprocess.STDOUT,
                 start_new_session=True,  # a Ctrl-C comes through this process, once
-                preexec_fn=_end_with_parent,
+                preexec_fn=functools.partial(_end_with_parent, os.getpid()),
             )
-        for i, process in running.items():
-            if process.stdout is not None:
-                readers.append(threading.Thread(target=_show, args=(i, process.stdout)))
-                readers[-1].start()
+            if output is not None:
+                output.close()  # the process has it, and the prefixes end with the process
         return _wait(running, received)
     finally:
         for process in running.values():  # none, unless something went wrong here
             process.kill()
             process.wait()
-        for reader in readers:
-            reader.join()
+        for prefix in prefixes:
+            prefix.wait()
         for signum, handler in previous.items():
             signal.signal(signum, handler)
 
 
-def _wait(running: dict[int, subprocess.Popen[str]], received: list[int]) -> int:
+def _wait(running: dict[int, subprocess.Popen[bytes]], received: list[int]) -> int:
     """Takes the processes that end from a dictionary; returns the first exit code that is not 0."""
     code = forwarded = 0
     deadline = float("inf")
@@ -126,15 +130,35 @@ def _wait(running: dict[int, subprocess.Popen[str]], received: list[int]) -> int
     return code
 
 
-def _show(number: int, output: IO[str]) -> None:
-    with output:
-        for line in output:
-            sys.stderr.write(f"[{number}] {line}")
+# Puts a number before each line. It outlives the launcher: a process whose output nobody reads any
+# more would die of its next line, before it has saved.
+_PREFIX = """if True:
+    import signal, sys
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    told = True
+    for line in sys.stdin.buffer:
+        try:
+            told and sys.stderr.buffer.write(sys.argv[1].encode() + line)
+            told and sys.stderr.buffer.flush()
+        except OSError:
+            told = False
+"""
 
 
-def _end_with_parent() -> None:
+def _prefix(number: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _PREFIX, f"[{number}] "],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def _end_with_parent(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it was killed before
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def free_port() -> int:

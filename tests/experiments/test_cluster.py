@@ -98,6 +98,36 @@ def test_wrong_flags(arguments, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("coordinator", "address"),
+    [
+        ("127.0.0.1:5", "127.0.0.1:5"),
+        ("127.1.2.3:5", "127.1.2.3:5"),
+        ("localhost:5", "127.0.0.1:5"),
+        ("[::1]:5", "[::1]:5"),
+        ("10.0.0.1:5", None),
+        ("[fd00::2]:5", None),
+        ("node-0:5", None),
+    ],
+)
+def test_a_local_run_listens_to_nobody_else(coordinator, address, monkeypatch):
+    given, probed = {}, []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: given.update(options))
+
+    def create_server(place, **_):
+        probed.append(place)
+        return socket.socket()
+
+    monkeypatch.setattr(socket, "create_server", create_server)
+    monkeypatch.setattr(cluster._LastWords, "start", lambda text: None)
+    monkeypatch.setattr(cluster.atexit, "register", lambda function: None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    cluster.initialize(coordinator=coordinator, processes=1, process_id=0)
+    assert given["coordinator_bind_address"] == address
+    (where,) = probed
+    assert where == ("" if address is None else address.rpartition(":")[0].strip("[]"), 5)
+
+
 def test_too_late():
     assert jax.devices()
     address = f"127.0.0.1:{launch.free_port()}"

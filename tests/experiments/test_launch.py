@@ -40,9 +40,9 @@ for _ in range(600):
 
 
 @contextlib.contextmanager
-def launcher(processes, codes, deaf=False, grace=0.5):
+def launcher(processes, codes, deaf=False, grace=0.5, worker=WORKER):
     """A process that runs some of these workers."""
-    command = [sys.executable, "-c", WORKER, json.dumps([codes, deaf])]
+    command = [sys.executable, "-c", worker, json.dumps([codes, deaf])]
     script = f"import sys; from experiments import launch; launch.GRACE = {grace}; "
     process = subprocess.Popen(
         [sys.executable, "-c", f"{script} sys.exit(launch.run({command!r}, {processes}))"],
@@ -111,13 +111,24 @@ def test_a_second_signal_acts_at_once():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's PR_SET_PDEATHSIG")
-def test_a_killed_launcher_leaves_no_processes():
-    with launcher(2, {}) as process:
+def test_a_killed_launcher_s_processes_end_in_order():
+    # As `train` does when it is asked to end: says something before and after it saves.
+    farewell = 'print("saving", flush=True); time.sleep(0.5); print("saved", flush=True); '
+    worker = WORKER.replace("sys.exit(signum))", "end(signum))", 1).replace(
+        "import json",
+        f"def end(signum): {farewell} sys.exit(signum)\nimport json",
+        1,
+    )
+    with launcher(2, {}, worker=worker) as process:
+        while process.stdout.readline() != "waiting\n":
+            pass
         while process.stderr.readline() != "[1] waiting\n":
             pass
         process.kill()
         # Their outputs end only with them.
-        process.communicate(timeout=30)
+        out, err = process.communicate(timeout=30)
+    assert out.splitlines() == ["saving", "saved"]
+    assert err.splitlines() == ["[1] saving", "[1] saved"]
 
 
 # The command itself never starts JAX's backends; other tests in this process have.
@@ -262,6 +273,24 @@ def test_sigterm_saves_one_common_step_and_resume_continues(full):
     assert (full / f"runs/term/checkpoints/{step}").is_dir()
     complete(full, "--name", "term", "--resume")
     assert_same_run(full, "term")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's PR_SET_PDEATHSIG")
+def test_a_killed_launcher_s_run_is_saved(full):
+    with training(full, *LONG, "--name", "orphaned") as process:
+        wait_for_rows(process, full, "orphaned", 90)
+        process.kill()
+        out, err = process.communicate(timeout=100)
+    step = rows(full, "orphaned")[-1]["step"]
+    assert f"interrupted: saved step {step} of 400" in out
+    assert step < 400
+    # Both say how to go on, and nothing else.
+    assert {line.removeprefix("[1] ") for line in err.splitlines()} == {
+        f"to continue: {train.resume_command(Path('runs/orphaned'))}"
+    }
+    complete(full, "--name", "orphaned", "--resume")
+    assert_same_run(full, "orphaned")
 
 
 @pytest.mark.slow
