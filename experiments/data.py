@@ -338,6 +338,7 @@ class Task:
     input_shape: tuple[int, ...]
     vocabulary_size: int | None = None
 
+    @functools.cached_property
     def checksums(self) -> dict[str, dict[str, int]]:
         """Numbers that tell the data from others: of each split the examples and the labels.
 

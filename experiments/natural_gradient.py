@@ -114,6 +114,12 @@ class Problem:
     likelihood: Any
     unit: float = 1.0
 
+    def __post_init__(self) -> None:
+        if (number := len(self.train[1])) < self.batch_size:
+            raise data.DataError(
+                f"{number} training examples, expected at least a batch of {self.batch_size}"
+            )
+
 
 def _on_device(split: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
     x, y = split
@@ -262,10 +268,9 @@ def _shakespeare_transformer(full: bool, data_dir: Path | None, seed: int) -> Pr
     text = np.frombuffer(readers.read_bytes(path, "text, gzipped or not"), np.uint8)
     characters, ids = np.unique(text, return_inverse=True)
     windows = len(ids) // (length + 1)
-    if windows < 10 or windows - windows // 10 < batch_size:
+    if windows < 10:
         raise data.DataError(
-            f"{path}: {len(ids)} characters, expected at least {batch_size} windows of "
-            f"{length + 1} to train on, and a ninth of them to test on"
+            f"{path}: {len(ids)} characters, expected at least {10 * (length + 1)}, 10 windows"
         )
     rows = ids[: windows * (length + 1)].reshape(windows, length + 1).astype(np.int32)
     held_out = windows // 10

@@ -62,7 +62,7 @@ class Plan:
             "train_examples": len(self.task.train.y),
             "validation_examples": len(self.task.validation.y),
             "test_examples": len(self.task.test.y),
-            "data": self.task.checksums(),
+            "data": self.task.checksums,
             "model": self.model,
             **({"model_options": self.model_options} if self.model_options else {}),
             "loss": self.loss,

@@ -215,7 +215,7 @@ class Plan:
             "model": self.task.default_model,
             "train_examples": len(self.task.train),
             "test_examples": len(self.task.test),
-            "data": self.task.checksums(),
+            "data": self.task.checksums,
             "loss": self.loss,
             "k": self.directions,
             "learning_rate": self.learning_rate,

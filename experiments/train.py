@@ -217,7 +217,7 @@ class Plan:
             "task": self.task.name,
             "train_examples": len(self.task.train),
             "input_shape": list(self.task.input_shape),
-            "data": self.task.checksums(),
+            "data": self.task.checksums,
             "model": self.model,
             "model_options": self.model_options,
             "loss": self.loss,
@@ -372,6 +372,31 @@ def resolve(options: Options) -> Plan:
         profile=options.profile,
         folder=options.folder,
     )
+
+
+def check_same_data(task: data.Task) -> None:
+    """Compares the data of all processes, each of which reads files of its own.
+
+    Args:
+      task: the task as this process has it.
+
+    Raises:
+      UsageError: a process has other data than process 0; raised on all processes.
+    """
+    names = [
+        f"{kind} of the {split} split"
+        for split in task.checksums
+        for kind in ("examples", "labels")
+    ]
+    numbers = [number for split in task.checksums.values() for number in split.values()]
+    everywhere = cluster.gather(np.array(numbers, np.uint32))
+    for process, found in enumerate(everywhere):
+        for name, differs in zip(names, found != everywhere[0], strict=True):
+            if differs:
+                raise UsageError(
+                    f"process {process} has other {name} than process 0; give all processes a "
+                    "--data-dir with the same files"
+                )
 
 
 # Of `--model-options`: the largest whole number, that of options which count layers or other parts
@@ -1080,6 +1105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             record = cluster.from_main(lambda: read_folder(given, stack))
             options = read_options(argv, given, record)
             plan = resolve(options)
+            check_same_data(plan.task)
             program = build(plan)
             notes = cluster.from_main(lambda: open_folder(options, plan, record, stack))
         except ValueError as error:

@@ -378,7 +378,7 @@ def test_folder_of_images(tmp_path):
     # Read again, as another index, and by name and size: the same.
     np.testing.assert_array_equal(task.test.x[1:2], task.test.x[np.array([1])])
     again = data.load_task("imagenet_folder", data_dir=tmp_path, image_size=12)
-    assert task.checksums() == again.checksums()
+    assert task.checksums == again.checksums
     batch = next(iter(data.batches(task.train, batch_size=4, seed=0, workers=2)))
     assert batch["x"].shape == (4, 12, 12, 3)
     assert data.load_task("imagenet_folder", data_dir=tmp_path).input_shape == (224, 224, 3)
@@ -1015,15 +1015,15 @@ def test_cifar_batch_cannot_run_code(tmp_path):
 
 def test_checksums_tell_which_part_of_the_data_differs(tmp_path):
     task = data.load_task("digits")
-    expected = task.checksums()
-    assert expected == data.load_task("digits").checksums()
+    expected = task.checksums
+    assert expected == data.load_task("digits").checksums
     for split in ("train", "validation", "test"):
         old = getattr(task, split)
         x, y = old.x.copy(), old.y.copy()
         x[-1, -1, -1] += 1
         y[-1] += 1
         for kind, new in (("examples", data.Split(x, old.y)), ("labels", data.Split(old.x, y))):
-            changed = dataclasses.replace(task, **{split: new}).checksums()
+            changed = dataclasses.replace(task, **{split: new}).checksums
             difference = run_folder.first_difference({"data": expected}, {"data": changed})
             assert difference == f"other {kind} of the {split} split"
     # The same bytes in another shape, or another type.

@@ -24,7 +24,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 import models
-from experiments import data, engine, run_folder, train
+from experiments import cluster, data, engine, run_folder, train
 from experiments.checkpoints import Checkpoints
 from experiments.methods import METHODS
 from tests.experiments import test_data
@@ -852,6 +852,20 @@ def test_run_is_never_overwritten_or_mixed(finished, capsys, monkeypatch):
     assert contents(finished) == before
     # What does not change the numbers may change.
     assert train.main([*arguments, "--resume", "--keep", "1", "--checkpoint-every", "3"]) == 0
+
+
+def test_processes_with_other_data_are_refused(monkeypatch):
+    task = data.load_task("digits")
+    train.check_same_data(task)
+
+    def gather(numbers):
+        other = numbers.copy()
+        other[3] += 1
+        return np.stack([numbers, numbers, other])
+
+    monkeypatch.setattr(cluster, "gather", gather)
+    with pytest.raises(ValueError, match="process 2 has other labels of the validation split than"):
+        train.check_same_data(task)
 
 
 def test_damaged_run_is_refused(finished, capsys):
