@@ -137,6 +137,11 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
 
 
+def as_arrays(tree: Any) -> Any:
+    """The tree with arrays in place of Python's numbers, which Optax allows as parameters."""
+    return jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), tree)
+
+
 HOLD_FIXED = "hold it fixed with optax.masked"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.tree_util import Partial
 
-from optax_accel._arguments import check_real_leaves
+from optax_accel._arguments import as_arrays, check_real_leaves
 from optax_accel.objective import Objective
 
 Mask: TypeAlias = chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None
@@ -90,7 +90,7 @@ def with_fixed_leaves(
 
     def init_fn(params: chex.ArrayTree) -> optax.OptState:
         chosen, trained = _parts(params, mask)
-        return make(_hide(chosen, trained)).init(_hide(params, trained))
+        return make(_hide(chosen, trained)).init(as_arrays(_hide(params, trained)))
 
     def update_fn(
         updates: chex.ArrayTree,
@@ -101,14 +101,15 @@ def with_fixed_leaves(
         chosen, trained = _parts(updates if params is None else params, mask)
         tx = optax.with_extra_args_support(make(_hide(chosen, trained)))
         if trained is None:
-            return tx.update(updates, state, params, **extra_args)
+            point = None if params is None else as_arrays(params)
+            return tx.update(updates, state, point, **extra_args)
         if extra_args.get("grad") is not None:
             extra_args["grad"] = _hide(extra_args["grad"], trained)
         extra_args = precompose_all(extra_args, lambda part: merge(part, params, trained))
         new_updates, state = tx.update(
             _hide(updates, trained),
             state,
-            None if params is None else _hide(params, trained),
+            None if params is None else as_arrays(_hide(params, trained)),
             **extra_args,
         )
         return merge(new_updates, updates, trained), state

@@ -119,11 +119,7 @@ def with_schedules(
             )
             # A float32 momentum times bfloat16 gradients is float32: cast back what came in.
             new_updates = optax.tree.cast_like(new_updates, updates)
-            inner_state = jax.tree.map(
-                lambda new, old: jnp.asarray(new).astype(jnp.result_type(old)),
-                inner_state,
-                state.inner_state,
-            )
+            inner_state = jax.tree.map(_cast_like, inner_state, state.inner_state)
             count = optax.safe_increment(state.count)
             return new_updates, WithSchedulesState(count, values, inner_state)
 
@@ -132,6 +128,12 @@ def with_schedules(
         return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
     return build
+
+
+def _cast_like(new: Any, old: Any) -> Any:
+    dtype = jnp.result_type(old)
+    # PRNG keys, of samplers, have nothing to cast.
+    return jnp.asarray(new).astype(dtype) if jnp.issubdtype(dtype, jnp.number) else new
 
 
 def static_arguments(factory: Callable[..., Any]) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ import optax
 from jax import lax
 
 from optax_accel._arguments import (
+    as_arrays,
     check_choice,
     check_integer,
     check_learning_rate,
@@ -190,6 +191,7 @@ def interpolate_subspaces(
     def init_fn(params: chex.ArrayTree) -> InterpolateSubspacesState:
         check_params(params, name)
         check_selected(params, mask, name)
+        params = as_arrays(params)
         selected = select(params, resolve(params, mask))
         space = tracker.init(selected, num_directions)
         # Two arrays, because one can be donated only once.
@@ -215,6 +217,7 @@ def interpolate_subspaces(
     ) -> tuple[chex.ArrayTree, InterpolateSubspacesState]:
         _check_refresh(refresh)
         count, space = state.count, state.space
+        params = None if params is None else as_arrays(params)
         chosen = resolve(updates if params is None else params, mask)
         k = space.eigenvalues.shape[0]
         tracked_from = count >= start_step

@@ -113,3 +113,11 @@ def test_hyperparameters_that_lose_their_meaning_in_half_precision():
     assert state.hyperparams["eps"] == 0
     updates, _ = tx.update(half, state, half, value_fn=lambda p: jnp.sum(p * 0))
     assert not updates.any()
+
+
+def test_schedules_for_factories_whose_states_hold_keys():
+    tx = oa.with_schedules(oa.stoch_grad_adam, b1=oa.demon_schedule(0.9, 10))(0.1, key=3)
+    grads = jnp.ones(4)
+    updates, _ = tx.update(grads, tx.init(grads))
+    alone = oa.stoch_grad_adam(0.1, key=3)
+    np.testing.assert_allclose(updates, alone.update(grads, alone.init(grads))[0], rtol=1e-6)

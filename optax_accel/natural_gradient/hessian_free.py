@@ -40,6 +40,7 @@ from jax import lax
 from jax.scipy.sparse.linalg import cg
 
 from optax_accel._arguments import (
+    as_arrays,
     check_count,
     check_number,
     known_integer,
@@ -173,6 +174,7 @@ def hessian_free(
     def init_fn(params: chex.ArrayTree) -> HessianFreeState:
         check_params(params, name)
         check_selected(params, mask, name)
+        params = as_arrays(params)
         selected = select(params, resolve(params, mask))
 
         def zeros() -> chex.ArrayTree:
@@ -204,6 +206,7 @@ def hessian_free(
             )
             return objective.precompose(lambda part: merge(part, params, chosen))
 
+        params = None if params is None else as_arrays(params)
         chosen = None if params is None else resolve(params, mask)
         loss = objective_of(value_fn, "value_fn", "compare the loss with what was predicted")
         curved = loss

@@ -37,6 +37,7 @@ from jax import lax
 
 from optax_accel._arguments import (
     HOLD_FIXED,
+    as_arrays,
     check_count,
     check_dtype,
     check_learning_rate,
@@ -243,7 +244,7 @@ def _mixing(
                 f"{method} needs this worker's parameters, which it mixes with those of others. "
                 "Call it as: tx.update(grads, state, params)."
             )
-        rate = value_of(learning_rate, state.count)
+        rate, params = value_of(learning_rate, state.count), as_arrays(params)
 
         def scale(factor: Any, x: jax.Array) -> jax.Array:
             return jnp.asarray(factor, x.dtype) * x
