@@ -244,7 +244,7 @@ def onecycle(
       [0.95, 0.85, 0.95, 0.95]
       >>> tx = oa.with_schedules(optax.sgd, **cycle._asdict())()
       >>> state = tx.init(jnp.zeros(2))
-      >>> {name: round(float(value), 3) for name, value in sorted(state.values.items())}
+      >>> {name: round(float(value), 3) for name, value in sorted(state.scheduled.items())}
       {'learning_rate': 0.02, 'momentum': 0.95}
 
     References:

@@ -18,7 +18,7 @@ from flax import nnx
 
 import optax_accel as oa
 
-NUM_TREES = 300
+NUM_TREES = 300  # each method meets every third of them, curvature methods fewer
 SECONDS = 90.0  # a slower machine tries fewer trees
 SHAPES = ((), (3,), (2, 3), (0,), (3, 0, 2))
 DTYPES = ("float32", "float32", "bfloat16", "float16", "complex64", "int32", "uint8", "bool", "key")
@@ -86,7 +86,7 @@ ELEMENTWISE: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "extrap_sgd": lambda mask: oa.extrap_sgd(0.1, direction="past", mask=mask),
     "extra_adam": lambda mask: oa.extra_adam(0.1, eps=0.0),
 }
-# These compile more: each tree meets one of them.
+# These take longer: each tree meets one of them.
 CURVED: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "project_to_bulk": lambda mask: oa.project_to_bulk(1, mask=mask),
     "project_to_dominant": lambda mask: oa.project_to_dominant(1, mask=mask),
@@ -183,7 +183,7 @@ def test_random_trees() -> None:
             lambda x: bool(jnp.issubdtype(jnp.result_type(x), jnp.floating)), tree
         )
         mask = (None, floating, floating(params), True)[seed % 4]
-        names = [*ELEMENTWISE, curved[seed % len(curved)]]
+        names = [*list(ELEMENTWISE)[seed % 3 :: 3], curved[seed % len(curved)]]
         for name in names:
             try:
                 outcomes[name].append(check((ELEMENTWISE | CURVED)[name], params, mask))
