@@ -391,8 +391,11 @@ def load_task(
     if image_size is not None and name != "imagenet_folder":
         raise DataError(f"image_size is for the task imagenet_folder; {name} has sizes of its own")
     smallest, largest = _IMAGE_SIZES
-    if image_size is not None and not smallest <= image_size <= largest:
-        raise DataError(f"image_size must be between {smallest} and {largest}, got {image_size}")
+    whole = image_size is None or isinstance(image_size, int)
+    if image_size is not None and not (whole and smallest <= image_size <= largest):
+        raise DataError(
+            f"image_size must be a whole number between {smallest} and {largest}, got {image_size}"
+        )
     if name == "digits":
         return _digits()
     location = data_dir or os.environ.get(_ENVIRONMENT_VARIABLE)
@@ -917,10 +920,10 @@ def _segmentation(folder: Path) -> Task:
             f"{path}: pictures are {x.dtype} of shape {x.shape}, labels of shape {y.shape}, "
             f"expected both (N, height, width), pictures uint8 of at least {_CROP} pixels a side"
         )
-    if not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() > 1:
-        raise DataError(f"{path}: labels are {y.dtype} up to {y.max()}, expected 0 and 1")
     if len(x) < 10:
         raise DataError(f"{path}: {len(x)} pictures, expected at least 10")
+    if not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() > 1:
+        raise DataError(f"{path}: labels are {y.dtype} up to {y.max()}, expected 0 and 1")
     # They are slices of one block: neighbors are alike, so what is held out lies at its end.
     tenth = len(x) // 10
     bounds = (slice(-2 * tenth), slice(-2 * tenth, -tenth), slice(-tenth, None))

@@ -16,6 +16,7 @@ import gzip
 import importlib
 import io
 import itertools
+import json
 import math
 import os
 import pickle
@@ -191,7 +192,7 @@ def lines(path: Any, text: str) -> Iterator[tuple[int, str]]:
         end = len(text) if end < 0 else end
         number += 1
         if number > _MOST_LINES:
-            raise DataError(f"{path}: more than {_MOST_LINES} lines, which are allowed")
+            raise DataError(f"{path}: more lines than the {_MOST_LINES} that are allowed")
         if end - start > _LONGEST_LINE:
             raise DataError(
                 f"{path}: line {number} has {end - start} characters, allowed are {_LONGEST_LINE}"
@@ -525,6 +526,11 @@ def _hugging_face(
         # Not as its own features would: they open pictures of any format.
         plain = split.with_format("arrow")
         names = [n for n in (_chosen(names, split.column_names) for names in columns) if n]
+        for column in names:
+            kind = str(split.data.schema.field(column).type)
+            # One long value may stand there for any number of rows.
+            if re.search("dictionary|run_end|view", kind):
+                raise DataError(f"hf:{name}: column {column} is of type {kind[:40]}, expected rows")
         # A damaged file could else make pyarrow read what lies beside it in memory.
         split.data.validate(full=True)
 
@@ -544,6 +550,7 @@ def _tensorflow(
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):
         _check_regular(folder)
+        _check_features(Path(folder) / "features.json")
         builder = tfds.builder_from_directory(folder)
     else:
         builder = tfds.builder(name)
@@ -567,6 +574,21 @@ def _check_regular(folder: str) -> None:
         for path in (os.path.join(place, name) for name in names):
             if not os.path.isfile(path):
                 raise DataError(f"{path}: not a regular file, expected one of a data set")
+
+
+def _check_features(path: Path) -> None:
+    """Raises `DataError` if the features of a data set name a module that is not their package's.
+
+    Whatever module stands there would be imported.
+    """
+
+    def check(pairs: list[tuple[str, Any]]) -> None:
+        for key, value in pairs:
+            named = key in ("type", "pythonClassName", "python_class_name")
+            if named and isinstance(value, str) and not value.startswith("tensorflow_datasets."):
+                raise DataError(f"{path}: a feature is {value[:80]}, expected one of theirs")
+
+    json.loads(read_text(path, "features of a data set"), object_pairs_hook=check)
 
 
 def _import(package: str, hub: str) -> ModuleType:

@@ -12,6 +12,7 @@ import struct
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import ClassVar
 
 import grain
@@ -401,7 +402,7 @@ def test_broken_folder_of_images(tmp_path):
     )
     (tmp_path / "val" / "n03" / "1.jpg").touch()
     assert_fails("n03: no such class in .*train", "imagenet_folder", data_dir=tmp_path)
-    for size in (0, -3, 4097, 10**9):
+    for size in (0, -3, 4097, 10**9, 32.0):
         assert_fails(
             f"between 1 and 4096, got {size}", "imagenet_folder", data_dir=tmp_path, image_size=size
         )
@@ -446,6 +447,8 @@ def test_segmentation_crops_pictures_and_labels_alike(tmp_path):
         ({"x": np.zeros((10, 64, 64), np.uint8)}, r"labels of shape \(10, 130, 260\)"),
         ({"y": np.full((10, 130, 260), 2)}, "up to 2, expected 0 and 1"),
         (membranes(rows=9), "9 pictures, expected at least 10"),
+        (membranes(rows=0), "0 pictures, expected at least 10"),
+        ({"y": np.full((10, 130, 260), np.nan)}, "labels are float64 up to nan, expected 0 and 1"),
     ],
 )
 def test_wrong_membranes(tmp_path, change, message):
@@ -747,6 +750,15 @@ def test_sentences_of_tensorflow_datasets(tmp_path):
         assert len({*zip(split.x[:, 2].tolist(), split.y.tolist(), strict=True)}) == 2
     assert found.test.y.sum() == 15
     assert_fails("no split test, expected train, test", "mnist", data_dir=location)
+    # A class of any other module would be imported.
+    path = Path(location.removeprefix("tfds:")) / "features.json"
+    content = path.read_text()
+    for module in ("this", r"\u0074his"):
+        path.write_text(
+            content.replace("tensorflow_datasets.core.features.text_f", module + ".x", 1)
+        )
+        assert_fails("features.json: a feature is this.x", "sst2_1k", data_dir=location)
+    assert "this" not in sys.modules
 
 
 @pytest.mark.parametrize(("hub", "package"), [("hf", "datasets"), ("tfds", "tensorflow-datasets")])

@@ -446,7 +446,7 @@ def test_lines_are_counted_before_there_are_lists_of_them(path, monkeypatch):
     path.write_text("a\n" * 5)
     assert readers.read_pairs([path, path]) == [["a"] * 5] * 2
     path.write_text("a\n" * 5 + "b")
-    with refused("file: more than 5 lines"):
+    with refused("file: more lines than the 5 that are allowed"):
         readers.read_pairs([path, path])
     assert [*readers.lines(path, "a\n\nb")] == [(1, "a"), (2, ""), (3, "b")]
     assert [*readers.lines(path, "")] == [(1, "")]
