@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Options that choose other versions than the locked ones, for test-lowest and test-latest.
 PINS ?=
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 
 # The first of the named interpreters that can make environments and passes the version test. Each
 # one is run, because a name on the PATH can be a shim for a version that is not installed.

@@ -70,11 +70,6 @@ def pytest_runtest_teardown() -> None:
         gc.collect()
 
 
-@pytest.fixture(scope="module")
-def quick_compile() -> None:
-    """Does nothing any more: all tests compile quickly."""
-
-
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Runs one test in double precision."""

@@ -19,8 +19,6 @@ from tests.helpers import (
     tree_equal,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 PROBLEM = least_squares()
 LOSS = PROBLEM.objective()
 

@@ -14,8 +14,6 @@ import pytest
 
 import optax_accel as oa
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 LAST = 2**31 - 1
 # Between compiled forms: Optax interpolates by differences, which cancel.
 RTOL = 1e-5

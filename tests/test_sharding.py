@@ -11,8 +11,6 @@ import pytest
 
 import optax_accel as oa
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SPECS = {"dense": {"w": jax.P("data", None), "b": jax.P()}, "out": jax.P(None, "data")}
 
 

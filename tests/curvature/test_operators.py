@@ -18,8 +18,6 @@ from jax.sharding import PartitionSpec as P
 import optax_accel as oa
 from optax_accel import curvature
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 RNG = np.random.default_rng(0)
 N = 6
 X = RNG.normal(size=(N, 3))

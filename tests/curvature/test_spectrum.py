@@ -20,8 +20,6 @@ from optax_accel.curvature import (
     trace,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SIZE = 60
 ROTATION = np.linalg.qr(np.random.default_rng(4).normal(size=(SIZE, SIZE)))[0]
 SPECTRA = {

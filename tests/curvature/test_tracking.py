@@ -16,8 +16,6 @@ import optax_accel as oa
 from optax_accel.curvature import blocks
 from tests.helpers import quick_jit, tree_allclose, tree_equal
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 K = 3
 TRACKERS: dict[str, oa.Tracker] = {
     "block": oa.BlockTracker(refresh_every=2, cold_start_products=9, oversampling=1),

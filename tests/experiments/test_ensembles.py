@@ -25,8 +25,6 @@ from experiments import compare, data, engine, ensembles, methods
 from experiments.ensembles import average, calibration_error, scores, train_members, train_snapshots
 from experiments.replicas import Plan
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SGD = methods.METHODS["sgd"]
 TINY = ["--steps", "12", "--members", "3", "--seeds", "2", "--learning-rates", "0.1,0.3"]
 

@@ -13,8 +13,6 @@ import pytest
 from experiments import lr_range_test
 from experiments.lr_range_test import range_test
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 TINY = ["--task", "digits", "--steps", "40", "--seeds", "2"]
 
 

@@ -15,8 +15,6 @@ import pytest
 import optax_accel as oa
 from experiments import natural_gradient as study
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def run(*arguments: str) -> int:
     try:

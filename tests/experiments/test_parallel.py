@@ -23,8 +23,6 @@ from experiments.methods import METHODS
 from experiments.parallel import AXIS, MODES, Parallel, check_divisible
 from tests.experiments import parallel_worker as worker
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 ROOT = Path(__file__).parents[2]
 # Relative error of the parameters after 20 steps.
 BOUNDS = {"float32": 1e-5, "float64": 1e-10}

@@ -14,8 +14,6 @@ import pytest
 from experiments import solvers
 from optax_accel.curvature import blocks
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 TINY = ["--task", "digits", "--examples", "200", "--chunk", "100", "--steps", "10"]
 
 

@@ -11,8 +11,6 @@ import pytest
 
 from experiments import trackers
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 TINY = ["--task", "digits", "--steps", "20", "--learning-rate", "0.1", "--directions", "4"]
 
 

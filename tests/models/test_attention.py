@@ -10,7 +10,6 @@ from flax import nnx
 
 from models import _attention
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 WIDTH, HEADS = 6, 2
 
 

@@ -10,7 +10,6 @@ import models
 from models import capsnet
 from tests.models.test_models import CAPSNET, abstract, abstract_outputs, count, forward
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 MNIST = {"input_shape": (28, 28, 1), "num_classes": 10}
 CONVOLUTIONS = (81 + 1) * 256 + (81 * 256 + 1) * 256
 CAPSULES = 6 * 6 * 32 * 8 * 10 * 16

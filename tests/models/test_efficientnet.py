@@ -12,7 +12,6 @@ from models.efficientnet import _Gate
 from models.mobilenet import InvertedResidual
 from tests.models.test_models import EFFICIENTNET, abstract, abstract_outputs, count, forward
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 NO_DROPOUT = {"dropout_rate": 0.0, "drop_path_rate": 0.0}
 IMAGENET = {"input_shape": (224, 224, 3), "num_classes": 1000} | NO_DROPOUT
 # num_params in torchvision's documentation.

@@ -9,7 +9,6 @@ from flax import nnx
 import models
 from tests.models.test_models import count, forward
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 TINY = {"input_shape": (5,), "vocabulary_size": 9, "hidden_size": 4, "dropout_rate": 0.0}
 
 

@@ -10,7 +10,6 @@ from models import _common
 from models.mobilenet import InvertedResidual
 from tests.models.test_models import abstract, abstract_outputs, count, forward
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 IMAGENET = {"input_shape": (224, 224, 3), "num_classes": 1000, "dropout_rate": 0.0}
 
 

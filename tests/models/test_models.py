@@ -19,7 +19,6 @@ from flax import nnx
 import models
 from models import _common
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 INPUT_SHAPE = (8, 8, 3)
 
 

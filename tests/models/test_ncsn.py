@@ -11,7 +11,6 @@ from models import ncsn
 from models.ncsn import denoising_score_matching
 from tests.models.test_models import count
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 TINY = {"input_shape": (6, 4, 1), "width": 2, "num_levels": 3}
 
 

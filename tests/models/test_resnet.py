@@ -10,7 +10,6 @@ from models import _common
 from models.resnet import _Block
 from tests.models.test_models import abstract, abstract_outputs, count, forward
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 CIFAR = {"input_shape": (32, 32, 3), "num_classes": 10}
 SMALL = {"input_shape": (8, 8, 3), "num_classes": 10, "width": 2}
 IMAGENET = {"input_shape": (224, 224, 3), "num_classes": 1000}

@@ -10,7 +10,6 @@ import models
 from models import _attention
 from tests.models.test_models import count, forward
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 TINY = {"input_shape": (5,), "vocabulary_size": 9, "embedding_size": 8, "num_heads": 2}
 TINY |= {"num_layers": 2, "dropout_rate": 0.0}
 

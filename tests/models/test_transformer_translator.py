@@ -11,7 +11,6 @@ import models
 from models.transformer_translator import translate
 from tests.models.test_models import count, forward
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 TINY = {"input_shape": (4, 3), "vocabulary_size": 9, "embedding_size": 8, "num_heads": 2}
 TINY |= {"num_layers": 1, "feedforward_size": 6, "dropout_rate": 0.0}
 SOURCE, TARGET = jnp.array([[5, 4, 8, 0]]), jnp.array([[1, 7, 3]])

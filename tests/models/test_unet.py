@@ -8,8 +8,6 @@ from flax import nnx
 import models
 from tests.models.test_models import abstract, abstract_outputs, count, forward
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def conv(fan_in, fan_out, size=3):
     return (size**2 * fan_in + 1) * fan_out

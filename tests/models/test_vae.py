@@ -10,7 +10,6 @@ import models
 from models.vae import negative_elbo
 from tests.models.test_models import count, forward
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 TINY = {"input_shape": (3, 2, 1), "hidden_sizes": (5,), "latent_size": 2}
 
 

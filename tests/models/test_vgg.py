@@ -9,7 +9,6 @@ from flax import nnx
 import models
 from tests.models.test_models import VGG, abstract, abstract_outputs, count, forward
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 IMAGENET = {"input_shape": (224, 224, 3), "num_classes": 1000}
 CIFAR = {"input_shape": (32, 32, 3), "num_classes": 100}
 CONVOLUTIONS = 14_723_136  # of 16 layers, with batch normalization

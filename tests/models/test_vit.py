@@ -10,7 +10,6 @@ import models
 from models.vit import _cut
 from tests.models.test_models import VIT, abstract, abstract_outputs, count, forward
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 IMAGENET = {"input_shape": (224, 224, 3), "num_classes": 1000}
 
 

@@ -26,7 +26,6 @@ from tests.helpers import (
     tree_allclose,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 KINDS = ("factored", "eigen", "ekfac")
 # What differs little between them is tested with one by default.
 ONE_KIND = [pytest.param(k, marks=[pytest.mark.slow] if k != "ekfac" else []) for k in KINDS]

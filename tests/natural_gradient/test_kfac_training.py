@@ -34,9 +34,6 @@ from tests.natural_gradient.test_kfac import (
     squares,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
 # -- any number of devices ------------------------------------------------------------------------
 
 X, Y = (a[:24] for a in classification())

@@ -19,7 +19,6 @@ import optax_accel as oa
 from optax_accel.natural_gradient import factors as stats
 from optax_accel.natural_gradient.layers import find
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 N, T = 6, 4
 
 

@@ -16,7 +16,6 @@ from optax_accel import topologies
 from optax_accel.workers.decentralized import consensus_growth
 from tests.helpers import WORKER_MODES, over_workers, signature
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 N = 8
 METHODS = {"decentlam": oa.decentlam, "dmsgd": oa.dmsgd}
 

@@ -13,7 +13,6 @@ import pytest
 import optax_accel as oa
 from tests.helpers import WORKER_MODES, over_workers, tree_allclose
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 N = 4
 RNG = np.random.default_rng(0)
 HESSIANS = (lambda root: root @ root.transpose(0, 2, 1) / 3)(RNG.normal(size=(N, 3, 3)))

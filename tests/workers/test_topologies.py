@@ -16,8 +16,6 @@ import pytest
 from optax_accel import topologies
 from tests.helpers import WORKER_MODES, over_workers
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def permutation_mixture(num_workers: int, count: int, seed: int) -> np.ndarray:
     """A random doubly stochastic matrix: by Birkhoff's theorem each is of this kind."""
