@@ -84,7 +84,8 @@ def objective(
       loss: one of `LOSSES`, or a function of outputs and labels.
       axis_name: axis over which replicas are averaged (``pmap``, ``shard_map``).
       accumulate: number of micro-batches (:meth:`optax_accel.Objective.accumulated`) of the batch.
-      unroll: see there.
+      unroll: whether the micro-batches are written one after the other in the program instead of
+        in a loop, which is much faster for convolutions on a CPU.
 
     Returns:
       An objective of the parameters.

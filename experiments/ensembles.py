@@ -323,10 +323,10 @@ def train_snapshots(
     Args:
       plan: the training of an ensemble: `plan.steps` steps for all its members. The ensemble with
         seed s is the run with seed s.
-      method: as in `train_members`, like the following ones.
-      learning_rates: see there; the top of each cycle.
-      members: see there.
-      max_replicas: see there.
+      method: how they are trained.
+      learning_rates: the rates at the top of each cycle; ensembles are trained for each of them.
+      members: number of snapshots, the members of an ensemble.
+      max_replicas: most runs to train together.
 
     Returns:
       The ensembles, learning rate by learning rate, in the order of their seeds; the members in

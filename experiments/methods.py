@@ -116,13 +116,14 @@ class Method:
 
         Args:
           learning_rate: a float, a schedule or a traced scalar.
-          total_steps: as in :class:`Context`, like the following ones.
-          num_classes: see there.
-          seed: see there.
-          axis_name: see there.
-          num_workers: see there.
-          objective: see there.
-          likelihood: see there.
+          total_steps: length of the run; schedules end there.
+          num_classes: the dominant subspace has one direction a class.
+          seed: of the method's own randomness.
+          axis_name: axis of the workers, for methods with `per_worker`; ``None``: a single worker.
+          num_workers: size of that axis.
+          objective: the loss of a batch like those of the run, for methods with `needs_objective`.
+          likelihood: what the objective's outputs are, such as ``"categorical"``; ``None``: the
+            loss decides.
 
         Returns:
           A transformation that takes any extra argument.

@@ -247,10 +247,10 @@ class Parallel:
         """The program of one step, lowered for the compiler and not run.
 
         Args:
-          state: as for :meth:`step`, like the following ones; abstract arrays will do.
-          batch: see there.
-          curvature: see there.
-          refresh: see there.
+          state: the state before the step; abstract arrays will do, here and below.
+          batch: from :meth:`put_batch`.
+          curvature: another batch from :meth:`put_batch`, or ``None``.
+          refresh: static: each value is a program of its own.
 
         Returns:
           What ``jax.jit(f).lower(...)`` returns.

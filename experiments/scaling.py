@@ -461,8 +461,8 @@ class Programs:
         """What a step of a phase sends.
 
         Args:
-          method: as in `runner`, like the following one.
-          mode: see there.
+          method: the method; one worker per device if its workers have a state of their own.
+          mode: one of `MODES`.
           phase: the kind of step.
           num_devices: default: all.
         """
