@@ -63,7 +63,7 @@ def extra(tx):
 
 
 class SpyState(NamedTuple):
-    value: jax.Array
+    objective_value: jax.Array
     given: dict
 
 
