@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Iterator
@@ -135,6 +136,18 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raises ``ValueError`` if ``value`` is none of the allowed words."""
     if value not in allowed:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
+
+
+def is_placeholder(params: Any) -> bool:
+    """Whether ``optax.tree.map_params`` calls ``init`` to see where a state is like parameters."""
+    return isinstance(params, _placeholder_type())
+
+
+@functools.cache
+def _placeholder_type() -> type:
+    types: list[type] = []
+    optax.tree.map_params(lambda params: types.append(type(params)), lambda leaf: leaf, None)
+    return types[0]
 
 
 def as_arrays(tree: Any) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.tree_util import Partial
 
-from optax_accel._arguments import as_arrays, check_real_leaves
+from optax_accel._arguments import as_arrays, check_real_leaves, is_placeholder
 from optax_accel.objective import Objective
 
 Mask: TypeAlias = chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None
@@ -30,7 +30,7 @@ def resolve(params: chex.ArrayTree, mask: Mask) -> chex.ArrayTree | None:
     Raises:
       ValueError: the mask does not fit the parameters or holds something else than booleans.
     """
-    if mask is None:
+    if mask is None or is_placeholder(params):  # which stands for any tree
         return None
     leaves, given = jax.tree.leaves(mask), mask
     if isinstance(mask, Partial) or (callable(mask) and leaves and all(map(callable, leaves))):

@@ -127,3 +127,12 @@ def test_nothing_selected(make: Callable[[Any], Any]) -> None:
     result = updated(make(False), grads, NET, OBJECTIVE)
     assert jax.tree.structure(result) == jax.tree.structure(grads)
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(result))
+
+
+@ALL
+def test_states_can_be_mapped_like_the_parameters(make: Callable[[Any], Any]) -> None:
+    """As Optax maps states, to shard them, say: with a placeholder for the parameters in `init`."""
+    tx = make({"w": True, "n": False})
+    state = tx.init({"w": jnp.ones((3, 2)), "n": jnp.ones(2)})
+    mapped = optax.tree.map_params(tx, lambda leaf: leaf, state)
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
