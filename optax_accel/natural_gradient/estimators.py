@@ -72,7 +72,8 @@ def output_gradients(
     dtype = jnp.promote_types(jnp.result_type(*leaves), jnp.float32)
     if likelihood is None:
         flat, restore = _flatten(outputs, num_examples, dtype)
-        root = _loss_root(lambda f: loss(restore(f)), flat)
+        units = vary_over(jnp.eye(flat.shape[1], dtype=dtype), axis)
+        root = _loss_root(lambda f: loss(restore(f)), flat, units)
         if estimator == "fisher":
             normal = draw(_normal, flat.shape[1:])
             samples = jnp.einsum("nfc,nc->nf", root, normal)[None]

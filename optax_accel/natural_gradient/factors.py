@@ -83,7 +83,8 @@ def inputs_of(block: Block, use: Use, values: Values, num_examples: int, dtype: 
     else:
         x = x.transpose(*use.rows, *use.columns)
     if use.kind == "embedding":
-        return x.reshape(num_examples, -1)
+        x = x.reshape(num_examples, -1)
+        return jnp.clip(x, 0, block.matrix_shape[0] - 1) if dict(use.geometry)["clip"] else x
     features = block.matrix_shape[0] - block.has_bias
     x = x.reshape(num_examples, -1, features).astype(dtype)
     if block.has_bias:
@@ -177,6 +178,14 @@ def diagonal_statistics(
     block: Block, values: Values, gradients: Values, num_examples: int, dtype: Any
 ) -> jax.Array:
     """Mean squares of the per-example gradients of a scale or shift."""
+    each = example_gradients(block, values, gradients, num_examples, dtype)
+    return jnp.mean(jnp.sum(each**2, axis=0), axis=0)
+
+
+def example_gradients(
+    block: Block, values: Values, gradients: Values, num_examples: int, dtype: Any
+) -> jax.Array:
+    """The gradients of a scale or shift, ``(samples, examples, *parameter.shape)``."""
     total: Any = 0.0
     for use in block.uses:
         g = gradients[use.output].astype(dtype)
@@ -188,7 +197,7 @@ def diagonal_statistics(
         channels = g.shape[1 + len(use.output_rows) :]
         g = g.reshape(g.shape[0], num_examples, -1, *channels).sum(axis=2)
         total += use.sign * jax.vmap(jax.vmap(lambda core, use=use: _to_leaf(core, use, block)))(g)
-    return jnp.mean(jnp.sum(total**2, axis=0), axis=0)
+    return total
 
 
 def _to_leaf(core: jax.Array, use: Use, block: Block) -> jax.Array:
@@ -257,6 +266,8 @@ def split_damping(factors: Sequence[jax.Array], damping: Any) -> list[jax.Array]
       factors: A and B of one layer, A and B of the next, ...; only their ratio matters.
       damping: :math:`\lambda`.
     """
+    if not factors:
+        return []
     means = jnp.stack(traces(factors)) / np.array([len(f) for f in factors], np.float32)
     usable = jnp.all(means.reshape(-1, 2) > 0, axis=1)
     a, b = (jnp.where(usable, side, 1) for side in (means[::2], means[1::2]))

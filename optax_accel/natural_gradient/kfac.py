@@ -26,15 +26,17 @@ two periods, the KL clip, inverses spread over devices.
 
 Ours: layers are found in the program of ``predict`` instead of being registered
 (:mod:`~optax_accel.natural_gradient.layers`); factors start from zero and are corrected for it, as
-Adam's moments are; a batch with numbers that are not finite leaves the factors as they were.  Left
-out: the rescaling of the step by the quadratic model and the adaption of the damping to it
-(Martens, Grosse, sections 6.4 to 7).
+Adam's moments are; a batch with numbers that are not finite leaves the curvature as it was, and the
+state counts it.  Left out: the rescaling of the step by the quadratic model and the adaption of the
+damping to it (Martens, Grosse, sections 6.4 to 7).
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import chex
@@ -50,13 +52,19 @@ from optax_accel._arguments import (
     check_real_leaves,
     value_of,
 )
-from optax_accel._masking import Mask, resolve
+from optax_accel._masking import Mask, resolve, select
 from optax_accel._random import as_key
 from optax_accel.natural_gradient import factors as stats
 from optax_accel.natural_gradient.estimators import Estimator, Likelihood, output_gradients
 from optax_accel.natural_gradient.factors import Kronecker
-from optax_accel.natural_gradient.layers import Block, Network, find, report
-from optax_accel.objective import Objective, as_objective, check_params, vary_over
+from optax_accel.natural_gradient.layers import UNUSED, Block, Network, find, report
+from optax_accel.objective import (
+    Objective,
+    argument_names,
+    as_objective,
+    check_params,
+    vary_over,
+)
 
 Damping = Literal["factored", "eigen"]
 Refresh = Literal[False, "factors", "inverses"] | None
@@ -72,7 +80,13 @@ class ScaleByKFACState(NamedTuple):
       count: number of updates made; int32 scalar.
       key: PRNG key of the sampled outputs.
       scale: what the last update was multiplied by, 1 or less with ``norm_constraint``.
-      weight: 1 - decay ** (number of factor updates): what the factors are to be divided by.
+      accepted: whether the last refresh took all that it measured and computed; boolean scalar.
+      rejected: how many batches were refused, because a factor or a moment of theirs was not
+        finite; int32 scalar. Such a batch changes none of the averages.
+      rejected_inverses: how many inverses or eigendecompositions of layers were not finite, and the
+        old ones kept; int32 scalar.
+      weight: 1 - decay ** (number of accepted batches): what factors and moments are to be divided
+        by.
       factors: for a layer its ``inputs`` A and ``outputs`` B, for other parameters their second
         moments; moving averages that start at 0.
       inverses: for a layer what is multiplied: the damped inverses of A and B, or their
@@ -83,6 +97,9 @@ class ScaleByKFACState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
     key: chex.PRNGKey
     scale: jax.Array
+    accepted: jax.Array
+    rejected: jax.Array
+    rejected_inverses: jax.Array
     weight: jax.Array
     factors: tuple[Any, ...]
     inverses: tuple[Any, ...]
@@ -243,9 +260,13 @@ def scale_by_kfac(
       A transformation with state :class:`ScaleByKFACState`.
 
     Raises:
-      ValueError: an argument outside its range; in ``init``: no layer was found in ``predict``; in
-        ``update``: ``value_fn`` is missing, a plain function, or of another network.
+      ValueError: an argument outside its range; an example that lacks arguments of ``predict``; in
+        ``init``: ``predict`` cannot be evaluated on it; in ``update``: ``value_fn`` is missing, a
+        plain function, or of another network.
       TypeError: an argument of another kind; parameters that are not real floating point.
+
+    Warns:
+      UserWarning: a matrix of parameters has no Kronecker block, for the reasons listed.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -607,6 +628,7 @@ def _transformation(
             f"{name}: `objective` must be an optax_accel.Objective(predict, loss), whose program "
             f"tells how the parameters are used; got {type(objective).__name__}."
         )
+    _check_example(name, objective, example)
     check_number("damping", damping, 0, open_low=True, allow_schedule=True)
     check_number("decay", decay, 0, 1, open_high=True)
     _check_periods(factors_every, inverses_every)
@@ -618,31 +640,25 @@ def _transformation(
     check_integer("max_size", max_size, 1)
     initial_key = as_key(key)
 
+    # Found once for each structure of the parameters.
     structures: dict[Any, tuple[Block, ...]] = {}
 
     def blocks_of(params: chex.ArrayTree) -> tuple[Block, ...]:
         leaves, treedef = jax.tree.flatten(params)
-        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-        known = treedef, tuple((shape.shape, shape.dtype) for shape in shapes)
+        known = treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
         if known not in structures:
+            shapes = [jax.ShapeDtypeStruct(*leaf) for leaf in known[1]]
             abstract = jax.tree.unflatten(treedef, shapes)
             structures[known] = _find(name, objective, abstract, example, mask).blocks
+            _warn_of_diagonals(name, structures[known])
         return structures[known]
 
-    def init_fn(params: chex.ArrayTree) -> ScaleByKFACState:
-        check_params(params, name)
-        check_real_leaves(params, name)
-        blocks, leaves = blocks_of(params), jax.tree.leaves(params)
-        if not any(block.kronecker for block in blocks):
-            raise ValueError(
-                f"{name} found no dense layer, convolution or embedding in `predict`; what it "
-                f"found:\n{report(blocks)}"
-            )
+    def initial_state(blocks: tuple[Block, ...], dtypes: Sequence[Any]) -> ScaleByKFACState:
         factors: list[Any] = []
         inverses: list[Any] = []
         moments: list[Any] = []
         for block in blocks:
-            dtype = _dtype(block, leaves)
+            dtype = jnp.result_type(jnp.float32, *(dtypes[i] for i in block.leaves))
             if not block.kronecker:
                 factors.append(jnp.zeros(block.shapes[0], dtype))
                 inverses.append(None)
@@ -652,15 +668,32 @@ def _transformation(
             factors.append(Kronecker(*(jnp.zeros(shape, dtype) for shape in shapes)))
             inverses.append(Kronecker(*(_identity(shape, dtype, kind) for shape in shapes)))
             moments.append(jnp.zeros(block.matrix_shape, dtype) if kind == "ekfac" else None)
+        used = {dtypes[i] for block in blocks for i in block.leaves}
         return ScaleByKFACState(
             count=jnp.zeros((), jnp.int32),
             key=jnp.copy(initial_key),
             scale=jnp.ones((), jnp.float32),
-            weight=jnp.zeros((), jnp.result_type(jnp.float32, *leaves)),
+            accepted=jnp.ones((), bool),
+            rejected=jnp.zeros((), jnp.int32),
+            rejected_inverses=jnp.zeros((), jnp.int32),
+            weight=jnp.zeros((), jnp.result_type(jnp.float32, *used)),
             factors=tuple(factors),
             inverses=tuple(inverses),
             moments=tuple(moments),
         )
+
+    def init_fn(params: chex.ArrayTree) -> ScaleByKFACState:
+        if isinstance(params, _placeholder_type()):
+            # Nothing in the state is like the parameters: the factors are like the layers.  Which
+            # these are, a placeholder does not tell; where it is open, a leaf stands for all.
+            if len(structures) == 1:
+                (((_, leaves), blocks),) = structures.items()
+                return initial_state(blocks, [dtype for _, dtype in leaves])
+            leaf: Any = jnp.zeros(())
+            return initial_state((), ())._replace(factors=leaf, inverses=leaf, moments=leaf)
+        check_params(params, name)
+        check_real_leaves(select(params, mask), name)
+        return initial_state(blocks_of(params), list(map(jnp.result_type, jax.tree.leaves(params))))
 
     def update_fn(
         updates: chex.ArrayTree,
@@ -695,18 +728,16 @@ def _transformation(
             )
             source = state.key, state.count
             batch = _measure(name, current, params, blocks, mask, estimator, likelihood, source)
-            state, finite = _average_factors(state, batch, decay, max_size)
+            new = _average_factors(state, batch, decay, max_size)
             if invert is True:
-                state = _invert(state, batch, strength, kind)
+                new = _invert(new, batch, strength, kind)
             elif invert is not False:
 
                 def inverted(state: ScaleByKFACState) -> ScaleByKFACState:
                     return _invert(state, batch, strength, kind)
 
-                state = lax.cond(invert, inverted, lambda state: state, state)
-            if kind == "ekfac":
-                state = _average_moments(state, batch, decay, finite)
-            return state
+                new = lax.cond(invert, inverted, lambda state: state, new)
+            return _average_moments(state, new, batch, decay) if kind == "ekfac" else new
 
         if refresh is None:
             invert = inverses_every == factors_every or count % inverses_every == 0
@@ -732,13 +763,56 @@ def _transformation(
 def _find(
     name: str, objective: Objective, params: chex.ArrayTree, example: Example, mask: Mask
 ) -> Network:
+    _check_example(name, objective, example)
+    selected = None if mask is None else jax.tree.leaves(resolve(params, mask))
+    return find(objective, params, example, selected)
+
+
+def _check_example(name: str, objective: Objective, example: Example) -> None:
+    """Raises if ``predict`` cannot be called with the example."""
     if objective._predict is None:
         raise ValueError(
             f"{name} finds layers in the program of the network, but the objective is a plain "
             "function of the parameters; build it as optax_accel.Objective(predict, loss)."
         )
-    selected = None if mask is None else jax.tree.leaves(resolve(params, mask))
-    return find(objective, params, example, selected)
+    if example is not None and not isinstance(example, Mapping):
+        raise TypeError(
+            f"{name}: `example` must be a dictionary of keyword arguments of `predict`, as in "
+            f"example={{'x': x}}; got {type(example).__name__}."
+        )
+    _, required, _ = argument_names(objective._predict)
+    if missing := [argument for argument in required if argument not in (example or {})]:
+        raise ValueError(
+            f"{name} evaluates `predict` on the shapes of a batch, to find its layers, and the "
+            f"example lacks its arguments {missing}. Give them, as arrays or "
+            f"jax.ShapeDtypeStruct: {name}(..., example={{{missing[0]!r}: ...}})."
+        )
+
+
+def _warn_of_diagonals(name: str, blocks: tuple[Block, ...]) -> None:
+    """Says which matrices have no Kronecker block, and why."""
+    plain = [b for b in blocks if b.kind == "generic" and b.reason not in UNUSED]
+    if any(block.kronecker for block in blocks):
+        plain = [block for block in plain if len(block.shapes[0]) > 1]
+    if not plain:
+        return
+    reasons = "".join(f"\n  {block.names[0]} {block.reason}" for block in plain)
+    warnings.warn(
+        f"{name} takes the curvature of {len(plain)} of {len(blocks)} blocks of parameters for "
+        "diagonal, estimated from gradients of whole batches, where a layer would have a Kronecker "
+        "product: a layer is a parameter that one matmul, convolution or look-up takes as a whole, "
+        "outside of loops and of functions with a derivative rule of their own."
+        f"{reasons}\nSee optax_accel.describe_layers for all blocks.",
+        stacklevel=4,
+    )
+
+
+@functools.cache
+def _placeholder_type() -> type:
+    """What ``optax.tree.map_params`` calls ``init`` with in place of parameters."""
+    types: list[type] = []
+    optax.tree.map_params(lambda params: types.append(type(params)), lambda leaf: leaf, None)
+    return types[0]
 
 
 def _check_periods(factors_every: Any, inverses_every: Any) -> None:
@@ -749,10 +823,6 @@ def _check_periods(factors_every: Any, inverses_every: Any) -> None:
             f"`inverses_every` must be a multiple of `factors_every`, {factors_every}, got "
             f"{inverses_every}: inverses are made of new factors."
         )
-
-
-def _dtype(block: Block, leaves: list[Any]) -> Any:
-    return jnp.result_type(jnp.float32, *(leaves[i].dtype for i in block.leaves))
 
 
 def _identity(shape: tuple[int, ...], dtype: Any, kind: str) -> Any:
@@ -802,17 +872,21 @@ def _measure(
     n = network.num_examples
     outputs, pullback, values = network.capture(jax.tree.leaves(params), vary)
     samples = output_gradients(objective, outputs, estimator, likelihood, *source, n)
+    # Pulled back as large as the gradient of the mean loss: a rule of the user's that is not linear
+    # (clipping) then does what it does there.
+    samples = jax.tree.map(lambda s: s / n, samples)
     if jax.tree.leaves(samples)[0].shape[0] == 1:
         pulled = pullback(jax.tree.map(lambda s: s[0], samples))
-        gradients, generic = jax.tree.map(lambda g: g[None], pulled)
+        pulled = jax.tree.map(lambda g: g[None], pulled)
     else:
-        gradients, generic = jax.vmap(pullback)(samples)
+        pulled = jax.vmap(pullback)(samples)
+    gradients, generic = jax.tree.map(lambda g: n * g, pulled)
     return _Batch(objective, network.blocks, n, values, gradients, generic, vary)
 
 
 def _average_factors(
     state: ScaleByKFACState, batch: _Batch, decay: Any, max_size: int
-) -> tuple[ScaleByKFACState, jax.Array]:
+) -> ScaleByKFACState:
     """Moving averages of the factors, unless the batch gives numbers that are not finite."""
     n, axis = batch.num_examples, batch.objective.axis_name
     means: list[Any] = []
@@ -847,11 +921,16 @@ def _average_factors(
 
     factors = jax.tree.map(average, state.factors, tuple(means))
     weight = average(state.weight, jnp.ones_like(state.weight))
-    return state._replace(factors=factors, weight=weight), finite
+    return state._replace(
+        accepted=finite, rejected=state.rejected + ~finite, factors=factors, weight=weight
+    )
 
 
 def _invert(state: ScaleByKFACState, batch: _Batch, damping: Any, kind: str) -> ScaleByKFACState:
-    """New inverses or eigendecompositions; old ones stay where they are not finite."""
+    """New inverses or eigendecompositions; old ones stay where they are not finite.
+
+    Before the first batch is accepted there is nothing to invert.
+    """
     chosen = [i for i, block in enumerate(batch.blocks) if block.kronecker]
     factors = [factor for i in chosen for factor in state.factors[i]]
     scale = _corrected(jnp.ones_like(state.weight), state.weight)
@@ -864,21 +943,35 @@ def _invert(state: ScaleByKFACState, batch: _Batch, damping: Any, kind: str) -> 
         arguments = [(*args, s) for args, s in zip(arguments, strengths, strict=True)]
     results = stats.share(function, arguments, batch.objective.axis_name, batch.vary)
     inverses, moments = list(state.inverses), list(state.moments)
+    failed = jnp.zeros((), jnp.int32)
     for i, inputs, outputs in zip(chosen, results[::2], results[1::2], strict=True):
         new, old = Kronecker(inputs, outputs), state.inverses[i]
         # A decomposition that fails is NaN everywhere; diagonal factors cannot fail.
         finite = jnp.isfinite(sum(leaf[(0,) * leaf.ndim] for leaf in jax.tree.leaves(new)))
-        new = jax.tree.map(lambda a, b, finite=finite: lax.select(finite, a, b), new, old)
+        new = _choose(finite & (state.weight > 0), new, old)
+        failed += ~finite & (state.weight > 0)
         if kind == "ekfac":
             moments[i] = stats.change_basis(moments[i], old, new)
         inverses[i] = new
-    return state._replace(inverses=tuple(inverses), moments=tuple(moments))
+    return state._replace(
+        accepted=state.accepted & (failed == 0),
+        rejected_inverses=state.rejected_inverses + failed,
+        inverses=tuple(inverses),
+        moments=tuple(moments),
+    )
 
 
 def _average_moments(
-    state: ScaleByKFACState, batch: _Batch, decay: Any, finite: jax.Array
+    before: ScaleByKFACState, state: ScaleByKFACState, batch: _Batch, decay: Any
 ) -> ScaleByKFACState:
-    """The moving average of EKFAC's second moments."""
+    """The moving average of EKFAC's second moments.
+
+    Args:
+      before: the state before the batch, which stays if the batch's moments are not finite.
+      state: with the factors and the basis to which the batch has led.
+      batch: the batch.
+      decay: of the average.
+    """
     new = [
         stats.eigen_statistics(
             block, batch.values, batch.gradients, batch.num_examples, basis, old.dtype, batch.vary
@@ -886,14 +979,33 @@ def _average_moments(
         for block, basis, old in zip(batch.blocks, state.inverses, state.moments, strict=True)
         if old is not None
     ]
-    remaining = iter(batch.objective._mean(batch.vary(new)))
+    means = batch.objective._mean(batch.vary(new))
+    finite = jnp.isfinite(sum(jnp.sum(mean) for mean in means))
+    usable = state.rejected == before.rejected
+    remaining = iter(means)
 
     def average(old: jax.Array) -> jax.Array:
-        new, kept = next(remaining), jnp.asarray(decay, old.dtype)
-        usable = finite & jnp.isfinite(jnp.sum(new))
-        return jnp.where(usable, kept * old + (1 - kept) * new, old)
+        kept = jnp.asarray(decay, old.dtype)
+        return jnp.where(usable, kept * old + (1 - kept) * next(remaining), old)
 
-    return state._replace(moments=jax.tree.map(average, state.moments))
+    def estimates(state: ScaleByKFACState) -> chex.ArrayTree:
+        return state.weight, state.factors, state.inverses, state.moments
+
+    state = state._replace(moments=jax.tree.map(average, state.moments))
+    refused = usable & ~finite
+    weight, factors, inverses, moments = _choose(refused, estimates(before), estimates(state))
+    return state._replace(
+        accepted=state.accepted & ~refused,
+        rejected=state.rejected + refused,
+        weight=weight,
+        factors=factors,
+        inverses=inverses,
+        moments=moments,
+    )
+
+
+def _choose(condition: jax.Array, one: chex.ArrayTree, other: chex.ArrayTree) -> chex.ArrayTree:
+    return jax.tree.map(lambda a, b: lax.select(condition, a, b), one, other)
 
 
 def _corrected(average: jax.Array, weight: jax.Array, otherwise: Any = 0) -> jax.Array:
@@ -911,6 +1023,7 @@ def _precondition(
 ) -> tuple[chex.ArrayTree, jax.Array]:
     """The natural gradient and what it was multiplied by to keep its norm within bounds."""
     leaves, treedef = jax.tree.flatten(updates)
+    leaves = [leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for leaf in leaves]
     new = dict[int, jax.Array]()
     product: Any = 0.0
     for block, factors, inverses, moments in zip(
@@ -939,5 +1052,5 @@ def _precondition(
         ratio = bound / jnp.where(product > 0, product, 1)
         scale = jnp.where(product > 0, jnp.minimum(1, jnp.sqrt(ratio)), 1).astype(jnp.float32)
         new = {i: scale.astype(leaf.dtype) * leaf for i, leaf in new.items()}
-    merged = [new.get(i, leaf).astype(leaf.dtype) for i, leaf in enumerate(leaves)]
+    merged = [new[i].astype(leaf.dtype) if i in new else leaf for i, leaf in enumerate(leaves)]
     return jax.tree.unflatten(treedef, merged), scale

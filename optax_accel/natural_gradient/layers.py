@@ -14,11 +14,16 @@ broadcast, casts) to what uses it:
 
 A vector added to the output of a dense layer or a convolution is its bias, one block with it.  A
 parameter used several times in the same way (over time, over branches) has one block, the sum over
-its uses.  What is jitted, checkpointed or has a custom derivative is looked into where a parameter
-enters it; loops and conditionals are not.
+its uses.  Uses from which no gradient comes back (``stop_gradient``, rounding) do not count.
+
+What is jitted or checkpointed is looked into where a parameter enters it; loops and conditionals
+are not, nor is what has a derivative rule of the user's (``jax.custom_jvp``, ``jax.custom_vjp``):
+what is inside says nothing about the derivative.  A rule that passes the gradient to the parameter
+as it is (a straight-through estimator) is followed as a layout is.
 
 Activations and the gradients at the layers' outputs come from one evaluation of the same program
-with a tap at each output, and its pullback.
+with a tap at each output, and its pullback.  Every equation is evaluated as it stands, so that the
+gradients are those of ``jax.grad``, with the user's rules.
 """
 
 from __future__ import annotations
@@ -34,6 +39,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from optax_accel.objective import Objective
@@ -47,11 +53,23 @@ _IDENTITIES = {
     *("convert_element_type", "copy", "copy_p", "reduce_precision", "sharding_constraint"),
     *("pvary", "pcast", "reshard", "mesh_cast", "optimization_barrier"),
 }
-# Call-like primitives and the parameter that holds the program they run.
+# Call-like primitives, which have the derivative of the program they run, and the parameter that
+# holds it.
 _CALLS = {
     **dict.fromkeys(("jit", "pjit", "checkpoint", "remat", "remat2"), "jaxpr"),
-    **dict.fromkeys(("closed_call", "core_call", "custom_jvp_call"), "call_jaxpr"),
-    **dict.fromkeys(("custom_vjp_call", "custom_vjp_call_jaxpr"), "call_jaxpr"),
+    **dict.fromkeys(("closed_call", "core_call"), "call_jaxpr"),
+}
+# Operations that have a rule of the user's.
+_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin")
+# Operations without a derivative, or whose derivative is zero; beside those with integer results.
+_CONSTANT = ("stop_gradient", "round", "floor", "ceil", "sign")
+# What is said of parameters that no layer could have.
+UNUSED = ("has no entries", "has no gradient", "is not used")
+# Why a parameter that enters one of these operations has no layer there.
+_REASONS = {
+    **dict.fromkeys(("scan", "while", "cond"), "whose inside is not looked into"),
+    **dict.fromkeys(_RULES, "which has a derivative rule of its own"),
+    **dict.fromkeys(("slice", "dynamic_slice", "split"), "which takes a part of it"),
 }
 
 
@@ -114,6 +132,8 @@ class _View:
 def _follow(view: _View, eqn: JaxprEqn, old: Shape, new: Shape) -> _View | None:
     """The view that a layout operation makes of a view; None if it is none."""
     name, params = eqn.primitive.name, eqn.params
+    if name == "convert_element_type" and not jnp.issubdtype(params["new_dtype"], jnp.floating):
+        return None  # integers have no derivative, complex numbers another one
     if name in _IDENTITIES:
         return view
     if name == "transpose":
@@ -168,7 +188,8 @@ class Use:
       channels: the other axes of ``output``, in the order of the matrix' columns; for a scale or
         shift, in the order of the axes of the core that ``core_axes`` names.
       core_axes: see ``channels``.
-      geometry: parameters of a convolution.
+      geometry: parameters of a convolution; of an embedding whether indices out of bounds are
+        clipped (else they are dropped).
       coefficient: a further factor of a scale or shift, or None.
       sign: of a shift.
       bias_ops: from the bias to a vector of outputs, if there is a bias.
@@ -345,19 +366,50 @@ def find(
     Args:
       objective: an objective of the parameters and what ``example`` holds.
       params: the parameters, arrays or ``jax.ShapeDtypeStruct``.
-      example: keyword arguments of ``predict``, arrays or ``jax.ShapeDtypeStruct`` too.
+      example: keyword arguments of ``predict``, pytrees of arrays or ``jax.ShapeDtypeStruct`` too;
+        other leaves (flags, names) are given as they are.
       selected: for each parameter whether it takes part; None: all do.
 
     Returns:
       The network.
 
     Raises:
-      ValueError: the objective has no outputs, or these no common leading axis of examples.
+      ValueError: ``predict`` cannot be evaluated, or its outputs have no common leading axis of
+        examples.
     """
-    closed, outputs = jax.make_jaxpr(
-        lambda params, example: objective.outputs(params, **example), return_shape=True
-    )(params, dict(example or {}))
+    leaves, treedef = jax.tree.flatten(dict(example or {}))
+    is_array = [hasattr(leaf, "shape") and not isinstance(leaf, np.generic) for leaf in leaves]
+
+    def predict(params: chex.ArrayTree, arrays: list[Any]) -> chex.ArrayTree:
+        remaining = iter(arrays)
+        given = [
+            next(remaining) if traced else leaf
+            for traced, leaf in zip(is_array, leaves, strict=True)
+        ]
+        return objective.outputs(params, **jax.tree.unflatten(treedef, given))
+
+    arrays = [leaf for traced, leaf in zip(is_array, leaves, strict=True) if traced]
+    try:
+        closed, outputs = jax.make_jaxpr(predict, return_shape=True)(params, arrays)
+    except Exception as error:
+        summary = next(iter(str(error).strip().splitlines()), "")
+        raise ValueError(
+            f"`predict` cannot be evaluated: {type(error).__name__}: {summary}\nIt was given the "
+            f"parameters {_summary(params)} and the example {_summary(dict(example or {}))}, which "
+            "must have the structure, shapes and dtypes of those of a training step."
+        ) from error
     return _Finder(closed, params, outputs).network(selected)
+
+
+def _summary(tree: chex.ArrayTree) -> str:
+    """Names, dtypes and shapes of the first leaves of a tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    texts = [
+        f"{jax.tree_util.keystr(path) or 'itself'}: "
+        + (f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else repr(leaf))
+        for path, leaf in leaves[:8]
+    ]
+    return "{" + ", ".join([*texts, *(["..."] if len(leaves) > 8 else [])]) + "}"
 
 
 class _Finder:
@@ -376,13 +428,14 @@ class _Finder:
         # What is known of values.
         self.data: set[int] = set()  # depend on the data, or on other arrays that are not trained
         self.trained: set[int] = set()  # depend on parameters
-        self.readers: collections.Counter[int] = collections.Counter()
+        self.constant: set[int] = set()  # steps through which no gradient comes back
         self.views: dict[int, _View] = {}
         self.channels: dict[int, tuple[int, tuple[int | None, ...]]] = {}
         # What is known of parameters.
         self.uses: list[Use] = []
         self.biases: dict[int, list[tuple[int, Ops]]] = {}
-        self.generic: dict[int, str] = {}
+        # Parameters that a step takes in another way than a layer, the step's results, the reason.
+        self.refusals: list[tuple[int, tuple[int, ...], str]] = []
 
         arguments = self._new([var.aval for var in closed.jaxpr.invars])
         self.inputs = arguments[: len(paths)]
@@ -390,12 +443,20 @@ class _Finder:
         self.data.update(arguments[len(paths) :])
         for leaf, (number, shape) in enumerate(zip(self.inputs, self.leaf_shapes, strict=True)):
             self.views[number] = _View(leaf, (), shape, tuple(range(len(shape))))
-            if 0 in shape:
-                self.generic[leaf] = "has no entries"
         self.outputs = self._inline(closed.jaxpr, self._constant(closed.consts), arguments)
         for number in self.outputs:
-            self.readers[number] += 1
-            self._give_up(number, "is an output itself")
+            self._give_up(number, (number,), "is an output itself")
+        # Which values the outputs depend on by a derivative, and how many steps read them so.
+        self.live = set(self.outputs)
+        self.readers = collections.Counter(self.outputs)
+        for index, (_, operands, results) in reversed(list(enumerate(self.steps))):
+            if index not in self.constant and not self.live.isdisjoint(results):
+                self.live.update(operands)
+                self.readers.update(operands)
+        self.generic: dict[int, str] = {}
+        for leaf, results, reason in self.refusals:
+            if not self.live.isdisjoint(results):
+                self.generic.setdefault(leaf, reason)
 
     def network(self, selected: Sequence[bool] | None) -> Network:
         return Network(
@@ -464,17 +525,19 @@ class _Finder:
             constvars=[], invars=list(arguments), outvars=eqn.outvars, eqns=[eqn]
         )
         function = jaxpr_as_fun(ClosedJaxpr(single, ()))
+        if eqn.primitive.name in _CONSTANT or not any(map(_has_derivative, eqn.outvars)):
+            self.constant.add(len(self.steps))
         self.steps.append((function, tuple(arguments.values()), results))
-        self.readers.update(operands)
         for known in (self.data, self.trained):
             if not known.isdisjoint(operands):
                 known.update(results)
-        self._match(eqn, operands, results[0] if results else -1)
+        self._match(eqn, operands, results)
         return list(results)
 
     # -- following parameters --------------------------------------------------------------------
 
-    def _match(self, eqn: JaxprEqn, operands: tuple[int, ...], result: int) -> None:
+    def _match(self, eqn: JaxprEqn, operands: tuple[int, ...], results: tuple[int, ...]) -> None:
+        result = results[0] if results else -1
         if len(operands) == 1:
             self._move_channels(eqn, operands[0], result)
         views = [number for number in operands if number in self.views]
@@ -483,16 +546,40 @@ class _Finder:
             "conv_general_dilated": self._match_convolution,
             "gather": self._match_embedding,
             **dict.fromkeys(("mul", "add", "add_any", "sub"), self._match_elementwise),
+            **dict.fromkeys(_RULES, self._match_rule),
         }
         matcher = matchers.get(eqn.primitive.name, self._match_layout)
         if len(views) == 1 and matcher(eqn, operands, result):
             return
+        name = eqn.primitive.name
+        reason = f", {_REASONS[name]}" if name in _REASONS else ""
         for number in views:
-            self._give_up(number, f"is used by `{eqn.primitive.name}`")
+            self._give_up(number, results, f"is used by `{name}`{reason}")
 
-    def _give_up(self, number: int, reason: str) -> None:
+    def _give_up(self, number: int, results: tuple[int, ...], reason: str) -> None:
         if number in self.views:
-            self.generic.setdefault(self.views[number].leaf, reason)
+            self.refusals.append((self.views[number].leaf, results, reason))
+
+    def _match_rule(self, eqn: JaxprEqn, operands: tuple[int, ...], result: int) -> bool:
+        """Follows a parameter through a rule that passes the gradient to it as it is."""
+        (number,) = (number for number in operands if number in self.views)
+        old, new = self.avals[number], self.avals[result]
+        if len(eqn.outvars) != 1 or (old.shape, old.dtype) != (new.shape, new.dtype):
+            return False
+        function, arguments, _ = self.steps[-1]
+        index = arguments.index(number)
+
+        def pull(gradient: jax.Array, *values: jax.Array) -> jax.Array:
+            def of_parameter(value: jax.Array) -> jax.Array:
+                return function(*values[:index], value, *values[index + 1 :])[0]
+
+            return jax.vjp(of_parameter, values[index])[1](gradient)[0]
+
+        traced = jax.make_jaxpr(pull)(new, *(self.avals[n] for n in arguments)).jaxpr
+        if traced.outvars[0] is not traced.invars[0]:
+            return False
+        self.views[result] = self.views[number]
+        return True
 
     def _match_layout(self, eqn: JaxprEqn, operands: tuple[int, ...], result: int) -> bool:
         if len(operands) != 1:
@@ -627,6 +714,7 @@ class _Finder:
                 rows=tuple(rows),
                 output_rows=tuple(output_rows[i] for i in rows),
                 channels=channels,
+                geometry=(("clip", eqn.params["mode"] == lax.GatherScatterMode.CLIP),),
             )
         )
 
@@ -698,12 +786,16 @@ class _Finder:
     def _blocks(self, selected: Sequence[bool]) -> Iterator[Block]:
         uses: dict[int, list[int]] = {leaf: [] for leaf in range(len(self.names))}
         for index, use in enumerate(self.uses):
-            uses[use.leaf].append(index)
+            if use.output in self.live:
+                uses[use.leaf].append(index)
+        taken = {leaf for leaf, _, _ in self.refusals} | {use.leaf for use in self.uses}
         for leaf, indices in uses.items():
+            if 0 in self.leaf_shapes[leaf]:
+                self.generic[leaf] = "has no entries"
             kinds = sorted({self.uses[i].kind for i in indices})
             layouts = {self.uses[i].ops for i in indices}
             if not indices:
-                self.generic.setdefault(leaf, "is not used")
+                self.generic.setdefault(leaf, "has no gradient" if leaf in taken else "is not used")
             elif len(kinds) > 1:
                 self.generic.setdefault(leaf, f"is used as {' and as '.join(kinds)}")
             elif kinds != ["scale-shift"] and len(layouts) > 1:
@@ -739,7 +831,14 @@ class _Finder:
 
     def _bias_of(self, indices: list[int], uses: dict[int, list[int]]) -> tuple[int, Ops] | None:
         """The bias that is added in every one of a layer's uses, and nowhere else."""
-        found = [self.biases.get(index, []) for index in indices]
+        found = [
+            [
+                (shift, ops)
+                for shift, ops in self.biases.get(i, [])
+                if self.uses[shift].output in self.live
+            ]
+            for i in indices
+        ]
         if any(len(candidates) != 1 for candidates in found):
             return None
         shifts = [shift for ((shift, _),) in found]
@@ -756,6 +855,10 @@ class _Finder:
         if bias in self.generic or sorted(shifts) != uses[bias] or not only_reader:
             return None
         return bias, ops
+
+
+def _has_derivative(var: Any) -> bool:
+    return jnp.issubdtype(getattr(var.aval, "dtype", np.int32), jnp.inexact)
 
 
 def _product(shape: Shape, *factors: jax.Array) -> tuple[jax.Array]:

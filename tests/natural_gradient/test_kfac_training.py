@@ -192,10 +192,99 @@ def test_a_fifth_of_the_steps_of_sgd():
 # -- what a user gets wrong, and what a batch does ------------------------------------------------
 
 
-def test_nothing_to_match():
-    objective = oa.Objective(lambda p: X * jnp.exp(p["w"])[None], lambda out: squares(out, X))
-    with pytest.raises(ValueError, match=r"found no dense layer(.|\n)*'w'.*is used by `exp`"):
-        oa.scale_by_kfac(objective).init({"w": jnp.ones(2)})
+LINEAR = oa.Objective(lambda p, x: x @ p["w"], lambda out, y: squares(out, y))
+ONE = {"w": np.ones((2, 2), np.float32)}
+
+
+def test_no_layer_at_all():
+    """A diagonal of batch gradients, and one warning that says for which parameter and why."""
+
+    def predict(params: Any) -> jax.Array:
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), X, params["w"])[0]
+
+    objective = oa.Objective(predict, lambda out: squares(out, X))
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 2)), jnp.float32)}
+    tx = oa.scale_by_kfac(objective, damping=0.1, estimator="empirical")
+    with pytest.warns(UserWarning, match=r"1 of 1 blocks(.|\n)*'w'.*is used by `scan`"):
+        state = tx.init(params)
+    grads = objective.grad(params)
+    updates, _ = tx.update(grads, state, params, value_fn=objective)
+    want = grads["w"] / (len(X) * grads["w"] ** 2 + 0.1)
+    np.testing.assert_allclose(updates["w"], want, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (
+            lambda: oa.kfac(0.1, LINEAR),
+            ValueError,
+            r"lacks its arguments \['x'\].*example={'x': ...",
+        ),
+        (lambda: oa.ekfac(0.1, LINEAR, {"y": X}), ValueError, r"lacks its arguments \['x'\]"),
+        (lambda: oa.scale_by_kfac(LINEAR, X), TypeError, "must be a dictionary .*; got ndarray"),
+        (lambda: oa.describe_layers(LINEAR, ONE), ValueError, r"describe_layers .* lacks its arg"),
+        (
+            lambda: oa.kfac(0.1, LINEAR, {"x": X.T}).init(ONE),
+            ValueError,
+            r"`predict` cannot be evaluated: TypeError: dot_gen.*\n.*'w'.*: float32\[2, 2\].*'x'",
+        ),
+        (
+            lambda: oa.scale_by_ekfac(LINEAR, {"x": X}).init({"v": X}),
+            ValueError,
+            r"`predict` cannot be evaluated: KeyError: 'w'\n.* parameters {\['v'\]",
+        ),
+        (
+            lambda: oa.scale_by_kfac(oa.Objective.from_value_fn(lambda p: 0.0)),
+            ValueError,
+            r"a plain function of the parameters; build it as .*Objective\(predict, loss\)",
+        ),
+    ],
+)
+def test_wrong_examples(build, error, message):
+    """Said as early as it is known, in words of ours."""
+    with pytest.raises(error, match=message):
+        build()
+
+
+def test_flags_of_an_example_are_given_as_they_are():
+    def predict(params: Any, x: Any, train: bool, name: str) -> jax.Array:
+        return x @ params["w"] if train and name == "linear" else x
+
+    objective = oa.Objective(predict, lambda out: squares(out, X))
+    example = {"x": jax.ShapeDtypeStruct(X.shape, X.dtype), "train": True, "name": "linear"}
+    assert "2 x 2 Kronecker" in oa.describe_layers(objective, ONE, example)
+
+
+def test_parameters_that_do_not_take_part():
+    """Integers and keys behind a mask pass; Python numbers are parameters."""
+    params = ONE | {"t": 2.0, "step": jnp.asarray(3), "key": jax.random.key(0)}
+    objective = oa.Objective(lambda p: X @ p["w"] * p["t"], lambda out: squares(out, X))
+    mask = {"w": True, "t": True, "step": False, "key": False}
+    tx = oa.scale_by_kfac(objective, mask=mask)
+    state = tx.init(params)
+    grads = dict.fromkeys(params, 0.0) | ONE
+    updates, state = tx.update(grads, state, params, value_fn=objective)
+    assert updates["step"] == updates["key"] == 0.0
+    assert (updates["w"].shape, updates["t"].shape) == ((2, 2), ())
+    assert state.accepted
+    with pytest.raises(TypeError, match=r"'key'.* has dtype key"):
+        oa.scale_by_kfac(objective, mask=mask | {"key": True}).init(params)
+
+
+@pytest.mark.parametrize("build", [oa.kfac, oa.ekfac])
+def test_states_without_parameters(build):
+    """`optax.tree.map_params` touches the momentum alone; shapes come without parameters."""
+    settings = {"objective": mlp_objective(X, Y), "momentum": 0.9}
+    tx, params = build(0.1, **settings), mlp_init()
+    state = tx.init(params)
+    assert signature(jax.eval_shape(tx.init, params)) == signature(state)
+    for same in (tx, build(0.1, **settings)):  # one that has seen parameters, one that has not
+        mapped = optax.tree.map_params(same, lambda leaf: leaf + 1, state)
+        tree_equal(mapped[0], state[0])
+        tree_equal(mapped[1].trace, jax.tree.map(jnp.ones_like, params))
+    zeros = optax.tree.map_params(tx, jnp.ones_like, state, transform_non_params=jnp.zeros_like)
+    assert not any(jnp.any(leaf) for leaf in jax.tree.leaves((zeros[0].factors, zeros[0].inverses)))
 
 
 def test_another_network_than_it_was_built_with():
@@ -240,17 +329,52 @@ def test_several_outputs(x64):
 
 @pytest.mark.parametrize("kind", ONE_KIND)
 def test_non_finite_batches_change_nothing(kind):
+    """And are counted."""
     tx, params = scale_by(kind, mixed(X, Y), likelihood="categorical"), PARAMS
     _, state = first_update(tx, mixed(X, Y), params)
+    assert state.accepted
+    assert optax.tree.get(state, "rejected") == 0
     for poisoned in (mixed(X * np.nan, Y), mixed(X * 1e30, Y)):
         grads = mixed(X, Y).grad(params)
         updates, new = jax.jit(
             lambda g, s, o=poisoned: tx.update(g, s, params, value_fn=o, refresh="inverses")
         )(grads, state)
         tree_equal((new.factors, new.weight), (state.factors, state.weight))
+        assert not optax.tree.get(new, "accepted")
+        assert (optax.tree.get(new, "rejected"), new.rejected_inverses) == (1, 0)
         # Rotated into a basis that is the same again.
         tree_allclose(new.moments, state.moments, rtol=1e-5)
         assert all(jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves((updates, new.inverses)))
+
+
+@pytest.mark.parametrize("kind", ONE_KIND)
+def test_a_first_batch_that_is_refused(kind):
+    """Gradients pass, as long as there is no curvature."""
+    problem = mixed(X * np.nan, Y)
+    tx, grads = scale_by(kind, problem, damping=0.25), mixed(X, Y).grad(PARAMS)
+    update = jax.jit(lambda: tx.update(grads, tx.init(PARAMS), PARAMS, value_fn=problem))
+    updates, state = update()
+    assert (state.weight, state.rejected, state.rejected_inverses) == (0, 1, 0)
+    scale = 1.0 if kind == "factored" else 1 / 1.25
+    for name in ("layer0", "layer1"):
+        tree_allclose(updates[name], optax.tree.scale(scale, grads[name]), rtol=1e-6)
+
+
+def test_moments_that_are_refused_hold_the_weight_back():
+    """Second moments overflow before the factors do: then none of them takes the batch."""
+
+    def objective(size: Any) -> oa.Objective:
+        return oa.Objective(lambda p: size * ((size * X) @ p["w"]), lambda out: squares(out, X))
+
+    tx = oa.scale_by_ekfac(objective(1.0), likelihood="gaussian", inverses_every=1)
+    update = jax.jit(lambda state, size: tx.update(ONE, state, ONE, value_fn=objective(size))[1])
+    state = update(tx.init(ONE), 1.0)
+    new = update(state, 1e12)
+    assert not new.accepted
+    assert new.rejected == 1
+    for field in ("weight", "factors", "inverses", "moments"):
+        tree_equal(getattr(new, field), getattr(state, field))
+    assert update(new, 1.0).weight > state.weight
 
 
 def test_gradients_that_are_not_finite_somewhere_change_nothing():
@@ -261,7 +385,8 @@ def test_gradients_that_are_not_finite_somewhere_change_nothing():
     )
     params = {"w": jnp.ones((x.shape[1], 2)), "t": jnp.ones((2, 2))}
     tx = oa.scale_by_kfac(objective, likelihood="gaussian")
-    _, state = first_update(tx, objective, params)
+    with pytest.warns(UserWarning, match="1 of 2 blocks"):
+        _, state = first_update(tx, objective, params)
     params = {"w": params["w"], "t": jnp.array([[1.0, 0.0], [1.0, 1.0]])}
     _, new = jax.jit(functools.partial(tx.update, value_fn=objective))(params, state, params)
     tree_equal(new.factors, state.factors)
@@ -277,6 +402,7 @@ def test_inverses_stay_where_a_decomposition_fails():
     updates, new = update(objective.grad(params), broken, params)
     tree_equal(new.inverses[0], state.inverses[0])
     assert jnp.any(new.inverses[1].inputs != state.inverses[1].inputs)
+    assert (new.accepted, new.rejected, new.rejected_inverses) == (False, 0, 1)
     assert all(jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates))
 
 
