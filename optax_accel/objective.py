@@ -327,6 +327,16 @@ class Objective:
         required = [name for _, names, _ in found for name in names]
         return names, required, any(variadic for *_, variadic in found)
 
+    @property
+    def predict_arguments(self) -> tuple[list[str], list[str], bool]:
+        """As :attr:`arguments`, of ``predict`` alone.
+
+        Raises:
+          ValueError: the objective was built from a value function.
+        """
+        self._need_predict("predict_arguments")
+        return argument_names(self._functions.predict)  # type: ignore[arg-type]
+
     # -- derived objectives ------------------------------------------------------------------
 
     def _copy(
@@ -503,6 +513,17 @@ class Objective:
             return tree
         weight = self.batch_weight(**kwargs)
         return mean_over(self.vary(tree), self.axis_name, self._where, weight)
+
+    def mean_of_replicas(self, tree: chex.ArrayTree) -> chex.ArrayTree:
+        """The mean over the replicas, all of which count alike, whatever their ``weight``.
+
+        Args:
+          tree: this replica's values; leaves that are not floating-point pass unchanged.
+
+        Returns:
+          A tree like ``tree``, the same on all replicas.
+        """
+        return mean_over(self.vary(tree), self.axis_name, self._where)
 
     def vary(self, tree: chex.ArrayTree) -> chex.ArrayTree:
         """The same values as arrays that ``shard_map`` takes for different between replicas.
@@ -782,17 +803,6 @@ class Objective:
         base = params if self.hvp_mode == "finite_difference" else None
         product = _derivative(self.hvp_mode, gradient, params, (base, kwargs), norm)
         return self.mean_product(product, params, **kwargs)
-
-    def _mean(self, tree: chex.ArrayTree) -> chex.ArrayTree:
-        return self.mean(tree)
-
-    @property
-    def _predict(self) -> Any:
-        return self._functions.predict
-
-    @property
-    def _loss(self) -> Any:
-        return functools.partial(self._functions.loss_of, kwargs={})
 
 
 def _gauss_newton(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
@@ -26,6 +26,20 @@ Likelihood = Literal["categorical", "bernoulli", "gaussian"]
 _MOST_OUTPUTS = 256
 _Sampler = Callable[[jax.Array, Any], jax.Array]
 _Draw = Callable[[_Sampler, tuple[int, ...]], jax.Array]
+_Slope = Callable[[jax.Array], jax.Array]
+
+
+class Samples(NamedTuple):
+    """The vectors, and how much each example counts in the moments of the layers' inputs.
+
+    Attributes:
+      vectors: like the outputs, with a leading axis of samples.
+      weights: ``(examples,)``, or ``(examples, *positions)`` where the loss has a weight for each
+        position; only their ratios matter.
+    """
+
+    vectors: Any
+    weights: jax.Array
 
 
 def output_gradients(
@@ -36,11 +50,16 @@ def output_gradients(
     key: chex.PRNGKey,
     step: jax.Array,
     num_examples: int,
-) -> chex.ArrayTree:
-    """The vectors above for every example: like the outputs, with a leading axis of samples.
+) -> Samples:
+    r"""The vectors above for every example.
+
+    The mean over all examples (those of all replicas) of :math:`s s^\top` is the curvature of the
+    loss of the whole batch, whatever weights and masks there are in the loss.  A likelihood says
+    what the curvature is but for these weights, which are read off the loss: its gradient at two
+    fixed points differs by the weight times a number that is known.
 
     Args:
-      objective: of the parameters alone; without a likelihood its loss is differentiated.
+      objective: of the parameters alone.
       outputs: of the network.
       estimator: ``"fisher"``: one random vector an example; ``"ggn"``: as many as an example has
         outputs, with random signs; ``"empirical"``: the gradient of the loss.
@@ -49,14 +68,35 @@ def output_gradients(
       step: integer scalar; each step has vectors of its own.
       num_examples: the leading axis of the outputs.
 
+    Returns:
+      The vectors and the weights.
+
     Raises:
       ValueError: the outputs are not one array, though a likelihood is given; or an example has too
         many outputs to do without one.
     """
-    loss = objective._loss
+    leaves = jax.tree.leaves(outputs)
+    dtype = jnp.promote_types(jnp.result_type(*leaves), jnp.float32)
+    # How much this replica counts, relative to the average one.
+    own = objective.batch_weight()
+    share = average = None
+    if own is not None:
+        average = objective.mean_of_replicas(own).astype(dtype)
+        share = own.astype(dtype) / jnp.where(average == 0, 1, average)
+        share = jnp.where(average == 0, 1, share)
+
+    def counted(values: jax.Array, power: float = 1.0) -> jax.Array:
+        if share is None:
+            return values
+        return jnp.where(share > 0, (share**power).astype(values.dtype) * values, 0)
+
     if estimator == "empirical":
-        slopes = jax.grad(loss)(outputs)
-        return jax.tree.map(lambda g: num_examples * g[None], slopes)
+        slopes = jax.grad(objective.loss_of_outputs)(outputs)
+        scale: Any = num_examples
+        if average is not None:  # what counts as an example is what the loss divides by
+            scale = jnp.sqrt(num_examples * average)
+        vectors = jax.tree.map(lambda g: counted(jnp.asarray(scale, g.dtype) * g)[None], slopes)
+        return Samples(vectors, _present(vectors, num_examples, dtype))
 
     axis = objective.axis_name
 
@@ -68,19 +108,17 @@ def output_gradients(
         first = lax.axis_index(axis) * num_examples
         return sampler(lax.dynamic_slice_in_dim(bits, first, num_examples), dtype)
 
-    leaves = jax.tree.leaves(outputs)
-    dtype = jnp.promote_types(jnp.result_type(*leaves), jnp.float32)
     if likelihood is None:
         flat, restore = _flatten(outputs, num_examples, dtype)
-        units = vary_over(jnp.eye(flat.shape[1], dtype=dtype), axis)
-        root = _loss_root(lambda f: loss(restore(f)), flat, units)
+        root = _loss_root(objective, outputs, flat, restore)
         if estimator == "fisher":
             normal = draw(_normal, flat.shape[1:])
             samples = jnp.einsum("nfc,nc->nf", root, normal)[None]
         else:
             samples = jnp.moveaxis(root, -1, 0)
             samples = samples * draw(_sign, samples.shape[:1]).T[..., None]
-        return jax.vmap(restore)(samples)
+        vectors = jax.vmap(restore)(counted(samples, 0.5))
+        return Samples(vectors, _present(vectors, num_examples, dtype))
 
     if len(leaves) != 1 or leaves[0].ndim < (2 if likelihood == "categorical" else 1):
         shapes = [leaf.shape for leaf in leaves]
@@ -90,37 +128,92 @@ def output_gradients(
             "the loss then decides."
         )
     (out,) = leaves
+    treedef = jax.tree.structure(outputs)
     wide = out.astype(dtype)
+
+    def slope(point: jax.Array) -> jax.Array:
+        point = objective.vary(jnp.broadcast_to(point, out.shape))
+        gradient = jax.grad(objective.loss_of_outputs)(jax.tree.unflatten(treedef, [point]))
+        return jax.tree.leaves(gradient)[0]
+
+    weights = counted(jnp.maximum(_WEIGHTS[likelihood](slope, wide), 0))
+    scale = jnp.sqrt(num_examples * weights)
     if likelihood == "categorical":
-        samples = _categorical(wide, estimator, draw)
+        samples = scale[None, ..., None] * _categorical(wide, estimator, draw)
     else:
         deviation = jnp.ones_like(wide)
         if likelihood == "bernoulli":
             probability = jax.nn.sigmoid(wide)
             deviation = jnp.sqrt(probability * (1 - probability))
         if estimator == "ggn":
-            samples = _each_output(deviation) * draw(_sign, out.shape[1:])[None]
+            samples = _each_output(scale * deviation) * draw(_sign, out.shape[1:])[None]
         elif likelihood == "bernoulli":
-            samples = (probability - (draw(_uniform, out.shape[1:]) < probability))[None]
+            samples = scale * (probability - (draw(_uniform, out.shape[1:]) < probability))
+            samples = samples[None]
         else:
-            samples = draw(_normal, out.shape[1:])[None]
-    return jax.tree.unflatten(jax.tree.structure(outputs), [samples.astype(out.dtype)])
+            samples = (scale * draw(_normal, out.shape[1:]))[None]
+        weights = weights.mean(axis=-1) if weights.ndim > 1 else weights
+    samples = samples.astype(out.dtype)
+    return Samples(jax.tree.unflatten(treedef, [samples]), weights)
+
+
+def _present(vectors: chex.ArrayTree, num_examples: int, dtype: Any) -> jax.Array:
+    """1 for an example that the loss looks at, 0 for one that it leaves out."""
+    seen = [
+        jnp.any(jnp.moveaxis(leaf, 1, 0).reshape(num_examples, -1) != 0, axis=1)
+        for leaf in jax.tree.leaves(vectors)
+    ]
+    return jnp.any(jnp.stack(seen), axis=0).astype(dtype)
+
+
+# -- weights in the loss, from differences of its gradient --------------------------------------
+
+
+def _weights_of_classes(slope: _Slope, logits: jax.Array) -> jax.Array:
+    # Cross entropy with weight w has the gradient w (p - y) for any targets y: here at logits 0 and
+    # where the first class has the probability 0.73.
+    classes = logits.shape[-1]
+    if classes == 1:
+        return jnp.full(logits.shape[:-1], 1 / math.prod(logits.shape[:-1]), logits.dtype)
+    first = jnp.zeros(classes, logits.dtype).at[0].set(math.log(classes - 1) + 1)
+    difference = (slope(first) - slope(jnp.zeros_like(first)))[..., 0]
+    return difference / (1 / (1 + math.exp(-1)) - 1 / classes)
+
+
+def _weights_of_events(slope: _Slope, logits: jax.Array) -> jax.Array:
+    one = jnp.ones((), logits.dtype)
+    return (slope(one) - slope(-one)) / math.tanh(0.5)  # sigmoid(1) - sigmoid(-1)
+
+
+def _weights_of_squares(slope: _Slope, means: jax.Array) -> jax.Array:
+    # The loss is quadratic, so that points far apart do, as far as the outputs are large: the
+    # targets are, too.
+    far = 1 + jnp.max(jnp.abs(means))
+    return (slope(far) - slope(-far)) / (2 * far)
+
+
+_WEIGHTS = {
+    "categorical": _weights_of_classes,
+    "bernoulli": _weights_of_events,
+    "gaussian": _weights_of_squares,
+}
+
+
+# -- random vectors -------------------------------------------------------------------------------
 
 
 def _categorical(logits: jax.Array, estimator: Estimator, draw: _Draw) -> jax.Array:
+    """Vectors with the second moment diag(p) - p p^T at each position."""
     probabilities = jax.nn.softmax(logits, axis=-1)
     positions, classes = logits.shape[1:-1], logits.shape[-1]
-    # The loss is the mean over the positions of an example, too.
-    scale = 1 / math.sqrt(math.prod(positions))
     if estimator == "fisher":
         # The first event of Poisson processes with these rates is of each class as likely as that.
         times = -jnp.log(draw(_uniform, (*positions, classes))) / probabilities
         labels = jnp.argmin(times, axis=-1)
-        return scale * (probabilities - jax.nn.one_hot(labels, classes, dtype=logits.dtype))[None]
+        return (probabilities - jax.nn.one_hot(labels, classes, dtype=logits.dtype))[None]
     # diag(p) - p p^T is the sum over classes c of p_c (e_c - p) (e_c - p)^T.
     unit = jnp.broadcast_to(jnp.eye(classes, dtype=logits.dtype), (*logits.shape, classes))
-    signs = draw(_sign, (*positions, classes))
-    weights = scale * signs * jnp.sqrt(probabilities)
+    weights = draw(_sign, (*positions, classes)) * jnp.sqrt(probabilities)
     return jnp.moveaxis(weights[..., None] * (unit - probabilities[..., None, :]), -2, 0)
 
 
@@ -164,7 +257,12 @@ def _flatten(
     return jnp.concatenate(rows, axis=1), restore
 
 
-def _loss_root(loss: Callable[[jax.Array], jax.Array], flat: jax.Array) -> jax.Array:
+def _loss_root(
+    objective: Objective,
+    outputs: chex.ArrayTree,
+    flat: jax.Array,
+    restore: Callable[[jax.Array], chex.ArrayTree],
+) -> jax.Array:
     r"""A root of each example's loss Hessian :math:`L L^\top`, ``(examples, outputs, outputs)``."""
     num_examples, size = flat.shape
     if size > _MOST_OUTPUTS:
@@ -174,13 +272,15 @@ def _loss_root(loss: Callable[[jax.Array], jax.Array], flat: jax.Array) -> jax.A
             "likelihood='categorical' (logits), 'bernoulli' (logits) or 'gaussian' (means), or "
             "take estimator='empirical'."
         )
+    product = objective.loss_hessian(outputs)
 
     def column(unit: jax.Array) -> jax.Array:
         # An example's loss depends on its own outputs, so one product serves all examples.
-        tangent = jnp.broadcast_to(unit[None], flat.shape)
-        return jax.jvp(jax.grad(loss), (flat,), (tangent,))[1]
+        column = product(restore(jnp.broadcast_to(unit[None], flat.shape)))
+        return _flatten(column, num_examples, flat.dtype)[0]
 
-    hessians = num_examples * jnp.moveaxis(jax.vmap(column)(jnp.eye(size, dtype=flat.dtype)), 0, -1)
+    units = objective.vary(jnp.eye(size, dtype=flat.dtype))
+    hessians = num_examples * jnp.moveaxis(jax.vmap(column)(units), 0, -1)
     # Column by column instead of LAPACK's: on a CPU its batched decompositions can hang several
     # devices, and a singular matrix (of a softmax, say) has no Cholesky root.
     # The root of a rounding error is none: pivots that may be one are left out.

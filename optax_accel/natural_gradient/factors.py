@@ -55,12 +55,12 @@ class Eigen(NamedTuple):
     """An eigendecomposition.
 
     Attributes:
-      values: ascending, at least 0.
-      vectors: in columns; None for a diagonal matrix.
+      eigenvalues: ascending, at least 0.
+      eigenvectors: in columns; None for a diagonal matrix.
     """
 
-    values: jax.Array
-    vectors: jax.Array | None
+    eigenvalues: jax.Array
+    eigenvectors: jax.Array | None
 
 
 # -- statistics -----------------------------------------------------------------------------------
@@ -140,27 +140,47 @@ def kronecker_statistics(
     block: Block,
     values: Values,
     gradients: Values,
-    num_examples: int,
+    weights: jax.Array,
     shapes: Kronecker,
     dtype: Any,
 ) -> Kronecker:
-    """A and B of one batch, summed over the uses of the parameter."""
+    """A and B of one batch, summed over the uses of the parameter.
+
+    Args:
+      block: the layer.
+      values: activations.
+      gradients: at the layers' outputs.
+      weights: how much an example counts in A, ``(examples,)``, or a position of the outputs,
+        ``(examples, *positions)``; 1 on average.
+      shapes: of A and B.
+      dtype: of A and B.
+    """
+    num_examples = len(weights)
     total_inputs: Any = 0.0
     total_outputs: Any = 0.0
     num_rows = 0
     for use in block.uses:
         a = inputs_of(block, use, values, num_examples, dtype)
+        counts = _weights_of_rows(weights, a.shape[1]).astype(dtype)
         num_rows += a.shape[0] * a.shape[1]
         if block.kind == "embedding":
-            ones = jnp.ones(a.size, dtype)
             zeros = jnp.zeros(shapes.inputs, dtype)
-            total_inputs += zeros.at[_as_index(a.ravel(), len(zeros))].add(ones, mode="drop")
+            index = _as_index(a.ravel(), len(zeros))
+            total_inputs += zeros.at[index].add(counts.ravel(), mode="drop")
         else:
-            total_inputs += _gram(_rows(a), shapes.inputs)
+            total_inputs += _gram(_rows(a * jnp.sqrt(counts)[..., None]), shapes.inputs)
         total_outputs += _gram(
             _rows(gradients_of(use, gradients, num_examples, dtype)), shapes.outputs
         )
     return Kronecker(total_inputs / num_rows, total_outputs / num_examples)
+
+
+def _weights_of_rows(weights: jax.Array, num_positions: int) -> jax.Array:
+    """Weights for the positions of a layer: those of the outputs, where there are as many."""
+    weights = weights.reshape(len(weights), -1)
+    if weights.shape[1] != num_positions:
+        weights = weights.mean(axis=1, keepdims=True)
+    return jnp.broadcast_to(weights, (len(weights), num_positions))
 
 
 def _gram(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -227,8 +247,8 @@ def eigen_statistics(
     for use in block.uses:
         a = inputs_of(block, use, values, num_examples, dtype)
         if block.kind != "embedding":
-            a = _rotate(a, basis.inputs.vectors)
-        g = _rotate(gradients_of(use, gradients, num_examples, dtype), basis.outputs.vectors)
+            a = _rotate(a, basis.inputs.eigenvectors)
+        g = _rotate(gradients_of(use, gradients, num_examples, dtype), basis.outputs.eigenvectors)
         rotated.append((a, g))
     if block.kind == "embedding":
         # The positions of an example are taken for examples of their own.
@@ -356,7 +376,7 @@ def apply_in_basis(
     basis: Kronecker, moments: jax.Array, damping: Any, gradient: jax.Array
 ) -> jax.Array:
     """U_A [(U_A^T G U_B) / (moments + damping)] U_B^T."""
-    left, right = basis.inputs.vectors, basis.outputs.vectors
+    left, right = basis.inputs.eigenvectors, basis.outputs.eigenvectors
     inner = gradient if left is None else _matmul(left.T, gradient)
     inner = _rotate(inner, right) / (moments + damping)
     inner = inner if right is None else _matmul(inner, right.T)
@@ -365,14 +385,14 @@ def apply_in_basis(
 
 def kronecker_eigenvalues(basis: Kronecker) -> jax.Array:
     """The eigenvalues of A kron B, ``(inputs, outputs)``."""
-    return basis.inputs.values[:, None] * basis.outputs.values[None]
+    return basis.inputs.eigenvalues[:, None] * basis.outputs.eigenvalues[None]
 
 
 def change_basis(moments: jax.Array, old: Kronecker, new: Kronecker) -> jax.Array:
     """The diagonal, in a new basis, of the matrix that has the given diagonal in an old one."""
     for axis, (a, b) in enumerate(zip(old, new, strict=True)):
-        if a.vectors is not None:
-            squares = _matmul(b.vectors.T, a.vectors) ** 2
+        if a.eigenvectors is not None:
+            squares = _matmul(b.eigenvectors.T, a.eigenvectors) ** 2
             moments = _matmul(squares, moments) if axis == 0 else _matmul(moments, squares.T)
     return moments
 

@@ -49,10 +49,9 @@ from optax_accel._arguments import (
     check_choice,
     check_integer,
     check_number,
-    check_real_leaves,
     value_of,
 )
-from optax_accel._masking import Mask, resolve, select
+from optax_accel._masking import Mask, check_selected, resolve
 from optax_accel._random import as_key
 from optax_accel.natural_gradient import factors as stats
 from optax_accel.natural_gradient.estimators import Estimator, Likelihood, output_gradients
@@ -60,10 +59,8 @@ from optax_accel.natural_gradient.factors import Kronecker
 from optax_accel.natural_gradient.layers import UNUSED, Block, Network, find, report
 from optax_accel.objective import (
     Objective,
-    argument_names,
     as_objective,
     check_params,
-    vary_over,
 )
 
 Damping = Literal["factored", "eigen"]
@@ -78,29 +75,29 @@ class ScaleByKFACState(NamedTuple):
 
     Attributes:
       count: number of updates made; int32 scalar.
-      key: PRNG key of the sampled outputs.
-      scale: what the last update was multiplied by, 1 or less with ``norm_constraint``.
+      rng_key: PRNG key of the sampled outputs.
+      step_scale: what the last update was multiplied by, 1 or less with ``norm_constraint``.
       accepted: whether the last refresh took all that it measured and computed; boolean scalar.
       rejected: how many batches were refused, because a factor or a moment of theirs was not
         finite; int32 scalar. Such a batch changes none of the averages.
       rejected_inverses: how many inverses or eigendecompositions of layers were not finite, and the
         old ones kept; int32 scalar.
-      weight: 1 - decay ** (number of accepted batches): what factors and moments are to be divided
-        by.
+      factor_weight: 1 - decay ** (number of accepted batches): what factors and moments are to be
+        divided by.
       factors: for a layer its ``inputs`` A and ``outputs`` B, for other parameters their second
         moments; moving averages that start at 0.
       inverses: for a layer what is multiplied: the damped inverses of A and B, or their
-        eigendecompositions (``values`` and ``vectors``); else None.
+        eigendecompositions (``eigenvalues`` and ``eigenvectors``); else None.
       moments: of EKFAC, for a layer the second moments S in the eigenbasis; else None.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
-    key: chex.PRNGKey
-    scale: jax.Array
+    rng_key: chex.PRNGKey
+    step_scale: jax.Array
     accepted: jax.Array
     rejected: jax.Array
     rejected_inverses: jax.Array
-    weight: jax.Array
+    factor_weight: jax.Array
     factors: tuple[Any, ...]
     inverses: tuple[Any, ...]
     moments: tuple[Any, ...]
@@ -172,8 +169,8 @@ def describe_layers(
 
 def scale_by_kfac(
     objective: Objective,
-    *,
     example: Example = None,
+    *,
     damping: optax.ScalarOrSchedule = 1e-3,
     damping_kind: Damping = "factored",
     decay: float = 0.95,
@@ -202,12 +199,17 @@ def scale_by_kfac(
       :func:`kfac_refresh_at`.  The first step needs ``"inverses"``: before, there is no curvature,
       and gradients pass (divided by 1 + damping in the eigenbasis).
 
-    The loss must be a mean over the examples, which the leading axis of the outputs counts (and,
-    for ``"categorical"``, over the positions of each).  Where examples depend on each other (batch
-    normalization in training mode), gradients per example are approximate: what flows through the
-    statistics of the batch is shared out among its examples.  Time-major networks are matched as
-    others are, except that examples and positions may be mixed up where a diagonal or EKFAC keeps
-    them apart.
+    The loss must be a mean over the examples, which the leading axis of the outputs counts, or a
+    mean with weights (a mask, for instance), for which factors are those of the weighted examples:
+    with a ``likelihood`` exactly, with weights of positions, too, where a layer has as many of them
+    as the outputs; without one the moments A are those of all examples alike that the loss looks
+    at.  On several replicas such a loss has to declare its ``weight``
+    (:class:`~optax_accel.Objective`); if it does not, all replicas count alike.
+
+    Where examples depend on each other (batch normalization in training mode), gradients per
+    example are approximate: what flows through the statistics of the batch is shared out among its
+    examples.  Time-major networks are matched as others are, except that examples and positions may
+    be mixed up where a diagonal or EKFAC keeps them apart.
 
     Cost of a step, for dense layers of n inputs and m outputs at N examples and positions: a
     forward and half a backward pass (the forward one shared with the gradient under ``jit``) and
@@ -245,9 +247,10 @@ def scale_by_kfac(
         backward pass, the standard choice.  ``"ggn"``: that matrix without sampling, C backward
         passes for C outputs.  ``"empirical"``: the gradients of the loss, as in Pauloski et al.:
         cheapest and for any number of outputs, but no curvature (Kunstner et al., 2019).
-      likelihood: ``"categorical"`` (outputs are logits), ``"bernoulli"`` (logits; the loss is a sum
-        over outputs), ``"gaussian"`` (means with unit variance; the loss is half a sum of squares
-        over outputs). None (default): whatever the loss is, up to 256 outputs an example.
+      likelihood: what kind of loss it is: ``"categorical"`` (cross entropy, outputs are logits),
+        ``"bernoulli"`` (binary cross entropy, logits), ``"gaussian"`` (squared error); weights and
+        constant factors are read off the loss, at the price of two of its gradients with respect
+        to the outputs. None (default): whatever the loss is, up to 256 outputs an example.
       norm_constraint: c: the update V is multiplied by :math:`\min(1, \sqrt{c / \langle V, G
         \rangle})`, float or schedule; None: not.  A KL clip :math:`\kappa` at learning rate
         :math:`\eta` is :math:`c = \kappa / \eta^2`, as :func:`kfac` sets it.
@@ -309,8 +312,8 @@ def scale_by_kfac(
 
 def scale_by_ekfac(
     objective: Objective,
-    *,
     example: Example = None,
+    *,
     damping: optax.ScalarOrSchedule = 1e-3,
     decay: float = 0.95,
     factors_every: int = 1,
@@ -399,8 +402,8 @@ def scale_by_ekfac(
 def kfac(
     learning_rate: optax.ScalarOrSchedule,
     objective: Objective,
-    *,
     example: Example = None,
+    *,
     momentum: float = 0.9,
     kl_clip: float | None = 1e-3,
     damping: optax.ScalarOrSchedule = 1e-3,
@@ -496,8 +499,8 @@ def kfac(
 def ekfac(
     learning_rate: optax.ScalarOrSchedule,
     objective: Objective,
-    *,
     example: Example = None,
+    *,
     momentum: float = 0.9,
     kl_clip: float | None = 1e-3,
     damping: optax.ScalarOrSchedule = 1e-3,
@@ -671,12 +674,12 @@ def _transformation(
         used = {dtypes[i] for block in blocks for i in block.leaves}
         return ScaleByKFACState(
             count=jnp.zeros((), jnp.int32),
-            key=jnp.copy(initial_key),
-            scale=jnp.ones((), jnp.float32),
+            rng_key=jnp.copy(initial_key),
+            step_scale=jnp.ones((), jnp.float32),
             accepted=jnp.ones((), bool),
             rejected=jnp.zeros((), jnp.int32),
             rejected_inverses=jnp.zeros((), jnp.int32),
-            weight=jnp.zeros((), jnp.result_type(jnp.float32, *used)),
+            factor_weight=jnp.zeros((), jnp.result_type(jnp.float32, *used)),
             factors=tuple(factors),
             inverses=tuple(inverses),
             moments=tuple(moments),
@@ -692,7 +695,7 @@ def _transformation(
             leaf: Any = jnp.zeros(())
             return initial_state((), ())._replace(factors=leaf, inverses=leaf, moments=leaf)
         check_params(params, name)
-        check_real_leaves(select(params, mask), name)
+        check_selected(params, mask, name)
         return initial_state(blocks_of(params), list(map(jnp.result_type, jax.tree.leaves(params))))
 
     def update_fn(
@@ -726,7 +729,7 @@ def _transformation(
                 why="measure the curvature at its outputs",
                 argument="curvature_value_fn" if own else "value_fn",
             )
-            source = state.key, state.count
+            source = state.rng_key, state.count
             batch = _measure(name, current, params, blocks, mask, estimator, likelihood, source)
             new = _average_factors(state, batch, decay, max_size)
             if invert is True:
@@ -754,8 +757,12 @@ def _transformation(
             state = refreshed(state, refresh == "inverses")
 
         bound = None if norm_constraint is None else value_of(norm_constraint, count)
-        new_updates, scale = _precondition(updates, state, blocks, strength, bound)
-        return new_updates, state._replace(count=optax.safe_increment(count), scale=scale)
+        # Integers and keys that are masked out may have no update at all, None.
+        treedef: Any = jax.tree.structure(params)
+        leaves = treedef.flatten_up_to(updates)
+        leaves, scale = _precondition(leaves, state, blocks, strength, bound)
+        new_updates = jax.tree.unflatten(treedef, leaves)
+        return new_updates, state._replace(count=optax.safe_increment(count), step_scale=scale)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -770,7 +777,7 @@ def _find(
 
 def _check_example(name: str, objective: Objective, example: Example) -> None:
     """Raises if ``predict`` cannot be called with the example."""
-    if objective._predict is None:
+    if not objective.has_outputs:
         raise ValueError(
             f"{name} finds layers in the program of the network, but the objective is a plain "
             "function of the parameters; build it as optax_accel.Objective(predict, loss)."
@@ -780,7 +787,7 @@ def _check_example(name: str, objective: Objective, example: Example) -> None:
             f"{name}: `example` must be a dictionary of keyword arguments of `predict`, as in "
             f"example={{'x': x}}; got {type(example).__name__}."
         )
-    _, required, _ = argument_names(objective._predict)
+    _, required, _ = objective.predict_arguments
     if missing := [argument for argument in required if argument not in (example or {})]:
         raise ValueError(
             f"{name} evaluates `predict` on the shapes of a batch, to find its layers, and the "
@@ -842,7 +849,7 @@ class _Batch(NamedTuple):
     values: Any
     gradients: Any
     generic: Any
-    vary: stats.Vary
+    weights: jax.Array  # of examples (and positions), 1 on average over all replicas
 
 
 def _measure(
@@ -856,11 +863,7 @@ def _measure(
     source: tuple[jax.Array, jax.Array],
 ) -> _Batch:
     """Evaluates the network on a batch, and gradients at its layers for a vector of each output."""
-
-    def vary(tree: chex.ArrayTree) -> chex.ArrayTree:
-        return vary_over(tree, objective.axis_name)
-
-    params = vary(params)
+    params = objective.vary(params)
     network = _find(name, objective, params, None, mask)
     for expected, found in itertools.zip_longest(blocks, network.blocks):
         if expected is None or found is None or expected.signature != found.signature:
@@ -870,8 +873,9 @@ def _measure(
                 "are the same, build with an example batch of the usual size."
             )
     n = network.num_examples
-    outputs, pullback, values = network.capture(jax.tree.leaves(params), vary)
-    samples = output_gradients(objective, outputs, estimator, likelihood, *source, n)
+    outputs, pullback, values = network.capture(jax.tree.leaves(params), objective.vary)
+    samples, weights = output_gradients(objective, outputs, estimator, likelihood, *source, n)
+    weights = weights / objective.mean_of_replicas(jnp.mean(weights))
     # Pulled back as large as the gradient of the mean loss: a rule of the user's that is not linear
     # (clipping) then does what it does there.
     samples = jax.tree.map(lambda s: s / n, samples)
@@ -881,7 +885,7 @@ def _measure(
     else:
         pulled = jax.vmap(pullback)(samples)
     gradients, generic = jax.tree.map(lambda g: n * g, pulled)
-    return _Batch(objective, network.blocks, n, values, gradients, generic, vary)
+    return _Batch(objective, network.blocks, n, values, gradients, generic, weights)
 
 
 def _average_factors(
@@ -896,7 +900,9 @@ def _average_factors(
         new: Any
         if block.kronecker:
             shapes = stats.side_shapes(block, max_size)
-            new = stats.kronecker_statistics(block, batch.values, batch.gradients, n, shapes, dtype)
+            new = stats.kronecker_statistics(
+                block, batch.values, batch.gradients, batch.weights, shapes, dtype
+            )
         elif block.kind == "generic":
             # The squared mean gradient of n independent examples, times n.
             new = batch.generic[block.leaves[0]].astype(dtype) / n
@@ -904,7 +910,7 @@ def _average_factors(
         else:
             new = stats.diagonal_statistics(block, batch.values, batch.gradients, n, dtype)
         means.append(new)
-    means = batch.objective._mean(batch.vary(means))
+    means = batch.objective.mean_of_replicas(means)
     for i, num_examples in squares.items():
         means[i] = num_examples * jnp.sum(means[i] ** 2, axis=0)
     # A matrix of sums of products with entries that are not finite has such a diagonal.
@@ -920,9 +926,9 @@ def _average_factors(
         return lax.select(finite, kept * old + (1 - kept) * new.astype(old.dtype), old)
 
     factors = jax.tree.map(average, state.factors, tuple(means))
-    weight = average(state.weight, jnp.ones_like(state.weight))
+    weight = average(state.factor_weight, jnp.ones_like(state.factor_weight))
     return state._replace(
-        accepted=finite, rejected=state.rejected + ~finite, factors=factors, weight=weight
+        accepted=finite, rejected=state.rejected + ~finite, factors=factors, factor_weight=weight
     )
 
 
@@ -933,7 +939,7 @@ def _invert(state: ScaleByKFACState, batch: _Batch, damping: Any, kind: str) -> 
     """
     chosen = [i for i, block in enumerate(batch.blocks) if block.kronecker]
     factors = [factor for i in chosen for factor in state.factors[i]]
-    scale = _corrected(jnp.ones_like(state.weight), state.weight)
+    scale = _corrected(jnp.ones_like(state.factor_weight), state.factor_weight)
     arguments: list[tuple[jax.Array, ...]] = [
         (scale.astype(factor.dtype) * factor,) for factor in factors
     ]
@@ -941,15 +947,15 @@ def _invert(state: ScaleByKFACState, batch: _Batch, damping: Any, kind: str) -> 
     if kind == "factored":
         function, strengths = stats.damped_inverse, stats.split_damping(factors, damping)
         arguments = [(*args, s) for args, s in zip(arguments, strengths, strict=True)]
-    results = stats.share(function, arguments, batch.objective.axis_name, batch.vary)
+    results = stats.share(function, arguments, batch.objective.axis_name, batch.objective.vary)
     inverses, moments = list(state.inverses), list(state.moments)
     failed = jnp.zeros((), jnp.int32)
     for i, inputs, outputs in zip(chosen, results[::2], results[1::2], strict=True):
         new, old = Kronecker(inputs, outputs), state.inverses[i]
         # A decomposition that fails is NaN everywhere; diagonal factors cannot fail.
         finite = jnp.isfinite(sum(leaf[(0,) * leaf.ndim] for leaf in jax.tree.leaves(new)))
-        new = _choose(finite & (state.weight > 0), new, old)
-        failed += ~finite & (state.weight > 0)
+        new = _choose(finite & (state.factor_weight > 0), new, old)
+        failed += ~finite & (state.factor_weight > 0)
         if kind == "ekfac":
             moments[i] = stats.change_basis(moments[i], old, new)
         inverses[i] = new
@@ -974,12 +980,18 @@ def _average_moments(
     """
     new = [
         stats.eigen_statistics(
-            block, batch.values, batch.gradients, batch.num_examples, basis, old.dtype, batch.vary
+            block,
+            batch.values,
+            batch.gradients,
+            batch.num_examples,
+            basis,
+            old.dtype,
+            batch.objective.vary,
         )
         for block, basis, old in zip(batch.blocks, state.inverses, state.moments, strict=True)
         if old is not None
     ]
-    means = batch.objective._mean(batch.vary(new))
+    means = batch.objective.mean_of_replicas(new)
     finite = jnp.isfinite(sum(jnp.sum(mean) for mean in means))
     usable = state.rejected == before.rejected
     remaining = iter(means)
@@ -989,7 +1001,7 @@ def _average_moments(
         return jnp.where(usable, kept * old + (1 - kept) * next(remaining), old)
 
     def estimates(state: ScaleByKFACState) -> chex.ArrayTree:
-        return state.weight, state.factors, state.inverses, state.moments
+        return state.factor_weight, state.factors, state.inverses, state.moments
 
     state = state._replace(moments=jax.tree.map(average, state.moments))
     refused = usable & ~finite
@@ -997,7 +1009,7 @@ def _average_moments(
     return state._replace(
         accepted=state.accepted & ~refused,
         rejected=state.rejected + refused,
-        weight=weight,
+        factor_weight=weight,
         factors=factors,
         inverses=inverses,
         moments=moments,
@@ -1015,15 +1027,13 @@ def _corrected(average: jax.Array, weight: jax.Array, otherwise: Any = 0) -> jax
 
 
 def _precondition(
-    updates: chex.ArrayTree,
+    leaves: list[Any],
     state: ScaleByKFACState,
     blocks: tuple[Block, ...],
     damping: Any,
     bound: Any,
-) -> tuple[chex.ArrayTree, jax.Array]:
+) -> tuple[list[Any], jax.Array]:
     """The natural gradient and what it was multiplied by to keep its norm within bounds."""
-    leaves, treedef = jax.tree.flatten(updates)
-    leaves = [leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf) for leaf in leaves]
     new = dict[int, jax.Array]()
     product: Any = 0.0
     for block, factors, inverses, moments in zip(
@@ -1031,17 +1041,17 @@ def _precondition(
     ):
         dtype = jax.tree.leaves(factors)[0].dtype
         strength = jnp.asarray(damping, dtype)
-        wide = {i: leaves[i].astype(dtype) for i in block.leaves}
+        wide = {i: jnp.asarray(leaves[i], dtype) for i in block.leaves}
         if not block.kronecker:
             (i,) = block.leaves
-            new[i] = wide[i] / (_corrected(factors, state.weight, 1) + strength)
+            new[i] = wide[i] / (_corrected(factors, state.factor_weight, 1) + strength)
             product += jnp.sum(new[i] * wide[i])
             continue
         gradient = block.to_matrix(wide)
         if isinstance(inverses.inputs, stats.Eigen):
             values = stats.kronecker_eigenvalues(inverses)
             if moments is not None:
-                values = _corrected(moments, state.weight, 1)
+                values = _corrected(moments, state.factor_weight, 1)
             result = stats.apply_in_basis(inverses, values, strength, gradient)
         else:
             result = stats.apply_inverses(inverses, gradient)
@@ -1052,5 +1062,6 @@ def _precondition(
         ratio = bound / jnp.where(product > 0, product, 1)
         scale = jnp.where(product > 0, jnp.minimum(1, jnp.sqrt(ratio)), 1).astype(jnp.float32)
         new = {i: scale.astype(leaf.dtype) * leaf for i, leaf in new.items()}
-    merged = [new[i].astype(leaf.dtype) if i in new else leaf for i, leaf in enumerate(leaves)]
-    return jax.tree.unflatten(treedef, merged), scale
+    for i, leaf in new.items():
+        new[i] = leaf.astype(jnp.result_type(leaves[i]))
+    return [new.get(i, leaf) for i, leaf in enumerate(leaves)], scale

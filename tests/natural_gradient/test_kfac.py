@@ -21,6 +21,7 @@ from tests.helpers import (
     classification,
     cross_entropy,
     least_squares,
+    mlp_apply,
     mlp_init,
     mlp_objective,
     tree_allclose,
@@ -89,7 +90,7 @@ def deep_linear(num_examples: int) -> tuple[oa.Objective, Any]:
 def matrices(tx: Any, objective: oa.Objective, params: Any) -> list[np.ndarray]:
     """A kron B of each layer, for rows of weights one after the other, the bias last."""
     _, state = first_update(tx, objective, params)
-    return [np.kron(*(m / state.weight for m in f)) for f in state.factors]
+    return [np.kron(*(m / state.factor_weight for m in f)) for f in state.factors]
 
 
 def block(dense: Any, params: Any, name: str) -> np.ndarray:
@@ -117,6 +118,44 @@ def test_natural_gradient_of_a_linear_layer(x64, kind, likelihood):
     fisher = np.asarray(curvature.gauss_newton(objective, params).dense())
     want = np.linalg.solve(fisher + 0.1 * np.eye(len(fisher)), ravel(objective.grad(params)))
     np.testing.assert_allclose(ravel(updates), want, rtol=1e-10)
+
+
+def test_weights_of_positions(x64):
+    """With weights in the loss, too, A kron B is the curvature of a linear layer."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(5, 3, 2)), rng.normal(size=(5, 3, 2))
+    weights = rng.uniform(size=(5, 3, 1)) * (rng.uniform(size=(5, 3, 1)) > 0.3)
+    objective = oa.Objective(
+        lambda p: x @ p["layer"]["w"] + p["layer"]["b"][None, None],
+        lambda out: jnp.sum(weights * (out - y) ** 2) / jnp.sum(weights),
+    )
+    params = double({"layer": {"w": rng.normal(size=(2, 2)), "b": rng.normal(size=2)}})
+    tx = oa.scale_by_kfac(objective, estimator="ggn", likelihood="gaussian")
+    (matrix,) = matrices(tx, objective, params)
+    want = block(curvature.gauss_newton(objective, params).dense(), params, "layer")
+    np.testing.assert_allclose(matrix, want, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "likelihood"),
+    [("ggn", None), ("ggn", "categorical"), ("empirical", None)],
+)
+def test_examples_that_the_loss_leaves_out(x64, estimator, likelihood):
+    """Padding changes no factor, whatever it holds."""
+    x, y = classification()
+    params = double(mlp_init())
+    x, mask = np.float64(x[:9]), np.arange(9) < 6
+
+    def factors(x: Any, y: Any, mask: Any) -> Any:
+        objective = oa.Objective(
+            lambda p: mlp_apply(p, x),
+            lambda out: masked_cross_entropy(out, y, mask),
+            weight=lambda: jnp.sum(mask),
+        )
+        tx = oa.scale_by_kfac(objective, estimator=estimator, likelihood=likelihood)
+        return first_update(tx, objective, params)[1].factors
+
+    tree_allclose(factors(x, y[:9], mask), factors(x[:6], y[:6], mask[:6]), rtol=1e-9)
 
 
 @pytest.mark.parametrize("num_examples", [1, 6])
@@ -148,14 +187,23 @@ LOSSES = {
     "categorical": lambda out: cross_entropy(out, np.arange(4) % 3),
     "bernoulli": lambda out: optax.sigmoid_binary_cross_entropy(out, np.eye(4, 3)).sum(-1).mean(),
     "gaussian": lambda out: squares(out, np.eye(4, 3)),
+    # Weights of examples, of outputs, a mask, targets that are spread; other factors.
+    "weighted categorical": lambda out: jnp.sum(
+        WEIGHTS[:, 0] * optax.softmax_cross_entropy(out, optax.smooth_labels(np.eye(4, 3), 0.1))
+    ),
+    "weighted bernoulli": lambda out: jnp.mean(
+        WEIGHTS * optax.sigmoid_binary_cross_entropy(out, np.eye(4, 3))
+    ),
+    "weighted gaussian": lambda out: jnp.mean(WEIGHTS * (out - 50 * np.eye(4, 3)) ** 2),
 }
+WEIGHTS = np.array([[2.0, 1.0, 0.5], [0.0, 0.0, 0.0], [0.3, 0.0, 1.0], [1.0, 1.0, 1.0]])
 
 
-@pytest.mark.parametrize("likelihood", LOSSES)
-def test_estimators_agree_in_expectation(x64, likelihood):
+@pytest.mark.parametrize("name", LOSSES)
+def test_estimators_agree_in_expectation(x64, name):
     """All estimate the Hessian of the loss at the outputs: exactly, or on average."""
     outputs = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))
-    loss = LOSSES[likelihood]
+    loss, likelihood = LOSSES[name], name.split()[-1]
     objective = oa.Objective(lambda p: p, loss)
     hessian = jax.hessian(loss)(outputs)
     want = 4 * np.stack([hessian[i, :, i] for i in range(4)])
@@ -163,7 +211,7 @@ def test_estimators_agree_in_expectation(x64, likelihood):
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def estimate(estimator, name, step):
         key = jax.random.key(1)
-        samples = output_gradients(objective, outputs, estimator, name, key, step, 4)
+        samples, _ = output_gradients(objective, outputs, estimator, name, key, step, 4)
         return jnp.einsum("snc,snd->ncd", samples, samples)
 
     for name in (None, likelihood):
@@ -183,7 +231,7 @@ def test_roots_of_the_loss_hessian():
 
         def estimate(outputs):
             args = "ggn", None, jax.random.key(0), jnp.asarray(0), len(outputs)
-            samples = output_gradients(objective, outputs, *args)
+            samples, _ = output_gradients(objective, outputs, *args)
             return jnp.einsum("snc,snd->ncd", samples, samples)
 
         return jax.jit(estimate).lower(outputs)
@@ -223,11 +271,17 @@ def test_random_vectors_of_steps_and_keys_are_independent():
         assert np.abs(correlation - np.eye(len(bits))).max() < 5 / np.sqrt(signs.shape[1])
 
 
+def masked_cross_entropy(logits: jax.Array, labels: Any, mask: Any) -> jax.Array:
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.sum(mask * each) / jnp.sum(mask)
+
+
 def test_positions_of_an_example(x64):
-    """With logits at several positions the loss is the mean over all of them."""
+    """With logits at several positions the loss is a mean over all of them that a mask leaves."""
     outputs = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2, 3)))
     labels = np.arange(8).reshape(4, 2) % 3
-    objective = oa.Objective(lambda p: p, lambda out: cross_entropy(out, labels))
+    mask = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [1.0, 1.0]])
+    objective = oa.Objective(lambda p: p, lambda out: masked_cross_entropy(out, labels, mask))
     want = 4 * jax.hessian(objective)(outputs).reshape(4, 6, 4, 6)
     want = np.stack([want[i, :, i] for i in range(4)])
     key, steps = jax.random.key(1), jnp.arange(5_000)
@@ -236,7 +290,7 @@ def test_positions_of_an_example(x64):
         @jax.jit
         def estimate(step: Any, estimator: Any = estimator) -> jax.Array:
             args = estimator, "categorical", key, step, 4
-            samples = output_gradients(objective, outputs, *args)
+            samples, _ = output_gradients(objective, outputs, *args)
             flat = samples.reshape(-1, 4, 6)
             return jnp.einsum("snc,snd->ncd", flat, flat)
 
@@ -252,7 +306,7 @@ def test_empirical_factors(x64):
     _, state = first_update(
         oa.scale_by_kfac(objective, estimator="empirical", decay=0.0), objective, params
     )
-    slopes = 6 * jax.grad(objective._loss)(objective.outputs(params))
+    slopes = 6 * jax.grad(objective.loss_of_outputs)(objective.outputs(params))
     np.testing.assert_allclose(state.factors[2].outputs, slopes.T @ slopes / 6, rtol=1e-12)
 
 
@@ -266,7 +320,7 @@ def test_preconditioning_solves_the_damped_system(x64, kind):
     updates, state = first_update(tx, objective, params)
     grads = objective.grad(params)
     for i, (f, s) in enumerate(zip(state.factors, state.moments, strict=True)):
-        a, b = (np.asarray(m / state.weight) for m in f)
+        a, b = (np.asarray(m / state.factor_weight) for m in f)
         if kind == "factored":
             pi = np.sqrt((np.trace(a) / len(a)) / (np.trace(b) / len(b)))
             root = np.sqrt(damping)
@@ -275,7 +329,7 @@ def test_preconditioning_solves_the_damped_system(x64, kind):
             matrix = np.kron(a, b)
             if kind == "ekfac":
                 basis = np.kron(np.linalg.eigh(a)[1], np.linalg.eigh(b)[1])
-                matrix = (basis * np.ravel(s / state.weight)) @ basis.T
+                matrix = (basis * np.ravel(s / state.factor_weight)) @ basis.T
             matrix = matrix + damping * np.eye(len(matrix))
         name = f"layer{i}"
         gradient = np.concatenate([np.ravel(grads[name]["w"]), grads[name]["b"]])
@@ -324,9 +378,9 @@ def test_ekfac_is_closer_than_kfac(x64):
         zip(state.factors, state.inverses, state.moments, strict=True)
     ):
         want = block(dense, params, f"layer{i}")
-        a, b = (np.asarray(m / state.weight) for m in f)
-        basis = np.kron(inverses.inputs.vectors, inverses.outputs.vectors)
-        moments = np.ravel(s / state.weight)
+        a, b = (np.asarray(m / state.factor_weight) for m in f)
+        basis = np.kron(inverses.inputs.eigenvectors, inverses.outputs.eigenvectors)
+        moments = np.ravel(s / state.factor_weight)
         np.testing.assert_allclose(moments, np.diagonal(basis.T @ want @ basis), atol=1e-12)
         errors = [
             np.linalg.norm(want - approximation)
@@ -400,8 +454,10 @@ def test_factors_are_averages_corrected_for_their_start(x64):
     update = jax.jit(lambda state: tx.update(grads, state, params, value_fn=objective))
     for i in range(3):
         _, state = update(state)
-        np.testing.assert_allclose(state.weight, 1 - 0.9 ** (i + 1), rtol=1e-12)
-        np.testing.assert_allclose(state.factors[0].outputs / state.weight, np.eye(2), atol=1e-12)
+        np.testing.assert_allclose(state.factor_weight, 1 - 0.9 ** (i + 1), rtol=1e-12)
+        np.testing.assert_allclose(
+            state.factors[0].outputs / state.factor_weight, np.eye(2), atol=1e-12
+        )
 
 
 def test_second_moments_follow_the_basis(x64):
@@ -416,7 +472,7 @@ def test_second_moments_follow_the_basis(x64):
         )
 
     old, new, moments = basis(3, 2), basis(3, 2), rng.uniform(size=(3, 2))
-    u, v = (np.kron(b.inputs.vectors, b.outputs.vectors) for b in (old, new))
+    u, v = (np.kron(b.inputs.eigenvectors, b.outputs.eigenvectors) for b in (old, new))
     matrix = (u * np.ravel(moments)) @ u.T
     got = stats.change_basis(jnp.asarray(moments), old, new)
     np.testing.assert_allclose(np.ravel(got), np.diagonal(v.T @ matrix @ v), rtol=1e-12)
@@ -438,11 +494,11 @@ def test_kl_clip(x64, kind):
     clipped, state = first_update(
         scale_by(kind, objective, norm_constraint=bound), objective, params
     )
-    np.testing.assert_allclose(state.scale**2 * rate**2 * product, kappa, rtol=1e-6)
-    tree_allclose(clipped, optax.tree.scale(float(state.scale), free), rtol=1e-6)
+    np.testing.assert_allclose(state.step_scale**2 * rate**2 * product, kappa, rtol=1e-6)
+    tree_allclose(clipped, optax.tree.scale(float(state.step_scale), free), rtol=1e-6)
     tx = scale_by(kind, objective, norm_constraint=2.0 * float(product))
     loose, same = tx.update(grads, state, params, refresh=False)
-    assert same.scale == 1
+    assert same.step_scale == 1
     tree_allclose(loose, free, rtol=1e-12)
     optimizer = oa.ekfac if kind == "ekfac" else functools.partial(oa.kfac, damping_kind=kind)
     learning_rate = rate if kind == "eigen" else lambda count: rate

@@ -30,6 +30,7 @@ from tests.natural_gradient.test_kfac import (
     ONE_KIND,
     double,
     first_update,
+    masked_cross_entropy,
     scale_by,
     squares,
 )
@@ -135,6 +136,42 @@ def test_replicated_states(x64, kind):
     tree_allclose(params, alone(kind, "fisher")[0], rtol=1e-8)
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "mode"),
+    [
+        ("factored", {"estimator": "ggn"}, "vmap"),
+        ("factored", {"estimator": "empirical"}, "vmap"),
+        ("ekfac", {"likelihood": "categorical"}, "shard_map"),
+    ],
+)
+def test_replicas_that_do_not_count_alike(x64, kind, settings, mode):
+    """Of a mean over valid tokens, one replica without any: what the whole batch gives."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 3, 2)), rng.integers(0, 3, (8, 3))
+    mask = np.float64(rng.uniform(size=(8, 3)) < 0.6)
+    mask[2:4] = 0
+    params = double({"w": rng.normal(size=(2, 4)), "v": rng.normal(size=(4, 3)), "log": np.ones(3)})
+
+    def predict(p: Any, x: Any) -> jax.Array:
+        return jnp.tanh(x @ p["w"]) @ p["v"] * jnp.exp(p["log"])[None, None]
+
+    def moments(x: Any, y: Any, mask: Any, axis_name: str | None = "workers") -> Any:
+        objective = oa.Objective(
+            predict, masked_cross_entropy, axis_name, weight=lambda mask: jnp.sum(mask)
+        )
+        tx = scale_by(kind, objective, example={"x": x}, **settings)
+        batch = {"x": x, "labels": y, "mask": mask}
+        grads = objective.grad(params, **batch)
+        state = tx.init(params)
+        state = tx.update(grads, state, params, value_fn=objective, **batch)[1]
+        return state.factors, state.moments
+
+    got = over_workers(mode, moments, 4)(*(a.reshape(4, 2, *a.shape[1:]) for a in (x, y, mask)))
+    want = jax.jit(functools.partial(moments, axis_name=None))(x, y, mask)
+    for i in (0, 1):
+        tree_allclose(jax.tree.map(lambda leaf, i=i: leaf[i], got), want, rtol=1e-8, atol=1e-14)
+
+
 def test_each_inverse_is_computed_once():
     """By one device of the axis; and sent to the others in one all-reduce with the others."""
     calls = []
@@ -221,16 +258,24 @@ def test_no_layer_at_all():
             ValueError,
             r"lacks its arguments \['x'\].*example={'x': ...",
         ),
-        (lambda: oa.ekfac(0.1, LINEAR, {"y": X}), ValueError, r"lacks its arguments \['x'\]"),
-        (lambda: oa.scale_by_kfac(LINEAR, X), TypeError, "must be a dictionary .*; got ndarray"),
+        (
+            lambda: oa.ekfac(0.1, LINEAR, example={"y": X}),
+            ValueError,
+            r"lacks its arguments \['x'\]",
+        ),
+        (
+            lambda: oa.scale_by_kfac(LINEAR, example=X),
+            TypeError,
+            "must be a dictionary .*; got ndarray",
+        ),
         (lambda: oa.describe_layers(LINEAR, ONE), ValueError, r"describe_layers .* lacks its arg"),
         (
-            lambda: oa.kfac(0.1, LINEAR, {"x": X.T}).init(ONE),
+            lambda: oa.kfac(0.1, LINEAR, example={"x": X.T}).init(ONE),
             ValueError,
             r"`predict` cannot be evaluated: TypeError: dot_gen.*\n.*'w'.*: float32\[2, 2\].*'x'",
         ),
         (
-            lambda: oa.scale_by_ekfac(LINEAR, {"x": X}).init({"v": X}),
+            lambda: oa.scale_by_ekfac(LINEAR, example={"x": X}).init({"v": X}),
             ValueError,
             r"`predict` cannot be evaluated: KeyError: 'w'\n.* parameters {\['v'\]",
         ),
@@ -270,6 +315,26 @@ def test_parameters_that_do_not_take_part():
     assert state.accepted
     with pytest.raises(TypeError, match=r"'key'.* has dtype key"):
         oa.scale_by_kfac(objective, mask=mask | {"key": True}).init(params)
+
+
+def test_auxiliary_outputs_and_losses_with_a_rule():
+    """Pairs are taken apart; with a likelihood no second derivative of the loss is needed."""
+
+    @jax.custom_vjp
+    def fused(out: jax.Array) -> jax.Array:
+        return squares(out, X)
+
+    fused.defvjp(lambda out: (fused(out), out), lambda out, g: (g * (out - X) / len(X),))
+    plain = oa.Objective(lambda p: X @ p["w"], lambda out: squares(out, X))
+    pairs = oa.Objective(
+        lambda p: (X @ p["w"], "aux"), lambda out: (fused(out), "aux"), has_aux="both"
+    )
+    grads = plain.grad(ONE)
+    updates = []
+    for objective in (plain, pairs):
+        tx = oa.scale_by_kfac(objective, likelihood="gaussian", estimator="ggn")
+        updates.append(tx.update(grads, tx.init(ONE), ONE, value_fn=objective)[0])
+    tree_allclose(*updates, rtol=1e-5)
 
 
 @pytest.mark.parametrize("build", [oa.kfac, oa.ekfac])
@@ -339,7 +404,7 @@ def test_non_finite_batches_change_nothing(kind):
         updates, new = jax.jit(
             lambda g, s, o=poisoned: tx.update(g, s, params, value_fn=o, refresh="inverses")
         )(grads, state)
-        tree_equal((new.factors, new.weight), (state.factors, state.weight))
+        tree_equal((new.factors, new.factor_weight), (state.factors, state.factor_weight))
         assert not optax.tree.get(new, "accepted")
         assert (optax.tree.get(new, "rejected"), new.rejected_inverses) == (1, 0)
         # Rotated into a basis that is the same again.
@@ -354,7 +419,7 @@ def test_a_first_batch_that_is_refused(kind):
     tx, grads = scale_by(kind, problem, damping=0.25), mixed(X, Y).grad(PARAMS)
     update = jax.jit(lambda: tx.update(grads, tx.init(PARAMS), PARAMS, value_fn=problem))
     updates, state = update()
-    assert (state.weight, state.rejected, state.rejected_inverses) == (0, 1, 0)
+    assert (state.factor_weight, state.rejected, state.rejected_inverses) == (0, 1, 0)
     scale = 1.0 if kind == "factored" else 1 / 1.25
     for name in ("layer0", "layer1"):
         tree_allclose(updates[name], optax.tree.scale(scale, grads[name]), rtol=1e-6)
@@ -372,9 +437,9 @@ def test_moments_that_are_refused_hold_the_weight_back():
     new = update(state, 1e12)
     assert not new.accepted
     assert new.rejected == 1
-    for field in ("weight", "factors", "inverses", "moments"):
+    for field in ("factor_weight", "factors", "inverses", "moments"):
         tree_equal(getattr(new, field), getattr(state, field))
-    assert update(new, 1.0).weight > state.weight
+    assert update(new, 1.0).factor_weight > state.factor_weight
 
 
 def test_gradients_that_are_not_finite_somewhere_change_nothing():

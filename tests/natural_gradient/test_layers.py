@@ -509,7 +509,7 @@ def test_factors_of_a_convolution(x64):
     )
     rows = patches.reshape(-1, 3, 6).swapaxes(1, 2).reshape(-1, 18)  # features: channel first
     got = stats.kronecker_statistics(
-        block, values, gradients, N, stats.side_shapes(block, 99), jnp.float64
+        block, values, gradients, jnp.ones(N), stats.side_shapes(block, 99), jnp.float64
     )
     np.testing.assert_allclose(got.inputs, rows.T @ rows / len(rows), rtol=1e-12)
     slopes = N * jax.grad(loss)(outputs).reshape(-1, 4)
@@ -523,7 +523,7 @@ def test_factors_of_an_embedding(x64):
     network, outputs, values, gradients, _ = captured(predict, tree(**shapes))
     (block,) = network.blocks
     got = stats.kronecker_statistics(
-        block, values, gradients, N, stats.side_shapes(block, 99), jnp.float64
+        block, values, gradients, jnp.ones(N), stats.side_shapes(block, 99), jnp.float64
     )
     np.testing.assert_allclose(got.inputs, np.bincount(TOKENS.ravel()) / TOKENS.size)
     slopes = N * jax.grad(loss)(outputs).reshape(-1, 3)
