@@ -337,6 +337,29 @@ def test_auxiliary_outputs_and_losses_with_a_rule():
     tree_allclose(*updates, rtol=1e-5)
 
 
+def test_roots_of_losses_that_forward_mode_cannot_differentiate():
+    """They are taken as the objective says; where it says nothing, the error names the option."""
+
+    @jax.custom_vjp
+    def square(out: jax.Array) -> jax.Array:
+        return out**2
+
+    square.defvjp(lambda out: (square(out), out), lambda out, g: (2 * out * g,))
+
+    def update(square: Any, **mode: Any) -> jax.Array:
+        objective = oa.Objective(
+            lambda p: X @ p["w"], lambda out: jnp.mean(jnp.sum(square(out - X), -1)), **mode
+        )
+        tx = oa.scale_by_kfac(objective, estimator="ggn")
+        return jax.jit(lambda: tx.update(ONE, tx.init(ONE), ONE, value_fn=objective)[0]["w"])()
+
+    want = update(jnp.square)
+    for mode, rtol in (("reverse_over_reverse", 1e-6), ("finite_difference", 1e-3)):
+        np.testing.assert_allclose(update(square, hvp_mode=mode), want, rtol=rtol)
+    with pytest.raises(TypeError, match="hvp_mode='forward_over_reverse'"):
+        update(lambda out: square(square(out) ** 0.5))
+
+
 @pytest.mark.parametrize("build", [oa.kfac, oa.ekfac])
 def test_states_without_parameters(build):
     """`optax.tree.map_params` touches the momentum alone; shapes come without parameters."""
