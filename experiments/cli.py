@@ -96,6 +96,8 @@ class Range(NamedTuple):
 # Optax counts steps in 32 bits.
 COUNT = Range(1, 2**31 - 1)
 POSITIVE = Range(0, math.inf, "()")
+# Rates are float32 in every step.
+RATE = Range(0, 3e38, "(]")
 # The one table of what numbers may be, by the option's name; a command's `limits` come first.
 LIMITS: Mapping[str, Range] = {
     **dict.fromkeys(("steps", "epochs", "early_stopping", "eval_every", "checkpoint_every"), COUNT),
@@ -110,9 +112,9 @@ LIMITS: Mapping[str, Range] = {
     "seed": Range(0, 2**31 - 1),
     "process_id": Range(0, 2**16 - 1),
     "settings": Range(1, 6),
-    **dict.fromkeys(("learning_rate", "lowest", "highest", "clip", "memory_gib"), POSITIVE),
-    **dict.fromkeys(("time_factor", "budget_seconds"), POSITIVE),
-    "weight_decay": Range(0, math.inf, "[)"),
+    **dict.fromkeys(("learning_rate", "lowest", "highest", "clip"), RATE),
+    **dict.fromkeys(("memory_gib", "time_factor", "budget_seconds"), POSITIVE),
+    "weight_decay": Range(0, 3e38),
     "label_smoothing": Range(0, 1, "[)"),
     "smoothing": Range(0, 1, "[)"),
     "stop_factor": Range(1, math.inf, "()"),
@@ -297,11 +299,13 @@ def _first_paragraph(box: str) -> str:
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
     """Makes a command's wrong input one line on the standard error output and the exit code 2.
 
+    What the operating system refuses, such as to write to a full disk, is one line and the code 1.
+
     Args:
       main: reads and runs a command line, returns the exit code.
 
     Returns:
-      The same, which returns 2 where `main` raises `UsageError`.
+      The same, which returns 2 where `main` raises `UsageError`, and 1 where it raises `OSError`.
     """
 
     @functools.wraps(main)
@@ -310,6 +314,8 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
             return main(argv)
         except UsageError as error:
             return fail(error)
+        except OSError as error:  # e.g. no space left
+            return fail(error, 1)
 
     return wrapped
 

@@ -522,7 +522,7 @@ def _rates(options: Options) -> list[float]:
         rates = [float(rate) for rate in options.learning_rates.split(",")]
     except ValueError:
         rates = []
-    if not rates or not all(0 < rate < math.inf for rate in rates):
+    if not rates or any(map(cli.RATE.problem, rates)):
         raise UsageError(
             "--learning-rates must be positive numbers separated by commas, got "
             f"{options.learning_rates!r}"

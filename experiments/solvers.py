@@ -58,7 +58,11 @@ PROBE_EXAMPLES = 50
 class Options(cli.Options):
     """Time the eigensolvers of this library beside SciPy's, matfree's and JAX's."""
 
-    limits: ClassVar = {"steps": cli.Range(WARM_STEPS, 10**6), "rounds": cli.Range(1, 1_000)}
+    limits: ClassVar = {
+        "steps": cli.Range(WARM_STEPS, 10**6),
+        "rounds": cli.Range(1, 1_000),
+        "k": cli.Range(1, 50),  # every tool has to find so many within `MAX_PRODUCTS`
+    }
 
     task: str = "mnist5k"
     """Data set: mnist5k, cifar10_5k, digits, ...; its default model is used."""

@@ -59,6 +59,7 @@ class Options(cli.Options):
     """Measure the trackers of the dominant Hessian subspace against ARPACK."""
 
     limits: ClassVar = {"steps": cli.Range(CHECKPOINTS, 10**6), "repeats": cli.Range(0, 10**6)}
+    limits |= {"directions": cli.Range(1, 1_000)}
 
     task: str = "mnist5k"
     """Data set: a task of images, such as digits, mnist5k, cifar10_5k."""

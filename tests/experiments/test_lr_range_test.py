@@ -200,7 +200,7 @@ def test_a_method_with_curvature(tmp_path: Path) -> None:
         (["--spacing", "log"], ["'log'", "exponential, linear"]),
         (["--steps", "1"], ["--steps must be at least 2, got 1"]),
         (["--lowest", "1", "--highest", "0.1"], ["--lowest 1 must be less than --highest 0.1"]),
-        (["--lowest", "0"], ["--lowest must be positive and finite, got 0"]),
+        (["--lowest", "0"], ["--lowest must be more than 0 and at most 3e+38, got 0"]),
         (["--smoothing", "1"], ["--smoothing must be at least 0 and below 1, got 1"]),
         (["--stop-factor", "1"], ["--stop-factor must be more than 1, got 1"]),
         (["--seeds", "0"], ["--seeds must be at least 1, got 0"]),

@@ -224,6 +224,22 @@ def test_records_notice_any_change(tmp_path):
 # Output -----------------------------------------------------------------------------------------
 
 
+def test_what_the_system_refuses_is_one_line(tmp_path, capsys):
+    @cli.command
+    def main(argv=None):
+        cli.write_atomic(tmp_path / "no" / "folder", "")
+        return 0
+
+    assert main() == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: [Errno 2] No such file or directory: ")
+    assert error.count("\n") == 1
+    (tmp_path / "a").mkdir()
+    cli.check_file("--json", tmp_path / "b" / "c.json")
+    with pytest.raises(UsageError, match=r"--json .*a is not a file; give another one"):
+        cli.check_file("--json", tmp_path / "a")
+
+
 def test_names_are_shown_as_they_are(monkeypatch, capsys):
     for name in ("[/b]", "[red]x[/red]", ":smile:", "[link=http://a]b"):
         console = cli.console(80)

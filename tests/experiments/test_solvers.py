@@ -112,6 +112,7 @@ def digits() -> solvers.data.Task:
     ("arguments", "expected"),
     [
         (["--k", "0"], ["--k", "at least 1", "0"]),
+        (["--k", "51"], ["--k must be at most 50, got 51"]),
         (["--tolerance", "2"], ["--tolerance must be more than 0 and below 1, got 2"]),
         (["--steps", "3"], ["--steps", "at least 5", "3"]),
         (["--budget-seconds", "0"], ["--budget-seconds", "positive"]),

@@ -184,7 +184,7 @@ def test_a_strange_or_broken_folder_is_named(
         (["--panels", "switch,noisy"], ["'noisy'", "alignment", "noise"]),
         (["--panels", ","], ["--panels", "alignment"]),
         (["--seeds", "0"], ["--seeds must be at least 1, got 0"]),
-        (["--learning-rate", "-1"], ["--learning-rate", "positive"]),
+        (["--learning-rate", "-1"], ["--learning-rate must be more than 0"]),
         (["--switch-step", "0"], ["--switch-step must be at least 1, got 0"]),
         (["--name", "../x"], ["--name", "--runs-dir"]),
         (["--speed", "1"], ["--speed", "--scale", "--panels"]),

@@ -85,7 +85,7 @@ def test_prints_what_was_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--trackers", "blocks"], ["tracker 'blocks'", "block, "]),
         (["--task", "mnist6k"], ["'mnist6k'", "digits"]),
         (["--curvature-batch", "2000"], ["--curvature-batch", "1077"]),
-        (["--learning-rate", "-1"], ["--learning-rate must be positive"]),
+        (["--learning-rate", "-1"], ["--learning-rate must be more than 0"]),
         (["--directions", "0"], ["--directions must be at least 1"]),
         (["--repeats", "-1"], ["--repeats must be at least 0"]),
         (["--name", "a/b"], ["plain folder name"]),
