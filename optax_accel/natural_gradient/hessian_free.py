@@ -7,8 +7,9 @@ r"""Hessian-free optimization: Newton-like steps with Gauss-Newton products and 
 
 with G the generalized Gauss-Newton matrix of a curvature batch, solved by the method of conjugate
 gradients (CG) from a warm start.  The damping :math:`\lambda` rises where the quadratic model q
-promised more than was gained (:math:`\rho < 1/4`) and falls where it can be trusted
-(:math:`\rho > 3/4`): the rule of Levenberg and Marquardt.
+promised more than was gained (:math:`\rho < 1/4`, a loss that did not change included) and falls
+where it can be trusted (:math:`\rho > 3/4`): the rule of Levenberg and Marquardt.  It stays where
+the promise is below the rounding error of the loss, or the step below that of the parameters.
 
 Martens, `Deep learning via Hessian-free optimization
 <https://www.cs.toronto.edu/~jmartens/docs/Deep_HessianFree.pdf>`_, ICML 2010; Martens, Sutskever,
@@ -29,6 +30,7 @@ halving of steps that raise the loss.  Left out: the choice among earlier iterat
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,7 +49,8 @@ from optax_accel._arguments import (
     value_of,
 )
 from optax_accel._masking import Mask, check_selected, merge, resolve, select
-from optax_accel.objective import as_objective, check_params, mean_over, vary_over
+from optax_accel._numerics import max_norm, power_of_two
+from optax_accel.objective import as_objective, check_params
 
 # Iterations in the first window (Martens, 2010, section 4.4), and the growth of later ones.
 _FIRST_WINDOW, _GROWTH = 10, 0.5
@@ -67,11 +70,12 @@ class HessianFreeState(NamedTuple):
       num_iterations: iterations of CG in the last step, counted in whole windows (it ends earlier
         where it solves the system up to rounding); int32 scalar.
       reduction_ratio: rho of the last step, before it was halved: the change of the loss over the
-        predicted one, 1 on quadratic losses, negative where the loss rose; float32 scalar.
+        predicted one, 1 on quadratic losses and where nothing was promised, negative where the loss
+        rose; float32 scalar.
       model_decrease: the decrease of the loss that the model predicted, ``-q``; float32 scalar.
       step_size: what d was multiplied by in the last step: the learning rate, or a part of it where
         the loss would have risen (0: no step was made); float32 scalar.
-      diagonal_squares: average of the squared estimates of the diagonal of G; without the
+      diagonal_rms: root of the average of the squared estimates of the diagonal of G; without the
         preconditioner an empty tuple.
     """
 
@@ -82,7 +86,7 @@ class HessianFreeState(NamedTuple):
     reduction_ratio: jax.Array
     model_decrease: jax.Array
     step_size: jax.Array
-    diagonal_squares: chex.ArrayTree
+    diagonal_rms: chex.ArrayTree
 
 
 def hessian_free(
@@ -188,7 +192,7 @@ def hessian_free(
             reduction_ratio=jnp.ones((), jnp.float32),
             model_decrease=jnp.zeros((), jnp.float32),
             step_size=jnp.zeros((), jnp.float32),
-            diagonal_squares=zeros() if precondition else (),
+            diagonal_rms=zeros() if precondition else (),
         )
 
     def update_fn(
@@ -220,49 +224,52 @@ def hessian_free(
         # So that the first damping can be changed by inject_hyperparams, like all other numbers.
         strength = jnp.where(state.count == 0, damping, state.damping)
 
-        squares, preconditioner = state.diagonal_squares, None
+        rms, diagonal = state.diagonal_rms, None
         if precondition:
-            squares, diagonal = _diagonal(curvature, squares, state.count)
-            preconditioner = jax.tree.map(
-                lambda d: (
-                    jnp.maximum(d + strength.astype(d.dtype), jnp.finfo(d.dtype).tiny) ** _POWER
-                ),
-                diagonal,
-            )
+            rms, diagonal = _diagonal(curvature, rms, state.count)
         start = jax.tree.map(lambda d: d * jnp.asarray(decay, d.dtype), state.direction)
+
         # JAX's CG takes everything in a shard_map that has collectives for different between the
         # devices; the mean of what is the same says that it is, and keeps rounding from adding up.
-        axis_name, where = curved.axis_name, curved._where
-
         def product(vector: chex.ArrayTree) -> chex.ArrayTree:
-            return vary_over(curvature(vector), axis_name)
+            return curved.vary(curvature(vector))
 
-        problem = vary_over((strength, gradient, start, preconditioner), axis_name)
+        problem = curved.vary((strength, gradient, start, diagonal))
         solution = _solve(product, *problem, max_iterations=max_iterations, tolerance=tolerance)
-        direction, bending, iterations = mean_over(vary_over(solution, axis_name), axis_name, where)
+        direction, slope, bending, scale, iterations, broken = curved.mean(solution)
 
         def step_of(size: Any) -> chex.ArrayTree:
             return jax.tree.map(
-                lambda d, u: (jnp.asarray(size, d.dtype) * d).astype(u.dtype),
+                lambda d, u: jnp.where(size == 0, 0, jnp.asarray(size, d.dtype) * d).astype(
+                    u.dtype
+                ),
                 direction,
                 select(updates, chosen),
             )
 
         def loss_after(size: Any) -> jax.Array:
-            return loss(optax.apply_updates(position, step_of(size)))
+            after = loss(optax.apply_updates(position, step_of(size)))
+            return after.astype(jnp.promote_types(after.dtype, jnp.float32))
 
         rate = value_of(learning_rate, state.count)
-        predicted = rate * optax.tree.vdot(gradient, direction) + rate**2 * bending / 2
-        before, after = loss(position), loss_after(rate)
-        ratio = (after - before) / predicted
+        # In units that neither overflow nor underflow before they are multiplied.
+        predicted = (rate * slope + rate**2 * bending / 2) * scale[0] * scale[1]
+        exact = loss(position)
+        before, after = exact.astype(jnp.promote_types(exact.dtype, jnp.float32)), loss_after(rate)
+        usable = jnp.isfinite(before) & jnp.isfinite(max_norm(gradient))
+        ratio = jnp.where(predicted < 0, (after - before) / predicted, 1)
+        ratio = jnp.where(usable & jnp.isnan(ratio), -jnp.inf, ratio)
         # What is lost in rounding, or is not a number from the start, says nothing on the model.
-        telling = -predicted > 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
-        telling &= after != before
+        telling = -predicted > 8 * jnp.finfo(exact.dtype).eps * jnp.abs(before)
+        telling &= _differ(optax.apply_updates(position, step_of(rate)), position)
+        telling |= usable & ~jnp.isfinite(after)
         factor = jnp.where(ratio > 0.75, 1 / damping_factor, 1)
         factor = jnp.where(ratio >= 0.25, factor, damping_factor)  # also if it is not a number
+        factor = jnp.where(telling, factor, 1)
+        factor = jnp.where(usable & (broken > 0), damping_factor, factor)
 
         def rises(after: jax.Array) -> jax.Array:
-            return telling & ~(after <= before)
+            return telling & ~((after <= before) & jnp.isfinite(after))
 
         size = jnp.where(telling, rate, rate)  # to shard_map, like what it will be compared with
         if known_integer(max_halvings) != 0:
@@ -273,17 +280,20 @@ def hessian_free(
             )
             size = jnp.where(rises(after) & (max_halvings > 0), 0, size)
         step = step_of(size)
-        finite = jnp.isfinite(optax.tree.norm(direction))
+        finite = jnp.isfinite(max_norm(direction))
+        limits = jnp.finfo(jnp.float32)
+        new_damping = jnp.clip((strength * factor).astype(jnp.float32), limits.tiny, limits.max)
         return merge(step, updates, chosen), HessianFreeState(
             count=optax.safe_increment(state.count),
-            damping=(strength * jnp.where(telling, factor, 1)).astype(jnp.float32),
+            # Positive damping stays positive and finite, so that it can change again.
+            damping=jnp.where(strength > 0, new_damping, 0).astype(jnp.float32),
             # Nothing bad is started from.
             direction=jax.tree.map(lambda d: jnp.where(finite, d, 0), direction),
             num_iterations=jnp.round(iterations).astype(jnp.int32),
             reduction_ratio=ratio.astype(jnp.float32),
             model_decrease=-predicted.astype(jnp.float32),
             step_size=size.astype(jnp.float32),
-            diagonal_squares=squares,
+            diagonal_rms=rms,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -294,40 +304,78 @@ def _solve(
     damping: jax.Array,
     gradient: chex.ArrayTree,
     start: chex.ArrayTree,
-    preconditioner: chex.ArrayTree | None,
+    diagonal: chex.ArrayTree | None,
     *,
     max_iterations: int,
     tolerance: Any,
-) -> tuple[chex.ArrayTree, jax.Array, jax.Array]:
-    """The direction d, ``d^T G d`` and the number of iterations."""
+) -> tuple[chex.ArrayTree, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The direction d and what is known of it.
+
+    CG squares what it is given, and squares of finite numbers may be infinite or 0. So it solves a
+    system whose gradient and curvature have entries of about 1, divided by powers of two, which
+    costs no digit.
+
+    Returns:
+      ``(d, slope, bending, scale, num_iterations, broken)``. ``g^T d`` and ``d^T G d`` are
+      ``slope`` and ``bending`` times both entries of ``scale``; ``broken`` is 1 where CG met a
+      number that is not finite, and 0 elsewhere.
+    """
+    of_gradient = power_of_two(max_norm(gradient))
+    gradient = _divide(gradient, of_gradient)
+    # The product with the warm start is needed anyway; a cold start has no use for it.
+    warm = max_norm(start) > 0
+    of_start = power_of_two(max_norm(start))
+    probe = jax.tree.map(lambda s, g: jnp.where(warm, s, g), _divide(start, of_start), gradient)
+    image = curvature(probe)
+    bounded = jnp.isfinite(max_norm(image))
+    of_curvature = power_of_two(max_norm(image) + damping.astype(of_start.dtype))
+    limits = jnp.finfo(of_gradient.dtype)
+    of_direction = jnp.clip(of_gradient / of_curvature, limits.tiny, 1 / limits.tiny)
+    damping = damping.astype(of_curvature.dtype) / of_curvature
+    preconditioner = None
+    if diagonal is not None:
+        preconditioner = jax.tree.map(
+            lambda d: jnp.maximum(d + damping.astype(d.dtype), jnp.finfo(d.dtype).tiny) ** _POWER,
+            _divide(diagonal, of_curvature),
+        )
+
+    def scaled(vector: chex.ArrayTree) -> chex.ArrayTree:
+        return _divide(curvature(vector), of_curvature)
 
     def matrix(vector: chex.ArrayTree) -> chex.ArrayTree:
-        return jax.tree.map(lambda g, v: g + damping.astype(v.dtype) * v, curvature(vector), vector)
+        return jax.tree.map(lambda g, v: g + damping.astype(v.dtype) * v, scaled(vector), vector)
 
-    def model(vector: chex.ArrayTree) -> tuple[jax.Array, jax.Array]:
-        """The damped model and ``v^T G v``."""
-        bending = optax.tree.vdot(vector, curvature(vector))
+    def model(
+        vector: chex.ArrayTree, image: chex.ArrayTree
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The damped model, ``g^T v`` and ``v^T G v``."""
+        slope, bending = optax.tree.vdot(gradient, vector), optax.tree.vdot(vector, image)
         damped = bending + damping * optax.tree.vdot(vector, vector)
-        return optax.tree.vdot(gradient, vector) + damped / 2, bending
+        return slope + damped / 2, slope, bending
 
-    value, bending = model(start)
+    relative = of_start / of_direction
+    start = jax.tree.map(lambda p: jnp.where(warm, p * relative.astype(p.dtype), 0), probe)
+    image = jax.tree.map(
+        lambda i: jnp.where(warm, i * relative.astype(i.dtype), 0), _divide(image, of_curvature)
+    )
+    value, slope, bending = model(start, image)
     # Descent from the warm start never ends above it, so the step is at least no ascent.
-    useful = value < 0
+    useful = (value < 0) & jnp.isfinite(value)
     # A gradient that is not finite must show: CG would return where it started.
     start = jax.tree.map(lambda s, g: jnp.where(useful, s, 0 * g), start, gradient)
-    value, bending = jnp.where(useful, value, 0), jnp.where(useful, bending, 0)
+    value, slope, bending = (jnp.where(useful, x, 0) for x in (value, slope, bending))
     right_side = optax.tree.scale(-1, gradient)
     # CG divides zero by zero where it goes on after it has arrived.
     arrived = jnp.finfo(value.dtype).eps * optax.tree.norm(gradient)
 
     def going(carry: Any) -> jax.Array:
-        return carry[-1] & (carry[3] < max_iterations)
+        return carry[-2] & (carry[4] < max_iterations)
 
     def window(carry: Any) -> Any:
-        direction, value, _, iterations, _ = carry
+        direction, value, slope, bending, iterations, _, broken = carry
         length = jnp.maximum(_FIRST_WINDOW, (_GROWTH * iterations).astype(jnp.int32))
         length = jnp.minimum(length, max_iterations - iterations)
-        direction, _ = cg(
+        new, _ = cg(
             matrix,
             right_side,
             direction,
@@ -338,31 +386,52 @@ def _solve(
             if preconditioner is None
             else lambda r: jax.tree.map(jnp.divide, r, preconditioner),
         )
-        new_value, bending = model(direction)
-        progress = value - new_value > length * tolerance * -new_value
-        return direction, new_value, bending, iterations + length, progress
+        found = model(new, scaled(new))
+        # A breakdown of CG (of a singular matrix, say) leaves what was found before.
+        sound = jnp.isfinite(found[0])
+        progress = sound & (value - found[0] > length * tolerance * -found[0])
+        direction, *known = jax.tree.map(
+            lambda n, o: jnp.where(sound, n, o), (new, *found), (direction, value, slope, bending)
+        )
+        return direction, *known, iterations + length, progress, broken | ~sound
 
-    # Always true; what follows from others differs between the devices where they do.
-    carry = start, value, bending, jnp.zeros((), jnp.int32), useful | ~useful
-    direction, _, bending, iterations, _ = lax.while_loop(going, window, carry)
-    return direction, bending, iterations.astype(value.dtype)
+    # What follows from others differs between the devices where they do.
+    count = jnp.where(useful, 0, 0)
+    carry = start, value, slope, bending, count, bounded, ~bounded
+    direction, _, slope, bending, iterations, _, broken = lax.while_loop(going, window, carry)
+    direction = jax.tree.map(lambda d: d * of_direction.astype(d.dtype), direction)
+    scale = jnp.stack([of_direction, of_gradient])
+    return direction, slope, bending, scale, *(x.astype(value.dtype) for x in (iterations, broken))
 
 
 def _diagonal(
-    curvature: Callable[[chex.ArrayTree], chex.ArrayTree], squares: chex.ArrayTree, count: jax.Array
+    curvature: Callable[[chex.ArrayTree], chex.ArrayTree], rms: chex.ArrayTree, count: jax.Array
 ) -> tuple[chex.ArrayTree, chex.ArrayTree]:
-    """The running mean of squared estimates ``v * G v``, and the diagonal that follows from it."""
+    """The root of the running mean of squared estimates ``v * G v``, and the diagonal it gives."""
     # The same on all replicas; the probes of different steps are independent.
     key = jax.random.fold_in(jax.random.key(0), count)
-    probe = optax.tree.random_like(key, squares, sampler=jax.random.rademacher)
+    probe = optax.tree.random_like(key, rms, sampler=jax.random.rademacher)
     estimate = jax.tree.map(jnp.multiply, probe, curvature(probe))
-    squares = jax.tree.map(
-        lambda s, e: _MEMORY * s + (1 - _MEMORY) * jnp.where(jnp.isfinite(e), e * e, 0),
-        squares,
+    rms = jax.tree.map(
+        # Its own squares would overflow long before the estimates do.
+        lambda r, e: jnp.hypot(
+            _MEMORY**0.5 * r, (1 - _MEMORY) ** 0.5 * jnp.where(jnp.isfinite(e), e, 0)
+        ),
+        rms,
         estimate,
     )
-    correction = 1 - _MEMORY ** (count + 1)
-    return squares, jax.tree.map(lambda s: jnp.sqrt(s / correction.astype(s.dtype)), squares)
+    correction = jnp.sqrt(1 - _MEMORY ** (count + 1))
+    return rms, jax.tree.map(lambda r: r / correction.astype(r.dtype), rms)
+
+
+def _divide(tree: chex.ArrayTree, scale: jax.Array) -> chex.ArrayTree:
+    return jax.tree.map(lambda leaf: leaf / scale.astype(leaf.dtype), tree)
+
+
+def _differ(tree: chex.ArrayTree, other: chex.ArrayTree) -> jax.Array:
+    """Whether any entry of two trees differs."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
+    return functools.reduce(jnp.logical_or, (jnp.any(a != b) for a, b in pairs))
 
 
 def _widen(x: jax.Array) -> jax.Array:

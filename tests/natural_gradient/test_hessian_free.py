@@ -226,10 +226,10 @@ def test_preconditioner_finds_the_diagonal(x64):
     _, plain = step(oa.hessian_free(damping=1e-6), x, objective=objective)
     tx = oa.hessian_free(damping=1e-6, precondition=True)
     _, state = step(tx, x, objective=objective)
-    np.testing.assert_allclose(state.diagonal_squares, 0.1 * spectrum**2, rtol=1e-12)
+    np.testing.assert_allclose(state.diagonal_rms**2, 0.1 * spectrum**2, rtol=1e-12)
     assert state.num_iterations < plain.num_iterations
     _, state = step(tx, x, state, objective)
-    np.testing.assert_allclose(state.diagonal_squares, 0.19 * spectrum**2, rtol=1e-12)
+    np.testing.assert_allclose(state.diagonal_rms**2, 0.19 * spectrum**2, rtol=1e-12)
 
 
 # -- damping --------------------------------------------------------------------------------------
@@ -305,6 +305,132 @@ def test_values_that_are_not_finite():
     _, after = step(tx, jnp.array(0.0), objective=edge)
     assert after.damping == 0.75
     assert 0 < after.step_size < 1
+
+
+def test_a_loss_that_did_not_change_raises_the_damping():
+    """The model promised 4 of 4.5 and nothing came of it: rho is 0."""
+    plateau = oa.Objective(lambda w: jnp.where(w < 1, -3.0, w), lambda out: 0.5 * jnp.sum(out**2))
+    updates, state = step(oa.hessian_free(damping=0.1), jnp.array([3.0]), objective=plateau)
+    assert updates < -2
+    assert state.reduction_ratio == 0
+    np.testing.assert_allclose(state.damping, 0.15, rtol=1e-6)
+    # Where the step is lost in the rounding of the parameters, the loss tells nothing.
+    far = oa.Objective(lambda w: w - 1e8, lambda out: jnp.sum(out))
+    _, state = step(oa.hessian_free(damping=10.0), jnp.array([1e8]), objective=far)
+    np.testing.assert_allclose(state.damping, 10.0, rtol=1e-6)
+
+
+# -- numbers of any size ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precondition", [False, True])
+def test_a_loss_in_other_units_gives_the_same_step(precondition):
+    """With the damping in the same units. Squares of such numbers overflow or vanish."""
+
+    @quick_jit
+    @jax.vmap
+    def run(unit):
+        tx = oa.hessian_free(damping=0.1, tolerance=0.0, precondition=precondition)
+        plain = PROBLEM.objective()
+        scaled = oa.Objective(plain.outputs, lambda out: unit * plain.loss_of_outputs(out))
+        state = tx.init(PROBLEM.params)
+        params, made = PROBLEM.params, []
+        state = state._replace(count=jnp.int32(1), damping=0.1 * unit)
+        for _ in range(2):  # the second step starts from the first one's direction
+            updates, state = update(tx, params, state, scaled)
+            params = optax.apply_updates(params, updates)
+            made.append(updates)
+        return made, state.reduction_ratio, state.damping / unit
+
+    found = run(jnp.array([1.0, 1e30, 1e-25, 1e-30], jnp.float32))
+    for i in (1, 2, 3):
+        tree_allclose(
+            jax.tree.map(lambda a, i=i: a[i], found),
+            jax.tree.map(lambda a: a[0], found),
+            rtol=1e-4,
+        )
+
+
+def all_finite(tree):
+    return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    ("objective", "x", "damping", "moves"),
+    [
+        # Without curvature: a gradient step, or no solution and no step.
+        (oa.Objective(lambda x: x, jnp.sum), jnp.ones(2), 0.5, True),
+        (oa.Objective(lambda x: x, jnp.sum), jnp.ones(2), 0.0, False),
+        # A curvature that overflows, at a point where loss and gradient do not.
+        (
+            oa.Objective(lambda x: 1e25 * x, lambda out: jnp.sum(out**2)),
+            jnp.full(2, 1e-25),
+            0.5,
+            False,
+        ),
+        # A gradient whose square overflows, and one of zero.
+        (oa.Objective(lambda x: x, lambda out: 1e20 * jnp.sum(out)), jnp.ones(2), 1.0, True),
+        (oa.Objective(lambda x: x, lambda out: jnp.sum(out**2)), jnp.zeros(2), 0.0, False),
+        # Steps that overflow the parameters' dtype, and half precision.
+        (
+            oa.Objective(lambda x: x, lambda out: jnp.sum(out)),
+            jnp.ones(2, jnp.float16),
+            1e-6,
+            True,
+        ),
+        (
+            oa.Objective(lambda x: x, lambda out: jnp.sum((out - 2) ** 2)),
+            jnp.ones(2, jnp.bfloat16),
+            0.5,
+            True,
+        ),
+    ],
+    ids=["linear", "singular", "huge curvature", "huge", "zero", "float16", "bfloat16"],
+)
+def test_finite_losses_and_gradients_give_finite_steps(objective, x, damping, moves):
+    tx = oa.hessian_free(damping=damping, precondition=True)
+    # Not compiled as a whole: XLA multiplies constants with each other first, beyond infinity.
+    updates, state = update(tx, x, tx.init(x), objective)
+    assert all_finite(updates)
+    assert all_finite(optax.apply_updates(x, updates))
+    assert not any(jnp.isnan(leaf).any() for leaf in jax.tree.leaves(state))
+    assert all_finite(state.direction)
+    assert bool(jnp.any(updates != 0)) == moves
+    assert objective(optax.apply_updates(x, updates)) <= objective(x)
+    if damping == 0.5 and not moves:
+        assert state.damping > damping  # the next step is shorter
+
+
+def test_positive_damping_never_gets_lost():
+    """It could not rise again from 0, nor fall from infinity."""
+    tx, x = oa.hessian_free(), jnp.array(0.0)
+    for damping, factor in ((1.2e-38, 2 / 3), (3e38, 1.5)):
+        state = tx.init(x)._replace(count=jnp.int32(1), damping=jnp.float32(damping))
+        _, state = step(tx, x, state, cubic(0.0 if factor < 1 else 0.7))
+        assert 0 < state.damping < jnp.inf
+
+
+def test_products_are_those_of_the_mode():
+    """A kernel with a backward pass of its own has no forward-mode derivative."""
+
+    @jax.custom_vjp
+    def kernel(h):
+        return jnp.tanh(h)
+
+    kernel.defvjp(lambda h: (jnp.tanh(h), jnp.tanh(h)), lambda t, g: (g * (1 - t**2),))
+
+    def objective(tanh, mode="forward_over_reverse"):
+        return oa.Objective(
+            lambda w: tanh(w) * 2, lambda out: jnp.mean((out - 1) ** 2), hvp_mode=mode
+        )
+
+    w, tx = jnp.array([0.3, -0.2]), oa.hessian_free(damping=0.1)
+    want, _ = step(tx, w, objective=objective(jnp.tanh))
+    for mode, rtol in (("reverse_over_reverse", 1e-5), ("finite_difference", 1e-3)):
+        got, _ = step(tx, w, objective=objective(kernel, mode))
+        np.testing.assert_allclose(got, want, rtol=rtol)
+    with pytest.raises(TypeError, match="another hvp_mode: 'reverse_over_reverse'"):
+        step(tx, w, objective=objective(kernel))
 
 
 # -- training -------------------------------------------------------------------------------------
