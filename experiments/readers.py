@@ -23,6 +23,7 @@ import pickle
 import pickletools
 import re
 import stat
+import struct
 import threading
 import zipfile
 import zlib
@@ -43,7 +44,7 @@ LIMIT_VARIABLE = "OPTAX_ACCEL_DATA_LIMIT"
 _LIMIT = 512  # MiB; the largest file of the tasks, CIFAR-10's arrays, has 176
 _SUFFIXES = (".jpeg", ".jpg", ".png")
 _FORMATS = ("JPEG", "PNG")
-# Of one picture; where Pillow begins to warn, 256 MiB in RGB. ImageNet's largest has 61 million.
+# Of one picture; where Pillow begins to warn, 256 MiB in RGB.
 _MOST_PIXELS = 89_478_485
 _LONGEST_LINE, _MOST_LINES = 2**20, 2**22
 # Decoded images that are kept in memory, in bytes.
@@ -305,7 +306,9 @@ def _decode(
             raise DataError(
                 f"{name}: a picture of {width} x {height} pixels, allowed are {_MOST_PIXELS}"
             )
-        return image.convert(mode or ("L" if image.mode == "L" else "RGB"))
+        mode = mode or ("L" if image.mode == "L" else "RGB")
+        image.load()
+        return image if image.mode == mode else image.convert(mode)
     except DataError:
         raise
     except UnidentifiedImageError as error:
@@ -516,6 +519,8 @@ def _hugging_face(
     folder = os.path.expanduser(name)
     if os.path.isdir(folder):
         _check_regular(folder)
+        for file in Path(folder).rglob("*.arrow"):
+            _check_uncompressed(file)
         found = datasets.load_from_disk(folder)
     else:
         path, _, configuration = name.partition(":")
@@ -574,6 +579,37 @@ def _check_regular(folder: str) -> None:
         for path in (os.path.join(place, name) for name in names):
             if not os.path.isfile(path):
                 raise DataError(f"{path}: not a regular file, expected one of a data set")
+
+
+def _check_uncompressed(path: Path) -> None:
+    """Raises `DataError` if a table in Arrow's stream format is compressed, as none of theirs is.
+
+    It would be unpacked as a whole, before anybody knows its size. Whether it is stands in the
+    header of each batch, a flatbuffer: `Message.header`, its third field, is a `RecordBatch`, whose
+    fourth field is there if the batch is compressed (arrow.apache.org/docs/format/Columnar.html).
+    """
+    pyarrow = _import("pyarrow", "hf")
+    with pyarrow.memory_map(str(path)) as source:
+        for message in pyarrow.ipc.MessageReader.open_stream(source):
+            if message.type == "schema":
+                continue
+            content = message.metadata.to_pybytes()
+
+            (root,) = struct.unpack_from("<I", content)
+            header = _flatbuffer_field(content, root, 2)
+            header += struct.unpack_from("<I", content, header)[0]
+            if message.type != "record batch" or _flatbuffer_field(content, header, 3):
+                raise DataError(f"{path}: compressed or with a dictionary, expected plain batches")
+
+
+def _flatbuffer_field(content: bytes, table: int, number: int) -> int:
+    """Where a field of a table of a flatbuffer begins; 0 if it is not there."""
+    fields = table - int(struct.unpack_from("<i", content, table)[0])
+    place = 4 + 2 * number
+    if place >= struct.unpack_from("<H", content, fields)[0]:
+        return 0
+    offset = int(struct.unpack_from("<H", content, fields + place)[0])
+    return table + offset if offset else 0
 
 
 def _check_features(path: Path) -> None:
