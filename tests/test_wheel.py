@@ -56,6 +56,12 @@ def test_tests_of_the_library_import_neither_models_nor_experiments() -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize("name", [*OF_THE_WHEEL, "conftest.py", "helpers.py", "methods.py"])
+def test_tests_of_the_wheel_need_no_extras(name: str) -> None:
+    allowed = {"chex", "jax", "jaxlib", "numpy", "optax", "optax_accel", "pytest", "tests"}
+    assert imported(TESTS / name) <= allowed | sys.stdlib_module_names
+
+
 @pytest.mark.slow
 def test_wheel_holds_the_library_only(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
