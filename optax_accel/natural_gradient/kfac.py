@@ -33,7 +33,6 @@ damping to it (Martens, Grosse, sections 6.4 to 7).
 
 from __future__ import annotations
 
-import functools
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence
@@ -49,6 +48,7 @@ from optax_accel._arguments import (
     check_choice,
     check_integer,
     check_number,
+    is_placeholder,
     value_of,
 )
 from optax_accel._masking import Mask, check_selected, resolve
@@ -686,7 +686,7 @@ def _transformation(
         )
 
     def init_fn(params: chex.ArrayTree) -> ScaleByKFACState:
-        if isinstance(params, _placeholder_type()):
+        if is_placeholder(params):
             # Nothing in the state is like the parameters: the factors are like the layers.  Which
             # these are, a placeholder does not tell; where it is open, a leaf stands for all.
             if len(structures) == 1:
@@ -812,14 +812,6 @@ def _warn_of_diagonals(name: str, blocks: tuple[Block, ...]) -> None:
         f"{reasons}\nSee optax_accel.describe_layers for all blocks.",
         stacklevel=4,
     )
-
-
-@functools.cache
-def _placeholder_type() -> type:
-    """What ``optax.tree.map_params`` calls ``init`` with in place of parameters."""
-    types: list[type] = []
-    optax.tree.map_params(lambda params: types.append(type(params)), lambda leaf: leaf, None)
-    return types[0]
 
 
 def _check_periods(factors_every: Any, inverses_every: Any) -> None:
