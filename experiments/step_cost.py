@@ -189,7 +189,12 @@ def run(options: Options) -> dict[str, Cost]:
         )
         return engine.split(model)
 
-    arrays = jax.eval_shape(lambda: make_model()[1:])
+    try:
+        arrays = jax.eval_shape(lambda: make_model()[1:])
+    except (ArithmeticError, LookupError, TypeError, AttributeError) as error:
+        raise cli.UsageError(
+            f"--model-options {options.model_options} do not fit the model {options.model}: {error}"
+        ) from error
     images = 4 * options.batch_size * math.prod(shape)
     need = images + sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
     cli.check_memory(need, f"model {options.model} with {options.batch_size} images of {shape}")

@@ -26,8 +26,9 @@ import math
 import shlex
 import signal
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -654,15 +655,17 @@ def build(plan: Plan) -> Program:
         return made[0][1:]
 
     options = json.dumps(plan.model_options)
-    try:
+    with _explained(plan, options):
         arrays = jax.eval_shape(make_arrays)
-    except (ArithmeticError, LookupError, TypeError, AttributeError) as error:
-        reason = cli.shortened(str(error).partition("\n")[0])
-        raise UsageError(
-            f"--model-options {options} do not make a {plan.model}: {reason}"
-        ) from error
     graphdef, value_fn_graphdef = graphdefs
     _check_memory(plan, arrays, f"model {plan.model} with the options {options}")
+    evaluate = functools.partial(engine.evaluate, graphdef, loss=plan.loss)
+    if plan.model_options != plan.task.defaults.model_options:
+        with _explained(plan, options):  # an option such as a dtype is looked at by the first call
+            train = plan.task.train
+            jax.eval_shape(
+                evaluate, *arrays, *(jnp.asarray(part[:1]) for part in (train.x, train.y))
+            )
     seen = None
     if plan.method.needs_objective:
         static, _, rest = make_model(of_value_fn)
@@ -731,9 +734,23 @@ def build(plan: Plan) -> Program:
     return Program(
         parallel.Parallel(plan.parallel, plan.devices, step, workers=plan.workers),
         make_state,
-        jax.jit(functools.partial(engine.evaluate, graphdef, loss=plan.loss)),
+        jax.jit(evaluate),
         tuple(scores),
     )
+
+
+@contextlib.contextmanager
+def _explained(plan: Plan, options: str) -> Iterator[None]:
+    """Says of an error while a model is made, whatever it is, which options it comes from."""
+    try:
+        yield
+    except Exception as error:
+        if plan.model_options == plan.task.defaults.model_options and isinstance(error, ValueError):
+            raise
+        raise UsageError(
+            f"--model-options {cli.shortened(options)} do not fit the model {plan.model}: "
+            f"{textwrap.shorten(str(error), 300)}"
+        ) from error
 
 
 def _check_memory(plan: Plan, arrays: PyTree, what: str) -> None:

@@ -56,6 +56,7 @@ def test_command(capsys):
             "model mlp with 2000000 images of (9000, 9000, 3)",
         ),
         ("--image-size 99999", "--image-size must be at most 10000, got 99999"),
+        ('--model-options {"hidden_sizes":7}', '--model-options {"hidden_sizes":7} do not fit'),
         ("--model-options 3", "--model-options is a JSON object"),
     ],
 )

@@ -734,7 +734,17 @@ def test_statistics_of_the_optimizer(method, names):
         ),
         ("""--model-options '{"hidden_sizes": [1e9]}'""", "hidden_sizes must be at most 1000000"),
         ("""--model cnn --model-options '{"norm": 3}'""", "unknown norm 3; valid: batch"),
-        ("""--model-options '{"hidden_sizes": "a"}'""", "--model-options"),
+        *(
+            (f"--model-options '{options}'", "--model-options {")
+            for options in (
+                '{"hidden_sizes": "a"}',
+                '{"hidden_sizes": [-3]}',
+                '{"hidden_sizes": [1.5]}',
+                '{"dtype": "foo"}',
+                '{"rngs": 3}',
+            )
+        ),
+        ("""--model-options '{"hidden_sizes": [-3]}'""", "do not fit the model mlp: "),
         (
             "--task sst2_1k --model-options '{\"num_layers\": 1e6}'",
             "num_layers must be at most 1000",
