@@ -37,7 +37,7 @@ from optax_accel._arguments import (
 )
 from optax_accel._masking import Mask, check_selected, merge, resolve, select, with_fixed_leaves
 from optax_accel._random import as_key, map_with_keys
-from optax_accel.objective import as_objective, check_params, mean_arguments, vary_over
+from optax_accel.objective import as_objective, check_params, mean_arguments
 
 Direction = Literal[
     "gradient",
@@ -222,9 +222,10 @@ def _extragradient(
             params=params,
             why="take the gradient at the extrapolated point",
         )
+        together = objective
         if axis_name is not None:
-            objective = objective.local
-        point, chosen = vary_over(params, axis_name), resolve(params, mask)
+            objective, together = objective.local, objective.averaged_over(axis_name)
+        point, chosen = together.vary(params), resolve(params, mask)
         rate = value_of(extrapolation_rate, state.count)
         inner_state = state.inner_state
 
@@ -256,7 +257,11 @@ def _extragradient(
         value, own_gradient = objective.value_and_grad(half)
         gradient = own_gradient
         if axis_name is not None:
-            value, gradient = lax.pmean((value, own_gradient), axis_name)
+            value, gradient = together.mean((value, own_gradient))
+            if (weight := together.batch_weight()) is not None:  # nothing to go by may be 0 / 0
+                own_gradient = jax.tree.map(
+                    lambda g: jnp.where(weight == 0, 0, g), together.vary(own_gradient)
+                )
         for argument, new in (("value", value), ("grad", gradient)):
             if argument in inner_args:
                 inner_args[argument] = new

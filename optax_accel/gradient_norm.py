@@ -25,11 +25,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from optax_accel._arguments import check_inner, check_number, value_of
 from optax_accel._masking import Mask, check_selected, merge, resolve, select, with_fixed_leaves
-from optax_accel.objective import as_objective, check_params, vary_over
+from optax_accel._numerics import norm
+from optax_accel.objective import as_objective, check_params
 
 
 class GNPState(NamedTuple):
@@ -151,14 +151,15 @@ def _gnp(
         radius, weight = value_of(rho, state.count), value_of(alpha, state.count)
         point, first = params, updates
         if axis_name is not None:
-            objective, point = objective.local, vary_over(params, axis_name)
+            together = objective.averaged_over(axis_name)
+            objective, point = objective.local, together.vary(params)
             first = objective.grad(point)
         chosen = resolve(params, mask)
         direction = select(first, chosen)
-        norm = optax.tree.norm(jax.tree.map(_widen, direction))
-        scale = jnp.where(norm > 0, radius / jnp.where(norm > 0, norm, 1), 0)
+        length = norm(direction)
+        divisor = jnp.where(length > 0, length, 1)
         ahead = jax.tree.map(
-            lambda x, g: (_widen(x) + scale * _widen(g)).astype(x.dtype),
+            lambda x, g: (_widen(x) + radius * (_widen(g) / divisor)).astype(jnp.result_type(x)),
             select(point, chosen),
             direction,
         )
@@ -168,16 +169,16 @@ def _gnp(
             first,
             second,
         )
-        norm = jnp.asarray(norm, jnp.float32)
+        length = jnp.asarray(length, jnp.float32)
         if axis_name is not None:
-            mixed, norm = lax.pmean(vary_over((mixed, norm), axis_name), axis_name)
+            mixed, length = together.mean((mixed, length))
         inner_args = {**extra_args, "value_fn": value_fn}
         if "grad" in inner_args:
             inner_args["grad"] = mixed
         new_updates, inner_state = inner.update(mixed, state.inner_state, params, **inner_args)
         return new_updates, GNPState(
             count=optax.safe_increment(state.count),
-            gradient_norm=norm,
+            gradient_norm=length,
             inner_state=inner_state,
         )
 
@@ -185,4 +186,4 @@ def _gnp(
 
 
 def _widen(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.float32))

@@ -1182,7 +1182,13 @@ def as_objective(
     if value_fn is None:
         raise ValueError(
             f"{method} needs the extra argument `{argument}` to {why}. Call it as: {call}, with an "
-            "optax_accel.Objective or any function of the parameters that returns the scalar loss."
+            "optax_accel.Objective or any function of the parameters that returns the scalar loss. "
+            "TrainState.apply_gradients of Flax does not hand extra arguments on; in its place "
+            "write:\n"
+            "    updates, opt_state = state.tx.update("
+            f"grads, state.opt_state, state.params, {argument}=objective)\n"
+            "    state = state.replace(step=state.step + 1, opt_state=opt_state, "
+            "params=optax.apply_updates(state.params, updates))"
         )
     if not callable(value_fn):
         raise TypeError(f"{method}: `{argument}` must be callable, got {type(value_fn).__name__}.")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.training.train_state import TrainState
 
 import optax_accel as oa
 from tests.helpers import over_workers, quick_jit, tree_allclose
@@ -357,3 +358,54 @@ def test_python_numbers_as_parameters():
     assert objective.grad(params)["w"] == 18.0
     for product in (objective.hvp, objective.ggn_vp):
         assert product(params, {"w": 2.0})["w"] == 36.0
+
+
+def test_a_train_state_that_swallows_the_arguments_is_told_what_to_write():
+    params = {"w": jnp.ones(2)}
+    state = TrainState.create(apply_fn=None, params=params, tx=oa.gnp(optax.sgd(0.1)))
+    with pytest.raises(ValueError, match=r"apply_gradients of Flax does not") as caught:
+        state.apply_gradients(grads=params, value_fn=lambda p: jnp.sum(p["w"] ** 2))
+    lines = [line.strip() for line in str(caught.value).split("\n")[1:]]
+    scope = {"state": state, "grads": params, "optax": optax}
+    scope["objective"] = lambda p: jnp.sum(p["w"] ** 2)
+    exec("\n".join(lines), scope)
+    assert scope["state"].step == 1
+    assert (scope["state"].params["w"] < 1).all()
+
+
+@pytest.mark.parametrize("build", ["gnp", "extragradient"])
+def test_local_methods_average_with_the_weight(build):
+    """Three replicas of two examples, one of which has none that counts."""
+    x = jnp.array([[[1.0, 2.0], [3.0, -1.0]], [[0.5, 1.0], [2.0, 2.0]], [[7.0, 7.0], [7.0, 7.0]]])
+    mask = jnp.array([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    objective = oa.Objective.from_value_fn(
+        lambda p, x, mask: jnp.sum(jnp.sin(x @ p) * mask) / jnp.sum(mask),
+        weight=lambda mask: jnp.sum(mask),
+    )
+    params = jnp.array([0.3, -0.4])
+    if build == "gnp":
+        tx = oa.gnp(optax.sgd(1.0), rho=0.1, alpha=1.0, axis_name="workers")
+    else:
+        tx = oa.extragradient(optax.sgd(1.0), 0.1, axis_name="workers")
+
+    def one(x, mask):
+        given = {"x": x, "mask": mask}
+        grads = objective.grad(params, **given)
+        return tx.update(grads, tx.init(params), params, value_fn=objective, **given)[0]
+
+    updates = jax.vmap(one, axis_name="workers")(x, mask)
+    want = jnp.zeros(2)
+    for i, weight in ((0, 2), (1, 1)):
+        own = objective.grad(params, x=x[i], mask=mask[i])
+        step = own / jnp.linalg.norm(own) if build == "gnp" else -own
+        want += weight / 3 * objective.grad(params + 0.1 * step, x=x[i], mask=mask[i])
+    for update in updates:
+        np.testing.assert_allclose(update, -want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_the_penalized_norm_is_that_of_a_gradient_of_any_size(size):
+    tx, params = oa.gnp(optax.sgd(0.0), rho=0.1, alpha=1.0), jnp.ones(2)
+    objective = oa.Objective.from_value_fn(lambda p: size * jnp.sum(p**2) / 2)
+    _, state = tx.update(objective.grad(params), tx.init(params), params, value_fn=objective)
+    np.testing.assert_allclose(state.gradient_norm / size, 2**0.5, rtol=1e-5)
