@@ -11,8 +11,11 @@ from optax_accel.objective import Objective
 from optax_accel.curvature import BlockTracker, ExactTracker, GradientTracker
 from optax_accel.curvature import RoundRobinTracker, Tracker
 from optax_accel.subspace import InterpolateSubspacesState, interpolate_subspaces
-from optax_accel.subspace import project_to_bulk, project_to_dominant, refresh_at
+from optax_accel.subspace import project_to_bulk, project_to_dominant
 from optax_accel.subspace import bulk_sgd, dom_sgd, interpolated_sgd
+
+# Curvature refreshed from the host
+from optax_accel.refresh import Refresh, kfac_refresh_at, refresh_at
 
 # Momentum decay
 from optax_accel.momentum import ScaleByDemonAdamState, scale_by_demon, scale_by_demon_adam
@@ -30,7 +33,7 @@ from optax_accel.extrapolation import extra_adam, extrap_sgd
 # Natural gradient
 from optax_accel.natural_gradient.hessian_free import HessianFreeState, hessian_free
 from optax_accel.natural_gradient.kfac import ScaleByKFACState, describe_layers, ekfac, kfac
-from optax_accel.natural_gradient.kfac import kfac_refresh_at, scale_by_ekfac, scale_by_kfac
+from optax_accel.natural_gradient.kfac import scale_by_ekfac, scale_by_kfac
 
 # Gradient norm penalty
 from optax_accel.gradient_norm import GNPState, gnp
@@ -73,6 +76,7 @@ __all__ = [
     "Objective",
     "OneCycle",
     "PostLocalSGDState",
+    "Refresh",
     "Reparametrization",
     "ReparametrizeState",
     "RoundRobinTracker",

@@ -22,6 +22,8 @@ Mask: TypeAlias = chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | 
 def resolve(params: chex.ArrayTree, mask: Mask) -> chex.ArrayTree | None:
     """A boolean for every leaf of the parameters; None, which stands for all, stays None.
 
+    Parameters without leaves, such as Optax's placeholder, have nothing to select: None.
+
     The mask may be a prefix or a function.  As in Optax it is a function only if its leaves can be
     called: a module with booleans in place of its parameters is a tree of booleans.
     Resolve a mask on the *parameters* and use the result for their gradients: those of leaves that

@@ -34,20 +34,20 @@ from jax import lax
 
 from optax_accel._arguments import (
     as_arrays,
-    check_choice,
-    check_integer,
+    check_count,
     check_learning_rate,
     check_number,
+    known_integer,
     value_of,
 )
 from optax_accel._masking import Mask, check_selected, merge, resolve, select, with_fixed_leaves
 from optax_accel.curvature import BlockTracker, Eigenspace, Tracker, blocks
 from optax_accel.objective import as_objective, check_params
+from optax_accel.refresh import RefreshLike, announce_eigenspace, of_eigenspace
 
 # Most directions whose combination is written out as a sum.
 _UNROLLED = 32
 BaseOptimizer = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
-Refresh = bool | str | None
 
 
 class InterpolateSubspacesState(NamedTuple):
@@ -68,36 +68,6 @@ class InterpolateSubspacesState(NamedTuple):
     alignment: jax.Array
     alignment_ema: jax.Array
     active: jax.Array
-
-
-def refresh_at(
-    step: int, refresh_every: int = 20, start_step: int = 0, *, cold_start: bool = True
-) -> bool | str:
-    """The ``refresh`` argument for a training loop that drives the eigenspace from the host.
-
-    Args:
-      step: zero-based training step, a Python integer.
-      refresh_every: steps between refreshes, as given to the tracker; default 20, that of
-        ``BlockTracker``.
-      start_step: the first step with tracking, as given to the transformation; default 0.
-      cold_start: False for convolutional networks on a CPU, where the loop of the Lanczos start
-        runs many times slower than the same products outside it (jax#12868): the estimate then
-        grows from a random basis by a sweep in each of the first ten steps.
-
-    Returns:
-      ``"cold"`` at the first step, ``"warm"`` when a refresh is due, else ``False``.
-
-    Example:
-      >>> from optax_accel import refresh_at
-      >>> [refresh_at(step, refresh_every=2) for step in range(5)]
-      ['cold', False, 'warm', False, 'warm']
-    """
-    check_integer("refresh_every", refresh_every, 1)
-    elapsed = step - start_step
-    if cold_start and elapsed == 0:
-        return "cold"
-    due = elapsed >= 0 and (elapsed % refresh_every == 0 or (elapsed < 10 and not cold_start))
-    return "warm" if due else False
 
 
 def interpolate_subspaces(
@@ -128,7 +98,9 @@ def interpolate_subspaces(
       ``lax.cond`` on the step count.  A static Python value drives it from the host, so that the
       loop alternates compiled steps without a conditional (required for speed with convolutions on
       CPU, and under ``vmap``, where a conditional runs both its branches): ``False`` keeps the
-      basis, ``True`` refreshes it, ``"cold"`` and ``"warm"`` also say how; see :func:`refresh_at`.
+      basis, ``True`` refreshes it, ``"cold"`` and ``"warm"`` also say how; of the words for K-FAC,
+      ``"factors"`` keeps the basis and ``"inverses"`` refreshes it.
+      :func:`~optax_accel.refresh_at` gives the value for a step.
 
     * ``grad``: the gradient, for trackers that follow gradients; default: the incoming updates.
 
@@ -137,26 +109,31 @@ def interpolate_subspaces(
     ``jit``: outside, the conditional is compiled anew at every step.
 
     Args:
-      num_directions: k, usually the number of classes. 0: everything is bulk; at least the number
-        of parameters: everything is dominant.
+      num_directions: k, usually the number of classes. With 0 everything is bulk and updates are
+        multiplied by ``bulk_weight``; from the number of parameters that take part on everything is
+        dominant and they are multiplied by ``dominant_weight``.  Where that weight is the number 0,
+        so that every update would be zero, ``init`` raises an error.
       dominant_weight: a, the weight of the component in the dominant subspace; float or schedule.
       bulk_weight: b, the weight of the component orthogonal to it; float or schedule.
       tracker: how the eigenspace is followed; default ``BlockTracker()``.
-      start_step: updates pass unchanged, and nothing is tracked, before this step.
+      start_step: updates pass unchanged, and nothing is tracked, before this step; in a shorter
+        training for ever.
       switch_alignment: if given, tracking starts at ``start_step``, but the projection is switched
         on, for good, only when the moving average of chi_k exceeds this value (0.95 in public
         replications of Song et al.).
       alignment_decay: decay of that average (0.9 there).
       mask: pytree of booleans like the parameters, or a function from the parameters to one: True
         leaves take part, the others are held fixed in the curvature and their updates pass
-        unchanged.  Use this instead of ``optax.masked``, inside which no loss can be evaluated.
+        unchanged (all of them, if none is selected).  Use this instead of ``optax.masked``, inside
+        which no loss can be evaluated.
 
     Returns:
       A transformation with state :class:`InterpolateSubspacesState`.  Memory: ``k`` (plus the
       tracker's oversampling) copies of the parameters.
 
     Raises:
-      ValueError: an argument outside its range, here; a missing ``value_fn``, in ``update``.
+      ValueError: an argument outside its range, here; in ``init``: settings with which every update
+        would be zero for ever; in ``update``: a missing ``value_fn``.
       TypeError: an argument of another kind; parameters that are not real floating point.
 
     Example:
@@ -179,10 +156,10 @@ def interpolate_subspaces(
             "`tracker` must be a Tracker, such as optax_accel.BlockTracker(), "
             f"got {getattr(tracker, '__name__', tracker)!r}."
         )
-    check_integer("num_directions", num_directions, 0)
+    check_count("num_directions", num_directions, 0)
     check_number("dominant_weight", dominant_weight, allow_schedule=True)
     check_number("bulk_weight", bulk_weight, allow_schedule=True)
-    check_integer("start_step", start_step, 0)
+    check_count("start_step", start_step, 0)
     if switch_alignment is not None:
         check_number("switch_alignment", switch_alignment, 0, 1)
     check_number("alignment_decay", alignment_decay, 0, 1, open_high=True)
@@ -191,9 +168,20 @@ def interpolate_subspaces(
     def init_fn(params: chex.ArrayTree) -> InterpolateSubspacesState:
         check_params(params, name)
         check_selected(params, mask, name)
+        announce_eigenspace(tracker.refresh_every, start_step)
         params = as_arrays(params)
         selected = select(params, resolve(params, mask))
-        space = tracker.init(selected, num_directions)
+        k = known_integer(num_directions)
+        if k is None:
+            raise TypeError(
+                "`num_directions` decides the shape of the state and must be known when it is "
+                "made, got a traced array. Under `jit` or `eval_shape`, use "
+                "optax_accel.inject_hyperparams instead of Optax's: it keeps static arguments as "
+                "they are."
+            )
+        if jax.tree.leaves(params):  # a placeholder has none
+            _check_trains(k, blocks.dimension(selected), dominant_weight, bulk_weight)
+        space = tracker.init(selected, k)
         # Two arrays, because one can be donated only once.
         alignment, alignment_ema = (jnp.zeros((), space.eigenvalues.dtype) for _ in range(2))
         return InterpolateSubspacesState(
@@ -212,16 +200,17 @@ def interpolate_subspaces(
         value_fn: Any = None,
         curvature_value_fn: Any = None,
         grad: chex.ArrayTree | None = None,
-        refresh: Refresh = None,
+        refresh: RefreshLike = None,
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, InterpolateSubspacesState]:
-        _check_refresh(refresh)
+        refresh = of_eigenspace(refresh)
         count, space = state.count, state.space
         params = None if params is None else as_arrays(params)
         chosen = resolve(updates if params is None else params, mask)
         k = space.eigenvalues.shape[0]
         tracked_from = count >= start_step
         if k > 0 and refresh is not False:
+            check_params(params, name, "tx.update(grads, state, params, value_fn=objective)")
             selected, gradient = select(params, chosen), updates if grad is None else grad
             gradient = select(gradient, chosen)
             objective = None
@@ -240,7 +229,8 @@ def interpolate_subspaces(
                 cold = {"cold": True, "warm": False}.get(refresh)  # type: ignore[arg-type]
                 return tracker.refresh(old, objective, selected, gradient, cold=cold)
 
-            if refresh is None and (start_step > 0 or tracker.refresh_every > 1):
+            always = tracker.refresh_every == 1 and known_integer(start_step) == 0
+            if refresh is None and not always:
                 due = tracked_from & ((count - start_step) % tracker.refresh_every == 0)
                 space = lax.cond(due, refreshed, lambda old: old, space)
             else:
@@ -588,6 +578,36 @@ def bulk_sgd(
     )
 
 
+def _check_trains(k: int, size: int, dominant_weight: Any, bulk_weight: Any) -> None:
+    """Raises ``ValueError`` if every update would be zero; ``size`` is that of what takes part.
+
+    Weights that are schedules or arrays, which may change, are taken for nonzero.
+    """
+    if size == 0:  # all there is passes
+        return
+
+    def is_zero(weight: Any) -> bool:
+        return not callable(weight) and not isinstance(weight, jax.Array) and weight == 0
+
+    message = "every update would be zero, and nothing would ever be trained: "
+    if is_zero(dominant_weight) and is_zero(bulk_weight):
+        raise ValueError(
+            f"{message}`dominant_weight` and `bulk_weight` are both 0; give one of them another "
+            "value."
+        )
+    if k >= size and is_zero(dominant_weight):
+        raise ValueError(
+            f"{message}`num_directions` is {k}, at least the number of parameters that take part, "
+            f"{size}, so that all of them are dominant, and the dominant component has weight 0. "
+            f"Use at most {size - 1} directions, or a `dominant_weight` other than 0."
+        )
+    if k == 0 and is_zero(bulk_weight):
+        raise ValueError(
+            f"{message}with `num_directions=0` everything is bulk, and the bulk component has "
+            "weight 0. Use at least 1 direction, or a `bulk_weight` other than 0."
+        )
+
+
 def _dominant_component(
     vector: chex.ArrayTree, space: Eigenspace, everything: bool
 ) -> tuple[chex.ArrayTree, jax.Array]:
@@ -616,13 +636,3 @@ def _dominant_component(
         return functools.reduce(jnp.add, (weights[i] * b[i].astype(v.dtype) for i in range(k)))
 
     return jax.tree.map(combination, space.basis, wide), alignment
-
-
-def _check_refresh(refresh: Any) -> None:
-    if isinstance(refresh, jax.Array):
-        raise TypeError(
-            "`refresh` must be a static Python value, got an array: mark it with "
-            'jax.jit(step, static_argnames="refresh").'
-        )
-    if refresh is not None and not isinstance(refresh, bool):
-        check_choice("refresh", refresh, ("cold", "warm"))

@@ -335,6 +335,28 @@ def test_state_holds_arrays_of_known_shapes(run: Runner) -> None:
     assert not any(getattr(leaf, "weak_type", False) for leaf in leaves)
 
 
+def test_map_params_finds_what_is_like_the_parameters(run: Runner) -> None:
+    """As in Optax's common test: `init` accepts a placeholder and its state has the same form.
+
+    Copies of the parameters are mapped, with further axes in front too; numbers and small matrices
+    are not.
+    """
+    state = jax.eval_shape(run.tx.init, PROBLEM.params)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(PROBLEM.params)]
+    mapped = []
+
+    def note(leaf: Any) -> Any:
+        mapped.append(leaf.shape)
+        return leaf
+
+    same = optax.tree.map_params(run.tx, note, state)
+    assert signature(same) == signature(state)
+    assert all(any(shape[len(shape) - len(s) :] == s for s in shapes) for shape in mapped)
+    assert set(mapped) >= set(shapes) or not mapped
+    if run.case.basis:
+        assert (K, *shapes[0]) in mapped
+
+
 def test_donation(run: Runner) -> None:
     for _ in range(2):  # a second run finds nothing deleted that the transformation keeps
         carry = jax.tree.map(jnp.copy, PROBLEM.params), run.init()
@@ -530,9 +552,12 @@ def hyperparameters(factory: Callable[..., Any], kwargs: dict[str, Any]) -> dict
     return {name: value for name, value in values.items() if isinstance(value, float)}
 
 
-def three_updates(tx: Any, hyperparams: dict[str, Any] | None = None) -> list[Any]:
+def three_updates(
+    tx: Any, hyperparams: dict[str, Any] | None = None, state: Any = None
+) -> list[Any]:
     """Updates for three gradients, from a state with a basis."""
-    state, result = with_eigenspace(tx.init(PROBLEM.params)), []
+    state = tx.init(PROBLEM.params) if state is None else state
+    state, result = with_eigenspace(state), []
     if hyperparams:
         state = state._replace(hyperparams={**state.hyperparams, **hyperparams})
     for scale in (1.0, -2.0, 0.5):
@@ -569,9 +594,7 @@ def test_inject_hyperparams(factory: Callable[..., Any]) -> None:
 
 
 # What decides shapes in these is still read from their arguments.
-SHAPED = (oa.project_to_bulk, oa.project_to_dominant, oa.interpolate_subspaces)
-SHAPED += (oa.bulk_sgd, oa.dom_sgd, oa.interpolated_sgd)
-SHAPED += (oa.scale_by_kfac, oa.scale_by_ekfac, oa.kfac, oa.ekfac)
+SHAPED = (oa.scale_by_kfac, oa.scale_by_ekfac, oa.kfac, oa.ekfac)
 
 
 @pytest.mark.parametrize(
@@ -586,9 +609,10 @@ def test_optax_inject_hyperparams(factory: Callable[..., Any]) -> None:
         for name, parameter in inspect.signature(factory).parameters.items()
         if type(kwargs.get(name, parameter.default)) in (int, float)
     }
-    hyperparams = injected.init(PROBLEM.params).hyperparams
-    assert set(hyperparams) == numbers
-    changed = quick_jit(lambda new: three_updates(injected, new))(hyperparams)
+    # Outside of `jit`: the number of directions decides the shape of the state.
+    state = injected.init(PROBLEM.params)
+    assert set(state.hyperparams) == numbers
+    changed = quick_jit(lambda state: three_updates(injected, state=state))(state)
     tree_allclose(changed, plain_updates(factory), rtol=1e-4)
 
 

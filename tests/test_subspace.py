@@ -95,25 +95,79 @@ def test_first_in_the_chain_the_moments_see_the_projected_gradient(x64):
 
 @pytest.mark.parametrize("k", [3, 5])
 def test_all_directions_are_dominant_when_k_reaches_the_dimension(k):
+    """Then only the dominant weight counts: Dom-SGD is SGD."""
     grads = jnp.array([1.0, -2.0, 3.0])
-    bulk, state = oa.project_to_bulk(k).update(
-        grads, oa.project_to_bulk(k).init(grads), grads, value_fn=quadratic
-    )
-    dominant, _ = oa.project_to_dominant(k).update(
-        grads, oa.project_to_dominant(k).init(grads), grads, value_fn=quadratic
-    )
-    np.testing.assert_array_equal(bulk, 0)
-    np.testing.assert_array_equal(dominant, grads)
+    dominant = oa.project_to_dominant(k)
+    updates, state = dominant.update(grads, dominant.init(grads), grads, value_fn=quadratic)
+    np.testing.assert_array_equal(updates, grads)
     assert state.space.basis.shape == (3, 3)
     np.testing.assert_allclose(state.space.eigenvalues, DIAGONAL, rtol=1e-5)
     assert state.alignment == 1
+    halved = oa.interpolate_subspaces(k, 0.5, 0.0)
+    np.testing.assert_array_equal(halved.update(grads, state, grads, refresh=False)[0], grads / 2)
 
 
 def test_no_directions_need_no_objective():
     grads = jnp.array([1.0, -2.0, 3.0])
-    bulk, dominant = oa.project_to_bulk(0), oa.project_to_dominant(0)
-    np.testing.assert_array_equal(bulk.update(grads, bulk.init(grads), grads)[0], grads)
-    np.testing.assert_array_equal(dominant.update(grads, dominant.init(grads), grads)[0], 0)
+    for tx, scale in ((oa.project_to_bulk(0), 1), (oa.interpolate_subspaces(0, 0.0, 0.5), 0.5)):
+        np.testing.assert_array_equal(tx.update(grads, tx.init(grads), grads)[0], scale * grads)
+
+
+MASKED = {"w": True, "b": False}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: oa.bulk_sgd(0.1, 5), "`num_directions` is 5, .* take part, 5.* at most 4 direct"),
+        (lambda: oa.bulk_sgd(0.1, 9), "`num_directions` is 9, .* take part, 5.* at most 4 direct"),
+        (lambda: oa.project_to_bulk(3, mask=MASKED), "is 3, .* part, 3.* at most 2 directions"),
+        (lambda: oa.bulk_sgd(0.1, 3, mask=MASKED, start_step=3), "at most 2 directions"),
+        (lambda: oa.interpolated_sgd(0.1, 5, 0, 0.5), "`dominant_weight` other than 0"),
+        (lambda: oa.dom_sgd(0.1, 0), "with `num_directions=0` everything is bulk.*at least 1"),
+        (lambda: oa.project_to_dominant(0), "with `num_directions=0` everything is bulk"),
+        (lambda: oa.interpolate_subspaces(2, 0.0, 0.0), "are both 0"),
+        (
+            lambda: optax.inject_hyperparams(oa.bulk_sgd)(0.1, num_directions=5),
+            "at most 4 directions",
+        ),
+        (lambda: oa.bulk_sgd(0.1, 5, tracker=oa.GradientTracker()), "at most 4 directions"),
+    ],
+)
+def test_settings_that_train_nothing_are_refused(make, message):
+    params = {"w": jnp.ones(3), "b": jnp.ones(2)}
+    with pytest.raises(ValueError, match=f"every update would be zero, .*{message}"):
+        make().init(params)
+
+
+def test_weights_that_may_change_are_not_refused():
+    params = jnp.ones(3)
+    for tx in (
+        oa.interpolated_sgd(0.1, 3, optax.linear_schedule(0.0, 1.0, 10), 1.0),
+        oa.interpolate_subspaces(0, 0.0, lambda count: 0.0),
+        oa.dom_sgd(0.1, 3),
+        oa.bulk_sgd(0.1, 2),
+        oa.bulk_sgd(0.1, 2, mask=False),  # all passes
+    ):
+        tx.init(params)
+
+
+@pytest.mark.parametrize("factory", [oa.bulk_sgd, oa.dom_sgd])
+def test_optax_injects_counts_as_arrays(factory):
+    """Also the start step and the alignment at which the projection is switched on."""
+    numbers = {"num_directions": 1, "start_step": 1, "switch_alignment": 0.0}
+    injected = optax.inject_hyperparams(factory)(learning_rate=0.1, **numbers)
+    params, grads = jnp.ones(3), jnp.array([1.0, 2.0, 3.0])
+    states = [injected.init(params), factory(0.1, **numbers).init(params)]
+    update = jax.jit(functools.partial(injected.update, value_fn=quadratic))
+    plain = jax.jit(functools.partial(factory(0.1, **numbers).update, value_fn=quadratic))
+    for _ in range(3):
+        got, states[0] = update(grads, states[0], params)
+        want, states[1] = plain(grads, states[1], params)
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert oa.refresh_at(1, injected) == "cold"
+    with pytest.raises(TypeError, match=r"decides the shape.* optax_accel\.inject_hyperparams"):
+        jax.eval_shape(injected.init, params)
 
 
 def test_zero_updates_have_alignment_zero():
@@ -378,7 +432,7 @@ def test_errors_teach():
         tx.update(params, state, params, value_fn=1.0)
     with pytest.raises(TypeError, match="static_argnames"):
         tx.update(params, state, params, value_fn=quadratic, refresh=jnp.array(True))
-    with pytest.raises(ValueError, match="'cold', 'warm'; got 'hot'"):
+    with pytest.raises(ValueError, match=r"'warm', 'factors', .*Refresh of these; got 'hot'"):
         tx.update(params, state, params, value_fn=quadratic, refresh="hot")
     with pytest.raises(ValueError, match="Give interpolate_subspaces its own `mask="):
         optax.masked(tx, {"a": True, "b": False}).init({"a": params, "b": params})

@@ -298,7 +298,10 @@ class BlockTracker(_CurvatureTracker):
         """An eigenspace without an estimate: a random orthonormal basis, not ready."""
         k, tracked = self._sizes(params, num_directions)
         basis = self._random_basis(params, tracked)
-        return self._new_space(params, basis, k, self._memory(basis, k, jnp.zeros(())))
+        memory = self._memory(basis, k, jnp.zeros(()))
+        if self.oversampling and num_directions and not jax.tree.leaves(params):
+            memory = memory._replace(guard=basis)  # a placeholder for what states usually have
+        return self._new_space(params, basis, k, memory)
 
     def _memory(self, basis: chex.ArrayTree, k: int, shift: jax.Array) -> BlockMemory:
         tracked = jax.tree.leaves(basis)[0].shape[0] if jax.tree.leaves(basis) else 0

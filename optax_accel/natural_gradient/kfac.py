@@ -62,9 +62,14 @@ from optax_accel.objective import (
     as_objective,
     check_params,
 )
+from optax_accel.refresh import (
+    RefreshLike,
+    announce_factors,
+    check_factor_periods,
+    of_factors,
+)
 
 Damping = Literal["factored", "eigen"]
-Refresh = Literal[False, "factors", "inverses"] | None
 Example = Mapping[str, Any] | None
 
 
@@ -101,32 +106,6 @@ class ScaleByKFACState(NamedTuple):
     factors: tuple[Any, ...]
     inverses: tuple[Any, ...]
     moments: tuple[Any, ...]
-
-
-def kfac_refresh_at(step: int, factors_every: int = 1, inverses_every: int = 10) -> Refresh:
-    """The ``refresh`` argument for a training loop that drives K-FAC from the host.
-
-    Args:
-      step: zero-based training step, a Python integer.
-      factors_every: steps between refreshes of the factors, as given to the transformation.
-      inverses_every: steps between refreshes of the inverses, as given to the transformation.
-
-    Returns:
-      ``"inverses"`` when factors and inverses are due, ``"factors"`` when only these are, else
-      ``False``.
-
-    Raises:
-      ValueError: a period below 1, or ``inverses_every`` is no multiple of ``factors_every``.
-
-    Example:
-      >>> from optax_accel import kfac_refresh_at
-      >>> [kfac_refresh_at(step, 2, 4) for step in range(5)]
-      ['inverses', False, 'factors', False, 'inverses']
-    """
-    _check_periods(factors_every, inverses_every)
-    if step % inverses_every == 0:
-        return "inverses"
-    return "factors" if step % factors_every == 0 else False
 
 
 def describe_layers(
@@ -195,8 +174,9 @@ def scale_by_kfac(
     * ``refresh``: ``None`` (default): factors and inverses are refreshed inside the compiled step,
       by ``lax.cond`` on the step count.  A static Python value drives them from the host, so that
       the loop alternates compiled steps without conditionals (required for speed with convolutions
-      on a CPU): ``False`` refreshes nothing, ``"factors"`` the factors, ``"inverses"`` both; see
-      :func:`kfac_refresh_at`.  The first step needs ``"inverses"``: before, there is no curvature,
+      on a CPU): ``False`` refreshes nothing, ``"factors"`` the factors, ``"inverses"`` (or True,
+      ``"cold"`` and ``"warm"``, the words for trackers) both; :func:`~optax_accel.refresh_at` gives
+      the value for a step.  The first step needs ``"inverses"``: before, there is no curvature,
       and gradients pass (divided by 1 + damping in the eigenbasis).
 
     The loss must be a mean over the examples, which the leading axis of the outputs counts, or a
@@ -634,7 +614,7 @@ def _transformation(
     _check_example(name, objective, example)
     check_number("damping", damping, 0, open_low=True, allow_schedule=True)
     check_number("decay", decay, 0, 1, open_high=True)
-    _check_periods(factors_every, inverses_every)
+    check_factor_periods(factors_every, inverses_every)
     check_choice("estimator", estimator, get_args(Estimator))
     if likelihood is not None:
         check_choice("likelihood", likelihood, get_args(Likelihood))
@@ -686,6 +666,7 @@ def _transformation(
         )
 
     def init_fn(params: chex.ArrayTree) -> ScaleByKFACState:
+        announce_factors(factors_every, inverses_every)
         if is_placeholder(params):
             # Nothing in the state is like the parameters: the factors are like the layers.  Which
             # these are, a placeholder does not tell; where it is open, a leaf stands for all.
@@ -705,16 +686,10 @@ def _transformation(
         *,
         value_fn: Any = None,
         curvature_value_fn: Any = None,
-        refresh: Refresh = None,
+        refresh: RefreshLike = None,
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, ScaleByKFACState]:
-        if isinstance(refresh, jax.Array):
-            raise TypeError(
-                "`refresh` must be a static Python value, got an array: mark it with "
-                'jax.jit(step, static_argnames="refresh").'
-            )
-        if refresh is not None and refresh is not False:
-            check_choice("refresh", refresh, ("factors", "inverses"))
+        refresh = of_factors(refresh)
         check_params(params, name, "tx.update(grads, state, params, value_fn=objective)")
         blocks, count = blocks_of(params), state.count
         strength = value_of(damping, count)
@@ -812,16 +787,6 @@ def _warn_of_diagonals(name: str, blocks: tuple[Block, ...]) -> None:
         f"{reasons}\nSee optax_accel.describe_layers for all blocks.",
         stacklevel=4,
     )
-
-
-def _check_periods(factors_every: Any, inverses_every: Any) -> None:
-    check_integer("factors_every", factors_every, 1)
-    check_integer("inverses_every", inverses_every, 1)
-    if inverses_every % factors_every:
-        raise ValueError(
-            f"`inverses_every` must be a multiple of `factors_every`, {factors_every}, got "
-            f"{inverses_every}: inverses are made of new factors."
-        )
 
 
 def _identity(shape: tuple[int, ...], dtype: Any, kind: str) -> Any:

@@ -1,0 +1,285 @@
+"""Refreshing estimates of curvature from the host: one vocabulary for all methods.
+
+A method that keeps an estimate of the curvature, the eigenspace of a tracker or the factors of
+K-FAC, refreshes it inside the compiled step by default.  With the extra argument ``refresh``, a
+static Python value, the training loop decides instead, so that it alternates compiled steps without
+conditionals: required for speed with convolutions on a CPU, and under ``vmap``, where a conditional
+runs both its branches.  The argument reaches every element of a chain, and each takes from it what
+concerns it:
+
+===============  ==============================  =================================================
+``refresh``      trackers of an eigenspace       K-FAC and EKFAC
+===============  ==============================  =================================================
+``None``         decide in the graph             decide in the graph
+``False``        nothing                         nothing
+``True``         refresh (the tracker says how)  factors and inverses
+``"cold"``       start anew                      factors and inverses
+``"warm"``       refresh the basis there is      factors and inverses
+``"factors"``    nothing                         factors
+``"inverses"``   refresh (the tracker says how)  factors and inverses
+:class:`Refresh`  its ``eigenspace``              its ``factors`` and ``inverses``
+===============  ==============================  =================================================
+
+:func:`refresh_at` gives the value for each step of a whole chain.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import weakref
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+import optax
+
+from optax_accel._arguments import check_integer
+
+EigenspaceRefresh: TypeAlias = bool | Literal["cold", "warm"] | None
+FactorsRefresh: TypeAlias = Literal[False, "factors", "inverses"] | None
+_WORDS = ("cold", "warm", "factors", "inverses")
+
+
+class Refresh(NamedTuple):
+    """What a step refreshes, where one word does not say it for all elements of a chain.
+
+    Attributes:
+      eigenspace: what trackers do: False (default) nothing, True a refresh, ``"cold"`` a new start,
+        ``"warm"`` a refresh of the basis there is; None lets them decide in the graph.
+      factors: whether K-FAC refreshes its factors, default False; None lets it decide in the graph,
+        about the inverses too.
+      inverses: whether K-FAC refreshes factors and inverses, default False.
+
+    Example:
+      >>> import optax_accel as oa
+      >>> oa.Refresh(eigenspace="warm", factors=True)
+      Refresh(eigenspace='warm', factors=True, inverses=False)
+    """
+
+    eigenspace: EigenspaceRefresh = False
+    factors: bool | None = False
+    inverses: bool = False
+
+
+RefreshLike: TypeAlias = bool | str | Refresh | None
+
+
+def of_eigenspace(refresh: Any) -> EigenspaceRefresh:
+    """What the argument ``refresh`` means for a tracker."""
+    _check(refresh)
+    if isinstance(refresh, Refresh):
+        return refresh.eigenspace
+    return {"factors": False, "inverses": True}.get(refresh, refresh)
+
+
+def of_factors(refresh: Any) -> FactorsRefresh:
+    """What the argument ``refresh`` means for K-FAC."""
+    _check(refresh)
+    if isinstance(refresh, Refresh):
+        if refresh.inverses:
+            return "inverses"
+        return "factors" if refresh.factors else (None if refresh.factors is None else False)
+    if refresh is None or refresh is False:
+        return refresh
+    return "factors" if refresh == "factors" else "inverses"
+
+
+def _check(refresh: Any) -> None:
+    values = refresh if isinstance(refresh, Refresh) else (refresh,)
+    if any(isinstance(value, jax.Array | np.ndarray | np.generic) for value in values):
+        raise TypeError(
+            "`refresh` must be a static Python value, got an array: mark it with "
+            'jax.jit(step, static_argnames="refresh").'
+        )
+    if isinstance(refresh, Refresh):
+        flags = refresh.factors in (None, False, True) and isinstance(refresh.inverses, bool)
+        if flags and _is_one_of(refresh.eigenspace, ("cold", "warm")):
+            return
+    elif _is_one_of(refresh, _WORDS):
+        return
+    raise ValueError(
+        "`refresh` must be None, True, False, one of 'cold', 'warm', 'factors', 'inverses', or an "
+        f"optax_accel.Refresh of these; got {refresh!r}."
+    )
+
+
+def _is_one_of(value: Any, words: tuple[str, ...]) -> bool:
+    return value is None or isinstance(value, bool) or (isinstance(value, str) and value in words)
+
+
+# -- when ------------------------------------------------------------------------------------------
+
+
+class _EigenspacePeriods(NamedTuple):
+    refresh_every: int
+    start_step: int
+
+
+class _FactorsPeriods(NamedTuple):
+    factors_every: int
+    inverses_every: int
+
+
+_Periods: TypeAlias = _EigenspacePeriods | _FactorsPeriods
+# While `refresh_at` calls an `init`: the periods that the methods in it announce.
+_announced: contextvars.ContextVar[list[_Periods] | None] = contextvars.ContextVar(
+    "announced", default=None
+)
+_known: weakref.WeakKeyDictionary[Any, tuple[_Periods, ...]] = weakref.WeakKeyDictionary()
+
+
+def announce_eigenspace(refresh_every: int, start_step: Any) -> None:
+    """Called by ``init`` of a method that follows an eigenspace."""
+    announced = _announced.get()
+    if announced is not None:
+        announced.append(_EigenspacePeriods(refresh_every, int(start_step)))
+
+
+def announce_factors(factors_every: int, inverses_every: int) -> None:
+    """Called by ``init`` of a method that keeps factors and their inverses."""
+    announced = _announced.get()
+    if announced is not None:
+        announced.append(_FactorsPeriods(factors_every, inverses_every))
+
+
+def refresh_at(
+    step: int,
+    tx: optax.GradientTransformation | int | None = None,
+    start_step: int = 0,
+    *,
+    refresh_every: int | None = None,
+    cold_start: bool = True,
+) -> RefreshLike:
+    """The ``refresh`` argument for a training loop that drives curvature from the host.
+
+    Args:
+      step: zero-based count of updates, a Python integer. With ``optax.MultiSteps`` this is the
+        number of whole updates, not of micro-batches.
+      tx: the optimizer, however chained, masked or wrapped. The periods and start steps of its
+        trackers and of its K-FAC are read from it, once: its ``init`` is called with the
+        placeholder of ``optax.tree.map_params``.  Or the period of a tracker, an integer, as
+        ``refresh_every``.
+      start_step: the step at which the eigenspace is first needed, if no optimizer is given.
+      refresh_every: the period of the tracker, if no optimizer is given; default 20, as
+        ``BlockTracker``'s.
+      cold_start: False for convolutional networks on a CPU, where the loop of the Lanczos start
+        runs many times slower than the same products outside it (jax#12868): the estimate then
+        grows from a random basis by a sweep in each of the first ten steps.
+
+    Returns:
+      For trackers ``"cold"`` at the first step, ``"warm"`` when a refresh is due, else False; for
+      K-FAC what :func:`kfac_refresh_at` says; for a chain of both a :class:`Refresh`; None if
+      nothing in ``tx`` has a curvature to refresh.
+
+    Raises:
+      ValueError: ``tx`` has two trackers, or K-FAC twice, at different periods or start steps,
+        which one value cannot drive; its ``init`` does not accept a placeholder.
+
+    Example:
+      >>> import optax, optax_accel as oa
+      >>> [oa.refresh_at(step, refresh_every=2) for step in range(5)]
+      ['cold', False, 'warm', False, 'warm']
+      >>> tracker = oa.BlockTracker(refresh_every=3)
+      >>> tx = optax.chain(optax.adam(1e-3), oa.project_to_bulk(10, tracker=tracker, start_step=1))
+      >>> [oa.refresh_at(step, tx) for step in range(5)]
+      [False, 'cold', False, False, 'warm']
+    """
+    if tx is None or not isinstance(tx, optax.GradientTransformation | optax.MultiSteps):
+        every = (20 if refresh_every is None else refresh_every) if tx is None else tx
+        check_integer("refresh_every", every, 1)
+        return _eigenspace_at(step, _EigenspacePeriods(int(every), start_step), cold_start)
+    if refresh_every is not None or start_step:
+        raise ValueError(
+            "give refresh_at either the optimizer or `refresh_every` and `start_step`: the "
+            "optimizer knows its own."
+        )
+    eigenspace: Any = None
+    factors: Any = None
+    for periods in _periods_of(tx):
+        if isinstance(periods, _EigenspacePeriods):
+            eigenspace = _eigenspace_at(step, periods, cold_start)
+        else:
+            factors = kfac_refresh_at(step, *periods)
+    if factors is None:
+        return eigenspace
+    if eigenspace is None:
+        return factors
+    return Refresh(eigenspace, factors=bool(factors), inverses=factors == "inverses")
+
+
+def _eigenspace_at(step: int, periods: _EigenspacePeriods, cold_start: bool) -> EigenspaceRefresh:
+    elapsed = step - periods.start_step
+    if cold_start and elapsed == 0:
+        return "cold"
+    due = elapsed % periods.refresh_every == 0 or (elapsed < 10 and not cold_start)
+    return "warm" if elapsed >= 0 and due else False
+
+
+def _periods_of(tx: Any) -> tuple[_Periods, ...]:
+    """The periods of each kind of estimate in an optimizer, at most one of a kind."""
+    owner = getattr(tx.init, "__self__", tx.init)  # of a bound method there is no other reference
+    if owner in _known:
+        return _known[owner]
+    announced: list[_Periods] = []
+
+    def record(placeholder: Any) -> tuple[()]:
+        tx.init(placeholder)
+        return ()
+
+    token = _announced.set(announced)
+    try:
+        optax.tree.map_params(record, lambda leaf: leaf, ())
+    except Exception as error:
+        raise ValueError(
+            "refresh_at reads the periods from `tx.init`, which does not accept the placeholder of "
+            f"optax.tree.map_params ({type(error).__name__}: {error}). Give the periods instead: "
+            "refresh_at(step, refresh_every=..., start_step=...) or kfac_refresh_at(step, ...)."
+        ) from error
+    finally:
+        _announced.reset(token)
+    found = tuple(dict.fromkeys(announced))
+    if len({type(periods) for periods in found}) < len(found):
+        raise ValueError(
+            "one `refresh` drives all trackers and one all K-FAC of an optimizer, but this one has "
+            f"different periods: {', '.join(str(p).lstrip('_') for p in found)}. Give them equal "
+            "periods and start steps, or leave `refresh` out, so that each decides in the graph."
+        )
+    _known[owner] = found
+    return found
+
+
+def kfac_refresh_at(step: int, factors_every: int = 1, inverses_every: int = 10) -> FactorsRefresh:
+    """The ``refresh`` argument for a training loop that drives K-FAC from the host.
+
+    Args:
+      step: zero-based training step, a Python integer.
+      factors_every: steps between refreshes of the factors, as the transformation's.
+      inverses_every: steps between refreshes of the inverses, as the transformation's.
+
+    Returns:
+      ``"inverses"`` when factors and inverses are due, ``"factors"`` when only these are, else
+      ``False``.
+
+    Raises:
+      ValueError: a period below 1, or ``inverses_every`` is not a multiple of ``factors_every``.
+
+    Example:
+      >>> from optax_accel import kfac_refresh_at
+      >>> [kfac_refresh_at(step, 2, 4) for step in range(5)]
+      ['inverses', False, 'factors', False, 'inverses']
+    """
+    check_factor_periods(factors_every, inverses_every)
+    if step % inverses_every == 0:
+        return "inverses"
+    return "factors" if step % factors_every == 0 else False
+
+
+def check_factor_periods(factors_every: Any, inverses_every: Any) -> None:
+    """Raises if the periods of factors and inverses are not counts that fit."""
+    check_integer("factors_every", factors_every, 1)
+    check_integer("inverses_every", inverses_every, 1)
+    if inverses_every % factors_every:
+        raise ValueError(
+            f"`inverses_every` must be a multiple of `factors_every`, {factors_every}, got "
+            f"{inverses_every}: inverses are made of new factors."
+        )
