@@ -94,7 +94,7 @@ def test_a_chain_of_both_is_driven_from_the_host() -> None:
         oa.Refresh(False, factors=True, inverses=True),
     ]
     assert len(set(forms)) == 4
-    tree_equal(optax.tree.get(driven[1], "weight"), optax.tree.get(decided[1], "weight"))
+    tree_equal(driven[1][0].factor_weight, decided[1][0].factor_weight)
 
 
 BULK = oa.project_to_bulk(1, tracker=oa.BlockTracker(refresh_every=3), start_step=1)
