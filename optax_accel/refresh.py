@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import contextvars
 import weakref
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import jax
 import numpy as np
@@ -142,9 +142,22 @@ def announce_factors(factors_every: int, inverses_every: int) -> None:
         announced.append(_FactorsPeriods(factors_every, inverses_every))
 
 
+@overload
 def refresh_at(
     step: int,
-    tx: optax.GradientTransformation | int | None = None,
+    tx: int | None = None,
+    start_step: int = 0,
+    *,
+    refresh_every: int | None = None,
+    cold_start: bool = True,
+) -> bool | Literal["cold", "warm"]: ...
+@overload
+def refresh_at(
+    step: int, tx: optax.GradientTransformation | optax.MultiSteps, *, cold_start: bool = True
+) -> RefreshLike: ...
+def refresh_at(
+    step: int,
+    tx: optax.GradientTransformation | optax.MultiSteps | int | None = None,
     start_step: int = 0,
     *,
     refresh_every: int | None = None,
@@ -207,7 +220,9 @@ def refresh_at(
     return Refresh(eigenspace, factors=bool(factors), inverses=factors == "inverses")
 
 
-def _eigenspace_at(step: int, periods: _EigenspacePeriods, cold_start: bool) -> EigenspaceRefresh:
+def _eigenspace_at(
+    step: int, periods: _EigenspacePeriods, cold_start: bool
+) -> bool | Literal["cold", "warm"]:
     elapsed = step - periods.start_step
     if cold_start and elapsed == 0:
         return "cold"

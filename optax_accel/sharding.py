@@ -24,6 +24,12 @@ def state_shardings(tx: optax.GradientTransformation, params: chex.ArrayTree) ->
     parameter's sharding, with unsharded axes for those in front: ``P(None, *spec)`` for a block of
     ``k`` copies.  All other leaves are replicated over the parameters' mesh.
 
+    ``optax.tree.map_params`` decides in the same way but for the axes in front: a basis, a sketch
+    and a history of gradients, leaves ``(k, *shape)``, count as parameter-like, and the function
+    that it maps meets leaves with one axis more.  A ``PartitionSpec`` for such a leaf has to be
+    extended, as it is here.  Eigenvalues, counters and K-FAC's factors, which are like layers and
+    not like parameters, do not count.
+
     Nothing is computed: the structure comes from ``jax.eval_shape``.  Give the result to
     ``jax.jit(tx.init, out_shardings=...)``, so that the state never exists on one device, and to
     ``out_shardings`` of the training step, so that it stays where it is.
