@@ -45,9 +45,6 @@ class LeastSquares:
         )
 
 
-# Compilation is what most tests spend their time on: LLVM need not optimize.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 OUTPUT_WEIGHTS = np.array([[1.0, 0.55]], np.float32)
 
 

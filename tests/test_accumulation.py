@@ -15,7 +15,6 @@ from tests.helpers import (
     mlp_apply,
     mlp_init,
     over_workers,
-    quick_jit,
     tree_allclose,
 )
 
@@ -58,7 +57,7 @@ def test_everything_is_that_of_the_whole_batch(number, unroll):
         return found
 
     parts = UNBOUND.accumulated(number, unroll=unroll, x=X, y=Y)
-    run = quick_jit(everything, static_argnums=0)
+    run = jax.jit(everything, static_argnums=0)
     tree_allclose(run(parts, PARAMS), run(WHOLE, PARAMS), rtol=2e-6)
 
 
@@ -68,7 +67,7 @@ def test_in_double_precision_up_to_rounding(x64):
     parts = UNBOUND.accumulated(7, x=x, y=Y)
     whole = UNBOUND.bind(x=x, y=Y)
 
-    @quick_jit
+    @jax.jit
     def errors(params):
         names = ("value_and_grad", "hvp", "ggn_vp")
         return [[QUANTITIES[name](o, params) for name in names] for o in (parts, whole)]
@@ -92,7 +91,7 @@ def test_carry_goes_from_part_to_part(unroll):
         return (first, count + 1), part["x"].mean()
 
     batch = {"x": jnp.arange(7.0)}
-    run = quick_jit(
+    run = jax.jit(
         lambda batch: oa.mean_over_micro_batches(
             record, batch, 3, carry=(jnp.zeros(3), jnp.int32(0)), unroll=unroll
         )
@@ -144,7 +143,7 @@ def test_on_replicas(mode, unroll):
         return gradient, parts.hvp(PARAMS, PARAMS), parts.ggn_vp(PARAMS, PARAMS)
 
     found = over_workers(mode, one, 4)(X.reshape(4, 12, 2), Y.reshape(4, 12))
-    expected = quick_jit(lambda p: (WHOLE.grad(p), WHOLE.hvp(p, p), WHOLE.ggn_vp(p, p)))(PARAMS)
+    expected = jax.jit(lambda p: (WHOLE.grad(p), WHOLE.hvp(p, p), WHOLE.ggn_vp(p, p)))(PARAMS)
     for i in range(4):
         tree_allclose(jax.tree.map(lambda a, i=i: a[i], found), expected, rtol=3e-6)
 
@@ -172,7 +171,7 @@ def test_vmap_over_parameters():
     many = block_of(PARAMS)
     for unroll in (False, True):
         parts = UNBOUND.accumulated(5, unroll=unroll, x=X, y=Y)
-        tree_allclose(quick_jit(jax.vmap(parts.grad))(many), jax.vmap(WHOLE.grad)(many), rtol=2e-6)
+        tree_allclose(jax.jit(jax.vmap(parts.grad))(many), jax.vmap(WHOLE.grad)(many), rtol=2e-6)
 
 
 def test_parts_have_numbers_for_their_random_keys():
@@ -219,7 +218,7 @@ def test_parts_have_numbers_for_their_random_keys():
 def test_methods_make_the_steps_of_the_whole_batch(build):
     tx = build()
 
-    @functools.partial(quick_jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def run(objective):
         params, state = PARAMS, tx.init(PARAMS)
         for _ in range(2):

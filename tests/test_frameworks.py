@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import optax_accel as oa
-from tests.helpers import classification, cross_entropy, mlp_apply, mlp_init, quick_jit
+from tests.helpers import classification, cross_entropy, mlp_apply, mlp_init
 
 X, Y = classification()
 Model = tuple[Any, Callable[[Any], jax.Array]]
@@ -68,7 +68,7 @@ def test_trains(make: Callable[[], Model], name: str) -> None:
     params, predict = make()
     objective = oa.Objective(predict, lambda logits: cross_entropy(logits, Y))
 
-    @quick_jit
+    @jax.jit
     def step(params: Any, state: Any) -> tuple[Any, Any, jax.Array]:
         value, grads = objective.value_and_grad(params)
         updates, state = tx.update(grads, state, params, value_fn=objective)

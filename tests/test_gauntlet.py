@@ -23,7 +23,6 @@ import optax_accel as oa
 from optax_accel.extrapolation import Direction
 from tests.helpers import (
     over_workers,
-    quick_jit,
     signature,
     tree_allclose,
     tree_equal,
@@ -174,7 +173,7 @@ class Runner:
 
     @functools.cached_property
     def train(self) -> Callable[..., Any]:
-        return quick_jit(self._train, static_argnames="num_steps")
+        return jax.jit(self._train, static_argnames="num_steps")
 
     @functools.cached_property
     def trajectory(self) -> Any:
@@ -185,7 +184,7 @@ class Runner:
     def trajectories(self) -> Any:
         """One for each learning rate of the grid, computed together."""
         run = jax.vmap(self._train, in_axes=(0, None, None, None, None))
-        return quick_jit(run, static_argnums=4)(
+        return jax.jit(run, static_argnums=4)(
             self.rates, PROBLEM.params, PROBLEM.x, PROBLEM.y, NUM_STEPS
         )
 
@@ -194,7 +193,7 @@ class Runner:
         def unknown_arguments_too(params: Any, state: Any) -> tuple[Any, Any]:
             return step(self.tx, params, state, PROBLEM.x, PROBLEM.y, another_argument="unknown")
 
-        return quick_jit(unknown_arguments_too, donate_argnums=(0, 1))
+        return jax.jit(unknown_arguments_too, donate_argnums=(0, 1))
 
     def steps(self, params: Any, state: Any, num_steps: int) -> tuple[Any, Any]:
         carry = jax.tree.map(jnp.copy, (params, state))
@@ -268,7 +267,7 @@ def test_chain_and_multi_steps(run: Runner) -> None:
         optax.clip_by_global_norm(1e6), run.case.build(run.rates[2]), optax.add_decayed_weights(0.0)
     )
     tx = optax.MultiSteps(chain, every_k_schedule=2)
-    micro = quick_jit(train, static_argnums=(0, 4))(tx, PROBLEM.params, PROBLEM.x, PROBLEM.y, 6)
+    micro = jax.jit(train, static_argnums=(0, 4))(tx, PROBLEM.params, PROBLEM.x, PROBLEM.y, 6)
     tree_allclose(at(slice(1, None, 2), micro), at(slice(3), run.trajectory), rtol=1e-6)
 
 
@@ -317,7 +316,7 @@ def test_half_precision_survives_zero_and_tiny_gradients(case: Case) -> None:
         return (optax.apply_updates(params, updates), state), updates
 
     state = with_eigenspace(tx.init(params))
-    updates = quick_jit(lambda *carry: jax.lax.scan(body, carry, jnp.float32([0, 1e-4, 0])))(
+    updates = jax.jit(lambda *carry: jax.lax.scan(body, carry, jnp.float32([0, 1e-4, 0])))(
         params, state
     )[1]
     for leaf in jax.tree.leaves(updates):
@@ -388,7 +387,7 @@ def test_non_finite_values_leave_the_basis_alone(case: Case, poisoned: str) -> N
     else:
         gradient, refresh, objective = params, "warm", PROBLEM.objective(PROBLEM.x * np.nan)
 
-    @quick_jit
+    @jax.jit
     def once(gradient: Any, state: Any) -> tuple[Any, Any]:
         return tx.update(gradient, state, params, value_fn=objective, refresh=refresh)
 
@@ -436,7 +435,7 @@ def test_workers_converge(name: str) -> None:
         return at(-1, train(build_worker(name, rate), PROBLEM.params, x, y, NUM_STEPS))
 
     over_rates = jax.vmap(jax.vmap(run, (None, 0, 0), axis_name="workers"), (0, None, None))
-    end = quick_jit(over_rates)(np.float32(SGD_RATES), X, Y)
+    end = jax.jit(over_rates)(np.float32(SGD_RATES), X, Y)
     mean = jax.tree.map(lambda leaf: leaf.mean(1), end)
     objective = PROBLEM.objective()
     for losses in (
@@ -570,7 +569,7 @@ def three_updates(
 
 @functools.cache
 def plain_updates(factory: Callable[..., Any]) -> list[Any]:
-    return quick_jit(three_updates, static_argnums=0)(factory(**FACTORIES[factory]))
+    return jax.jit(three_updates, static_argnums=0)(factory(**FACTORIES[factory]))
 
 
 def distance(left: Any, right: Any) -> float:
@@ -584,8 +583,8 @@ def test_inject_hyperparams(factory: Callable[..., Any]) -> None:
     values = hyperparameters(factory, kwargs)
     injected = oa.inject_hyperparams(factory)(**kwargs)
     assert set(injected.init(PROBLEM.params).hyperparams) >= set(values)
-    from_state = quick_jit(lambda new: three_updates(injected, new))
-    built_with = quick_jit(lambda new: three_updates(factory(**{**kwargs, **new})))
+    from_state = jax.jit(lambda new: three_updates(injected, new))
+    built_with = jax.jit(lambda new: three_updates(factory(**{**kwargs, **new})))
     # In float32, 1 - b2 has lost three digits.
     tree_allclose(from_state(values), plain_updates(factory), rtol=1e-4)
     for name, value in values.items():
@@ -612,7 +611,7 @@ def test_optax_inject_hyperparams(factory: Callable[..., Any]) -> None:
     # Outside of `jit`: the number of directions decides the shape of the state.
     state = injected.init(PROBLEM.params)
     assert set(state.hyperparams) == numbers
-    changed = quick_jit(lambda state: three_updates(injected, state=state))(state)
+    changed = jax.jit(lambda state: three_updates(injected, state=state))(state)
     tree_allclose(changed, plain_updates(factory), rtol=1e-4)
 
 
@@ -622,7 +621,7 @@ def test_inject_stateful_hyperparams() -> None:
     with pytest.warns(DeprecationWarning, match="inject_hyperparams"):
         tx = optax.inject_stateful_hyperparams(oa.demon_sgd)(schedule, decay_steps=10)
     scheduled = oa.demon_sgd(lambda count: 0.1 / (1 + count), decay_steps=10)
-    results = [quick_jit(three_updates, static_argnums=0)(t) for t in (tx, scheduled)]
+    results = [jax.jit(three_updates, static_argnums=0)(t) for t in (tx, scheduled)]
     tree_allclose(*results, rtol=1e-5)
 
 
@@ -644,8 +643,8 @@ def test_schedules(factory: Callable[..., Any], name: str) -> None:
         # Two steps, because `extra_adam` counts half-steps.
         return jnp.where(count < 2, value, 0.5 * value)
 
-    constant = quick_jit(lambda: three_updates(factory(**{**kwargs, name: value})))()
-    changing = quick_jit(lambda: three_updates(factory(**{**kwargs, name: scheduled})))()
+    constant = jax.jit(lambda: three_updates(factory(**{**kwargs, name: value})))()
+    changing = jax.jit(lambda: three_updates(factory(**{**kwargs, name: scheduled})))()
     tree_allclose(changing[0], constant[0], rtol=1e-6)
     assert distance(changing[2], constant[2]) > 0.01
 
@@ -664,7 +663,7 @@ def test_vmap_over_seeds_is_a_loop(build: Callable[[Any], Any]) -> None:
         return train(build(key), PROBLEM.params, PROBLEM.x, PROBLEM.y, 5)
 
     keys = jax.random.split(jax.random.key(0), 3)
-    together, alone = quick_jit(jax.vmap(run))(keys), [quick_jit(run)(key) for key in keys]
+    together, alone = jax.jit(jax.vmap(run))(keys), [jax.jit(run)(key) for key in keys]
     tree_allclose(together, jax.tree.map(lambda *rows: jnp.stack(rows), *alone), rtol=1e-5)
     assert distance(alone[0], alone[1]) > 1e-3
 

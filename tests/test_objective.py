@@ -10,7 +10,7 @@ import pytest
 from flax.training.train_state import TrainState
 
 import optax_accel as oa
-from tests.helpers import over_workers, quick_jit, tree_allclose
+from tests.helpers import over_workers, tree_allclose
 
 DATA = np.random.default_rng(0)
 X = DATA.normal(size=(8, 3))
@@ -234,7 +234,7 @@ def quantities(objective, names):
 @pytest.fixture(scope="module")
 def of_all_tokens():
     plain = oa.Objective(predict_tokens, token_loss).bind(tokens=TOKENS, mask=MASK)
-    return quick_jit(lambda: quantities(plain, QUANTITIES))()
+    return jax.jit(lambda: quantities(plain, QUANTITIES))()
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def of_all_tokens():
 def test_micro_batches_count_with_their_weight(of_all_tokens, mode, names):
     """Four parts of two sentences; two of them have no token."""
     parts = token_objective(hvp_mode=mode).accumulated(4, tokens=TOKENS, mask=MASK)
-    for name, found in quick_jit(lambda: quantities(parts, names))().items():
+    for name, found in jax.jit(lambda: quantities(parts, names))().items():
         tree_allclose(found, of_all_tokens[name], rtol=3e-6)
 
 

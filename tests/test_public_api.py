@@ -18,7 +18,7 @@ import pytest
 
 import optax_accel as oa
 from optax_accel import curvature, topologies
-from tests.helpers import least_squares, quick_jit
+from tests.helpers import least_squares
 
 ROOT = Path(__file__).parents[1]
 NAMESPACES = {"curvature": curvature, "topologies": topologies}
@@ -414,7 +414,7 @@ def test_own_mask_is_what_the_message_promises() -> None:
     objective = problem.objective()
     grads = objective.grad(problem.params)
     for tx in (oa.bulk_sgd(0.1, 2, mask=mask), oa.extrap_sgd(0.1, momentum=None, mask=mask)):
-        updates, _ = quick_jit(
+        updates, _ = jax.jit(
             lambda g, p, tx=tx: tx.update(g, tx.init(p), p, value_fn=objective, refresh="cold")
         )(grads, problem.params)
         # The inputs are orthogonal to the bias: its gradient is the same at the point ahead.

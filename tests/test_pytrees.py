@@ -15,7 +15,7 @@ import pytest
 
 import optax_accel as oa
 from optax_accel.curvature import blocks
-from tests.helpers import quick_jit, signature, tree_allclose, tree_equal
+from tests.helpers import signature, tree_allclose, tree_equal
 from tests.methods import OPTIMIZERS, Case, K
 
 PyTree = Any
@@ -112,7 +112,7 @@ def test_updates_look_like_the_gradients(case: Case, shapes: PyTree) -> None:
     assert signature(new_state) == signature(state)
 
 
-@functools.partial(quick_jit, static_argnames=("k",))
+@functools.partial(jax.jit, static_argnames=("k",))
 def split(params: PyTree, update: PyTree, k: int) -> tuple[Any, ...]:
     """Dominant and bulk part of an update, projected once and twice, and chi_k."""
 
@@ -193,7 +193,7 @@ def test_masks_hold_the_rest_fixed(shapes: PyTree) -> None:
     def project(mask: Any) -> PyTree:
         tx = oa.interpolate_subspaces(2, 0.5, 1.0, mask=mask)
         state = tx.init(params)
-        return quick_jit(lambda u, s, p: tx.update(u, s, p, value_fn=quadratic, refresh="cold")[0])(
+        return jax.jit(lambda u, s, p: tx.update(u, s, p, value_fn=quadratic, refresh="cold")[0])(
             update, state, params
         )
 
@@ -219,7 +219,7 @@ def test_curvature_with_other_numbers_masked_out(dtype: str) -> None:
     params = {"w": jnp.arange(1.0, 4.0), "other": jnp.ones(2, dtype)}
     tx = oa.project_to_bulk(1, mask={"w": True, "other": False})
     update = {"w": jnp.ones(3), "other": jnp.full(2, 2, dtype)}
-    updates, _ = quick_jit(
+    updates, _ = jax.jit(
         lambda u, s, p: tx.update(
             u, s, p, value_fn=lambda p: quadratic({"w": p["w"]}), refresh="cold"
         )

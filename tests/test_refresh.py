@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -12,7 +13,7 @@ import pytest
 
 import optax_accel as oa
 from optax_accel.refresh import of_eigenspace, of_factors
-from tests.helpers import least_squares, quick_jit, tree_allclose, tree_equal
+from tests.helpers import least_squares, tree_allclose, tree_equal
 
 PROBLEM = least_squares()
 TRACKER = oa.BlockTracker(refresh_every=2)
@@ -72,7 +73,7 @@ def test_a_chain_of_both_is_driven_from_the_host() -> None:
     """The same as in the graph, in a handful of compiled forms."""
     tx = both()
 
-    @functools.partial(quick_jit, static_argnames="refresh")
+    @functools.partial(jax.jit, static_argnames="refresh")
     def step(params: Any, state: Any, refresh: Any) -> Any:
         objective = PROBLEM.objective()
         updates, state = tx.update(

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import optax_accel as oa
-from tests.helpers import mlp_apply, mlp_init, quick_jit, tree_allclose, tree_equal
+from tests.helpers import mlp_apply, mlp_init, tree_allclose, tree_equal
 
 X = np.linspace(-1, 1, 24).reshape(8, 3)
 Y = np.stack([np.sin(3 * X[:, 0]), X[:, 1] * X[:, 2]], axis=1)
@@ -61,7 +61,7 @@ def trained(tx, loss, params, steps=12):
         carry = optax.apply_updates(params, updates), state
         return carry, carry
 
-    return quick_jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=steps)[1])(params)
+    return jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), length=steps)[1])(params)
 
 
 OPTIMIZERS = {

@@ -14,7 +14,7 @@ import pytest
 
 import optax_accel as oa
 from optax_accel.curvature import blocks
-from tests.helpers import quick_jit, tree_allclose, tree_equal
+from tests.helpers import tree_allclose, tree_equal
 
 K = 3
 TRACKERS: dict[str, oa.Tracker] = {
@@ -55,7 +55,7 @@ def trainer(tracker: oa.Tracker) -> Any:
     """A compiled step of SGD that only measures, so that all trackers see the same parameters."""
     tx = oa.interpolated_sgd(0.1, K, 1.0, 1.0, tracker=tracker)
 
-    @functools.partial(quick_jit, static_argnames="refresh")
+    @functools.partial(jax.jit, static_argnames="refresh")
     def step(params: Any, state: Any, x: Any, refresh: Any) -> Any:
         value_fn = objective(x)
         batch = jax.random.permutation(jax.random.key(optax.tree.get(state, "count")), 64)[:16]
@@ -68,7 +68,7 @@ def trainer(tracker: oa.Tracker) -> Any:
     return tx, step
 
 
-@quick_jit
+@jax.jit
 def hessian(params: Any) -> jax.Array:
     flat, unravel = jax.flatten_util.ravel_pytree(params)
     return jax.hessian(lambda p: objective()(unravel(p)))(flat)
@@ -93,7 +93,7 @@ def as_matrix(block: Any) -> np.ndarray:
 def test_follows_the_dominant_subspace(name: str, cosine: float) -> None:
     tracker = TRACKERS[name]
     tx, step = trainer(tracker)
-    params, state = PARAMS, quick_jit(tx.init)(PARAMS)
+    params, state = PARAMS, jax.jit(tx.init)(PARAMS)
     for i in range(41):
         before = params
         params, state = step(params, state, X, oa.refresh_at(i, tracker.refresh_every))
@@ -115,7 +115,7 @@ def test_gradient_rows_find_the_noise_of_gradients() -> None:
     _, unravel = jax.flatten_util.ravel_pytree(PARAMS)
     tracker = oa.GradientTracker(rows="gradient", refresh_every=1, decay=0.95, buffer=10)
     space = tracker.init(PARAMS, K)
-    refresh = quick_jit(lambda space, g: tracker.refresh(space, None, PARAMS, g))
+    refresh = jax.jit(lambda space, g: tracker.refresh(space, None, PARAMS, g))
     assert not tracker.needs_objective
     for gradient in gradients:
         space = refresh(space, unravel(jnp.asarray(gradient)))
@@ -129,7 +129,7 @@ def test_outputs_alike_in_all_examples_give_the_gauss_newton_space() -> None:
     x = np.broadcast_to(X[:1], X.shape)
     tracker = oa.GradientTracker(decay=0.0)
 
-    @quick_jit
+    @jax.jit
     def refresh(params: Any) -> Any:
         space = tracker.refresh(tracker.init(params, K), objective(x), params, params)
         return space, objective(x).ggn_vp_block(params, space.basis)
@@ -143,10 +143,10 @@ def test_outputs_alike_in_all_examples_give_the_gauss_newton_space() -> None:
 
 def test_round_robin_is_a_block_sweep_when_parameters_rest() -> None:
     block, robin = oa.BlockTracker(), oa.RoundRobinTracker()
-    want, got = quick_jit(lambda p: (block.init(p, K), robin.init(p, K)))(PARAMS)
+    want, got = jax.jit(lambda p: (block.init(p, K), robin.init(p, K)))(PARAMS)
     tree_equal(got.basis, want.basis)
-    want = quick_jit(lambda s: block.refresh(s, objective(), PARAMS, PARAMS, cold=False))(want)
-    one = quick_jit(lambda s: robin.refresh(s, objective(), PARAMS, PARAMS, cold=False))
+    want = jax.jit(lambda s: block.refresh(s, objective(), PARAMS, PARAMS, cold=False))(want)
+    one = jax.jit(lambda s: robin.refresh(s, objective(), PARAMS, PARAMS, cold=False))
     for i in range(K):
         assert got.memory.position == i
         assert not got.ready
@@ -173,7 +173,7 @@ def test_counts_products(tracker: oa.Tracker) -> None:
 
 def test_exact_says_what_it_took() -> None:
     tracker = oa.ExactTracker(tolerance=1e-3)
-    space = quick_jit(lambda p: tracker.refresh(tracker.init(p, K), objective(), p, p))(PARAMS)
+    space = jax.jit(lambda p: tracker.refresh(tracker.init(p, K), objective(), p, p))(PARAMS)
     assert K < space.memory.num_products <= 20 * K
     np.testing.assert_allclose(space.eigenvalues, exact(PARAMS)[0], rtol=1e-3)
 
@@ -183,7 +183,7 @@ def test_exact_says_what_it_took() -> None:
 def test_a_poisoned_step_is_rejected_and_survived(tracker: oa.Tracker, driven: bool) -> None:
     """NaN at one refresh: base update, old basis, and the state says so until the next refresh."""
     tx, step = trainer(tracker)
-    params, state = PARAMS, quick_jit(tx.init)(PARAMS)
+    params, state = PARAMS, jax.jit(tx.init)(PARAMS)
     from_gradients = not tracker.needs_objective
     poisoned = 2 * tracker.refresh_every
     bulk = oa.interpolate_subspaces(K, 0.0, 0.5, tracker=tracker)
@@ -195,7 +195,7 @@ def test_a_poisoned_step_is_rejected_and_survived(tracker: oa.Tracker, driven: b
             x = X * np.nan
             if from_gradients:
                 nan = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
-                space = quick_jit(lambda s, g: tracker.refresh(s, None, PARAMS, g))(old, nan)
+                space = jax.jit(lambda s, g: tracker.refresh(s, None, PARAMS, g))(old, nan)
             else:
                 space = step(params, state, x, refresh)[1][1].space
             tree_equal((space.basis, space.eigenvalues), (old.basis, old.eigenvalues))
@@ -205,8 +205,8 @@ def test_a_poisoned_step_is_rejected_and_survived(tracker: oa.Tracker, driven: b
                 jnp.all(jnp.isfinite(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(space)
             )
             # Whoever projects with it leaves the update as it is, although the basis is there.
-            inner = quick_jit(bulk.init)(params)._replace(space=space, active=jnp.array(True))
-            project = quick_jit(lambda p, s: bulk.update(p, s, p, refresh=False))
+            inner = jax.jit(bulk.init)(params)._replace(space=space, active=jnp.array(True))
+            project = jax.jit(lambda p, s: bulk.update(p, s, p, refresh=False))
             updates, _ = project(params, inner)
             tree_equal(updates, params)
             state = (state[0], state[1]._replace(space=space))
@@ -227,11 +227,11 @@ def test_bfloat16_storage(tracker: Any) -> None:
     narrow = dataclasses.replace(tracker, storage_dtype=jnp.bfloat16)
     spaces = []
     for each in (tracker, narrow):
-        space = quick_jit(lambda p, each=each: each.init(p, K))(PARAMS)
+        space = jax.jit(lambda p, each=each: each.init(p, K))(PARAMS)
         assert {leaf.dtype for leaf in jax.tree.leaves(space.basis)} == {
             jnp.dtype(each.storage_dtype or jnp.float32)
         }
-        refresh = quick_jit(
+        refresh = jax.jit(
             lambda space, i, each=each: each.refresh(
                 space, objective(), PARAMS, optax.tree.scale(jnp.sin(i), PARAMS), cold=False
             )
@@ -272,11 +272,11 @@ def test_sharded_is_unsharded(tracker: oa.Tracker) -> None:
             )
         return space
 
-    alone = quick_jit(two)(params)
+    alone = jax.jit(two)(params)
     out = jax.tree.map(lambda _: jax.NamedSharding(mesh, jax.P()), jax.eval_shape(two, params))
     blocks_of = {name: jax.NamedSharding(mesh, jax.P(None, *spec)) for name, spec in specs.items()}
     out = out._replace(basis=blocks_of)
-    together = quick_jit(two, out_shardings=out)(jax.device_put(params, shardings))
+    together = jax.jit(two, out_shardings=out)(jax.device_put(params, shardings))
     assert together.basis["w"].sharding == blocks_of["w"]
     tree_allclose(together.eigenvalues, alone.eigenvalues, rtol=1e-4)
     projector = [np.einsum("ki,kj->ij", m, m) for m in map(as_matrix, (together[0], alone[0]))]
@@ -295,7 +295,7 @@ def test_more_directions_than_outputs_need_other_rows() -> None:
 def test_gradients_need_no_objective() -> None:
     tx = oa.bulk_sgd(0.1, 1, tracker=oa.GradientTracker(rows="gradient", refresh_every=1, buffer=2))
     state = tx.init(jnp.ones(3))
-    update = quick_jit(tx.update)
+    update = jax.jit(tx.update)
     for i in range(4):
         _, state = update(jnp.array([1.0, 0, 0]) * i, state, jnp.ones(3))
     np.testing.assert_allclose(np.abs(state[1].space.basis), [[1, 0, 0]], atol=1e-6)
@@ -305,8 +305,8 @@ def test_gradients_need_no_objective() -> None:
 
 def test_a_basis_without_gradients_is_zero_not_noise() -> None:
     tracker = oa.GradientTracker(rows="gradient", refresh_every=1, buffer=1)
-    space = quick_jit(lambda p: tracker.init(p, 2))(jnp.ones(5))
-    refresh = quick_jit(lambda s, row: tracker.refresh(s, None, jnp.ones(5), row))
+    space = jax.jit(lambda p: tracker.init(p, 2))(jnp.ones(5))
+    refresh = jax.jit(lambda s, row: tracker.refresh(s, None, jnp.ones(5), row))
     for i in range(5):
         space = refresh(space, jnp.array([1.0, 0, 0, 0, 0]) * i)
     gram = blocks.inner(space.basis, space.basis)

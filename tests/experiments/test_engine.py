@@ -15,7 +15,7 @@ from flax import nnx
 import optax_accel as oa
 from experiments import engine
 from experiments.parallel import Parallel
-from tests.helpers import quick_jit, signature, tree_allclose, tree_equal
+from tests.helpers import signature, tree_allclose, tree_equal
 
 
 class Mlp(nnx.Module):
@@ -466,7 +466,7 @@ def test_micro_batches_make_the_step_of_the_batch(mlp, batch, build, number, unr
 
     def run(**options):
         state = engine.init_state(tx, params, rest)
-        step = quick_jit(
+        step = jax.jit(
             lambda s: engine.train_step(
                 tx, graphdef, s, *batch, curvature=curvature, refresh="warm", **options
             )
@@ -486,7 +486,7 @@ def test_micro_batches_in_double_precision(x64):
 
     def run(number):
         state = engine.init_state(tx, params, rest)
-        step = quick_jit(
+        step = jax.jit(
             lambda s: engine.train_step(tx, graphdef, s, jnp.float64(x), y, accumulate=number)[0]
         )
         return step(step(state))
@@ -502,9 +502,7 @@ def test_micro_batches_have_their_own_statistics_and_masks(norm_dropout, batch, 
     graphdef, params, rest = norm_dropout
     x, y = batch
     tx = spy()
-    step = quick_jit(
-        lambda s: engine.train_step(tx, graphdef, s, x, y, accumulate=3, unroll=unroll)
-    )
+    step = jax.jit(lambda s: engine.train_step(tx, graphdef, s, x, y, accumulate=3, unroll=unroll))
     state, metrics = step(engine.init_state(tx, params, rest))
     mean, var = np.zeros(4), np.ones(4)
     for part in (x[0::3], x[1::3], x[2::3]):  # one after the other
@@ -568,7 +566,7 @@ def test_micro_batches_in_parallel(mlp, mode, number):
 
     runner = Parallel(mode, jax.devices()[:4], step, min_sharded_size=1)
     state, metrics = runner.step(runner.init(make_state), runner.put_batch((x, y)))
-    expected = quick_jit(lambda s: engine.train_step(tx, graphdef, s, x, y))(make_state())
+    expected = jax.jit(lambda s: engine.train_step(tx, graphdef, s, x, y))(make_state())
     tree_allclose((runner.get_state(state), metrics), expected, rtol=1e-5, atol=1e-7)
 
 
@@ -587,9 +585,9 @@ def test_micro_batches_of_workers(norm_dropout, mode):
     runner = Parallel(mode, jax.devices()[:2], step, workers=2)
     state = runner.init(lambda: engine.init_state(tx, params, rest))
     found = runner.get_state(runner.step(state, runner.put_batch((x, y)))[0])
-    alone, _ = quick_jit(
-        lambda s: engine.train_step(tx, graphdef, s, x[12:], y[12:], accumulate=3)
-    )(engine.init_state(tx, params, rest))
+    alone, _ = jax.jit(lambda s: engine.train_step(tx, graphdef, s, x[12:], y[12:], accumulate=3))(
+        engine.init_state(tx, params, rest)
+    )
     tree_allclose(jax.tree.map(lambda a: a[1], found.params), alone.params, rtol=1e-5, atol=1e-7)
 
 
@@ -629,7 +627,7 @@ def test_mixed_precision(batch, name):
             value_fn_graphdef=exact,
         )
 
-    new, metrics = quick_jit(step)(state)
+    new, metrics = jax.jit(step)(state)
     assert metrics["finite"]
     assert signature(new) == signature(state)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((new.params, new.rest)))
@@ -674,7 +672,7 @@ def test_a_step_that_overflows_is_left_out_and_the_scale_falls(batch):
     precision = engine.PRECISIONS["f16"]
     graphdef, params, rest = engine.split(Half("float16"))
     tx = engine.complete(optax.adam(0.1), 0.1, weight_decay=0.1, precision=precision)
-    step = quick_jit(
+    step = jax.jit(
         lambda s, x: engine.train_step(tx, graphdef, s, x, batch[1], ema=0.9, accumulate=2)
     )
     state = engine.init_state(tx, params, rest, average=True)
@@ -739,7 +737,7 @@ def test_clipping_is_of_the_whole_gradient(mlp, batch):
 def test_moving_average_of_weights_and_statistics(norm_dropout, batch):
     graphdef, params, rest = norm_dropout
     tx = extra(optax.sgd(0.5))
-    step = quick_jit(lambda s: engine.train_step(tx, graphdef, s, *batch, ema=0.75)[0])
+    step = jax.jit(lambda s: engine.train_step(tx, graphdef, s, *batch, ema=0.75)[0])
     state, history = engine.init_state(tx, params, rest, average=True), []
     for _ in range(3):
         state = step(state)

@@ -10,7 +10,7 @@ import pytest
 
 import models
 from experiments import engine, step_cost
-from tests.helpers import quick_jit, tree_allclose
+from tests.helpers import tree_allclose
 
 SMALL = ["--model", "mlp", "--image-size", "8", "--batch-size", "16", "--accumulate", "4"]
 
@@ -24,7 +24,7 @@ def test_all_ways_make_the_same_step():
     y = jnp.arange(12) % 3
     ways = step_cost.ways(graphdef, tx, 4)
     found = {
-        name: quick_jit(way)(engine.init_state(tx, params, rest), x, y)[0]
+        name: jax.jit(way)(engine.init_state(tx, params, rest), x, y)[0]
         for name, way in ways.items()
     }
     assert list(found) == ["plain", "whole", "loop", "unrolled", "microbatching", "MultiSteps"]

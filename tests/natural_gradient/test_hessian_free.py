@@ -18,7 +18,6 @@ from tests.helpers import (
     mlp_init,
     mlp_objective,
     over_workers,
-    quick_jit,
     signature,
     tree_allclose,
     tree_equal,
@@ -47,7 +46,7 @@ def update(tx, params, state, objective, **extra):
 def step(tx, params, state=None, objective=None, **extra):
     """The updates and the state after one step from ``params``, compiled."""
 
-    @quick_jit
+    @jax.jit
     def run(params, state):
         return update(tx, params, state, objective, **extra)
 
@@ -167,7 +166,7 @@ def windows(spectrum, rhs, tolerance, max_iterations):
 def test_stops_by_relative_progress(x64):
     spectrum, tolerances = np.geomspace(1e-4, 1, 300), np.array([0.02, 5e-4, 1e-6, 0.0])
 
-    @quick_jit
+    @jax.jit
     @jax.vmap
     def run(tolerance):
         tx = oa.hessian_free(damping=1e-4, tolerance=tolerance, max_iterations=133)
@@ -254,10 +253,10 @@ def test_levenberg_marquardt_rule(x64):
         x = jnp.array(0.0)
         return update(tx, x, tx.init(x), cubic(c))[1]
 
-    state = quick_jit(jax.vmap(run, (0, None)))(c, 1.5)
+    state = jax.jit(jax.vmap(run, (0, None)))(c, 1.5)
     np.testing.assert_allclose(state.reduction_ratio, 1 - 2 * c, atol=1e-5)
     np.testing.assert_allclose(state.damping, tiny * factors, rtol=1e-6)
-    state = quick_jit(jax.vmap(run, (0, None)))(c, 1.0)
+    state = jax.jit(jax.vmap(run, (0, None)))(c, 1.0)
     np.testing.assert_allclose(state.damping, np.full(7, tiny), rtol=1e-6)
 
 
@@ -280,7 +279,7 @@ def test_at_the_optimum_nothing_changes():
         updates, state = update(tx, params, state, PROBLEM.objective())
         return optax.apply_updates(params, updates), state
 
-    params, state = quick_jit(lambda *carry: jax.lax.fori_loop(0, 40, lambda i, c: run(*c), carry))(
+    params, state = jax.jit(lambda *carry: jax.lax.fori_loop(0, 40, lambda i, c: run(*c), carry))(
         PROBLEM.params, tx.init(PROBLEM.params)
     )
     tree_allclose(params, PROBLEM.optimum, rtol=1e-5)
@@ -327,7 +326,7 @@ def test_a_loss_that_did_not_change_raises_the_damping():
 def test_a_loss_in_other_units_gives_the_same_step(precondition):
     """With the damping in the same units. Squares of such numbers overflow or vanish."""
 
-    @quick_jit
+    @jax.jit
     @jax.vmap
     def run(unit):
         tx = oa.hessian_free(damping=0.1, tolerance=0.0, precondition=precondition)
@@ -485,9 +484,9 @@ def test_vmap_over_members_is_a_loop():
         return params, state.num_iterations, losses
 
     tolerances, rates = jnp.array([0.05, 5e-4, 1e-6]), jnp.array([1.0, 0.5, 0.9])
-    together = quick_jit(jax.vmap(run))(tolerances, rates)
+    together = jax.jit(jax.vmap(run))(tolerances, rates)
     assert len(set(together[1].tolist())) > 1
-    alone_run = quick_jit(run)
+    alone_run = jax.jit(run)
     alone = [alone_run(*each) for each in zip(tolerances, rates, strict=True)]
     tree_allclose(together, jax.tree.map(lambda *rows: jnp.stack(rows), *alone), rtol=2e-4)
 
