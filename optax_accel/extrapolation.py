@@ -36,6 +36,7 @@ from optax_accel._arguments import (
     value_of,
 )
 from optax_accel._masking import Mask, check_selected, merge, resolve, select, with_fixed_leaves
+from optax_accel._numerics import norm
 from optax_accel._random import as_key, map_with_keys
 from optax_accel.objective import as_objective, check_params, mean_arguments
 
@@ -395,7 +396,7 @@ def _extrapolate(
         wide = jnp.promote_types(x.dtype, jnp.float32)
         scaled = jnp.asarray(rate, wide) * xi.astype(wide)
         if trust_ratio and x.ndim > 1:
-            ours, theirs = (jnp.linalg.norm(a.astype(wide).ravel()) for a in (x, xi))
+            ours, theirs = norm(x).astype(wide), norm(xi).astype(wide)
             usable = (ours > 0) & (theirs > 0)
             scaled = scaled * jnp.where(usable, ours / jnp.where(usable, theirs, 1), 1)
         return (x.astype(wide) - scaled).astype(x.dtype)
