@@ -107,6 +107,19 @@ def known_integer(value: Any) -> int | None:
     return None if known is None else int(known)
 
 
+def static_integer(name: str, value: Any, low: int) -> int:
+    """The Python integer of a count that decides shapes.
+
+    Raises:
+      ValueError: the value is too small.
+      TypeError: the value is not an integer, or it is an array whose value is not known.
+    """
+    if isinstance(value, jax.Array) and (known := known_integer(value)) is not None:
+        value = known
+    check_integer(name, value, low)
+    return int(value)
+
+
 def check_dtype(name: str, value: Any) -> None:
     """Raises if an optional dtype is an array, which ``optax.inject_hyperparams`` makes of it."""
     if isinstance(value, jax.Array):

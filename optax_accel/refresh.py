@@ -33,7 +33,7 @@ import jax
 import numpy as np
 import optax
 
-from optax_accel._arguments import check_integer
+from optax_accel._arguments import check_count, check_integer, known_integer, static_integer
 
 EigenspaceRefresh: TypeAlias = bool | Literal["cold", "warm"] | None
 FactorsRefresh: TypeAlias = Literal[False, "factors", "inverses"] | None
@@ -139,7 +139,10 @@ def announce_factors(factors_every: int, inverses_every: int) -> None:
     """Called by ``init`` of a method that keeps factors and their inverses."""
     announced = _announced.get()
     if announced is not None:
-        announced.append(_FactorsPeriods(factors_every, inverses_every))
+        periods = {"factors_every": factors_every, "inverses_every": inverses_every}
+        announced.append(
+            _FactorsPeriods(*(static_integer(name, value, 1) for name, value in periods.items()))
+        )
 
 
 @overload
@@ -291,9 +294,10 @@ def kfac_refresh_at(step: int, factors_every: int = 1, inverses_every: int = 10)
 
 def check_factor_periods(factors_every: Any, inverses_every: Any) -> None:
     """Raises if the periods of factors and inverses are not counts that fit."""
-    check_integer("factors_every", factors_every, 1)
-    check_integer("inverses_every", inverses_every, 1)
-    if inverses_every % factors_every:
+    check_count("factors_every", factors_every, 1)
+    check_count("inverses_every", inverses_every, 1)
+    known = known_integer(factors_every), known_integer(inverses_every)
+    if None not in known and known[1] % known[0]:  # type: ignore[operator]
         raise ValueError(
             f"`inverses_every` must be a multiple of `factors_every`, {factors_every}, got "
             f"{inverses_every}: inverses are made of new factors."

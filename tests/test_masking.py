@@ -136,3 +136,28 @@ def test_states_can_be_mapped_like_the_parameters(make: Callable[[Any], Any]) ->
     state = tx.init({"w": jnp.ones((3, 2)), "n": jnp.ones(2)})
     mapped = optax.tree.map_params(tx, lambda leaf: leaf, state)
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("style", ["float0", "none"])
+def test_kfac_with_anything_masked_out(style: str) -> None:
+    """It finds the layers of a network whose parameters hold what cannot be trained, too."""
+    x = jnp.linspace(-1, 1, 12).reshape(4, 3)
+    fixed = {name: FROZEN[name] for name in ("steps", "key", "on")}
+    params = {"fixed": fixed, "w": jnp.ones((3, 2))}
+    objective = oa.Objective(
+        lambda p: x @ p["w"] * p["fixed"]["steps"][1], lambda out: jnp.mean(out**2)
+    )
+    grad_w = jax.grad(lambda w: objective({**params, "w": w}))(params["w"])
+    zeros = {name: np.zeros(leaf.shape, jax.dtypes.float0) for name, leaf in fixed.items()}
+    passed = zeros if style == "float0" else dict.fromkeys(fixed)
+    tx = oa.kfac(0.1, objective, estimator="ggn", kl_clip=None, mask={"fixed": False, "w": True})
+    result = tx.update({"fixed": passed, "w": grad_w}, tx.init(params), params, value_fn=objective)[
+        0
+    ]
+    assert all(result["fixed"][name] is leaf for name, leaf in passed.items())
+    alone = oa.Objective(lambda p: objective.outputs({**params, **p}), lambda o: jnp.mean(o**2))
+    other = oa.kfac(0.1, alone, estimator="ggn", kl_clip=None)
+    expected = other.update(
+        {"w": grad_w}, other.init({"w": params["w"]}), {"w": params["w"]}, value_fn=alone
+    )[0]
+    np.testing.assert_allclose(result["w"], expected["w"], rtol=1e-5)

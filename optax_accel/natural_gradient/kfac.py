@@ -46,12 +46,14 @@ from jax import lax
 
 from optax_accel._arguments import (
     check_choice,
-    check_integer,
+    check_count,
     check_number,
     is_placeholder,
+    known_integer,
+    static_integer,
     value_of,
 )
-from optax_accel._masking import Mask, check_selected, resolve
+from optax_accel._masking import Mask, check_selected, resolve, with_fixed_leaves
 from optax_accel._random import as_key
 from optax_accel.natural_gradient import factors as stats
 from optax_accel.natural_gradient.estimators import Estimator, Likelihood, output_gradients
@@ -473,7 +475,7 @@ def kfac(
         key=key,
         mask=mask,
     )
-    return _with_momentum(preconditioner, learning_rate, momentum)
+    return _with_momentum(preconditioner, learning_rate, momentum, mask)
 
 
 def ekfac(
@@ -562,7 +564,7 @@ def ekfac(
         key=key,
         mask=mask,
     )
-    return _with_momentum(preconditioner, learning_rate, momentum)
+    return _with_momentum(preconditioner, learning_rate, momentum, mask)
 
 
 def _norm_constraint(
@@ -579,10 +581,13 @@ def _with_momentum(
     preconditioner: optax.GradientTransformationExtraArgs,
     learning_rate: optax.ScalarOrSchedule,
     momentum: Any,
+    mask: Mask,
 ) -> optax.GradientTransformationExtraArgs:
     check_number("momentum", momentum, 0, 1, open_high=True)
     return optax.chain(
-        preconditioner, optax.trace(momentum), optax.scale_by_learning_rate(learning_rate)
+        preconditioner,
+        with_fixed_leaves(lambda _: optax.trace(momentum), mask),
+        with_fixed_leaves(lambda _: optax.scale_by_learning_rate(learning_rate), mask),
     )
 
 
@@ -620,7 +625,7 @@ def _transformation(
         check_choice("likelihood", likelihood, get_args(Likelihood))
     if norm_constraint is not None:
         check_number("norm_constraint", norm_constraint, 0, open_low=True, allow_schedule=True)
-    check_integer("max_size", max_size, 1)
+    check_count("max_size", max_size, 1)
     initial_key = as_key(key)
 
     # Found once for each structure of the parameters.
@@ -637,6 +642,7 @@ def _transformation(
         return structures[known]
 
     def initial_state(blocks: tuple[Block, ...], dtypes: Sequence[Any]) -> ScaleByKFACState:
+        limit = static_integer("max_size", max_size, 1)  # it decides shapes
         factors: list[Any] = []
         inverses: list[Any] = []
         moments: list[Any] = []
@@ -647,7 +653,7 @@ def _transformation(
                 inverses.append(None)
                 moments.append(None)
                 continue
-            shapes = stats.side_shapes(block, max_size)
+            shapes = stats.side_shapes(block, limit)
             factors.append(Kronecker(*(jnp.zeros(shape, dtype) for shape in shapes)))
             inverses.append(Kronecker(*(_identity(shape, dtype, kind) for shape in shapes)))
             moments.append(jnp.zeros(block.matrix_shape, dtype) if kind == "ekfac" else None)
@@ -706,7 +712,7 @@ def _transformation(
             )
             source = state.rng_key, state.count
             batch = _measure(name, current, params, blocks, mask, estimator, likelihood, source)
-            new = _average_factors(state, batch, decay, max_size)
+            new = _average_factors(state, batch, decay)
             if invert is True:
                 new = _invert(new, batch, strength, kind)
             elif invert is not False:
@@ -718,8 +724,10 @@ def _transformation(
             return _average_moments(state, new, batch, decay) if kind == "ekfac" else new
 
         if refresh is None:
-            invert = inverses_every == factors_every or count % inverses_every == 0
-            if factors_every == 1:
+            periods = known_integer(factors_every), known_integer(inverses_every)
+            together = None not in periods and periods[0] == periods[1]
+            invert = together or count % inverses_every == 0
+            if periods[0] == 1:
                 state = refreshed(state, invert)
             else:
                 state = lax.cond(
@@ -845,9 +853,7 @@ def _measure(
     return _Batch(objective, network.blocks, n, values, gradients, generic, weights)
 
 
-def _average_factors(
-    state: ScaleByKFACState, batch: _Batch, decay: Any, max_size: int
-) -> ScaleByKFACState:
+def _average_factors(state: ScaleByKFACState, batch: _Batch, decay: Any) -> ScaleByKFACState:
     """Moving averages of the factors, unless the batch gives numbers that are not finite."""
     n, axis = batch.num_examples, batch.objective.axis_name
     means: list[Any] = []
@@ -856,7 +862,7 @@ def _average_factors(
         dtype = jax.tree.leaves(old)[0].dtype
         new: Any
         if block.kronecker:
-            shapes = stats.side_shapes(block, max_size)
+            shapes = Kronecker(*(side.shape for side in old))
             new = stats.kronecker_statistics(
                 block, batch.values, batch.gradients, batch.weights, shapes, dtype
             )
