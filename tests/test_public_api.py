@@ -184,7 +184,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     ),
     (lambda: oa.bulk_sgd(0.1, 1, mask={"a": True}).init(X), "`mask` must be a pytree of booleans"),
     (lambda: oa.refresh_at(1, refresh_every=0), "`refresh_every` must be at least 1"),
-    (lambda: call(BULK, value_fn=LOSS, refresh="hot"), "`refresh` must be one of 'cold', 'warm'"),
+    (lambda: call(BULK, value_fn=LOSS, refresh="hot"), "'warm', 'factors', .* got 'hot'"),
     (
         lambda: call(BULK, value_fn=LOSS, refresh=jnp.array(True)),
         "`refresh` must be a static .*jit",
@@ -257,7 +257,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
         lambda: call(oa.scale_by_kfac(LINEAR), value_fn=LOSS),
         r"scale_by_kfac finds layers in .* a plain function .*Objective\(predict, loss\)",
     ),
-    (lambda: call(KFAC, value_fn=LINEAR, refresh=True), "`refresh` must be one of 'factors', 'inv"),
+    (lambda: call(KFAC, value_fn=LINEAR, refresh="all"), "'factors', 'inverses', .* got 'all'"),
     (lambda: call(KFAC, value_fn=LINEAR, refresh=jnp.array(True)), "`refresh` must be a static"),
     (lambda: call(KFAC, params=None, value_fn=LINEAR), "needs the parameters"),
     # Gradient norm penalty
