@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import subprocess
@@ -120,6 +121,39 @@ def test_classes_are_documented(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_are_documented(name: str) -> None:
     assert inspect.getdoc(METHODS[name])
+
+
+def test_no_private_member_crosses_modules() -> None:
+    crossing = []
+    for file in sorted((ROOT / "optax_accel").rglob("*.py")):
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        own = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+        own |= {getattr(n, "attr", getattr(n, "id", "")) for n in nodes if _is_set(n)}
+        own |= {"_replace", "_asdict", "_fields"}  # the public methods of named tuples
+        for node in nodes:
+            names = [node.attr] if isinstance(node, ast.Attribute) else []
+            if isinstance(node, ast.ImportFrom) and node.module != "optax_accel":
+                names = [alias.name for alias in node.names]
+            crossing += [
+                f"{file.name}:{node.lineno} {name}"
+                for name in names
+                if re.match("_[^_]", name) and name not in own
+            ]
+    assert crossing == []
+
+
+def _is_set(node: ast.AST) -> bool:
+    return isinstance(getattr(node, "ctx", None), ast.Store)
+
+
+def test_only_objective_and_workers_average_over_replicas() -> None:
+    package = ROOT / "optax_accel"
+    averaging = {
+        str(file.relative_to(package).parts[0])
+        for file in package.rglob("*.py")
+        if re.search(r"lax\.(pmean|all_gather)\(", file.read_text())
+    }
+    assert averaging == {"objective.py", "workers"}
 
 
 def test_import_is_light() -> None:
