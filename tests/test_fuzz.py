@@ -167,6 +167,8 @@ def signature(tree: Any) -> Any:
     return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
 
 
+# K-FAC says that it found blocks without a Kronecker product, as it should.
+@pytest.mark.filterwarnings("ignore:.* takes the curvature of")
 @pytest.mark.slow
 def test_random_trees() -> None:
     end, curved = time.monotonic() + SECONDS, list(CURVED)
