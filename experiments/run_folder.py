@@ -151,6 +151,8 @@ def is_new(folder: Path) -> bool:
 def check_files(folder: Path, files: Sequence[str], folders: Sequence[str] = ()) -> None:
     """Raises `UsageError` where a folder stands in place of a file, or the other way round.
 
+    A link is neither: what is written through it would change something outside the folder.
+
     Args:
       folder: the command's folder.
       files: the names of the files that it writes there.
@@ -158,7 +160,8 @@ def check_files(folder: Path, files: Sequence[str], folders: Sequence[str] = ())
     """
     for name in (*files, *folders):
         path, wanted = folder / name, "file" if name in files else "folder"
-        if path.exists() and not (path.is_file() if name in files else path.is_dir()):
+        fits = path.is_file() if name in files else path.is_dir()
+        if os.path.lexists(path) and (path.is_symlink() or not fits):
             raise UsageError(f"{path} is not a {wanted}; remove it or give another --name")
 
 

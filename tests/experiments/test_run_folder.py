@@ -145,6 +145,22 @@ def test_a_folder_is_its_command_s(tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [("events.jsonl", "file"), ("metrics.csv", "file"), ("tensorboard", "folder")]
+)
+@pytest.mark.parametrize("dangling", [False, True])
+def test_nothing_is_written_through_a_link(name, kind, dangling, tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "run"
+    folder.mkdir()
+    if not dangling:
+        outside.mkdir() if kind == "folder" else outside.write_text("precious")
+    (folder / name).symlink_to(outside)
+    with pytest.raises(UsageError, match=f"{name} is not a {kind}; remove it or give another"):
+        run_folder.MetricFiles(folder, ["step", "seconds"], 0)
+    assert [*folder.iterdir()] == [folder / name]
+    assert not dangling or not outside.exists()
+
+
 def test_a_folder_is_one_process_s(tmp_path):
     with run_folder.claim(tmp_path, lambda: None):
         for owner in ("process 1 on a machine", "\udcff" * 100):
