@@ -269,6 +269,9 @@ def _periods_of(tx: Any) -> tuple[_Periods, ...]:
 def kfac_refresh_at(step: int, factors_every: int = 1, inverses_every: int = 10) -> FactorsRefresh:
     """The ``refresh`` argument for a training loop that drives K-FAC from the host.
 
+    ``refresh_at(step, tx)`` says the same and reads the periods from the optimizer; this function
+    is for loops that know only the periods.
+
     Args:
       step: zero-based training step, a Python integer.
       factors_every: steps between refreshes of the factors, as the transformation's.
