@@ -191,6 +191,8 @@ def _gram(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def _as_index(indices: jax.Array, size: int) -> jax.Array:
     # What a negative index names in NumPy is out of bounds in the program; it is dropped.
+    if indices.dtype.itemsize < 4:  # too narrow, perhaps, for the size of the table
+        indices = indices.astype(jnp.int32)
     return jnp.where(indices < 0, size, indices)
 
 

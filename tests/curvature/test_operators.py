@@ -150,6 +150,19 @@ MASKED = {
 }
 
 
+def test_examples_that_a_network_is_sure_of_count_as_the_others():
+    """Their own information is 0 in float32, but not the share that it has in the mean."""
+    x, y = jnp.array([[0.5], [-1.0], [200.0], [300.0]]), np.array([0, 1, 0, 1])
+    slopes, mask = jnp.array([[0.4, -0.2]]), jnp.array([1.0, 0.5, 2.0, 0.5])
+    objective = oa.Objective(
+        lambda w, x: x @ w, MASKED["categorical"], weight=lambda mask: jnp.sum(mask)
+    )
+    batch = {"x": x, "y": y, "mask": mask}
+    fisher = curvature.fisher(objective, slopes, **batch)
+    want = curvature.gauss_newton(objective, slopes, **batch)
+    np.testing.assert_allclose(fisher.dense(), want.dense(), rtol=1e-5)
+
+
 @pytest.mark.parametrize("likelihood", MASKED)
 def test_batches_count_with_the_weight_of_the_objective(x64, likelihood):
     params = as_float64(PARAMS)

@@ -530,6 +530,21 @@ def test_factors_of_an_embedding(x64):
     np.testing.assert_allclose(got.outputs, slopes.T @ slopes / N, rtol=1e-12)
 
 
+def test_indices_too_narrow_for_their_table():
+    """A byte cannot hold the number of rows, by which a negative index would be marked."""
+    tokens = np.array([[0, 1], [1, 127]], np.int8)
+    numbers = lax.GatherDimensionNumbers((2,), (0,), (0,))
+    objective = oa.Objective(
+        lambda table: lax.gather(table, tokens[..., None], numbers, (1, 2), mode="clip").mean(1),
+        lambda outputs: jnp.mean(outputs**2),
+    )
+    table = jnp.ones((200, 2))
+    transform = oa.scale_by_ekfac(objective, estimator="ggn", decay=0.0)
+    _, state = transform.update(table, transform.init(table), table, value_fn=objective)
+    want = np.bincount(tokens.ravel(), minlength=200) / tokens.size
+    np.testing.assert_allclose(state.factors[0].inputs, want, rtol=1e-6)
+
+
 # -- libraries ------------------------------------------------------------------------------------
 
 
