@@ -84,6 +84,8 @@ def inputs_of(block: Block, use: Use, values: Values, num_examples: int, dtype: 
         x = x.transpose(*use.rows, *use.columns)
     if use.kind == "embedding":
         x = x.reshape(num_examples, -1)
+        if x.dtype.itemsize < 4:  # perhaps too narrow for the size of the table
+            x = x.astype(jnp.int32)
         return jnp.clip(x, 0, block.matrix_shape[0] - 1) if dict(use.geometry)["clip"] else x
     features = block.matrix_shape[0] - block.has_bias
     x = x.reshape(num_examples, -1, features).astype(dtype)
@@ -191,8 +193,6 @@ def _gram(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def _as_index(indices: jax.Array, size: int) -> jax.Array:
     # What a negative index names in NumPy is out of bounds in the program; it is dropped.
-    if indices.dtype.itemsize < 4:  # too narrow, perhaps, for the size of the table
-        indices = indices.astype(jnp.int32)
     return jnp.where(indices < 0, size, indices)
 
 
