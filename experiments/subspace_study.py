@@ -453,7 +453,7 @@ class Study:
             operator.like,
             count,
             key=jax.random.key(0),
-            num_products=10 * count,
+            num_products=30 * count,
             tolerance=TOLERANCE,
             start=self.full_gradient(params),
             loop="host",
