@@ -121,13 +121,21 @@ def static_integer(name: str, value: Any, low: int) -> int:
 
 
 def check_dtype(name: str, value: Any) -> None:
-    """Raises if an optional dtype is an array, which ``optax.inject_hyperparams`` makes of it."""
+    """Raises if an optional dtype is not floating-point, or an array made of it by Optax."""
     if isinstance(value, jax.Array):
         raise TypeError(
             f"`{name}` must be a dtype, got an array: optax.inject_hyperparams takes every "
             "callable for a schedule, dtypes too. Use optax_accel.inject_hyperparams, which keeps "
             "static arguments as they are."
         )
+    if value is None:
+        return
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError as error:
+        raise TypeError(f"`{name}` must be a dtype, got {value!r}.") from error
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(f"`{name}` must be a floating-point dtype, got {dtype}: it would truncate.")
 
 
 def check_inner(inner: Any) -> None:

@@ -188,8 +188,8 @@ def refresh_at(
       nothing in ``tx`` has a curvature to refresh.
 
     Raises:
-      ValueError: ``tx`` has two trackers, or K-FAC twice, at different periods or start steps,
-        which one value cannot drive; its ``init`` does not accept a placeholder.
+      ValueError: ``step`` below 0; ``tx`` has two trackers, or K-FAC twice, at different periods or
+        start steps, which one value cannot drive; its ``init`` does not accept a placeholder.
 
     Example:
       >>> import optax, optax_accel as oa
@@ -200,9 +200,16 @@ def refresh_at(
       >>> [oa.refresh_at(step, tx) for step in range(5)]
       [False, 'cold', False, False, 'warm']
     """
+    step = static_integer("step", step, 0)
     if tx is None or not isinstance(tx, optax.GradientTransformation | optax.MultiSteps):
+        if tx is not None and refresh_every is not None:
+            raise ValueError(
+                f"the period is given twice to refresh_at, as {tx!r} and as `refresh_every` "
+                f"{refresh_every!r}: leave one out."
+            )
         every = (20 if refresh_every is None else refresh_every) if tx is None else tx
         check_integer("refresh_every", every, 1)
+        check_integer("start_step", start_step, 0)
         return _eigenspace_at(step, _EigenspacePeriods(int(every), start_step), cold_start)
     if refresh_every is not None or start_step:
         raise ValueError(
@@ -282,7 +289,8 @@ def kfac_refresh_at(step: int, factors_every: int = 1, inverses_every: int = 10)
       ``False``.
 
     Raises:
-      ValueError: a period below 1, or ``inverses_every`` is not a multiple of ``factors_every``.
+      ValueError: ``step`` below 0, a period below 1, or ``inverses_every`` is not a multiple of
+        ``factors_every``.
 
     Example:
       >>> from optax_accel import kfac_refresh_at
@@ -290,6 +298,7 @@ def kfac_refresh_at(step: int, factors_every: int = 1, inverses_every: int = 10)
       ['inverses', False, 'factors', False, 'inverses']
     """
     check_factor_periods(factors_every, inverses_every)
+    step = static_integer("step", step, 0)
     if step % inverses_every == 0:
         return "inverses"
     return "factors" if step % factors_every == 0 else False

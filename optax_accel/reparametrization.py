@@ -101,6 +101,12 @@ def weight_norm(output_axes: int | tuple[int, ...] = -1) -> Reparametrization:
         check_integer("output_axes", axis, -sys.maxsize)
 
     def norm_axes(w: jax.Array) -> tuple[int, ...]:
+        for axis in axes_given if w.ndim else ():
+            if not -w.ndim <= axis < w.ndim:
+                raise ValueError(
+                    f"`output_axes` must lie in [-{w.ndim}, {w.ndim - 1}] for an array of shape "
+                    f"{w.shape}, got {axis}; leave it out with `mask=`."
+                )
         outputs = {range(w.ndim)[axis] for axis in axes_given} if w.ndim else set()
         return tuple(axis for axis in range(w.ndim) if axis not in outputs)
 

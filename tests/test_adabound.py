@@ -172,3 +172,9 @@ def test_pytrees_and_dtypes(amsbound):
 def test_mu_dtype():
     state = oa.adabound(1e-3, mu_dtype=jnp.bfloat16).init(jnp.ones(3))
     assert optax.tree.get(state, "mu").dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, "bool", "no_dtype"])
+def test_a_moment_that_cannot_hold_fractions_is_an_error(dtype: object) -> None:
+    with pytest.raises(TypeError, match="`mu_dtype` must be a"):
+        oa.adabound(0.1, mu_dtype=dtype)

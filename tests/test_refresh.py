@@ -151,3 +151,17 @@ def test_what_one_value_cannot_say_is_refused() -> None:
         oa.refresh_at(0, picky)
     with pytest.raises(ValueError, match="`refresh_every` must be at least 1, got 0"):
         oa.refresh_at(0, 0)
+
+
+@pytest.mark.parametrize("at", [oa.refresh_at, oa.kfac_refresh_at])
+@pytest.mark.parametrize("step", [-1, 2.5, "3", None])
+def test_a_step_that_is_no_count_is_an_error(at: Any, step: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match="`step` must be"):
+        at(step)
+
+
+def test_the_period_is_given_once_and_the_start_is_a_step() -> None:
+    with pytest.raises(ValueError, match=r"given twice to refresh_at, as 5 and .* 7"):
+        oa.refresh_at(7, 5, refresh_every=7)
+    with pytest.raises(ValueError, match=r"`start_step` must be at least 0, got -2"):
+        oa.refresh_at(3, start_step=-2)

@@ -362,3 +362,8 @@ def test_wrong_maps_are_refused():
             oa.reparametrize(optax.sgd(0.1), oa.weight_norm(), mask=mask).init(
                 {"n": jnp.ones((2, 2), int)}
             )
+
+
+def test_an_output_axis_that_an_array_lacks_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"`output_axes` must lie in \[-2, 1\] .* got 2"):
+        oa.reparametrize(optax.sgd(0.1), oa.weight_norm(2)).init(jnp.ones((2, 3)))

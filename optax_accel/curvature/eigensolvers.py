@@ -25,6 +25,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from optax_accel._arguments import check_choice, check_integer, check_number
+from optax_accel._random import as_key
 from optax_accel.curvature import blocks
 
 Order = Literal["algebraic", "magnitude"]
@@ -518,7 +519,7 @@ def lanczos(
       like: pytree of arrays or shapes that gives the vectors' structure, shapes and dtypes; in the
         host's loop also the placement, where leaves are arrays on a mesh.
       num_directions: how many leading eigenpairs to return (all, if the dimension is smaller).
-      key: PRNG key of the random vectors.
+      key: PRNG key of the random vectors, or an integer seed.
       num_products: budget of products; at least ``num_directions``. More than the dimension are not
         used unless there are restarts.
       order: ``"algebraic"`` (default): the largest eigenvalues; ``"magnitude"``: the largest in
@@ -576,7 +577,7 @@ def lanczos(
     keep = before = capacity
     if capacity < num_products:
         keep, before = k + (capacity - k) // 2, k + (capacity - k) // 4
-    start_key, key = jax.random.split(key)
+    start_key, key = jax.random.split(as_key(key))
     vector = blocks.random(start_key, like)
     if start is not None:
         usable = _norm(start) > 0
@@ -959,7 +960,7 @@ def lobpcg(
       num_directions: how many eigenpairs to return; five times as many must be fewer than the
         dimension.
       num_products: budget; at least six per direction, for one iteration.
-      key: PRNG key of a random start.
+      key: PRNG key of a random start, or an integer seed.
       start: block of ``num_directions`` rows to start from instead.
       tolerance: relative residual norm, ``|A u - theta u| / theta``, at which to stop; ``None``
         (default): use the whole budget. It is the square root or so of the relative error of the
@@ -1003,7 +1004,7 @@ def lobpcg(
     if start is None:
         if key is None:
             raise ValueError("lobpcg needs a `key` for a random start, or a `start`.")
-        start = jax.vmap(lambda key: blocks.random(key, like))(jax.random.split(key, k))
+        start = jax.vmap(lambda key: blocks.random(key, like))(jax.random.split(as_key(key), k))
     dtype = blocks.scalar_dtype(like)
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), like)
     _, unravel = ravel_pytree(zero)

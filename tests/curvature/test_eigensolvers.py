@@ -462,3 +462,15 @@ def test_sharded_parameters_stay_sharded(loop):
     for name, leaf in many.basis.items():
         want = jax.NamedSharding(mesh, jax.P(None, *spec[name]))
         assert leaf.sharding.is_equivalent_to(want, leaf.ndim), name
+
+
+def test_lanczos_takes_an_integer_seed_and_refuses_other_keys() -> None:
+    diagonal = jnp.arange(3.0)
+
+    def solve(key: object) -> jax.Array:
+        pairs = lanczos(lambda v: diagonal * v, diagonal, 1, key=key, num_products=3)
+        return pairs.basis
+
+    np.testing.assert_array_equal(solve(0), solve(jax.random.key(0)))
+    with pytest.raises(TypeError, match="`key` must be a PRNG key"):
+        solve(None)
