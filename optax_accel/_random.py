@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +18,22 @@ def as_key(key: chex.PRNGKey | int) -> jax.Array:
 
     Raises:
       TypeError: it is neither.
+      ValueError: it is a batch of keys, or an integer that does not fit into 64 bits.
     """
-    if isinstance(key, int) and not isinstance(key, bool):
-        return jax.random.key(key)
+    if isinstance(key, numbers.Integral) and not isinstance(key, bool):
+        seed = int(key)
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(
+                f"`key` must be an integer of 64 bits, in [-2**63, 2**63), got {seed}."
+            )
+        return jax.random.key(seed)
     if isinstance(key, jax.Array):
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            if key.ndim:
+                raise ValueError(
+                    f"`key` must be one PRNG key, got an array of keys of shape {key.shape}: give "
+                    "one of them, or take the whole under jax.vmap."
+                )
             return key
         if key.dtype == jnp.uint32 and key.shape == (2,):
             return jax.random.wrap_key_data(key)

@@ -200,3 +200,9 @@ def test_wrong_keys_and_samplers_raise():
         oa.sample_gradients(0.5, key=jnp.ones(3))
     with pytest.raises(TypeError, match="`key` must be a PRNG key"):
         oa.sample_gradients(0.5, key="seed")
+    with pytest.raises(ValueError, match=r"`key` must be one PRNG key, got .* shape \(2,\)"):
+        oa.sample_gradients(0.5, key=jax.random.split(jax.random.key(0)))
+    for seed in (2**63, -(2**63) - 1):
+        with pytest.raises(ValueError, match=rf"`key` must be an integer of 64 bits.* {seed}"):
+            oa.sample_gradients(0.5, key=seed)
+    oa.sample_gradients(0.5, key=np.int64(3))  # of NumPy, too
