@@ -1160,6 +1160,7 @@ def as_objective(
     params: chex.ArrayTree,
     why: str,
     argument: str = "value_fn",
+    needs_outputs: bool = False,
 ) -> Objective:
     """What a method makes of the ``value_fn`` extra argument of its ``update``.
 
@@ -1170,6 +1171,7 @@ def as_objective(
       params: the parameters given to ``update``.
       why: what the method evaluates the loss for, for messages.
       argument: name of the extra argument, for messages.
+      needs_outputs: whether a plain function will not do, for messages.
 
     Returns:
       An objective of the parameters alone.
@@ -1180,9 +1182,11 @@ def as_objective(
     """
     call = f"tx.update(grads, state, params, {argument}=objective)"
     if value_fn is None:
+        plain = " or any function of the parameters that returns the scalar loss"
+        accepted = "(predict, loss)" if needs_outputs else plain
         raise ValueError(
             f"{method} needs the extra argument `{argument}` to {why}. Call it as: {call}, with an "
-            "optax_accel.Objective or any function of the parameters that returns the scalar loss. "
+            f"optax_accel.Objective{accepted}. "
             "TrainState.apply_gradients of Flax does not hand extra arguments on; in its place "
             "write:\n"
             "    updates, opt_state = state.tx.update("

@@ -223,6 +223,7 @@ def interpolate_subspaces(
                     params=params,
                     why="track the dominant subspace of its Hessian",
                     argument="curvature_value_fn" if own else "value_fn",
+                    needs_outputs=getattr(tracker, "curvature", None) == "gauss_newton",
                 ).precompose(lambda part: merge(part, params, chosen))
 
             def refreshed(old: Eigenspace) -> Eigenspace:

@@ -427,6 +427,24 @@ def test_missing_value_fn_shows_the_call(tx: Any) -> None:
         call(tx)
 
 
+@pytest.mark.parametrize(
+    ("tx", "accepted"),
+    [
+        (EXTRAP, " or any function of the parameters that returns the scalar loss. "),
+        (BULK, " or any function of the parameters"),
+        (KFAC, r"\(predict, loss\). "),
+        (oa.hessian_free(), r"\(predict, loss\). "),
+        (
+            oa.project_to_bulk(1, tracker=oa.BlockTracker(curvature="gauss_newton")),
+            r"\(predict, loss\). ",
+        ),
+    ],
+)
+def test_missing_value_fn_says_what_the_method_accepts(tx: Any, accepted: str) -> None:
+    with pytest.raises(ValueError, match=rf"with an optax_accel\.Objective{accepted}"):
+        call(tx)
+
+
 @pytest.mark.parametrize("tx", [BULK, EXTRAP, GNP, KFAC])
 @pytest.mark.parametrize(
     "wrap",

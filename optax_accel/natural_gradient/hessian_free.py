@@ -206,7 +206,13 @@ def hessian_free(
     ) -> tuple[chex.ArrayTree, HessianFreeState]:
         def objective_of(given: Any, argument: str, why: str) -> Any:
             objective = as_objective(
-                given, extra_args, method=name, params=params, why=why, argument=argument
+                given,
+                extra_args,
+                method=name,
+                params=params,
+                why=why,
+                argument=argument,
+                needs_outputs=curvature_value_fn is None,
             )
             return objective.precompose(lambda part: merge(part, params, chosen))
 

@@ -709,6 +709,7 @@ def _transformation(
                 params=params,
                 why="measure the curvature at its outputs",
                 argument="curvature_value_fn" if own else "value_fn",
+                needs_outputs=True,
             )
             source = state.rng_key, state.count
             batch = _measure(name, current, params, blocks, mask, estimator, likelihood, source)
