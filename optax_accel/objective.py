@@ -601,9 +601,22 @@ class Objective:
 
     def __call__(self, params: chex.ArrayTree, **kwargs: Any) -> jax.Array:
         """The loss at ``params``: a scalar, the mean over replicas when ``axis_name`` is set."""
-        if self.axis_name is not None:
-            params = fixed_if_unused(params, self.batch_weight(**kwargs))
-        return self.mean(self._local_value(params, **kwargs), **kwargs)
+        at = params
+        try:
+            if self.axis_name is not None:
+                at = fixed_if_unused(params, self.batch_weight(**kwargs))
+            return self.mean(self._local_value(at, **kwargs), **kwargs)
+        except Exception as error:
+            hint = _INJECTED if _is_count(params) else ""
+            missing = [name for name in self.arguments[1] if name not in kwargs]
+            if missing and isinstance(error, TypeError):
+                raise TypeError(
+                    f"Objective: its functions take the arguments {missing}, which were not given; "
+                    f"give them by name: objective(params, {missing[0]}=...).{hint}"
+                ) from error
+            if hint:
+                error.add_note(hint.strip())
+            raise
 
     def value_and_grad(self, params: chex.ArrayTree, **kwargs: Any) -> tuple[Any, chex.ArrayTree]:
         """The loss and its gradient (like ``params`` in structure, shapes and dtypes).
@@ -1233,6 +1246,21 @@ def argument_names(fn: Callable[..., Any], skip: int = 1) -> tuple[list[str], li
     required = [p.name for p in named if p.default is inspect.Parameter.empty]
     variadic = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     return [p.name for p in named], required, variadic
+
+
+_INJECTED = (
+    " It was called with a step count in place of parameters: optax.inject_hyperparams takes every "
+    "callable for a schedule. Use optax_accel.inject_hyperparams, or tell Optax's that it is none: "
+    'static_args="objective".'
+)
+
+
+def _is_count(params: chex.ArrayTree) -> bool:
+    return (
+        isinstance(params, jax.Array)
+        and not params.ndim
+        and jnp.issubdtype(params.dtype, jnp.integer)
+    )
 
 
 def _named(kwargs: dict[str, Any], names: list[str], variadic: bool) -> dict[str, Any]:

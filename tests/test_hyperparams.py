@@ -99,6 +99,49 @@ def test_callables_that_optax_takes_for_schedules_are_refused_with_the_way_out()
     assert inject(0.1, decay_steps=10).init(jnp.ones(2)).hyperparams["decay_steps"] == 10
 
 
+PREDICTIONS = {
+    "argument": (lambda params, x: x @ params["w"], {"x": jnp.ones((2, 3))}),
+    "closure": (lambda params: jnp.ones((2, 3)) @ params["w"], None),
+    "any": (lambda params: jax.tree.leaves(params)[0] * 1.0, None),
+}
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_an_objective_that_optax_takes_for_a_schedule_is_told(name: str) -> None:
+    predict, example = PREDICTIONS[name]
+    objective = oa.Objective(predict, lambda outputs: jnp.mean(outputs**2))
+    tx = optax.inject_hyperparams(oa.kfac)(0.1, objective=objective, example=example)
+    with pytest.raises((TypeError, IndexError), match=r"optax_accel\.inject_hyperparams") as caught:
+        tx.init({"w": jnp.ones(3)})
+    assert name != "argument" or 'static_args="objective"' in str(caught.value)
+
+
+def test_kfac_refreshes_with_counts_that_optax_made_arrays() -> None:
+    """From an `init` outside of `jit`, in which the size of its factors is not known."""
+    params, x = {"w": jnp.ones((3, 2))}, jnp.arange(12.0).reshape(4, 3) / 12
+    objective = oa.Objective(lambda params: x @ params["w"], lambda out: jnp.mean(out**2))
+
+    def updates(tx: optax.GradientTransformationExtraArgs) -> jax.Array:
+        state = tx.init(params)
+        update = jax.jit(lambda state: tx.update(params, state, params, value_fn=objective))
+        return update(update(state)[1])[0]["w"]
+
+    inject = optax.inject_hyperparams(oa.kfac, static_args="objective")
+    np.testing.assert_allclose(updates(inject(0.1, objective)), updates(oa.kfac(0.1, objective)))
+    with pytest.raises(TypeError, match=r"`max_size` must .* use optax_accel"):
+        jax.eval_shape(inject(0.1, objective).init, params)
+
+
+def test_an_objective_without_its_arguments_names_them() -> None:
+    objective = oa.Objective(lambda params, x: x @ params, lambda outputs, y: jnp.sum(outputs - y))
+    with pytest.raises(TypeError, match=r"\['x', 'y'\], .*objective\(params, x=\.\.\.\)\.$"):
+        objective(jnp.ones(3))
+    with pytest.raises(TypeError, match=r"\['y'\], which were not given"):
+        objective(jnp.ones(3), x=jnp.ones((2, 3)))
+    with pytest.raises(TypeError, match="dot_general"):
+        objective(jnp.ones(3), x=jnp.ones((2, 2)), y=0)
+
+
 def test_hyperparameters_that_lose_their_meaning_in_half_precision():
     """Optax takes the dtype of the parameters: 0.999 is 1 in bfloat16, and the epsilon 0."""
     half = jnp.zeros(2, jnp.bfloat16)

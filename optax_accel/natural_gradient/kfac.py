@@ -612,9 +612,12 @@ def _transformation(
     mask: Mask,
 ) -> optax.GradientTransformationExtraArgs:
     if not isinstance(objective, Objective):
+        hint = ""
+        if isinstance(objective, jax.Array):
+            hint = " Optax's injection takes it for a schedule: use optax_accel.inject_hyperparams."
         raise TypeError(
             f"{name}: `objective` must be an optax_accel.Objective(predict, loss), whose program "
-            f"tells how the parameters are used; got {type(objective).__name__}."
+            f"tells how the parameters are used; got {type(objective).__name__}.{hint}"
         )
     _check_example(name, objective, example)
     check_number("damping", damping, 0, open_low=True, allow_schedule=True)
