@@ -299,7 +299,10 @@ def test_trains_mixed_precision(run: Runner) -> None:
 OURS = [case for case in CASES if case.name != "with_schedules adamw"]
 
 
-@pytest.mark.parametrize("case", as_params(OURS))
+# Behind Optax's own Adam, whose `eps` of 1e-8 is 0 in float16, there is nothing left to survive.
+@pytest.mark.parametrize(
+    "case", as_params([case for case in OURS if case.name != "interpolate_subspaces after adam"])
+)
 def test_half_precision_survives_zero_and_tiny_gradients(case: Case) -> None:
     """Numbers whose squares, and an `eps` that, are 0 in float16 are divided by in float32."""
     tx, objective = case.build(case.rates[2]), PROBLEM.objective()
@@ -351,7 +354,8 @@ def test_map_params_finds_what_is_like_the_parameters(run: Runner) -> None:
     same = optax.tree.map_params(run.tx, note, state)
     assert signature(same) == signature(state)
     assert all(any(shape[len(shape) - len(s) :] == s for s in shapes) for shape in mapped)
-    assert set(mapped) >= set(shapes) or not mapped
+    # Of what is as large as the parameters there is all or, as in a bare projection, nothing.
+    assert set(mapped) & set(shapes) in (set(), set(shapes))
     if run.case.basis:
         assert (K, *shapes[0]) in mapped
 

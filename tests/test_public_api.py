@@ -22,6 +22,7 @@ from optax_accel import curvature, topologies
 from tests.helpers import least_squares
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = Path(oa.__file__).parent  # in the checkout or where the wheel is installed
 NAMESPACES = {"curvature": curvature, "topologies": topologies}
 PUBLIC = {
     f"{module.__name__}.{name}": value
@@ -125,7 +126,7 @@ def test_methods_are_documented(name: str) -> None:
 
 def test_no_private_member_crosses_modules() -> None:
     crossing = []
-    for file in sorted((ROOT / "optax_accel").rglob("*.py")):
+    for file in sorted(PACKAGE.rglob("*.py")):
         nodes = list(ast.walk(ast.parse(file.read_text())))
         own = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
         own |= {getattr(n, "attr", getattr(n, "id", "")) for n in nodes if _is_set(n)}
@@ -147,10 +148,9 @@ def _is_set(node: ast.AST) -> bool:
 
 
 def test_only_objective_and_workers_average_over_replicas() -> None:
-    package = ROOT / "optax_accel"
     averaging = {
-        str(file.relative_to(package).parts[0])
-        for file in package.rglob("*.py")
+        file.relative_to(PACKAGE).parts[0]
+        for file in PACKAGE.rglob("*.py")
         if re.search(r"lax\.(pmean|all_gather)\(", file.read_text())
     }
     assert averaging == {"objective.py", "workers"}
