@@ -185,30 +185,24 @@ def check_real_leaves(
     advice: str = "leave it out of what is differentiated (`mask=`, where there is one)",
 ) -> None:
     """Raises ``TypeError`` if a leaf is not real floating point; ``advice`` says what to do."""
-    for path, dtype in _dtypes(params, method):
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(
-                f"{method} works on real floating-point parameters, but the leaf {path} has dtype "
-                f"{dtype}; {advice}."
-            )
+    _check_leaves(params, method, jnp.floating, "real floating-point parameters", advice)
 
 
 def check_floating_leaves(params: Any, method: str, advice: str = HOLD_FIXED) -> None:
     """Raises ``TypeError`` if a leaf is not floating point, real or complex."""
-    for path, dtype in _dtypes(params, method):
-        if not jnp.issubdtype(dtype, jnp.inexact):
-            raise TypeError(
-                f"{method} works on floating-point parameters, but the leaf {path} has dtype "
-                f"{dtype}; {advice}."
-            )
+    _check_leaves(params, method, jnp.inexact, "floating-point parameters", advice)
 
 
 def check_numeric_leaves(params: Any, method: str, advice: str = HOLD_FIXED) -> None:
     """Raises ``TypeError`` if a leaf is a PRNG key, boolean or another thing without arithmetic."""
+    _check_leaves(params, method, jnp.number, "numbers", advice)
+
+
+def _check_leaves(params: Any, method: str, kind: Any, what: str, advice: str) -> None:
     for path, dtype in _dtypes(params, method):
-        if not jnp.issubdtype(dtype, jnp.number):
+        if not jnp.issubdtype(dtype, kind):
             raise TypeError(
-                f"{method} works on numbers, but the leaf {path} has dtype {dtype}; {advice}."
+                f"{method} works on {what}, but the leaf {path} has dtype {dtype}; {advice}."
             )
 
 

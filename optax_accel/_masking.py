@@ -22,7 +22,7 @@ Mask: TypeAlias = chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | 
 def resolve(params: chex.ArrayTree, mask: Mask) -> chex.ArrayTree | None:
     """A boolean for every leaf of the parameters; None, which stands for all, stays None.
 
-    Parameters without leaves, such as Optax's placeholder, have nothing to select: None.
+    Optax's placeholder, which stands for any tree, gives None, too.
 
     The mask may be a prefix or a function.  As in Optax it is a function only if its leaves can be
     called: a module with booleans in place of its parameters is a tree of booleans.
@@ -32,7 +32,7 @@ def resolve(params: chex.ArrayTree, mask: Mask) -> chex.ArrayTree | None:
     Raises:
       ValueError: the mask does not fit the parameters or holds something else than booleans.
     """
-    if mask is None or is_placeholder(params):  # which stands for any tree
+    if mask is None or is_placeholder(params):
         return None
     leaves, given = jax.tree.leaves(mask), mask
     if isinstance(mask, Partial) or (callable(mask) and leaves and all(map(callable, leaves))):
