@@ -103,12 +103,11 @@ LIMITS: Mapping[str, Range] = {
     **dict.fromkeys(("steps", "epochs", "early_stopping", "eval_every", "checkpoint_every"), COUNT),
     **dict.fromkeys(("batch_size", "curvature_batch_size", "curvature_batch", "accumulate"), COUNT),
     **dict.fromkeys(("switch_step", "keep", "examples", "chunk", "parameters"), COUNT),
-    **dict.fromkeys(("seeds", "members", "max_replicas", "data_workers"), Range(1, 1_000)),
+    **dict.fromkeys(("seeds", "members", "max_replicas"), Range(1, 1_000)),
     **dict.fromkeys(("devices", "processes", "workers"), Range(1, 2**16)),
     **dict.fromkeys(("rounds", "repeats", "bins"), Range(1, 1_000_000)),
     **dict.fromkeys(("k", "directions", "image_size"), Range(1, 10_000)),
-    "data_workers": Range(0, 1_000),
-    "prefetch": Range(0, 1_000),
+    **dict.fromkeys(("data_workers", "prefetch"), Range(0, 1_000)),
     "seed": Range(0, 2**31 - 1),
     "process_id": Range(0, 2**16 - 1),
     "settings": Range(1, 6),
@@ -175,7 +174,7 @@ def check_file(option: str, path: Path | None) -> None:
         raise UsageError(f"{option} {path} is not a file; give another one")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise UsageError(f"{option} {path}: {parent} is no folder that can be written to")
+        raise UsageError(f"{option} {path}: the folder {parent} cannot be written to")
 
 
 def host_memory() -> float:

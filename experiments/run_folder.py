@@ -465,7 +465,7 @@ def _checked_row(row: Any, step: int, columns: Sequence[str]) -> Row:
         raise ValueError("not a row of this run")
     for name, value in row.items():
         if not (value is None or is_number(value)):
-            raise ValueError(f"{name} is no number")
+            raise ValueError(f"{name} is not a number")
     if row.get("step") != step or (row.get("seconds") or 0) < 0:
         raise ValueError("step or seconds are wrong")
     return row
