@@ -79,8 +79,8 @@ def descriptions(text: str) -> dict[str, str]:
     return {name.lstrip("*"): " ".join(words.split()) for name, words in found.items()}
 
 
-# Help is read in an editor, where "see there" leads nowhere: what refers to another description
-# does so after a sentence of its own.
+# People read help in an editor, one function at a time. A description may refer to another one, but
+# only after a full sentence that stands for itself.
 REFERENCE = re.compile(r"(see|as|ditto)\b|.*\bsee there\b", re.I)
 
 
