@@ -31,9 +31,8 @@ from optax_accel.extrapolation import ExtragradientState, extragradient
 from optax_accel.extrapolation import extra_adam, extrap_sgd
 
 # Natural gradient
-from optax_accel.natural_gradient.hessian_free import HessianFreeState, hessian_free
-from optax_accel.natural_gradient.kfac import ScaleByKFACState, describe_layers, ekfac, kfac
-from optax_accel.natural_gradient.kfac import scale_by_ekfac, scale_by_kfac
+from optax_accel.natural_gradient import HessianFreeState, ScaleByKFACState, describe_layers
+from optax_accel.natural_gradient import ekfac, hessian_free, kfac, scale_by_ekfac, scale_by_kfac
 
 # Gradient norm penalty
 from optax_accel.gradient_norm import GNPState, gnp

@@ -18,7 +18,7 @@ import optax
 import pytest
 
 import optax_accel as oa
-from optax_accel import curvature, topologies
+from optax_accel import curvature, natural_gradient, topologies, workers
 from tests.helpers import least_squares
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +48,17 @@ def test_all_is_sorted_and_complete() -> None:
         name.rpartition(".")[2] for name in PUBLIC if getattr(oa, name.rpartition(".")[2], 0)
     }
     assert set(oa.__all__) == exported | set(NAMESPACES)
+
+
+@pytest.mark.parametrize("package", [oa, curvature, natural_gradient, workers])
+def test_packages_list_what_they_import(package: Any) -> None:
+    imported = {
+        alias.name
+        for node in ast.walk(ast.parse(inspect.getsource(package)))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert package.__all__ == sorted(imported)
 
 
 def test_every_transformation_and_state_is_exported() -> None:

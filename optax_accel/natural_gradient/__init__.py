@@ -1,1 +1,22 @@
 """Natural gradient methods: K-FAC and EKFAC on layers found in the program, Hessian-free."""
+
+from optax_accel.natural_gradient.hessian_free import HessianFreeState, hessian_free
+from optax_accel.natural_gradient.kfac import (
+    ScaleByKFACState,
+    describe_layers,
+    ekfac,
+    kfac,
+    scale_by_ekfac,
+    scale_by_kfac,
+)
+
+__all__ = [
+    "HessianFreeState",
+    "ScaleByKFACState",
+    "describe_layers",
+    "ekfac",
+    "hessian_free",
+    "kfac",
+    "scale_by_ekfac",
+    "scale_by_kfac",
+]
