@@ -15,9 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +27,10 @@ import optax
 from rich.table import Table
 
 import models
-from experiments import cli, engine
+from experiments import cli, timing
 from experiments.methods import METHODS, Method, get_methods
+from experiments.reporting import tables
+from experiments.training import engine, losses
 
 # Highest ratio to the base that this project accepts.
 UPDATE_TARGETS = {"demon_sgd": 1.05, "demon_adam": 1.05, "stoch_grad_adam": 1.5}
@@ -63,92 +63,10 @@ class Options(cli.Options):
     """Also write the numbers to this file."""
 
 
-@dataclasses.dataclass
-class Case:
-    """One thing to time.
-
-    Attributes:
-      name: what is shown.
-      base: name of the case it is compared with; None for a base.
-      call: makes one call from the step number and the carried buffers, which it may donate.
-      carry: the buffers.
-      period: calls per timing, a multiple of the method's refresh period.
-      target: highest acceptable ratio.
-    """
-
-    name: str
-    base: str | None
-    call: Callable[[int, Any], Any]
-    carry: Any
-    period: int
-    target: float | None = None
-    step: int = 0
-
-    def time(self) -> float:
-        """Seconds per call, over one period."""
-        begin = time.perf_counter()
-        for _ in range(self.period):
-            self.carry = self.call(self.step, self.carry)
-            self.step += 1
-        jax.block_until_ready(self.carry)
-        return (time.perf_counter() - begin) / self.period
-
-
-def measure(cases: Sequence[Case], repeats: int, warm_ups: int = 2) -> list[dict[str, Any]]:
-    """Times a base and its methods, each method right beside the base.
-
-    Args:
-      cases: the base, then its methods.
-      repeats: number of rounds.
-      warm_ups: rounds before, whose times do not count.
-
-    Returns:
-      Per case: name, base, target, quartiles of milliseconds and of the ratio to the base.
-    """
-    for case in cases:  # compiles every form of the call, and lets the caches settle
-        for _ in range(warm_ups):
-            case.time()
-    base, *others = cases
-    own: dict[str, list[float]] = {case.name: [] for case in cases}
-    ratios: dict[str, list[float]] = {case.name: [] for case in others}
-    for i in range(repeats):
-        for case in others:
-            pair = (base, case) if i % 2 == 0 else (case, base)
-            seconds = {member.name: member.time() for member in pair}
-            for name, value in seconds.items():
-                own[name].append(value)
-            ratios[case.name].append(seconds[case.name] / seconds[base.name])
-    return [
-        {
-            "name": case.name,
-            "base": case.base,
-            "milliseconds": [1000 * value for value in _quartiles(own[case.name])],
-            "ratio": None if case is base else _quartiles(ratios[case.name]),
-            "target": case.target,
-        }
-        for case in cases
-    ]
-
-
-def _quartiles(values: Sequence[float]) -> list[float]:
-    return [float(value) for value in np.quantile(values, [0.25, 0.5, 0.75])]
-
-
-def machine() -> dict[str, Any]:
-    """What a timing depends on besides the program."""
-    return {
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count() or 1,
-        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else 0.0,
-    }
-
-
 # The questions -------------------------------------------------------------------------------
 
 
-def update_cases(base: str, group: Sequence[Method], parameters: int) -> list[Case]:
+def update_cases(base: str, group: Sequence[Method], parameters: int) -> list[timing.Case]:
     """`update` and `apply_updates` of a base and its methods on a large tree.
 
     Methods that evaluate the network inside their update (`EVALUATING`) have no cost of their own
@@ -177,7 +95,7 @@ def update_cases(base: str, group: Sequence[Method], parameters: int) -> list[Ca
 
         params = jax.tree.map(jnp.zeros_like, grads)
         cases.append(
-            Case(
+            timing.Case(
                 name=method.name,
                 base=None if method.name == base else base,
                 call=functools.partial(call, update=jax.jit(update, donate_argnums=(1, 2))),
@@ -209,7 +127,7 @@ def _build(method: Method, problem: tuple[Any, ...]) -> Any:
         total_steps=TOTAL_STEPS,
         num_classes=NUM_CLASSES,
         objective=engine.objective(graphdef, rest, x, y),
-        likelihood=engine.LIKELIHOODS["cross_entropy"],
+        likelihood=losses.LIKELIHOODS["cross_entropy"],
     )
 
 
@@ -221,13 +139,13 @@ def _training_step(tx: Any, graphdef: Any) -> Any:
     return step
 
 
-def step_cases(base: str, group: Sequence[Method]) -> list[Case]:
+def step_cases(base: str, group: Sequence[Method]) -> list[timing.Case]:
     """Whole training steps of a dense model: batch 128, images of MNIST's shape."""
     problem = _problem()
     return [_step_case(base, method, problem, STEP_TARGETS.get(method.name)) for method in group]
 
 
-def natural_cases(base: str, group: Sequence[Method]) -> list[Case]:
+def natural_cases(base: str, group: Sequence[Method]) -> list[timing.Case]:
     """Those of K-FAC and EKFAC at batch 256: whole cycles, and steps that refresh nothing."""
     cases = []
     problem = _problem(2 * BATCH_SIZE)
@@ -247,7 +165,7 @@ def _step_case(
     problem: tuple[Any, ...],
     target: float | None = None,
     refresh: Any = ...,
-) -> Case:
+) -> timing.Case:
     """Training steps as they come, or all with one `refresh`."""
     graphdef, params, rest, x, y = problem
     tx = _build(method, problem)
@@ -256,7 +174,7 @@ def _step_case(
     def call(i: int, state: Any) -> Any:
         return step(state, x, y, refresh=method.refresh(i) if refresh is ... else refresh)
 
-    return Case(
+    return timing.Case(
         name=method.name,
         base=None if method.name == base else base,
         call=call,
@@ -267,14 +185,14 @@ def _step_case(
     )
 
 
-def compile_cases(base: str, group: Sequence[Method]) -> list[Case]:
+def compile_cases(base: str, group: Sequence[Method]) -> list[timing.Case]:
     """Tracing and compiling those training steps, in all forms of their static `refresh`.
 
     The forms of K-FAC's step, of which a loop may use but some, are cases of their own.
     """
     graphdef, params, rest, x, y = problem = _problem()
 
-    def case(name: str, method: Method, forms: Iterable[Any], target: float | None) -> Case:
+    def case(name: str, method: Method, forms: Iterable[Any], target: float | None) -> timing.Case:
         tx = _build(method, problem)
         state = jax.eval_shape(functools.partial(engine.init_state, tx), params, rest)
 
@@ -283,7 +201,9 @@ def compile_cases(base: str, group: Sequence[Method]) -> list[Case]:
                 _training_step(tx, graphdef).lower(state, x, y, refresh=form).compile()
 
         is_base = method.name == base
-        return Case(name, None if is_base else base, call, None, 1, None if is_base else target)
+        return timing.Case(
+            name, None if is_base else base, call, None, 1, None if is_base else target
+        )
 
     cases = []
     for method in group:
@@ -318,7 +238,7 @@ def _short(value: float) -> str:
 
 def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     """Medians, with quartiles in brackets; each base is followed by its methods."""
-    view = cli.table(["method", "milliseconds", "ratio to base", "target"], title)
+    view = tables.table(["method", "milliseconds", "ratio to base", "target"], title)
     for row in rows:
         low, median, high = row["milliseconds"]
         time = f"{_short(median)} ({_short(low)}–{_short(high)})"
@@ -352,13 +272,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cli.fail("--methods names only base methods; add one to compare")
     console = cli.console(100)
     side = max(1, math.isqrt(options.parameters // 10))
-    computer = machine()
+    computer = timing.machine()
     console.print(", ".join(f"{key} {value}" for key, value in computer.items()))
     if computer["load"] > 0.5 * computer["cores"]:
         console.print(
             "other programs keep the machine busy: mind the quartiles, or come back later"
         )
-    questions: dict[str, tuple[str, Callable[..., list[Case]]]] = {
+    questions: dict[str, tuple[str, Callable[..., list[timing.Case]]]] = {
         "update": (
             f"update + apply, {10 * side * side:,} parameters",
             functools.partial(update_cases, parameters=options.parameters),
@@ -374,9 +294,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for base, group in groups.items()
             if (cases := make(base, group))
             for row in (
-                measure(cases, min(options.repeats, COMPILE_REPEATS), warm_ups=1)
+                timing.measure(cases, min(options.repeats, COMPILE_REPEATS), warm_ups=1)
                 if key == "compile"
-                else measure(cases, options.repeats)
+                else timing.measure(cases, options.repeats)
             )
         ]
         results[key] = rows

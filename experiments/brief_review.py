@@ -46,8 +46,21 @@ import tyro
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from experiments import bench, cli, compare, data, parallel, report, run_folder, train
+from experiments import cli, data, timing
 from experiments.cli import UsageError
+from experiments.reporting import figures, tables
+from experiments.reporting.statistics import mean_and_error
+from experiments.runs import folders
+from experiments.runs.records import (
+    RESULTS,
+    first_difference,
+    number,
+    read_json,
+    read_record,
+    write_record,
+)
+from experiments.training import parallel, settings
+from experiments.training.program import build, evaluate
 
 PROG = "python -m experiments.brief_review"
 PICTURE = "brief_review.png"
@@ -150,7 +163,7 @@ class Study:
       folder: of the results.
     """
 
-    plans: dict[tuple[str, str, int], train.Plan]
+    plans: dict[tuple[str, str, int], settings.Plan]
     config: dict[str, Any]
     folder: Path
 
@@ -179,13 +192,13 @@ def resolve(options: Options) -> Study:
     }
     changes["all"] = {name: value for change in changes.values() for name, value in change.items()}
     default = f"brief_review-{options.task}-{options.scale}"
-    folder = run_folder.locate(options.runs_dir, options.name, default)
+    folder = folders.locate(options.runs_dir, options.name, default)
     plans = {}
     for key in models:
         model, model_options = scale.models[key]
         for variant in variants:
             for seed in range(options.seeds or scale.seeds):
-                own = train.Options(
+                own = settings.Options(
                     task=options.task,
                     data_dir=options.data_dir,
                     model=model,
@@ -199,7 +212,9 @@ def resolve(options: Options) -> Study:
                     seed=seed,
                     runs_dir=folder,
                 )
-                plan = train.resolve(dataclasses.replace(own, **{"prefetch": 0} | changes[variant]))
+                plan = settings.resolve(
+                    dataclasses.replace(own, **{"prefetch": 0} | changes[variant])
+                )
                 plans[key, variant, seed] = plan
     first = next(iter(plans.values()))
     if first.steps <= WARM_UP:
@@ -223,13 +238,13 @@ def _chosen(what: str, given: str | None, known: Sequence[str]) -> Sequence[str]
     return names
 
 
-def run(plan: train.Plan) -> Record:
+def run(plan: settings.Plan) -> Record:
     """Trains one network and measures it.
 
     Returns:
       ``examples_per_second``, ``bytes`` of a step, ``accuracy`` and ``loss`` on the test split.
     """
-    program = train.build(plan)
+    program = build(plan)
     runner = program.runner
     dataset = data.batches(
         plan.task.train,
@@ -259,15 +274,15 @@ def run(plan: train.Plan) -> Record:
                 timed, began = done, now
             if done == plan.steps:
                 break
-    scores = train.evaluate(program.evaluate, runner, state, plan.task, plan.task.test)
+    scores = evaluate(program.evaluate, runner, state, plan.task, plan.task.test)
     return {
         "examples_per_second": statistics.median(windows),
         "bytes": planned.temp_size_in_bytes
         + planned.argument_size_in_bytes
         + planned.output_size_in_bytes
         - planned.alias_size_in_bytes,
-        "accuracy": run_folder.number(scores["accuracy"]),
-        "loss": run_folder.number(scores["loss"]),
+        "accuracy": number(scores["accuracy"]),
+        "loss": number(scores["loss"]),
     }
 
 
@@ -280,21 +295,21 @@ def known_records(study: Study, overwrite: bool) -> list[Record]:
     Raises:
       UsageError: the folder holds another study, or something else.
     """
-    path = study.folder / run_folder.RESULTS
-    if run_folder.is_new(study.folder):
+    path = study.folder / RESULTS
+    if folders.is_new(study.folder):
         return []
     if not os.path.lexists(path):
         raise UsageError(f"{study.folder} holds something else than {PROG}; give another --name")
-    run_folder.check_files(study.folder, [run_folder.RESULTS, PICTURE])
+    folders.check_files(study.folder, [RESULTS, PICTURE])
     if overwrite:
-        old = run_folder.read_json(path)
+        old = read_json(path)
         if not isinstance(old, dict) or old.get("command") != PROG:
             raise UsageError(f"{path} is not a result of this command; give another --name")
         return []
-    record = run_folder.read_record(path) or {}
+    record = read_record(path) or {}
     if record.get("command") != PROG:
         raise UsageError(f"{path} is not a result of this command; give another --name")
-    if change := run_folder.first_difference(record["config"], study.config):
+    if change := first_difference(record["config"], study.config):
         raise UsageError(
             f"{study.folder} holds a study with {change}; give another --name, or --overwrite to "
             "replace it"
@@ -313,7 +328,7 @@ def summarize(records: Sequence[Record]) -> list[Record]:
         speed = statistics.median(record["examples_per_second"] for record in group)
         accuracies = [record["accuracy"] for record in group]
         finite = None not in accuracies
-        mean, error = compare.mean_and_error(accuracies) if finite else (None, None)
+        mean, error = mean_and_error(accuracies) if finite else (None, None)
         rows.append(
             {
                 "model": model,
@@ -334,7 +349,7 @@ def summarize(records: Sequence[Record]) -> list[Record]:
 
 def table(rows: Sequence[Record]) -> Table:
     """The variants of each model, one below the other."""
-    view = cli.table(
+    view = tables.table(
         ["model", "variant", "examples / s", "x", "memory MB", "x", "test accuracy %"], left=2
     )
     shown = None
@@ -349,7 +364,7 @@ def table(rows: Sequence[Record]) -> Table:
             speed,
             f"{row['bytes'] / 1e6:.0f}",
             memory,
-            "diverged" if accuracy is None else report.percent(accuracy, row["accuracy_error"]),
+            "diverged" if accuracy is None else tables.percent(accuracy, row["accuracy_error"]),
         )
         shown = row["model"]
     return view
@@ -367,14 +382,14 @@ def picture(rows: Sequence[Record], title: str) -> Figure:
         "test accuracy in %": lambda row: 100 * (row["accuracy"] or 0.0),
     }
     for axes, (label, value) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        report.frame(axes)
+        figures.frame(axes)
         for i, variant in enumerate(variants):
             own = [row for row in rows if row["variant"] == variant]
             axes.bar(
                 [models.index(row["model"]) + (i + 0.5) * width - 0.4 for row in own],
                 [value(row) for row in own],
                 width,
-                color=report.COLORS[i],
+                color=figures.COLORS[i],
                 label=variant,
             )
         axes.set_xticks(range(len(models)), models)
@@ -392,17 +407,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         study = resolve(options)
     except ValueError as error:
         return cli.fail(error)
-    with run_folder.claim(study.folder, lambda: known_records(study, options.overwrite)):
+    with folders.claim(study.folder, lambda: known_records(study, options.overwrite)):
         records = known_records(study, options.overwrite)
         console = cli.console(100)
         plan = next(iter(study.plans.values()))
         console.print(
-            f"{plan.task.name}: {report.plural(len(study.plans), 'run')} of "
-            f"{report.plural(plan.steps, 'step')} of {report.plural(plan.batch_size, 'example')} "
+            f"{plan.task.name}: {cli.plural(len(study.plans), 'run')} of "
+            f"{cli.plural(plan.steps, 'step')} of {cli.plural(plan.batch_size, 'example')} "
             f"-> {study.folder}",
             soft_wrap=True,
         )
-        machine = bench.machine()
+        machine = timing.machine()
         done = {(record["model"], record["variant"], record["seed"]) for record in records}
         try:
             for (model, variant, seed), plan in study.plans.items():
@@ -412,9 +427,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 record = {"model": model, "variant": variant, "seed": seed} | run(plan)
                 records.append(record)
                 result = {"machine": machine, "config": study.config, "records": records}
-                run_folder.write_record(
-                    study.folder / run_folder.RESULTS, {"command": PROG, **result}
-                )
+                write_record(study.folder / RESULTS, {"command": PROG, **result})
                 console.print(
                     f"  {model} {variant}, seed {seed}: {record['examples_per_second']:.1f} "
                     f"examples / s; {time.perf_counter() - began:.0f} s with compilation"
@@ -426,7 +439,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         records.sort(key=lambda record: order[record["model"], record["variant"], record["seed"]])
         rows = summarize(records)
         title = f"{plan.task.name}, {plan.steps} steps of {plan.batch_size}"
-        cli.write_atomic(study.folder / PICTURE, report.png(picture(rows, title)))
+        cli.write_atomic(study.folder / PICTURE, figures.png(picture(rows, title)))
         console.print()
         console.print(table(rows))
         console.print(

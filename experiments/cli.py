@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import tyro
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 T = TypeVar("T", bound="Options")
 
@@ -159,6 +157,11 @@ class Options:
                     raise UsageError(f"{option} must be {problem}, got {shortened(str(value))}")
             if field.name == "name":
                 check_folder_name(value)
+
+
+def plural(number: int, noun: str) -> str:
+    """``3 seeds`` or ``1 seed``."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def shortened(text: str) -> str:
@@ -366,34 +369,6 @@ def console(width: int, *, quiet: bool = False) -> Console:
     if not terminal.is_terminal:
         terminal.width = width
     return terminal
-
-
-def table(
-    columns: Sequence[str], title: str | None = None, *, left: int = 1, wrap: bool = False
-) -> Table:
-    """A table without rows, as all commands print it.
-
-    Args:
-      columns: names.
-      title: above it.
-      left: number of columns, the first ones, that are aligned left: the others hold numbers.
-      wrap: whether a cell for which there is no room is wrapped; else it is cut.
-
-    Returns:
-      The table, to be filled by its `add_row`.
-    """
-    view = Table(
-        title=title,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
-    for i, column in enumerate(columns):
-        justify: Any = "left" if i < left else "right"
-        view.add_column(column, justify=justify, vertical="bottom", no_wrap=not wrap)
-    return view
 
 
 PARTIAL = ".partial"

@@ -24,7 +24,6 @@ import json
 import math
 import os
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -37,9 +36,24 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import models
-from experiments import cli, data, methods, report, run_folder
+from experiments import cli, data, methods
 from experiments.cli import UsageError
-from experiments.replicas import Plan, Record, Replica, Trainer, measure_time
+from experiments.methods.listing import catalogue
+from experiments.reporting import comparison, figures
+from experiments.reporting.summary import summarize_method
+from experiments.runs import folders
+from experiments.runs.records import (
+    CONFIG,
+    RESULTS,
+    environment,
+    first_difference,
+    is_number,
+    read_file,
+    read_json,
+    read_record,
+    write_record,
+)
+from experiments.training.replicas import Plan, Record, Replica, Trainer, measure_time
 
 PROG = "python -m experiments.compare"
 DEFAULT_EPOCHS = {"digits": 30, "mnist": 3, "mnist5k": 20, "cifar10": 5, "cifar10_5k": 20}
@@ -58,7 +72,7 @@ class Options(cli.Options):
     """Model; default: the task's own. --list shows all."""
     loss: str = "cross_entropy"
     """Loss: cross_entropy, or mse (half the squared distance to the one-hot label)."""
-    methods: str = ",".join(report.PRINCIPAL)
+    methods: str = ",".join(figures.PRINCIPAL)
     """Methods, separated by commas; --list shows all."""
     seeds: int = 3
     """Seeds per method and learning rate: initial weights and batch order."""
@@ -143,7 +157,7 @@ def resolve(options: Options) -> Plan:
 
 
 # What a comparison's folder holds, files and folders.
-FILES = (run_folder.CONFIG, "timing.json", run_folder.RESULTS, *report.FILES)
+FILES = (CONFIG, "timing.json", RESULTS, *comparison.FILES)
 FOLDERS = ("metrics",)
 
 
@@ -158,19 +172,19 @@ def check_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
     Raises:
       UsageError: the folder belongs to another run or is not a comparison's folder at all.
     """
-    if run_folder.is_new(folder):
+    if folders.is_new(folder):
         return
-    path = folder / run_folder.CONFIG
-    old = run_folder.read_json(path) if os.path.lexists(path) else None
+    path = folder / CONFIG
+    old = read_json(path) if os.path.lexists(path) else None
     if not isinstance(old, dict) or not isinstance(old.get("methods"), dict):
         raise UsageError(f"{folder} is not a comparison's folder; give another --name")
     if not overwrite:
-        if difference := run_folder.first_difference(old, config):
+        if difference := first_difference(old, config):
             raise UsageError(
                 f"{folder} holds a run with {difference}; give another --name, --overwrite "
                 "to replace it, or the old settings to continue it"
             )
-        run_folder.check_files(folder, FILES, FOLDERS)
+        folders.check_files(folder, FILES, FOLDERS)
 
 
 def open_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
@@ -188,7 +202,7 @@ def open_folder(folder: Path, config: dict[str, Any], overwrite: bool) -> None:
         else:
             path.unlink(missing_ok=True)
     (folder / "metrics").mkdir(parents=True, exist_ok=True)
-    cli.write_atomic(folder / run_folder.CONFIG, cli.to_json(config))
+    cli.write_atomic(folder / CONFIG, cli.to_json(config))
 
 
 def read_records(plan: Plan, method: methods.Method, path: Path) -> list[Record]:
@@ -214,7 +228,7 @@ def read_records(plan: Plan, method: methods.Method, path: Path) -> list[Record]
         (rate, seed): [] for rate in method.learning_rates for seed in range(plan.seeds)
     }
     records = []
-    for line in run_folder.read_file(path).splitlines():
+    for line in read_file(path).splitlines():
         try:
             record = cli.parse_json(line)
             runs[record["learning_rate"], record["seed"]].append(record)
@@ -240,128 +254,16 @@ def _is_valid(record: Record, method: methods.Method, steps: int) -> bool:
     numbers = ("learning_rate", "seed", "step", "gradient_evaluations")
     return (
         record.get("method") == method.name
-        and all(run_folder.is_number(record.get(name)) for name in numbers)
+        and all(is_number(record.get(name)) for name in numbers)
         and record["gradient_evaluations"] >= 0
         and all(
-            name in record and (record[name] is None or run_folder.is_number(record[name]))
-            for name in scores
+            name in record and (record[name] is None or is_number(record[name])) for name in scores
         )
         and all(0 <= (record[name] or 0) <= 1 for name in scores if name.endswith("accuracy"))
     )
 
 
 # Results ----------------------------------------------------------------------------------------
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and standard error of the mean; no error for a single value."""
-    mean = statistics.fmean(values)
-    return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
-def diverged(run: Sequence[Record]) -> bool:
-    """Whether a run ended without finite losses."""
-    return run[-1]["validation_loss"] is None or run[-1]["train_loss"] is None
-
-
-def summarize_method(
-    plan: Plan, method: methods.Method, records: Sequence[Record]
-) -> dict[str, Any]:
-    """Chooses the learning rate on the validation split and reads the results there.
-
-    A diverged run is a failure: accuracy 0, loss infinite.
-    """
-    runs: dict[Replica, list[Record]] = {}
-    for record in sorted(records, key=lambda record: record["step"]):
-        runs.setdefault((record["learning_rate"], record["seed"]), []).append(record)
-
-    def final(run: list[Record], key: str) -> float:
-        return (math.inf if key.endswith("loss") else 0.0) if diverged(run) else run[-1][key]
-
-    rates: list[dict[str, Any]] = []
-    for rate in method.learning_rates:
-        own = [runs[rate, seed] for seed in range(plan.seeds)]
-        validation = mean_and_error([final(run, "validation_accuracy") for run in own])
-        loss = statistics.fmean(final(run, "validation_loss") for run in own)
-        rates.append(
-            {
-                "learning_rate": rate,
-                "validation_accuracy": validation[0],
-                "validation_accuracy_error": validation[1],
-                "validation_loss": loss if math.isfinite(loss) else None,
-                "diverged": sum(map(diverged, own)),
-            }
-        )
-
-    def quality(row: dict[str, Any]) -> tuple[float, float]:
-        loss = row["validation_loss"]
-        return row["validation_accuracy"], -math.inf if loss is None else -loss
-
-    best = max(rates, key=quality)
-    rate = best["learning_rate"]
-    own = [runs[rate, seed] for seed in range(plan.seeds)]
-    test = mean_and_error([final(run, "test_accuracy") for run in own])
-
-    reached = [
-        next((r for r in run if (r["validation_accuracy"] or 0.0) >= plan.target), None)
-        for run in own
-    ]
-    hits = [record for record in reached if record is not None]
-    curve: dict[str, list[Any]] = {
-        "step": [record["step"] for record in own[0]],
-        "gradient_evaluations": [record["gradient_evaluations"] for record in own[0]],
-    }
-    for key in ("train_loss", "validation_accuracy"):
-        curve[key], curve[f"{key}_error"] = [], []
-        for points in zip(*own, strict=True):
-            values = [record.get(key) for record in points]
-            point = (None, None) if None in values else mean_and_error(values)
-            curve[key].append(point[0])
-            curve[f"{key}_error"].append(point[1])
-
-    grid = sorted(method.learning_rates)
-    return {
-        "method": method.name,
-        "family": method.family,
-        "summary": method.summary,
-        "paper": method.paper,
-        "link": method.link,
-        "fidelity": method.fidelity,
-        "base": method.base,
-        "learning_rate": rate,
-        "grid_edge": "lowest" if rate == grid[0] else "highest" if rate == grid[-1] else None,
-        "test_accuracy": test[0],
-        "test_accuracy_error": test[1],
-        "validation_accuracy": best["validation_accuracy"],
-        "validation_loss": best["validation_loss"],
-        "diverged_at_rate": best["diverged"],
-        "diverged": sum(row["diverged"] for row in rates),
-        "seeds_at_target": len(hits),
-        # A mean over only the seeds that got there would flatter a method that often does not.
-        "steps_to_target": statistics.fmean(r["step"] for r in hits)
-        if len(hits) == plan.seeds
-        else None,
-        "gradient_evaluations_to_target": (
-            statistics.fmean(r["gradient_evaluations"] for r in hits)
-            if len(hits) == plan.seeds
-            else None
-        ),
-        "gradient_evaluations": own[0][-1]["gradient_evaluations"],
-        "rates": rates,
-        "curve": curve,
-    }
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware, for the record."""
-    from importlib.metadata import version
-
-    return {
-        "python": sys.version.split()[0],
-        **{name: version(name) for name in ("jax", "optax", "flax")},
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-    }
 
 
 def train_missing(
@@ -375,7 +277,7 @@ def train_missing(
     if not todo:
         progress.console.print(f"  {method.name:<18} already done")
         return records
-    if path.exists() and len(run_folder.read_file(path).splitlines()) > len(records):
+    if path.exists() and len(read_file(path).splitlines()) > len(records):
         progress.console.print(f"  {method.name:<18} damaged runs in {path} are trained again")
     size = trainer.chunk_size(method, len(todo))
     bar = progress.add_task(
@@ -394,8 +296,8 @@ def train_missing(
     together = "" if size == len(todo) else f", {size} at a time"
     seconds = time.perf_counter() - begin
     progress.console.print(
-        f"  {method.name:<18} {report.plural(len(todo), 'run')} of "
-        f"{report.plural(plan.steps, 'step')}{together}: {seconds:.1f} s"
+        f"  {method.name:<18} {cli.plural(len(todo), 'run')} of "
+        f"{cli.plural(plan.steps, 'step')}{together}: {seconds:.1f} s"
     )
     return records
 
@@ -415,12 +317,12 @@ def run(plan: Plan, folder: Path, trainer: Trainer, console: Console) -> dict[st
             path = folder / "metrics" / f"{method.name}.jsonl"
             everything[method.name] = train_missing(plan, method, path, trainer, progress)
         path = folder / "timing.json"
-        timing = run_folder.read_record(path)
+        timing = read_record(path)
         if timing is None:
             progress.add_task("time per step", total=None)
             begin = time.perf_counter()
             timing = measure_time(trainer)
-            run_folder.write_record(path, timing)
+            write_record(path, timing)
             seconds = time.perf_counter() - begin
             console.print(f"  {'time per step':<18} {timing['rounds']} rounds: {seconds:.1f} s")
 
@@ -446,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
     if options.list:
-        print(report.catalogue(list(methods.METHODS.values())))
+        print(catalogue(list(methods.METHODS.values())))
         print(f"tasks: {', '.join(data.CLASSIFICATION)}\nmodels: {', '.join(models.list())}")
         return 0
     try:
@@ -458,30 +360,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         config = plan.config()
         digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
-        folder = run_folder.locate(options.runs_dir, options.name, f"{plan.task.name}-{digest}")
+        folder = folders.locate(options.runs_dir, options.name, f"{plan.task.name}-{digest}")
     except ValueError as error:
         return cli.fail(error)
 
     console = cli.console(100)
-    with run_folder.claim(folder, lambda: check_folder(folder, config, options.overwrite)):
+    with folders.claim(folder, lambda: check_folder(folder, config, options.overwrite)):
         open_folder(folder, config, options.overwrite)
         console.print(
-            f"{plan.task.name}, {plan.model}: {report.plural(len(plan.methods), 'method')} x "
+            f"{plan.task.name}, {plan.model}: {cli.plural(len(plan.methods), 'method')} x "
             f"{len(plan.methods[0].learning_rates)} learning rates x "
-            f"{report.plural(plan.seeds, 'seed')}, {report.plural(plan.steps, 'step')} of "
-            f"{report.plural(plan.batch_size, 'example')} -> {folder}",
+            f"{cli.plural(plan.seeds, 'seed')}, {cli.plural(plan.steps, 'step')} of "
+            f"{cli.plural(plan.batch_size, 'example')} -> {folder}",
             soft_wrap=True,
         )
         try:
             results = run(plan, folder, trainer, console)
-            cli.write_atomic(folder / run_folder.RESULTS, cli.to_json(results))
-            report.write_all(folder, results)
+            cli.write_atomic(folder / RESULTS, cli.to_json(results))
+            comparison.write_all(folder, results)
         except KeyboardInterrupt:
             return interrupted(folder)
     console.print()
-    console.print(report.table(results))
+    console.print(comparison.table(results))
     console.print()
-    for note in report.footnotes(results):
+    for note in comparison.footnotes(results):
         console.print(note)
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
     return 0

@@ -57,9 +57,14 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 import optax_accel as oa
-from experiments import bench, cli, compare, methods, report, run_folder
+from experiments import cli, compare, methods, timing
 from experiments.cli import UsageError
-from experiments.replicas import FETCH_EVERY, Plan, Record, Replica, Trainer
+from experiments.reporting import figures
+from experiments.reporting.statistics import mean_and_error
+from experiments.reporting.tables import percent, table
+from experiments.runs import folders
+from experiments.runs.records import number, write_results
+from experiments.training.replicas import FETCH_EVERY, Plan, Record, Replica, Trainer
 
 PROG = "python -m experiments.ensembles"
 KINDS = ("single", "independent", "snapshot")
@@ -234,7 +239,7 @@ class Ensemble:
       seed: of the ensemble.
       steps: training steps of all members together.
       gradient_evaluations: their cost in mini-batch gradients, Hessian-vector products included.
-      members: `(params, rest)` of each member, see `experiments.engine.split`.
+      members: `(params, rest)` of each member, see `experiments.training.engine.split`.
       probabilities: for "validation" and "test" `(members, examples, classes)`, float64.
       labels: for the same `(examples,)`.
     """
@@ -507,7 +512,7 @@ def resolve(options: Options) -> tuple[Plan, list[str], list[float]]:
     kinds = list(KINDS) if options.kind == "all" else [options.kind]
     if kinds != ["single"] and options.members > plan.steps:
         raise UsageError(
-            f"--members {options.members} is more than the {report.plural(plan.steps, 'step')} "
+            f"--members {options.members} is more than the {cli.plural(plan.steps, 'step')} "
             "that all members take together; raise --steps"
         )
     if "snapshot" in kinds:
@@ -578,12 +583,12 @@ def _on_edge(record: Record, rates: Sequence[float]) -> bool:
 def _percent(values: Sequence[float]) -> str:
     if not all(map(math.isfinite, values)):
         return "diverged"
-    return report.percent(*compare.mean_and_error(values))
+    return percent(*mean_and_error(values))
 
 
 def tables(records: Sequence[Record], rates: Sequence[float]) -> list[Table]:
     """The kinds side by side, on the test split; then member by member."""
-    view = cli.table(
+    view = table(
         [
             *("kind", "rate", "steps", "gradients", "member's\naccuracy %", "average's"),
             *("member's\nNLL", "average's", "member's\nECE %", "average's"),
@@ -605,7 +610,7 @@ def tables(records: Sequence[Record], rates: Sequence[float]) -> list[Table]:
     columns = [
         f"{record['kind']}:\n{what}" for record in several for what in ("member m", "last m")
     ]
-    detail = cli.table(["m", *columns], title="accuracy %")
+    detail = table(["m", *columns], title="accuracy %")
     for m in range(1, several[0]["members"] + 1):
         cells = []
         for record in several:
@@ -620,9 +625,9 @@ def picture(options: Options, records: Sequence[Record]) -> Figure:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     panels = {"accuracy": "test accuracy in %", "calibration_error": "test calibration error in %"}
     for axes, (key, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        report.frame(axes)
+        figures.frame(axes)
         for record in records:
-            color = report.COLORS[KINDS.index(record["kind"])]
+            color = figures.COLORS[KINDS.index(record["kind"])]
             numbers = range(1, record["members"] + 1)
             means = [
                 100 * statistics.fmean(_values(record, key, "averages", m - 1)) for m in numbers
@@ -651,16 +656,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         plan, kinds, rates = resolve(options)
         default = f"ensembles-{options.task}-{options.method}"
-        folder = run_folder.locate(options.runs_dir, options.name, default)
+        folder = folders.locate(options.runs_dir, options.name, default)
     except ValueError as error:
         return cli.fail(error)
     console = cli.console(120)
-    with run_folder.claim_results(folder, PROG, ["ensembles.png"]):
+    with folders.claim_results(folder, PROG, ["ensembles.png"]):
         console.print(
             f"{plan.task.name}, {plan.model}, {options.method}: "
-            f"{report.plural(options.members, 'member')}, {report.plural(plan.steps, 'step')} of "
-            f"{report.plural(plan.batch_size, 'example')} together, "
-            f"{report.plural(len(rates), 'rate')} x {report.plural(plan.seeds, 'seed')} -> "
+            f"{cli.plural(options.members, 'member')}, {cli.plural(plan.steps, 'step')} of "
+            f"{cli.plural(plan.batch_size, 'example')} together, "
+            f"{cli.plural(len(rates), 'rate')} x {cli.plural(plan.seeds, 'seed')} -> "
             f"{folder}",
             soft_wrap=True,
         )
@@ -670,9 +675,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             _, record = run(options, plan, kind, rates)
             records.append(record)
             console.print(f"  {kind:<12} {time.perf_counter() - begin:.1f} s")
-        result = {"machine": bench.machine(), "kinds": records}
-        run_folder.write_results(folder, PROG, options, _plain(result))
-        cli.write_atomic(folder / "ensembles.png", report.png(picture(options, records)))
+        result = {"machine": timing.machine(), "kinds": records}
+        write_results(folder, PROG, options, _plain(result))
+        cli.write_atomic(folder / "ensembles.png", figures.png(picture(options, records)))
     for view in tables(records, rates):
         console.print()
         console.print(view)
@@ -689,7 +694,7 @@ def _plain(value: Any) -> Any:
         return {key: _plain(part) for key, part in value.items()}
     if isinstance(value, list):
         return [_plain(part) for part in value]
-    return run_folder.number(value) if isinstance(value, float) else value
+    return number(value) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

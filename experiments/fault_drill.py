@@ -35,8 +35,11 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments import cli, data, train
-from experiments.checkpoints import Checkpoints
+from experiments import cli, data
+from experiments.reporting import tables
+from experiments.runs.checkpoints import Checkpoints
+from experiments.training import settings
+from experiments.training.program import build
 
 PROG = "python -m experiments.fault_drill"
 ROOT = Path(__file__).parents[1]
@@ -285,10 +288,10 @@ class Run:
     def state(self) -> dict[str, np.ndarray[Any, Any]]:
         """The leaves of the latest checkpoint, as bits or numbers."""
         options = json.loads((self.folder / "config.json").read_text())["options"]
-        options = train.Options(
+        options = settings.Options(
             devices=1, **{name: options[name] for name in ("task", "method", "steps")}
         )
-        target = jax.eval_shape(train.build(train.resolve(options)).make_state)
+        target = jax.eval_shape(build(settings.resolve(options)).make_state)
         with Checkpoints(self.folder / "checkpoints") as checkpoints:
             state = checkpoints.restore(target).state
 
@@ -497,7 +500,8 @@ BROKEN_ROW = 6
 BROKEN_DATA = f"""
 import dataclasses, sys
 import numpy as np
-from experiments import data, train
+from experiments import data
+from experiments import train
 task = data.load_task("digits")
 x = task.train.x.copy()
 x[{BROKEN_ROW}] = np.nan
@@ -626,7 +630,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = cli.parse(Options(), argv, PROG)
     console = cli.console(120)
     columns = ["fault", "what happened", "times", "survived", "lost: mean", "max", "seconds"]
-    table = cli.table(columns, "Faults injected into training runs", left=2)
+    table = tables.table(columns, "Faults injected into training runs", left=2)
     problems = []
     with tempfile.TemporaryDirectory(prefix="fault-drill-") as folder:
         ground = Ground(Path(folder), options.seed)

@@ -31,7 +31,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 
-from experiments import cli, data, train
+from experiments import cli, data
+from experiments.reporting import tables
+from experiments.training import settings
+from experiments.training.program import build
 
 PROG = "python -m experiments.input_overlap"
 
@@ -224,8 +227,8 @@ def run(options: Options) -> Overlap:
     """
     options.check()
     cli.check_file("--trace", options.trace)
-    plan = train.resolve(
-        train.Options(
+    plan = settings.resolve(
+        settings.Options(
             task=options.task,
             data_dir=options.data_dir,
             model=options.model,
@@ -234,7 +237,7 @@ def run(options: Options) -> Overlap:
             devices=1,
         )
     )
-    program = train.build(plan)
+    program = build(plan)
     state = program.runner.init(program.make_state)
 
     def step(batch: Any) -> Any:
@@ -263,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = run(options)
     except ValueError as error:
         return cli.fail(error)
-    table = cli.table(("milliseconds per step", "time", "delay hidden"))
+    table = tables.table(("milliseconds per step", "time", "delay hidden"))
     table.add_row("no delay", f"{1e3 * result.no_delay:.2f}", "")
     table.add_row(
         f"delay of {1e3 * result.delay:.2f}, in turn", f"{1e3 * result.in_turn:.2f}", "0 %"

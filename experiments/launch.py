@@ -31,8 +31,9 @@ import time
 from collections.abc import Sequence
 from typing import ClassVar
 
-from experiments import cli, cluster
+from experiments import cli
 from experiments.cli import UsageError
+from experiments.training import cluster
 
 PROG = "python -m experiments.launch"
 COMMANDS = ("train",)

@@ -33,9 +33,12 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import bench, cli, compare, methods, report, run_folder
+from experiments import cli, compare, methods, timing
 from experiments.cli import UsageError
-from experiments.replicas import Plan, Trainer
+from experiments.reporting import figures, tables
+from experiments.runs import folders
+from experiments.runs.records import write_results
+from experiments.training.replicas import Plan, Trainer
 
 PROG = "python -m experiments.lr_range_test"
 SPACINGS = ("exponential", "linear")
@@ -260,8 +263,8 @@ def picture(options: Options, results: Sequence[RangeTest], suggestion: float | 
     """The losses over the rates, with the suggestion."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    report.frame(axes)
-    color = report.style(options.method)["color"]
+    figures.frame(axes)
+    color = figures.style(options.method)["color"]
     for seed, result in enumerate(results):
         axes.plot(result.rates, result.losses, color=color, linewidth=0.6, alpha=0.3)
         label = "average" if seed == 0 else None
@@ -293,15 +296,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         plan, rates = resolve(options)
         default = f"lr-range-{options.task}-{options.method}"
-        folder = run_folder.locate(options.runs_dir, options.name, default)
+        folder = folders.locate(options.runs_dir, options.name, default)
     except ValueError as error:
         return cli.fail(error)
     console = cli.console(100)
-    with run_folder.claim_results(folder, PROG, ["range.png"]):
+    with folders.claim_results(folder, PROG, ["range.png"]):
         console.print(
             f"{plan.task.name}, {plan.model}, {options.method}: "
-            f"{report.plural(plan.seeds, 'test')} of up to {report.plural(plan.steps, 'step')} of "
-            f"{report.plural(plan.batch_size, 'example')}, rates {rates[0]:g} to {rates[-1]:g} -> "
+            f"{cli.plural(plan.seeds, 'test')} of up to {cli.plural(plan.steps, 'step')} of "
+            f"{cli.plural(plan.batch_size, 'example')}, rates {rates[0]:g} to {rates[-1]:g} -> "
             f"{folder}",
             soft_wrap=True,
         )
@@ -317,10 +320,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             }
             for result in results
         ]
-        record = {"machine": bench.machine(), "suggestion": suggestion, "tests": tests}
-        run_folder.write_results(folder, PROG, options, record)
-        cli.write_atomic(folder / "range.png", report.png(picture(options, results, suggestion)))
-    view = cli.table(["seed", "falls fastest at", "lowest at", "a tenth of that", "left at"])
+        record = {"machine": timing.machine(), "suggestion": suggestion, "tests": tests}
+        write_results(folder, PROG, options, record)
+        cli.write_atomic(folder / "range.png", figures.png(picture(options, results, suggestion)))
+    view = tables.table(["seed", "falls fastest at", "lowest at", "a tenth of that", "left at"])
     for seed, result in enumerate(results):
         cells = (result.suggestion, result.lowest, result.lowest / 10, result.stopped_at)
         view.add_row(str(seed), *("never" if cell is None else f"{cell:.2g}" for cell in cells))

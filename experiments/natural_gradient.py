@@ -51,7 +51,12 @@ from matplotlib.figure import Figure
 
 import models
 import optax_accel as oa
-from experiments import bench, cli, data, engine, readers, report, run_folder
+from experiments import cli, data, timing
+from experiments.data import readers
+from experiments.reporting import figures, tables
+from experiments.runs import folders
+from experiments.runs.records import write_results
+from experiments.training import engine, losses
 
 PROG = "python -m experiments.natural_gradient"
 PyTree = Any
@@ -281,7 +286,7 @@ def _shakespeare_transformer(full: bool, data_dir: Path | None, seed: int) -> Pr
     return Problem(
         objective=oa.Objective(
             functools.partial(transformer_outputs, num_heads=4),
-            lambda outputs, y: engine.find_loss("cross_entropy")(outputs, y),
+            lambda outputs, y: losses.find_loss("cross_entropy")(outputs, y),
         ),
         params=_transformer_init(jax.random.key(seed), len(characters), length, width, layers),
         train=train,
@@ -596,9 +601,9 @@ def picture(title: str, rows: Sequence[dict[str, Any]]) -> Figure:
         ("steps", "seconds of steps"),
         strict=True,
     ):
-        report.frame(axes)
+        figures.frame(axes)
         for i, row in enumerate(rows):
-            color = report.COLORS[i % len(report.COLORS)]
+            color = figures.COLORS[i % len(figures.COLORS)]
             curve = row["curve"]
             axes.plot(curve[key], curve["train"], color=color, label=row["method"])
         axes.axhline(rows[0]["curve"]["train"][-1], color="#888888", linewidth=0.8)
@@ -641,7 +646,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         problem, names = resolve(options)
         default = f"natural-gradient-{options.problem}-{options.scale}"
-        folder = run_folder.locate(options.runs_dir, options.name, default)
+        folder = folders.locate(options.runs_dir, options.name, default)
     except ValueError as error:
         return cli.fail(error)
     console = cli.console(130)
@@ -650,19 +655,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{options.problem}, {options.scale}: {parameters:,} parameters, "
         f"{len(problem.train[1]):,} examples, batches of {problem.batch_size}"
     )
-    steps = report.plural(options.steps or problem.steps, "step")
-    with run_folder.claim_results(folder, PROG, ["curves.png"]):
+    steps = cli.plural(options.steps or problem.steps, "step")
+    with folders.claim_results(folder, PROG, ["curves.png"]):
         console.print(f"{title}, up to {steps} -> {folder}", soft_wrap=True)
         try:
             rows = run(options, problem, names)
         except ValueError as error:
             return cli.fail(error, 1)
         lines = conclusion(rows)
-        record = {"machine": bench.machine(), "title": title, "conclusion": lines, "methods": rows}
-        run_folder.write_results(folder, PROG, options, record)
-        cli.write_atomic(folder / "curves.png", report.png(picture(title, rows)))
+        record = {"machine": timing.machine(), "title": title, "conclusion": lines, "methods": rows}
+        write_results(folder, PROG, options, record)
+        cli.write_atomic(folder / "curves.png", figures.png(picture(title, rows)))
     columns = ["method", "setting", "steps", "ms/step", "compile s", "train", "test"]
-    view = cli.table([*columns, "steps there", "seconds there"], left=2)
+    view = tables.table([*columns, "steps there", "seconds there"], left=2)
     for row in rows:
         curve, there = row["curve"], row["reached"]
         view.add_row(

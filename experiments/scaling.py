@@ -20,9 +20,8 @@ import contextlib
 import dataclasses
 import functools
 import math
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -34,9 +33,12 @@ from rich.table import Table
 
 import models
 import optax_accel as oa
-from experiments import bench, cli, cluster, data, engine, parallel, run_folder
+from experiments import cli, data, hlo, timing
 from experiments.methods import METHODS, Context, Method, get_methods
-from experiments.parallel import Parallel
+from experiments.reporting import tables
+from experiments.runs.records import plain_options
+from experiments.training import cluster, engine, losses, parallel
+from experiments.training.parallel import Parallel
 
 PROG = "python -m experiments.scaling"
 # Of `parallel.MODES`; pmap is shard_map underneath.
@@ -78,290 +80,8 @@ class Options(cli.Options):
 
 # Collectives --------------------------------------------------------------------------------------
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-# XLA has these, too; nothing here makes them, and no cost model below covers them.
-UNSUPPORTED = ("collective-broadcast", "ragged-all-to-all")
-
-
-class Branch(NamedTuple):
-    """One branch of a conditional.
-
-    Attributes:
-      conditional: name of the instruction.
-      number: of this branch, from 0.
-      of: number of branches; at each execution one of them runs.
-    """
-
-    conditional: str
-    number: int
-    of: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """A collective instruction of a compiled program, as one device sees it.
-
-    Attributes:
-      kind: one of `KINDS`.
-      bytes: of the whole array: what is reduced, scattered, exchanged or passed on by one device;
-        what is there after an all-gather.
-      group: number of devices that take part together; of a permute: of those that send or receive.
-      times: executions per execution of the program (or of the branch): the product of the trip
-        counts of the loops around it; None where one of them is not known.
-      branches: the branches of conditionals in which it stands, the outermost first.
-    """
-
-    kind: str
-    bytes: int
-    group: int
-    times: int | None = 1
-    branches: tuple[Branch, ...] = ()
-
-
-def collectives(compiled: Any) -> list[Collective]:
-    """The collectives in the optimized HLO of a compiled program.
-
-    An asynchronous pair (``-start``, ``-done``) counts once, and so does one that carries several
-    arrays, with the sum of their bytes.
-
-    >>> text = '''HloModule total, num_partitions=8
-    ... ENTRY main (x: f32[6,5]) -> f32[6,5] {
-    ...   x = f32[6,5] parameter(0)
-    ...   ROOT y = f32[6,5] all-reduce(x), replica_groups={}, to_apply=add
-    ... }'''
-    >>> collectives(text)
-    [Collective(kind='all-reduce', bytes=120, group=8, times=1, branches=())]
-
-    Args:
-      compiled: what ``jax.jit(f).lower(...).compile()`` returns, or its ``as_text()``.
-
-    Returns:
-      The collectives in the order of the program, those between different devices only.
-
-    Raises:
-      ValueError: the text is not a program that this function understands.
-    """
-    text = compiled if isinstance(compiled, str) else compiled.as_text()
-    found = _Program(text).walk()
-    return [collective for collective in found if collective.group > 1]
-
-
-class _Instruction(NamedTuple):
-    name: str
-    shape: str
-    op: str
-    operands: list[str]
-    attributes: str
-
-
-class _Program:
-    """The computations of an HLO module in text form."""
-
-    def __init__(self, text: str):
-        self.computations: dict[str, dict[str, _Instruction]] = {}
-        self.entry = ""
-        header = text.split("\n", 1)[0]
-        self.devices = math.prod(
-            int(match[1])
-            for name in ("num_partitions", "replica_count")
-            if (match := re.search(rf"\b{name}=(\d+)", header))
-        )
-        current: dict[str, _Instruction] = {}
-        for line in text.splitlines():
-            if match := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line):
-                current = self.computations[match[2]] = {}
-                if match[1]:
-                    self.entry = match[2]
-            elif line.startswith(" ") and " = " in line:
-                instruction = _parse(line)
-                current[instruction.name] = instruction
-        if not self.entry:
-            raise ValueError("not the text of a compiled program: it has no ENTRY computation")
-
-    def walk(self) -> Iterator[Collective]:
-        """The collectives, in order, through loops, branches and calls."""
-        return self._walk(self.entry, 1, ())
-
-    def _walk(
-        self, name: str, times: int | None, branches: tuple[Branch, ...]
-    ) -> Iterator[Collective]:
-        computation = self.computations[name]
-        for instruction in computation.values():
-            kind = instruction.op.removesuffix("-start")
-            if kind in UNSUPPORTED:
-                raise ValueError(f"no cost is known for {kind}: {instruction.name}")
-            if kind in KINDS:
-                size, group = self._size(instruction, computation), self._group(instruction)
-                if kind == "all-gather":
-                    size *= group
-                yield Collective(kind, size, group, times, branches)
-            elif instruction.op == "conditional":
-                called = _called(instruction, "branch_computations")
-                called = called or [
-                    *_called(instruction, "true_computation"),
-                    *_called(instruction, "false_computation"),
-                ]
-                for i, branch in enumerate(called):
-                    path = (*branches, Branch(instruction.name, i, len(called)))
-                    yield from self._walk(branch, times, path)
-            elif instruction.op == "while":
-                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
-                inner = int(trips[1]) * times if trips and times is not None else None
-                for key in ("condition", "body"):
-                    for body in _called(instruction, key):
-                        yield from self._walk(body, inner, branches)
-            elif not instruction.op.endswith(("-update", "-done")):  # these repeat their -start's
-                for key in ("calls", "to_apply", "called_computations"):
-                    for callee in _called(instruction, key):
-                        yield from self._walk(callee, times, branches)
-
-    def _size(self, instruction: _Instruction, computation: dict[str, _Instruction]) -> int:
-        return sum(_bytes(computation[name].shape) for name in instruction.operands)
-
-    def _group(self, instruction: _Instruction) -> int:
-        attributes = instruction.attributes
-        if match := re.search(r"source_target_pairs=([\d{},]*)", attributes):
-            pairs = re.findall(r"(\d+),(\d+)", match[1])
-            return len({device for pair in pairs if pair[0] != pair[1] for device in pair})
-        if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-            return match[1].count(",") + 1
-        if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
-            return int(match[1])
-        if match := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", attributes):
-            sizes = dict(re.findall(r"('\w+')=(\d+)", match[1]))
-            axes = re.findall(r"('\w+')(?::\(\d+\)(\d+))?", match[2])  # perhaps part of an axis
-            return math.prod(int(part or sizes[axis]) for axis, part in axes)
-        if "replica_groups={}" in attributes or "replica_groups=" not in attributes:
-            return self.devices
-        raise ValueError(f"cannot read the replica groups of {instruction.name}: {attributes}")
-
-
-def _parse(line: str) -> _Instruction:
-    """One line: ``ROOT %name = shape op(operands), attributes``."""
-    line = re.sub(r"/\*.*?\*/", "", line).strip().removeprefix("ROOT ")
-    name, rest = line.split(" = ", 1)
-    match = re.search(r"(?:^|\s)([a-z][a-z0-9\-]*)\(", rest)
-    if match is None:
-        raise ValueError(f"cannot read this line of a compiled program: {line}")
-    depth, end = 1, match.end()
-    while depth:
-        depth += {"(": 1, ")": -1}.get(rest[end], 0)
-        end += 1
-    # Some versions print the shape of an operand before its name, some the % of the name.
-    operands = re.findall(r"(?:^|\s)%?([\w.\-]+)(?=,|$)", rest[match.end() : end - 1])
-    return _Instruction(name.lstrip("%"), rest[: match.start()], match[1], operands, rest[end:])
-
-
-def _called(instruction: _Instruction, key: str) -> list[str]:
-    match = re.search(rf"\b{key}=(\{{.*?\}}|%?[\w.\-]+)", instruction.attributes)
-    return re.findall(r"[\w.\-]+", match[1]) if match else []
-
-
-def _bytes(shape: str) -> int:
-    """Bytes of an array or of all arrays of a tuple, e.g. ``(f32[8,4]{1,0}, bf16[])``."""
-    bits = 0
-    for dtype, dimensions in re.findall(r"([a-z]\w*)\[([\d,<=]*)\]", shape):
-        width = {"pred": 8, "token": 0}.get(dtype)
-        if width is None:
-            digits = re.search(r"\d+", dtype)
-            assert digits is not None, dtype
-            width = int(digits[0])
-        bits += width * math.prod(int(d.lstrip("<=")) for d in dimensions.split(",") if d)
-    return bits // 8
-
 
 # Costs --------------------------------------------------------------------------------------------
-
-
-class Cost(NamedTuple):
-    """What collectives cost.
-
-    Attributes:
-      sent: bytes that a worker sends.
-      hops: messages that a worker sends one after the other; each takes the network's latency.
-    """
-
-    sent: float
-    hops: float
-
-    def __add__(self, other: Any) -> Cost:
-        return Cost(self.sent + other.sent, self.hops + other.hops)
-
-    def __mul__(self, factor: Any) -> Cost:
-        return Cost(self.sent * factor, self.hops * factor)
-
-
-def cost(collective: Collective, workers: int | None = None) -> Cost:
-    """What one execution costs, by the usual models.
-
-    Around a ring of n workers, an all-gather and a reduce-scatter of b bytes send (n - 1) / n b in
-    n - 1 hops, and an all-reduce is the one after the other; an all-to-all exchanges with each
-    worker in turn; a permute sends all in one hop. No algorithm for these sends less. Recursive
-    halving and doubling sends as much in log2 n instead of n - 1 hops.
-
-    >>> cost(Collective("all-reduce", bytes=120, group=8))
-    Cost(sent=210.0, hops=14)
-
-    Args:
-      collective: the collective.
-      workers: n, if it is not the group of the program, but another number.
-
-    Returns:
-      The cost; of the busiest worker, where some do not send.
-
-    References:
-      Thakur, Rabenseifner, Gropp, `Optimization of collective communication operations in MPICH
-      <https://doi.org/10.1177/1094342005051521>`_, 2005, section 4; for the ring also Patarasu,
-      Yuan, `Bandwidth optimal all-reduce algorithms for clusters of workstations
-      <https://doi.org/10.1016/j.jpdc.2008.09.002>`_, 2009.
-    """
-    workers = workers or collective.group
-    if workers == 1:
-        return Cost(0.0, 0)
-    if collective.kind == "collective-permute":
-        return Cost(float(collective.bytes), 1)
-    rounds = 2 if collective.kind == "all-reduce" else 1
-    return Cost(rounds * collective.bytes * (workers - 1) / workers, rounds * (workers - 1))
-
-
-def total_cost(found: Sequence[Collective], workers: int | None = None) -> Cost:
-    """The cost of collectives that all run, as often as their loops say; at least once."""
-    costs = (cost(collective, workers) * (collective.times or 1) for collective in found)
-    return sum(costs, start=Cost(0.0, 0))
-
-
-def split(found: Sequence[Collective]) -> tuple[list[Collective], list[list[Collective]]]:
-    """Tells apart what every execution does and what conditionals add now and then.
-
-    Args:
-      found: the collectives of a program.
-
-    Returns:
-      Those that run in any case, of a conditional those of its cheapest branch; and for each
-      conditional that has a dearer branch those of its dearest.
-    """
-    always: list[Collective] = []
-    sometimes: list[list[Collective]] = []
-    conditionals: dict[str, list[list[Collective]]] = {}
-    for collective in found:
-        if not collective.branches:
-            always.append(collective)
-            continue
-        (name, number, of), *inner = collective.branches
-        branches = conditionals.setdefault(name, [[] for _ in range(of)])
-        branches[number].append(dataclasses.replace(collective, branches=tuple(inner)))
-    for branches in conditionals.values():
-        low, high = (pick(branches, key=_sent) for pick in (min, max))
-        inner_always, inner_sometimes = split(low)
-        always += inner_always
-        sometimes += inner_sometimes
-        if _sent(high) > _sent(low):
-            sometimes.append(high)
-    return always, sometimes
-
-
-def _sent(found: Sequence[Collective]) -> float:
-    return total_cost(found).sent
 
 
 # Programs -----------------------------------------------------------------------------------------
@@ -409,7 +129,7 @@ class Programs:
         self.num_classes = task.num_classes
         self.batch = (task.train.x[:batch_size], task.train.y[:batch_size])
         self.devices = devices
-        self._found: dict[Any, list[Collective]] = {}
+        self._found: dict[Any, list[hlo.Collective]] = {}
 
     def runner(
         self, method: Method, mode: str, num_devices: int
@@ -429,7 +149,7 @@ class Programs:
             axis_name=parallel.AXIS if method.per_worker else None,
             num_workers=workers or 1,
             objective=engine.objective(self.graphdef, self.rest, *map(jnp.asarray, self.batch)),
-            likelihood=engine.LIKELIHOODS["cross_entropy"],
+            likelihood=losses.LIKELIHOODS["cross_entropy"],
         )
 
         def step(
@@ -457,7 +177,7 @@ class Programs:
 
     def collectives(
         self, method: Method, mode: str, phase: Phase, num_devices: int | None = None
-    ) -> list[Collective]:
+    ) -> list[hlo.Collective]:
         """What a step of a phase sends.
 
         Args:
@@ -474,7 +194,7 @@ class Programs:
             curvature = batch if phase.refresh else None
             state = runner.abstract_state(make_state)
             lowered = runner.lower(state, batch, curvature, phase.refresh)
-            self._found[key] = collectives(lowered.compile())
+            self._found[key] = hlo.collectives(lowered.compile())
         return self._found[key]
 
 
@@ -494,8 +214,8 @@ def counts(programs: Programs, method: Method, mode: str) -> list[dict[str, Any]
     for phase in phases(method):
         name = "each" if not phase.refresh else f"refresh, 1 in {round(1 / phase.share)}"
         name = "each, a refresh" if phase.refresh and phase.share > 0.5 else name
-        always, sometimes = split(programs.collectives(method, mode, phase))
-        mean += phase.share * _sent(always)
+        always, sometimes = hlo.split(programs.collectives(method, mode, phase))
+        mean += phase.share * hlo.sent(always)
         for found in (always, *sometimes):
             calls: collections.Counter[str] = collections.Counter()
             for collective in found:
@@ -507,7 +227,7 @@ def counts(programs: Programs, method: Method, mode: str) -> list[dict[str, Any]
                     "step": name if found is always else f"{name}, at times",
                     "calls": dict(calls),
                     "bytes": sum(c.bytes * (c.times or 1) for c in found),
-                    "sent": _sent(found),
+                    "sent": hlo.sent(found),
                     "at_least": any(c.times is None for c in found),
                 }
             )
@@ -517,9 +237,9 @@ def counts(programs: Programs, method: Method, mode: str) -> list[dict[str, Any]
 
 def counts_table(rows: Sequence[dict[str, Any]], programs: Programs) -> tuple[Table, list[str]]:
     """The counts, methods with the same ones in all modes together, and notes on those."""
-    columns = ["method", "mode", "step", *(kind.replace("-", "-\n") for kind in KINDS)]
+    columns = ["method", "mode", "step", *(kind.replace("-", "-\n") for kind in hlo.KINDS)]
     columns += ["copies", "sent", "sent\non average"]
-    view = cli.table(columns, f"collectives on {len(programs.devices)} devices", left=3)
+    view = tables.table(columns, f"collectives on {len(programs.devices)} devices", left=3)
 
     def copies(size: float) -> str:
         return f"{size / programs.copy:.2f}"
@@ -527,7 +247,7 @@ def counts_table(rows: Sequence[dict[str, Any]], programs: Programs) -> tuple[Ta
     lines: dict[str, list[list[str]]] = {}
     for row in rows:
         least = "≥ " if row["at_least"] else ""
-        calls = (row["calls"].get(kind) for kind in KINDS)
+        calls = (row["calls"].get(kind) for kind in hlo.KINDS)
         line = [row["mode"], row["step"], *(f"{least}{n}" if n else "" for n in calls)]
         line += [least + copies(row["bytes"]), least + copies(row["sent"])]
         line.append(copies(row["mean"]) if "mean" in row else "")
@@ -613,7 +333,7 @@ def _dmsgd(
     )
 
 
-def on_paper(programs: Programs, entry: Entry, numbers: Sequence[int] = WORKERS) -> list[Cost]:
+def on_paper(programs: Programs, entry: Entry, numbers: Sequence[int] = WORKERS) -> list[hlo.Cost]:
     """The cost of a step on average, for each number of workers.
 
     The program of all devices gives number and bytes of the collectives; the number of permutes
@@ -623,28 +343,30 @@ def on_paper(programs: Programs, entry: Entry, numbers: Sequence[int] = WORKERS)
     return [_mean_cost(programs, entry, workers) for workers in numbers]
 
 
-def _mean_cost(programs: Programs, entry: Entry, workers: int) -> Cost:
+def _mean_cost(programs: Programs, entry: Entry, workers: int) -> hlo.Cost:
     if workers == 1:
-        return Cost(0.0, 0)
+        return hlo.Cost(0.0, 0)
     devices, sends = len(programs.devices), 1.0
     if entry.topology is not None:
         topology = entry.topology(workers)
         devices = workers if topology.is_all_reduce and workers < devices else devices
         sends = topology.sends_per_step / entry.topology(devices).sends_per_step
-    mean = Cost(0.0, 0)
+    mean = hlo.Cost(0.0, 0)
     for phase in phases(entry.method):
-        always, sometimes = split(programs.collectives(entry.method, "shard_map", phase, devices))
+        always, sometimes = hlo.split(
+            programs.collectives(entry.method, "shard_map", phase, devices)
+        )
         if entry.every is not None:
-            mean += total_cost(sometimes[-1], workers) * (phase.share / entry.every)
+            mean += hlo.total_cost(sometimes[-1], workers) * (phase.share / entry.every)
         for collective in always:
             factor = sends if collective.kind == "collective-permute" else 1.0
-            mean += total_cost([collective], workers) * (phase.share * factor)
+            mean += hlo.total_cost([collective], workers) * (phase.share * factor)
     return mean
 
 
 def paper_table(title: str, rows: dict[str, list[float]], form: Callable[[float], str]) -> Table:
     """One line per entry, one column per number of workers."""
-    view = cli.table(["workers", *map(str, WORKERS)], title)
+    view = tables.table(["workers", *map(str, WORKERS)], title)
     for name, values in rows.items():
         view.add_row(name, *map(form, values))
     return view
@@ -657,7 +379,7 @@ def time_steps(programs: Programs, method: Method, mode: str, rounds: int) -> li
     """Times steps of the same global batch on 1, 2, 4, ... devices, in interleaved rounds.
 
     Returns:
-      As `bench.measure`; the base is one device.
+      As `timing.measure`; the base is one device.
     """
     period = method.period
     cases = []
@@ -668,10 +390,10 @@ def time_steps(programs: Programs, method: Method, mode: str, rounds: int) -> li
         base = None if num_devices == 1 else "1"
         carry = runner.init(make_state)
         cases.append(
-            bench.Case(str(num_devices), base, call, carry, period * math.ceil(10 / period))
+            timing.Case(str(num_devices), base, call, carry, period * math.ceil(10 / period))
         )
         num_devices *= 2
-    return bench.measure(cases, rounds)
+    return timing.measure(cases, rounds)
 
 
 def _blocked_step(runner: Parallel, batch: Any, method: Method, i: int, state: Any) -> Any:
@@ -685,7 +407,7 @@ def timing_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Ratios to one device, medians with quartiles in brackets."""
     numbers = [case["name"] for case in rows[0]["devices"]][1:]
     columns = ["method", "mode", "1 device", *(f"{number} devices" for number in numbers)]
-    view = cli.table(columns, "time per step, relative to one device", left=2)
+    view = tables.table(columns, "time per step, relative to one device", left=2)
     for row in rows:
         one, *others = row["devices"]
         ratios = [case["ratio"] for case in others]
@@ -753,7 +475,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
       UsageError, DataError: an option is wrong.
     """
     programs, methods, modes, timed = _check(options)
-    machine = bench.machine()
+    machine = timing.machine()
     console.print(", ".join(f"{key} {value}" for key, value in machine.items()))
     console.print(
         f"{options.task}, batch {options.batch_size}; a copy of the parameters has "
@@ -816,7 +538,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         )
     return {
         "machine": machine,
-        "options": run_folder.plain_options(options),
+        "options": plain_options(options),
         "copy_bytes": programs.copy,
         "counts": counted,
         "workers": WORKERS,

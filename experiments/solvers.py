@@ -33,7 +33,11 @@ from rich.console import Console
 from rich.table import Table
 
 import models
-from experiments import cli, data, engine, run_folder
+from experiments import cli, data
+from experiments.reporting import tables
+from experiments.runs import folders
+from experiments.runs.records import write_results
+from experiments.training import engine
 from optax_accel import curvature
 from optax_accel.curvature import blocks
 
@@ -618,7 +622,7 @@ def _quartiles(values: Sequence[float]) -> list[float]:
 def table(rows: Sequence[dict[str, Any]], product_milliseconds: float) -> Table:
     """Medians, with quartiles in brackets."""
     columns = ["solver", "setting", "products", "milliseconds", "outside products", "to lanczos"]
-    view = cli.table([*columns, "error", "compile"], left=2, wrap=True)
+    view = tables.table([*columns, "error", "compile"], left=2, wrap=True)
     for row in rows:
         if "milliseconds" not in row:
             view.add_row(row["name"], row["note"])
@@ -705,10 +709,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = cli.console(120)
     try:
         check(options)
-        folder = run_folder.locate(options.runs_dir, options.name, f"solvers-{options.task}")
-        with run_folder.claim_results(folder, PROG, ["results.csv"]):
+        folder = folders.locate(options.runs_dir, options.name, f"solvers-{options.task}")
+        with folders.claim_results(folder, PROG, ["results.csv"]):
             results = run(options, console)
-            run_folder.write_results(folder, PROG, options, results)
+            write_results(folder, PROG, options, results)
             cli.write_atomic(folder / "results.csv", to_csv(results["solvers"]))
     except data.DataError as error:
         return cli.fail(error)

@@ -27,7 +27,10 @@ import optax
 from flax import nnx
 
 import models
-from experiments import cli, engine, train
+from experiments import cli
+from experiments.reporting import tables
+from experiments.training import engine, settings
+from experiments.training.precision import PRECISIONS
 
 PROG = "python -m experiments.step_cost"
 PyTree = Any
@@ -171,13 +174,13 @@ def run(options: Options) -> dict[str, Cost]:
     """
     options.check()
     cli.check_known("model", options.model, models.list())
-    cli.check_known("precision", options.precision, tuple(engine.PRECISIONS))
+    cli.check_known("precision", options.precision, tuple(PRECISIONS))
     if options.batch_size % options.accumulate:
         raise cli.UsageError(
             f"--batch-size {options.batch_size} is no multiple of --accumulate {options.accumulate}"
         )
     shape = (options.image_size, options.image_size, 3)
-    own = train.read_model_options(options.model_options) or {}
+    own = settings.read_model_options(options.model_options) or {}
 
     def make_model() -> Any:
         model = models.create(
@@ -185,7 +188,7 @@ def run(options: Options) -> dict[str, Cost]:
             input_shape=shape,
             num_classes=10,
             **own,
-            **engine.PRECISIONS[options.precision].options,
+            **PRECISIONS[options.precision].options,
         )
         return engine.split(model)
 
@@ -219,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return cli.fail(error)
     title = f"{options.model}, {options.batch_size} in {options.accumulate}"
-    table = cli.table(["way", "temp MB", "of whole", "ms", "of whole"], title)
+    table = tables.table(["way", "temp MB", "of whole", "ms", "of whole"], title)
     whole = costs.get("whole")
     for name, cost in costs.items():
         table.add_row(

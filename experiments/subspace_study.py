@@ -18,7 +18,7 @@ Six panels, each a picture and a table:
     noise                     SGD, then full-batch gradient descent: what becomes of the alignment
 
 and a report in which every qualitative claim of the papers is held against a number. The criteria
-are part of the code (`experiments.subspace_report.CLAIMS`). `runs/<name>/` then holds
+are part of the code (`experiments.reporting.subspace.CLAIMS`). `runs/<name>/` then holds
 
     config.json            what was run: the same command continues it, another one is refused
     units/<panel>/*.json   raw results, one file per finished piece of work
@@ -59,8 +59,20 @@ from rich.console import Console
 
 import models
 import optax_accel as oa
-from experiments import cli, compare, data, engine, report, run_folder, subspace_report
+from experiments import cli, compare, data
 from experiments.cli import UsageError
+from experiments.reporting import subspace
+from experiments.runs import folders
+from experiments.runs.records import (
+    CONFIG,
+    environment,
+    first_difference,
+    read_file,
+    read_json,
+    read_record,
+    write_record,
+)
+from experiments.training import engine, losses
 from optax_accel import curvature
 from optax_accel.curvature import blocks
 
@@ -93,8 +105,8 @@ WAIT_EVERY = 16
 
 
 # What a study's folder holds, besides its two folders.
-FILES = [run_folder.CONFIG, "claims.json", "report.md", "report.html"]
-FILES += [f"{panel}.{kind}" for panel in subspace_report.PANELS for kind in ("csv", "png")]
+FILES = [CONFIG, "claims.json", "report.md", "report.html"]
+FILES += [f"{panel}.{kind}" for panel in subspace.PANELS for kind in ("csv", "png")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +126,7 @@ class Options(cli.Options):
     """Leave SGD at this step, instead of when the gradient is aligned."""
     seeds: int | None = None
     """Number of seeds: initial weights and batch order; default: by task and scale."""
-    panels: str = ",".join(subspace_report.PANELS)
+    panels: str = ",".join(subspace.PANELS)
     """Panels to compute now, separated by commas."""
     data_dir: Path | None = None
     """Folder with the data files; default: OPTAX_ACCEL_DATA. Digits needs none."""
@@ -188,7 +200,7 @@ class Plan:
 
     Attributes:
       task: data and model.
-      loss: one of `engine.LOSSES`.
+      loss: one of `losses.LOSSES`.
       scale: lengths and sizes.
       learning_rate: of SGD.
       switch_step: where SGD is left; None: where the gradient is aligned.
@@ -329,7 +341,7 @@ class Study:
             return engine.objective(self.graphdef, rest, x, self.y).outputs(params)
 
         # One object for all measurements: what is compiled for an objective lives with it.
-        self.objective = oa.Objective(predict, engine.find_loss(plan.loss))
+        self.objective = oa.Objective(predict, losses.find_loss(plan.loss))
         self._gradient = jax.jit(self.objective.grad)
         self._evaluate = jax.jit(functools.partial(engine.evaluate, self.graphdef, loss=plan.loss))
         self._steps: dict[tuple[Any, ...], Callable[..., Any]] = {}
@@ -488,7 +500,7 @@ class Unit:
     """One finished piece of work, stored in one file.
 
     Attributes:
-      panel: one of `subspace_report.PANELS`.
+      panel: one of `subspace.PANELS`.
       identity: what tells it from the others of its panel; goes in front of every row.
       work: makes the rows.
     """
@@ -517,11 +529,11 @@ class Store:
         """Stores a finished unit."""
         path = self.path(unit)
         path.parent.mkdir(parents=True, exist_ok=True)
-        run_folder.write_record(path, {"identity": unit.identity, "rows": rows})
+        write_record(path, {"identity": unit.identity, "rows": rows})
 
     def load(self, unit: Unit) -> Rows | None:
         """The rows of a unit, its identity in front of each; None if it is not finished."""
-        content = run_folder.read_record(self.path(unit))
+        content = read_record(self.path(unit))
         if content is None:
             return None
         return [{**content["identity"], **row} for row in content["rows"]]
@@ -545,7 +557,7 @@ class Store:
         structure, shapes = jax.tree.structure(like), [x.shape for x in jax.tree.leaves(like)]
         found = {}
         try:
-            with np.load(io.BytesIO(run_folder.read_file(path))) as file:
+            with np.load(io.BytesIO(read_file(path))) as file:
                 for step in dict.fromkeys(int(name.split("/")[0]) for name in file.files):
                     leaves = [file[f"{step}/{i}"] for i in range(len(shapes))]
                     if [leaf.shape for leaf in leaves] != shapes:
@@ -708,7 +720,7 @@ def energy(study: Study, snapshots: dict[int, PyTree]) -> Rows:
     rows: Rows = []
     for step, params in snapshots.items():
         basis = study.eigenpairs(params).basis
-        for name in subspace_report.OPERATORS:
+        for name in subspace.OPERATORS:
             operator = study.operator(getattr(curvature, name), params)
             shares = curvature.energy_shares(
                 operator, basis, key=jax.random.key(0), num_probes=study.plan.scale.probes
@@ -815,9 +827,9 @@ def resolve(options: Options) -> tuple[Plan, list[str]]:
     cli.check_known("scale", options.scale, tuple(SCALES[options.task]))
     panels = [name.strip() for name in options.panels.split(",") if name.strip()]
     if not panels:
-        raise UsageError(f"--panels names none; valid: {', '.join(subspace_report.PANELS)}")
+        raise UsageError(f"--panels names none; valid: {', '.join(subspace.PANELS)}")
     for panel in panels:
-        cli.check_known("panel", panel, tuple(subspace_report.PANELS))
+        cli.check_known("panel", panel, tuple(subspace.PANELS))
     scale = SCALES[options.task][options.scale]
     if options.seeds is not None:
         scale = dataclasses.replace(scale, seeds=options.seeds)
@@ -837,26 +849,26 @@ def check_folder(folder: Path, config: dict[str, Any]) -> None:
     Raises:
       UsageError: the folder belongs to another run or is not a study's folder at all.
     """
-    if run_folder.is_new(folder):
+    if folders.is_new(folder):
         return
-    path = folder / run_folder.CONFIG
-    old = run_folder.read_json(path) if path.exists() else None
+    path = folder / CONFIG
+    old = read_json(path) if path.exists() else None
     if not isinstance(old, dict) or "study" not in old:
         raise UsageError(f"{folder} is not a study's folder; give another --name")
-    if difference := run_folder.first_difference(old, config):
+    if difference := first_difference(old, config):
         raise UsageError(
             f"{folder} holds a run with {difference}; give another --name, or the old settings "
             "to continue it"
         )
-    run_folder.check_files(folder, FILES, ("units", "snapshots"))
+    folders.check_files(folder, FILES, ("units", "snapshots"))
 
 
 def run(
     plan: Plan, folder: Path, panels: Sequence[str], console: Console
-) -> dict[str, subspace_report.Rows]:
+) -> dict[str, subspace.Rows]:
     """Computes what is not finished yet; returns the rows of every panel that is complete."""
     study, store = Study(plan), Store(folder)
-    rows: dict[str, subspace_report.Rows] = {}
+    rows: dict[str, subspace.Rows] = {}
     incomplete = set()
     begin, computed = time.perf_counter(), 0
     everything = (units(study, store, seed) for seed in range(plan.scale.seeds))
@@ -872,7 +884,7 @@ def run(
             incomplete.add(unit.panel)
         rows.setdefault(unit.panel, []).extend(found or [])
     console.print(
-        f"  {report.plural(computed, 'unit')} computed in {time.perf_counter() - begin:.0f} s"
+        f"  {cli.plural(computed, 'unit')} computed in {time.perf_counter() - begin:.0f} s"
     )
     return {name: content for name, content in rows.items() if name not in incomplete}
 
@@ -886,26 +898,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = plan.config()
         digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
         default = f"subspaces-{plan.task.name}-{plan.loss}-{digest}"
-        folder = run_folder.locate(options.runs_dir, options.name, default)
+        folder = folders.locate(options.runs_dir, options.name, default)
     except ValueError as error:
         return cli.fail(error)
 
     console = cli.console(100)
-    with run_folder.claim(folder, lambda: check_folder(folder, config)):
-        cli.write_atomic(folder / run_folder.CONFIG, cli.to_json(config))
+    with folders.claim(folder, lambda: check_folder(folder, config)):
+        cli.write_atomic(folder / CONFIG, cli.to_json(config))
         console.print(
             f"{plan.task.name}, {plan.task.default_model}, {plan.loss}, learning rate "
-            f"{plan.learning_rate:g}, {report.plural(plan.scale.seeds, 'seed')} -> {folder}",
+            f"{plan.learning_rate:g}, {cli.plural(plan.scale.seeds, 'seed')} -> {folder}",
             soft_wrap=True,
         )
         try:
             rows = run(plan, folder, panels, console)
-            results = {"config": config, "environment": compare.environment(), "rows": rows}
-            claims = subspace_report.write_all(folder, results)
+            results = {"config": config, "environment": environment(), "rows": rows}
+            claims = subspace.write_all(folder, results)
         except KeyboardInterrupt:
             return compare.interrupted(folder)
     console.print()
-    console.print(subspace_report.table(claims))
+    console.print(subspace.table(claims))
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
     return 0
 

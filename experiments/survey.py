@@ -41,9 +41,14 @@ from rich.table import Table
 from scipy.stats import rankdata
 
 import optax_accel as oa
-from experiments import cli, compare, ensembles, methods, report, run_folder
+from experiments import cli, compare, ensembles, methods
 from experiments.cli import UsageError
-from experiments.replicas import Plan, Record, Trainer
+from experiments.reporting import comparison, figures, tables
+from experiments.reporting.statistics import mean_and_error
+from experiments.reporting.summary import diverged
+from experiments.runs import folders
+from experiments.runs.records import environment, read_record, write_record
+from experiments.training.replicas import Plan, Record, Trainer
 
 PROG = "python -m experiments.survey"
 MODELS = ("mlp", "cnn")  # those with and without batch normalization
@@ -196,11 +201,11 @@ def train(plan: Plan, folder: Path, console: Console) -> list[dict[str, Any]]:
     """
     rows = []
     for panel, own in panel_plans(plan).items():
-        console.print(f"{panel}: {report.plural(len(own.methods), 'method')}")
+        console.print(f"{panel}: {cli.plural(len(own.methods), 'method')}")
         place = folder / panel
         results = compare.run(own, place, Trainer(own), console)
         cli.write_atomic(place / "results.json", cli.to_json(results))
-        report.write_all(place, results)
+        comparison.write_all(place, results)
         for row in results["rows"]:
             path = place / "metrics" / f"{row['method']}.jsonl"
             records = compare.read_records(own, methods.METHODS[row["method"]], path)
@@ -232,7 +237,7 @@ def contestant(plan: Plan, row: Mapping[str, Any], records: Sequence[Record]) ->
             if record["seed"] == seed and record["learning_rate"] == row["learning_rate"]
         ]
         own.sort(key=lambda record: record["step"])
-        failed = compare.diverged(own)
+        failed = diverged(own)
         accuracy.append(0.0 if failed else own[-1]["test_accuracy"])
         speed.append(float(np.mean([record["validation_accuracy"] or 0.0 for record in own[1:]])))
     return {
@@ -248,7 +253,7 @@ def contestant(plan: Plan, row: Mapping[str, Any], records: Sequence[Record]) ->
 
 def train_ensembles(plan: Plan, path: Path, console: Console) -> list[dict[str, Any]]:
     """Trains ensembles by SGD with momentum, a cosine cycle for each member; returns their rows."""
-    if (record := run_folder.read_record(path)) is not None:
+    if (record := read_record(path)) is not None:
         console.print("  already done")
         return record["rows"]
     method = methods.METHODS["sgd"]
@@ -292,7 +297,7 @@ def train_ensembles(plan: Plan, path: Path, console: Console) -> list[dict[str, 
             ]
         rows.append(row)
         console.print(f"  {kind:<18} {time.perf_counter() - begin:.1f} s")
-    run_folder.write_record(path, {"rows": rows})
+    write_record(path, {"rows": rows})
     return rows
 
 
@@ -369,7 +374,7 @@ def conclude(plan: Plan, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     by_name = {row["name"]: row for row in result}
     return {
         "config": plan.config(),
-        "environment": compare.environment(),
+        "environment": environment(),
         "rows": sorted(result, key=lambda row: row["accuracy_rank"]["rank"]),
         "claims": [
             judge(claim, by_name, drawn)
@@ -392,7 +397,7 @@ def table(results: Mapping[str, Any]) -> Table:
     target = f"{100 * results['config']['target']:g}%"
     columns = ["contestant", "family", "rate", "test accuracy %", "rank [95 %]"]
     columns += ["speed", "rank [95 %]", f"steps to {target}"]
-    view = cli.table(columns, left=2)
+    view = tables.table(columns, left=2)
     for row in results["rows"]:
         speed = "" if row["speed"] is None else f"{100 * np.mean(row['speed']):.2f}"
         steps = row["steps_to_target"]
@@ -400,7 +405,7 @@ def table(results: Mapping[str, Any]) -> Table:
             row["name"],
             row["family"],
             f"{row['learning_rate']:g}" + ("*" if row["grid_edge"] else ""),
-            report.percent(*compare.mean_and_error(row["accuracy"])),
+            tables.percent(*mean_and_error(row["accuracy"])),
             _rank(row, "accuracy"),
             speed,
             _rank(row, "speed"),
@@ -412,7 +417,7 @@ def table(results: Mapping[str, Any]) -> Table:
 def claims_table(results: Mapping[str, Any]) -> Table:
     """The claims with their differences in percentage points."""
     columns = ["claim", "paper", "here", "difference of", "points [95 %]"]
-    view = cli.table(columns, left=4, wrap=True)
+    view = tables.table(columns, left=4, wrap=True)
     for claim in results["claims"]:
         low, mean, high = (100 * claim[key] for key in ("low", "difference", "high"))
         rival = f"{claim['worse']}'s members" if claim["of_members"] else claim["worse"]
@@ -431,24 +436,24 @@ def picture(results: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(11, 1.5 + 0.28 * len(rows)), layout="constrained")
     families = list(dict.fromkeys(row["family"] for row in rows))
     for axes, quality in zip(figure.subplots(1, 2), ("accuracy", "speed"), strict=True):
-        report.frame(axes)
+        figures.frame(axes)
         shown = [row for row in rows if row[quality] is not None]
         shown.sort(key=lambda row: row[f"{quality}_rank"]["rank"])
         for place, row in enumerate(shown):
             rank = row[f"{quality}_rank"]
-            color = report.COLORS[families.index(row["family"]) % len(report.COLORS)]
+            color = figures.COLORS[families.index(row["family"]) % len(figures.COLORS)]
             axes.plot([rank["low"], rank["high"]], [place, place], color=color, linewidth=2)
             axes.plot(rank["rank"], place, "o", color=color)
         axes.set_yticks(range(len(shown)), [row["name"] for row in shown])
         axes.invert_yaxis()
         axes.set_xlabel(f"rank by {QUALITIES[quality]}, 1 is best")
-    for family, color in zip(families, report.COLORS, strict=False):
+    for family, color in zip(families, figures.COLORS, strict=False):
         figure.axes[0].plot([], [], "o-", color=color, label=family)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     config = results["config"]
     figure.suptitle(
         f"Survey on {config['task']}, {config['model']}: ranks and their 95 % intervals over "
-        f"{report.plural(config['seeds'], 'seed')}",
+        f"{cli.plural(config['seeds'], 'seed')}",
         x=0.01,
         ha="left",
     )
@@ -465,22 +470,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         plan = resolve(options)
         default = f"survey-{options.task}-{options.scale}"
-        folder = run_folder.locate(options.runs_dir, options.name, default)
+        folder = folders.locate(options.runs_dir, options.name, default)
     except ValueError as error:
         return cli.fail(error)
     panels = {folder / name: own.config() for name, own in panel_plans(plan).items()}
 
     def check() -> None:
-        if not run_folder.is_new(folder) and not (folder / "plain").is_dir():
+        if not folders.is_new(folder) and not (folder / "plain").is_dir():
             raise UsageError(f"{folder} is not a survey's folder; give another --name")
-        run_folder.check_files(folder, FILES, FOLDERS)
+        folders.check_files(folder, FILES, FOLDERS)
         for place, config in panels.items():
             compare.check_folder(place, config, options.overwrite)
 
     console = cli.console(130)
     contestants = len(PLAIN) + len(BATCH_NORM) + len(ENSEMBLES)
     begin = time.perf_counter()
-    with run_folder.claim(folder, check):
+    with folders.claim(folder, check):
         if options.overwrite:
             (folder / "ensembles.json").unlink(missing_ok=True)
         for place, config in panels.items():
@@ -488,8 +493,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(
             f"{plan.task.name}, {plan.model}: {contestants} contestants x "
             f"{len(plan.methods[0].learning_rates)} learning rates x "
-            f"{report.plural(plan.seeds, 'seed')}, {report.plural(plan.steps, 'step')} of "
-            f"{report.plural(plan.batch_size, 'example')} -> {folder}",
+            f"{cli.plural(plan.seeds, 'seed')}, {cli.plural(plan.steps, 'step')} of "
+            f"{cli.plural(plan.batch_size, 'example')} -> {folder}",
             soft_wrap=True,
         )
         try:
@@ -497,7 +502,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return compare.interrupted(folder)
         cli.write_atomic(folder / "survey.json", cli.to_json(results))
-        cli.write_atomic(folder / "survey.png", report.png(picture(results)))
+        cli.write_atomic(folder / "survey.png", figures.png(picture(results)))
     console.print()
     console.print(table(results))
     console.print()

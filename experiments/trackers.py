@@ -44,7 +44,11 @@ from rich.table import Table
 
 import models
 import optax_accel as oa
-from experiments import bench, cli, data, engine, run_folder
+from experiments import cli, data, timing
+from experiments.reporting import tables
+from experiments.runs import folders
+from experiments.runs.records import write_results
+from experiments.training import engine
 
 PROG = "python -m experiments.trackers"
 LOSS = "mse"
@@ -329,7 +333,7 @@ def costs(
         if entry.examples != "whole":
             cases.append(_step_case(problem, name, entry))
             parts.append(_refresh_parts(problem, entry))
-    timed = bench.measure(cases, options.repeats)
+    timed = timing.measure(cases, options.repeats)
     sgd = timed[0]["milliseconds"][1]
     for row, case, (whole, products) in zip(timed[1:], cases[1:], parts, strict=True):
         tracker = entries[row["name"]].tracker
@@ -353,7 +357,7 @@ def costs(
     return rows
 
 
-def _step_case(problem: Problem, name: str, entry: Entry | None) -> bench.Case:
+def _step_case(problem: Problem, name: str, entry: Entry | None) -> timing.Case:
     """A training step as a user writes it; plain SGD without an entry."""
     rate, k = problem.options.learning_rate, problem.k
     tx: Any = optax.sgd(rate)
@@ -389,7 +393,7 @@ def _step_case(problem: Problem, name: str, entry: Entry | None) -> bench.Case:
 
     params = jax.tree.map(jnp.copy, problem.params)
     carry = (params, jax.jit(tx.init)(params))
-    return bench.Case(name, None if entry is None else "sgd", call, carry, period)
+    return timing.Case(name, None if entry is None else "sgd", call, carry, period)
 
 
 def _refresh_parts(
@@ -483,7 +487,7 @@ def checks(
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    view = cli.table(columns, title)
+    view = tables.table(columns, title)
     for row in rows:
         view.add_row(*row)
     return view
@@ -577,13 +581,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         task, entries = _check(options)
         default = f"trackers-{options.task}-{options.learning_rate:g}"
-        folder = run_folder.locate(options.runs_dir, options.name, default)
+        folder = folders.locate(options.runs_dir, options.name, default)
     except ValueError as error:
         return cli.fail(error)
     console = cli.console(180)
-    with run_folder.claim_results(folder, PROG, ["accuracy.csv"]):
+    with folders.claim_results(folder, PROG, ["accuracy.csv"]):
         problem = Problem(task, options)
-        machine = bench.machine()
+        machine = timing.machine()
         console.print(", ".join(f"{key} {value}" for key, value in machine.items()))
         console.print(
             f"{options.task}, {len(task.train):,} examples, {task.default_model} with "
@@ -609,7 +613,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for check in checks(summary, cost)
             ],
         }
-        run_folder.write_results(folder, PROG, options, results)
+        write_results(folder, PROG, options, results)
         cli.write_atomic(folder / "accuracy.csv", _to_csv(rows))
     console.print(f"results in {folder}", soft_wrap=True)
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import bench
+from experiments import bench, timing
 
 
 def test_ratios_and_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,7 +38,7 @@ def test_curvature_methods_only_project_in_the_update(tmp_path: Path) -> None:
 
     sgd, bulk = bench.update_cases("sgd", [METHODS["sgd"], METHODS["bulk_sgd"]], 1000)
     assert (sgd.base, bulk.base) == (None, "sgd")
-    rows = bench.measure([sgd, bulk], repeats=1)
+    rows = timing.measure([sgd, bulk], repeats=1)
     assert [row["target"] for row in rows] == [None, None]
 
 

@@ -16,8 +16,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import compare, engine, methods, replicas, run_folder
-from tests.experiments.test_data import write_sst2
+from experiments import compare, methods
+from experiments.reporting.summary import summarize_method
+from experiments.runs import folders
+from experiments.training import engine, replicas
+from tests.experiments.data.test_data import write_sst2
 
 TINY = ["--task", "digits", "--methods", "sgd,adam", "--seeds", "2", "--steps", "12"]
 ROOT = Path(compare.__file__).parents[1]
@@ -334,7 +337,7 @@ def test_locked_and_replaced(here: Path, capsys: pytest.CaptureFixture[str]) -> 
     arguments = ["--methods", "sgd", "--seeds", "1", "--steps", "2", "--name", "a"]
     assert run(*arguments) == 0
     (folder / "notes.txt").write_text("mine")
-    held = run_folder.lock(folder)
+    held = folders.lock(folder)
     capsys.readouterr()
     for extra in ([], ["--overwrite"]):
         assert run(*arguments, *extra) == 2
@@ -444,7 +447,7 @@ def test_selection(plan: replicas.Plan) -> None:
         for seed, values in enumerate(seeds)
         for step in (0, 5, 10)
     ]
-    row = compare.summarize_method(plan, method, records)
+    row = summarize_method(plan, method, records)
     assert row["learning_rate"] == high
     assert row["grid_edge"] is None
     assert row["test_accuracy"] == pytest.approx(0.92)
@@ -465,7 +468,7 @@ def test_everything_diverged(plan: replicas.Plan) -> None:
         for seed in range(2)
         for step in (0, 10)
     ]
-    row = compare.summarize_method(plan, method, records)
+    row = summarize_method(plan, method, records)
     assert row["diverged_at_rate"] == 2
     assert row["test_accuracy"] == 0.0
     assert row["steps_to_target"] is None

@@ -21,9 +21,10 @@ from sklearn.calibration import calibration_curve
 
 import models
 import optax_accel as oa
-from experiments import compare, data, engine, ensembles, methods
+from experiments import compare, data, ensembles, methods
 from experiments.ensembles import average, calibration_error, scores, train_members, train_snapshots
-from experiments.replicas import Plan
+from experiments.training import engine
+from experiments.training.replicas import Plan
 
 SGD = methods.METHODS["sgd"]
 TINY = ["--steps", "12", "--members", "3", "--seeds", "2", "--learning-rates", "0.1,0.3"]

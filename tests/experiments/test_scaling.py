@@ -12,8 +12,8 @@ import pytest
 from jax import lax
 
 from experiments import data, scaling
+from experiments.hlo import Branch, Collective, Cost, collectives, cost, split, total_cost
 from experiments.methods import METHODS
-from experiments.scaling import Branch, Collective, Cost, collectives, cost, split, total_cost
 
 DEVICES = 8
 RING = [(i, (i + 1) % DEVICES) for i in range(DEVICES)]

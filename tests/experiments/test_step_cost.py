@@ -9,7 +9,8 @@ import optax
 import pytest
 
 import models
-from experiments import engine, step_cost
+from experiments import step_cost
+from experiments.training import engine
 from tests.helpers import tree_allclose
 
 SMALL = ["--model", "mlp", "--image-size", "8", "--batch-size", "16", "--accumulate", "4"]

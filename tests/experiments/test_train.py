@@ -24,11 +24,15 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 import models
-from experiments import cluster, data, engine, run_folder, train
-from experiments.checkpoints import Checkpoints
+from experiments import data, train
 from experiments.methods import METHODS
-from tests.experiments import test_data
-from tests.experiments.test_data import write_sst2
+from experiments.runs import folders
+from experiments.runs.checkpoints import Checkpoints
+from experiments.training import cluster, engine, loop, settings
+from experiments.training import program as program_module
+from experiments.training.program import build, evaluate, evaluation_batch, statistics
+from tests.experiments.data import test_data
+from tests.experiments.data.test_data import write_sst2
 
 ROOT = Path(__file__).parents[2]
 # Small and quick to compile; 16 steps an epoch.
@@ -77,8 +81,8 @@ def untimed(folder):
 def final_state(folder):
     config = json.loads((folder / "config.json").read_text())["options"]
     names = ("task", "method", "steps", "batch_size", "seed")
-    options = train.Options(devices=1, **{name: config[name] for name in names})
-    program = train.build(train.resolve(options))
+    options = settings.Options(devices=1, **{name: config[name] for name in names})
+    program = build(settings.resolve(options))
     with Checkpoints(folder / "checkpoints") as checkpoints:
         return checkpoints.restore(program.runner.abstract_state(program.make_state)).state
 
@@ -370,8 +374,8 @@ def test_profile(runs, capsys):
 
 @pytest.mark.parametrize(("model", "loops"), [("mlp", True), ("cnn", False)])
 def test_convolutions_are_not_put_into_loops_on_a_cpu(model, loops):
-    plan = train.resolve(train.Options(model=model, devices=1, accumulate=4))
-    program = train.build(plan)
+    plan = settings.resolve(settings.Options(model=model, devices=1, accumulate=4))
+    program = build(plan)
     state = jax.eval_shape(program.make_state)
     x, y = (part[: plan.batch_size] for part in (plan.task.train.x, plan.task.train.y))
     text = program.runner.lower(state, {"x": x, "y": y}).as_text()
@@ -382,14 +386,14 @@ def test_precision_of_what_the_method_evaluates():
     """A network in bfloat16: gradients elsewhere and products are float32's, unless asked."""
 
     def half_products(value_fn_precision):
-        options = train.Options(
+        options = settings.Options(
             method="extrap_sgd",
             devices=1,
             precision="bf16",
             value_fn_precision=value_fn_precision,
         )
-        plan = train.resolve(options)
-        program = train.build(plan)
+        plan = settings.resolve(options)
+        program = build(plan)
         x, y = (part[: plan.batch_size] for part in (plan.task.train.x, plan.task.train.y))
         state = jax.eval_shape(program.make_state)
         text = program.runner.lower(state, {"x": x, "y": y}).as_text()
@@ -406,7 +410,7 @@ def test_early_stopping(runs, monkeypatch, capsys):
     def evaluate(*args):
         return {"loss": next(losses), "accuracy": 0.5}
 
-    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(loop, "evaluate", evaluate)
     quick = ["--devices", "1", "--runs-dir", str(runs), "--name", "run", "--early-stopping", "3"]
     quick += ["--eval-every", "2"]
     # A validation that is no better, NaN included, counts, until there is one that is.
@@ -461,21 +465,23 @@ def test_other_tasks(runs, tmp_path, task, write, options, scores):
 
 def test_evaluation_batches_are_small_where_inputs_or_outputs_are_large():
     digits = data.load_task("digits")
-    assert train.evaluation_batch(digits) == 1000
+    assert evaluation_batch(digits) == 1000
     tokens = np.zeros((9, 35), np.int32)
     words = dataclasses.replace(
         digits, train=data.Split(tokens, tokens), num_classes=0, vocabulary_size=33_278
     )
-    assert train.evaluation_batch(words) == 28
+    assert evaluation_batch(words) == 28
     pictures = data.Split(np.zeros((1, 224, 224, 3), np.float32), np.zeros(1, np.int32))
-    assert train.evaluation_batch(dataclasses.replace(digits, train=pictures)) == 27
+    assert evaluation_batch(dataclasses.replace(digits, train=pictures)) == 27
     pictures = data.Split(np.zeros((1, 3000, 3000, 1), np.float32), np.zeros(1, np.int32))
-    assert train.evaluation_batch(dataclasses.replace(digits, train=pictures)) == 1
+    assert evaluation_batch(dataclasses.replace(digits, train=pictures)) == 1
 
 
 def test_scores_are_means_over_the_labels_that_count(monkeypatch):
-    monkeypatch.setattr(train, "EVALUATION_BATCH", 4)  # of ten rows: two whole batches and a half
-    program = train.build(train.resolve(train.Options(devices=1)))
+    monkeypatch.setattr(
+        program_module, "EVALUATION_BATCH", 4
+    )  # of ten rows: two whole batches and a half
+    program = build(settings.resolve(settings.Options(devices=1)))
     state = program.runner.init(program.make_state)
     rng = np.random.default_rng(0)
     losses = rng.random((10, 5), np.float32)
@@ -491,14 +497,14 @@ def test_scores_are_means_over_the_labels_that_count(monkeypatch):
         names = ("loss", "accuracy", "counted")
         return {name: jnp.mean(value) for name, value in zip(names, values, strict=True)}
 
-    scores = train.evaluate(compiled, program.runner, state, task, split)
+    scores = evaluate(compiled, program.runner, state, task, split)
     loss = losses[y >= 0].mean()
     np.testing.assert_allclose(scores["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(scores["accuracy"], (losses[y >= 0] > 0.5).mean(), rtol=1e-5)
     np.testing.assert_allclose(scores["perplexity"], np.exp(loss), rtol=1e-5)
     # Of a task without language there is no perplexity.
     task = dataclasses.replace(task, name="segmentation")
-    scores = train.evaluate(compiled, program.runner, state, task, split)
+    scores = evaluate(compiled, program.runner, state, task, split)
     assert set(scores) == {"loss", "accuracy"}
 
 
@@ -631,7 +637,7 @@ def test_not_finite_for_good_ends_the_run(runs, policy, message, capsys):
 def test_sigterm_saves_and_is_no_failure(runs, monkeypatch, capsys):
     arguments = [*QUICK, "--runs-dir", str(runs), "--name"]
     assert train.main([*arguments, "full"]) == 0
-    advance = train.Run.advance
+    advance = loop.Run.advance
 
     def interrupted(self):
         if self.done == 6:
@@ -639,7 +645,7 @@ def test_sigterm_saves_and_is_no_failure(runs, monkeypatch, capsys):
         advance(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "advance", interrupted)
+        patch.setattr(loop.Run, "advance", interrupted)
         assert train.main([*arguments, "run"]) == 0
     out, err = capsys.readouterr()
     assert "interrupted: saved step 7 of 12" in out
@@ -651,7 +657,7 @@ def test_sigterm_saves_and_is_no_failure(runs, monkeypatch, capsys):
 def test_second_run_in_the_same_folder_is_refused(finished, capsys):
     resume = ["--runs-dir", str(finished.parent), "--name", "run"]
     before = contents(finished)
-    held = run_folder.lock(finished)
+    held = folders.lock(finished)
     capsys.readouterr()
     for arguments in ([*resume, "--resume"], resume):
         assert train.main(arguments) == 2
@@ -711,7 +717,7 @@ def test_workers_with_parameters_of_their_own(runs, mode, capsys):
 )
 def test_statistics_of_the_optimizer(method, names):
     tx = METHODS[method].build(0.1, total_steps=10, num_classes=2)
-    found = train.statistics(tx.init({"value": jnp.ones((3, 2)), "momentum": jnp.ones(2)}))
+    found = statistics(tx.init({"value": jnp.ones((3, 2)), "momentum": jnp.ones(2)}))
     assert set(found) == names
     assert all(value.shape == () for value in found.values())
 

@@ -1,0 +1,102 @@
+"""Moves batches to the device in the background, ahead of their use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import jax
+
+from experiments.data.batches import MOST_AHEAD
+
+
+def prefetch_to_device(
+    iterator: Iterator[Any], put: Callable[[Any], Any] = jax.device_put, size: int = 2
+) -> DevicePrefetcher:
+    """Reads batches and moves them to the device in the background, ahead of their use.
+
+    A thread of Grain's (`grain.experimental.ThreadPrefetchDatasetIterator`) does it while the
+    device computes: reading, augmenting and the transfer overlap with the steps. Pinned memory is
+    the runtime's affair in JAX.
+
+    Example:
+        >>> iterator = iter(batches(load_task("digits").train, batch_size=32, seed=0))
+        >>> with prefetch_to_device(iterator) as prefetched:
+        ...     batch = next(prefetched)
+        >>> type(batch["x"]).__name__, batch["x"].shape
+        ('ArrayImpl', (32, 8, 8, 1))
+
+    Args:
+        iterator: Gives pytrees of arrays; a Grain iterator where the position is to be saved.
+        put: Places a batch, e.g. `Parallel.put_batch`, which makes global arrays of what each
+            process has; default: on the default device.
+        size: Number of batches that wait on the device, besides the one that is being made, up to
+            1000; 0: each is made when it is asked for.
+
+    Returns:
+        An iterator of the same batches on the device. Its `get_state` and `set_state` count the
+        batches it gave out, not those under way. What goes wrong in the background is raised where
+        the batch would have been given out. `close`, or leaving its `with` block, ends the thread.
+
+    Raises:
+        ValueError: `size` is out of its range.
+    """
+    if not 0 <= size <= MOST_AHEAD:
+        raise ValueError(f"size must be between 0 and {MOST_AHEAD}, got {size}")
+    return DevicePrefetcher(iterator, put, size)
+
+
+class DevicePrefetcher(Iterator[Any]):
+    """What `prefetch_to_device` returns."""
+
+    def __init__(self, iterator: Any, put: Callable[[Any], Any], size: int):
+        self._placed = _Placed(iterator, put)
+        # Grain's own without a buffer is refused by its older versions.
+        self._batches: Any = (
+            grain.experimental.ThreadPrefetchDatasetIterator(self._placed, size)
+            if size
+            else self._placed
+        )
+
+    def __enter__(self) -> DevicePrefetcher:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __next__(self) -> Any:
+        return next(self._batches)
+
+    def get_state(self) -> Any:
+        """Position behind the last batch that was given out."""
+        return self._batches.get_state()
+
+    def set_state(self, state: Any) -> None:
+        """Continues at a position that `get_state` gave."""
+        self._batches.set_state(state)
+
+    def close(self) -> None:
+        """Ends the background work; nothing may be asked for afterwards."""
+        self._batches.close()
+        self._placed.close()
+
+
+class _Placed(Iterator[Any]):
+    """The batches of an iterator, placed."""
+
+    def __init__(self, iterator: Any, put: Callable[[Any], Any]):
+        self._iterator, self._put = iterator, put
+
+    def __next__(self) -> Any:
+        return self._put(next(self._iterator))
+
+    def get_state(self) -> Any:
+        return self._iterator.get_state() if hasattr(self._iterator, "get_state") else {}
+
+    def set_state(self, state: Any) -> None:
+        self._iterator.set_state(state)
+
+    def close(self) -> None:
+        if hasattr(self._iterator, "close"):
+            self._iterator.close()

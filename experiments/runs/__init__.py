@@ -1,0 +1,1 @@
+"""All about what lies on disk: folders, records, locks, checkpoints."""

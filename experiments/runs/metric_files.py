@@ -1,0 +1,131 @@
+"""The metrics of a run as JSONL, CSV and TensorBoard event files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorboardX
+
+from experiments import cli
+from experiments.cli import UsageError
+from experiments.runs.folders import check_files
+from experiments.runs.records import is_number, read_file
+
+Row = dict[str, float | int | None]
+METRICS = ("metrics.jsonl", "metrics.csv")
+
+
+class MetricFiles:
+    """The metrics of a run as JSONL, CSV and TensorBoard event files, one row per step.
+
+    Args:
+      folder: the run's folder.
+      columns: names of all numbers that a row can hold.
+      step: rows up to this step are kept, later ones (of a run that was killed after its last
+        checkpoint) are dropped.
+
+    Raises:
+      UsageError: the files hold fewer rows than that.
+    """
+
+    def __init__(self, folder: Path, columns: Sequence[str], step: int):
+        self.columns = columns
+        self._folder = folder
+        check_files(folder, (*METRICS, "events.jsonl", "result.json"), ("tensorboard",))
+        jsonl, table = (folder / name for name in METRICS)
+        header = ",".join(columns) + "\n"
+        lines = self._first_lines(jsonl, step, None)
+        rows: list[Row] = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(_checked_row(cli.parse_json(line), number, columns))
+            except ValueError as error:
+                raise UsageError(
+                    f"{jsonl} is damaged (line {number}: {error}); give another --name to start "
+                    "again"
+                ) from None
+        cli.write_atomic(table, header + "".join(self._first_lines(table, step, header)))
+        cli.write_atomic(jsonl, "".join(lines))
+        self.seconds = float(rows[-1]["seconds"] or 0) if rows else 0.0
+        self._jsonl = jsonl.open("a", encoding="utf-8")
+        self._csv = table.open("a", encoding="utf-8", newline="")
+        # A killed run may have lost events that its writer still held in a queue, so the event
+        # files are made anew from the rows.
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+        self._events = tensorboardX.SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
+        for row in rows:
+            self._add_events(row)
+
+    @staticmethod
+    def _first_lines(path: Path, number: int, header: str | None) -> list[str]:
+        if number == 0:
+            return []
+        lines = []
+        if path.exists():
+            try:
+                lines = re.findall(".*\n", read_file(path).decode())
+            except UnicodeDecodeError:
+                raise UsageError(
+                    f"{path} is damaged (not UTF-8); give another --name to start again"
+                ) from None
+        if header is not None:
+            lines = lines[1:] if lines[:1] == [header] else []
+        if len(lines) < number:
+            raise UsageError(
+                f"{path} holds {len(lines)} of the {number} steps of the checkpoint; "
+                "give another --name to start again"
+            )
+        return lines[:number]
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Adds rows and hands them to the operating system, so that a killed run leaves them."""
+        table = io.StringIO()
+        writer = csv.DictWriter(table, self.columns, restval="", lineterminator="\n")
+        for row in rows:
+            writer.writerow(row)
+            self._jsonl.write(json.dumps(row, allow_nan=False) + "\n")
+            self._add_events(row)
+        self._csv.write(table.getvalue())
+        self._jsonl.flush()
+        self._csv.flush()
+
+    def add_event(self, event: dict[str, Any]) -> None:
+        """Adds a line to `events.jsonl`, which nothing ever takes back."""
+        with (self._folder / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event, allow_nan=False) + "\n")
+
+    def _add_events(self, row: Row) -> None:
+        for name, value in row.items():
+            if value is not None and name not in ("step", "epoch", "seconds"):
+                split, _, short = name.partition("_")
+                tag = f"validation/{short}" if split == "validation" else f"train/{name}"
+                self._events.add_scalar(tag, value, row["step"])
+
+    def close(self) -> None:
+        """Closes all files."""
+        self._jsonl.close()
+        self._csv.close()
+        self._events.close()
+
+
+def _checked_row(row: Any, step: int, columns: Sequence[str]) -> Row:
+    """A row of the metrics as `MetricFiles` wrote it.
+
+    Raises:
+      ValueError: it is not the row of that step.
+    """
+    if not isinstance(row, dict) or not set(row) <= set(columns):
+        raise ValueError("not a row of this run")
+    for name, value in row.items():
+        if not (value is None or is_number(value)):
+            raise ValueError(f"{name} is not a number")
+    if row.get("step") != step or (row.get("seconds") or 0) < 0:
+        raise ValueError("step or seconds are wrong")
+    return row

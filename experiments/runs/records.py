@@ -1,0 +1,216 @@
+"""JSON files in the folder of a run: its settings, records with a checksum, results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+import zlib
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments import cli
+from experiments.cli import UsageError
+
+CONFIG = "config.json"
+RESULTS = "results.json"
+
+
+def write_results(folder: Path, command: str, options: Any, results: dict[str, Any]) -> None:
+    """Writes `results.json` of a command in the folder that `claim_results` keeps for it.
+
+    Args:
+      folder: the command's folder.
+      command: its name.
+      options: its options, a dataclass.
+      results: the rest, as plain JSON.
+    """
+    record = {"command": command, "options": plain_options(options)} | results
+    cli.write_atomic(folder / RESULTS, cli.to_json(record))
+
+
+def plain_options(options: Any) -> dict[str, Any]:
+    """The options of a command, a dataclass, as plain JSON."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in dataclasses.asdict(options).items()
+    }
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a file in a run's folder.
+
+    Raises:
+      UsageError: it is not a file or cannot be read.
+    """
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is not a file; remove it or give another --name")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+
+
+def read_json(path: Path, remedy: str = "give another --name") -> Any:
+    """The JSON value in a file of a run's folder.
+
+    Args:
+      path: the file.
+      remedy: what to do if it is damaged, for the message.
+
+    Returns:
+      The value.
+
+    Raises:
+      UsageError: it cannot be read, or is damaged.
+    """
+    try:
+        return cli.parse_json(read_file(path))
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged ({error}); {remedy}") from None
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Stores numbers that took time to compute, with a checksum.
+
+    Args:
+      path: the file.
+      record: plain JSON.
+    """
+    cli.write_atomic(path, cli.to_json(record | {"crc32": _checksum(record)}))
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What `write_record` stored.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The record; ``None`` if there is no such file.
+
+    Raises:
+      UsageError: it cannot be read, or something in it has changed.
+    """
+    if not os.path.lexists(path):
+        return None
+    remedy = "delete it, so that it is made again"
+    record = read_json(path, remedy)
+    checksum = record.pop("crc32", None) if isinstance(record, dict) else None
+    if checksum is None or checksum != _checksum(record):
+        raise UsageError(f"{path} is damaged (it is not what was written there); {remedy}")
+    return record
+
+
+def _checksum(record: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The record of the run in a folder, as `write_config` wrote it.
+
+    Raises:
+      UsageError: there is none, or it is damaged.
+    """
+    path = folder / CONFIG
+    if not path.exists():
+        raise UsageError(
+            f"nothing to resume: there is no {path}; leave out --resume to start a run"
+        )
+    record = read_json(path)
+    try:
+        return {part: dict(record[part]) for part in ("options", "run", "machine", "versions")}
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{path} is not the config.json of a run; give another --name") from None
+
+
+def write_config(folder: Path, options: dict[str, Any], run: dict[str, Any], machine: Any) -> None:
+    """Records a new run.
+
+    Args:
+      folder: the run's folder.
+      options: the options it was started with.
+      run: all that decides the numbers.
+      machine: where it runs: decides them up to rounding only.
+    """
+    record = {"options": options, "run": run, "machine": machine, "versions": versions()}
+    cli.write_atomic(folder / CONFIG, cli.to_json(record))
+
+
+def check_same(folder: Path, saved: dict[str, Any], run: dict[str, Any]) -> None:
+    """Raises `UsageError`, naming the first difference, if a run is not the one in the folder."""
+    if difference := first_difference(saved, run):
+        raise UsageError(
+            f"{folder} is a run with {difference}; resume it with the options and data it was "
+            "started with, or give another --name"
+        )
+
+
+def first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """Names the first setting in which two runs differ, with both values.
+
+    Args:
+      old: all that decided the numbers of the run in a folder.
+      new: the same of the run that is to continue it; its ``data`` are `Task.checksums`.
+    """
+    for key in dict.fromkeys([*new, *old]):
+        before, now = old.get(key), new.get(key)
+        if before == now:
+            continue
+        if key == "data" and isinstance(now, dict):
+            return _other_data(before, now)
+        if key == "methods" and isinstance(before, dict) and list(before) != list(now or ()):
+            return f"methods {','.join(before)}, now {','.join(now or ())}"
+        return f"{key} {cli.shortened(str(before))}, now {cli.shortened(str(now))}"
+    return None
+
+
+def _other_data(before: Any, now: dict[str, dict[str, int]]) -> str:
+    """What of the data differs, by their checksums."""
+    try:
+        parts = [
+            f"{kind} of the {split} split"
+            for split, numbers in now.items()
+            for kind, number in numbers.items()
+            if before[split][kind] != number
+        ]
+    except (KeyError, TypeError):
+        return "no checksums of all its data, because an older version of this project made it"
+    return f"other {' and '.join(parts)}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    names = ("jax", "jaxlib", "optax", "flax", "grain", "numpy")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value that was read from JSON is a finite number."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**63
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def number(value: Any) -> float | None:
+    """A float for JSON: the digits that float32 carries, None for infinities and NaN."""
+    value = float(value)
+    return float(f"{value:.9g}") if math.isfinite(value) else None
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for the record."""
+    return {
+        "python": sys.version.split()[0],
+        **{name: metadata.version(name) for name in ("jax", "optax", "flax")},
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+    }

@@ -1,0 +1,92 @@
+"""The losses of the tasks, by name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from models import vae
+
+
+def _cross_entropy(outputs: jax.Array, y: jax.Array, *, label_smoothing: float = 0.0) -> jax.Array:
+    if y.ndim == outputs.ndim and jnp.issubdtype(y.dtype, jnp.floating):
+        return jnp.mean(optax.softmax_cross_entropy(outputs, _smooth(y, label_smoothing)))
+    counts = y >= 0
+    labels = jnp.where(counts, y, 0)
+    if label_smoothing:
+        targets = jax.nn.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)
+        losses = optax.softmax_cross_entropy(outputs, _smooth(targets, label_smoothing))
+    else:
+        losses = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+    return jnp.mean(jnp.where(counts, losses, 0))
+
+
+def _smooth(targets: jax.Array, label_smoothing: float) -> jax.Array:
+    return optax.smooth_labels(targets, label_smoothing) if label_smoothing else targets
+
+
+def _mse(outputs: jax.Array, y: jax.Array) -> jax.Array:
+    if y.ndim < outputs.ndim:
+        y = jax.nn.one_hot(y, outputs.shape[-1], dtype=outputs.dtype)
+    return jnp.mean(0.5 * jnp.sum((outputs - y) ** 2, axis=-1))
+
+
+def _elbo(outputs: vae.VaeOutputs, x: jax.Array) -> jax.Array:
+    return jnp.mean(vae.negative_elbo(outputs, x))
+
+
+LossFn = Callable[[Any, jax.Array], jax.Array]
+LOSSES: dict[str, Callable[..., jax.Array]] = {
+    "cross_entropy": _cross_entropy,
+    "mse": _mse,
+    "elbo": _elbo,
+}
+# What the outputs are under each loss; under others nothing that K-FAC knows.
+LIKELIHOODS = {"cross_entropy": "categorical", "mse": "gaussian"}
+
+
+def find_loss(loss: str | LossFn, *, label_smoothing: float = 0.0) -> LossFn:
+    """The loss of that name, a function of a batch's outputs and labels.
+
+    * ``cross_entropy`` is softmax cross-entropy of outputs ``(..., classes)`` against integers
+      ``(...)``, or shares of the classes ``(..., classes)`` where examples are mixed. A label of -1
+      (padding of sentences) counts nothing: the loss is the mean over all positions, those of -1
+      with 0, so that it is linear in the examples, on several devices and in parts of a batch too.
+    * ``mse`` is half the sum of squares over the outputs ``(batch, classes)``, against 1 for the
+      label and 0 for the others, as in Song et al. (2024).
+    * ``elbo`` is the bound of a variational autoencoder, `models.vae.negative_elbo`; its labels are
+      the images.
+
+    All are means over the examples.
+
+    >>> outputs, y = jnp.array([[1.0, 0.0], [0.5, 0.5]]), jnp.array([0, 1])
+    >>> float(find_loss("mse")(outputs, y))
+    0.125
+
+    Args:
+      loss: one of `LOSSES`, or a function, which is returned as it is.
+      label_smoothing: share of the label that goes to all classes alike, at least 0 and below 1
+        (Szegedy et al., 2016, section 7); ``cross_entropy`` only.
+
+    Returns:
+      The function; it returns a scalar.
+
+    Raises:
+      ValueError: unknown loss, or one that has no labels to smooth.
+    """
+    if callable(loss):
+        return loss
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}; valid: {', '.join(LOSSES)}")
+    if not label_smoothing:
+        return LOSSES[loss]
+    if loss != "cross_entropy":
+        raise ValueError(f"label smoothing is for the loss cross_entropy, not for {loss}")
+    if not 0 < label_smoothing < 1:
+        raise ValueError(f"label smoothing must be at least 0 and below 1, got {label_smoothing}")
+    return functools.partial(_cross_entropy, label_smoothing=label_smoothing)

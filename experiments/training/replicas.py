@@ -1,0 +1,443 @@
+"""Trains the runs of one method (learning rate x seed) together, in one compiled program.
+
+The step is `engine.train_step` under `vmap` over the runs. Curvature is refreshed from
+the host (`Method.refresh`, static): `vmap` turns a refresh inside the graph into a `select`, which
+pays for it at every step. The data live on the device; runs of one seed start from the same weights
+and see the same batches, whatever the method and the learning rate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import models
+from experiments import data, methods
+from experiments.training import engine, losses
+
+# A queue of unfinished steps costs memory and, on a CPU mesh, can hang: fetch a number this often.
+FETCH_EVERY = 16
+# Examples per forward pass of an evaluation: keeps its activations small next to a training step's.
+EVALUATION_BATCH = 1000
+# The same for sentences, each of which is a batch of words.
+EVALUATION_SENTENCES = 125
+# Rounds in which the time per step is measured: at least the first number, then, while they take no
+# longer than so many seconds, up to the second one.
+TIMING_ROUNDS = (9, 50)
+TIMING_SECONDS = 5.0
+
+Replica = tuple[float, int]  # (learning rate, seed)
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that decides the numbers, checked."""
+
+    task: data.Task
+    model: str
+    loss: str
+    methods: list[methods.Method]
+    seeds: int
+    steps: int
+    batch_size: int
+    curvature_batch_size: int
+    eval_every: int
+    target: float
+    model_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def config(self) -> dict[str, Any]:
+        """The settings as plain JSON: two runs with equal settings may share a folder."""
+        return {
+            "task": self.task.name,
+            "train_examples": len(self.task.train.y),
+            "validation_examples": len(self.task.validation.y),
+            "test_examples": len(self.task.test.y),
+            "data": self.task.checksums,
+            "model": self.model,
+            **({"model_options": self.model_options} if self.model_options else {}),
+            "loss": self.loss,
+            "seeds": self.seeds,
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "curvature_batch_size": self.curvature_batch_size,
+            "eval_every": self.eval_every,
+            "target": self.target,
+            "methods": {method.name: list(method.learning_rates) for method in self.methods},
+        }
+
+
+def _number(value: Any) -> float | None:
+    """A float for JSON: rounded to what float32 carries, None for infinities and NaN."""
+    value = float(value)
+    return float(f"{value:.7g}") if math.isfinite(value) else None
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays in a tree of arrays or shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def free_memory() -> int:
+    """Bytes that the default device (or, for a CPU, the machine) has left."""
+    device = jax.devices()[0]
+    if device.platform != "cpu" and (stats := device.memory_stats()):
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not Linux: assume a small machine
+        return 4 * 2**30
+
+
+class Trainer:
+    """Trains the runs of one method at a time, many together."""
+
+    def __init__(self, plan: Plan, *, max_replicas: int | None = None, memory: float | None = None):
+        self.plan = plan
+        task = plan.task
+        self.train_x, self.train_y = jnp.asarray(task.train.x), jnp.asarray(task.train.y)
+        size = EVALUATION_BATCH if task.vocabulary_size is None else EVALUATION_SENTENCES
+        self.held_out = {
+            name: [
+                (
+                    jnp.asarray(split.x[i : i + size]),
+                    jnp.asarray(split.y[i : i + size]),
+                )
+                for i in range(0, len(split.y), size)
+            ]
+            for name, split in (("validation", task.validation), ("test", task.test))
+        }
+        self.max_replicas = max_replicas
+        # Two things that XLA does slowly on a CPU: grouped convolutions, which vmapped weights
+        # make, and convolutions in loops, which the Lanczos start makes (jax#12868).
+        self.cold_start = True
+        if models.is_convolutional(plan.model) and jax.default_backend() == "cpu":
+            self.max_replicas = 1
+            self.cold_start = False
+        self.memory = free_memory() / 2 if memory is None else memory
+        split = [
+            engine.split(
+                models.create(
+                    plan.model,
+                    input_shape=plan.task.input_shape,
+                    num_classes=plan.task.num_classes,
+                    vocabulary_size=plan.task.vocabulary_size,
+                    rngs=seed,
+                    **plan.model_options,
+                )
+            )
+            for seed in range(plan.seeds)
+        ]
+        self.graphdef = split[0][0]
+        self.weights = [(params, rest) for _, params, rest in split]
+        rows = slice(plan.batch_size)
+        self.objective = engine.objective(
+            self.graphdef, split[0][2], self.train_x[rows], self.train_y[rows], loss=plan.loss
+        )
+        examples = len(plan.task.train.y)
+        self.order = np.stack([self._batches(seed, examples) for seed in range(plan.seeds)])
+        # A fixed sub-sample per seed: redrawn at every refresh, its noise alone would move the
+        # subspace.
+        self.curvature = np.stack(
+            [
+                np.random.default_rng(seed)
+                .permutation(examples)[: plan.curvature_batch_size]
+                .astype(np.int32)
+                for seed in range(plan.seeds)
+            ]
+        )
+        self._steps: dict[tuple[str, bool], Callable[..., Any]] = {}
+        evaluate = functools.partial(engine.evaluate, self.graphdef, loss=plan.loss)
+        self._evaluate = {
+            True: jax.jit(jax.vmap(evaluate, in_axes=(0, 0, None, None))),
+            False: jax.jit(evaluate),
+        }
+
+    def _batches(self, seed: int, examples: int) -> np.ndarray:
+        batches = iter(data.index_batches(examples, batch_size=self.plan.batch_size, seed=seed))
+        return np.stack([np.asarray(next(batches), np.int32) for _ in range(self.plan.steps)])
+
+    def build(self, method: methods.Method, learning_rate: Any, seed: int = 0) -> Any:
+        """The method's Optax transformation for this plan."""
+        return method.build(
+            learning_rate,
+            total_steps=self.plan.steps,
+            num_classes=self.plan.task.num_classes,
+            seed=seed,
+            objective=self.objective if method.needs_objective else None,
+            likelihood=losses.LIKELIHOODS[self.plan.loss],
+        )
+
+    def state_bytes(self, method: methods.Method) -> tuple[int, int]:
+        """Bytes of (parameters, optimizer state) of one run."""
+        params, rest = self.weights[0]
+        state = jax.eval_shape(
+            lambda p, r: engine.init_state(self.build(method, 0.1), p, r), params, rest
+        )
+        return tree_bytes(state.params), tree_bytes(state.opt_state)
+
+    def activation_bytes(self, examples: int) -> int:
+        """Bytes that the backward pass of one run keeps of its forward pass."""
+        params, rest = self.weights[0]
+        x, y = self.train_x[:examples], self.train_y[:examples]
+        objective = engine.objective(self.graphdef, rest, x, y, loss=self.plan.loss)
+        return tree_bytes(jax.eval_shape(lambda p: jax.vjp(objective, p)[1], params))
+
+    def replica_bytes(self, method: methods.Method) -> int:
+        """Estimate of what one run takes: parameters, state, gradients, curvature vectors.
+
+        Doubled for what XLA needs on top: a second buffer for what is not donated. And activations.
+        """
+        params, opt_state = self.state_bytes(method)
+        products = self.products(method)
+        vectors = 2 * max(products)  # curvature vectors and their products
+        activations = self.activation_bytes(self.plan.batch_size)
+        if any(products):
+            # The products of a warm refresh run side by side, each with its tangents.
+            tangents = min(filter(None, products))
+            kept = self.activation_bytes(self.plan.curvature_batch_size)
+            activations = max(activations, (1 + tangents) * kept)
+        return 2 * (params * (3 + vectors) + opt_state) + activations
+
+    def products(self, method: methods.Method) -> list[int]:
+        """Hessian-vector products of every step."""
+        params, classes = self.weights[0][0], self.plan.task.num_classes
+        count = functools.cache(lambda refresh: method.products(refresh, params, classes))
+        return [count(self.refresh(method, step)) for step in range(self.plan.steps)]
+
+    def refresh(self, method: methods.Method, step: int) -> bool | str | None:
+        """The static ``refresh`` argument of a method's step."""
+        return method.refresh(step, cold_start=self.cold_start)
+
+    def gradient_evaluations(self, method: methods.Method) -> np.ndarray:
+        """Cumulative cost after 0, 1, ..., `plan.steps` steps, in mini-batch gradients.
+
+        A Hessian-vector product (forward over reverse) costs about two gradients of its own batch.
+        """
+        scale = 2.0 * self.plan.curvature_batch_size / self.plan.batch_size
+        cost = method.gradients_per_step + scale * np.array(self.products(method), float)
+        return np.concatenate([[0.0], np.cumsum(cost)])
+
+    def alone(self, method: methods.Method) -> bool:
+        """Whether the runs of a method are trained one by one."""
+        # Several batched decompositions at once, which `vmap` makes of K-FAC's, can wait for each
+        # other for ever in XLA's threads on a CPU (jaxlib 0.10, two threads).
+        stuck = method.needs_objective and jax.default_backend() == "cpu"
+        return stuck or self.max_replicas == 1
+
+    def chunk_size(self, method: methods.Method, replicas: int) -> int:
+        """How many of `replicas` runs to train together: equal chunks, each within the memory."""
+        if self.alone(method):
+            return 1
+        most = max(1, int(self.memory // self.replica_bytes(method)))
+        most = min(replicas, most, self.max_replicas or replicas)
+        return math.ceil(replicas / math.ceil(replicas / most))
+
+    def step(self, method: methods.Method, batched: bool) -> Callable[..., Any]:
+        """The compiled training step, for many runs or for one; one program per `refresh`."""
+        key = (method.name, batched)
+        if key not in self._steps:
+
+            def one(
+                learning_rate: Any,
+                state: Any,
+                index: Any,
+                curvature: Any,
+                x: Any,
+                y: Any,
+                refresh: Any,
+            ) -> Any:
+                return engine.train_step(
+                    self.build(method, learning_rate),
+                    self.graphdef,
+                    state,
+                    x[index],
+                    y[index],
+                    curvature=(x[curvature], y[curvature]) if method.refresh_every else None,
+                    refresh=refresh,
+                    loss=self.plan.loss,
+                )
+
+            def step(
+                rates: Any, state: Any, index: Any, curvature: Any, x: Any, y: Any, refresh: Any
+            ) -> tuple[Any, jax.Array]:
+                run = functools.partial(one, refresh=refresh)
+                if batched:
+                    run = jax.vmap(run, in_axes=(0, 0, 0, 0, None, None))
+                state, metrics = run(rates, state, index, curvature, x, y)
+                return state, metrics["loss"]
+
+            self._steps[key] = jax.jit(step, static_argnames="refresh", donate_argnames="state")
+        return self._steps[key]
+
+    def start(self, method: methods.Method, replicas: Sequence[Replica]) -> Runs:
+        """Runs before their first step."""
+        batched = len(replicas) > 1
+        rates = jnp.asarray([rate for rate, _ in replicas], jnp.float32)
+        states = [
+            engine.init_state(self.build(method, rates[i], seed), *self.weights[seed])
+            for i, (_, seed) in enumerate(replicas)
+        ]
+        # Copies in any case: the step donates its state, and the next method needs the weights too.
+        stack = jnp.stack if batched else lambda leaves: jnp.copy(leaves[0])
+        state = jax.tree.map(lambda *leaves: stack(leaves), *states)
+        pick = np.array([seed for _, seed in replicas]) if batched else replicas[0][1]
+        return Runs(self, method, batched, rates if batched else rates[0], state, pick)
+
+    def evaluate(self, runs: Runs, split: str) -> dict[str, np.ndarray]:
+        """Loss and accuracy of each run on the whole "validation" or "test" split."""
+        sums: dict[str, Any] = {}
+        for x, y in self.held_out[split]:
+            result = self._evaluate[runs.batched](runs.state.params, runs.state.rest, x, y)
+            for name, value in result.items():
+                sums[name] = sums.get(name, 0.0) + len(y) * np.atleast_1d(value).astype(np.float64)
+        examples = sum(len(y) for _, y in self.held_out[split])
+        return {f"{split}_{name}": value / examples for name, value in sums.items()}
+
+    def train(
+        self,
+        method: methods.Method,
+        replicas: Sequence[Replica],
+        advance: Callable[[int], None] = lambda steps: None,
+    ) -> list[Record]:
+        """Trains runs together from start to end.
+
+        Args:
+          method: the method.
+          replicas: (learning rate, seed) of each run.
+          advance: called with the number of steps done since the last call.
+
+        Returns:
+          One record per run and evaluation; the last of each run has the test results. Values that
+          are not finite are None.
+        """
+        plan, cost = self.plan, self.gradient_evaluations(method)
+        runs = self.start(method, replicas)
+        records: list[Record] = []
+        losses: list[np.ndarray] = []  # of the steps since the last evaluation
+        queue: list[jax.Array] = []  # those of them that nobody has waited for yet
+        for done in range(plan.steps + 1):
+            last = done == plan.steps
+            point = last or done % plan.eval_every == 0
+            if point or len(queue) == FETCH_EVERY:
+                losses += [np.atleast_1d(loss) for loss in queue]
+                advance(len(queue))
+                queue = []
+            if point:
+                values = self.evaluate(runs, "validation")
+                if last:
+                    values |= self.evaluate(runs, "test")
+                if losses:
+                    with np.errstate(all="ignore"):  # sums of diverged losses
+                        values["train_loss"] = np.stack(losses).mean(axis=0, dtype=np.float64)
+                for i, (rate, seed) in enumerate(replicas):
+                    records.append(
+                        {
+                            "method": method.name,
+                            "learning_rate": rate,
+                            "seed": seed,
+                            "step": done,
+                            "gradient_evaluations": _number(cost[done]),
+                            **{name: _number(value[i]) for name, value in values.items()},
+                        }
+                    )
+                losses = []
+            if not last:
+                queue.append(runs.advance(done))
+        return records
+
+
+@dataclasses.dataclass
+class Runs:
+    """Runs in progress."""
+
+    trainer: Trainer
+    method: methods.Method
+    batched: bool
+    rates: jax.Array
+    state: Any
+    seeds: Any  # one seed, or one per run
+
+    def advance(self, step: int) -> jax.Array:
+        """One step of every run; returns the losses without waiting for them."""
+        trainer = self.trainer
+        self.state, loss = trainer.step(self.method, self.batched)(
+            self.rates,
+            self.state,
+            trainer.order[self.seeds, step % trainer.plan.steps],
+            trainer.curvature[self.seeds],
+            trainer.train_x,
+            trainer.train_y,
+            refresh=trainer.refresh(self.method, step),
+        )
+        return loss
+
+
+def measure_time(trainer: Trainer) -> dict[str, Any]:
+    """Seconds per training step of every method and base.
+
+    They run in alternation, so that a busy moment of the machine hits all alike. What is timed: the
+    compiled step of many runs together (batch gather, gradients, curvature refreshes at their usual
+    rhythm, update). Compilation, cold starts and evaluation are excluded.
+    """
+    plan = trainer.plan
+    timed = {method.name: method for method in plan.methods}
+    for method in plan.methods:
+        if method.base is not None:
+            timed.setdefault(method.base, methods.METHODS[method.base])
+    everyone = [
+        (rate, seed) for rate in plan.methods[0].learning_rates for seed in range(plan.seeds)
+    ]
+    together = int(
+        trainer.memory // sum(trainer.replica_bytes(method) for method in timed.values())
+    )
+    count = max(1, min(len(everyone), together, trainer.max_replicas or together))
+    if any(map(trainer.alone, timed.values())):
+        count = 1
+
+    runs: dict[str, Runs] = {}
+    lengths: dict[str, int] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    for name, method in timed.items():
+        lowest = min(method.learning_rates)  # stays finite; the time does not depend on the rate
+        runs[name] = trainer.start(method, [(lowest, seed) for _, seed in everyone[:count]])
+        period = method.period
+        lengths[name] = period * math.ceil(5 / period)
+        # Warm-up compiles each form of the step: cold start, refresh, plain.
+        for step in range(3 * lengths[name]):  # past the ten sweeps that replace a cold start
+            jax.block_until_ready(runs[name].advance(step))
+    least, most = TIMING_ROUNDS
+    end = time.perf_counter() + TIMING_SECONDS
+    for done in range(most):
+        if done >= least and time.perf_counter() > end:
+            break
+        for name in timed if done % 2 == 0 else reversed(timed):
+            first = (3 + done) * lengths[name]
+            begin = time.perf_counter()
+            for step in range(first, first + lengths[name]):
+                loss = runs[name].advance(step)
+            jax.block_until_ready(loss)
+            seconds[name].append((time.perf_counter() - begin) / lengths[name])
+    return {
+        "runs_together": count,
+        "rounds": len(seconds[plan.methods[0].name]),
+        "seconds_per_step": {name: statistics.median(values) for name, values in seconds.items()},
+        "relative_to_base": {
+            method.name: statistics.median(
+                own / other
+                for own, other in zip(seconds[method.name], seconds[method.base], strict=True)
+            )
+            for method in plan.methods
+            if method.base is not None
+        },
+    }

@@ -1,0 +1,278 @@
+"""What all commands do with names, folders, numbers and files."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import io
+import json
+import os
+import threading
+import typing
+from pathlib import Path
+
+import pytest
+
+from experiments import cli
+from experiments.cli import UsageError
+from experiments.reporting import tables
+from experiments.runs import folders
+from experiments.runs.metric_files import MetricFiles
+from experiments.runs.records import read_json, read_record, write_record, write_results
+
+COMMANDS = (
+    *("bench", "brief_review", "compare", "ensembles", "fault_drill", "input_overlap", "launch"),
+    *("lr_range_test", "natural_gradient", "scaling", "solvers", "step_cost", "subspace_study"),
+    *("survey", "trackers", "train"),
+)
+
+
+# Names ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "",
+            ".",
+            "..",
+            "...",
+            "a/..",
+            "../a",
+            "/tmp",
+            "a/b",
+            "a\\b",
+            "C:",
+            "a:b",
+            "a|b",
+            "*",
+            "~?",
+        ),
+        *("a\0b", "a\nb", "a\x1b[31m", "\u202ea", "\udcff", " a", "a ", "a.", "nul", "COM1.txt"),
+        "ä" * 101,
+    ],
+)
+def test_names_that_are_refused(name, tmp_path):
+    with pytest.raises(UsageError, match="--name must ") as error:
+        folders.locate(tmp_path, name, "run")
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["a", ".a", "a.b", "[red]a", "a b", "größe-0.1", "a" * 200])
+def test_names_that_are_allowed(name, tmp_path):
+    assert folders.locate(tmp_path, name, "run") == tmp_path / name
+
+
+def test_names_are_checked_by_where_they_lead(tmp_path):
+    runs = tmp_path / "runs"
+    assert folders.locate(runs, None, "a") == runs / "a"  # which need not exist
+    (runs / "a").mkdir(parents=True)
+    for link, target in (
+        ("out", tmp_path / "elsewhere"),
+        ("up", runs),
+        ("deep", runs / "a" / "b"),
+        ("loop", runs / "loop"),
+    ):
+        (runs / link).symlink_to(target)
+        with pytest.raises(UsageError, match=f"'{link}': .*; give another --name"):
+            folders.locate(runs, link, "a")
+    (runs / "same").symlink_to(runs / "a")
+    assert folders.locate(runs, "same", "a") == runs / "same"
+    (tmp_path / "other").symlink_to(runs)
+    assert folders.locate(tmp_path / "other", "a", "b") == tmp_path / "other" / "a"
+
+
+# Options ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_number_of_every_command_has_a_range(name, capsys):
+    command = importlib.import_module(f"experiments.{name}")
+    options = command.Options()
+    options.check()
+    hints = typing.get_type_hints(command.Options)
+    for field in dataclasses.fields(options):
+        kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
+        if int not in kinds and float not in kinds:
+            continue
+        wrong = [-1, 10**30, "abc", [], True] if int in kinds else [-1.0, float("nan"), "abc", {}]
+        for value in wrong:
+            with pytest.raises(UsageError, match=f"--{field.name.replace('_', '-')} must be"):
+                dataclasses.replace(options, **{field.name: value}).check()
+        option = f"--{field.name.replace('_', '-')}"
+        assert command.main([option, "-1"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {option} must be ")
+        assert error.count("\n") == 1
+
+
+def test_ranges():
+    for limits, value, problem in (
+        (cli.COUNT, 1, None),
+        (cli.COUNT, 0, "at least 1"),
+        (cli.COUNT, 2**31, "at most 2147483647"),
+        (cli.POSITIVE, 1e-300, None),
+        (cli.POSITIVE, float("inf"), "positive and finite"),
+        (cli.Range(0, 1, "[)"), 0.0, None),
+        (cli.Range(0, 1, "[)"), 1.0, "at least 0 and below 1"),
+        (cli.Range(0, 1, "(]"), float("nan"), "more than 0 and at most 1"),
+    ):
+        assert limits.problem(value) == problem
+
+
+# Folders ----------------------------------------------------------------------------------------
+
+
+def results_of(folder: Path, command: str) -> None:
+    with folders.claim_results(folder, command, ["a.png"]):
+        write_results(folder, command, cli.Options(), {"numbers": [1]})
+
+
+def test_a_folder_is_its_command_s(tmp_path):
+    folder = tmp_path / "runs" / "a"
+    results_of(folder, "one")
+    results_of(folder, "one")
+    assert json.loads((folder / "results.json").read_text())["numbers"] == [1]
+    with pytest.raises(UsageError, match="a holds something else than two; give another --name"):
+        results_of(folder, "two")
+    (folder / "a.png").mkdir()
+    with pytest.raises(UsageError, match=r"a\.png is not a file; remove it"):
+        results_of(folder, "one")
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file is not a folder"):
+        results_of(tmp_path / "file", "one")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(UsageError, match="mine holds something else"):
+        results_of(tmp_path / "mine", "one")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("events.jsonl", "file"), ("metrics.csv", "file"), ("tensorboard", "folder")]
+)
+@pytest.mark.parametrize("dangling", [False, True])
+def test_nothing_is_written_through_a_link(name, kind, dangling, tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "run"
+    folder.mkdir()
+    if not dangling:
+        outside.mkdir() if kind == "folder" else outside.write_text("precious")
+    (folder / name).symlink_to(outside)
+    with pytest.raises(UsageError, match=f"{name} is not a {kind}; remove it or give another"):
+        MetricFiles(folder, ["step", "seconds"], 0)
+    assert [*folder.iterdir()] == [folder / name]
+    assert not dangling or not outside.exists()
+
+
+def test_a_folder_is_one_process_s(tmp_path):
+    with folders.claim(tmp_path, lambda: None):
+        for owner in ("process 1 on a machine", "\udcff" * 100):
+            (tmp_path / "run.lock").write_bytes(owner.encode(errors="surrogateescape"))
+            with pytest.raises(UsageError, match=r"is in use by .*; wait until it ends, or give"):
+                folders.lock(tmp_path)
+    (tmp_path / ".0.partial").touch()  # of a process that was killed
+    folders.lock(tmp_path).release()
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+    (tmp_path / "run.lock").unlink()
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "run.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(UsageError, match=r"run\.lock is not a file"):
+        folders.lock(tmp_path)
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+# Files ------------------------------------------------------------------------------------------
+
+
+def test_write_atomic_by_several_at_once(tmp_path):
+    path = tmp_path / ("a" * 250)  # no room for a longer name
+    contents = [bytes([i]) * 100_000 for i in range(8)]
+    threads = [threading.Thread(target=cli.write_atomic, args=(path, c)) for c in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_bytes() in contents
+    assert [*tmp_path.iterdir()] == [path]
+    with pytest.raises(IsADirectoryError):
+        cli.write_atomic(tmp_path, "a")
+    assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "Expecting value"),
+        (b'{"a": 1', "Expecting"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[NaN]", "NaN is not JSON"),
+        (b"1" * 5_000, "Exceeds the limit"),
+    ],
+)
+def test_damaged_json(content, reason, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=f"a.json is damaged \\({reason}.*; delete it") as error:
+        read_json(path, "delete it")
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_not_a_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        with pytest.raises(UsageError, match="is not a file"):
+            read_json(tmp_path / name)
+    with pytest.raises(UsageError, match=r"cannot read .*: No such file"):
+        read_json(tmp_path / "nothing")
+
+
+def test_records_notice_any_change(tmp_path):
+    path = tmp_path / "a.json"
+    assert read_record(path) is None
+    record = {"rows": [{"loss": 0.25, "step": 3}], "name": "ü"}
+    write_record(path, record)
+    assert read_record(path) == record
+    whole = path.read_text()
+    for content in (whole.replace("0.25", "0.26"), whole.replace("crc32", "crc"), "null", "[]"):
+        path.write_text(content)
+        with pytest.raises(UsageError, match=r"a\.json is damaged .*; delete it, so that"):
+            read_record(path)
+
+
+# Output -----------------------------------------------------------------------------------------
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, capsys):
+    @cli.command
+    def main(argv=None):
+        cli.write_atomic(tmp_path / "no" / "folder", "")
+        return 0
+
+    assert main() == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: [Errno 2] No such file or directory: ")
+    assert error.count("\n") == 1
+    (tmp_path / "a").mkdir()
+    cli.check_file("--json", tmp_path / "b" / "c.json")
+    with pytest.raises(UsageError, match=r"--json .*a is not a file; give another one"):
+        cli.check_file("--json", tmp_path / "a")
+
+
+def test_names_are_shown_as_they_are(monkeypatch, capsys):
+    for name in ("[/b]", "[red]x[/red]", ":smile:", "[link=http://a]b"):
+        console = cli.console(80)
+        console.file = io.StringIO()
+        table = tables.table([name], title=name)
+        table.add_row(name)
+        console.print(f"-> {name}", table)
+        assert console.file.getvalue().count(name) == 4
+        assert cli.fail(name) == 2
+        assert capsys.readouterr().err == f"error: {name}\n"
+    console = cli.console(80)
+    console.file = io.StringIO()
+    console.print("a\x1b[31m\udcff")
+    assert console.file.getvalue() == "a\\x1b[31m\\udcff\n"
+    assert cli.fail("a\x1b[31m", 1) == 1
+    assert capsys.readouterr().err == "error: a\\x1b[31m\n"

@@ -1,0 +1,754 @@
+"""The shared training step: what it computes, and that it is a pure function of pytrees."""
+
+from __future__ import annotations
+
+import operator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import optax_accel as oa
+from experiments.training import engine, losses
+from experiments.training.parallel import Parallel
+from experiments.training.precision import PRECISIONS
+from tests.helpers import signature, tree_allclose, tree_equal
+
+
+class Mlp(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.hidden = nnx.Linear(4, 8, rngs=rngs)
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(jnp.tanh(self.hidden(x)))
+
+
+class NormDropout(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm = nnx.BatchNorm(4, momentum=0.9, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.head = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.dropout(self.norm(x)))
+
+
+def make_batch(n=12, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(2.0, 3.0, (n, 4)).astype(np.float32)
+    return jnp.asarray(x), jnp.asarray(rng.integers(0, 3, n), jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return make_batch()
+
+
+@pytest.fixture(scope="module")
+def mlp():
+    return engine.split(Mlp(nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def norm_dropout():
+    return engine.split(NormDropout(nnx.Rngs(0)))
+
+
+def extra(tx):
+    return optax.with_extra_args_support(tx)
+
+
+class SpyState(NamedTuple):
+    objective_value: jax.Array
+    given: dict
+
+
+def spy(value=None):
+    """An optimizer that keeps what it was given."""
+
+    def init(params):
+        zero = jnp.zeros(())
+        return SpyState(zero, {"value": zero, "grad": params, "loss": zero, "curvature": zero})
+
+    def update(updates, state, params, *, curvature_value_fn=None, **given):
+        del state
+        result = {
+            "value": given["value"],
+            "grad": given["grad"],
+            "loss": given["value_fn"](params),
+            "curvature": jnp.zeros(())
+            if curvature_value_fn is None
+            else curvature_value_fn(params),
+        }
+        assert ("refresh" in given) == (curvature_value_fn is not None)
+        kept = given["value"] if value is None else jnp.asarray(value)
+        return optax.tree.scale(-0.1, updates), SpyState(kept, result)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def test_split_gives_plain_arrays_and_sorts_them(norm_dropout):
+    _, params, rest = norm_dropout
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((params, rest)))
+    assert sorted(params) == ["head", "norm"]
+    assert sorted(rest) == ["dropout", "norm"]
+
+
+def test_step_is_the_textbook_step(mlp, batch):
+    graphdef, params, rest = mlp
+    x, y = batch
+    tx = extra(optax.adam(1e-2))
+
+    def loss_fn(p):
+        h = jnp.tanh(x @ p["hidden"]["kernel"] + p["hidden"]["bias"][None])
+        logits = h @ p["head"]["kernel"] + p["head"]["bias"][None]
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(len(y)), y])
+
+    expected = nnx.to_pure_dict(params)
+    opt_state = tx.init(expected)
+    state = engine.init_state(tx, params, rest)
+    step = jax.jit(lambda s: engine.train_step(tx, graphdef, s, x, y))
+    for _ in range(3):
+        loss, grads = jax.jit(jax.value_and_grad(loss_fn))(expected)
+        updates, opt_state = tx.update(grads, opt_state, expected)
+        expected = optax.apply_updates(expected, updates)
+        state, metrics = step(state)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    assert int(state.step) == 3
+    # A handful of float32 roundings apart: both sides fuse differently.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        nnx.to_pure_dict(state.params),
+        expected,
+    )
+
+
+def test_step_is_pure_and_keeps_the_structure(norm_dropout, batch):
+    graphdef, params, rest = norm_dropout
+    tx = extra(optax.sgd(0.1, momentum=0.9))
+    state = engine.init_state(tx, params, rest)
+    before = jax.tree.map(jnp.copy, state)
+    step = jax.jit(lambda s, x, y: engine.train_step(tx, graphdef, s, x, y))
+    first, _ = step(state, *batch)
+    again, _ = step(state, *batch)
+    assert jax.tree.structure(first) == jax.tree.structure(state)
+    assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, state)
+    for left, right in ((state, before), (first, again)):
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), left, right))
+
+
+def test_batch_statistics_and_random_streams_advance(norm_dropout, batch):
+    graphdef, params, rest = norm_dropout
+    x, y = batch
+    tx = extra(optax.sgd(0.1))
+    step = jax.jit(lambda s: engine.train_step(tx, graphdef, s, x, y))
+    state, _ = step(engine.init_state(tx, params, rest))
+    # Running statistics start at mean 0, variance 1 and forget a tenth per step.
+    np.testing.assert_allclose(state.rest["norm"]["mean"], 0.1 * x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(state.rest["norm"]["var"], 0.9 + 0.1 * x.var(0), rtol=1e-5)
+    count = state.rest["dropout"]["rngs"]["count"]
+    assert int(count) == int(rest["dropout"]["rngs"]["count"]) + 1
+
+
+def test_evaluation_uses_running_statistics_and_no_dropout(norm_dropout, batch):
+    graphdef, params, rest = norm_dropout
+    x, y = batch
+    metrics = engine.evaluate(graphdef, params, rest, x, y)
+    # Running mean 0 and variance 1: normalization is the identity up to its epsilon of 1e-5.
+    logits = x @ params["head"]["kernel"] + params["head"]["bias"][None]
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-4)
+    np.testing.assert_allclose(metrics["accuracy"], (logits.argmax(-1) == y).mean(), rtol=1e-6)
+
+
+def test_optimizer_gets_all_extra_arguments(mlp, batch):
+    graphdef, params, rest = mlp
+    x, y = batch
+    tx = spy()
+    curvature = make_batch(7, seed=1)
+    state = engine.init_state(tx, params, rest)
+    step = jax.jit(
+        lambda s, c: engine.train_step(tx, graphdef, s, x, y, curvature=c, refresh="warm")
+    )
+    new, metrics = step(state, curvature)
+    given = new.opt_state.given
+    loss, grads = engine.objective(graphdef, rest, x, y).value_and_grad(params)
+    on_curvature = engine.objective(graphdef, rest, *curvature)(params)
+    np.testing.assert_allclose(given["value"], loss, rtol=1e-6)
+    np.testing.assert_allclose(given["loss"], loss, rtol=1e-6)
+    np.testing.assert_allclose(given["curvature"], on_curvature, rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    # Both sides fuse differently: entries that nearly cancel differ by a rounding of the terms.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), given["grad"], grads
+    )
+    # Without curvature and refresh neither is passed, so that plain Optax optimizers work.
+    jax.eval_shape(lambda s: engine.train_step(tx, graphdef, s, x, y), state)
+
+
+def test_logged_loss_is_the_one_the_method_evaluated(mlp, batch):
+    graphdef, params, rest = mlp
+    tx = spy(value=42.0)
+    state = engine.init_state(tx, params, rest)
+    _, metrics = engine.train_step(tx, graphdef, state, *batch)
+    assert float(metrics["loss"]) == 42.0
+
+
+def test_state_lookup_ignores_parameters_of_that_name():
+    tx = optax.chain(optax.trace(0.9), optax.trace(0.8), spy())
+    opt_state = tx.init({"value": jnp.ones(3), "trace": jnp.ones(2)})
+    assert engine.find_in_state(opt_state, "objective_value").shape == ()
+    assert engine.find_in_state(opt_state, "trace") is opt_state[1].trace
+    assert engine.find_in_state(opt_state, "alignment") is None
+
+
+def test_vmap_over_runs_equals_single_runs(norm_dropout, batch):
+    graphdef, params, rest = norm_dropout
+
+    def run(learning_rate):
+        tx = extra(optax.sgd(learning_rate, momentum=0.9))
+        state = engine.init_state(tx, params, rest)
+        for _ in range(2):
+            state, _ = engine.train_step(tx, graphdef, state, *batch)
+        return state.params, engine.evaluate(graphdef, state.params, state.rest, *batch)
+
+    rates = jnp.array([0.1, 0.5])
+    together = jax.jit(jax.vmap(run))(rates)
+    single = jax.jit(run)
+    for i, rate in enumerate(rates):
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6),
+            together,
+            single(rate),
+        )
+
+
+def test_replicas_average_to_the_global_batch(mlp, norm_dropout, batch):
+    x, y = batch
+    parts = x.reshape(4, 3, 4), y.reshape(4, 3)
+    tx = extra(optax.sgd(0.1))
+
+    def replicated(graphdef, state):
+        step = jax.vmap(
+            lambda x, y: engine.train_step(tx, graphdef, state, x, y, axis_name="batch"),
+            axis_name="batch",
+        )
+        return jax.jit(step)(*parts)
+
+    graphdef, *variables = mlp
+    state = engine.init_state(tx, *variables)
+    expected, metrics = engine.train_step(tx, graphdef, state, x, y)
+    replicas, replica_metrics = replicated(graphdef, state)
+    for i in range(4):
+        np.testing.assert_allclose(replica_metrics["loss"][i], metrics["loss"], rtol=1e-6)
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-7),
+            replicas.params,
+            expected.params,
+        )
+
+    # Running statistics: the mean over replicas of each replica's own batch statistics.
+    graphdef, *variables = norm_dropout
+    replicas, _ = replicated(graphdef, engine.init_state(tx, *variables))
+    var = 0.9 + 0.1 * parts[0].var(1).mean(0)
+    for i in range(4):
+        np.testing.assert_allclose(replicas.rest["norm"]["mean"][i], 0.1 * x.mean(0), rtol=1e-5)
+        np.testing.assert_allclose(replicas.rest["norm"]["var"][i], var, rtol=1e-5)
+
+
+def test_workers_keep_states_of_their_own(mlp, batch):
+    x, y = batch
+    parts = x.reshape(4, 3, 4), y.reshape(4, 3)
+    tx = extra(optax.sgd(0.1))
+    graphdef, *variables = mlp
+    state = engine.init_state(tx, *variables)
+
+    def own(x, y):
+        return engine.train_step(tx, graphdef, state, x, y, axis_name="w", per_worker=True)
+
+    workers, metrics = jax.jit(jax.vmap(own, axis_name="w"))(*parts)
+    alone = [engine.train_step(tx, graphdef, state, *part) for part in zip(*parts, strict=True)]
+    for i, (expected, _) in enumerate(alone):
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6),
+            workers.params,
+            expected.params,
+        )
+    losses = [float(m["loss"]) for _, m in alone]
+    np.testing.assert_allclose(metrics["loss"], np.full(4, np.mean(losses)), rtol=1e-6)
+    assert metrics["finite"].all()
+    # What is wrong at one worker, all workers learn of.
+    _, metrics = jax.vmap(own, axis_name="w")(parts[0].at[2, 1, 0].set(jnp.nan), parts[1])
+    assert not metrics["finite"].any()
+
+
+@pytest.mark.parametrize("wrong", [jnp.nan, jnp.inf])
+def test_step_that_is_not_finite_is_told_and_can_be_skipped(norm_dropout, batch, wrong):
+    graphdef, params, rest = norm_dropout
+    x, y = batch
+    tx = extra(optax.adam(0.1))
+
+    def make_step(skip):
+        return jax.jit(lambda s, x: engine.train_step(tx, graphdef, s, x, y, skip_non_finite=skip))
+
+    step, skipping = make_step(False), make_step(True)
+    good, metrics = skipping(engine.init_state(tx, params, rest), x)
+    assert metrics["finite"]
+    broken, metrics = step(good, x.at[0, 0].set(wrong))
+    assert not metrics["finite"]
+    assert not np.isfinite(broken.params["head"]["kernel"]).all()
+    skipped, metrics = skipping(good, x.at[0, 0].set(wrong))
+    assert not metrics["finite"]
+    assert int(skipped.step) == 2
+    tree_equal(skipped[1:], good[1:])
+    # It goes on from there.
+    assert skipping(skipped, x)[1]["finite"]
+
+
+def test_moment_that_overflows_is_told(mlp, batch):
+    graphdef, params, rest = mlp
+    x, y = batch
+    # Finite gradients of 1e30, whose squares are not: Adam would never move again.
+    tx = extra(optax.chain(optax.scale(1e30), optax.adam(0.1)))
+    state, metrics = engine.train_step(tx, graphdef, engine.init_state(tx, params, rest), x, y)
+    assert np.isfinite(metrics["loss"])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    assert not metrics["finite"]
+
+
+def test_objective_has_the_methods_of_the_library(mlp, batch):
+    graphdef, params, rest = mlp
+    objective = engine.objective(graphdef, rest, *batch)
+    assert isinstance(objective, oa.Objective)
+    assert objective.outputs(params).shape == (12, 3)
+    product = objective.hvp(params, params)
+    assert jax.tree.structure(product) == jax.tree.structure(params)
+    x, y = batch
+    unbound = engine.objective(graphdef, rest)
+    assert unbound(params, x=x, y=y) == objective(params)
+    with pytest.raises(TypeError, match="'y'"):
+        unbound(params, x=x)
+
+
+def test_mse_is_half_the_squared_distance_to_the_one_hot_label(mlp, batch):
+    graphdef, params, rest = mlp
+    x, y = batch
+    h = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"][None])
+    outputs = np.asarray(h @ params["head"]["kernel"] + params["head"]["bias"][None])
+    expected = 0.5 * ((outputs - np.eye(3)[np.asarray(y)]) ** 2).sum() / len(y)
+    objective = engine.objective(graphdef, rest, x, y, loss="mse")
+    np.testing.assert_allclose(objective(params), expected, rtol=1e-6)
+    scores = engine.evaluate(graphdef, params, rest, x, y, loss="mse")
+    np.testing.assert_allclose(scores["loss"], expected, rtol=1e-6)
+    np.testing.assert_allclose(scores["accuracy"], (outputs.argmax(-1) == y).mean(), rtol=1e-6)
+
+    tx = spy()
+    state = engine.init_state(tx, params, rest)
+    curvature = make_batch(7, seed=1)
+    new, metrics = engine.train_step(
+        tx, graphdef, state, x, y, curvature=curvature, refresh="warm", loss="mse"
+    )
+    given = new.opt_state.given
+    for value in (metrics["loss"], given["value"], given["loss"]):
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+    on_curvature = engine.objective(graphdef, rest, *curvature, loss="mse")
+    np.testing.assert_allclose(given["curvature"], on_curvature(params), rtol=1e-6)
+    # The gradient of the last bias is the mean residual.
+    residual = (outputs - np.eye(3)[np.asarray(y)]).mean(0)
+    np.testing.assert_allclose(given["grad"]["head"]["bias"], residual, rtol=1e-5, atol=1e-7)
+
+
+def test_gauss_newton_of_mse_of_a_linear_model_is_its_hessian():
+    graphdef, params, rest = engine.split(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    objective = engine.objective(graphdef, rest, *make_batch(), loss="mse")
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        objective.hvp(params, params),
+        objective.ggn_vp(params, params),
+    )
+
+
+def test_unknown_loss(mlp, batch):
+    graphdef, params, rest = mlp
+    tx = extra(optax.sgd(0.1))
+    state = engine.init_state(tx, params, rest)
+    for call in (
+        lambda: engine.objective(graphdef, rest, *batch, loss="hinge"),
+        lambda: engine.train_step(tx, graphdef, state, *batch, loss="hinge"),
+        lambda: engine.evaluate(graphdef, params, rest, *batch, loss="hinge"),
+    ):
+        with pytest.raises(ValueError, match="unknown loss 'hinge'; valid: cross_entropy, mse"):
+            call()
+
+
+def test_labels_of_tokens_count_where_they_are_not_minus_one():
+    rng = np.random.default_rng(0)
+    outputs = jnp.asarray(rng.normal(size=(4, 5, 7)), jnp.float32)
+    y = rng.integers(0, 7, (4, 5))
+    y[0, 2:], y[3, 1:] = -1, -1
+    logp = np.asarray(jax.nn.log_softmax(outputs))
+    rows = [logp[i, j, y[i, j]] for i in range(4) for j in range(5) if y[i, j] >= 0]
+    loss = losses.find_loss("cross_entropy")
+    # The mean over all 20 positions: linear in the examples, whatever part of a batch is padding.
+    np.testing.assert_allclose(loss(outputs, jnp.asarray(y)), -np.sum(rows) / 20, rtol=1e-6)
+    halves = [loss(outputs[rows], jnp.asarray(y[rows])) for rows in (slice(2), slice(2, 4))]
+    np.testing.assert_allclose(loss(outputs, jnp.asarray(y)), np.mean(halves), rtol=1e-6)
+    gradient = jax.grad(loss)(outputs, jnp.asarray(y))
+    assert (gradient[y == -1] == 0).all()
+    assert (abs(gradient[y >= 0]).sum(axis=-1) > 0).all()
+
+
+def test_label_smoothing_and_shares_of_classes():
+    rng = np.random.default_rng(0)
+    outputs = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
+    y = jnp.array([0, 1, 2, 2, -1, 0])
+    logp = np.asarray(jax.nn.log_softmax(outputs))
+    smooth = losses.find_loss("cross_entropy", label_smoothing=0.3)
+    targets = 0.7 * np.asarray(jax.nn.one_hot(y, 3)) + 0.1
+    targets[4] = 0
+    np.testing.assert_allclose(smooth(outputs, y), -(targets * logp).sum() / 6, rtol=1e-5)
+    # Shares of the classes, as of mixed examples: one label at 1 is that label.
+    plain = losses.find_loss("cross_entropy")
+    y = y.at[4].set(1)
+    np.testing.assert_allclose(plain(outputs, jax.nn.one_hot(y, 3)), plain(outputs, y), rtol=1e-6)
+    np.testing.assert_allclose(smooth(outputs, jax.nn.one_hot(y, 3)), smooth(outputs, y), rtol=1e-6)
+    mse = losses.find_loss("mse")
+    np.testing.assert_allclose(mse(outputs, jax.nn.one_hot(y, 3)), mse(outputs, y), rtol=1e-6)
+    with pytest.raises(ValueError, match="for the loss cross_entropy, not for mse"):
+        losses.find_loss("mse", label_smoothing=0.1)
+    with pytest.raises(ValueError, match=r"at least 0 and below 1, got 1\.5"):
+        losses.find_loss("cross_entropy", label_smoothing=1.5)
+
+
+class PerToken(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.table = nnx.Embed(5, 5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.table(x)
+
+
+def test_scores_of_tokens_are_averages_that_can_be_averaged():
+    graphdef, params, rest = engine.split(PerToken(nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.integers(0, 5, (6, 4)), jnp.int32) for _ in range(2))
+    y = y.at[2:, 1:].set(-1)
+    scores = engine.evaluate(graphdef, params, rest, x, y)
+    best = np.asarray(params["table"]["embedding"]).argmax(-1)[x]
+    np.testing.assert_allclose(scores["counted"], 12 / 24)
+    np.testing.assert_allclose(scores["accuracy"], (best == np.asarray(y)).sum() / 24)
+    parts = [engine.evaluate(graphdef, params, rest, x[i : i + 3], y[i : i + 3]) for i in (0, 3)]
+    for name, value in scores.items():
+        np.testing.assert_allclose(value, (parts[0][name] + parts[1][name]) / 2, rtol=1e-6)
+    # A function serves as loss; what has no labels has no accuracy.
+    shares = jnp.full((6, 4, 5), 0.2)
+    scores = engine.evaluate(graphdef, params, rest, x, shares, loss=lambda o, y: (o - y).sum())
+    assert set(scores) == {"loss"}
+
+
+# -- micro-batches --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "number", "unroll"),
+    [(spy, 5, False), (lambda: oa.extrap_sgd(0.1, extrapolation_rate=0.05), 4, True)],
+    ids=["spy", "extragradient"],
+)
+def test_micro_batches_make_the_step_of_the_batch(mlp, batch, build, number, unroll):
+    """Of 12 examples, 5 parts have 3 each but the last; the method sees their mean, once."""
+    graphdef, params, rest = mlp
+    tx = build()
+    curvature = make_batch(8, seed=1)
+
+    def run(**options):
+        state = engine.init_state(tx, params, rest)
+        step = jax.jit(
+            lambda s: engine.train_step(
+                tx, graphdef, s, *batch, curvature=curvature, refresh="warm", **options
+            )
+        )
+        return step(state)
+
+    (state, metrics), expected = run(accumulate=number, unroll=unroll), run()
+    assert int(state.step) == 1
+    tree_allclose((state, metrics), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_micro_batches_in_double_precision(x64):
+    graphdef, params, rest = engine.split(Mlp(nnx.Rngs(0)))
+    params = optax.tree.cast(params, jnp.float64)
+    x, y = make_batch()
+    tx = engine.complete(optax.adam(optax.cosine_decay_schedule(0.1, 5)), 0.1, clip=0.5)
+
+    def run(number):
+        state = engine.init_state(tx, params, rest)
+        step = jax.jit(
+            lambda s: engine.train_step(tx, graphdef, s, jnp.float64(x), y, accumulate=number)[0]
+        )
+        return step(step(state))
+
+    state = run(5)
+    # One clip, one step of the schedule and of Adam's counter.
+    tree_allclose(state, run(1), rtol=1e-12)
+    assert int(optax.tree.get(state.opt_state[1][0], "count")) == 2
+
+
+@pytest.mark.parametrize("unroll", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_micro_batches_have_their_own_statistics_and_masks(norm_dropout, batch, unroll):
+    graphdef, params, rest = norm_dropout
+    x, y = batch
+    tx = spy()
+    step = jax.jit(lambda s: engine.train_step(tx, graphdef, s, x, y, accumulate=3, unroll=unroll))
+    state, metrics = step(engine.init_state(tx, params, rest))
+    mean, var = np.zeros(4), np.ones(4)
+    for part in (x[0::3], x[1::3], x[2::3]):  # one after the other
+        mean = 0.9 * mean + 0.1 * np.mean(part, 0)
+        var = 0.9 * var + 0.1 * np.var(part, 0)
+    np.testing.assert_allclose(state.rest["norm"]["mean"], mean, rtol=1e-5)
+    np.testing.assert_allclose(state.rest["norm"]["var"], var, rtol=1e-5)
+    # The streams of random numbers move on by one step, whatever the number of parts.
+    before, after = rest["dropout"]["rngs"], state.rest["dropout"]["rngs"]
+    assert int(after["count"]) == int(before["count"]) + 1
+    assert after["key"] == before["key"]
+    # What the method evaluates is the mean of the same parts with the same masks.
+    given = state.opt_state.given
+    np.testing.assert_allclose(given["loss"], metrics["loss"], rtol=1e-6)
+
+
+def test_micro_batches_draw_masks_of_their_own():
+    model = nnx.Sequential(nnx.Dropout(0.5, rngs=nnx.Rngs(0)), nnx.Linear(4, 3, rngs=nnx.Rngs(1)))
+    graphdef, params, rest = engine.split(model)
+    x, y = jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
+    objective = engine.objective(graphdef, rest, x, y, accumulate=2)
+    masks = []
+    for i in range(2):
+        part = engine.objective(graphdef, engine._own_keys(rest, jnp.int32(i)), x[:4], y[:4])
+        masks.append(part(params))
+    assert masks[0] != masks[1]
+    np.testing.assert_allclose(objective(params), sum(masks) / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mode", "number"),
+    [
+        ("jit", 3),
+        ("shard_map", 3),
+        *(
+            pytest.param(mode, number, marks=pytest.mark.slow)
+            for mode, number in (("pmap", 3), ("fsdp", 3), ("fsdp", 2), ("shard_map", 2))
+        ),
+    ],
+)
+def test_micro_batches_in_parallel(mlp, mode, number):
+    """On 4 devices, 6 examples each; divided by 3 evenly, and by 2."""
+    graphdef, params, rest = mlp
+    x, y = make_batch(24)
+    tx = oa.extrap_sgd(0.1, extrapolation_rate=0.05)
+
+    def make_state():
+        return engine.init_state(tx, params, rest)
+
+    def step(state, batch, curvature, *, refresh, axis_name):
+        del curvature, refresh
+        return engine.train_step(
+            tx,
+            graphdef,
+            state,
+            *batch,
+            accumulate=number,
+            unroll=number == 2,
+            axis_name=axis_name,
+        )
+
+    runner = Parallel(mode, jax.devices()[:4], step, min_sharded_size=1)
+    state, metrics = runner.step(runner.init(make_state), runner.put_batch((x, y)))
+    expected = jax.jit(lambda s: engine.train_step(tx, graphdef, s, x, y))(make_state())
+    tree_allclose((runner.get_state(state), metrics), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("mode", ["shard_map", pytest.param("jit", marks=pytest.mark.slow)])
+def test_micro_batches_of_workers(norm_dropout, mode):
+    graphdef, params, rest = norm_dropout
+    x, y = make_batch(24)
+    tx = oa.extrap_sgd(0.1, extrapolation_rate=0.05)  # evaluates each worker's own loss
+
+    def step(state, batch, curvature, *, refresh, axis_name):
+        del curvature, refresh
+        return engine.train_step(
+            tx, graphdef, state, *batch, accumulate=3, axis_name=axis_name, per_worker=True
+        )
+
+    runner = Parallel(mode, jax.devices()[:2], step, workers=2)
+    state = runner.init(lambda: engine.init_state(tx, params, rest))
+    found = runner.get_state(runner.step(state, runner.put_batch((x, y)))[0])
+    alone, _ = jax.jit(lambda s: engine.train_step(tx, graphdef, s, x[12:], y[12:], accumulate=3))(
+        engine.init_state(tx, params, rest)
+    )
+    tree_allclose(jax.tree.map(lambda a: a[1], found.params), alone.params, rtol=1e-5, atol=1e-7)
+
+
+# -- mixed precision ------------------------------------------------------------------------------
+
+
+class Half(nnx.Module):
+    """A network without a cast of its outputs."""
+
+    def __init__(self, dtype=None):
+        self.norm = nnx.BatchNorm(4, momentum=0.9, dtype=dtype, rngs=nnx.Rngs(0))
+        self.hidden = nnx.Linear(4, 8, dtype=dtype, rngs=nnx.Rngs(1))
+        self.head = nnx.Linear(8, 3, dtype=dtype, rngs=nnx.Rngs(2))
+
+    def __call__(self, x):
+        return self.head(jnp.tanh(self.hidden(self.norm(x))))
+
+
+@pytest.mark.parametrize("name", ["bf16", "f16"])
+def test_mixed_precision(batch, name):
+    """The network computes in half precision; what it is trained with stays float32."""
+    precision = PRECISIONS[name]
+    graphdef, params, rest = engine.split(Half(precision.options["dtype"]))
+    exact, _, _ = engine.split(Half())
+    tx = engine.complete(spy(), 0.1, precision=precision)
+    state = engine.init_state(tx, params, rest)
+    assert (engine.find_in_state(state.opt_state, "loss_scale") is not None) == (name == "f16")
+
+    def step(state, curvature=batch):
+        return engine.train_step(
+            tx,
+            graphdef,
+            state,
+            *batch,
+            curvature=curvature,
+            refresh="warm",
+            value_fn_graphdef=exact,
+        )
+
+    new, metrics = jax.jit(step)(state)
+    assert metrics["finite"]
+    assert signature(new) == signature(state)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((new.params, new.rest)))
+    text = str(jax.make_jaxpr(step)(state))
+    assert ("f16" if name == "f16" else "bf16") in text
+    # The gradient is that of float32, within half precision's; so is the loss.
+    spied = new.opt_state if name == "bf16" else new.opt_state.inner_state
+    value, grads = engine.objective(exact, rest, *batch).value_and_grad(params)
+    tree_allclose(spied.given["grad"], grads, rtol=3e-2, atol=3e-3)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-2)
+    np.testing.assert_allclose(spied.given["value"], metrics["loss"], rtol=1e-6)
+    assert float(spied.given["value"]) != float(value)
+    # What the method evaluates itself is float32's, to its last bits.
+    np.testing.assert_allclose(spied.given["loss"], value, rtol=1e-6)
+    np.testing.assert_allclose(spied.given["curvature"], value, rtol=1e-6)
+
+
+def test_products_are_computed_in_float32_by_default(batch):
+    graphdef, params, rest = engine.split(Half(jnp.bfloat16))
+    exact, _, _ = engine.split(Half())
+    products = []
+
+    def update(updates, state, params, *, curvature_value_fn=None, value_fn, **given):
+        del curvature_value_fn, given
+        text = str(jax.make_jaxpr(lambda p: value_fn.hvp(p, updates))(params))
+        products.append("bf16" in text)
+        return updates, state
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    state = engine.init_state(tx, params, rest)
+    for other in (exact, None):
+        jax.eval_shape(
+            lambda s, other=other: engine.train_step(
+                tx, graphdef, s, *batch, value_fn_graphdef=other
+            ),
+            state,
+        )
+    assert products == [False, True]
+
+
+def test_a_step_that_overflows_is_left_out_and_the_scale_falls(batch):
+    precision = PRECISIONS["f16"]
+    graphdef, params, rest = engine.split(Half("float16"))
+    tx = engine.complete(optax.adam(0.1), 0.1, weight_decay=0.1, precision=precision)
+    step = jax.jit(
+        lambda s, x: engine.train_step(tx, graphdef, s, x, batch[1], ema=0.9, accumulate=2)
+    )
+    state = engine.init_state(tx, params, rest, average=True)
+    good, metrics = step(state, batch[0])
+    assert metrics["finite"]
+    # Infinite inputs: loss and statistics are not finite either.
+    wrong = batch[0].at[0, 0].set(jnp.inf)
+    skipped, metrics = step(good, wrong)
+    assert metrics["finite"]  # as far as the run is concerned: it was dealt with
+    assert not np.isfinite(metrics["loss"])
+    assert float(skipped.opt_state.loss_scale) == float(good.opt_state.loss_scale) / 2
+    tree_equal(skipped.params, good.params)
+    tree_equal(skipped.rest, good.rest)
+    tree_equal(skipped.opt_state.inner_state, good.opt_state.inner_state)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(skipped.average))
+    assert np.isfinite(step(skipped, batch[0])[1]["loss"])
+    # At its smallest the scale cannot help any more, and the run is told.
+    lowest = skipped._replace(opt_state=skipped.opt_state._replace(loss_scale=jnp.float32(1.0)))
+    assert not step(lowest, wrong)[1]["finite"]
+
+
+# -- what surrounds a method ----------------------------------------------------------------------
+
+
+def test_weight_decay_is_that_of_adamw(mlp, batch):
+    graphdef, params, rest = mlp
+    found = []
+    for tx in (
+        engine.complete(optax.adam(0.1), 0.1, weight_decay=0.3),
+        optax.adamw(0.1, weight_decay=0.3, mask=engine.is_decayed),
+    ):
+        tx = extra(tx)
+        state = engine.init_state(tx, params, rest)
+        for _ in range(2):
+            state, _ = engine.train_step(tx, graphdef, state, *batch)
+        found.append(state.params)
+    tree_allclose(*found, rtol=1e-5)
+
+
+def test_norms_and_biases_are_not_decayed():
+    def masked(model):
+        mask = engine.is_decayed(engine.split(model)[1])
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): decayed
+            for path, decayed in jax.tree.leaves_with_path(mask)
+        }
+
+    attention = nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0))
+    for model in (NormDropout(nnx.Rngs(0)), attention, nnx.Embed(5, 4, rngs=nnx.Rngs(0))):
+        for name, decayed in masked(model).items():
+            assert decayed == name.endswith(("kernel", "embedding")), name
+
+
+def test_clipping_is_of_the_whole_gradient(mlp, batch):
+    graphdef, params, rest = mlp
+    tx = engine.complete(optax.sgd(1.0), 1.0, clip=1e-2)
+    state, _ = engine.train_step(tx, graphdef, engine.init_state(tx, params, rest), *batch)
+    step = optax.tree.sub(params, state.params)
+    np.testing.assert_allclose(optax.tree.norm(step), 1e-2, rtol=1e-3)
+
+
+def test_moving_average_of_weights_and_statistics(norm_dropout, batch):
+    graphdef, params, rest = norm_dropout
+    tx = extra(optax.sgd(0.5))
+    step = jax.jit(lambda s: engine.train_step(tx, graphdef, s, *batch, ema=0.75)[0])
+    state, history = engine.init_state(tx, params, rest, average=True), []
+    for _ in range(3):
+        state = step(state)
+        history.append((state.params, state.rest["norm"]))
+    weights = np.array([0.75**2, 0.75, 1.0]) / (0.75**2 + 0.75 + 1)
+    expected = jax.tree.map(lambda *leaves: sum(map(operator.mul, weights, leaves)), *history)
+    average, statistics = state.average
+    tree_allclose((average, statistics["norm"]), expected, rtol=1e-5)
+    shown = engine.averaged(state)
+    tree_equal((shown.params, shown.rest), state.average)
+    assert engine.averaged(state._replace(average=None)).params is state.params
+    # Counters are the current ones.
+    assert int(statistics["dropout"]["rngs"]["count"]) == 3
