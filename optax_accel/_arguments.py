@@ -153,6 +153,16 @@ def _known(value: jax.Array) -> Any:
     return None if isinstance(value, jax.core.Tracer) or value.ndim else value.item()
 
 
+def check_flag(name: str, value: Any, *, optional: bool = False) -> None:
+    """Raises ``TypeError`` if a flag is not a Python or NumPy boolean (or None, if ``optional``).
+
+    Any other value would count as true or false without an error, ``"no"`` as true.
+    """
+    if not isinstance(value, bool | np.bool_) and not (optional and value is None):
+        allowed = "True, False or None" if optional else "True or False"
+        raise TypeError(f"`{name}` must be {allowed}, got {value!r}.")
+
+
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raises ``ValueError`` if ``value`` is none of the allowed words."""
     if value not in allowed:

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_accel._arguments import check_integer
+from optax_accel._arguments import check_flag, check_integer
 
 
 def mean_over_micro_batches(
@@ -93,6 +93,7 @@ def mean_over_micro_batches(
       (4.0, 2.0)
     """
     check_integer("num_micro_batches", num_micro_batches, 1)
+    check_flag("unroll", unroll)
     leaves, treedef = jax.tree.flatten(batch)
     cut = _with_examples(leaves)
     rows = next(leaf.shape[0] for leaf, is_cut in zip(leaves, cut, strict=True) if is_cut)

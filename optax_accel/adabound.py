@@ -31,6 +31,7 @@ import optax
 from optax_accel._adam import second_moment, zeros_for_squares
 from optax_accel._arguments import (
     check_dtype,
+    check_flag,
     check_floating_leaves,
     check_learning_rate,
     check_number,
@@ -100,6 +101,7 @@ def scale_by_adabound(
     check_number("eps", eps, 0)
     check_number("final_scale", final_scale, 0)
     check_number("gamma", gamma, 0, open_low=True)
+    check_flag("amsbound", amsbound)
     check_dtype("mu_dtype", mu_dtype)
 
     def init_fn(params: chex.ArrayTree) -> ScaleByAdaBoundState:

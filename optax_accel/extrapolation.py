@@ -30,6 +30,7 @@ from jax import lax
 from optax_accel._adam import scale_by_adam
 from optax_accel._arguments import (
     check_choice,
+    check_flag,
     check_inner,
     check_learning_rate,
     check_number,
@@ -149,6 +150,7 @@ def extragradient(
     """
     check_choice("direction", direction, get_args(Direction))
     check_number("extrapolation_rate", extrapolation_rate, 0, allow_schedule=True)
+    check_flag("trust_ratio", trust_ratio)
     if direction == "inner_update" and axis_name is not None:
         raise ValueError(
             "extragradient: direction 'inner_update' advances the inner state with the incoming "
@@ -329,6 +331,7 @@ def extrap_sgd(
       0.829
     """
     check_learning_rate(learning_rate)
+    check_flag("nesterov", nesterov)
     if momentum is not None:
         check_number("momentum", momentum, 0, 1, open_high=True)
     return extragradient(

@@ -26,6 +26,7 @@ from optax_accel._arguments import (
     check_choice,
     check_count,
     check_dtype,
+    check_flag,
     check_floating_leaves,
     check_learning_rate,
     check_number,
@@ -111,9 +112,9 @@ def scale_by_demon(
       >>> state = tx.init(jnp.zeros(2))
     """
     check_number("momentum", momentum, 0, 1, open_high=True)
-    schedule = demon_schedule(momentum, decay_steps, delay_steps)
-
+    check_flag("nesterov", nesterov)
     check_dtype("accumulator_dtype", accumulator_dtype)
+    schedule = demon_schedule(momentum, decay_steps, delay_steps)
 
     def trace(momentum: jax.Array) -> optax.GradientTransformation:  # names it in the state
         tx = optax.trace(momentum, nesterov, accumulator_dtype)
@@ -173,6 +174,7 @@ def demon_sgd(
       Chen et al., `Demon <https://arxiv.org/abs/1910.04952>`_, Algorithm 1.
     """
     check_learning_rate(learning_rate)
+    check_flag("learning_rate_in_momentum", learning_rate_in_momentum)
     parts = [
         scale_by_demon(
             momentum,
@@ -261,6 +263,7 @@ def scale_by_demon_adam(
     check_number("b2", b2, 0, 1, open_high=True)
     check_number("eps", eps, 0)
     check_choice("form", form, ("paper", "ema"))
+    check_flag("nu_bias_correction", nu_bias_correction, optional=True)
     check_dtype("mu_dtype", mu_dtype)
     schedule = b1 if callable(b1) else demon_schedule(b1, decay_steps, delay_steps)
     average = form == "ema"

@@ -23,7 +23,7 @@ import optax
 from jax import lax
 from jax.tree_util import Partial
 
-from optax_accel._arguments import check_integer
+from optax_accel._arguments import check_flag, check_integer
 from optax_accel._numerics import max_norm, norm
 from optax_accel.accumulation import (
     as_weight,
@@ -283,7 +283,7 @@ class Objective:
           >>> float(value), float(aux["w"]), float(gradient)
           (9.0, 3.0, 6.0)
         """
-        has_aux = "loss" if has_aux is True else has_aux  # type: ignore[assignment]
+        check_flag("has_aux", has_aux)
         objective = cls(
             lambda params: params,
             value_fn,
@@ -454,7 +454,7 @@ class Objective:
           (4,)
         """
         check_integer("num_micro_batches", num_micro_batches, 1)
-
+        check_flag("unroll", unroll)
         micro = _MicroBatches(self._functions, batch, num_micro_batches, unroll)
         whole = self.given(**batch)
         return whole if num_micro_batches == 1 else whole._copy(_micro=micro)

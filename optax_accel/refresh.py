@@ -33,7 +33,13 @@ import jax
 import numpy as np
 import optax
 
-from optax_accel._arguments import check_count, check_integer, known_integer, static_integer
+from optax_accel._arguments import (
+    check_count,
+    check_flag,
+    check_integer,
+    known_integer,
+    static_integer,
+)
 
 EigenspaceRefresh: TypeAlias = bool | Literal["cold", "warm"] | None
 FactorsRefresh: TypeAlias = Literal[False, "factors", "inverses"] | None
@@ -201,6 +207,7 @@ def refresh_at(
       [False, 'cold', False, False, 'warm']
     """
     step = static_integer("step", step, 0)
+    check_flag("cold_start", cold_start)
     if tx is None or not isinstance(tx, optax.GradientTransformation | optax.MultiSteps):
         if tx is not None and refresh_every is not None:
             raise ValueError(

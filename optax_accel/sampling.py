@@ -27,6 +27,7 @@ from optax_accel._adam import scale_by_adam
 from optax_accel._arguments import (
     check_count,
     check_dtype,
+    check_flag,
     check_floating_leaves,
     check_learning_rate,
     check_number,
@@ -140,6 +141,7 @@ def sample_gradients(
       True
     """
     check_number("rate", rate, 0, 1, open_low=True, allow_schedule=True)
+    check_flag("rescale", rescale)
     draw = bernoulli_per_element if sampler is None else sampler
     if not callable(draw):
         raise TypeError(

@@ -198,6 +198,8 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: oa.Objective(lambda p: p, 1.0), "`loss` must be callable"),
     (lambda: oa.Objective(LOSS, LOSS, hvp_mode="x"), "hvp_mode .* 'forward_over_reverse'"),
     (lambda: oa.Objective.from_value_fn(3), "must be callable"),
+    (lambda: oa.Objective.from_value_fn(LOSS, has_aux="no"), "`has_aux` must be True or False"),
+    (lambda: LINEAR.accumulated(2, unroll=1, x=X), "`unroll` must be True or False, got 1"),
     (lambda: oa.Objective.from_value_fn(lambda p: p)(X), r"loss must be a scalar, .* \(3,\)"),
     (lambda: oa.Objective.from_value_fn(LOSS).outputs(X), r"Objective\(predict, loss\)"),
     (lambda: oa.Objective.from_value_fn(LOSS).ggn_vp(X, X), r"Objective\(predict, loss\)"),
@@ -429,6 +431,40 @@ def test_wrong_input(wrong: Callable[[], Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message) as caught:
         wrong()
     assert "\n" not in str(caught.value).partition("mask")[0]
+
+
+# Every flag of a public function; what else the function needs is here by its name.
+FLAGS = {
+    f"{name}.{parameter.name}": (function, parameter)
+    for name, function in FUNCTIONS.items()
+    for parameter in inspect.signature(function).parameters.values()
+    if str(parameter.annotation).startswith("bool")
+}
+REQUIRED: dict[str, Any] = {
+    "learning_rate": 0.1,
+    "inner": optax.sgd(0.1),
+    "extrapolation_rate": 0.1,
+    "decay_steps": 9,
+    "function": lambda carry, part, index: (carry, part),
+    "batch": X,
+    "num_micro_batches": 1,
+    "step": 0,
+    "num_workers": 8,
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+@pytest.mark.parametrize("value", ["no", 1, jnp.array(True)], ids=["word", "number", "array"])
+def test_flags_are_booleans(flag: str, value: Any) -> None:
+    function, parameter = FLAGS[flag]
+    required = {
+        name: REQUIRED[name]
+        for name, other in inspect.signature(function).parameters.items()
+        if other.default is inspect.Parameter.empty
+    }
+    with pytest.raises(TypeError, match=f"`{parameter.name}` must be True(,| or) False.*, got "):
+        function(**required, **{parameter.name: value})
+    function(**required, **{parameter.name: np.bool_(True)})
 
 
 @pytest.mark.parametrize("tx", [BULK, oa.project_to_bulk(1), EXTRAP, oa.extra_adam(0.1), GNP, KFAC])

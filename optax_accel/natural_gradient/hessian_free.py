@@ -44,6 +44,7 @@ from jax.scipy.sparse.linalg import cg
 from optax_accel._arguments import (
     as_arrays,
     check_count,
+    check_flag,
     check_number,
     known_integer,
     value_of,
@@ -171,8 +172,7 @@ def hessian_free(
     check_number("tolerance", tolerance, 0)
     check_number("decay", decay, 0, 1)
     check_count("max_halvings", max_halvings, 0)
-    if not isinstance(precondition, bool):
-        raise TypeError(f"`precondition` must be True or False, got {precondition!r}.")
+    check_flag("precondition", precondition)
     name = "hessian_free"
 
     def init_fn(params: chex.ArrayTree) -> HessianFreeState:

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from optax_accel._arguments import check_integer
+from optax_accel._arguments import check_flag, check_integer
 from optax_accel.objective import vary_over
 
 __all__ = [
@@ -307,6 +307,7 @@ def exponential(num_workers: int, *, symmetric: bool = False) -> Topology:
       >>> oa.topologies.exponential(8, symmetric=True).max_degree
       5
     """
+    check_flag("symmetric", symmetric)
     offsets = _powers_of_two(num_workers)
     if not symmetric:
         return _circulant(f"exponential({num_workers})", num_workers, [offsets])
