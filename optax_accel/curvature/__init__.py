@@ -1,6 +1,6 @@
 """Matrix-free linear algebra on pytrees: blocks of vectors, eigensolvers, subspace tracking."""
 
-from optax_accel.curvature.eigensolvers import (
+from optax_accel.curvature._lanczos import (
     Eigenpairs,
     block_iteration,
     lanczos,
