@@ -1,12 +1,13 @@
-"""Matrix-free linear algebra on pytrees: blocks of vectors, eigensolvers, subspace tracking."""
+"""Matrix-free linear algebra on pytrees: blocks of vectors, eigensolvers, subspace tracking.
 
-from optax_accel.curvature._lanczos import (
-    Eigenpairs,
-    block_iteration,
-    lanczos,
-    lobpcg,
-    subspace_sweep,
-)
+A module that would have the name of the function in it starts with an underscore, so that
+``curvature.lanczos`` is always the function.
+"""
+
+from optax_accel.curvature._block_iteration import block_iteration, subspace_sweep
+from optax_accel.curvature._lanczos import lanczos
+from optax_accel.curvature._lobpcg import lobpcg
+from optax_accel.curvature.eigensolvers import Eigenpairs
 from optax_accel.curvature.operators import (
     CurvatureOperator,
     empirical_fisher,

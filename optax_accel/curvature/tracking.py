@@ -25,7 +25,9 @@ from jax import lax
 
 from optax_accel._arguments import check_choice, check_integer, check_number
 from optax_accel.curvature import blocks
-from optax_accel.curvature._lanczos import Order, lanczos, subspace_sweep
+from optax_accel.curvature._block_iteration import subspace_sweep
+from optax_accel.curvature._lanczos import lanczos
+from optax_accel.curvature.eigensolvers import Order
 from optax_accel.objective import Objective
 
 

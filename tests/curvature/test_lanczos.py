@@ -1,4 +1,4 @@
-"""Eigensolvers on operators with prescribed spectra, against dense and ARPACK solutions."""
+"""Lanczos on operators with prescribed spectra, against dense and ARPACK solutions."""
 
 from __future__ import annotations
 
@@ -10,84 +10,8 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 
-from optax_accel.curvature import (
-    block_iteration,
-    blocks,
-    _lanczos,
-    lanczos,
-    lobpcg,
-    subspace_sweep,
-)
-
-SIZE = 40
-ROTATION, _ = np.linalg.qr(np.random.default_rng(2).normal(size=(SIZE, SIZE)))
-SPECTRA = {
-    "geometric": 10.0 * 0.7 ** np.arange(SIZE),
-    "outliers": np.concatenate([[50.0, 20.0, 10.0], np.linspace(1, -1, SIZE - 3)]),
-    "negative": np.concatenate([[-30.0, 8.0, 6.0, 4.0], np.linspace(1, 0, SIZE - 4)]),
-    "random": np.random.default_rng(3).normal(size=SIZE),
-    "clustered": np.concatenate(
-        [[5.0, 5.0 + 1e-4, 5.0 - 1e-3, 3, 3], np.linspace(1, -1, SIZE - 5)]
-    ),
-    "indefinite": np.concatenate([np.linspace(10, 1, 20), -np.linspace(11, 2, 20)]),
-    "rank 2": np.concatenate([[4.0, 2.0], np.zeros(SIZE - 2)]),
-}
-LIKE = {"a": np.zeros((5, 6)), "b": np.zeros(10)}
-
-
-def as_tree(flat):
-    return {"a": flat[:30].reshape(5, 6), "b": flat[30:]}
-
-
-def as_matrix(block):
-    return np.concatenate([np.asarray(block["a"]).reshape(-1, 30), np.asarray(block["b"])], axis=1)
-
-
-@functools.cache
-def dense(spectrum):
-    return (ROTATION * SPECTRA[spectrum]) @ ROTATION.T
-
-
-@jax.jit
-def multiply(matrix, vector):
-    return as_tree(matrix @ jnp.concatenate([vector["a"].ravel(), vector["b"]]))
-
-
-multiply_block = jax.jit(jax.vmap(multiply, in_axes=(None, 0)))
-
-
-def operator(spectrum, function=multiply):
-    """Of one compilation for all spectra."""
-    return functools.partial(function, jnp.asarray(dense(spectrum)))
-
-
-def like():
-    return jax.tree.map(jnp.asarray, LIKE)
-
-
-def leading(spectrum, order):
-    values = np.linalg.eigvalsh(dense(spectrum))
-    return values[np.argsort(-(values if order == "algebraic" else np.abs(values)))]
-
-
-def check(pairs, spectrum, order, k, tolerance, *, one_sequence=False):
-    """Accurate, orthonormal, bounded residuals, and an eigenvalue within each of them."""
-    matrix, basis = dense(spectrum), as_matrix(pairs.basis)
-    exact, values = leading(spectrum, order), np.asarray(pairs.eigenvalues)
-    score = (lambda x: x) if order == "algebraic" else np.abs
-    rounding = 1e-12 * np.abs(exact).max()
-    assert values.shape == (k,)
-    np.testing.assert_allclose(score(values), score(exact[:k]), rtol=tolerance, atol=rounding)
-    np.testing.assert_allclose(basis @ basis.T, np.eye(k), atol=1e-12)
-    residuals = np.linalg.norm(basis @ matrix - values[:, None] * basis, axis=1)
-    if one_sequence:
-        np.testing.assert_allclose(pairs.residual_norms, residuals, rtol=1e-4, atol=rounding)
-    else:
-        assert np.all(residuals <= (1 + 1e-4) * pairs.residual_norms + rounding)
-        assert np.all(pairs.residual_norms <= 10 * residuals + rounding)
-    nearest = np.abs(values[:, None] - exact[None]).min(axis=1)
-    assert np.all(nearest <= residuals + rounding)
-    assert pairs.smallest >= exact.min() - rounding
+from optax_accel.curvature import _lanczos, lanczos
+from tests.curvature.eigenproblems import SIZE, SPECTRA, as_matrix, check, dense, like, operator
 
 
 def solve(spectrum, *, order="algebraic", num_products=40, **options):
@@ -95,9 +19,6 @@ def solve(spectrum, *, order="algebraic", num_products=40, **options):
         operator(spectrum), like(), 3, key=jax.random.key(0), order=order,
         num_products=num_products, **{"loop": "host", **options},
     )  # fmt: skip
-
-
-# Lanczos ------------------------------------------------------------------------------------------
 
 
 @jax.jit
@@ -291,151 +212,6 @@ def test_lanczos_refuses_wrong_input(changes, message):
     options = {"num_directions": 2, "num_products": 9, "key": jax.random.key(0), **changes}
     with pytest.raises(ValueError, match=message):
         lanczos(lambda v: v, jnp.ones(10), **options)
-
-
-# Block iteration ----------------------------------------------------------------------------------
-
-
-def random_block(num):
-    return blocks.random_basis(jax.random.key(0), like(), num)
-
-
-def iterate(spectrum, num=6, **options):
-    smallest = float(SPECTRA[spectrum].min())
-    options = {"num_products": 6000, "tolerance": 1e-6, "smallest": smallest, **options}
-    return block_iteration(
-        operator(spectrum, multiply_block), random_block(num), 3, **{"loop": "host", **options}
-    )
-
-
-@pytest.mark.parametrize("order", ["algebraic", "magnitude"])
-@pytest.mark.parametrize("degree", [0, 4])
-@pytest.mark.parametrize("spectrum", ["geometric", "outliers", "negative", "rank 2", "clustered"])
-def test_block_iteration_converges_to_the_tolerance(x64, order, degree, spectrum):
-    pairs = iterate(spectrum, order=order, chebyshev_degree=degree)
-    check(pairs, spectrum, order, 3, 3e-6)
-    assert pairs.converged.all()
-
-
-def test_the_filter_saves_products(x64):
-    used = {}
-    for degree in (0, 1, 5):
-        pairs = iterate("random", chebyshev_degree=degree)
-        check(pairs, "random", "algebraic", 3, 1e-6)
-        assert (pairs.num_products - 6) % (6 * max(degree, 1)) == 0
-        used[degree] = int(pairs.num_products)
-    assert used[5] < used[1] < used[0]
-
-
-def test_the_block_iteration_in_the_graph_takes_the_same_sweeps(x64):
-    hosted = iterate("random", chebyshev_degree=3)
-    graph = jax.jit(lambda: iterate("random", chebyshev_degree=3, loop="graph"))()
-    assert hosted.num_products == graph.num_products > 24
-    np.testing.assert_allclose(hosted.eigenvalues, graph.eigenvalues, rtol=1e-10)
-
-
-def test_block_iteration_from_the_exact_basis_takes_one_sweep(x64):
-    exact = jax.vmap(as_tree)(jnp.asarray(ROTATION.T[:6]))
-    pairs = block_iteration(
-        operator("outliers", multiply_block), exact, 3, num_products=100, tolerance=1e-8,
-        loop="host",
-    )  # fmt: skip
-    assert pairs.num_products == 6
-    check(pairs, "outliers", "algebraic", 3, 1e-12)
-
-
-def test_block_iteration_keeps_to_its_budget_and_says_so(x64):
-    pairs = iterate("random", num_products=17)
-    assert pairs.num_products == 12
-    assert not pairs.converged.all()
-    none = block_iteration(multiply_block, random_block(6), 0, num_products=11)
-    assert none.eigenvalues.shape == (0,)
-    assert none.num_products == 0
-
-
-def test_block_iteration_ends_when_a_product_is_not_finite():
-    diagonal = jnp.array([1.0, jnp.nan, 2.0, 3.0, 0.0, 5.0, 6.0])
-    start = blocks.random_basis(jax.random.key(0), diagonal, 2)
-    pairs = block_iteration(lambda u: diagonal[None] * u, start, num_products=90, tolerance=1e-3)
-    assert pairs.num_products == 2
-    assert not pairs.converged.any()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_directions": 4}, "at most the rows of `start`, 3, got 4"),
-        ({"num_products": 2}, "at least the rows of `start`, 3, got 2"),
-        ({"chebyshev_degree": 3}, "pass `smallest`"),
-        ({"chebyshev_degree": -1}, "chebyshev_degree"),
-        ({"start": jnp.ones((9, 8))}, "9 rows of dimension 8"),
-    ],
-)
-def test_block_iteration_refuses_wrong_input(changes, message):
-    options = {"start": jnp.eye(3, 8), "num_products": 9, **changes}
-    with pytest.raises(ValueError, match=message):
-        block_iteration(lambda u: u, **options)
-
-
-def test_sweeps_converge_to_the_algebraic_top_despite_large_negative_curvature(x64):
-    sweep = jax.jit(
-        functools.partial(
-            subspace_sweep, operator("negative", multiply_block), shift=jnp.asarray(30.0)
-        )
-    )
-    basis = random_block(3)
-    for _ in range(300):
-        values, basis, _ = sweep(basis=basis)
-    np.testing.assert_allclose(values, [8, 6, 4], rtol=1e-6)
-    top = np.linalg.eigh(dense("negative"))[1][:, -3:]
-    np.testing.assert_allclose(np.linalg.norm(as_matrix(basis) @ top, axis=1), 1, rtol=1e-6)
-
-
-def test_a_sweep_of_a_singular_operator_keeps_an_orthonormal_basis():
-    diagonal = jnp.array([2.0, 0.0, 0.0, 0.0, 0.0])
-    basis = blocks.random_basis(jax.random.key(0), diagonal, 3)
-    sweep = jax.jit(
-        lambda basis, scale: subspace_sweep(
-            lambda u: scale * diagonal[None] * u, basis, shift=jnp.zeros(())
-        )
-    )
-    for scale in (1.0, 0.0):
-        for _ in range(3):
-            _, basis, _ = sweep(basis, scale)
-        np.testing.assert_allclose(basis @ basis.T, np.eye(3), atol=1e-5)
-    np.testing.assert_allclose(np.abs(basis[0, 0]), 1, rtol=1e-5)
-
-
-# LOBPCG -------------------------------------------------------------------------------------------
-
-
-def test_lobpcg_agrees(x64):
-    pairs = lobpcg(
-        operator("outliers"), like(), 3, key=jax.random.key(0), num_products=2000, tolerance=1e-8
-    )
-    check(pairs, "outliers", "algebraic", 3, 1e-9)
-    assert pairs.converged.all()
-    assert pairs.num_products < 2000
-    cut = lobpcg(operator("random"), like(), 3, key=jax.random.key(0), num_products=18)
-    assert cut.num_products == 18
-    assert not cut.converged.any()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_directions": 2}, "5 \\* `num_directions` < dimension, got 2 and 10"),
-        ({"num_products": 5}, "at least 6 \\* `num_directions`, 6, got 5"),
-        ({"key": None}, "needs a `key`"),
-    ],
-)
-def test_lobpcg_refuses_what_it_cannot_do(changes, message):
-    options = {"num_directions": 1, "num_products": 9, "key": jax.random.key(0), **changes}
-    with pytest.raises(ValueError, match=message):
-        lobpcg(lambda v: v, jnp.ones(10), **options)
-
-
-# Meshes -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loop", ["graph", "host"])
