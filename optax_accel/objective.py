@@ -47,13 +47,14 @@ class _Functions(NamedTuple):
     loss: Callable[..., Any]
     weight: Callable[..., chex.Numeric] | None
     aux_of: tuple[str, ...]  # which of "predict" and "loss" return a pair
+    factor: chex.Numeric | None = None  # what the loss is multiplied by
 
     def change(self, change: Callable[[Any, str], Any]) -> _Functions:
         """Other functions, made of those there are."""
         new = {
             name: function and change(function, name)
             for name, function in self._asdict().items()
-            if name != "aux_of"
+            if name in ("predict", "loss", "weight")
         }
         return self._replace(**new)
 
@@ -70,7 +71,8 @@ class _Functions(NamedTuple):
         value, aux = _call_by_name(self.loss, outputs, kwargs), None
         if "loss" in self.aux_of:
             value, aux = _pair(value, "loss" if self.predict else "value_fn")
-        return _scalar(value, self.predict is not None), aux
+        value = _scalar(value, self.predict is not None)
+        return value if self.factor is None else self.factor * value, aux
 
     def loss_of(self, outputs: chex.ArrayTree, kwargs: dict[str, Any]) -> jax.Array:
         return self.loss_and_aux(outputs, kwargs)[0]
@@ -110,6 +112,7 @@ class _MicroBatches(NamedTuple):
     batch: dict[str, chex.ArrayTree]
     number: int
     unroll: bool
+    carry: dict[str, chex.ArrayTree]  # what the first micro-batch is given and hands on
 
 
 class Objective:
@@ -138,8 +141,8 @@ class Objective:
     floating-point leaves of ``aux`` are averaged as the loss is; all other leaves (counters, keys)
     are those of the last micro-batch and of the own replica.  Every micro-batch starts from the
     same arguments, so the running statistics of batch normalization are those after one step with
-    the mean of the micro-batches' statistics; to hand them on from part to part, use
-    :func:`~optax_accel.mean_over_micro_batches`.
+    the mean of the micro-batches' statistics; the ``carry`` of :meth:`accumulated` hands them on
+    from one micro-batch to the next.
 
     **Finite differences.** A product with :math:`v` is
     :math:`(g(x + h v) - g(x - h v)) / 2h`, for the gradient :math:`g` (for Gauss-Newton and Fisher
@@ -343,12 +346,16 @@ class Objective:
         self, change: Callable[[Any, str], Any] = lambda function, name: function, **attributes: Any
     ) -> Objective:
         """A copy with other functions, made of those there are, and other attributes."""
+        new = self._with_functions(lambda functions: functions.change(change))
+        vars(new).update(attributes)
+        return new
+
+    def _with_functions(self, change: Callable[[_Functions], _Functions]) -> Objective:
         new = copy.copy(self)
         vars(new).pop("_compiled", None)  # programs of `curvature`, made for this one
-        new._functions = self._functions.change(change)
+        new._functions = change(self._functions)
         if self._micro is not None:
-            new._micro = self._micro._replace(functions=self._micro.functions.change(change))
-        vars(new).update(attributes)
+            new._micro = self._micro._replace(functions=change(self._micro.functions))
         return new
 
     @property
@@ -386,7 +393,8 @@ class Objective:
         Raises:
           TypeError: an argument without a default was not given.
         """
-        given_later = () if self._micro is None else (*self._micro.batch, "micro_batch")
+        micro = self._micro
+        given_later = () if micro is None else (*micro.batch, *micro.carry, "micro_batch")
 
         def bound(function: Callable[..., Any], name: str) -> Callable[..., Any]:
             return _bind_by_name(function, kwargs, given_later, skip=int(name != "weight"))
@@ -410,8 +418,40 @@ class Objective:
 
         return self._copy(bound)
 
+    def scaled(self, factor: chex.Numeric) -> Objective:
+        """The objective times a number.
+
+        Value, gradient and all products of the result are multiplied by it, auxiliary outputs are
+        not.
+
+        Args:
+          factor: scalar, for example the scale of :func:`~optax_accel.dynamic_loss_scale`.
+
+        Returns:
+          An objective of the same arguments.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import optax_accel as oa
+          >>> objective = oa.Objective.from_value_fn(lambda w: jnp.sum(w**2)).scaled(10.0)
+          >>> value, gradient = objective.value_and_grad(jnp.ones(2))
+          >>> float(value), gradient.tolist()
+          (20.0, [20.0, 20.0])
+        """
+
+        def times(functions: _Functions) -> _Functions:
+            before = functions.factor
+            return functions._replace(factor=factor if before is None else factor * before)
+
+        return self._with_functions(times)
+
     def accumulated(
-        self, num_micro_batches: int, *, unroll: bool = False, **batch: chex.ArrayTree
+        self,
+        num_micro_batches: int,
+        *,
+        unroll: bool = False,
+        carry: dict[str, chex.ArrayTree] | None = None,
+        **batch: chex.ArrayTree,
     ) -> Objective:
         r"""The objective of a batch that is seen in parts: gradient accumulation for every method.
 
@@ -432,12 +472,23 @@ class Objective:
           unroll: static; write the parts out one after the other in place of a ``lax.scan``:
             for convolutions on a CPU, which are slow in loops. How a batch is divided says
             :func:`~optax_accel.mean_over_micro_batches`.
+          carry: one argument of the functions by name, with its value, that each pass changes and
+            returns as its auxiliary output (that of ``predict`` where ``loss`` has one, too), such
+            as the running statistics of batch normalization. :meth:`value_and_grad` gives its
+            floating-point leaves to the next micro-batch as they left the one before, its other
+            leaves (counters, keys) to all as they are here, and returns what the last one left;
+            everything else gives every micro-batch the value as it is here. A micro-batch of
+            ``weight`` 0 hands on the floating-point leaves that it was given. ``None``
+            (default): there is none.
           **batch: arguments of ``predict``, ``loss`` and ``weight``: arrays with a leading axis of
             examples, which are divided, and anything without axes (flags, numbers, strings,
             ``None``, PRNG keys), which every part is given as it is.
 
         Returns:
           An objective of the parameters, and of the arguments that are not given here.
+
+        Raises:
+          ValueError: ``num_micro_batches`` is less than 1, or ``carry`` has several entries.
 
         Example:
           >>> import jax, jax.numpy as jnp, optax
@@ -455,8 +506,14 @@ class Objective:
         """
         check_integer("num_micro_batches", num_micro_batches, 1)
         check_flag("unroll", unroll)
-        micro = _MicroBatches(self._functions, batch, num_micro_batches, unroll)
-        whole = self.given(**batch)
+        carry = carry or {}
+        if len(carry) > 1:
+            raise ValueError(
+                f"Objective.accumulated: `carry` takes one argument, got {', '.join(carry)}; put "
+                "them into one pytree."
+            )
+        micro = _MicroBatches(self._functions, batch, num_micro_batches, unroll, carry)
+        whole = self.given(**batch, **carry)
         return whole if num_micro_batches == 1 else whole._copy(_micro=micro)
 
     def precompose(self, transform: Callable[[chex.ArrayTree], chex.ArrayTree]) -> Objective:
@@ -562,9 +619,10 @@ class Objective:
     def _over_parts(
         self,
         wrap: Callable[[Any], Any],
-        function: Callable[..., chex.ArrayTree],
+        function: Callable[..., Any],
         *args: Any,
-    ) -> chex.ArrayTree:
+        hand_on: bool = False,
+    ) -> Any:
         """``function(functions, *args)`` of the batch, or its mean over the micro-batches.
 
         Args:
@@ -572,32 +630,53 @@ class Objective:
             which a derivative would keep what all of them have computed.
           function: a mean over the batch, if ``loss`` is one.
           *args: its last one are keyword arguments.
+          hand_on: whether the function returns ``(result, next)``, ``next`` for the ``carry`` of
+            the micro-batches. The mean then is of the results, and the last ``next`` is returned
+            beside it.
         """
         micro = self._micro
         if micro is None:
             return function(self._functions, *args)
         *first, kwargs = args
-        functions = micro.functions
+        functions, at_start = micro.functions, micro.carry
 
-        def of_part(carry: None, part: chex.ArrayTree, index: jax.Array) -> Any:
-            given = kwargs | part | {"micro_batch": index}
-            weight = functions.weight_of(given)
+        def of_part(carry: Any, part: chex.ArrayTree, index: jax.Array) -> Any:
+            start = at_start
+            if hand_on:
+                start = jax.tree.map(
+                    lambda new, old: new if is_inexact(new) else old, carry, at_start
+                )
+            arguments = kwargs | start | part | {"micro_batch": index}
+            weight = functions.weight_of(arguments)
 
-            def of_first(*first: Any) -> chex.ArrayTree:
-                return function(functions, *fixed_if_unused(first, weight), given)
+            def of_first(*first: Any) -> Any:
+                return function(functions, *fixed_if_unused(first, weight), arguments)
 
-            return carry, wrap(of_first)(*first)
+            result = wrap(of_first)(*first)
+            if not hand_on:
+                return None, result
+            result, after = result
+            carry = dict.fromkeys(at_start, after)
+            if weight is not None:
+                carry = jax.tree.map(
+                    lambda old, new: jnp.where(weight == 0, old, new) if is_inexact(new) else new,
+                    start,
+                    carry,
+                )
+            return carry, result
 
         def weight_of(part: dict[str, chex.ArrayTree]) -> Any:
             return functions.weight_of(kwargs | part)
 
-        return mean_over_micro_batches(
+        carry, mean = mean_over_micro_batches(
             of_part,
             micro.batch,
             micro.number,
+            carry=at_start if hand_on else None,
             unroll=micro.unroll,
             weight=None if functions.weight is None else weight_of,
-        )[1]
+        )
+        return (mean, *carry.values()) if hand_on else mean
 
     def __call__(self, params: chex.ArrayTree, **kwargs: Any) -> jax.Array:
         """The loss at ``params``: a scalar, the mean over replicas when ``axis_name`` is set."""
@@ -623,14 +702,23 @@ class Objective:
 
         With ``has_aux``, ``((value, aux), gradient)``.
         """
-        has_aux = self.has_aux
+        has_aux, both = self.has_aux, len(self._functions.aux_of) == 2
+        hand_on = has_aux and self._micro is not None and bool(self._micro.carry)
 
         def one(functions: _Functions, params: chex.ArrayTree, kwargs: dict[str, Any]) -> Any:
             function = functions.value_and_aux if has_aux else functions.value
-            return jax.value_and_grad(lambda p: function(p, kwargs), has_aux=has_aux)(params)
+            result = jax.value_and_grad(lambda p: function(p, kwargs), has_aux=has_aux)(params)
+            if not hand_on:
+                return result
+            (value, aux), gradient = result
+            carried, other = aux if both else (aux, None)
+            return (value, other, gradient), carried
 
-        found = self._over_parts(lambda fn: fn, one, self.vary(params), kwargs)
-        return self.mean(found, **kwargs)
+        result = self._over_parts(lambda fn: fn, one, self.vary(params), kwargs, hand_on=hand_on)
+        if hand_on:
+            (value, other, gradient), carried = result
+            result = (value, (carried, other) if both else carried), gradient
+        return self.mean(result, **kwargs)
 
     def grad(self, params: chex.ArrayTree, **kwargs: Any) -> chex.ArrayTree:
         """The gradient at ``params``, like ``params`` in structure, shapes and dtypes."""

@@ -321,6 +321,60 @@ def test_auxiliary_outputs_are_averaged_or_handed_through():
     np.testing.assert_array_equal(new["count"], [8, 8, 8])
 
 
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("has_aux", ["predict", "both"])
+def test_micro_batches_hand_on_what_they_change(has_aux, unroll):
+    """Floats go from part to part; counters and keys begin like the batch's in each of them."""
+    x, mask, key = jnp.arange(6.0), jnp.array([1.0, 0, 1, 1, 0, 1]), jax.random.key(1)
+
+    def predict(p, x, state):
+        new = {"mean": 0.5 * state["mean"] + 0.5 * jnp.mean(x), "count": state["count"] + 1}
+        return p * (x + state["mean"]), new | {"key": state["key"]}
+
+    def loss(outputs, mask):
+        value = jnp.sum(mask * outputs) / jnp.sum(mask)
+        return (value, {"largest": jnp.max(outputs)}) if has_aux == "both" else value
+
+    state = {"mean": jnp.float32(1.0), "count": jnp.int32(7), "key": key}
+    objective = oa.Objective(predict, loss, has_aux=has_aux, weight=lambda mask: jnp.sum(mask))
+    parts = objective.accumulated(3, x=x, mask=mask, carry={"state": state}, unroll=unroll)
+    (value, aux), gradient = jax.jit(parts.value_and_grad)(2.0)
+    new, metrics = aux if has_aux == "both" else (aux, None)
+    # The parts are (0, 3), (1, 4) and (2, 5); the second one has no weight and hands on nothing.
+    first = 0.5 * 1.0 + 0.5 * 1.5
+    np.testing.assert_allclose(new["mean"], 0.5 * first + 0.5 * 3.5, rtol=1e-6)
+    np.testing.assert_allclose(gradient, np.mean([0 + 1, 3 + 1, 2 + first, 5 + first]), rtol=1e-6)
+    np.testing.assert_allclose(value, 2 * gradient, rtol=1e-6)
+    assert (new["count"], new["key"]) == (8, key)
+    if metrics is not None:
+        np.testing.assert_allclose(metrics["largest"], np.mean([8, 2 * (5 + first)]), rtol=1e-6)
+    # Where no auxiliary outputs are asked for, every part is given the same.
+    for slope in (parts.grad(2.0), parts.without_aux.value_and_grad(2.0)[1], parts(1.0)):
+        np.testing.assert_allclose(slope, np.mean([1, 4, 3, 6]), rtol=1e-6)
+    # The whole batch is one part.
+    whole = objective.accumulated(1, x=x, mask=mask, carry={"state": state})
+    (_, aux), _ = whole.value_and_grad(2.0)
+    np.testing.assert_allclose((aux[0] if has_aux == "both" else aux)["mean"], 1.75)
+    with pytest.raises(ValueError, match="takes one argument, got x, y; put them into one pytree"):
+        objective.accumulated(2, carry={"x": x, "y": x})
+
+
+def test_a_scaled_objective_scales_its_products_not_what_it_returns_besides(problem):
+    objective, params, batch = problem
+    objective = oa.Objective(
+        lambda params, x: (predict(params, x), {"largest": jnp.max(x)}), loss, has_aux="predict"
+    )
+    for one in (objective.bind(**batch), objective.accumulated(2, **batch)):
+        scaled = one.scaled(5.0).scaled(2.0)
+        (value, aux), gradient = one.value_and_grad(params)
+        expected = (10 * value, aux), optax.tree.scale(10, gradient)
+        tree_allclose(scaled.value_and_grad(params), expected, rtol=1e-12)
+        np.testing.assert_allclose(scaled(params), 10 * value, rtol=1e-12)
+        for product in ("hvp", "ggn_vp"):
+            plain, times_ten = (getattr(o, product)(params, params) for o in (one, scaled))
+            tree_allclose(times_ten, optax.tree.scale(10, plain), rtol=1e-12)
+
+
 def test_methods_leave_auxiliary_outputs_out():
     objective = oa.Objective.from_value_fn(lambda p: (jnp.sum(p**2), {"p": p}), has_aux=True)
     params = jnp.ones(2)
