@@ -1,9 +1,9 @@
 """Natural gradient methods: K-FAC and EKFAC on layers found in the program, Hessian-free."""
 
+from optax_accel.natural_gradient.finding import describe_layers
 from optax_accel.natural_gradient.hessian_free import HessianFreeState, hessian_free
 from optax_accel.natural_gradient.kfac import (
     ScaleByKFACState,
-    describe_layers,
     ekfac,
     kfac,
     scale_by_ekfac,

@@ -30,7 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optax_accel.natural_gradient.layers import Block, Use, inverse, lay_out
+from optax_accel.natural_gradient.layers import Block, Use
+from optax_accel.natural_gradient.layouts import inverse, lay_out
 
 Values = Mapping[int, jax.Array]
 Vary = Callable[[chex.ArrayTree], chex.ArrayTree]

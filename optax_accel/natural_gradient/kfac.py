@@ -34,8 +34,7 @@ damping to it (Martens, Grosse, sections 6.4 to 7).
 from __future__ import annotations
 
 import itertools
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import chex
@@ -53,12 +52,13 @@ from optax_accel._arguments import (
     static_integer,
     value_of,
 )
-from optax_accel._masking import Mask, check_selected, resolve, with_fixed_leaves
+from optax_accel._masking import Mask, check_selected, with_fixed_leaves
 from optax_accel._random import as_key
 from optax_accel.natural_gradient import factors as stats
 from optax_accel.natural_gradient.estimators import Estimator, Likelihood, output_gradients
 from optax_accel.natural_gradient.factors import Kronecker
-from optax_accel.natural_gradient.layers import UNUSED, Block, Network, find, report
+from optax_accel.natural_gradient.finding import Example, check_example, find, warn_of_diagonals
+from optax_accel.natural_gradient.layers import Block
 from optax_accel.objective import (
     Objective,
     as_objective,
@@ -72,7 +72,6 @@ from optax_accel.refresh import (
 )
 
 Damping = Literal["factored", "eigen"]
-Example = Mapping[str, Any] | None
 
 
 class ScaleByKFACState(NamedTuple):
@@ -108,44 +107,6 @@ class ScaleByKFACState(NamedTuple):
     factors: tuple[Any, ...]
     inverses: tuple[Any, ...]
     moments: tuple[Any, ...]
-
-
-def describe_layers(
-    objective: Objective, params: chex.ArrayTree, example: Example = None, *, mask: Mask = None
-) -> str:
-    """What K-FAC makes of a network: a readable report, one line for each block of parameters.
-
-    Args:
-      objective: what the network looks like: an objective, of whose ``predict`` only the program is
-        read, when a state is made.
-      params: the parameters, arrays or ``jax.ShapeDtypeStruct``.
-      example: keyword arguments of ``predict``, arrays or ``jax.ShapeDtypeStruct``, of which only
-        shapes matter; ``None`` for an objective that holds its batch.
-      mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
-        parameters to one: the leaves to report. ``None`` (default): all.
-
-    Returns:
-      A table: the names of the parameters, the kind of layer, how its curvature is approximated
-      (and, where that is by a diagonal of batch gradients, why).
-
-    Raises:
-      ValueError: the objective was built from a value function, or its outputs have no leading
-        axis.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import optax_accel as oa
-      >>> objective = oa.Objective(
-      ...     predict=lambda p, x: (x @ p["w"] + p["b"][None]) / jnp.exp(p["temperature"]),
-      ...     loss=lambda outputs, y: jnp.mean((outputs - y) ** 2),
-      ... )
-      >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2), "temperature": jnp.zeros(())}
-      >>> print(oa.describe_layers(objective, params, {"x": jnp.ones((4, 3))}))
-      parameters       kind     approximation
-      ['temperature']  generic  diagonal of batch gradients: is used by `exp`
-      ['w'], ['b']     dense    4 x 2 Kronecker
-    """
-    return report(_find("describe_layers", objective, params, example, mask).blocks)
 
 
 def scale_by_kfac(
@@ -619,7 +580,7 @@ def _transformation(
             f"{name}: `objective` must be an optax_accel.Objective(predict, loss), whose program "
             f"tells how the parameters are used; got {type(objective).__name__}.{hint}"
         )
-    _check_example(name, objective, example)
+    check_example(name, objective, example)
     check_number("damping", damping, 0, open_low=True, allow_schedule=True)
     check_number("decay", decay, 0, 1, open_high=True)
     check_factor_periods(factors_every, inverses_every)
@@ -640,8 +601,8 @@ def _transformation(
         if known not in structures:
             shapes = [jax.ShapeDtypeStruct(*leaf) for leaf in known[1]]
             abstract = jax.tree.unflatten(treedef, shapes)
-            structures[known] = _find(name, objective, abstract, example, mask).blocks
-            _warn_of_diagonals(name, structures[known])
+            structures[known] = find(objective, abstract, example, mask, method=name).blocks
+            warn_of_diagonals(name, structures[known], stacklevel=3)
         return structures[known]
 
     def initial_state(blocks: tuple[Block, ...], dtypes: Sequence[Any]) -> ScaleByKFACState:
@@ -754,53 +715,6 @@ def _transformation(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _find(
-    name: str, objective: Objective, params: chex.ArrayTree, example: Example, mask: Mask
-) -> Network:
-    _check_example(name, objective, example)
-    selected = None if mask is None else jax.tree.leaves(resolve(params, mask))
-    return find(objective, params, example, selected)
-
-
-def _check_example(name: str, objective: Objective, example: Example) -> None:
-    """Raises if ``predict`` cannot be called with the example."""
-    if not objective.has_outputs:
-        raise ValueError(
-            f"{name} finds layers in the program of the network, but the objective is a plain "
-            "function of the parameters; build it as optax_accel.Objective(predict, loss)."
-        )
-    if example is not None and not isinstance(example, Mapping):
-        raise TypeError(
-            f"{name}: `example` must be a dictionary of keyword arguments of `predict`, as in "
-            f"example={{'x': x}}; got {type(example).__name__}."
-        )
-    _, required, _ = objective.predict_arguments
-    if missing := [argument for argument in required if argument not in (example or {})]:
-        raise ValueError(
-            f"{name} evaluates `predict` on the shapes of a batch, to find its layers, and the "
-            f"example lacks its arguments {missing}. Give them, as arrays or "
-            f"jax.ShapeDtypeStruct: {name}(..., example={{{missing[0]!r}: ...}})."
-        )
-
-
-def _warn_of_diagonals(name: str, blocks: tuple[Block, ...]) -> None:
-    """Says which matrices have no Kronecker block, and why."""
-    plain = [b for b in blocks if b.kind == "generic" and b.reason not in UNUSED]
-    if any(block.kronecker for block in blocks):
-        plain = [block for block in plain if len(block.shapes[0]) > 1]
-    if not plain:
-        return
-    reasons = "".join(f"\n  {block.names[0]} {block.reason}" for block in plain)
-    warnings.warn(
-        f"{name} takes the curvature of {len(plain)} of {len(blocks)} blocks of parameters for "
-        "diagonal, estimated from gradients of whole batches, where a layer would have a Kronecker "
-        "product: a layer is a parameter that one matmul, convolution or look-up takes as a whole, "
-        "outside of loops and of functions with a derivative rule of their own."
-        f"{reasons}\nSee optax_accel.describe_layers for all blocks.",
-        stacklevel=4,
-    )
-
-
 def _identity(shape: tuple[int, ...], dtype: Any, kind: str) -> Any:
     ones = jnp.ones(shape[:1], dtype)
     if len(shape) == 1:
@@ -833,7 +747,7 @@ def _measure(
 ) -> _Batch:
     """Evaluates the network on a batch, and gradients at its layers for a vector of each output."""
     params = objective.vary(params)
-    network = _find(name, objective, params, None, mask)
+    network = find(objective, params, mask=mask, method=name)
     for expected, found in itertools.zip_longest(blocks, network.blocks):
         if expected is None or found is None or expected.signature != found.signature:
             raise ValueError(

@@ -18,7 +18,7 @@ from jax import lax
 
 import optax_accel as oa
 from optax_accel.natural_gradient import factors as stats
-from optax_accel.natural_gradient.layers import find
+from optax_accel.natural_gradient.finding import find
 
 N, T = 6, 4
 

@@ -1,0 +1,266 @@
+"""Parameters followed through a program, to the layers that use them.
+
+A parameter is followed through operations that only lay it out (reshape, transpose, broadcast,
+casts) to what uses it.  What is jitted or checkpointed is looked into where a parameter enters it;
+loops and conditionals are not, nor is what has a derivative rule of the user's
+(``jax.custom_jvp``, ``jax.custom_vjp``): what is inside says nothing about the derivative.  A rule
+that passes the gradient to the parameter as it is (a straight-through estimator) is followed as a
+layout is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+from optax_accel.natural_gradient.layers import Use
+from optax_accel.natural_gradient.layouts import Ops, Shape, View
+from optax_accel.natural_gradient.matching import RULES, Values
+from optax_accel.natural_gradient.program import Program
+
+# Call-like primitives, which have the derivative of the program they run, and the parameter that
+# holds it.
+_CALLS = {
+    **dict.fromkeys(("jit", "pjit", "checkpoint", "remat", "remat2"), "jaxpr"),
+    **dict.fromkeys(("closed_call", "core_call"), "call_jaxpr"),
+}
+# Operations that have a derivative rule of the user's.
+_DERIVATIVE_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin")
+# Why a parameter that enters one of these operations has no layer there.
+_REASONS = {
+    **dict.fromkeys(("scan", "while", "cond"), "whose inside is not looked into"),
+    **dict.fromkeys(_DERIVATIVE_RULES, "which has a derivative rule of its own"),
+    **dict.fromkeys(("slice", "dynamic_slice", "split"), "which takes a part of it"),
+}
+
+
+class Refusal(NamedTuple):
+    """A parameter that a step takes in another way than a layer.
+
+    Attributes:
+      leaf: index of the parameter.
+      results: numbers of the values that the step computes.
+      reason: what is said of it in the report.
+    """
+
+    leaf: int
+    results: tuple[int, ...]
+    reason: str
+
+
+class Follower:
+    """Flattens a program and follows the parameters through it.
+
+    Attributes:
+      program: the flat program.
+      uses: what could be layers, in the order of the program.
+      biases: for the index of a use the vectors that may be its bias: the index of the use in which
+        the vector is added, and the operations from it to a vector of outputs.
+      outputs: values that are the output of a layer, or that in another layout: the index of its
+        use, and for each axis its place among the layer's channels, or None.
+      refusals: what is not a layer.
+    """
+
+    def __init__(self, closed: ClosedJaxpr, num_parameters: int, num_examples: int):
+        """Follows all parameters to the end.
+
+        Args:
+          closed: the program.
+          num_parameters: how many of its first arguments are parameters.
+          num_examples: the leading axis of its outputs.
+        """
+        avals = [var.aval for var in closed.jaxpr.invars]
+        self.program = program = Program(avals[:num_parameters], avals[num_parameters:])
+        self.uses: list[Use] = []
+        self.biases: dict[int, list[tuple[int, Ops]]] = {}
+        self.outputs: dict[int, tuple[int, tuple[int | None, ...]]] = {}
+        self.refusals: list[Refusal] = []
+        self._views = {
+            number: _whole(i, program.shape(number)) for i, number in enumerate(program.inputs)
+        }
+        self._values = Values(program, num_examples, self._views)
+        constants = program.add_constants(closed.consts)
+        program.outputs = self._inline(
+            closed.jaxpr, constants, (*program.inputs, *program.arguments)
+        )
+        for number in program.outputs:
+            self._refuse(number, (number,), "is an output itself")
+
+    def _inline(
+        self, jaxpr: Jaxpr, constants: Sequence[int], arguments: Sequence[int]
+    ) -> tuple[int, ...]:
+        """Appends the steps of a program; returns the numbers of its results."""
+        env = dict(zip(jaxpr.constvars, constants, strict=True))
+        env.update(zip(jaxpr.invars, arguments, strict=True))
+
+        def number_of(atom: Any) -> int:
+            return self.program.add_literal(atom) if isinstance(atom, Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            operands = tuple(map(number_of, eqn.invars))
+            inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
+            if inner is not None and any(number in self._views for number in operands):
+                inner_constants: tuple[int, ...] = ()
+                if isinstance(inner, ClosedJaxpr):
+                    inner_constants, inner = self.program.add_constants(inner.consts), inner.jaxpr
+                results = self._inline(inner, inner_constants, operands)
+            else:
+                results = self.program.add_equation(eqn, jaxpr, operands)
+                self._follow(eqn, operands, results)
+            env.update(zip(eqn.outvars, results, strict=True))
+        return tuple(number_of(atom) for atom in jaxpr.outvars)
+
+    def _follow(self, eqn: JaxprEqn, operands: tuple[int, ...], results: tuple[int, ...]) -> None:
+        """Follows the parameters among the operands of the last step, or notes why it cannot."""
+        name = eqn.primitive.name
+        result = results[0] if results else -1
+        if len(operands) == 1:
+            self._follow_output(eqn, operands[0], result)
+        views = [number for number in operands if number in self._views]
+        if len(views) == 1:
+            if name in RULES:
+                followed = self._add_layer(RULES[name](self._values, eqn, operands, result))
+            elif name in ("mul", "add", "add_any", "sub"):
+                followed = self._follow_elementwise(eqn, operands, result)
+            elif name in _DERIVATIVE_RULES:
+                followed = self._follow_rule(eqn, views[0], result)
+            else:
+                followed = len(operands) == 1 and self._follow_layout(eqn, views[0], result)
+            if followed:
+                return
+        reason = f", {_REASONS[name]}" if name in _REASONS else ""
+        for number in views:
+            self._refuse(number, results, f"is used by `{name}`{reason}")
+
+    def _refuse(self, number: int, results: tuple[int, ...], reason: str) -> None:
+        if number in self._views:
+            self.refusals.append(Refusal(self._views[number].leaf, results, reason))
+
+    def _follow_rule(self, eqn: JaxprEqn, number: int, result: int) -> bool:
+        """Follows a parameter through a rule that passes the gradient to it as it is."""
+        avals = self.program.avals
+        old, new = avals[number], avals[result]
+        if len(eqn.outvars) != 1 or (old.shape, old.dtype) != (new.shape, new.dtype):
+            return False
+        function, arguments, _ = self.program.steps[-1]
+        index = arguments.index(number)
+
+        def pull(gradient: jax.Array, *values: jax.Array) -> jax.Array:
+            def of_parameter(value: jax.Array) -> jax.Array:
+                return function(*values[:index], value, *values[index + 1 :])[0]
+
+            return jax.vjp(of_parameter, values[index])[1](gradient)[0]
+
+        traced = jax.make_jaxpr(pull)(new, *(avals[n] for n in arguments)).jaxpr
+        if traced.outvars[0] is not traced.invars[0]:
+            return False
+        self._views[result] = self._views[number]
+        return True
+
+    def _follow_layout(self, eqn: JaxprEqn, number: int, result: int) -> bool:
+        shapes = self.program.shape(number), self.program.shape(result)
+        view = self._views[number].follow(eqn, *shapes)
+        if view is None:
+            return False
+        if view.coefficient is not None:  # the same is done to the coefficient
+            function = self.program.steps[-1][0]
+            moved = self.program.add_step(function, (view.coefficient,), self.program.avals[result])
+            view = dataclasses.replace(view, coefficient=moved)
+        self._views[result] = view
+        return True
+
+    def _follow_output(self, eqn: JaxprEqn, number: int, result: int) -> None:
+        """Follows the output of a layer, which a bias may be added to, through layouts."""
+        if number not in self.outputs:
+            return
+        index, axes = self.outputs[number]
+        old, new = self.program.shape(number), self.program.shape(result)
+        moved = _whole(-1, old).follow(eqn, old, new)
+        if moved is not None and not moved.ops and math.prod(old) == math.prod(new):
+            self.outputs[result] = index, tuple(None if i is None else axes[i] for i in moved.axes)
+
+    def _add_layer(self, use: Use | None) -> bool:
+        if use is None:
+            return False
+        rank = len(self.program.shape(use.output))
+        order = {axis: i for i, axis in enumerate(use.channels)}
+        self.outputs[use.output] = len(self.uses), tuple(order.get(i) for i in range(rank))
+        self.uses.append(use)
+        self.program.data.add(use.output)
+        return True
+
+    def _follow_elementwise(self, eqn: JaxprEqn, operands: tuple[int, ...], result: int) -> bool:
+        """A scale or shift of an activation; or a parameter that is still one when it is scaled."""
+        side = int(operands[1] in self._views)
+        number, other = operands[side], operands[1 - side]
+        view = self._views[number]
+        old, new = self.program.shape(number), self.program.shape(result)
+        product = eqn.primitive.name == "mul"
+        sign = -1 if eqn.primitive.name == "sub" and side == 1 else 1
+        repeated = old != new or view.repeats(old) or self._values.num_examples == 1
+        if other not in self.program.data or not repeated:
+            if old != new or sign < 0:
+                return False
+            self._views[result] = self._scaled(view, other, result) if product else view
+            return True
+        shown = [i for i, axis in enumerate(view.axes) if axis is not None and old[i] == new[i]]
+        rows = [i for i in range(len(new)) if i not in shown]
+        leading = self._values.example_axis(new, rows)
+        if leading is None:
+            return False
+        if not product and sign > 0 and view.coefficient is None and other in self.outputs:
+            self._note_bias(view, shown, other, new)
+        self.uses.append(
+            Use(
+                "scale-shift",
+                view.leaf,
+                view.ops,
+                result,
+                other if product else None,
+                output_rows=(leading, *(i for i in rows if i != leading)),
+                channels=tuple(shown),
+                core_axes=tuple(view.axes[i] for i in shown),  # type: ignore[misc]
+                coefficient=view.coefficient,
+                sign=sign,
+            )
+        )
+        return True
+
+    def _scaled(self, view: View, factor: int, result: int) -> View:
+        """A view whose entries are multiplied, by the variance of a batch for instance."""
+        factors = (factor, *(() if view.coefficient is None else (view.coefficient,)))
+        multiply = functools.partial(_product, self.program.shape(result))
+        coefficient = self.program.add_step(multiply, factors, self.program.avals[result])
+        return dataclasses.replace(view, coefficient=coefficient)
+
+    def _note_bias(self, view: View, shown: list[int], number: int, shape: Shape) -> None:
+        """Notes that the use which follows may be the bias of the layer that gives a value."""
+        index, channels = self.outputs[number]
+        layer = self.uses[index]
+        if layer.kind == "embedding" or self.program.shape(number) != shape:
+            return
+        if len(view.axes) != len(shape):  # a scalar
+            return
+        if any(channels[i] is None and shape[i] > 1 for i in shown):
+            return
+        order = sorted((c, i) for i, c in enumerate(channels) if c is not None)
+        axes = tuple(axis if i in shown else None for i, axis in enumerate(view.axes))
+        ops = dataclasses.replace(view, axes=axes).order([i for _, i in order])
+        if ops[-1][1] == layer.ops[-1][1][1:]:
+            self.biases.setdefault(index, []).append((len(self.uses), ops))
+
+
+def _whole(leaf: int, shape: Shape) -> View:
+    """An array as it is."""
+    return View(leaf, (), shape, tuple(range(len(shape))))
+
+
+def _product(shape: Shape, *factors: jax.Array) -> tuple[jax.Array]:
+    return (jnp.broadcast_to(math.prod(factors), shape),)

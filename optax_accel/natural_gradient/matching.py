@@ -1,0 +1,156 @@
+"""Which operations are layers: one rule for each kind that has a matrix of weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from jax import lax
+from jax.extend.core import JaxprEqn
+
+from optax_accel.natural_gradient.layers import Use
+from optax_accel.natural_gradient.layouts import Shape, View
+from optax_accel.natural_gradient.program import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """What is known of the values of a program.
+
+    Attributes:
+      program: the program, as far as it has been read.
+      num_examples: the leading axis of its outputs.
+      views: the values that are a parameter in another layout, by number.
+    """
+
+    program: Program
+    num_examples: int
+    views: dict[int, View]
+
+    def weight(self, number: int) -> View | None:
+        """The view of a parameter that a layer can have for its matrix."""
+        view = self.views.get(number)
+        if view is None or view.coefficient is not None:
+            return None
+        return None if view.repeats(self.program.shape(number)) else view
+
+    def per_example(self, number: int) -> bool:
+        """Whether a value can be an activation, also a constant one: the first state of a loop."""
+        return number in self.program.data or number not in self.program.trained
+
+    def example_axis(self, shape: Shape, axes: Sequence[int]) -> int | None:
+        """The axis over the examples: the first whose size is a multiple of their number."""
+        return next((int(i) for i in axes if shape[i] and shape[i] % self.num_examples == 0), None)
+
+
+# The use that an equation makes of a parameter, from the numbers of its operands and its result;
+# None where it is not a layer.
+Rule: TypeAlias = Callable[[Values, JaxprEqn, tuple[int, ...], int], Use | None]
+
+
+def match_dense(
+    values: Values, eqn: JaxprEqn, operands: tuple[int, ...], result: int
+) -> Use | None:
+    """``dot_general`` of a parameter with an activation."""
+    side = int(operands[1] in values.views)
+    weight, activation = operands[side], operands[1 - side]
+    contracted, batch = eqn.params["dimension_numbers"]
+    if (view := values.weight(weight)) is None or batch[0] or not values.per_example(activation):
+        return None
+    inputs, columns = (tuple(map(int, contracted[i])) for i in (side, 1 - side))
+    outputs = [i for i in range(len(view.axes)) if i not in inputs]
+    shape = values.program.shape(activation)
+    rows = [i for i in range(len(shape)) if i not in columns]
+    first = len(outputs) if side == 0 else 0
+    output_rows = dict(zip(rows, range(first, first + len(rows)), strict=True))
+    if (leading := values.example_axis(shape, rows)) is None:
+        return None
+    rows = [leading, *(i for i in rows if i != leading)]
+    first = 0 if side == 0 else len(rows)
+    return Use(
+        "dense",
+        view.leaf,
+        view.order(inputs, outputs),
+        result,
+        activation,
+        columns=columns,
+        rows=tuple(rows),
+        output_rows=tuple(output_rows[i] for i in rows),
+        channels=tuple(range(first, first + len(outputs))),
+    )
+
+
+def match_convolution(
+    values: Values, eqn: JaxprEqn, operands: tuple[int, ...], result: int
+) -> Use | None:
+    """``conv_general_dilated`` of an activation with a parameter, in one group."""
+    activation, weight = operands
+    params, numbers = eqn.params, eqn.params["dimension_numbers"]
+    if (view := values.weight(weight)) is None or not values.per_example(activation):
+        return None
+    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
+        return None
+    if values.example_axis(values.program.shape(activation), numbers.lhs_spec[:1]) is None:
+        return None
+    output, input_, *window = numbers.rhs_spec
+    shape = values.program.shape(weight)
+    geometry = {
+        "lhs_spec": numbers.lhs_spec,
+        "window": [shape[i] for i in window],
+        "strides": params["window_strides"],
+        "padding": params["padding"],
+        "dilation": params["rhs_dilation"],
+        "input_dilation": params["lhs_dilation"],
+    }
+    return Use(
+        "convolution",
+        view.leaf,
+        view.order((*window, input_), (output,)),
+        result,
+        activation,
+        output_rows=(numbers.out_spec[0], *numbers.out_spec[2:]),
+        channels=(numbers.out_spec[1],),
+        geometry=tuple((name, tuple(value)) for name, value in geometry.items()),
+    )
+
+
+def match_embedding(
+    values: Values, eqn: JaxprEqn, operands: tuple[int, ...], result: int
+) -> Use | None:
+    """``gather`` of whole slices of a parameter along one axis."""
+    table, indices = operands
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    if (view := values.weight(table)) is None or not values.per_example(indices):
+        return None
+    if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
+        return None
+    (axis,), shape = numbers.start_index_map, values.program.shape(table)
+    whole = tuple(1 if i == axis else size for i, size in enumerate(shape))
+    if tuple(numbers.collapsed_slice_dims) != (axis,) or tuple(sizes) != whole:
+        return None
+    channels = tuple(map(int, numbers.offset_dims))
+    output_rows = [i for i in range(len(values.program.shape(result))) if i not in channels]
+    leading = values.example_axis(values.program.shape(indices), range(len(output_rows)))
+    if leading is None:
+        return None
+    rows = [leading, *(i for i in range(len(output_rows)) if i != leading)]
+    return Use(
+        "embedding",
+        view.leaf,
+        view.order((axis,), [i for i in range(len(shape)) if i != axis]),
+        result,
+        indices,
+        columns=(len(output_rows),),
+        rows=tuple(rows),
+        output_rows=tuple(output_rows[i] for i in rows),
+        channels=channels,
+        geometry=(("clip", eqn.params["mode"] == lax.GatherScatterMode.CLIP),),
+    )
+
+
+RULES: dict[str, Rule] = {
+    "dot_general": match_dense,
+    "conv_general_dilated": match_convolution,
+    "gather": match_embedding,
+}
