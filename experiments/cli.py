@@ -14,7 +14,7 @@ import secrets
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -26,6 +26,10 @@ T = TypeVar("T", bound="Options")
 
 class UsageError(ValueError):
     """Wrong input: one line saying which value, what is allowed, how to fix it."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C: one line saying what is kept and how to go on."""
 
 
 def check_known(kind: str, value: str | None, valid: Sequence[str]) -> None:
@@ -301,13 +305,15 @@ def _first_paragraph(box: str) -> str:
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
     """Makes a command's wrong input one line on the standard error output and the exit code 2.
 
-    What the operating system refuses, such as to write to a full disk, is one line and the code 1.
+    What the operating system refuses, such as to write to a full disk, is one line and the code 1,
+    and so is an interruption, with the code 130 that a shell gives to Ctrl-C.
 
     Args:
       main: reads and runs a command line, returns the exit code.
 
     Returns:
-      The same, which returns 2 where `main` raises `UsageError`, and 1 where it raises `OSError`.
+      The same, which returns 2 where `main` raises `UsageError`, 1 where it raises `OSError` and
+      130 where it raises `Interrupted`.
     """
 
     @functools.wraps(main)
@@ -318,8 +324,24 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
             return fail(error)
         except OSError as error:  # e.g. no space left
             return fail(error, 1)
+        except Interrupted as stop:
+            print(f"interrupted: {printable(str(stop))}", file=sys.stderr)
+            return 130
 
     return wrapped
+
+
+@contextlib.contextmanager
+def usage() -> Iterator[None]:
+    """Makes what is wrong with the options, wherever it is noticed, a `UsageError`.
+
+    Raises:
+      UsageError: the block raised a `ValueError`; the message is its own.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def fail(message: Any, code: int = 2) -> int:

@@ -33,11 +33,12 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import cli, compare, methods, timing
+from experiments import cli, methods, timing
 from experiments.cli import UsageError
 from experiments.reporting import figures, tables
 from experiments.runs import folders
-from experiments.runs.records import write_results
+from experiments.runs.study import claim_results, write_results
+from experiments.training import comparison
 from experiments.training.replicas import Plan, Trainer
 
 PROG = "python -m experiments.lr_range_test"
@@ -214,18 +215,16 @@ def resolve(options: Options) -> tuple[Plan, np.ndarray]:
     highest = max(grid) * MARGIN if options.highest is None else options.highest
     if not lowest < highest:
         raise UsageError(f"--lowest {lowest:g} must be less than --highest {highest:g}")
-    plan = compare.resolve(
-        compare.Options(
-            task=options.task,
-            data_dir=options.data_dir,
-            model=options.model,
-            loss=options.loss,
-            methods=options.method,
-            seeds=options.seeds,
-            steps=options.steps,
-            batch_size=options.batch_size,
-            curvature_batch_size=options.curvature_batch_size,
-        )
+    plan = comparison.plan(
+        options.task,
+        [options.method],
+        data_dir=options.data_dir,
+        model=options.model,
+        loss=options.loss,
+        seeds=options.seeds,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        curvature_batch_size=options.curvature_batch_size,
     )
     space = np.geomspace if options.spacing == "exponential" else np.linspace
     return plan, space(lowest, highest, options.steps)
@@ -293,14 +292,12 @@ def picture(options: Options, results: Sequence[RangeTest], suggestion: float | 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
-    try:
+    with cli.usage():
         plan, rates = resolve(options)
-        default = f"lr-range-{options.task}-{options.method}"
-        folder = folders.locate(options.runs_dir, options.name, default)
-    except ValueError as error:
-        return cli.fail(error)
+    default = f"lr-range-{options.task}-{options.method}"
+    folder = folders.locate(options.runs_dir, options.name, default)
     console = cli.console(100)
-    with folders.claim_results(folder, PROG, ["range.png"]):
+    with claim_results(folder, PROG, ["range.png"]):
         console.print(
             f"{plan.task.name}, {plan.model}, {options.method}: "
             f"{cli.plural(plan.seeds, 'test')} of up to {cli.plural(plan.steps, 'step')} of "

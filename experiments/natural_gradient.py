@@ -55,7 +55,7 @@ from experiments import cli, data, timing
 from experiments.data import readers
 from experiments.reporting import figures, tables
 from experiments.runs import folders
-from experiments.runs.records import write_results
+from experiments.runs.study import claim_results, write_results
 from experiments.training import engine, losses
 
 PROG = "python -m experiments.natural_gradient"
@@ -656,7 +656,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{len(problem.train[1]):,} examples, batches of {problem.batch_size}"
     )
     steps = cli.plural(options.steps or problem.steps, "step")
-    with folders.claim_results(folder, PROG, ["curves.png"]):
+    with claim_results(folder, PROG, ["curves.png"]):
         console.print(f"{title}, up to {steps} -> {folder}", soft_wrap=True)
         try:
             rows = run(options, problem, names)

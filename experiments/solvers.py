@@ -36,7 +36,7 @@ import models
 from experiments import cli, data
 from experiments.reporting import tables
 from experiments.runs import folders
-from experiments.runs.records import write_results
+from experiments.runs.study import claim_results, write_results
 from experiments.training import engine
 from optax_accel import curvature
 from optax_accel.curvature import blocks
@@ -710,7 +710,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check(options)
         folder = folders.locate(options.runs_dir, options.name, f"solvers-{options.task}")
-        with folders.claim_results(folder, PROG, ["results.csv"]):
+        with claim_results(folder, PROG, ["results.csv"]):
             results = run(options, console)
             write_results(folder, PROG, options, results)
             cli.write_atomic(folder / "results.csv", to_csv(results["solvers"]))

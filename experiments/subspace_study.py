@@ -59,19 +59,18 @@ from rich.console import Console
 
 import models
 import optax_accel as oa
-from experiments import cli, compare, data
+from experiments import cli, data
 from experiments.cli import UsageError
 from experiments.reporting import subspace
 from experiments.runs import folders
 from experiments.runs.records import (
-    CONFIG,
     environment,
-    first_difference,
+    number,
     read_file,
-    read_json,
     read_record,
     write_record,
 )
+from experiments.runs.study import StudyFolder
 from experiments.training import engine, losses
 from optax_accel import curvature
 from optax_accel.curvature import blocks
@@ -104,9 +103,17 @@ EXTRA_EIGENVALUES, TOLERANCE = 4, 1e-4
 WAIT_EVERY = 16
 
 
-# What a study's folder holds, besides its two folders.
-FILES = [CONFIG, "claims.json", "report.md", "report.html"]
-FILES += [f"{panel}.{kind}" for panel in subspace.PANELS for kind in ("csv", "png")]
+# What a study's folder holds.
+SUBSPACES = functools.partial(
+    StudyFolder,
+    kind="a study",
+    mark="study",
+    files=(
+        *("claims.json", "report.md", "report.html"),
+        *(f"{panel}.{kind}" for panel in subspace.PANELS for kind in ("csv", "png")),
+    ),
+    folders=("units", "snapshots"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -479,10 +486,7 @@ class Study:
         return [float(alignment(basis, self._gradient(params, **batch))) for batch in batches]
 
 
-def _rounded(value: Any) -> float | None:
-    """A float for JSON: rounded to what float32 carries, None for infinities and NaN."""
-    value = float(value)
-    return float(f"{value:.7g}") if math.isfinite(value) else None
+_rounded = functools.partial(number, digits=7)  # what float32 carries
 
 
 def _places(first: int, length: int, number: int) -> set[int]:
@@ -843,26 +847,6 @@ def resolve(options: Options) -> tuple[Plan, list[str]]:
     return plan, panels
 
 
-def check_folder(folder: Path, config: dict[str, Any]) -> None:
-    """Checks that a folder is new, or belongs to the same study.
-
-    Raises:
-      UsageError: the folder belongs to another run or is not a study's folder at all.
-    """
-    if folders.is_new(folder):
-        return
-    path = folder / CONFIG
-    old = read_json(path) if path.exists() else None
-    if not isinstance(old, dict) or "study" not in old:
-        raise UsageError(f"{folder} is not a study's folder; give another --name")
-    if difference := first_difference(old, config):
-        raise UsageError(
-            f"{folder} holds a run with {difference}; give another --name, or the old settings "
-            "to continue it"
-        )
-    folders.check_files(folder, FILES, ("units", "snapshots"))
-
-
 def run(
     plan: Plan, folder: Path, panels: Sequence[str], console: Console
 ) -> dict[str, subspace.Rows]:
@@ -893,29 +877,22 @@ def run(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
-    try:
+    with cli.usage():
         plan, panels = resolve(options)
-        config = plan.config()
-        digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
-        default = f"subspaces-{plan.task.name}-{plan.loss}-{digest}"
-        folder = folders.locate(options.runs_dir, options.name, default)
-    except ValueError as error:
-        return cli.fail(error)
-
+    config = plan.config()
+    digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
+    default = f"subspaces-{plan.task.name}-{plan.loss}-{digest}"
+    folder = folders.locate(options.runs_dir, options.name, default)
     console = cli.console(100)
-    with folders.claim(folder, lambda: check_folder(folder, config)):
-        cli.write_atomic(folder / CONFIG, cli.to_json(config))
+    with SUBSPACES(folder, config).claim():
         console.print(
             f"{plan.task.name}, {plan.task.default_model}, {plan.loss}, learning rate "
             f"{plan.learning_rate:g}, {cli.plural(plan.scale.seeds, 'seed')} -> {folder}",
             soft_wrap=True,
         )
-        try:
-            rows = run(plan, folder, panels, console)
-            results = {"config": config, "environment": environment(), "rows": rows}
-            claims = subspace.write_all(folder, results)
-        except KeyboardInterrupt:
-            return compare.interrupted(folder)
+        rows = run(plan, folder, panels, console)
+        results = {"config": config, "environment": environment(), "rows": rows}
+        claims = subspace.write_all(folder, results)
     console.print()
     console.print(subspace.table(claims))
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)

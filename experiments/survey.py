@@ -41,13 +41,16 @@ from rich.table import Table
 from scipy.stats import rankdata
 
 import optax_accel as oa
-from experiments import cli, compare, ensembles, methods
+from experiments import cli, methods
 from experiments.cli import UsageError
 from experiments.reporting import comparison, figures, tables
 from experiments.reporting.statistics import mean_and_error
-from experiments.reporting.summary import diverged
+from experiments.reporting.summary import COMPARISON, diverged, summarize
 from experiments.runs import folders
-from experiments.runs.records import environment, read_record, write_record
+from experiments.runs.records import RESULTS, environment, read_record, write_record
+from experiments.runs.study import kept
+from experiments.training import comparison as training
+from experiments.training import ensembles
 from experiments.training.replicas import Plan, Record, Trainer
 
 PROG = "python -m experiments.survey"
@@ -172,19 +175,15 @@ def resolve(options: Options) -> Plan:
     cli.check_known("scale", options.scale, tuple(SCALES))
     cli.check_known("model", options.model, MODELS)
     seeds, passes = SCALES[options.scale]
-    plan = compare.resolve(
-        compare.Options(
-            task=options.task,
-            data_dir=options.data_dir,
-            model=options.model,
-            methods=",".join(PLAIN),
-            seeds=seeds if options.seeds is None else options.seeds,
-            steps=options.steps,
-            epochs=None
-            if options.steps is not None
-            else passes * compare.DEFAULT_EPOCHS.get(options.task, 10),
-            batch_size=options.batch_size,
-        )
+    plan = training.plan(
+        options.task,
+        PLAIN,
+        data_dir=options.data_dir,
+        model=options.model,
+        seeds=seeds if options.seeds is None else options.seeds,
+        steps=options.steps,
+        epochs=passes * training.DEFAULT_EPOCHS.get(options.task, 10),
+        batch_size=options.batch_size,
     )
     if plan.task.vocabulary_size is not None:
         raise UsageError(f"the survey is about images, {options.task} holds sentences")
@@ -200,17 +199,17 @@ def train(plan: Plan, folder: Path, console: Console) -> list[dict[str, Any]]:
     error) with one value per seed.
     """
     rows = []
-    for panel, own in panel_plans(plan).items():
-        console.print(f"{panel}: {cli.plural(len(own.methods), 'method')}")
+    for panel, panel_plan in panel_plans(plan).items():
+        console.print(f"{panel}: {cli.plural(len(panel_plan.methods), 'method')}")
         place = folder / panel
-        results = compare.run(own, place, Trainer(own), console)
-        cli.write_atomic(place / "results.json", cli.to_json(results))
+        outcome = training.train(panel_plan, place, Trainer(panel_plan), console)
+        results = summarize(panel_plan.config(), panel_plan.methods, *outcome)
+        cli.write_atomic(place / RESULTS, cli.to_json(results))
         comparison.write_all(place, results)
         for row in results["rows"]:
-            path = place / "metrics" / f"{row['method']}.jsonl"
-            records = compare.read_records(own, methods.METHODS[row["method"]], path)
             mark = BN if panel == "batch_norm" else ""
-            rows.append(contestant(plan, row, records) | {"name": row["method"] + mark})
+            seeds = contestant(plan.seeds, row, outcome.records[row["method"]])
+            rows.append(seeds | {"name": row["method"] + mark})
     console.print(f"ensembles of {MEMBERS}")
     return rows + train_ensembles(plan, folder / "ensembles.json", console)
 
@@ -227,10 +226,10 @@ def batch_norm(plan: Plan) -> Plan:
     )
 
 
-def contestant(plan: Plan, row: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
+def contestant(seeds: int, row: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
     """What is ranked of a method, by seed, from its row of a comparison and its records."""
     accuracy, speed = [], []
-    for seed in range(plan.seeds):
+    for seed in range(seeds):
         own = [
             record
             for record in records
@@ -467,29 +466,30 @@ QUALITIES = {"accuracy": "test accuracy", "speed": "speed (mean validation accur
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
-    try:
+    with cli.usage():
         plan = resolve(options)
-        default = f"survey-{options.task}-{options.scale}"
-        folder = folders.locate(options.runs_dir, options.name, default)
-    except ValueError as error:
-        return cli.fail(error)
-    panels = {folder / name: own.config() for name, own in panel_plans(plan).items()}
+    default = f"survey-{options.task}-{options.scale}"
+    folder = folders.locate(options.runs_dir, options.name, default)
+    panels = [
+        COMPARISON(folder / name, panel_plan.config(), overwrite=options.overwrite)
+        for name, panel_plan in panel_plans(plan).items()
+    ]
 
     def check() -> None:
         if not folders.is_new(folder) and not (folder / "plain").is_dir():
             raise UsageError(f"{folder} is not a survey's folder; give another --name")
         folders.check_files(folder, FILES, FOLDERS)
-        for place, config in panels.items():
-            compare.check_folder(place, config, options.overwrite)
+        for panel in panels:
+            panel.check()
 
     console = cli.console(130)
     contestants = len(PLAIN) + len(BATCH_NORM) + len(ENSEMBLES)
     begin = time.perf_counter()
-    with folders.claim(folder, check):
+    with folders.claim(folder, check), kept(folder):
         if options.overwrite:
             (folder / "ensembles.json").unlink(missing_ok=True)
-        for place, config in panels.items():
-            compare.open_folder(place, config, options.overwrite)
+        for panel in panels:
+            panel.open()
         console.print(
             f"{plan.task.name}, {plan.model}: {contestants} contestants x "
             f"{len(plan.methods[0].learning_rates)} learning rates x "
@@ -497,10 +497,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{cli.plural(plan.batch_size, 'example')} -> {folder}",
             soft_wrap=True,
         )
-        try:
-            results = conclude(plan, train(plan, folder, console))
-        except KeyboardInterrupt:
-            return compare.interrupted(folder)
+        results = conclude(plan, train(plan, folder, console))
         cli.write_atomic(folder / "survey.json", cli.to_json(results))
         cli.write_atomic(folder / "survey.png", figures.png(picture(results)))
     console.print()

@@ -47,7 +47,7 @@ import optax_accel as oa
 from experiments import cli, data, timing
 from experiments.reporting import tables
 from experiments.runs import folders
-from experiments.runs.records import write_results
+from experiments.runs.study import claim_results, write_results
 from experiments.training import engine
 
 PROG = "python -m experiments.trackers"
@@ -585,7 +585,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return cli.fail(error)
     console = cli.console(180)
-    with folders.claim_results(folder, PROG, ["accuracy.csv"]):
+    with claim_results(folder, PROG, ["accuracy.csv"]):
         problem = Problem(task, options)
         machine = timing.machine()
         console.print(", ".join(f"{key} {value}" for key, value in machine.items()))

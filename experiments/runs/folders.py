@@ -22,7 +22,6 @@ import filelock
 
 from experiments import cli
 from experiments.cli import UsageError
-from experiments.runs.records import RESULTS, read_json
 
 LOCK = "run.lock"
 
@@ -148,29 +147,3 @@ def check_files(folder: Path, files: Sequence[str], folders: Sequence[str] = ())
         fits = path.is_file() if name in files else path.is_dir()
         if os.path.lexists(path) and (path.is_symlink() or not fits):
             raise UsageError(f"{path} is not a {wanted}; remove it or give another --name")
-
-
-@contextlib.contextmanager
-def claim_results(folder: Path, command: str, files: Sequence[str]) -> Iterator[None]:
-    """The same for a command that writes all it has at its end, and may replace what it wrote.
-
-    Args:
-      folder: the command's folder; made if need be.
-      command: its name; `results.json` there has to have it as ``"command"``.
-      files: the names of the files that it writes besides `results.json`.
-
-    Raises:
-      UsageError: the folder holds something else, or another process has it.
-    """
-
-    def check() -> None:
-        if is_new(folder):
-            return
-        path = folder / RESULTS
-        found = read_json(path) if os.path.lexists(path) else None
-        if not isinstance(found, dict) or found.get("command") != command:
-            raise UsageError(f"{folder} holds something else than {command}; give another --name")
-        check_files(folder, files)
-
-    with claim(folder, check):
-        yield

@@ -22,19 +22,6 @@ CONFIG = "config.json"
 RESULTS = "results.json"
 
 
-def write_results(folder: Path, command: str, options: Any, results: dict[str, Any]) -> None:
-    """Writes `results.json` of a command in the folder that `claim_results` keeps for it.
-
-    Args:
-      folder: the command's folder.
-      command: its name.
-      options: its options, a dataclass.
-      results: the rest, as plain JSON.
-    """
-    record = {"command": command, "options": plain_options(options)} | results
-    cli.write_atomic(folder / RESULTS, cli.to_json(record))
-
-
 def plain_options(options: Any) -> dict[str, Any]:
     """The options of a command, a dataclass, as plain JSON."""
     return {
@@ -200,10 +187,16 @@ def is_number(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def number(value: Any) -> float | None:
-    """A float for JSON: the digits that float32 carries, None for infinities and NaN."""
+def number(value: Any, digits: int = 9) -> float | None:
+    """A float for JSON, ``None`` for infinities and NaN.
+
+    Args:
+      value: a scalar.
+      digits: significant digits that are kept: 9 tell all float32 numbers apart, 7 are those that
+        float32 carries.
+    """
     value = float(value)
-    return float(f"{value:.9g}") if math.isfinite(value) else None
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
 def environment() -> dict[str, Any]:

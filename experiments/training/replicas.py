@@ -23,6 +23,7 @@ import numpy as np
 
 import models
 from experiments import data, methods
+from experiments.runs.records import number
 from experiments.training import engine, losses
 
 # A queue of unfinished steps costs memory and, on a CPU mesh, can hang: fetch a number this often.
@@ -75,12 +76,6 @@ class Plan:
             "target": self.target,
             "methods": {method.name: list(method.learning_rates) for method in self.methods},
         }
-
-
-def _number(value: Any) -> float | None:
-    """A float for JSON: rounded to what float32 carries, None for infinities and NaN."""
-    value = float(value)
-    return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
 def tree_bytes(tree: Any) -> int:
@@ -347,8 +342,8 @@ class Trainer:
                             "learning_rate": rate,
                             "seed": seed,
                             "step": done,
-                            "gradient_evaluations": _number(cost[done]),
-                            **{name: _number(value[i]) for name, value in values.items()},
+                            "gradient_evaluations": number(cost[done], 7),
+                            **{name: number(value[i], 7) for name, value in values.items()},
                         }
                     )
                 losses = []

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from experiments import compare, methods
-from experiments.reporting.summary import summarize_method
+from experiments.reporting.summary import COMPARISON, summarize_method
 from experiments.runs import folders
-from experiments.training import engine, replicas
+from experiments.training import comparison, engine, replicas
 from tests.experiments.data.test_data import write_sst2
 
 TINY = ["--task", "digits", "--methods", "sgd,adam", "--seeds", "2", "--steps", "12"]
@@ -296,7 +296,7 @@ def test_damaged_files(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = compare.resolve(compare.Options(methods="sgd", seeds=1, steps=4))
     (method,), path = plan.methods, folder / "metrics/sgd.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    assert len(compare.read_records(plan, method, path)) == len(lines)
+    assert len(comparison.read_records(plan, method, path)) == len(lines)
     last = json.loads(lines[-1])
     # Each of these loses the last run, which is trained again, and no other.
     kept = [line for line in lines if json.loads(line)["learning_rate"] != last["learning_rate"]]
@@ -319,7 +319,7 @@ def test_damaged_files(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ),
     ):
         path.write_bytes(b"".join([*kept, *damaged]))
-        found = compare.read_records(plan, method, path)
+        found = comparison.read_records(plan, method, path)
         assert [*map(json.loads, kept)] == found
     path.write_bytes(b"".join([*kept, *points[:-1]]))
     assert run(*arguments) == 0
@@ -344,7 +344,7 @@ def test_locked_and_replaced(here: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert "a is in use by process" in capsys.readouterr().err
     held.release()
     config = (folder / "config.json").read_text()
-    compare.open_folder(folder, json.loads(config), overwrite=True)
+    COMPARISON(folder, json.loads(config), overwrite=True).open()
     names = {path.name for path in folder.iterdir()}
     assert names == {"config.json", "metrics", "notes.txt", "run.lock"}
     assert not [*(folder / "metrics").iterdir()]
@@ -447,7 +447,7 @@ def test_selection(plan: replicas.Plan) -> None:
         for seed, values in enumerate(seeds)
         for step in (0, 5, 10)
     ]
-    row = summarize_method(plan, method, records)
+    row = summarize_method(method, records, seeds=plan.seeds, target=plan.target)
     assert row["learning_rate"] == high
     assert row["grid_edge"] is None
     assert row["test_accuracy"] == pytest.approx(0.92)
@@ -468,7 +468,7 @@ def test_everything_diverged(plan: replicas.Plan) -> None:
         for seed in range(2)
         for step in (0, 10)
     ]
-    row = summarize_method(plan, method, records)
+    row = summarize_method(method, records, seeds=plan.seeds, target=plan.target)
     assert row["diverged_at_rate"] == 2
     assert row["test_accuracy"] == 0.0
     assert row["steps_to_target"] is None

@@ -21,9 +21,11 @@ from sklearn.calibration import calibration_curve
 
 import models
 import optax_accel as oa
-from experiments import compare, data, ensembles, methods
-from experiments.ensembles import average, calibration_error, scores, train_members, train_snapshots
-from experiments.training import engine
+from experiments import data, methods
+from experiments import ensembles as command
+from experiments.training import comparison, engine, ensembles
+from experiments.training.calibration import average, calibration_error, scores
+from experiments.training.ensembles import train_members, train_snapshots
 from experiments.training.replicas import Plan
 
 SGD = methods.METHODS["sgd"]
@@ -32,9 +34,7 @@ TINY = ["--steps", "12", "--members", "3", "--seeds", "2", "--learning-rates", "
 
 @functools.cache
 def plan(steps: int = 6, seeds: int = 1, **settings: Any) -> Plan:
-    return compare.resolve(
-        compare.Options(methods="sgd", steps=steps, seeds=seeds, batch_size=32, **settings)
-    )
+    return comparison.plan("digits", ["sgd"], steps=steps, seeds=seeds, batch_size=32, **settings)
 
 
 def random_probabilities(*shape: int, seed: int = 0) -> np.ndarray:
@@ -397,7 +397,7 @@ def test_cycles_that_do_not_fit() -> None:
 
 def run(*arguments: str) -> int:
     try:
-        return ensembles.main(list(arguments))
+        return command.main(list(arguments))
     except SystemExit as stop:
         return int(stop.code or 0)
 
@@ -445,7 +445,7 @@ def test_files_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def plan_of_the_command() -> Plan:
-    return compare.resolve(compare.Options(methods="sgd", steps=12, seeds=2))
+    return comparison.plan("digits", ["sgd"], steps=12, seeds=2)
 
 
 def test_one_kind_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -454,7 +454,7 @@ def test_one_kind_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert run(*arguments, "--name", "mine", "--runs-dir", str(tmp_path)) == 0
     (kind,) = json.loads((tmp_path / "mine/results.json").read_text())["kinds"]
     assert (kind["kind"], kind["steps"], kind["learning_rate"]) == ("independent", 4, 0.1)
-    share = compare.resolve(compare.Options(methods="sgd", steps=2, seeds=1))
+    share = comparison.plan("digits", ["sgd"], steps=2, seeds=1)
     (expected,) = train_members(share, SGD, [0.1], 2)
     found = kind["seeds"][0]["test"]["averages"][-1]
     value = expected.scores("test", 5)["averages"][-1]

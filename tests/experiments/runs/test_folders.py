@@ -18,7 +18,8 @@ from experiments.cli import UsageError
 from experiments.reporting import tables
 from experiments.runs import folders
 from experiments.runs.metric_files import MetricFiles
-from experiments.runs.records import read_json, read_record, write_record, write_results
+from experiments.runs.records import read_json, read_record, write_record
+from experiments.runs.study import claim_results, write_results
 
 COMMANDS = (
     *("bench", "brief_review", "compare", "ensembles", "fault_drill", "input_overlap", "launch"),
@@ -125,7 +126,7 @@ def test_ranges():
 
 
 def results_of(folder: Path, command: str) -> None:
-    with folders.claim_results(folder, command, ["a.png"]):
+    with claim_results(folder, command, ["a.png"]):
         write_results(folder, command, cli.Options(), {"numbers": [1]})
 
 

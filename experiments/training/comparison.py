@@ -1,0 +1,264 @@
+"""Trains every run of a comparison: methods x learning rates x seeds, with one budget for all.
+
+The folder of a comparison then holds
+
+    metrics/<method>.jsonl  one line per evaluation: rate, seed, step, cost, losses, accuracy
+    timing.json             seconds per step, measured for all methods in alternation
+
+and what is finished there is not trained again.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+import models
+from experiments import cli, data
+from experiments.cli import UsageError
+from experiments.methods import Method, get_methods
+from experiments.runs.records import is_number, read_file, read_record, write_record
+from experiments.training.replicas import Plan, Record, Replica, Trainer, measure_time
+
+# Passes over the training split; 10 for any other task.
+DEFAULT_EPOCHS = {"digits": 30, "mnist": 3, "mnist5k": 20, "cifar10": 5, "cifar10_5k": 20}
+DEFAULT_EPOCHS |= {"sst2": 1, "sst2_1k": 10}
+
+
+def plan(
+    task_name: str,
+    method_names: Sequence[str],
+    *,
+    data_dir: Path | None = None,
+    model: str | None = None,
+    loss: str = "cross_entropy",
+    seeds: int = 3,
+    epochs: int | None = None,
+    steps: int | None = None,
+    batch_size: int = 64,
+    curvature_batch_size: int | None = None,
+    eval_every: int | None = None,
+    target: float | None = None,
+) -> Plan:
+    """Checks the settings of a comparison and fills in the defaults.
+
+    Args:
+      task_name: data set to classify.
+      method_names: entries of the catalogue.
+      data_dir: folder with the data files; ``None`` for the one that OPTAX_ACCEL_DATA names.
+      model: name of the model; ``None`` for the task's own.
+      loss: name of the loss.
+      seeds: number of seeds per method and learning rate.
+      epochs: passes over the training split; ``None`` for the task's usual number.
+      steps: number of steps, which goes before `epochs`.
+      batch_size: examples per step.
+      curvature_batch_size: examples, fixed per seed, for Hessian-vector products; ``None`` for
+        twice the batch size.
+      eval_every: steps between validations; ``None`` for up to 75 points per curve.
+      target: validation accuracy to count the steps to; ``None`` for the task's own.
+
+    Returns:
+      The plan.
+
+    Raises:
+      ValueError: one line that says which setting is wrong and what is allowed.
+    """
+    methods = get_methods(method_names, per_worker=False)
+    data.check_classification(task_name)
+    cli.check_known("model", model, models.list())
+    cli.check_known("loss", loss, data.LOSSES["classification"])
+    task = data.load_task(task_name, data_dir=data_dir)
+    examples = len(task.train.y)
+    curvature_batch_size = curvature_batch_size or min(2 * batch_size, examples)
+    for name, value in (
+        ("batch-size", batch_size),
+        ("curvature-batch-size", curvature_batch_size),
+    ):
+        if value > examples:
+            raise UsageError(
+                f"--{name} {value} is more than the {examples} training examples of {task.name}"
+            )
+    epochs = epochs or DEFAULT_EPOCHS.get(task.name, 10)
+    steps = steps or epochs * (examples // batch_size)
+    if steps > cli.COUNT.high:
+        raise UsageError(f"--epochs {epochs} are {steps} steps, more than {cli.COUNT.high}")
+    order = 4 * seeds * steps * batch_size
+    cli.check_memory(order, f"the order of the examples over {seeds} x {steps} steps")
+    # Never look at more validation examples than training examples: at most a third of the time.
+    enough = math.ceil(len(task.validation.y) / batch_size)
+    return Plan(
+        task=task,
+        model=model or task.default_model,
+        loss=loss,
+        methods=methods,
+        seeds=seeds,
+        steps=steps,
+        batch_size=batch_size,
+        curvature_batch_size=curvature_batch_size,
+        eval_every=min(steps, eval_every or max(round(steps / 75), enough)),
+        target=task.target_accuracy if target is None else target,
+    )
+
+
+class Outcome(NamedTuple):
+    """What a comparison measured.
+
+    Attributes:
+      records: of the runs of each method, by the method's name.
+      costs: what each method takes, by its name: parameters of the model, bytes of state over
+        those of the parameters, seconds per step, and these over its base's.
+      timing: how the time was measured: runs trained together, rounds.
+    """
+
+    records: dict[str, list[Record]]
+    costs: dict[str, dict[str, Any]]
+    timing: dict[str, int]
+
+
+def train(plan: Plan, folder: Path, trainer: Trainer, console: Console) -> Outcome:
+    """Trains what is not finished yet and measures the time per step.
+
+    Args:
+      plan: the comparison.
+      folder: its folder.
+      trainer: the trainer of this plan.
+      console: where to show progress.
+
+    Returns:
+      The records of all runs, those that were finished before included, and the costs.
+    """
+    records: dict[str, list[Record]] = {}
+    columns = (
+        TextColumn("  {task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    terminal = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not terminal) as progress:
+        for method in plan.methods:
+            path = folder / "metrics" / f"{method.name}.jsonl"
+            records[method.name] = train_missing(plan, method, path, trainer, progress)
+        path = folder / "timing.json"
+        timing = read_record(path)
+        if timing is None:
+            progress.add_task("time per step", total=None)
+            begin = time.perf_counter()
+            timing = measure_time(trainer)
+            write_record(path, timing)
+            seconds = time.perf_counter() - begin
+            console.print(f"  {'time per step':<18} {timing['rounds']} rounds: {seconds:.1f} s")
+    costs = {}
+    for method in plan.methods:
+        parameters, opt_state = trainer.state_bytes(method)
+        costs[method.name] = {
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(trainer.weights[0][0])),
+            "state_relative_to_parameters": opt_state / parameters,
+            "seconds_per_step": timing["seconds_per_step"][method.name],
+            "time_relative_to_base": timing["relative_to_base"].get(method.name),
+        }
+    return Outcome(records, costs, {key: timing[key] for key in ("runs_together", "rounds")})
+
+
+def train_missing(
+    plan: Plan, method: Method, path: Path, trainer: Trainer, progress: Progress
+) -> list[Record]:
+    """Trains the runs of a method that its file lacks, a chunk at a time; returns all records."""
+    records = read_records(plan, method, path)
+    finished = {(record["learning_rate"], record["seed"]) for record in records}
+    everyone = [(rate, seed) for rate in method.learning_rates for seed in range(plan.seeds)]
+    todo = [replica for replica in everyone if replica not in finished]
+    if not todo:
+        progress.console.print(f"  {method.name:<18} already done")
+        return records
+    if path.exists() and len(read_file(path).splitlines()) > len(records):
+        progress.console.print(f"  {method.name:<18} damaged runs in {path} are trained again")
+    size = trainer.chunk_size(method, len(todo))
+    bar = progress.add_task(
+        f"{method.name}: {len(todo)} runs", total=plan.steps * math.ceil(len(todo) / size)
+    )
+    begin = time.perf_counter()
+    for first in range(0, len(todo), size):
+        chunk = todo[first : first + size]
+        # The last chunk is filled up with copies, so that the compiled program fits.
+        padded = chunk + [chunk[-1]] * (size - len(chunk))
+        new = trainer.train(method, padded, functools.partial(progress.advance, bar))
+        records.extend({(r["learning_rate"], r["seed"], r["step"]): r for r in new}.values())
+        lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
+        cli.write_atomic(path, "".join(lines))
+    progress.remove_task(bar)
+    together = "" if size == len(todo) else f", {size} at a time"
+    seconds = time.perf_counter() - begin
+    progress.console.print(
+        f"  {method.name:<18} {cli.plural(len(todo), 'run')} of "
+        f"{cli.plural(plan.steps, 'step')}{together}: {seconds:.1f} s"
+    )
+    return records
+
+
+def read_records(plan: Plan, method: Method, path: Path) -> list[Record]:
+    """The records of one method's finished runs, from its file.
+
+    A run with a damaged or a missing line counts as not finished.
+
+    Args:
+      plan: the comparison that the runs belong to.
+      method: the method.
+      path: its file; it need not exist.
+
+    Returns:
+      The records, in the order of the file.
+
+    Raises:
+      UsageError: the file cannot be read.
+    """
+    if not os.path.lexists(path):
+        return []
+    points = [*range(0, plan.steps, plan.eval_every), plan.steps]
+    runs: dict[Replica, list[Record]] = {
+        (rate, seed): [] for rate in method.learning_rates for seed in range(plan.seeds)
+    }
+    records = []
+    for line in read_file(path).splitlines():
+        try:
+            record = cli.parse_json(line)
+            runs[record["learning_rate"], record["seed"]].append(record)
+        except (ValueError, KeyError, TypeError):
+            continue
+        records.append(record)
+    finished = {
+        replica
+        for replica, run in runs.items()
+        if [record.get("step") for record in run] == points
+        and all(_is_valid(record, method, plan.steps) for record in run)
+    }
+    return [record for record in records if (record["learning_rate"], record["seed"]) in finished]
+
+
+def _is_valid(record: Record, method: Method, steps: int) -> bool:
+    """Whether a record holds all that `Trainer.train` writes, within its range."""
+    scores = ["validation_loss", "validation_accuracy"]
+    if record["step"] > 0:
+        scores.append("train_loss")
+    if record["step"] == steps:
+        scores += ["test_loss", "test_accuracy"]
+    numbers = ("learning_rate", "seed", "step", "gradient_evaluations")
+    return (
+        record.get("method") == method.name
+        and all(is_number(record.get(name)) for name in numbers)
+        and record["gradient_evaluations"] >= 0
+        and all(
+            name in record and (record[name] is None or is_number(record[name])) for name in scores
+        )
+        and all(0 <= (record[name] or 0) <= 1 for name in scores if name.endswith("accuracy"))
+    )
