@@ -36,6 +36,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_accel._arguments import check_flag, check_integer
+from optax_accel._means import as_weight, is_inexact, shares_of, sum_dtype, vary_over, weighted
 
 
 def mean_over_micro_batches(
@@ -94,114 +95,103 @@ def mean_over_micro_batches(
     """
     check_integer("num_micro_batches", num_micro_batches, 1)
     check_flag("unroll", unroll)
-    leaves, treedef = jax.tree.flatten(batch)
-    cut = _with_examples(leaves)
-    rows = next(leaf.shape[0] for leaf, is_cut in zip(leaves, cut, strict=True) if is_cut)
-    if num_micro_batches > rows:
-        raise ValueError(f"{rows} examples do not make {num_micro_batches} micro-batches.")
-    size = -(-rows // num_micro_batches)
-    whole = rows // size
-    parts = [
-        leaf[: whole * size].reshape(size, whole, *leaf.shape[1:]) if is_cut else None
-        for leaf, is_cut in zip(leaves, cut, strict=True)
-    ]
-
-    def part_of(select: Callable[[Any, Any], jax.Array]) -> chex.ArrayTree:
-        return jax.tree.unflatten(
-            treedef,
-            [
-                select(leaf, part) if is_cut else leaf
-                for leaf, part, is_cut in zip(leaves, parts, cut, strict=True)
-            ],
-        )
-
-    def part_at(index: jax.Array) -> chex.ArrayTree:
-        return part_of(
-            lambda _, part: lax.dynamic_index_in_dim(part, index, axis=1, keepdims=False)
-        )
-
-    def rest_from(start: chex.Numeric) -> chex.ArrayTree:
-        return part_of(lambda leaf, _: lax.dynamic_slice_in_dim(leaf, start, rows - whole * size))
-
-    first = jnp.zeros((), jnp.int32)
-    indices = jnp.arange(whole, dtype=jnp.int32)
-    num_parts = whole + (rows > whole * size)
-    shares = None
-    if weight is not None:
-        if unroll:
-            weights = jnp.stack([as_weight(weight(part_at(i))) for i in indices])
-        else:
-            weights = lax.map(lambda i: as_weight(weight(part_at(i))), indices)
-        if num_parts > whole:
-            last = as_weight(weight(rest_from(whole * size)))
-            weights = jnp.concatenate([weights, last[None]])
-        shares = shares_of(weights, jnp.sum(weights), num_parts)
+    parts = _Parts(batch, num_micro_batches)
+    shares = None if weight is None else _shares(parts, weight, unroll)
 
     def add(
-        state: tuple[chex.ArrayTree, chex.ArrayTree], part: chex.ArrayTree, index: Any, num: int
+        state: tuple[chex.ArrayTree, chex.ArrayTree], part: chex.ArrayTree, index: Any, size: int
     ) -> Any:
         carry, total = state
         carry, result = function(carry, part, index)
-        share = num / rows if shares is None else shares[index]
+        share = size / parts.num_examples if shares is None else shares[index]
         return carry, jax.tree.map(functools.partial(_add, share), total, result)
 
-    after, results = jax.eval_shape(lambda: function(carry, part_at(first), first))
-    total = jax.tree.map(lambda r: jnp.zeros(r.shape, _sum_dtype(r.dtype)), results)
+    first = jnp.zeros((), jnp.int32)
+    after, results = jax.eval_shape(lambda: function(carry, parts.at(first), first))
+    total = jax.tree.map(lambda r: jnp.zeros(r.shape, sum_dtype(r.dtype)), results)
     state = jax.tree.map(_vary_like, (carry, total), (after, results))
     if unroll:
-        for i in range(whole):
+        for i in range(parts.num_equal):
             index = i + _zero_after(state[1]) if i else first
-            state = add(state, part_at(index), index, size)
+            state = add(state, parts.at(index), index, parts.size)
     else:
         state, _ = lax.scan(
-            lambda state, index: (add(state, part_at(index), index, size), None), state, indices
+            lambda state, index: (add(state, parts.at(index), index, parts.size), None),
+            state,
+            parts.indices,
         )
-    if num_parts > whole:
-        start = whole * size + _zero_after(state[1])
-        index = jnp.asarray(whole, jnp.int32)
-        state = add(state, rest_from(start), index, rows - whole * size)
+    if parts.rest:
+        start = parts.num_equal * parts.size + _zero_after(state[1])
+        index = jnp.asarray(parts.num_equal, jnp.int32)
+        state = add(state, parts.last(start), index, parts.rest)
     carry, total = state
     return carry, jax.tree.map(
         lambda t, r: t.astype(r.dtype) if is_inexact(r) else t, total, results
     )
 
 
-def as_weight(value: Any) -> jax.Array:
-    """The weight of a part of the data, a scalar in the widest float dtype.
+class _Parts:
+    """A batch in parts of one size, and a last one with the examples that are left.
 
-    Raises:
-      ValueError: it is not a scalar.
+    Attributes:
+      num_examples: number of examples in the batch.
+      size: number of examples in each of the equal parts.
+      num_equal: number of equal parts.
+      rest: number of examples in the last part; 0 if there is none.
+      indices: the numbers of the equal parts.
     """
-    weight = jnp.asarray(value)
-    if weight.shape != ():
-        raise ValueError(
-            f"`weight` must return a scalar, got shape {weight.shape}; sum over the examples, e.g. "
-            "weight=lambda mask: jnp.sum(mask)."
+
+    def __init__(self, batch: chex.ArrayTree, number: int):
+        self._leaves, self._treedef = jax.tree.flatten(batch)
+        self._divided = _with_examples(self._leaves)
+        self.num_examples = next(
+            leaf.shape[0]
+            for leaf, is_divided in zip(self._leaves, self._divided, strict=True)
+            if is_divided
         )
-    return weight.astype(jnp.result_type(float))
+        if number > self.num_examples:
+            raise ValueError(f"{self.num_examples} examples do not make {number} micro-batches.")
+        self.size = -(-self.num_examples // number)
+        self.num_equal = self.num_examples // self.size
+        self.rest = self.num_examples - self.num_equal * self.size
+        self._equal = [
+            leaf[: self.num_equal * self.size].reshape(self.size, self.num_equal, *leaf.shape[1:])
+            if is_divided
+            else None
+            for leaf, is_divided in zip(self._leaves, self._divided, strict=True)
+        ]
+        self.indices = jnp.arange(self.num_equal, dtype=jnp.int32)
+
+    def at(self, index: jax.Array) -> chex.ArrayTree:
+        """The equal part with that number."""
+        return self._select(
+            lambda _, equal: lax.dynamic_index_in_dim(equal, index, axis=1, keepdims=False)
+        )
+
+    def last(self, start: chex.Numeric) -> chex.ArrayTree:
+        """The last part, which starts at that example."""
+        return self._select(lambda leaf, _: lax.dynamic_slice_in_dim(leaf, start, self.rest))
+
+    def _select(self, select: Callable[[Any, Any], jax.Array]) -> chex.ArrayTree:
+        leaves = zip(self._leaves, self._equal, self._divided, strict=True)
+        return jax.tree.unflatten(
+            self._treedef,
+            [select(leaf, equal) if is_divided else leaf for leaf, equal, is_divided in leaves],
+        )
 
 
-def shares_of(weight: jax.Array, total: jax.Array, number: int) -> jax.Array:
-    """Weights over their total; where all of them are 0, the parts count alike."""
-    return jnp.where(total == 0, 1 / number, weight / jnp.where(total == 0, 1, total))
-
-
-def weighted(share: jax.Array, value: jax.Array) -> jax.Array:
-    """A share of a value in at least float32; a share of 0 is 0 of any value, NaN included."""
-    wide = value.astype(_sum_dtype(value.dtype))
-    return jnp.where(share != 0, share.astype(wide.dtype) * wide, 0)
-
-
-def is_inexact(leaf: Any) -> bool:
-    """Whether a leaf is a floating-point or complex number or array, which has a mean."""
-    if isinstance(leaf, float | complex):
-        return True
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
-
-
-def _sum_dtype(dtype: Any) -> Any:
-    is_sum = jnp.issubdtype(dtype, jnp.inexact)
-    return jnp.promote_types(dtype, jnp.float32) if is_sum else dtype
+def _shares(
+    parts: _Parts, weight: Callable[[chex.ArrayTree], chex.Numeric], unroll: bool
+) -> jax.Array:
+    """How much each part counts in the mean, by its weight."""
+    if unroll:
+        weights = jnp.stack([as_weight(weight(parts.at(i))) for i in parts.indices])
+    else:
+        weights = lax.map(lambda i: as_weight(weight(parts.at(i))), parts.indices)
+    if parts.rest:
+        last = as_weight(weight(parts.last(parts.num_equal * parts.size)))
+        weights = jnp.concatenate([weights, last[None]])
+    return shares_of(weights, jnp.sum(weights), len(weights))
 
 
 def _add(share: Any, total: jax.Array, result: jax.Array) -> jax.Array:
@@ -219,16 +209,18 @@ def _add(share: Any, total: jax.Array, result: jax.Array) -> jax.Array:
 
 
 def _with_examples(leaves: list[Any]) -> list[bool]:
-    """Which leaves of a batch have a leading axis of examples; all of these the same."""
+    """Which leaves of a batch have a leading axis of examples, the same for all of them."""
 
     def lengths() -> set[int]:
-        return {leaf.shape[0] for leaf, is_cut in zip(leaves, cut, strict=True) if is_cut}
+        return {
+            leaf.shape[0] for leaf, is_divided in zip(leaves, divided, strict=True) if is_divided
+        }
 
-    cut = [len(getattr(leaf, "shape", ())) > 0 for leaf in leaves]
+    divided = [len(getattr(leaf, "shape", ())) > 0 for leaf in leaves]
     if len(lengths()) > 1:  # raw PRNG keys have an axis, too
-        cut = [
-            is_cut and not (leaf.dtype == jnp.uint32 and leaf.shape in ((2,), (4,)))
-            for leaf, is_cut in zip(leaves, cut, strict=True)
+        divided = [
+            is_divided and not (leaf.dtype == jnp.uint32 and leaf.shape in ((2,), (4,)))
+            for leaf, is_divided in zip(leaves, divided, strict=True)
         ]
     if len(lengths()) != 1:
         raise ValueError(
@@ -236,29 +228,11 @@ def _with_examples(leaves: list[Any]) -> list[bool]:
             f"{[getattr(leaf, 'shape', ()) for leaf in leaves]}; bind what belongs to no example "
             "(objective.bind) instead of giving it with the batch."
         )
-    return cut
-
-
-def vary_over(tree: chex.ArrayTree, axis_name: str | None) -> chex.ArrayTree:
-    """Marks replicated values as differing between the replicas of a ``shard_map`` axis.
-
-    The gradient with respect to a value that ``shard_map`` knows to be replicated is summed over
-    the axis behind the scenes; a mean on top would then be wrong by the number of replicas.
-    """
-    if axis_name is None or axis_name not in jax.sharding.get_abstract_mesh().manual_axes:
-        return tree
-
-    def vary(x: jax.Array) -> jax.Array:
-        try:
-            return lax.pcast(x, axis_name, to="varying")
-        except ValueError:  # it varies already
-            return x
-
-    return jax.tree.map(vary, tree)
+    return divided
 
 
 def _vary_like(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Marked as differing between the replicas of a ``shard_map`` between which ``like`` does."""
+    """Marks a value as differing between replicas of a ``shard_map`` wherever ``like`` does."""
     kind = getattr(like, "manual_axis_type", None)
     varying = getattr(like, "vma", None) if kind is None else kind.varying
     for axis_name in varying or ():
@@ -267,9 +241,9 @@ def _vary_like(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _zero_after(tree: chex.ArrayTree) -> jax.Array:
-    """The number 0, which XLA does not know before it has computed all of a tree."""
-    # On a CPU it drops `optimization_barrier` before it orders the operations, would then start all
-    # parts at once, and their activations would be in memory together.
+    """The number 0, which XLA only knows after it has computed all of a tree."""
+    # `optimization_barrier` does not help: on a CPU XLA drops it before it orders the operations.
+    # It would then start all parts at once and keep the activations of all of them in memory.
     entries = [
         a[(0,) * a.ndim].real.astype(jnp.float32)
         for a in jax.tree.leaves(tree)

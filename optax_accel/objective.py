@@ -8,13 +8,10 @@ gradient and product is the mean over the replicas, so no method writes its own 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import inspect
-import re
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import Any, NamedTuple, get_args
 
 import chex
 import jax
@@ -24,91 +21,34 @@ from jax import lax
 from jax.tree_util import Partial
 
 from optax_accel._arguments import check_flag, check_integer
-from optax_accel._numerics import max_norm, norm
-from optax_accel.accumulation import (
-    as_weight,
-    is_inexact,
-    mean_over_micro_batches,
-    shares_of,
-    vary_over,
-    weighted,
+from optax_accel._derivatives import (
+    HVPMode,
+    LinearFunction,
+    derivative,
+    gauss_newton_of,
+    jacobian_of,
+    linear_at,
+    loss_hessian_of,
 )
+from optax_accel._functions import (
+    AUX_OF,
+    Functions,
+    HasAux,
+    argument_names,
+    bind_by_name,
+    select_named,
+)
+from optax_accel._means import fixed_if_unused, is_inexact, mean_over, vary_over
+from optax_accel._numerics import norm
+from optax_accel.accumulation import mean_over_micro_batches
 
 ValueFn = Callable[..., jax.Array]
-LinearFunction = Callable[[chex.ArrayTree], chex.ArrayTree]
-HVPMode = Literal["forward_over_reverse", "reverse_over_reverse", "finite_difference"]
-HasAux = bool | Literal["loss", "predict", "both"]
-
-
-class _Functions(NamedTuple):
-    """What an objective is made of; all of them take further arguments by name."""
-
-    predict: Callable[..., Any] | None
-    loss: Callable[..., Any]
-    weight: Callable[..., chex.Numeric] | None
-    aux_of: tuple[str, ...]  # which of "predict" and "loss" return a pair
-    factor: chex.Numeric | None = None  # what the loss is multiplied by
-
-    def change(self, change: Callable[[Any, str], Any]) -> _Functions:
-        """Other functions, made of those there are."""
-        new = {
-            name: function and change(function, name)
-            for name, function in self._asdict().items()
-            if name in ("predict", "loss", "weight")
-        }
-        return self._replace(**new)
-
-    def outputs_and_aux(self, params: chex.ArrayTree, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if self.predict is None:
-            return params, None
-        outputs = _call_by_name(self.predict, params, kwargs)
-        return _pair(outputs, "predict") if "predict" in self.aux_of else (outputs, None)
-
-    def outputs(self, params: chex.ArrayTree, kwargs: dict[str, Any]) -> chex.ArrayTree:
-        return self.outputs_and_aux(params, kwargs)[0]
-
-    def loss_and_aux(self, outputs: chex.ArrayTree, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        value, aux = _call_by_name(self.loss, outputs, kwargs), None
-        if "loss" in self.aux_of:
-            value, aux = _pair(value, "loss" if self.predict else "value_fn")
-        value = _scalar(value, self.predict is not None)
-        return value if self.factor is None else self.factor * value, aux
-
-    def loss_of(self, outputs: chex.ArrayTree, kwargs: dict[str, Any]) -> jax.Array:
-        return self.loss_and_aux(outputs, kwargs)[0]
-
-    def value_and_aux(
-        self, params: chex.ArrayTree, kwargs: dict[str, Any]
-    ) -> tuple[jax.Array, Any]:
-        outputs, of_predict = self.outputs_and_aux(params, kwargs)
-        value, of_loss = self.loss_and_aux(outputs, kwargs)
-        if self.aux_of == ("predict", "loss"):
-            return value, (of_predict, of_loss)
-        return value, of_predict if "predict" in self.aux_of else of_loss
-
-    def value(self, params: chex.ArrayTree, kwargs: dict[str, Any]) -> jax.Array:
-        return self.value_and_aux(params, kwargs)[0]
-
-    def weight_of(self, kwargs: dict[str, Any]) -> jax.Array | None:
-        if self.weight is None:
-            return None
-        names, _, variadic = argument_names(self.weight, skip=0)
-        return as_weight(self.weight(**_named(kwargs, names, variadic)))
-
-
-_AUX_OF: dict[Any, tuple[str, ...]] = {
-    False: (),
-    True: ("loss",),
-    "loss": ("loss",),
-    "predict": ("predict",),
-    "both": ("predict", "loss"),
-}
 
 
 class _MicroBatches(NamedTuple):
     """How an accumulated objective evaluates the loss."""
 
-    functions: _Functions  # these take the batch by name
+    functions: Functions  # these take the batch by name
     batch: dict[str, chex.ArrayTree]
     number: int
     unroll: bool
@@ -238,7 +178,7 @@ class Objective:
                 f"Objective: unknown hvp_mode {hvp_mode!r}; allowed are "
                 f"{', '.join(map(repr, get_args(HVPMode)))}."
             )
-        if has_aux not in _AUX_OF:
+        if has_aux not in AUX_OF:
             raise ValueError(
                 f"Objective: unknown has_aux {has_aux!r}; allowed are False, True (the loss "
                 "returns a pair), 'loss', 'predict' and 'both'."
@@ -246,7 +186,7 @@ class Objective:
         self.axis_name = axis_name
         self.has_aux = bool(has_aux)
         self.hvp_mode = hvp_mode
-        self._functions = _Functions(predict, loss, weight, _AUX_OF[has_aux])
+        self._functions = Functions(predict, loss, weight, AUX_OF[has_aux])
         self._where: jax.Array | None = None
         self._micro: _MicroBatches | None = None
 
@@ -350,7 +290,7 @@ class Objective:
         vars(new).update(attributes)
         return new
 
-    def _with_functions(self, change: Callable[[_Functions], _Functions]) -> Objective:
+    def _with_functions(self, change: Callable[[Functions], Functions]) -> Objective:
         new = copy.copy(self)
         vars(new).pop("_compiled", None)  # programs of `curvature`, made for this one
         new._functions = change(self._functions)
@@ -397,7 +337,7 @@ class Objective:
         given_later = () if micro is None else (*micro.batch, *micro.carry, "micro_batch")
 
         def bound(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-            return _bind_by_name(function, kwargs, given_later, skip=int(name != "weight"))
+            return bind_by_name(function, kwargs, given_later, skip=int(name != "weight"))
 
         return self._copy(bound)
 
@@ -413,7 +353,7 @@ class Objective:
 
         def bound(function: Callable[..., Any], name: str) -> Callable[..., Any]:
             names, _, _ = argument_names(function, skip=int(name != "weight"))
-            named = _named(kwargs, names, variadic=False)
+            named = select_named(kwargs, names, variadic=False)
             return functools.partial(function, **named) if named else function
 
         return self._copy(bound)
@@ -439,7 +379,7 @@ class Objective:
           (20.0, [20.0, 20.0])
         """
 
-        def times(functions: _Functions) -> _Functions:
+        def times(functions: Functions) -> Functions:
             before = functions.factor
             return functions._replace(factor=factor if before is None else factor * before)
 
@@ -614,7 +554,7 @@ class Objective:
     # -- values and first derivatives --------------------------------------------------------
 
     def _local_value(self, params: chex.ArrayTree, **kwargs: Any) -> jax.Array:
-        return self._over_parts(jax.checkpoint, _Functions.value, params, kwargs)
+        return self._over_parts(jax.checkpoint, Functions.value, params, kwargs)
 
     def _over_parts(
         self,
@@ -705,7 +645,7 @@ class Objective:
         has_aux, both = self.has_aux, len(self._functions.aux_of) == 2
         hand_on = has_aux and self._micro is not None and bool(self._micro.carry)
 
-        def one(functions: _Functions, params: chex.ArrayTree, kwargs: dict[str, Any]) -> Any:
+        def one(functions: Functions, params: chex.ArrayTree, kwargs: dict[str, Any]) -> Any:
             function = functions.value_and_aux if has_aux else functions.value
             result = jax.value_and_grad(lambda p: function(p, kwargs), has_aux=has_aux)(params)
             if not hand_on:
@@ -755,7 +695,7 @@ class Objective:
         """
 
         def value(
-            functions: _Functions, params: chex.ArrayTree, base: Any, kwargs: dict[str, Any]
+            functions: Functions, params: chex.ArrayTree, base: Any, kwargs: dict[str, Any]
         ) -> jax.Array:
             del base
             return functions.value(params, kwargs)
@@ -777,7 +717,7 @@ class Objective:
         self._need_predict("functional_hessian")
 
         def value(
-            functions: _Functions, params: chex.ArrayTree, base: Any, kwargs: dict[str, Any]
+            functions: Functions, params: chex.ArrayTree, base: Any, kwargs: dict[str, Any]
         ) -> jax.Array:
             outputs = functions.outputs(params, kwargs)
             fixed = outputs if base is None else functions.outputs(base, kwargs)
@@ -798,25 +738,27 @@ class Objective:
           ValueError: the objective was built from a value function.
         """
         self._need_predict("gauss_newton")
-        params, mode = self.vary(params), self.hvp_mode
+        params, mode, functions = self.vary(params), self.hvp_mode, self._functions
         if self._micro is None:
-            product = _gauss_newton(mode, self._functions, params, kwargs)
+            product = gauss_newton_of(mode, functions.outputs, functions.loss_of, params, kwargs)
             return self.mean_product(product, params, **kwargs)
 
         def one(
-            functions: _Functions,
+            functions: Functions,
             params: chex.ArrayTree,
             vector: chex.ArrayTree,
             kwargs: dict[str, Any],
         ) -> chex.ArrayTree:
-            return _gauss_newton(mode, functions, params, kwargs)(vector)
+            return gauss_newton_of(mode, functions.outputs, functions.loss_of, params, kwargs)(
+                vector
+            )
 
         def of_all(
             params: chex.ArrayTree, kwargs: dict[str, Any], vector: chex.ArrayTree
         ) -> chex.ArrayTree:
             return self._over_parts(lambda fn: fn, one, params, vector, kwargs)
 
-        return self.mean_product(_partial(of_all, params, kwargs), params, **kwargs)
+        return self.mean_product(linear_at(of_all, params, kwargs), params, **kwargs)
 
     def loss_hessian(self, outputs: chex.ArrayTree, **kwargs: Any) -> LinearFunction:
         """The Hessian of ``loss`` at network outputs, as a linear function of a pytree like them.
@@ -828,7 +770,7 @@ class Objective:
           ValueError: the objective was built from a value function.
         """
         self._need_predict("loss_hessian")
-        return _loss_hessian(self.hvp_mode, self._functions, outputs, kwargs)
+        return loss_hessian_of(self.hvp_mode, self._functions.loss_of, outputs, kwargs)
 
     def jacobian(
         self, params: chex.ArrayTree, **kwargs: Any
@@ -892,7 +834,7 @@ class Objective:
         kwargs: dict[str, Any],
     ) -> Callable[[chex.ArrayTree], chex.ArrayTree]:
         def one(
-            functions: _Functions, params: chex.ArrayTree, base: Any, kwargs: dict[str, Any]
+            functions: Functions, params: chex.ArrayTree, base: Any, kwargs: dict[str, Any]
         ) -> chex.ArrayTree:
             return jax.grad(lambda p: value(functions, p, base, kwargs))(params)
 
@@ -902,263 +844,27 @@ class Objective:
         params = self.vary(params)
         # Differences move the parameters, while what is held fixed stays at these.
         base = params if self.hvp_mode == "finite_difference" else None
-        product = _derivative(self.hvp_mode, gradient, params, (base, kwargs), norm)
+        product = derivative(self.hvp_mode, gradient, params, (base, kwargs), norm)
         return self.mean_product(product, params, **kwargs)
 
 
-def _gauss_newton(
-    mode: HVPMode, functions: _Functions, params: chex.ArrayTree, kwargs: dict[str, Any]
-) -> LinearFunction:
-    outputs, push, pull = jacobian_of(mode, functions.outputs, params, kwargs)
-    return Partial(congruence, push, _loss_hessian(mode, functions, outputs, kwargs), pull)
-
-
-def _loss_hessian(
-    mode: HVPMode, functions: _Functions, outputs: chex.ArrayTree, kwargs: dict[str, Any]
-) -> LinearFunction:
-    def gradient(outputs: chex.ArrayTree, kwargs: dict[str, Any]) -> chex.ArrayTree:
-        return jax.grad(lambda out: functions.loss_of(out, kwargs))(outputs)
-
-    # Losses are functions of single outputs: none of them should move far.
-    return _derivative(mode, gradient, outputs, kwargs, max_norm)
-
-
-# -- derivatives, each mode its own way ------------------------------------------------------------
-
-
-def _derivative(
-    mode: HVPMode,
-    gradient: Callable[[chex.ArrayTree, Any], chex.ArrayTree],
-    point: chex.ArrayTree,
-    given: Any,
-    norm: Callable[[chex.ArrayTree], jax.Array],
-) -> LinearFunction:
-    """The derivative of ``gradient(point, given)`` by the point, which is symmetric."""
-    with differentiable_in(mode):
-        if mode == "forward_over_reverse":
-            return _linearized(lambda p: gradient(p, given), point)[1]
-        if mode == "reverse_over_reverse":
-            pullback = jax.vjp(lambda p: gradient(p, given), point)[1]
-            return Partial(_first_result, pullback)
-    return _partial(functools.partial(_central_difference, gradient, norm), point, given)
-
-
-def jacobian_of(
-    mode: HVPMode,
-    function: Callable[[chex.ArrayTree, Any], chex.ArrayTree],
-    point: chex.ArrayTree,
-    given: Any,
-) -> tuple[chex.ArrayTree, LinearFunction, LinearFunction]:
-    """``function(point, given)`` and the products with its Jacobian and with the transpose."""
-
-    def of_point(point: chex.ArrayTree) -> chex.ArrayTree:
-        return function(point, given)
-
-    if mode == "forward_over_reverse":
-        with differentiable_in(mode):
-            outputs, push = _linearized(of_point, point)
-        return outputs, push, Partial(_transposed, push, point)
-    outputs, pullback = jax.vjp(of_point, point)
-    pull = Partial(_first_result, pullback)
-    if mode == "reverse_over_reverse":
-        return outputs, Partial(_transposed_pullback, pullback, outputs), pull
-    push = _partial(functools.partial(_central_difference, function, norm), point, given)
-    return outputs, push, pull
-
-
-def _linearized(
-    function: Callable[[chex.ArrayTree], chex.ArrayTree], point: chex.ArrayTree
-) -> tuple[chex.ArrayTree, LinearFunction]:
-    value, derivative = jax.linearize(function, point)
-    # Under `jit` JAX would find that only when it compiles, too late to say what helps.
-    if _has_primitive(jax.make_jaxpr(derivative)(point).jaxpr, "custom_lin"):
-        raise TypeError("can't apply forward-mode differentiation to a jax.custom_vjp function.")
-    return value, derivative
-
-
-def _has_primitive(jaxpr: Any, name: str) -> bool:
-    """Whether a program has an operation, in its loops and other inner programs, too."""
-
-    def inner(value: Any) -> Iterator[Any]:
-        for item in value if isinstance(value, tuple | list) else [value]:
-            item = getattr(item, "jaxpr", item)
-            if hasattr(item, "eqns"):
-                yield item
-
-    return any(
-        eqn.primitive.name == name
-        or any(_has_primitive(i, name) for value in eqn.params.values() for i in inner(value))
-        for eqn in jaxpr.eqns
-    )
-
-
-def _transposed(push: LinearFunction, like: chex.ArrayTree, vector: chex.ArrayTree) -> Any:
-    return jax.linear_transpose(push, like)(vector)[0]
-
-
-def _transposed_pullback(
-    pullback: Callable[[Any], Any], like: chex.ArrayTree, vector: chex.ArrayTree
-) -> Any:
-    """The product with the Jacobian: the derivative of the backward pass by what it is given."""
-    with differentiable_in("reverse_over_reverse"):
-        zeros = optax.tree.zeros_like(like)
-        _, transposed = jax.vjp(lambda cotangent: pullback(cotangent)[0], zeros)
-        return transposed(vector)[0]
-
-
-def _central_difference(
-    function: Callable[[chex.ArrayTree, Any], chex.ArrayTree],
-    norm: Callable[[chex.ArrayTree], jax.Array],
-    point: chex.ArrayTree,
-    given: Any,
-    vector: chex.ArrayTree,
-) -> chex.ArrayTree:
-    """The derivative of ``function(point, given)`` along a vector."""
-    size, length = norm(point), norm(vector)
-    length = jnp.where(length > 0, length, 1)
-    precision = max((float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(point)), default=1.0)
-    step = precision ** (1 / 3) * jnp.sqrt(1 + size)
-
-    def at(sign: int) -> chex.ArrayTree:
-        def moved(x: jax.Array, v: jax.Array) -> jax.Array:
-            wide = jnp.promote_types(x.dtype, step.dtype)
-            along = sign * step.astype(wide) * (v.astype(wide) / length.astype(wide))
-            return (x.astype(wide) + along).astype(x.dtype)
-
-        return function(jax.tree.map(moved, point, vector), given)
-
-    def quotient(up: jax.Array, down: jax.Array) -> jax.Array:
-        wide = jnp.promote_types(up.dtype, step.dtype)
-        slope = (up.astype(wide) - down.astype(wide)) / (2 * step).astype(wide)
-        return (slope * length.astype(wide)).astype(up.dtype)
-
-    return jax.tree.map(quotient, at(1), at(-1))
-
-
-class Constants(NamedTuple):
-    """What of a pytree is no number or array (flags, strings), and where it is; hashable."""
-
-    treedef: Any
-    values: tuple[Any, ...]
-    chosen: tuple[bool, ...]
-
-    @classmethod
-    def split(cls, tree: Any) -> tuple[list[Any], Constants]:
-        """Arrays and numbers, which programs take and return, and the rest."""
-        leaves, treedef = jax.tree.flatten(tree)
-        chosen = tuple(isinstance(leaf, bool) or not _is_number(leaf) for leaf in leaves)
-        arrays = [None if c else leaf for c, leaf in zip(chosen, leaves, strict=True)]
-        values = tuple(leaf if c else None for c, leaf in zip(chosen, leaves, strict=True))
-        return arrays, cls(treedef, values, chosen)
-
-    def join(self, arrays: list[Any]) -> Any:
-        """The pytree again."""
-        parts = zip(self.chosen, self.values, arrays, strict=True)
-        return jax.tree.unflatten(self.treedef, [v if c else a for c, v, a in parts])
-
-
-def _is_number(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)
-
-
-def _partial(function: Callable[..., Any], point: chex.ArrayTree, given: Any) -> LinearFunction:
-    """``function(point, given, vector)`` as a pytree whose leaves are arrays and numbers."""
-    arrays, constants = Constants.split(given)
-    return Partial(functools.partial(_joined, function, constants), point, arrays)
-
-
-def _joined(
-    function: Callable[..., Any], constants: Constants, point: Any, arrays: list[Any], vector: Any
-) -> Any:
-    return function(point, constants.join(arrays), vector)
-
-
-# What JAX says where a function has no derivative of the kind that is asked for.
-_NO_DERIVATIVE = re.compile(
-    r"forward-mode|[Dd]ifferentiation rule|[Rr]everse-mode differentiation|Transpose rule|JVP|"
-    r"cannot be differentiated|not differentiable"
+_INJECTED = (
+    " It was called with a step count in place of parameters: optax.inject_hyperparams takes every "
+    "callable for a schedule. Use optax_accel.inject_hyperparams, or tell Optax's that it is none: "
+    'static_args="objective".'
 )
-_OTHER_MODES = {
-    "forward_over_reverse": (
-        "'reverse_over_reverse', which differentiates the backward pass of functions with a "
-        "jax.custom_vjp, or 'finite_difference', which needs nothing but gradients"
-    ),
-    "reverse_over_reverse": "'finite_difference', which needs nothing but gradients",
-}
 
 
-@contextlib.contextmanager
-def differentiable_in(mode: HVPMode) -> Iterator[None]:
-    """Says which ``hvp_mode`` may help where JAX finds that a derivative does not exist.
-
-    Raises:
-      TypeError: instead of what JAX raises.
-    """
-    try:
-        yield
-    except (TypeError, ValueError, NotImplementedError) as error:
-        if mode not in _OTHER_MODES or not _NO_DERIVATIVE.search(str(error)):
-            raise
-        raise TypeError(
-            f"this loss cannot be differentiated twice in hvp_mode={mode!r}: {error} Build the "
-            f"Objective with another hvp_mode: {_OTHER_MODES[mode]}."
-        ) from error
+def _is_count(params: chex.ArrayTree) -> bool:
+    return (
+        isinstance(params, jax.Array)
+        and not params.ndim
+        and jnp.issubdtype(params.dtype, jnp.integer)
+    )
 
 
 def _as_array(leaf: Any) -> Any:
     return jnp.asarray(leaf) if isinstance(leaf, bool | int | float | complex) else leaf
-
-
-def _pair(result: Any, name: str) -> tuple[Any, Any]:
-    if not isinstance(result, tuple) or len(result) != 2:
-        first = "outputs" if name == "predict" else "value"
-        raise TypeError(
-            f"Objective: has_aux says that `{name}` returns a pair ({first}, aux), but it returned "
-            f"{_describe(result)}; return the pair, or build the objective without has_aux."
-        )
-    return result
-
-
-def _scalar(value: Any, has_outputs: bool) -> jax.Array:
-    """The value of a loss, which must be a scalar."""
-    name = "loss" if has_outputs else "value_fn"
-    if isinstance(value, tuple):
-        build = "Objective(predict, loss" if has_outputs else "Objective.from_value_fn(value_fn"
-        raise TypeError(
-            f"Objective: the loss must be a scalar, but `{name}` returned {_describe(value)}. If "
-            f"it returns (value, aux), say so with has_aux: optax_accel.{build}, has_aux=True)."
-        )
-    if value is None or not jax.tree_util.all_leaves([value]):
-        raise TypeError(
-            f"Objective: the loss must be a scalar, but `{name}` returned {_describe(value)}."
-        )
-    value = jnp.asarray(value)
-    if value.shape != ():
-        raise ValueError(
-            f"Objective: the loss must be a scalar, got shape {value.shape}; reduce it, "
-            "e.g. with jnp.mean."
-        )
-    return value
-
-
-def _describe(value: Any) -> str:
-    kind = type(value).__name__
-    return f"a {kind} of {len(value)}" if isinstance(value, tuple | list | dict) else kind
-
-
-def fixed_if_unused(tree: chex.ArrayTree, weight: jax.Array | None) -> chex.ArrayTree:
-    """The same values, without derivative where the weight is 0.
-
-    The loss of a part without weight may be 0 / 0, whose derivative is NaN even times 0. Leaving
-    out the value and, here, the derivative is what keeps it from spreading.
-    """
-    if weight is None:
-        return tree
-
-    def fixed(leaf: Any) -> jax.Array:
-        return jnp.where(weight == 0, lax.stop_gradient(leaf), leaf)
-
-    return jax.tree.map(fixed, tree)
 
 
 def _apply(
@@ -1174,48 +880,6 @@ def _apply(
     tangent = jax.tree.map(lambda v, p: v.astype(p.dtype), vector, params)
     result = mean_over(product(vary_over(tangent, axis_name)), axis_name, where, weight)
     return jax.tree.map(lambda r, v: r.astype(v.dtype), result, vector)
-
-
-def mean_over(
-    tree: chex.ArrayTree,
-    axis_name: str | None,
-    where: jax.Array | None = None,
-    weight: jax.Array | None = None,
-) -> chex.ArrayTree:
-    """The mean of the floating-point leaves over the replicas of an axis, if there is one.
-
-    Args:
-      tree: this replica's values.
-      axis_name: the axis, or ``None`` for a single replica.
-      where: boolean scalar: whether to average in this step; ``None``: always.
-      weight: how much this replica counts, a scalar; ``None``: all alike.
-    """
-    if axis_name is None:
-        return tree
-    leaves, treedef = jax.tree.flatten(tree)
-    chosen = [is_inexact(leaf) for leaf in leaves]
-    values = [jnp.asarray(x) for x, is_chosen in zip(leaves, chosen, strict=True) if is_chosen]
-
-    def mean(values: list[jax.Array]) -> list[jax.Array]:
-        if weight is None:
-            return lax.pmean(values, axis_name)
-        own = vary_over(weight, axis_name)
-        share = shares_of(own, lax.psum(own, axis_name), lax.axis_size(axis_name))
-        return lax.psum([weighted(share, x).astype(x.dtype) for x in values], axis_name)
-
-    if where is None:
-        values = mean(values)
-    else:
-        values = lax.cond(
-            where,
-            lambda values: vary_over(mean(values), axis_name),
-            lambda values: values,
-            vary_over(values, axis_name),
-        )
-    means = iter(values)
-    return jax.tree.unflatten(
-        treedef, [next(means) if c else x for c, x in zip(chosen, leaves, strict=True)]
-    )
 
 
 def mean_arguments(
@@ -1240,17 +904,6 @@ def mean_arguments(
     if "grad" in extra_args:
         given.setdefault("grad", updates)
     return updates, extra_args | given
-
-
-def _first_result(function: Callable[..., tuple[chex.ArrayTree, ...]], *args: Any) -> Any:
-    return function(*args)[0]
-
-
-def congruence(
-    push: LinearFunction, middle: LinearFunction, pull: LinearFunction, vector: chex.ArrayTree
-) -> chex.ArrayTree:
-    """``J^T M J`` times a vector, from the linear functions ``J``, ``M`` and ``J^T``."""
-    return pull(middle(push(vector)))
 
 
 def as_objective(
@@ -1314,68 +967,3 @@ def check_params(params: chex.ArrayTree, method: str, call: str = "tx.init(param
             f"evaluated, because a part of the parameters is hidden. Give {method} its own `mask=` "
             "instead and chain it outside."
         )
-
-
-def argument_names(fn: Callable[..., Any], skip: int = 1) -> tuple[list[str], list[str], bool]:
-    """Names of the keyword arguments of a function, of the required ones, and whether ** is taken.
-
-    Args:
-      fn: the function.
-      skip: how many positional arguments come before, e.g. the parameters.
-    """
-    try:
-        signature = inspect.signature(fn)
-    except (TypeError, ValueError):  # some builtins have none: they get no extra arguments
-        return [], [], False
-    parameters = list(signature.parameters.values())
-    keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    first_is_positional = parameters and parameters[0].kind is not inspect.Parameter.KEYWORD_ONLY
-    named = [p for p in parameters[skip if first_is_positional else 0 :] if p.kind in keyword]
-    required = [p.name for p in named if p.default is inspect.Parameter.empty]
-    variadic = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    return [p.name for p in named], required, variadic
-
-
-_INJECTED = (
-    " It was called with a step count in place of parameters: optax.inject_hyperparams takes every "
-    "callable for a schedule. Use optax_accel.inject_hyperparams, or tell Optax's that it is none: "
-    'static_args="objective".'
-)
-
-
-def _is_count(params: chex.ArrayTree) -> bool:
-    return (
-        isinstance(params, jax.Array)
-        and not params.ndim
-        and jnp.issubdtype(params.dtype, jnp.integer)
-    )
-
-
-def _named(kwargs: dict[str, Any], names: list[str], variadic: bool) -> dict[str, Any]:
-    return kwargs if variadic else {name: kwargs[name] for name in kwargs if name in names}
-
-
-def _call_by_name(fn: Callable[..., Any], first: chex.ArrayTree, kwargs: dict[str, Any]) -> Any:
-    if not kwargs:
-        return fn(first)
-    names, _, variadic = argument_names(fn)
-    return fn(first, **_named(kwargs, names, variadic))
-
-
-def _bind_by_name(
-    fn: Callable[..., Any],
-    kwargs: dict[str, Any],
-    given_later: tuple[str, ...] = (),
-    skip: int = 1,
-) -> Callable[..., Any]:
-    # Only arguments that are named are bound: as in Optax, a bare ** gets nothing.
-    names, required, _ = argument_names(fn, skip)
-    missing = [name for name in required if name not in kwargs and name not in given_later]
-    if missing:
-        label = getattr(fn, "__name__", type(fn).__name__)
-        raise TypeError(
-            f"`{label}` takes the arguments {missing}, which were not given; pass them as extra "
-            f"arguments of update, e.g. tx.update(..., value_fn=value_fn, {missing[0]}=...)."
-        )
-    bound = {k: v for k, v in kwargs.items() if k in names}
-    return functools.partial(fn, **bound) if bound else fn

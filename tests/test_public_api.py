@@ -164,7 +164,7 @@ def test_only_objective_and_workers_average_over_replicas() -> None:
         for file in PACKAGE.rglob("*.py")
         if re.search(r"lax\.(pmean|all_gather)\(", file.read_text())
     }
-    assert averaging == {"objective.py", "workers"}
+    assert averaging == {"_means.py", "workers"}
 
 
 def test_import_is_light() -> None:

@@ -19,7 +19,7 @@ from jax import lax
 import optax_accel as oa
 from experiments.training.losses import LossFn, find_loss
 from experiments.training.precision import PRECISIONS, Precision
-from optax_accel.objective import vary_over
+from optax_accel._means import vary_over
 
 PyTree = Any
 Batch = tuple[jax.Array, jax.Array]

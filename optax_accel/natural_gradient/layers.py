@@ -152,7 +152,7 @@ class Network:
 
         Args:
           leaves: the parameters.
-          vary: marks what differs between replicas (:func:`optax_accel.objective.vary_over`).
+          vary: marks what differs between replicas (:func:`optax_accel._means.vary_over`).
 
         Returns:
           The outputs; the pullback from gradients at the outputs to a pair: those at the layers'

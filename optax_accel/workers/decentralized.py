@@ -46,7 +46,7 @@ from optax_accel._arguments import (
     known_integer,
     value_of,
 )
-from optax_accel.objective import vary_over
+from optax_accel._means import vary_over
 from optax_accel.workers.topologies import Topology, consensus_distance, widen
 
 

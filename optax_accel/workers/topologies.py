@@ -25,7 +25,7 @@ import optax
 from jax import lax
 
 from optax_accel._arguments import check_flag, check_integer
-from optax_accel.objective import vary_over
+from optax_accel._means import vary_over
 
 __all__ = [
     "Topology",

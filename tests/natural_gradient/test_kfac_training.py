@@ -12,8 +12,8 @@ import optax
 import pytest
 
 import optax_accel as oa
+from optax_accel._means import vary_over
 from optax_accel.natural_gradient import factors as stats
-from optax_accel.objective import vary_over
 from tests.helpers import (
     WORKER_MODES,
     classification,
