@@ -60,7 +60,7 @@ from experiments.runs.records import (
     write_record,
 )
 from experiments.training import parallel, settings
-from experiments.training.program import build, evaluate
+from experiments.training.program import build
 
 PROG = "python -m experiments.brief_review"
 PICTURE = "brief_review.png"
@@ -212,7 +212,7 @@ def resolve(options: Options) -> Study:
                     seed=seed,
                     runs_dir=folder,
                 )
-                plan = settings.resolve(
+                plan = settings.prepare(
                     dataclasses.replace(own, **{"prefetch": 0} | changes[variant])
                 )
                 plans[key, variant, seed] = plan
@@ -249,16 +249,16 @@ def run(plan: settings.Plan) -> Record:
     dataset = data.batches(
         plan.task.train,
         batch_size=plan.batch_size,
-        seed=plan.seed,
+        seed=plan.options.seed,
         shard=grain.sharding.ShardByJaxProcess(),
         augment=plan.augment,
         num_classes=plan.task.num_classes,
-        workers=plan.data_workers,
+        workers=plan.options.data_workers,
     )
     state = runner.init(program.make_state)
     windows = []
     with contextlib.closing(
-        data.prefetch_to_device(iter(dataset), runner.put_batch, plan.prefetch)
+        data.prefetch_to_device(iter(dataset), runner.put_batch, plan.options.prefetch)
     ) as batches:
         timed, began = 0, time.perf_counter()
         for done, batch in enumerate(batches, start=1):
@@ -274,7 +274,7 @@ def run(plan: settings.Plan) -> Record:
                 timed, began = done, now
             if done == plan.steps:
                 break
-    scores = evaluate(program.evaluate, runner, state, plan.task, plan.task.test)
+    scores = program.evaluate(state, plan.task.test)
     return {
         "examples_per_second": statistics.median(windows),
         "bytes": planned.temp_size_in_bytes

@@ -16,7 +16,7 @@ import textwrap
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import tyro
 from rich.console import Console
@@ -36,6 +36,29 @@ def check_known(kind: str, value: str | None, valid: Sequence[str]) -> None:
     """Raises `UsageError`, listing the valid names, if a name is given and is none of them."""
     if value is not None and value not in valid:
         raise UsageError(f"unknown {kind} {value!r}; valid: {', '.join(valid)}")
+
+
+S = TypeVar("S")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule(Generic[S]):
+    """What has to hold of options, or of what they come to.
+
+    Attributes:
+      holds: whether it does.
+      message: one line that says which value, what is allowed and how to fix it.
+    """
+
+    holds: Callable[[S], bool]
+    message: Callable[[S], str]
+
+
+def enforce(rules: Sequence[Rule[S]], subject: S) -> None:
+    """Raises `UsageError` with the message of the first rule that does not hold."""
+    for rule in rules:
+        if not rule.holds(subject):
+            raise UsageError(rule.message(subject))
 
 
 # What Windows does not allow in a name, so that a run can be copied anywhere.

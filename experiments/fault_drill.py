@@ -291,7 +291,7 @@ class Run:
         options = settings.Options(
             devices=1, **{name: options[name] for name in ("task", "method", "steps")}
         )
-        target = jax.eval_shape(build(settings.resolve(options)).make_state)
+        target = jax.eval_shape(build(settings.prepare(options)).make_state)
         with Checkpoints(self.folder / "checkpoints") as checkpoints:
             state = checkpoints.restore(target).state
 

@@ -227,7 +227,7 @@ def run(options: Options) -> Overlap:
     """
     options.check()
     cli.check_file("--trace", options.trace)
-    plan = settings.resolve(
+    plan = settings.prepare(
         settings.Options(
             task=options.task,
             data_dir=options.data_dir,

@@ -37,9 +37,10 @@ from experiments.runs import folders
 from experiments.runs.checkpoints import CheckpointError
 from experiments.runs.records import CONFIG, check_same, read_config, versions, write_config
 from experiments.training import cluster
-from experiments.training.loop import NonFiniteError, train
+from experiments.training.loop import train
+from experiments.training.non_finite import NonFiniteError
 from experiments.training.program import Program, build
-from experiments.training.settings import Options, Plan, resolve
+from experiments.training.settings import Options, Plan, prepare
 
 PROG = "python -m experiments.train"
 
@@ -155,9 +156,6 @@ def open_folder(
     return [f"the run began with {'; '.join(changes)}: equal up to rounding"] if changes else []
 
 
-# Metrics ----------------------------------------------------------------------------------------
-
-
 # The run ----------------------------------------------------------------------------------------
 
 
@@ -176,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             record = cluster.from_main(lambda: read_folder(given, stack))
             options = read_options(argv, given, record)
-            plan = resolve(options)
+            plan = prepare(options)
             check_same_data(plan.task)
             program = build(plan)
             notes = cluster.from_main(lambda: open_folder(options, plan, record, stack))

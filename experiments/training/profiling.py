@@ -34,13 +34,13 @@ class StepTrace:
     'perfetto_trace.json.gz'
 
     Args:
-      folder: where the trace is written.
+      folder: where the trace is written; ``None``: nothing is recorded.
       warm_up: steps before the first one recorded; they compile.
       steps: steps recorded, fewer where the loop ends before.
     """
 
-    def __init__(self, folder: Path | str, warm_up: int = 10, steps: int = 5):
-        self.folder = Path(folder)
+    def __init__(self, folder: Path | str | None, warm_up: int = 10, steps: int = 5):
+        self._folder = None if folder is None else Path(folder)
         self.file: Path | None = None  # once it is written
         self._first, self._end = warm_up, warm_up + steps
         self._step = 0
@@ -55,8 +55,11 @@ class StepTrace:
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Surrounds what starts a step."""
+        if self._folder is None:
+            yield
+            return
         if self._step == self._first:
-            jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
+            jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
             self._recording = True
         with jax.profiler.StepTraceAnnotation("train", step_num=self._step):
             yield
@@ -71,6 +74,8 @@ class StepTrace:
         Returns:
           Whether the trace was written just now; its ``file`` is the one for Perfetto.
         """
+        if self._folder is None:
+            return False
         if self._step == self._first:
             jax.block_until_ready(result)  # what comes before is not in the trace
         if not self._recording or self._step < self._end:
@@ -80,8 +85,8 @@ class StepTrace:
         return True
 
     def _stop(self) -> None:
-        if self._recording:
+        if self._recording and self._folder is not None:
             self._recording = False
             jax.profiler.stop_trace()
-            files = self.folder.glob("plugins/profile/*/perfetto_trace.json.gz")
+            files = self._folder.glob("plugins/profile/*/perfetto_trace.json.gz")
             self.file = max(files, key=lambda file: file.stat().st_mtime)

@@ -1,10 +1,9 @@
-"""What a plan compiles to: model, method and step."""
+"""What a plan compiles to: the model, the optimizer and the step, made once."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import textwrap
@@ -14,79 +13,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 import models
+import optax_accel as oa
 from experiments import cli, data
 from experiments.cli import UsageError
 from experiments.training import engine, losses, parallel
-from experiments.training.precision import PRECISIONS, Precision
+from experiments.training.precision import PRECISIONS
 from experiments.training.settings import Plan
 
 PyTree = Any
-
-
 # Examples per forward pass of an evaluation: keeps its activations small.
 EVALUATION_BATCH = 1000
 # Of the dominant subspace, where a task has no classes to give their number.
 DIRECTIONS = 10
-
-
-def statistics(opt_state: PyTree) -> dict[str, jax.Array]:
-    """What the optimizer's state tells about the run, as scalars: what there is of it."""
-    found = {
-        name: engine.find_in_state(opt_state, name)
-        for name in ("momentum", "alignment", "consensus_distance", "loss_scale", "eigenvalues")
-    }
-    # Some methods call an array of the parameters' shapes their momentum.
-    scalars = {name: value for name, value in found.items() if getattr(value, "shape", None) == ()}
-    if found["eigenvalues"] is not None:
-        scalars["top_eigenvalue"] = jnp.max(found["eigenvalues"])
-    return scalars
-
-
-def evaluate(
-    compiled: Callable[..., dict[str, jax.Array]],
-    runner: parallel.Parallel,
-    state: engine.TrainState,
-    task: data.Task,
-    split: data.Split,
-    workers: int = 0,
-) -> dict[str, float]:
-    """Scores of a split, read batch by batch; of several workers, of the mean of their parameters.
-
-    Returns:
-      ``loss``, where there are labels to predict ``accuracy``, both over the labels that count, and
-      of language ``perplexity``, e to the loss.
-    """
-    state = engine.averaged(runner.consensus(state))
-    totals: dict[str, float] = {}
-    # Whole multiples of the devices.
-    size = max(evaluation_batch(task) // runner.mesh.size, 1) * runner.mesh.size
-    for batch in data.in_order(split, size, workers):
-        number = len(batch["y"])
-        sharding = runner.replicated if number % runner.mesh.size else runner.sharded
-        x, y = (
-            jax.make_array_from_callback(part.shape, sharding, part.__getitem__)
-            for part in (batch["x"], batch["y"])
-        )
-        for name, value in compiled(state.params, state.rest, x, y).items():
-            totals[name] = totals.get(name, 0.0) + float(value) * number
-    counted = totals.pop("counted", float(len(split)))
-    names = [name for name in ("loss", "accuracy") if name in totals]
-    scores: dict[str, float] = {
-        name: totals[name] / counted if counted else math.nan for name in names
-    }
-    if task.defaults.kind in ("language", "translation"):
-        scores["perplexity"] = math.exp(min(scores["loss"], 700.0))
-    return scores
-
-
-def evaluation_batch(task: data.Task) -> int:
-    """Examples per forward pass of an evaluation: keeps activations and outputs small."""
-    outputs = task.train.y[0].size * (task.vocabulary_size or task.num_classes or 1)
-    most = min(2**22 // math.prod(task.train.x.shape[1:]), 2**25 // outputs)
-    return min(max(most, 1), EVALUATION_BATCH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,93 +36,218 @@ class Program:
     """What a plan compiles to.
 
     Attributes:
-      runner: runs the step.
+      plan: the plan.
+      runner: runs the step on the plan's devices.
       make_state: makes the state before the first step; pure.
-      evaluate: scores of ``(params, rest, x, y)``, see `engine.evaluate`.
+      shapes: what `make_state` makes, as shapes and dtypes.
+      compiled_scores: scores of ``(params, rest, x, y)``, see `engine.evaluate`.
       scores: names of the scores of a split, see `evaluate`.
     """
 
+    plan: Plan
     runner: parallel.Parallel
     make_state: Callable[[], engine.TrainState]
-    evaluate: Callable[..., dict[str, jax.Array]]
+    shapes: engine.TrainState
+    compiled_scores: Callable[..., dict[str, jax.Array]]
     scores: tuple[str, ...]
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of all numbers that a row of the metrics can hold."""
+        return [
+            *("step", "epoch", "loss", *jax.eval_shape(statistics, self.shapes.opt_state)),
+            *(f"validation_{name}" for name in self.scores),
+            "seconds",
+        ]
+
+    def step(
+        self, state: engine.TrainState, batch: PyTree, curvature: PyTree, refresh: bool | str | None
+    ) -> tuple[engine.TrainState, dict[str, jax.Array]]:
+        """One step of a placed state on a placed batch; see `parallel.Parallel.step`."""
+        return self.runner.step(state, batch, curvature if refresh else None, refresh)
+
+    def evaluate(self, state: engine.TrainState, split: data.Split) -> dict[str, float]:
+        """Scores of a split, read batch by batch; of several workers, of their mean parameters.
+
+        Args:
+          state: a placed state.
+          split: the examples.
+
+        Returns:
+          ``loss``, where there are labels to predict ``accuracy``, both over the labels that count,
+          and of language ``perplexity``, e to the loss.
+        """
+        runner = self.runner
+        state = engine.averaged(runner.consensus(state))
+        totals: dict[str, float] = {}
+        # Whole multiples of the devices.
+        size = max(evaluation_batch(self.plan.task) // runner.mesh.size, 1) * runner.mesh.size
+        for batch in data.in_order(split, size, self.plan.options.data_workers):
+            number, placed = len(batch["y"]), runner.put_whole(batch)
+            scores = jax.device_get(
+                self.compiled_scores(state.params, state.rest, placed["x"], placed["y"])
+            )
+            for name, value in scores.items():
+                totals[name] = totals.get(name, 0.0) + float(value) * number
+        counted = totals.pop("counted", float(len(split)))
+        means: dict[str, float] = {
+            name: totals[name] / counted if counted else math.nan
+            for name in ("loss", "accuracy")
+            if name in totals
+        }
+        if _predicts_tokens(self.plan.task):
+            means["perplexity"] = math.exp(min(means["loss"], 700.0))
+        return means
 
 
 def build(plan: Plan) -> Program:
-    """Model and step of a plan.
+    """Model, optimizer and step of a plan.
+
+    Args:
+      plan: the plan.
+
+    Returns:
+      The program; nothing is compiled yet.
 
     Raises:
       ValueError: the model does not take the task's examples, or the method not the model.
     """
-    precision, of_value_fn = (
-        PRECISIONS[name] for name in (plan.precision, plan.value_fn_precision)
+    model = Model(plan)
+    tx = make_optimizer(plan, model)
+    step = make_step(plan, model, tx)
+
+    def make_state() -> engine.TrainState:
+        params, rest = model.make_arrays()
+        return engine.init_state(tx, params, rest, average=plan.options.ema is not None)
+
+    shapes = jax.eval_shape(make_state)  # says what is wrong with model and method
+    _check_memory(plan, shapes, f"model and state of method {plan.method.name}")
+    scores = ["loss"]
+    if np.issubdtype(plan.task.train.y.dtype, np.integer):
+        scores.append("accuracy")
+    if _predicts_tokens(plan.task):
+        scores.append("perplexity")
+    return Program(
+        plan,
+        parallel.Parallel(plan.options.parallel, plan.devices, step, workers=plan.workers),
+        make_state,
+        shapes,
+        jax.jit(model.evaluate),
+        tuple(scores),
     )
 
-    def make_model(precision: Precision) -> tuple[nnx.GraphDef[Any], PyTree, PyTree]:
+
+class Model:
+    """The model of a plan, once in the precision of the step and once in that of `value_fn`.
+
+    Args:
+      plan: the plan.
+
+    Attributes:
+      graphdef: static part of the model that is trained.
+      value_fn_graphdef: the same for what the method evaluates itself.
+      loss: the training loss.
+
+    Raises:
+      ValueError: the model has no such options, or does not take the task's examples.
+    """
+
+    def __init__(self, plan: Plan):
+        self._plan = plan
+        self.loss = losses.find_loss(plan.loss, label_smoothing=plan.options.label_smoothing)
+        with _explained(plan):
+            self.graphdef, arrays = self._describe(plan.options.precision)
+            self.value_fn_graphdef, _ = self._describe(plan.options.value_fn_precision)
+        named = f"model {plan.model} with the options {json.dumps(plan.model_options)}"
+        _check_memory(plan, arrays, named)
+        if plan.model_options != plan.task.defaults.model_options:
+            x, y = (part[:1] for part in (plan.task.train.x, plan.task.train.y))
+            with _explained(plan):  # an option such as a dtype is looked at by the first call
+                jax.eval_shape(self.evaluate, *arrays, jnp.asarray(x), jnp.asarray(y))
+
+    def make_arrays(self) -> tuple[PyTree, PyTree]:
+        """Initial parameters and other variables; pure."""
+        return self._make(self._plan.options.precision)[1:]
+
+    def evaluate(self, params: PyTree, rest: PyTree, x: Any, y: Any) -> dict[str, jax.Array]:
+        """Scores of a batch, see `engine.evaluate`."""
+        return engine.evaluate(self.graphdef, params, rest, x, y, loss=self._plan.loss)
+
+    def example_objective(self) -> oa.Objective:
+        """The loss of a batch like those of the run, in which K-FAC finds the layers."""
+        plan = self._plan
+        static, _, rest = self._make(plan.options.value_fn_precision)
+        x, y = (part[: plan.batch_size] for part in (plan.task.train.x, plan.task.train.y))
+        return engine.objective(static, rest, jnp.asarray(x), jnp.asarray(y), loss=self.loss)
+
+    def _make(self, precision: str) -> tuple[nnx.GraphDef[Any], PyTree, PyTree]:
+        plan = self._plan
         return engine.split(
             models.create(
                 plan.model,
                 input_shape=plan.task.input_shape,
                 num_classes=plan.task.num_classes or None,
                 vocabulary_size=plan.task.vocabulary_size,
-                rngs=plan.seed,
+                rngs=plan.options.seed,
                 **plan.model_options,
-                **precision.options,
+                **PRECISIONS[precision].options,
             )
         )
 
-    loss = losses.find_loss(plan.loss, label_smoothing=plan.label_smoothing)
-    graphdefs: list[nnx.GraphDef[Any]] = []
+    def _describe(self, precision: str) -> tuple[nnx.GraphDef[Any], PyTree]:
+        """The static part, and the shapes of parameters and other variables."""
+        static: list[nnx.GraphDef[Any]] = []
 
-    def make_arrays() -> PyTree:
-        made = [make_model(chosen) for chosen in (precision, of_value_fn)]
-        graphdefs.extend(graphdef for graphdef, _, _ in made)
-        return made[0][1:]
+        def arrays() -> PyTree:
+            graphdef, *made = self._make(precision)
+            static.append(graphdef)
+            return made
 
-    options = json.dumps(plan.model_options)
-    with _explained(plan, options):
-        arrays = jax.eval_shape(make_arrays)
-    graphdef, value_fn_graphdef = graphdefs
-    _check_memory(plan, arrays, f"model {plan.model} with the options {options}")
-    evaluate = functools.partial(engine.evaluate, graphdef, loss=plan.loss)
-    if plan.model_options != plan.task.defaults.model_options:
-        with _explained(plan, options):  # an option such as a dtype is looked at by the first call
-            train = plan.task.train
-            jax.eval_shape(
-                evaluate, *arrays, *(jnp.asarray(part[:1]) for part in (train.x, train.y))
-            )
-    seen = None
-    if plan.method.needs_objective:
-        static, _, rest = make_model(of_value_fn)
-        x, y = (part[: plan.batch_size] for part in (plan.task.train.x, plan.task.train.y))
-        seen = engine.objective(static, rest, jnp.asarray(x), jnp.asarray(y), loss=loss)
+        shapes = jax.eval_shape(arrays)
+        return static[0], shapes
+
+
+def make_optimizer(plan: Plan, model: Model) -> optax.GradientTransformationExtraArgs:
+    """The plan's method with what surrounds it: clipping, weight decay, a loss scale.
+
+    Args:
+      plan: the plan.
+      model: its model.
+
+    Returns:
+      The optimizer.
+    """
     # With an `axis_name` an extrapolation is local; without, all parallel modes compute the same.
     tx = plan.method.build(
         plan.learning_rate,
         total_steps=plan.steps,
         num_classes=plan.task.num_classes or DIRECTIONS,
-        seed=plan.seed,
+        seed=plan.options.seed,
         axis_name=None if plan.workers is None else parallel.AXIS,
         num_workers=plan.workers or 1,
-        objective=seen,
+        objective=model.example_objective() if plan.method.needs_objective else None,
         likelihood=losses.LIKELIHOODS.get(plan.loss),
     )
-    tx = engine.complete(
+    return engine.complete(
         tx,
         plan.learning_rate,
-        clip=plan.clip,
-        weight_decay=plan.weight_decay,
-        precision=precision,
+        clip=plan.options.clip,
+        weight_decay=plan.options.weight_decay,
+        precision=PRECISIONS[plan.options.precision],
     )
 
-    def make_state() -> engine.TrainState:
-        _, params, rest = make_model(precision)
-        return engine.init_state(tx, params, rest, average=plan.ema is not None)
 
-    state = jax.eval_shape(make_state)  # for what is wrong with model and method
-    _check_memory(plan, state, f"model and state of method {plan.method.name}")
-    # XLA runs convolutions in a loop many times slower on a CPU (jax#12868).
-    unroll = plan.devices[0].platform == "cpu" and models.is_convolutional(plan.model)
+def make_step(plan: Plan, model: Model, tx: optax.GradientTransformationExtraArgs) -> parallel.Step:
+    """The training step of a plan: `engine.train_step` with the statistics of the method.
+
+    Args:
+      plan: the plan.
+      model: its model.
+      tx: its optimizer.
+
+    Returns:
+      A pure function, as `parallel.Parallel` takes it.
+    """
 
     def step(
         state: engine.TrainState,
@@ -192,38 +259,52 @@ def build(plan: Plan) -> Program:
     ) -> tuple[engine.TrainState, dict[str, jax.Array]]:
         state, metrics = engine.train_step(
             tx,
-            graphdef,
+            model.graphdef,
             state,
             batch["x"],
             batch["y"],
             curvature=None if curvature is None else (curvature["x"], curvature["y"]),
             refresh=refresh,
-            loss=loss,
+            loss=model.loss,
             axis_name=axis_name,
             per_worker=plan.workers is not None,
-            skip_non_finite=plan.non_finite == "skip",
-            accumulate=plan.accumulate,
-            unroll=unroll,
-            value_fn_graphdef=value_fn_graphdef,
-            ema=plan.ema,
+            skip_non_finite=plan.options.non_finite == "skip",
+            accumulate=plan.options.accumulate,
+            unroll=plan.loops_convolutions_slowly,
+            value_fn_graphdef=model.value_fn_graphdef,
+            ema=plan.options.ema,
         )
         return state, metrics | statistics(state.opt_state)
 
-    scores = ["loss"]
-    if np.issubdtype(plan.task.train.y.dtype, np.integer):
-        scores.append("accuracy")
-    if plan.task.defaults.kind in ("language", "translation"):
-        scores.append("perplexity")
-    return Program(
-        parallel.Parallel(plan.parallel, plan.devices, step, workers=plan.workers),
-        make_state,
-        jax.jit(evaluate),
-        tuple(scores),
-    )
+    return step
+
+
+def statistics(opt_state: PyTree) -> dict[str, jax.Array]:
+    """What the state of an optimizer tells about the run, as scalars: what there is of it."""
+    fields = {
+        name: engine.find_in_state(opt_state, name)
+        for name in ("momentum", "alignment", "consensus_distance", "loss_scale", "eigenvalues")
+    }
+    # Some methods call an array of the parameters' shapes their momentum.
+    scalars = {name: value for name, value in fields.items() if getattr(value, "shape", None) == ()}
+    if fields["eigenvalues"] is not None:
+        scalars["top_eigenvalue"] = jnp.max(fields["eigenvalues"])
+    return scalars
+
+
+def evaluation_batch(task: data.Task) -> int:
+    """Examples per forward pass of an evaluation: keeps activations and outputs small."""
+    outputs = task.train.y[0].size * (task.vocabulary_size or task.num_classes or 1)
+    most = min(2**22 // math.prod(task.train.x.shape[1:]), 2**25 // outputs)
+    return min(max(most, 1), EVALUATION_BATCH)
+
+
+def _predicts_tokens(task: data.Task) -> bool:
+    return task.defaults.kind in ("language", "translation")
 
 
 @contextlib.contextmanager
-def _explained(plan: Plan, options: str) -> Iterator[None]:
+def _explained(plan: Plan) -> Iterator[None]:
     """Says of an error while a model is made, whatever it is, which options it comes from."""
     try:
         yield
@@ -231,13 +312,13 @@ def _explained(plan: Plan, options: str) -> Iterator[None]:
         if plan.model_options == plan.task.defaults.model_options and isinstance(error, ValueError):
             raise
         raise UsageError(
-            f"--model-options {cli.shortened(options)} do not fit the model {plan.model}: "
-            f"{textwrap.shorten(str(error), 300)}"
+            f"--model-options {cli.shortened(json.dumps(plan.model_options))} do not fit the model "
+            f"{plan.model}: {textwrap.shorten(str(error), 300)}"
         ) from error
 
 
 def _check_memory(plan: Plan, arrays: PyTree, what: str) -> None:
     """Raises `UsageError` if arrays of these shapes do not fit into the plan's devices."""
-    copies = 1 if plan.parallel == "fsdp" else len(plan.devices)
+    copies = 1 if plan.options.parallel == "fsdp" else len(plan.devices)
     need = copies * sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
     parallel.check_memory(need, what, plan.devices)

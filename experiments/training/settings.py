@@ -132,38 +132,65 @@ class Options(cli.Options):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The options, checked and completed."""
+    """The options of a run, and all that they come to.
 
+    Attributes:
+      options: the options themselves, for what they say as it stands.
+      task: the data.
+      devices: the devices of all processes.
+      method: the training method.
+      model: name of the model.
+      model_options: options of the model.
+      loss: name of the loss.
+      augment: names of the augmentations.
+      learning_rate: learning rate of the method.
+      steps: number of steps.
+      batch_size: examples per step, over all devices.
+      curvature_batch_size: examples for Hessian-vector products; `None` for a method without.
+      workers: workers with parameters of their own; `None` where all devices share one state.
+      eval_every: steps between validations.
+      checkpoint_every: steps between checkpoints.
+    """
+
+    options: Options
     task: data.Task
+    devices: Sequence[jax.Device]
+    method: methods.Method
     model: str
     model_options: dict[str, Any]
     loss: str
-    label_smoothing: float
     augment: tuple[str, ...]
-    method: methods.Method
     learning_rate: float
     steps: int
-    early_stopping: int | None
     batch_size: int
     curvature_batch_size: int | None
-    accumulate: int
-    precision: str
-    value_fn_precision: str
-    weight_decay: float
-    clip: float | None
-    ema: float | None
-    seed: int
-    data_workers: int
-    prefetch: int
-    parallel: str
-    devices: Sequence[jax.Device]
     workers: int | None
-    non_finite: str
     eval_every: int
     checkpoint_every: int
-    keep: int
-    profile: bool
-    folder: Path
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.options.folder
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of a pass over the training split."""
+        return len(self.task.train) // self.batch_size
+
+    @property
+    def loops_convolutions_slowly(self) -> bool:
+        """Whether XLA would run convolutions in a loop, many times slower (jax#12868)."""
+        return self.devices[0].platform == "cpu" and models.is_convolutional(self.model)
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether something is to be done behind a step; behind the last one it always is."""
+        return step % every == 0 or step == self.steps
+
+    def refresh_at(self, step: int) -> bool | str | None:
+        """The static `refresh` argument of a step, counted from 0; see `Method.refresh`."""
+        # The Lanczos iteration of a cold start is a loop.
+        return self.method.refresh(step, cold_start=not self.loops_convolutions_slowly)
 
     def config(self) -> dict[str, Any]:
         """All that decides the numbers, as plain JSON."""
@@ -175,21 +202,21 @@ class Plan:
             "model": self.model,
             "model_options": self.model_options,
             "loss": self.loss,
-            "label_smoothing": self.label_smoothing,
+            "label_smoothing": self.options.label_smoothing,
             "augment": list(self.augment),
             "method": self.method.name,
             "learning_rate": self.learning_rate,
             "steps": self.steps,
-            "early_stopping": self.early_stopping,
+            "early_stopping": self.options.early_stopping,
             "batch_size": self.batch_size,
             "curvature_batch_size": self.curvature_batch_size,
-            "accumulate": self.accumulate,
-            "precision": self.precision,
-            "value_fn_precision": self.value_fn_precision,
-            "weight_decay": self.weight_decay,
-            "clip": self.clip,
-            "ema": self.ema,
-            "seed": self.seed,
+            "accumulate": self.options.accumulate,
+            "precision": self.options.precision,
+            "value_fn_precision": self.options.value_fn_precision,
+            "weight_decay": self.options.weight_decay,
+            "clip": self.options.clip,
+            "ema": self.options.ema,
+            "seed": self.options.seed,
             "workers": self.workers,
             "eval_every": self.eval_every,
         }
@@ -197,132 +224,201 @@ class Plan:
     def machine(self) -> dict[str, Any]:
         """All that decides the numbers up to rounding only."""
         return {
-            "parallel": self.parallel,
+            "parallel": self.options.parallel,
             "devices": len(self.devices),
             "processes": jax.process_count(),
             "platform": self.devices[0].platform,
         }
 
 
-def resolve(options: Options) -> Plan:
-    """Checks the options and fills in the defaults.
+def prepare(options: Options) -> Plan:
+    """Checks the options, finds the devices, reads the data.
+
+    Args:
+      options: the options of the run.
+
+    Returns:
+      The plan.
+
+    Raises:
+      ValueError: one line that says which option, what is allowed and how to fix it. What can be
+        told by the options alone is told before devices and data are touched.
+    """
+    check(options)
+    devices = find_devices(options.devices)
+    task = data.load_task(options.task, data_dir=options.data_dir, image_size=options.image_size)
+    return resolve(options, task, devices)
+
+
+# What the options alone can be wrong in, beyond the types and ranges of `cli.Options.check`: names
+# that have to be known, then options that have to fit each other.
+NAMES: tuple[tuple[str, str, Sequence[str]], ...] = (
+    ("task", "task", data.TASKS),
+    ("model", "model", models.list()),
+    ("loss", "loss", tuple(losses.LOSSES)),
+    ("precision", "precision", tuple(PRECISIONS)),
+    ("--value-fn-precision", "value_fn_precision", ("f32", "bf16")),
+    ("parallel mode", "parallel", parallel.MODES),
+    ("--non-finite policy", "non_finite", NON_FINITE),
+)
+COMBINATIONS: tuple[cli.Rule[Options], ...] = (
+    cli.Rule(
+        lambda o: _loss(o) in data.LOSSES[data.DEFAULTS[o.task].kind],
+        lambda o: (
+            f"--loss {_loss(o)} does not fit the task {o.task}; valid: "
+            f"{', '.join(data.LOSSES[data.DEFAULTS[o.task].kind])}"
+        ),
+    ),
+    cli.Rule(
+        lambda o: not o.label_smoothing or _loss(o) == "cross_entropy",
+        lambda o: f"--label-smoothing is for the loss cross_entropy, not for {_loss(o)}",
+    ),
+    cli.Rule(
+        lambda o: (
+            (o.precision, o.value_fn_precision) == ("f32", "f32")
+            or "dtype" not in (read_model_options(o.model_options) or {})
+        ),
+        lambda o: "--precision decides the model's dtype; leave it out of --model-options",
+    ),
+    cli.Rule(
+        lambda o: o.epochs is None or o.steps is None,
+        lambda o: "--epochs and --steps exclude each other; give one",
+    ),
+    cli.Rule(
+        lambda o: o.curvature_batch_size is None or _method(o).refresh_every is not None,
+        lambda o: (
+            f"--curvature-batch-size: method {_method(o).name} uses no curvature; leave it out"
+        ),
+    ),
+    cli.Rule(
+        lambda o: o.workers is None or _method(o).per_worker,
+        lambda o: (
+            f"--workers: with method {_method(o).name} all devices keep the same "
+            "parameters; leave it out"
+        ),
+    ),
+)
+
+
+def _no_more_than_examples(name: str) -> cli.Rule[Plan]:
+    return cli.Rule(
+        lambda p: (getattr(p, name) or 0) <= len(p.task.train),
+        lambda p: (
+            f"--{name.replace('_', '-')} {getattr(p, name)} is more than the {len(p.task.train)} "
+            f"training examples of {p.task.name}"
+        ),
+    )
+
+
+# What they can be wrong in for these data and devices.
+SIZES: tuple[cli.Rule[Plan], ...] = (
+    _no_more_than_examples("batch_size"),
+    _no_more_than_examples("curvature_batch_size"),
+    cli.Rule(
+        lambda p: p.options.accumulate <= _share(p),
+        lambda p: (
+            f"--accumulate {p.options.accumulate} is more than the {_share(p)} examples of a step "
+            "on one device or worker"
+        ),
+    ),
+    cli.Rule(
+        lambda p: p.steps <= cli.COUNT.high,
+        lambda p: (
+            f"--epochs {p.options.epochs} are {p.steps} steps; give at most "
+            f"{int(cli.COUNT.high) // p.steps_per_epoch}"
+        ),
+    ),
+)
+
+
+def _loss(options: Options) -> str:
+    return options.loss or data.DEFAULTS[options.task].loss
+
+
+def _method(options: Options) -> methods.Method:
+    (method,) = methods.get_methods([options.method or data.DEFAULTS[options.task].method])
+    return method
+
+
+def _share(plan: Plan) -> int:
+    return plan.batch_size // max(len(plan.devices), plan.workers or 1)
+
+
+def check(options: Options) -> None:
+    """Checks all that the options alone decide.
 
     Raises:
       ValueError: one line that says which option, what is allowed and how to fix it.
     """
     options.check()
-    cli.check_known("task", options.task, data.TASKS)
-    cli.check_known("model", options.model, models.list())
-    defaults = data.DEFAULTS[options.task]
-    loss = options.loss or defaults.loss
-    losses.find_loss(loss, label_smoothing=options.label_smoothing)
-    if loss not in data.LOSSES[defaults.kind]:
-        raise UsageError(
-            f"--loss {loss} does not fit the task {options.task}; valid: "
-            f"{', '.join(data.LOSSES[defaults.kind])}"
-        )
-    augment = augmentation.parse(options.augment or "")
+    for kind, name, valid in NAMES:
+        cli.check_known(kind, getattr(options, name), valid)
+    _method(options)
+    augmentation.parse(options.augment or "")
+    cli.enforce(COMBINATIONS, options)
+
+
+def resolve(options: Options, task: data.Task, devices: Sequence[jax.Device]) -> Plan:
+    """Fills in the defaults; pure.
+
+    Args:
+      options: options that `check` has passed.
+      task: their task.
+      devices: the devices to run on.
+
+    Returns:
+      The plan.
+
+    Raises:
+      ValueError: a size does not fit the data or the devices, in one line.
+    """
+    defaults, method = task.defaults, _method(options)
     model = options.model or defaults.model
     model_options = read_model_options(options.model_options)
     if model_options is None:
         model_options = dict(defaults.model_options) if model == defaults.model else {}
-    cli.check_known("precision", options.precision, tuple(PRECISIONS))
-    cli.check_known("--value-fn-precision", options.value_fn_precision, ("f32", "bf16"))
-    mixed = options.precision != "f32" or options.value_fn_precision != "f32"
-    if mixed and "dtype" in model_options:
-        raise UsageError("--precision decides the model's dtype; leave it out of --model-options")
-    cli.check_known("parallel mode", options.parallel, parallel.MODES)
-    cli.check_known("--non-finite policy", options.non_finite, NON_FINITE)
-    (method,) = methods.get_methods([options.method or defaults.method])
-    if options.epochs is not None and options.steps is not None:
-        raise UsageError("--epochs and --steps exclude each other; give one")
     rate = options.learning_rate
     if rate is None and method.name == defaults.method:
         rate = defaults.learning_rate
     if rate is None:
         rate = method.learning_rates[len(method.learning_rates) // 2]
-    if options.curvature_batch_size is not None and method.refresh_every is None:
-        raise UsageError(
-            f"--curvature-batch-size: method {method.name} uses no curvature; leave it out"
-        )
-    if options.workers is not None and not method.per_worker:
-        raise UsageError(
-            f"--workers: with method {method.name} all devices keep the same parameters; leave it "
-            "out"
-        )
-
-    devices = find_devices(options.devices)
-    workers = (options.workers or len(devices)) if method.per_worker else None
-    task = data.load_task(options.task, data_dir=options.data_dir, image_size=options.image_size)
-    if augment:
-        augmentation.Augmentation(
-            task.train, augment, seed=options.seed, num_classes=task.num_classes
-        )
     examples = len(task.train)
     batch_size = options.batch_size or defaults.batch_size
     curvature = options.curvature_batch_size
     if curvature is None and method.refresh_every is not None:
         most = min(2 * batch_size, examples)
         curvature = max(most - most % len(devices), 1)
-    for option, size in (
-        ("--batch-size", batch_size),
-        ("--curvature-batch-size", curvature),
-    ):
-        if size is not None and size > examples:
-            raise UsageError(
-                f"{option} {size} is more than the {examples} training examples of {task.name}"
-            )
-        if size is not None:
-            parallel.check_divisible(size, len(devices), option)
-    if workers is not None:
-        parallel.check_divisible(batch_size, workers, "--batch-size", "workers")
-    share = batch_size // max(len(devices), workers or 1)
-    if options.accumulate > share:
-        raise UsageError(
-            f"--accumulate {options.accumulate} is more than the {share} examples of a step on one "
-            "device or worker"
-        )
-
     per_epoch = examples // batch_size
     steps = options.steps or per_epoch * (options.epochs or DEFAULT_EPOCHS)
-    if steps > cli.COUNT.high:
-        raise UsageError(
-            f"--epochs {options.epochs} are {steps} steps; give at most "
-            f"{int(cli.COUNT.high) // per_epoch}"
-        )
     eval_every = min(steps, options.eval_every or per_epoch)
-    return Plan(
+    plan = Plan(
+        options=options,
         task=task,
+        devices=devices,
+        method=method,
         model=model,
         model_options=model_options,
-        loss=loss,
-        label_smoothing=options.label_smoothing,
-        augment=augment,
-        method=method,
+        loss=_loss(options),
+        augment=augmentation.parse(options.augment or ""),
         learning_rate=rate,
         steps=steps,
-        early_stopping=options.early_stopping,
         batch_size=batch_size,
         curvature_batch_size=curvature,
-        accumulate=options.accumulate,
-        precision=options.precision,
-        value_fn_precision=options.value_fn_precision,
-        weight_decay=options.weight_decay,
-        clip=options.clip,
-        ema=options.ema,
-        seed=options.seed,
-        data_workers=options.data_workers,
-        prefetch=options.prefetch,
-        parallel=options.parallel,
-        devices=devices,
-        workers=workers,
-        non_finite=options.non_finite,
+        workers=(options.workers or len(devices)) if method.per_worker else None,
         eval_every=eval_every,
         checkpoint_every=options.checkpoint_every or eval_every,
-        keep=options.keep,
-        profile=options.profile,
-        folder=options.folder,
     )
+    cli.enforce(SIZES, plan)
+    if plan.augment:  # refuses examples that are no images
+        augmentation.Augmentation(
+            task.train, plan.augment, seed=options.seed, num_classes=task.num_classes
+        )
+    parallel.check_divisible(batch_size, len(devices), "--batch-size")
+    if curvature is not None:
+        parallel.check_divisible(curvature, len(devices), "--curvature-batch-size")
+    if plan.workers is not None:
+        parallel.check_divisible(batch_size, plan.workers, "--batch-size", "workers")
+    return plan
 
 
 def find_devices(number: int | None) -> list[jax.Device]:

@@ -25,12 +25,12 @@ from tensorboardX.proto.event_pb2 import Event
 
 import models
 from experiments import data, train
-from experiments.methods import METHODS
+from experiments.methods import METHODS, Method
 from experiments.runs import folders
 from experiments.runs.checkpoints import Checkpoints
-from experiments.training import cluster, engine, loop, settings
+from experiments.training import cluster, engine, settings
 from experiments.training import program as program_module
-from experiments.training.program import build, evaluate, evaluation_batch, statistics
+from experiments.training.program import Program, build, evaluation_batch, statistics
 from tests.experiments.data import test_data
 from tests.experiments.data.test_data import write_sst2
 
@@ -82,7 +82,7 @@ def final_state(folder):
     config = json.loads((folder / "config.json").read_text())["options"]
     names = ("task", "method", "steps", "batch_size", "seed")
     options = settings.Options(devices=1, **{name: config[name] for name in names})
-    program = build(settings.resolve(options))
+    program = build(settings.prepare(options))
     with Checkpoints(folder / "checkpoints") as checkpoints:
         return checkpoints.restore(program.runner.abstract_state(program.make_state)).state
 
@@ -198,7 +198,7 @@ def test_ctrl_c_saves_and_says_how_to_continue(runs, method, monkeypatch, capsys
     assert train.main([*arguments, "--name", "full"]) == 0
 
     before = signal.getsignal(signal.SIGINT)
-    refresh = train.methods.Method.refresh
+    refresh = Method.refresh
 
     def interrupted(self, step, **kwargs):
         if step == 6:
@@ -207,7 +207,7 @@ def test_ctrl_c_saves_and_says_how_to_continue(runs, method, monkeypatch, capsys
 
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(train.methods.Method, "refresh", interrupted)
+        patch.setattr(Method, "refresh", interrupted)
         assert train.main([*arguments, "--name", "stopped"]) == 130
     out, err = capsys.readouterr()
     assert "interrupted: saved step 7 of 12" in out
@@ -374,7 +374,7 @@ def test_profile(runs, capsys):
 
 @pytest.mark.parametrize(("model", "loops"), [("mlp", True), ("cnn", False)])
 def test_convolutions_are_not_put_into_loops_on_a_cpu(model, loops):
-    plan = settings.resolve(settings.Options(model=model, devices=1, accumulate=4))
+    plan = settings.prepare(settings.Options(model=model, devices=1, accumulate=4))
     program = build(plan)
     state = jax.eval_shape(program.make_state)
     x, y = (part[: plan.batch_size] for part in (plan.task.train.x, plan.task.train.y))
@@ -392,7 +392,7 @@ def test_precision_of_what_the_method_evaluates():
             precision="bf16",
             value_fn_precision=value_fn_precision,
         )
-        plan = settings.resolve(options)
+        plan = settings.prepare(options)
         program = build(plan)
         x, y = (part[: plan.batch_size] for part in (plan.task.train.x, plan.task.train.y))
         state = jax.eval_shape(program.make_state)
@@ -410,7 +410,7 @@ def test_early_stopping(runs, monkeypatch, capsys):
     def evaluate(*args):
         return {"loss": next(losses), "accuracy": 0.5}
 
-    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(Program, "evaluate", evaluate)
     quick = ["--devices", "1", "--runs-dir", str(runs), "--name", "run", "--early-stopping", "3"]
     quick += ["--eval-every", "2"]
     # A validation that is no better, NaN included, counts, until there is one that is.
@@ -481,7 +481,7 @@ def test_scores_are_means_over_the_labels_that_count(monkeypatch):
     monkeypatch.setattr(
         program_module, "EVALUATION_BATCH", 4
     )  # of ten rows: two whole batches and a half
-    program = build(settings.resolve(settings.Options(devices=1)))
+    program = build(settings.prepare(settings.Options(devices=1)))
     state = program.runner.init(program.make_state)
     rng = np.random.default_rng(0)
     losses = rng.random((10, 5), np.float32)
@@ -497,14 +497,19 @@ def test_scores_are_means_over_the_labels_that_count(monkeypatch):
         names = ("loss", "accuracy", "counted")
         return {name: jnp.mean(value) for name, value in zip(names, values, strict=True)}
 
-    scores = evaluate(compiled, program.runner, state, task, split)
+    plan = dataclasses.replace(program.plan, task=task)
+    scores = dataclasses.replace(program, plan=plan, compiled_scores=compiled).evaluate(
+        state, split
+    )
     loss = losses[y >= 0].mean()
     np.testing.assert_allclose(scores["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(scores["accuracy"], (losses[y >= 0] > 0.5).mean(), rtol=1e-5)
     np.testing.assert_allclose(scores["perplexity"], np.exp(loss), rtol=1e-5)
     # Of a task without language there is no perplexity.
-    task = dataclasses.replace(task, name="segmentation")
-    scores = evaluate(compiled, program.runner, state, task, split)
+    plan = dataclasses.replace(plan, task=dataclasses.replace(task, name="segmentation"))
+    scores = dataclasses.replace(program, plan=plan, compiled_scores=compiled).evaluate(
+        state, split
+    )
     assert set(scores) == {"loss", "accuracy"}
 
 
@@ -637,15 +642,15 @@ def test_not_finite_for_good_ends_the_run(runs, policy, message, capsys):
 def test_sigterm_saves_and_is_no_failure(runs, monkeypatch, capsys):
     arguments = [*QUICK, "--runs-dir", str(runs), "--name"]
     assert train.main([*arguments, "full"]) == 0
-    advance = loop.Run.advance
+    step = Program.step
 
-    def interrupted(self):
-        if self.done == 6:
+    def interrupted(self, state, *args):
+        if jax.device_get(state.step) == 6:
             signal.raise_signal(signal.SIGTERM)
-        advance(self)
+        return step(self, state, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "advance", interrupted)
+        patch.setattr(Program, "step", interrupted)
         assert train.main([*arguments, "run"]) == 0
     out, err = capsys.readouterr()
     assert "interrupted: saved step 7 of 12" in out
