@@ -49,6 +49,11 @@ def sum_dtype(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32) if has_mean else dtype
 
 
+def as_array(leaf: Any) -> Any:
+    """An array in place of a Python number; anything else as it is."""
+    return jnp.asarray(leaf) if isinstance(leaf, bool | int | float | complex) else leaf
+
+
 def vary_over(tree: chex.ArrayTree, axis_name: str | None) -> chex.ArrayTree:
     """Marks replicated values as differing between the replicas of a ``shard_map`` axis.
 

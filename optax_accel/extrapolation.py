@@ -36,10 +36,10 @@ from optax_accel._arguments import (
     check_number,
     value_of,
 )
+from optax_accel._extra_args import as_objective, check_params, mean_arguments
 from optax_accel._masking import Mask, check_selected, merge, resolve, select, with_fixed_leaves
 from optax_accel._numerics import norm
 from optax_accel._random import as_key, map_with_keys
-from optax_accel.objective import as_objective, check_params, mean_arguments
 
 Direction = Literal[
     "gradient",

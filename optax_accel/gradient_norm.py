@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import optax
 
 from optax_accel._arguments import check_inner, check_number, value_of
+from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select, with_fixed_leaves
 from optax_accel._numerics import norm
-from optax_accel.objective import as_objective, check_params
 
 
 class GNPState(NamedTuple):

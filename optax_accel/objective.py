@@ -38,7 +38,7 @@ from optax_accel._functions import (
     bind_by_name,
     select_named,
 )
-from optax_accel._means import fixed_if_unused, is_inexact, mean_over, vary_over
+from optax_accel._means import as_array, fixed_if_unused, is_inexact, mean_over, vary_over
 from optax_accel._numerics import norm
 from optax_accel.accumulation import mean_over_micro_batches
 
@@ -63,23 +63,24 @@ class Objective:
     Gauss-Newton operator.  ``Objective.from_value_fn(value_fn)`` wraps a plain closure, for which
     everything but the Gauss-Newton products and the outputs is available.
 
-    ``predict`` and ``loss`` (or ``value_fn``) may take further keyword arguments.  They are given
-    by name, either in the call, ``objective(params, x=x, y=y)``, or as extra arguments of
+    ``predict`` and ``loss`` (or ``value_fn``) may take further keyword arguments.  Pass them by
+    name, either in the call, ``objective(params, x=x, y=y)``, or as extra arguments of
     ``tx.update(..., value_fn=objective, x=x, y=y)``, as in Optax's line searches.
 
     **Means.** The loss of a batch is a mean, and wherever a batch is seen in parts (micro-batches,
     the batches of a loader, replicas) the parts are averaged.  By default a micro-batch and a batch
     of a loader count by their number of examples and all replicas count alike, which is right for
-    a mean over examples if replicas have equally many.  It is wrong for a loss that divides by
-    something else, such as the number of valid tokens under a mask: nothing in the batch says so,
-    and a mask among its arguments is not looked at.  Declare what the loss divides by as
-    ``weight``; then value, gradient and all products are those of the whole batch for any split.
+    a mean over examples if all replicas have the same number of them.  It is wrong for a loss that
+    divides by something else, such as the number of valid tokens under a mask: the objective
+    cannot tell, and it does not inspect masks among its arguments.  Return the divisor of the loss
+    from ``weight``; then value, gradient and all products are those of the whole batch for any
+    split.
 
     **Auxiliary outputs.** With ``has_aux``, :meth:`value_and_grad` returns
-    ``((value, aux), gradient)``, as ``jax.value_and_grad`` does; everything else, calls of the
-    objective and :meth:`grad` included, leaves them out.  Over micro-batches and replicas the
+    ``((value, aux), gradient)``, as ``jax.value_and_grad`` does; calls of the objective,
+    :meth:`grad` and all products leave them out.  Over micro-batches and replicas the
     floating-point leaves of ``aux`` are averaged as the loss is; all other leaves (counters, keys)
-    are those of the last micro-batch and of the own replica.  Every micro-batch starts from the
+    are those of the last micro-batch and of this replica.  Every micro-batch starts from the
     same arguments, so the running statistics of batch normalization are those after one step with
     the mean of the micro-batches' statistics; the ``carry`` of :meth:`accumulated` hands them on
     from one micro-batch to the next.
@@ -94,9 +95,9 @@ class Objective:
     and rounding of central differences (Nocedal and Wright 2006, section 8.1), and the norms are
     those of Jacobian-free Newton-Krylov methods (Knoll and Keyes 2004, section 2).  The relative
     error is of the order of :math:`\epsilon^{2/3}` where the loss varies on the scale of 1: in the
-    tests, on small networks, at most 2e-4 in float32 and 1e-9 in float64.  The differences drown in
-    rounding errors where the network computes in half precision: give such a network's float32 form
-    as ``value_fn``.  A product costs two gradients.
+    tests, on small networks, at most 2e-4 in float32 and 1e-9 in float64.  Where the network
+    computes in half precision, rounding errors swamp the differences: pass the float32 form of such
+    a network as ``value_fn``.  A product costs two gradients.
 
     Args:
       predict: maps parameters (any pytree) to outputs (any pytree of float arrays).
@@ -105,21 +106,23 @@ class Objective:
       axis_name: name of the ``pmap``, ``shard_map`` or ``vmap`` axis over which values, gradients
         and products are averaged. ``None`` (default) for one device and for global-view ``jit``,
         where the mean over a sharded batch is global already.
-      weight: function of what it names of the batch (``lambda mask: jnp.sum(mask)``; the parameters
-        are not among it) that returns what the loss of that batch was divided by, a scalar of at
-        least 0: how much a micro-batch, a batch of a loader or a replica counts in a mean. One of
-        weight 0 counts nothing, even where its loss is 0 / 0. ``None`` (default): see above.
-      has_aux: who returns auxiliary outputs. ``True`` or ``"loss"``: ``loss`` returns
+      weight: function of those arguments of the batch that it names, such as
+        ``lambda mask: jnp.sum(mask)``; it does not get the parameters. It returns the number by
+        which the loss of that batch was divided, a scalar of at least 0: the weight of a
+        micro-batch, a batch of a loader or a replica in a mean. A part of weight 0 does not count,
+        even where its loss is 0 / 0. ``None`` (default): micro-batches and batches of a loader
+        count by their number of examples, replicas count alike.
+      has_aux: which functions return auxiliary outputs. ``True`` or ``"loss"``: ``loss`` returns
         ``(value, aux)``; ``"predict"``: ``predict`` returns ``(outputs, aux)``, e.g. new batch
         statistics; ``"both"``: both do, and ``aux`` is the pair ``(of_predict, of_loss)``.
-        ``False`` (default): there are none.
+        ``False`` (default): neither does.
       hvp_mode: how all products are differentiated: with the Hessian, the Gauss-Newton matrix, the
         functional Hessian, Fisher matrices, and the Hessian of the loss at the outputs.
         ``"forward_over_reverse"`` (default) is the cheapest, 1 to 2 gradients a product
         (Pearlmutter 1994). ``"reverse_over_reverse"`` needs no forward-mode derivatives, which
         functions with a ``jax.custom_vjp`` do not have; it differentiates their backward pass.
         ``"finite_difference"`` needs nothing but gradients, for kernels whose backward pass cannot
-        be differentiated, such as fused attention: see below.
+        be differentiated, such as fused attention.
 
     Raises:
       ValueError: unknown ``hvp_mode`` or ``has_aux``.
@@ -139,7 +142,7 @@ class Objective:
       >>> objective.hvp(params, params)["w"].shape
       (3, 2)
 
-      A mean over the valid tokens of a batch, whose parts have different numbers of them:
+      A mean over the valid tokens of a batch, whose parts have different numbers of such tokens:
 
       >>> objective = oa.Objective(
       ...     predict=lambda scale, tokens: scale * tokens,
@@ -204,13 +207,15 @@ class Objective:
 
         Args:
           value_fn: the local loss of a replica; it must not average over ``axis_name`` itself.
-          axis_name: name of the axis of replicas to average over, or ``None``; as for
-            :class:`Objective`.
-          weight: function of what it names of the batch that returns what its loss was divided by,
-            or ``None``; as for :class:`Objective`.
+          axis_name: name of the axis of replicas to average over; ``None`` (default) for one
+            device and for global-view ``jit``.
+          weight: function of those arguments of the batch that it names, which returns the number
+            by which the loss of that batch was divided; ``None`` (default): micro-batches and
+            batches of a loader count by their number of examples, replicas count alike.
           has_aux: whether ``value_fn`` returns a pair ``(value, aux)``, as in
             ``jax.value_and_grad``; :meth:`value_and_grad` then returns it, too.
-          hvp_mode: how Hessian products are differentiated, as for :class:`Objective`.
+          hvp_mode: how Hessian products are differentiated: ``"forward_over_reverse"`` (default),
+            ``"reverse_over_reverse"`` or ``"finite_difference"``, as for :class:`Objective`.
 
         Returns:
           The objective; :meth:`ggn_vp` and :meth:`outputs` raise ``ValueError`` on it.
@@ -250,14 +255,14 @@ class Objective:
 
     @property
     def has_weight(self) -> bool:
-        """Whether the objective declares by what its loss was divided."""
+        """Whether the objective was built with a ``weight``."""
         return self._functions.weight is not None
 
     @property
     def arguments(self) -> tuple[list[str], list[str], bool]:
-        """Names of the keyword arguments taken, of the required ones, and whether ``**`` is."""
+        """The keyword arguments by name, the required ones, and whether ``**`` is taken."""
         functions = self._functions
-        found = [
+        signatures = [
             argument_names(function, skip)
             for function, skip in (
                 (functions.predict, 1),
@@ -266,13 +271,13 @@ class Objective:
             )
             if function is not None
         ]
-        names = [name for names, _, _ in found for name in names]
-        required = [name for _, names, _ in found for name in names]
-        return names, required, any(variadic for *_, variadic in found)
+        names = [name for names, _, _ in signatures for name in names]
+        required = [name for _, names, _ in signatures for name in names]
+        return names, required, any(variadic for *_, variadic in signatures)
 
     @property
     def predict_arguments(self) -> tuple[list[str], list[str], bool]:
-        """As :attr:`arguments`, of ``predict`` alone.
+        """The same as :attr:`arguments`, for ``predict`` alone.
 
         Raises:
           ValueError: the objective was built from a value function.
@@ -285,7 +290,7 @@ class Objective:
     def _copy(
         self, change: Callable[[Any, str], Any] = lambda function, name: function, **attributes: Any
     ) -> Objective:
-        """A copy with other functions, made of those there are, and other attributes."""
+        """A copy with ``change(function, name)`` for each function, and with other attributes."""
         new = self._with_functions(lambda functions: functions.change(change))
         vars(new).update(attributes)
         return new
@@ -345,10 +350,10 @@ class Objective:
         """Fixes some of the keyword arguments that the functions of the objective take.
 
         Args:
-          **kwargs: the arguments; what none of the functions names is ignored.
+          **kwargs: the arguments; those that none of the functions names are ignored.
 
         Returns:
-          An objective of the parameters and of the arguments that are not given here.
+          An objective of the parameters and of the remaining arguments.
         """
 
         def bound(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -408,10 +413,10 @@ class Objective:
         scalar), e.g. to fold it into the key of dropout; it needs a default, for the whole batch.
 
         Args:
-          num_micro_batches: number of parts, at least 1.
-          unroll: static; write the parts out one after the other in place of a ``lax.scan``:
-            for convolutions on a CPU, which are slow in loops. How a batch is divided says
-            :func:`~optax_accel.mean_over_micro_batches`.
+          num_micro_batches: number of micro-batches, at least 1.
+          unroll: static; writes the micro-batches out one after the other instead of in a
+            ``lax.scan``: for convolutions on a CPU, which are slow in loops.
+            :func:`~optax_accel.mean_over_micro_batches` describes how a batch is divided.
           carry: one argument of the functions by name, with its value, that each pass changes and
             returns as its auxiliary output (that of ``predict`` where ``loss`` has one, too), such
             as the running statistics of batch normalization. :meth:`value_and_grad` gives its
@@ -422,10 +427,10 @@ class Objective:
             (default): there is none.
           **batch: arguments of ``predict``, ``loss`` and ``weight``: arrays with a leading axis of
             examples, which are divided, and anything without axes (flags, numbers, strings,
-            ``None``, PRNG keys), which every part is given as it is.
+            ``None``, PRNG keys), which every micro-batch gets unchanged.
 
         Returns:
-          An objective of the parameters, and of the arguments that are not given here.
+          An objective of the parameters and of the remaining arguments.
 
         Raises:
           ValueError: ``num_micro_batches`` is less than 1, or ``carry`` has several entries.
@@ -460,7 +465,7 @@ class Objective:
         """The objective of ``transform(params)``, e.g. of a part of the parameters.
 
         Args:
-          transform: maps the new parameters to the ones this objective takes.
+          transform: maps the new parameters to those that this objective takes.
 
         Returns:
           An objective of the new parameters.
@@ -485,23 +490,24 @@ class Objective:
         """How much a batch counts in a mean over several, or ``None`` if no ``weight`` was given.
 
         Args:
-          **kwargs: the batch, as far as the objective does not hold it.
+          **kwargs: the arguments of the batch that are not bound to the objective.
 
         Returns:
-          A scalar in the widest float dtype: of this replica's whole batch, micro-batches or not.
+          A scalar in the widest float dtype, for this replica's whole batch, whether or not it is
+          divided into micro-batches.
         """
         return self._functions.weight_of(kwargs)
 
     def mean(self, tree: chex.ArrayTree, **kwargs: Any) -> chex.ArrayTree:
-        """The mean over the replicas of what each has computed from its own batch.
+        """The mean over the replicas of values that each has computed from its own batch.
 
-        Replicas count with their ``weight``, or alike if none was given; one of weight 0 counts
-        nothing, even where its value is NaN. Without an ``axis_name`` the tree is returned as it
-        is.
+        Replicas count with their ``weight``, or alike if none was given; a replica of weight 0 does
+        not count, even where its value is NaN. Without an ``axis_name`` the tree is returned
+        unchanged.
 
         Args:
           tree: means over this replica's batch; leaves that are not floating-point pass unchanged.
-          **kwargs: the batch, as far as the objective does not hold it and ``weight`` takes it.
+          **kwargs: arguments of ``weight`` that are not bound to the objective.
 
         Returns:
           A tree like ``tree``, the same on all replicas.
@@ -523,12 +529,12 @@ class Objective:
         return mean_over(self.vary(tree), self.axis_name, self._where)
 
     def vary(self, tree: chex.ArrayTree) -> chex.ArrayTree:
-        """The same values as arrays that ``shard_map`` takes for different between replicas.
+        """Marks values as differing between the replicas of a ``shard_map``, for derivatives.
 
-        What is differentiated there has to be marked so, or JAX sums its gradient over the
-        replicas; the means of this class come on top.
+        JAX sums the gradient with respect to an unmarked value over the replicas, and the means of
+        this class would then be wrong by their number.
         """
-        return vary_over(jax.tree.map(_as_array, tree), self.axis_name)
+        return vary_over(jax.tree.map(as_array, tree), self.axis_name)
 
     def mean_product(
         self,
@@ -536,13 +542,14 @@ class Objective:
         params: chex.ArrayTree,
         **kwargs: Any,
     ) -> Callable[[chex.ArrayTree], chex.ArrayTree]:
-        """The mean over the replicas of a linear function that each has of its own batch.
+        """The mean over the replicas of a linear function that depends on their batches.
 
         Args:
           product: linear function of a pytree like ``params``, itself a pytree
             (``jax.tree_util.Partial``), as the result is: a jitted function can return it.
-          params: whose dtypes the vectors are cast to for the product; the result has their own.
-          **kwargs: the batch, as far as the objective does not hold it and ``weight`` takes it.
+          params: parameters; vectors are cast to their dtypes for the product, and the result back
+            to the dtypes of the vector.
+          **kwargs: arguments of ``weight`` that are not bound to the objective.
 
         Returns:
           The mean, weighted as in :meth:`mean`.
@@ -566,10 +573,10 @@ class Objective:
         """``function(functions, *args)`` of the batch, or its mean over the micro-batches.
 
         Args:
-          wrap: what is done to the function of one micro-batch, e.g. ``jax.checkpoint``, without
-            which a derivative would keep what all of them have computed.
+          wrap: applied to the function of one micro-batch, e.g. ``jax.checkpoint``, without which
+            a derivative would keep the intermediate results of all of them.
           function: a mean over the batch, if ``loss`` is one.
-          *args: its last one are keyword arguments.
+          *args: its arguments; the last one is a dictionary of keyword arguments.
           hand_on: whether the function returns ``(result, next)``, ``next`` for the ``carry`` of
             the micro-batches. The mean then is of the results, and the last ``next`` is returned
             beside it.
@@ -631,7 +638,7 @@ class Objective:
             if missing and isinstance(error, TypeError):
                 raise TypeError(
                     f"Objective: its functions take the arguments {missing}, which were not given; "
-                    f"give them by name: objective(params, {missing[0]}=...).{hint}"
+                    f"pass them by name: objective(params, {missing[0]}=...).{hint}"
                 ) from error
             if hint:
                 error.add_note(hint.strip())
@@ -763,8 +770,8 @@ class Objective:
     def loss_hessian(self, outputs: chex.ArrayTree, **kwargs: Any) -> LinearFunction:
         """The Hessian of ``loss`` at network outputs, as a linear function of a pytree like them.
 
-        It is that of this replica's whole batch, neither micro-batches nor replicas are averaged,
-        and differentiated by ``hvp_mode``.
+        It is that of this replica's whole batch, without means over micro-batches or replicas,
+        differentiated as ``hvp_mode`` says.
 
         Raises:
           ValueError: the objective was built from a value function.
@@ -842,7 +849,7 @@ class Objective:
             return self._over_parts(jax.checkpoint, one, params, *given)
 
         params = self.vary(params)
-        # Differences move the parameters, while what is held fixed stays at these.
+        # Differences move the parameters; values that are held fixed are computed at these.
         base = params if self.hvp_mode == "finite_difference" else None
         product = derivative(self.hvp_mode, gradient, params, (base, kwargs), norm)
         return self.mean_product(product, params, **kwargs)
@@ -850,7 +857,7 @@ class Objective:
 
 _INJECTED = (
     " It was called with a step count in place of parameters: optax.inject_hyperparams takes every "
-    "callable for a schedule. Use optax_accel.inject_hyperparams, or tell Optax's that it is none: "
+    "callable for a schedule. Use optax_accel.inject_hyperparams, or declare the objective static: "
     'static_args="objective".'
 )
 
@@ -861,10 +868,6 @@ def _is_count(params: chex.ArrayTree) -> bool:
         and not params.ndim
         and jnp.issubdtype(params.dtype, jnp.integer)
     )
-
-
-def _as_array(leaf: Any) -> Any:
-    return jnp.asarray(leaf) if isinstance(leaf, bool | int | float | complex) else leaf
 
 
 def _apply(
@@ -880,90 +883,3 @@ def _apply(
     tangent = jax.tree.map(lambda v, p: v.astype(p.dtype), vector, params)
     result = mean_over(product(vary_over(tangent, axis_name)), axis_name, where, weight)
     return jax.tree.map(lambda r, v: r.astype(v.dtype), result, vector)
-
-
-def mean_arguments(
-    updates: chex.ArrayTree,
-    extra_args: dict[str, Any],
-    axis_name: str,
-    where: jax.Array | None = None,
-) -> tuple[chex.ArrayTree, dict[str, Any]]:
-    """What ``update`` is given by each replica, averaged: the gradient, ``value`` and ``grad``.
-
-    Replicas count with the ``weight`` of an Objective among the arguments, ``value_fn``.
-    """
-    given = {name: extra_args[name] for name in ("value", "grad") if name in extra_args}
-    if given.get("grad") is updates:  # not sent twice
-        del given["grad"]
-    objective = extra_args.get("value_fn")
-    weight = None
-    if isinstance(objective, Objective):
-        weight = objective.bind(**extra_args).batch_weight()
-    values = vary_over(jax.tree.map(_as_array, (updates, given)), axis_name)
-    updates, given = mean_over(values, axis_name, where, weight)
-    if "grad" in extra_args:
-        given.setdefault("grad", updates)
-    return updates, extra_args | given
-
-
-def as_objective(
-    value_fn: Objective | ValueFn | None,
-    extra_args: dict[str, Any],
-    *,
-    method: str,
-    params: chex.ArrayTree,
-    why: str,
-    argument: str = "value_fn",
-    needs_outputs: bool = False,
-) -> Objective:
-    """What a method makes of the ``value_fn`` extra argument of its ``update``.
-
-    Args:
-      value_fn: an :class:`Objective` or a function ``value_fn(params, **kwargs) -> scalar``.
-      extra_args: the extra arguments of ``update``; those that ``value_fn`` names are bound to it.
-      method: name of the calling method, for messages.
-      params: the parameters given to ``update``.
-      why: what the method evaluates the loss for, for messages.
-      argument: name of the extra argument, for messages.
-      needs_outputs: whether a plain function will not do, for messages.
-
-    Returns:
-      An objective of the parameters alone.
-
-    Raises:
-      ValueError: ``value_fn`` or ``params`` is missing, or ``params`` has masked-out holes.
-      TypeError: ``value_fn`` is not callable or lacks an argument.
-    """
-    call = f"tx.update(grads, state, params, {argument}=objective)"
-    if value_fn is None:
-        plain = " or any function of the parameters that returns the scalar loss"
-        accepted = "(predict, loss)" if needs_outputs else plain
-        raise ValueError(
-            f"{method} needs the extra argument `{argument}` to {why}. Call it as: {call}, with an "
-            f"optax_accel.Objective{accepted}. "
-            "TrainState.apply_gradients of Flax does not hand extra arguments on; in its place "
-            "write:\n"
-            "    updates, opt_state = state.tx.update("
-            f"grads, state.opt_state, state.params, {argument}=objective)\n"
-            "    state = state.replace(step=state.step + 1, opt_state=opt_state, "
-            "params=optax.apply_updates(state.params, updates))"
-        )
-    if not callable(value_fn):
-        raise TypeError(f"{method}: `{argument}` must be callable, got {type(value_fn).__name__}.")
-    check_params(params, method, call)
-    if not isinstance(value_fn, Objective):
-        value_fn = Objective.from_value_fn(value_fn)
-    return value_fn.without_aux.bind(**extra_args)
-
-
-def check_params(params: chex.ArrayTree, method: str, call: str = "tx.init(params)") -> None:
-    """Raises ``ValueError`` if ``params`` is missing or has the holes of ``optax.masked``."""
-    if params is None:
-        raise ValueError(f"{method} needs the parameters. Call it as: {call}.")
-    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
-    if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
-        raise ValueError(
-            f"{method} met a MaskedNode: inside optax.masked or optax.partition the loss cannot be "
-            f"evaluated, because a part of the parameters is hidden. Give {method} its own `mask=` "
-            "instead and chain it outside."
-        )

@@ -40,9 +40,9 @@ from optax_accel._arguments import (
     known_integer,
     value_of,
 )
+from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select, with_fixed_leaves
 from optax_accel.curvature import BlockTracker, Eigenspace, Tracker, blocks
-from optax_accel.objective import as_objective, check_params
 from optax_accel.refresh import RefreshLike, announce_eigenspace, of_eigenspace
 
 # Most directions whose combination is written out as a sum.

@@ -43,9 +43,10 @@ from jax.tree_util import Partial
 
 from optax_accel._arguments import check_choice, check_real_leaves
 from optax_accel._derivatives import Constants, LinearFunction, congruence, jacobian_of
+from optax_accel._extra_args import check_params
 from optax_accel._means import fixed_if_unused, shares_of, weighted
 from optax_accel.curvature import blocks
-from optax_accel.objective import Objective, check_params
+from optax_accel.objective import Objective
 
 Batch = Mapping[str, Any]
 Batches = Iterable[Batch]

@@ -49,9 +49,9 @@ from optax_accel._arguments import (
     known_integer,
     value_of,
 )
+from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select
 from optax_accel._numerics import max_norm, power_of_two
-from optax_accel.objective import as_objective, check_params
 
 # Iterations in the first window (Martens, 2010, section 4.4), and the growth of later ones.
 _FIRST_WINDOW, _GROWTH = 10, 0.5

@@ -52,6 +52,7 @@ from optax_accel._arguments import (
     static_integer,
     value_of,
 )
+from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, with_fixed_leaves
 from optax_accel._random import as_key
 from optax_accel.natural_gradient import factors as stats
@@ -59,11 +60,7 @@ from optax_accel.natural_gradient.estimators import Estimator, Likelihood, outpu
 from optax_accel.natural_gradient.factors import Kronecker
 from optax_accel.natural_gradient.finding import Example, check_example, find, warn_of_diagonals
 from optax_accel.natural_gradient.layers import Block
-from optax_accel.objective import (
-    Objective,
-    as_objective,
-    check_params,
-)
+from optax_accel.objective import Objective
 from optax_accel.refresh import (
     RefreshLike,
     announce_factors,

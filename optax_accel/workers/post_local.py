@@ -21,8 +21,9 @@ import optax
 from jax import lax
 
 from optax_accel._arguments import check_count, check_inner
+from optax_accel._extra_args import mean_arguments
 from optax_accel._means import vary_over
-from optax_accel.objective import Objective, mean_arguments
+from optax_accel.objective import Objective
 from optax_accel.workers.topologies import distance_to, widen
 
 
