@@ -1,4 +1,4 @@
-"""Reads compiled programs: their collectives, the bytes these move, and how often they run."""
+"""Reads compiled programs: their memory, their collectives, and what these cost."""
 
 from __future__ import annotations
 
@@ -9,8 +9,41 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-# XLA has these, too; nothing here makes them, and no cost model below covers them.
+# XLA has these as well, but nothing here makes them and the cost models below do not cover them.
 UNSUPPORTED = ("collective-broadcast", "ragged-all-to-all")
+
+
+class Memory(NamedTuple):
+    """Bytes that a compiled program needs on each device, as the compiler plans it.
+
+    Attributes:
+      temp: of intermediate results.
+      total: of arguments, results and intermediate results together; a donated argument and the
+        result that takes its place count once.
+    """
+
+    temp: int
+    total: int
+
+
+def memory(compiled: Any) -> Memory:
+    """The memory that the compiler has planned for a program.
+
+    >>> import jax
+    >>> memory(jax.jit(lambda x: 2 * x).lower(jax.numpy.zeros(10)).compile()).total
+    80
+
+    Args:
+      compiled: what ``jax.jit(f).lower(...).compile()`` returns.
+
+    Returns:
+      The bytes per device.
+    """
+    planned = compiled.memory_analysis()
+    assert planned is not None  # all platforms of JAX tell
+    total = planned.temp_size_in_bytes + planned.argument_size_in_bytes
+    total += planned.output_size_in_bytes - planned.alias_size_in_bytes
+    return Memory(planned.temp_size_in_bytes, total)
 
 
 class Branch(NamedTuple):
@@ -18,8 +51,8 @@ class Branch(NamedTuple):
 
     Attributes:
       conditional: name of the instruction.
-      number: of this branch, from 0.
-      of: number of branches; at each execution one of them runs.
+      number: index of this branch, from 0.
+      of: number of branches; each execution runs one of them.
     """
 
     conditional: str
@@ -33,12 +66,13 @@ class Collective:
 
     Attributes:
       kind: one of `KINDS`.
-      bytes: of the whole array: what is reduced, scattered, exchanged or passed on by one device;
-        what is there after an all-gather.
-      group: number of devices that take part together; of a permute: of those that send or receive.
-      times: executions per execution of the program (or of the branch): the product of the trip
-        counts of the loops around it; None where one of them is not known.
-      branches: the branches of conditionals in which it stands, the outermost first.
+      bytes: size of the whole array: what one device has reduced, scattered, exchanged or passed
+        on, or what it holds after an all-gather.
+      group: number of devices that take part together; for a permute, of those that send or
+        receive.
+      times: executions per execution of the program (or of the branch), which is the product of the
+        trip counts of the loops around it; None where a trip count is unknown.
+      branches: the branches of conditionals that contain it, the outermost first.
     """
 
     kind: str
@@ -51,8 +85,8 @@ class Collective:
 def collectives(compiled: Any) -> list[Collective]:
     """The collectives in the optimized HLO of a compiled program.
 
-    An asynchronous pair (``-start``, ``-done``) counts once, and so does one that carries several
-    arrays, with the sum of their bytes.
+    An asynchronous pair (``-start``, ``-done``) counts once. So does a collective that carries
+    several arrays; its bytes are their sum.
 
     >>> text = '''HloModule total, num_partitions=8
     ... ENTRY main (x: f32[6,5]) -> f32[6,5] {
@@ -66,14 +100,13 @@ def collectives(compiled: Any) -> list[Collective]:
       compiled: what ``jax.jit(f).lower(...).compile()`` returns, or its ``as_text()``.
 
     Returns:
-      The collectives in the order of the program, those between different devices only.
+      The collectives between different devices, in the order of the program.
 
     Raises:
       ValueError: the text is not a program that this function understands.
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text()
-    found = _Program(text).walk()
-    return [collective for collective in found if collective.group > 1]
+    return [collective for collective in _Program(text).walk() if collective.group > 1]
 
 
 class _Instruction(NamedTuple):
@@ -205,7 +238,8 @@ class Cost(NamedTuple):
 
     Attributes:
       sent: bytes that a worker sends.
-      hops: messages that a worker sends one after the other; each takes the network's latency.
+      hops: messages that a worker sends one after the other, each of which takes the network's
+        latency.
     """
 
     sent: float
@@ -222,8 +256,8 @@ def cost(collective: Collective, workers: int | None = None) -> Cost:
     """What one execution costs, by the usual models.
 
     Around a ring of n workers, an all-gather and a reduce-scatter of b bytes send (n - 1) / n b in
-    n - 1 hops, and an all-reduce is the one after the other; an all-to-all exchanges with each
-    worker in turn; a permute sends all in one hop. No algorithm for these sends less. Recursive
+    n - 1 hops, and an all-reduce is one after the other; an all-to-all exchanges with each worker
+    in turn; a permute sends everything in one hop. No algorithm for these sends less. Recursive
     halving and doubling sends as much in log2 n instead of n - 1 hops.
 
     >>> cost(Collective("all-reduce", bytes=120, group=8))
@@ -231,10 +265,10 @@ def cost(collective: Collective, workers: int | None = None) -> Cost:
 
     Args:
       collective: the collective.
-      workers: n, if it is not the group of the program, but another number.
+      workers: n; None for the size of the collective's own group.
 
     Returns:
-      The cost; of the busiest worker, where some do not send.
+      The cost for the busiest worker.
 
     References:
       Thakur, Rabenseifner, Gropp, `Optimization of collective communication operations in MPICH
@@ -251,26 +285,40 @@ def cost(collective: Collective, workers: int | None = None) -> Cost:
     return Cost(rounds * collective.bytes * (workers - 1) / workers, rounds * (workers - 1))
 
 
-def total_cost(found: Sequence[Collective], workers: int | None = None) -> Cost:
-    """The cost of collectives that all run, as often as their loops say; at least once."""
-    costs = (cost(collective, workers) * (collective.times or 1) for collective in found)
+def total_cost(program: Sequence[Collective], workers: int | None = None) -> Cost:
+    """What several collectives cost together.
+
+    Args:
+      program: the collectives. Each runs as often as the loops around it say, or once where that is
+        unknown.
+      workers: number of workers; None for the size of each collective's own group.
+
+    Returns:
+      The sum of their costs.
+    """
+    costs = (cost(collective, workers) * (collective.times or 1) for collective in program)
     return sum(costs, start=Cost(0.0, 0))
 
 
-def split(found: Sequence[Collective]) -> tuple[list[Collective], list[list[Collective]]]:
-    """Tells apart what every execution does and what conditionals add now and then.
+def sent(program: Sequence[Collective]) -> float:
+    """Bytes that a device sends in all of these collectives."""
+    return total_cost(program).sent
+
+
+def split(program: Sequence[Collective]) -> tuple[list[Collective], list[list[Collective]]]:
+    """Separates what every execution of a program sends from what conditionals add now and then.
 
     Args:
-      found: the collectives of a program.
+      program: the collectives of a program.
 
     Returns:
-      Those that run in any case, of a conditional those of its cheapest branch; and for each
-      conditional that has a dearer branch those of its dearest.
+      The collectives that run in any case, which for a conditional are those of its cheapest
+      branch; and, for each conditional that has a dearer branch, those of its dearest one.
     """
     always: list[Collective] = []
     sometimes: list[list[Collective]] = []
     conditionals: dict[str, list[list[Collective]]] = {}
-    for collective in found:
+    for collective in program:
         if not collective.branches:
             always.append(collective)
             continue
@@ -285,8 +333,3 @@ def split(found: Sequence[Collective]) -> tuple[list[Collective], list[list[Coll
         if sent(high) > sent(low):
             sometimes.append(high)
     return always, sometimes
-
-
-def sent(found: Sequence[Collective]) -> float:
-    """Bytes that a device sends in all of these collectives."""
-    return total_cost(found).sent

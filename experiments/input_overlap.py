@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import numpy as np
 
-from experiments import cli, data
+from experiments import cli, data, timing
 from experiments.reporting import tables
 from experiments.training import settings
 from experiments.training.program import build
@@ -150,21 +151,23 @@ def measure(
             seconds = (time.perf_counter() - begin) / steps
         return seconds, events
 
-    if delay is None:
-        delay = statistics.median(run(0.0, ahead=True)[0] for _ in range(3))
-    times: dict[str, list[float]] = {}
+    late = statistics.median(run(0.0, True)[0] for _ in range(3)) if delay is None else delay
     events: list[Event] = []
-    for _ in range(rounds):
-        for name, arguments in (
-            ("no_delay", (0.0, True)),
-            ("in_turn", (delay, False)),
-            ("queued", (delay, False, False)),
-            ("prefetched", (delay, True)),
-        ):
-            seconds, events = run(*arguments)
-            times.setdefault(name, []).append(seconds)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return Overlap(delay, **medians, events=tuple(events))
+
+    def prefetched() -> float:
+        nonlocal events
+        seconds, events = run(late, True)
+        return seconds
+
+    timers = {
+        "no_delay": lambda: run(0.0, True)[0],
+        "in_turn": lambda: run(late, False)[0],
+        "queued": lambda: run(late, False, wait=False)[0],
+        "prefetched": prefetched,
+    }
+    seconds = timing.interleave(list(timers.values()), rounds)
+    medians = {name: float(np.median(row)) for name, row in zip(timers, seconds, strict=True)}
+    return Overlap(late, **medians, events=tuple(events))
 
 
 def trace(events: Sequence[Event]) -> str:

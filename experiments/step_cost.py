@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +25,7 @@ import optax
 from flax import nnx
 
 import models
-from experiments import cli
+from experiments import cli, hlo, timing
 from experiments.reporting import tables
 from experiments.training import engine, settings
 from experiments.training.precision import PRECISIONS
@@ -52,30 +50,32 @@ class Cost:
 def measure(
     programs: Mapping[str, Callable[..., Any]], *args: PyTree, rounds: int = 5
 ) -> dict[str, Cost]:
-    """Memory and time of functions of the same arguments; the rounds are interleaved.
+    """Memory and time of functions of the same arguments, timed in interleaved rounds.
 
     >>> costs = measure({"sum": jnp.sum, "sine": lambda x: jnp.sin(x).sum()}, jnp.ones(1000))
     >>> sorted(costs), costs["sum"].seconds > 0
     (['sine', 'sum'], True)
 
     Args:
-      programs: pure functions by name; compiled here.
-      *args: their arguments.
-      rounds: timed calls of each, after one that is not timed.
+      programs: pure functions by name, which are compiled here.
+      *args: the arguments of all of them.
+      rounds: timed calls of each function, after one that is not timed.
+
+    Returns:
+      The cost of each function by its name.
     """
     compiled = {name: jax.jit(fn).lower(*args).compile() for name, fn in programs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in compiled}
-    for _ in range(rounds + 1):
-        for name, program in compiled.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program(*args))
-            seconds[name].append(time.perf_counter() - start)
-    costs = {}
-    for name, program in compiled.items():
-        memory = program.memory_analysis()
-        assert memory is not None  # all of JAX's own platforms tell
-        costs[name] = Cost(memory.temp_size_in_bytes, statistics.median(seconds[name][1:]))
-    return costs
+
+    def timer(program: Callable[..., Any]) -> Callable[[], float]:
+        jax.block_until_ready(program(*args))
+        return lambda: timing.timed(lambda: program(*args))[1]
+
+    seconds = timing.interleave([timer(program) for program in compiled.values()], rounds)
+    medians = np.median(seconds, axis=1).tolist()
+    return {
+        name: Cost(hlo.memory(program).temp, median)
+        for (name, program), median in zip(compiled.items(), medians, strict=True)
+    }
 
 
 def ways(

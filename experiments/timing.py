@@ -1,4 +1,4 @@
-"""Times compiled calls side by side, so that a busy moment of the machine hits all of them."""
+"""Times compiled calls side by side, so that a busy moment of the machine slows all of them."""
 
 from __future__ import annotations
 
@@ -6,24 +6,73 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import optax
 
+T = TypeVar("T")
+
+
+def timed(call: Callable[[], T]) -> tuple[T, float]:
+    """Calls a function and waits until the arrays that it returns are computed.
+
+    >>> total, seconds = timed(lambda: jax.numpy.arange(4).sum())
+    >>> int(total), seconds > 0
+    (6, True)
+
+    Args:
+      call: the function.
+
+    Returns:
+      What it returned, and the seconds that this took.
+    """
+    begin = time.perf_counter()
+    result = jax.block_until_ready(call())
+    return result, time.perf_counter() - begin
+
+
+def interleave(timers: Sequence[Callable[[], float]], rounds: int) -> np.ndarray:
+    """Calls every timer once per round, forwards and backwards in turn.
+
+    >>> interleave([lambda: 1.0, lambda: 2.0], rounds=3)
+    array([[1., 1., 1.],
+           [2., 2., 2.]])
+
+    Args:
+      timers: functions that do a piece of work and return the seconds that it took.
+      rounds: number of rounds.
+
+    Returns:
+      The seconds, with one row per timer and one column per round.
+    """
+    seconds = np.empty((len(timers), rounds))
+    for i in range(rounds):
+        order = range(len(timers))
+        for j in order if i % 2 == 0 else reversed(order):
+            seconds[j, i] = timers[j]()
+    return seconds
+
+
+def quartiles(values: Any) -> list[float]:
+    """The lower quartile, the median and the upper quartile of all elements of an array."""
+    return [float(value) for value in np.quantile(values, [0.25, 0.5, 0.75])]
+
 
 @dataclasses.dataclass
 class Case:
-    """One thing to time.
+    """A repeated call to time, such as a training step.
 
     Attributes:
-      name: what is shown.
-      base: name of the case it is compared with; None for a base.
-      call: makes one call from the step number and the carried buffers, which it may donate.
+      name: what tables show.
+      base: name of the case that it is compared with; None for a base.
+      call: takes the number of the step and the carried buffers, which it may donate; returns new
+        buffers.
       carry: the buffers.
       period: calls per timing, a multiple of the method's refresh period.
-      target: highest acceptable ratio.
+      target: highest acceptable ratio to the base; None for no target.
+      step: number of calls so far.
     """
 
     name: str
@@ -59,29 +108,22 @@ def measure(cases: Sequence[Case], repeats: int, warm_ups: int = 2) -> list[dict
         for _ in range(warm_ups):
             case.time()
     base, *others = cases
-    own: dict[str, list[float]] = {case.name: [] for case in cases}
-    ratios: dict[str, list[float]] = {case.name: [] for case in others}
-    for i in range(repeats):
-        for case in others:
-            pair = (base, case) if i % 2 == 0 else (case, base)
-            seconds = {member.name: member.time() for member in pair}
-            for name, value in seconds.items():
-                own[name].append(value)
-            ratios[case.name].append(seconds[case.name] / seconds[base.name])
-    return [
-        {
-            "name": case.name,
-            "base": case.base,
-            "milliseconds": [1000 * value for value in _quartiles(own[case.name])],
-            "ratio": None if case is base else _quartiles(ratios[case.name]),
-            "target": case.target,
-        }
-        for case in cases
-    ]
-
-
-def _quartiles(values: Sequence[float]) -> list[float]:
-    return [float(value) for value in np.quantile(values, [0.25, 0.5, 0.75])]
+    pairs = [case for other in others for case in (base, other)] or [base]
+    seconds = interleave([case.time for case in pairs], repeats)
+    base_seconds, other_seconds = seconds[::2], seconds[1::2]
+    rows = []
+    for i, case in enumerate(cases):
+        times = other_seconds[i - 1] if i else base_seconds
+        rows.append(
+            {
+                "name": case.name,
+                "base": case.base,
+                "milliseconds": quartiles(1000 * times),
+                "ratio": quartiles(times / base_seconds[i - 1]) if i else None,
+                "target": case.target,
+            }
+        )
+    return rows
 
 
 def machine() -> dict[str, Any]:
