@@ -35,18 +35,18 @@ from experiments import cli, methods, timing
 from experiments.cli import UsageError
 from experiments.reporting import ensembles as reporting
 from experiments.reporting import figures
-from experiments.reporting.ensembles import KINDS, Record
+from experiments.reporting.ensembles import Record
 from experiments.runs import folders
 from experiments.runs.records import number
 from experiments.runs.study import claim_results, write_results
 from experiments.training import comparison
 from experiments.training.calibration import BINS
 from experiments.training.ensembles import (
+    KINDS,
     SCHEDULES,
     best_rate,
     snapshot_cycle,
-    train_members,
-    train_snapshots,
+    train_kind,
     validate,
 )
 from experiments.training.replicas import Plan
@@ -140,20 +140,12 @@ def _rates(options: Options) -> list[float]:
 def run(options: Options, plan: Plan, kind: str, rates: Sequence[float]) -> Record:
     """Trains the ensembles of one kind at all rates; returns the results at the best one."""
     (method,) = plan.methods
-    members = 1 if kind == "single" else options.members
-    if kind == "snapshot":
-        ensembles = train_snapshots(plan, method, rates, members)
-    else:
-        share = dataclasses.replace(plan, steps=plan.steps // members)
-        make = SCHEDULES[options.schedule]
-        ensembles = train_members(
-            share, method, rates, members, schedule=lambda rate: make(rate, share.steps)
-        )
+    ensembles = train_kind(kind, plan, method, rates, options.members, options.schedule)
     best = best_rate(ensembles)
     chosen = [ensemble for ensemble in ensembles if ensemble.learning_rate == best]
     return {
         "kind": kind,
-        "members": members,
+        "members": len(chosen[0].members),
         "steps": chosen[0].steps,
         "gradient_evaluations": chosen[0].gradient_evaluations,
         "learning_rate": best,

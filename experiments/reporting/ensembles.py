@@ -14,14 +14,14 @@ from experiments.reporting import figures
 from experiments.reporting.statistics import mean_and_error
 from experiments.reporting.tables import percent, table
 
-KINDS = ("single", "independent", "snapshot")
 Record = dict[str, Any]
+COLORS = dict(zip(("single", "independent", "snapshot"), figures.COLORS, strict=False))
 
 
 def _values(record: Record, key: str, what: str, place: int | None = None) -> list[float]:
     """A test score of each seed: of one member or average, or the mean over them."""
-    found = [[row[key] for row in seed["test"][what]] for seed in record["seeds"]]
-    return [statistics.fmean(own) if place is None else own[place] for own in found]
+    by_seed = [[row[key] for row in seed["test"][what]] for seed in record["seeds"]]
+    return [statistics.fmean(values) if place is None else values[place] for values in by_seed]
 
 
 def on_edge(record: Record, rates: Sequence[float]) -> bool:
@@ -76,7 +76,7 @@ def picture(records: Sequence[Record], title: str) -> Figure:
     for axes, (key, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         figures.frame(axes)
         for record in records:
-            color = figures.COLORS[KINDS.index(record["kind"])]
+            color = COLORS[record["kind"]]
             numbers = range(1, record["members"] + 1)
             means = [
                 100 * statistics.fmean(_values(record, key, "averages", m - 1)) for m in numbers
@@ -85,8 +85,8 @@ def picture(records: Sequence[Record], title: str) -> Figure:
                 axes.axhline(means[0], color=color, linestyle="--", label="single")
                 continue
             axes.plot(numbers, means, color=color, marker="o", label=f"{record['kind']}: average")
-            own = [100 * statistics.fmean(_values(record, key, "members", -m)) for m in numbers]
-            axes.scatter(numbers, own, color=color, marker="x", alpha=0.6, label="its members")
+            members = [100 * statistics.fmean(_values(record, key, "members", -m)) for m in numbers]
+            axes.scatter(numbers, members, color=color, marker="x", alpha=0.6, label="its members")
         axes.set_xlabel("m, the number of members averaged (x: the m-th last member)")
         axes.set_ylabel(label)
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -37,7 +37,7 @@ def average(probabilities: Any, last: int | None = None) -> np.ndarray:
       `(examples, classes)`, float64.
 
     Raises:
-      ValueError: another shape, or there are not so many members.
+      ValueError: another shape, or fewer than `last` members.
     """
     probabilities = np.asarray(probabilities, np.float64)
     if probabilities.ndim != 3 or not len(probabilities):
@@ -69,7 +69,7 @@ def calibration_error(probabilities: Any, labels: Any, bins: int = BINS) -> floa
       A number between 0, calibrated, and 1, sure and wrong.
 
     Raises:
-      ValueError: wrong shapes, no bin, or rows that are no probabilities.
+      ValueError: wrong shapes, no bin, or rows that are not probabilities.
     """
     probabilities, labels = _check(probabilities, labels)
     if bins < 1:
@@ -91,7 +91,7 @@ def scores(probabilities: Any, labels: Any, bins: int = BINS) -> dict[str, float
     Args:
       probabilities: `(examples, classes)`.
       labels: integers, `(examples,)`.
-      bins: as in `calibration_error`.
+      bins: number of bins of the calibration error; 15 in the paper.
 
     Returns:
       `accuracy`, `nll` (infinite where a label has probability 0) and `calibration_error`. A
@@ -99,7 +99,7 @@ def scores(probabilities: Any, labels: Any, bins: int = BINS) -> dict[str, float
       infinite, calibration error NaN.
 
     Raises:
-      ValueError: as in `calibration_error`.
+      ValueError: wrong shapes, no bin, or rows that are not probabilities.
     """
     if not np.all(np.isfinite(probabilities)):
         return {"accuracy": 0.0, "nll": math.inf, "calibration_error": math.nan}

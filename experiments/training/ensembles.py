@@ -26,6 +26,7 @@ from experiments.methods import Method
 from experiments.training.calibration import BINS, average, scores
 from experiments.training.replicas import FETCH_EVERY, Plan, Replica, Trainer
 
+KINDS = ("single", "independent", "snapshot")
 # The schedules of members that are not snapshots, made from the rate and the number of steps.
 SCHEDULES: dict[str, Callable[[Any, int], Any]] = {
     "cosine": lambda rate, steps: oa.snapshot_schedule(rate, steps, 1),
@@ -60,18 +61,52 @@ class Ensemble:
 
         Args:
           split: "validation" or "test".
-          bins: as in `calibration_error`.
+          bins: number of bins of the calibration error.
 
         Returns:
           `{"members": one per member, "averages": one per m}`; the last average is the ensemble's.
         """
-        found, labels = self.probabilities[split], self.labels[split]
+        members, labels = self.probabilities[split], self.labels[split]
         return {
-            "members": [scores(own, labels, bins) for own in found],
+            "members": [scores(member, labels, bins) for member in members],
             "averages": [
-                scores(average(found, last), labels, bins) for last in range(1, len(found) + 1)
+                scores(average(members, last), labels, bins) for last in range(1, len(members) + 1)
             ],
         }
+
+
+def train_kind(
+    kind: str,
+    plan: Plan,
+    method: Method,
+    learning_rates: Sequence[float],
+    members: int,
+    schedule: str = "cosine",
+) -> list[Ensemble]:
+    """Trains ensembles of one kind with a budget that is the same for all kinds.
+
+    Args:
+      kind: one of `KINDS`.
+      plan: the whole budget: `plan.steps` steps for all members of an ensemble together.
+      method: how they are trained.
+      learning_rates: for each of them ensembles are trained.
+      members: number of members of an ensemble; of a ``"single"`` network always 1.
+      schedule: one of `SCHEDULES`, for members that are not snapshots.
+
+    Returns:
+      The ensembles, learning rate by learning rate, in the order of their seeds.
+
+    Raises:
+      ValueError: the method or the loss makes no ensembles, or the steps are too few.
+    """
+    if kind == "snapshot":
+        return train_snapshots(plan, method, learning_rates, members)
+    members = 1 if kind == "single" else members
+    share = dataclasses.replace(plan, steps=plan.steps // members)
+    make = SCHEDULES[schedule]
+    return train_members(
+        share, method, learning_rates, members, schedule=lambda rate: make(rate, share.steps)
+    )
 
 
 def train_members(
@@ -141,7 +176,8 @@ def train_snapshots(
       the order in which they were taken.
 
     Raises:
-      ValueError: as in `train_members`, or so many cycles do not fit in the steps.
+      ValueError: no members, a method whose workers keep a state of their own, a loss that does
+        not make probabilities of softmax, or more cycles than fit into the steps.
     """
     trainer = _trainer(plan, method, members, max_replicas)
     cycle = snapshot_cycle(plan.steps, members)
@@ -165,7 +201,7 @@ def snapshot_cycle(steps: int, members: int) -> int:
       members: number of cycles.
 
     Raises:
-      ValueError: there are not so many cycles of that length in so many steps.
+      ValueError: that many cycles of equal length do not fit into the steps.
     """
     if members > steps:
         raise ValueError(f"{members} members need at least {members} steps, got {steps}")
@@ -180,14 +216,14 @@ def snapshot_cycle(steps: int, members: int) -> int:
 
 def validate(ensembles: Sequence[Ensemble]) -> dict[float, dict[str, float]]:
     """For each learning rate the mean accuracy and NLL of its ensembles' validation predictions."""
-    found: dict[float, list[dict[str, float]]] = {}
+    by_rate: dict[float, list[dict[str, float]]] = {}
     for ensemble in ensembles:
         prediction = average(ensemble.probabilities["validation"])
         values = scores(prediction, ensemble.labels["validation"])
-        found.setdefault(ensemble.learning_rate, []).append(values)
+        by_rate.setdefault(ensemble.learning_rate, []).append(values)
     return {
         rate: {key: statistics.fmean(row[key] for row in rows) for key in ("accuracy", "nll")}
-        for rate, rows in found.items()
+        for rate, rows in by_rate.items()
     }
 
 
@@ -217,7 +253,7 @@ def _train(
     schedule: Callable[[Any], Any] | None,
     ends: Sequence[int],
 ) -> list[list[tuple[Any, Any]]]:
-    """(params, rest) of each run after each of these numbers of steps."""
+    """Trains runs and returns the (params, rest) of each after the numbers of steps in `ends`."""
     if schedule is not None:
         make = method.make
         method = dataclasses.replace(method, make=lambda rate, c: make(schedule(rate), c))
@@ -225,7 +261,7 @@ def _train(
     kept: list[list[tuple[Any, Any]]] = []
     for first in range(0, len(replicas), size):
         chunk = replicas[first : first + size]
-        own: list[list[tuple[Any, Any]]] = [[] for _ in chunk]
+        snapshots: list[list[tuple[Any, Any]]] = [[] for _ in chunk]
         # The last chunk is filled up with copies, so that the compiled program fits.
         runs = trainer.start(method, chunk + [chunk[-1]] * (size - len(chunk)))
         for done in range(1, trainer.plan.steps + 1):
@@ -235,10 +271,10 @@ def _train(
             if done in ends:
                 # Copies, since the next step donates its state.
                 state = (runs.state.params, runs.state.rest)
-                for i, states in enumerate(own):
+                for i, states in enumerate(snapshots):
                     index = (i,) if runs.batched else ...
                     states.append(jax.tree.map(lambda leaf, index=index: leaf[index].copy(), state))
-        kept += own
+        kept += snapshots
     return kept
 
 
@@ -249,7 +285,7 @@ def _ensembles(
     groups: Sequence[list[tuple[Any, Any]]],
     runs: int,
 ) -> list[Ensemble]:
-    """The ensembles with these members, each of so many runs, and what they predict."""
+    """The ensembles that these members make, each of `runs` runs, and their predictions."""
 
     @jax.jit
     def predict(params: Any, rest: Any, x: jax.Array) -> jax.Array:
@@ -279,7 +315,7 @@ def _ensembles(
 
 
 def _softmax(outputs: jax.Array) -> np.ndarray:
-    """In double precision, where hardly a probability is 0."""
+    """Probabilities in double precision, in which hardly one of them is 0."""
     logits = np.asarray(outputs, np.float64)
     with np.errstate(invalid="ignore"):  # of a diverged training
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))

@@ -11,6 +11,7 @@ from scipy import stats
 
 from experiments import survey
 from experiments.methods import METHODS
+from experiments.reporting import survey as report
 
 TINY = ("--steps", "10", "--seeds", "2", "--name", "tiny")
 
@@ -26,14 +27,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_ranks_of_clear_winners_are_certain() -> None:
     values = np.array([[0.5, 0.6, 0.5], [0.9, 0.8, 0.9], [0.7, 0.7, 0.7]])
-    for row, expected in zip(survey.ranks(values, survey.draw(3)), (3, 1, 2), strict=True):
+    for row, expected in zip(report.ranks(values, report.draw(3)), (3, 1, 2), strict=True):
         assert row == {"rank": expected, "low": expected, "high": expected}
 
 
 def test_ranks_of_equals_are_shared_and_of_rivals_uncertain() -> None:
-    equal = survey.ranks([[0.5, 0.6]] * 4, survey.draw(2))
+    equal = report.ranks([[0.5, 0.6]] * 4, report.draw(2))
     assert all(row == {"rank": 2.5, "low": 2.5, "high": 2.5} for row in equal)
-    first, second = survey.ranks([[0.9, 0.5], [0.6, 0.7]], survey.draw(2))
+    first, second = report.ranks([[0.9, 0.5], [0.6, 0.7]], report.draw(2))
     assert (first["rank"], second["rank"]) == (1, 2)
     assert (first["low"], first["high"], second["low"], second["high"]) == (1, 2, 1, 2)
 
@@ -44,8 +45,8 @@ def test_intervals_agree_with_scipy() -> None:
     rows = {
         name: {"accuracy": list(rng.normal(mean, 0.02, 8))} for name, mean in (("a", 1), ("b", 0.9))
     }
-    claim = survey.Claim("", "", "accuracy", "a", "b")
-    verdict = survey.judge(claim, rows, survey.draw(8))
+    claim = report.Claim("", "", "accuracy", "a", "b")
+    verdict = report.judge(claim, rows, report.draw(8))
     difference = np.subtract(rows["a"]["accuracy"], rows["b"]["accuracy"])
     expected = stats.bootstrap(
         (difference,), np.mean, method="percentile", n_resamples=20_000, rng=rng
@@ -65,21 +66,21 @@ def test_intervals_agree_with_scipy() -> None:
 )
 def test_verdicts(better: list[float], verdict: str) -> None:
     rows = {"a": {"speed": better}, "b": {"speed": [0.7, 0.7, 0.7]}}
-    claim = survey.Claim("", "", "speed", "a", "b")
-    assert survey.judge(claim, rows, survey.draw(3))["verdict"] == verdict
+    claim = report.Claim("", "", "speed", "a", "b")
+    assert report.judge(claim, rows, report.draw(3))["verdict"] == verdict
 
 
 def test_an_ensemble_is_held_against_its_members() -> None:
     rows = {"a": {"accuracy": [0.9, 0.8], "member_accuracy": [0.7, 0.7]}}
-    claim = survey.Claim("", "", "accuracy", "a", "a", of_members=True)
-    assert survey.judge(claim, rows, survey.draw(2))["difference"] == pytest.approx(0.15)
+    claim = report.Claim("", "", "accuracy", "a", "a", of_members=True)
+    assert report.judge(claim, rows, report.draw(2))["difference"] == pytest.approx(0.15)
 
 
 def test_claims_are_about_contestants() -> None:
     later = {"kfac", "ekfac", "hessian_free"}  # where the catalogue has them
-    names = {*survey.PLAIN, *survey.ENSEMBLES, *(name + survey.BN for name in survey.BATCH_NORM)}
+    names = {*survey.PLAIN, *survey.ENSEMBLES, *(name + report.BN for name in survey.BATCH_NORM)}
     assert set(survey.PLAIN) <= set(METHODS)
-    for claim in survey.CLAIMS:
+    for claim in report.CLAIMS:
         assert {claim.better, claim.worse} <= names | later
         assert claim.of_members == (claim.better == claim.worse)
         assert claim.quality in ("accuracy", "speed", "calibration")
