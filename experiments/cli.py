@@ -158,7 +158,10 @@ _KINDS: Mapping[type, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the options of all commands have in common; the fields are the options."""
+    """What the options of all commands have in common; the fields are the options.
+
+    A command with many of them divides them into base classes, one for each box of its `--help`.
+    """
 
     limits: ClassVar[Mapping[str, Range]] = {}
     """Ranges of the command's own, which go before those of `LIMITS`."""
@@ -297,18 +300,50 @@ def parse(default: T, argv: Sequence[str] | None, prog: str) -> T:
       UsageError: an option is out of its range, see `Options`.
     """
     complaint = io.StringIO()
+    grouped = _grouped(default)
     try:
         with contextlib.redirect_stderr(complaint):
-            options = tyro.cli(type(default), args=argv, prog=prog, default=default)
+            parsed = tyro.cli(
+                type(grouped),
+                args=argv,
+                prog=prog,
+                default=grouped,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
     except SystemExit as stop:
         if stop.code not in (0, None):
             reason = textwrap.shorten(_first_paragraph(complaint.getvalue()), 500)
-            fields = dataclasses.fields(default)
-            names = (f"--{field.name.replace('_', '-')}" for field in fields)
+            names = (f"--{name.replace('_', '-')}" for name in _flat(grouped))
             fail(f"{reason} Valid options: {' '.join(names)}")
         raise
+    options = type(default)(**_flat(parsed))
     options.check()
     return options
+
+
+def _grouped(default: T) -> Any:
+    """The options as `--help` shows them: those of each base class in a box of their own."""
+    kind = type(default)
+    groups = [base for base in kind.__bases__ if base is not Options]
+    if not groups or "__annotations__" in vars(kind):  # some options are in no base class
+        return default
+    members = []
+    for group in groups:
+        values = {field.name: getattr(default, field.name) for field in dataclasses.fields(group)}
+        title = group.__name__.removesuffix("Options").lower()
+        members.append((title, group, group(**values)))
+    made: Any = dataclasses.make_dataclass(kind.__name__, members, frozen=True)
+    made.__doc__ = kind.__doc__
+    return made()
+
+
+def _flat(grouped: Any) -> dict[str, Any]:
+    """The values of all options by name, those of the groups in their order."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(grouped):
+        value = getattr(grouped, field.name)
+        values |= _flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return values
 
 
 def _first_paragraph(box: str) -> str:

@@ -122,8 +122,10 @@ def train(plan: Plan, program: Program, console: Console) -> int | None:
                 "lower loss"
             )
         elif run.step < plan.steps:
-            place = f"saved step {run.step}" if run.step else "before the first checkpoint"
-            console.print(f"interrupted: {place} of {plan.steps}")
+            saves_what = (
+                f"saved step {run.step} of {plan.steps}" if run.step else "nothing was done"
+            )
+            console.print(f"interrupted: {saves_what}")
             return stopped_by
         scores = program.evaluate(run.state, plan.task.test)
     write_result(plan, run, scores)

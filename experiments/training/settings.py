@@ -24,8 +24,8 @@ NON_FINITE = ("raise", "skip", "rollback")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.Options):
-    """Train one model on one task with one method."""
+class DataOptions(cli.Options):
+    """Data and how they are read."""
 
     task: str = "digits"
     """Data set; an unknown name lists all."""
@@ -34,6 +34,18 @@ class Options(cli.Options):
     Datasets; default: OPTAX_ACCEL_DATA. Digits needs none."""
     image_size: int | None = None
     """Height and width of the pictures of imagenet_folder; default: 224."""
+    augment: str | None = None
+    """Random changes of training images: some of randaugment,crop,flip,cutout,mixup."""
+    data_workers: int = 0
+    """Threads that read and augment batches ahead; 0: one, which also moves them to the device."""
+    prefetch: int = 2
+    """Batches that wait on the device while it computes; 0: each is read when it is needed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions(cli.Options):
+    """The model and its loss."""
+
     model: str | None = None
     """Model; default: the task's own. An unknown name lists all."""
     model_options: str | None = None
@@ -44,32 +56,25 @@ class Options(cli.Options):
     variational autoencoder); default: the task's own."""
     label_smoothing: float = 0.0
     """Share of each label that goes to all classes alike; cross_entropy only, in training only."""
-    augment: str | None = None
-    """Random changes of training images: some of randaugment,crop,flip,cutout,mixup."""
-    method: str | None = None
-    """Training method; default: the task's own, sgd for most. An unknown name lists all."""
-    learning_rate: float | None = None
-    """Learning rate; default: the task's for its own method, else the middle of the method's
-    grid."""
-    epochs: int | None = None
-    """Passes over the training split; default: 10."""
-    steps: int | None = None
-    """Steps, instead of --epochs."""
-    early_stopping: int | None = None
-    """End after so many validations in a row without a lower loss than ever before."""
-    batch_size: int | None = None
-    """Examples per step, over all devices; default: the task's own, 64 for most."""
-    curvature_batch_size: int | None = None
-    """Examples (fixed) for Hessian-vector products; default: twice the batch size."""
-    accumulate: int = 1
-    """Micro-batches of a step, of which one is in memory at a time; on several devices each of them
-    divides its part of the batch. Batch normalization sees one at a time."""
     precision: str = "f32"
     """What the network computes in: f32, bf16, or f16 with a dynamic loss scale, which bf16 does
     not need. Parameters, loss and optimizer are float32."""
     value_fn_precision: str = "f32"
     """What the network computes in where the method evaluates it itself (gradients elsewhere,
     curvature): f32 or bf16."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodOptions(cli.Options):
+    """The training method, and clipping, decay and averages around it."""
+
+    method: str | None = None
+    """Training method; default: the task's own, sgd for most. An unknown name lists all."""
+    learning_rate: float | None = None
+    """Learning rate; default: the task's for its own method, else the middle of the method's
+    grid."""
+    curvature_batch_size: int | None = None
+    """Examples (fixed) for Hessian-vector products; default: twice the batch size."""
     weight_decay: float = 0.0
     """Rate by which parameters shrink a step, times the learning rate, besides the method's own
     step; not biases and normalization."""
@@ -80,6 +85,29 @@ class Options(cli.Options):
     """Decay of a moving average of weights and batch statistics, which is what is evaluated."""
     seed: int = 0
     """Decides initial weights, batches and the method's own randomness."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LengthOptions(cli.Options):
+    """How many steps, of how many examples each."""
+
+    epochs: int | None = None
+    """Passes over the training split; default: 10."""
+    steps: int | None = None
+    """Steps, instead of --epochs."""
+    early_stopping: int | None = None
+    """End after so many validations in a row without a lower loss than ever before."""
+    batch_size: int | None = None
+    """Examples per step, over all devices; default: the task's own, 64 for most."""
+    accumulate: int = 1
+    """Micro-batches of a step, of which one is in memory at a time; on several devices each of them
+    divides its part of the batch. Batch normalization sees one at a time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceOptions(cli.Options):
+    """Devices, and how they share the work."""
+
     parallel: str = "jit"
     """How devices are used: jit (global view), fsdp (the same, with parameters and optimizer state
     spread over the devices), pmap or shard_map."""
@@ -87,19 +115,21 @@ class Options(cli.Options):
     """Devices to use, of all processes; default: all. On a CPU, so many virtual ones are made."""
     workers: int | None = None
     """Workers of a method whose workers keep parameters of their own; default: one per device."""
-    data_workers: int = 0
-    """Threads that read and augment batches ahead; 0: one, which also moves them to the device."""
-    prefetch: int = 2
-    """Batches that wait on the device while it computes; 0: each is read when it is needed."""
-    non_finite: str = "raise"
-    """When loss, parameters or moments are not finite: raise (end the run), skip (leave the step
-    out) or rollback (to the latest checkpoint, going on behind the batch that did it)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderOptions(cli.Options):
+    """What is saved, when and where."""
+
     eval_every: int | None = None
     """Steps between validations; default: one epoch."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; default: as --eval-every."""
     keep: int = 3
     """How many of the latest checkpoints are kept."""
+    non_finite: str = "raise"
+    """When loss, parameters or moments are not finite: raise (end the run), skip (leave the step
+    out) or rollback (to the latest checkpoint, going on behind the batch that did it)."""
     profile: tyro.conf.FlagCreatePairsOff[bool] = False
     """Record a few steps for TensorBoard and Perfetto, into the run's folder."""
     name: str | None = None
@@ -108,6 +138,12 @@ class Options(cli.Options):
     """Where the run's folder is made."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Continue the run in that folder; options that are not given are taken from it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessOptions(cli.Options):
+    """Runs of several processes; see `experiments.launch` for one machine."""
+
     distributed: tyro.conf.FlagCreatePairsOff[bool] = False
     """One of several processes, which find each other by what SLURM, Open MPI, Kubernetes or a
     Cloud TPU tells them."""
@@ -117,6 +153,19 @@ class Options(cli.Options):
     """Number of processes, with --coordinator."""
     process_id: int | None = None
     """Number of this process, from 0, with --coordinator."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(
+    DataOptions,
+    ModelOptions,
+    MethodOptions,
+    LengthOptions,
+    DeviceOptions,
+    FolderOptions,
+    ProcessOptions,
+):
+    """Train one model on one task with one method."""
 
     @property
     def folder(self) -> Path:
