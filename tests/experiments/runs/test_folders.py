@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import io
 import json
 import os
-import threading
-import typing
 from pathlib import Path
 
 import pytest
 
 from experiments import cli
 from experiments.cli import UsageError
-from experiments.reporting import tables
 from experiments.runs import folders
 from experiments.runs.metric_files import MetricFiles
 from experiments.runs.records import read_json, read_record, write_record
 from experiments.runs.study import claim_results, write_results
-
-COMMANDS = (
-    *("bench", "brief_review", "compare", "ensembles", "fault_drill", "input_overlap", "launch"),
-    *("lr_range_test", "natural_gradient", "scaling", "solvers", "step_cost", "subspace_study"),
-    *("survey", "trackers", "train"),
-)
-
 
 # Names ------------------------------------------------------------------------------------------
 
@@ -82,44 +69,6 @@ def test_names_are_checked_by_where_they_lead(tmp_path):
     assert folders.locate(runs, "same", "a") == runs / "same"
     (tmp_path / "other").symlink_to(runs)
     assert folders.locate(tmp_path / "other", "a", "b") == tmp_path / "other" / "a"
-
-
-# Options ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_number_of_every_command_has_a_range(name, capsys):
-    command = importlib.import_module(f"experiments.{name}")
-    options = command.Options()
-    options.check()
-    hints = typing.get_type_hints(command.Options)
-    for field in dataclasses.fields(options):
-        kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
-        if int not in kinds and float not in kinds:
-            continue
-        wrong = [-1, 10**30, "abc", [], True] if int in kinds else [-1.0, float("nan"), "abc", {}]
-        for value in wrong:
-            with pytest.raises(UsageError, match=f"--{field.name.replace('_', '-')} must be"):
-                dataclasses.replace(options, **{field.name: value}).check()
-        option = f"--{field.name.replace('_', '-')}"
-        assert command.main([option, "-1"]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith(f"error: {option} must be ")
-        assert error.count("\n") == 1
-
-
-def test_ranges():
-    for limits, value, problem in (
-        (cli.COUNT, 1, None),
-        (cli.COUNT, 0, "at least 1"),
-        (cli.COUNT, 2**31, "at most 2147483647"),
-        (cli.POSITIVE, 1e-300, None),
-        (cli.POSITIVE, float("inf"), "positive and finite"),
-        (cli.Range(0, 1, "[)"), 0.0, None),
-        (cli.Range(0, 1, "[)"), 1.0, "at least 0 and below 1"),
-        (cli.Range(0, 1, "(]"), float("nan"), "more than 0 and at most 1"),
-    ):
-        assert limits.problem(value) == problem
 
 
 # Folders ----------------------------------------------------------------------------------------
@@ -186,21 +135,6 @@ def test_a_folder_is_one_process_s(tmp_path):
 # Files ------------------------------------------------------------------------------------------
 
 
-def test_write_atomic_by_several_at_once(tmp_path):
-    path = tmp_path / ("a" * 250)  # no room for a longer name
-    contents = [bytes([i]) * 100_000 for i in range(8)]
-    threads = [threading.Thread(target=cli.write_atomic, args=(path, c)) for c in contents]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert path.read_bytes() in contents
-    assert [*tmp_path.iterdir()] == [path]
-    with pytest.raises(IsADirectoryError):
-        cli.write_atomic(tmp_path, "a")
-    assert [*tmp_path.iterdir()] == [path]
-
-
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -240,40 +174,3 @@ def test_records_notice_any_change(tmp_path):
         path.write_text(content)
         with pytest.raises(UsageError, match=r"a\.json is damaged .*; delete it, so that"):
             read_record(path)
-
-
-# Output -----------------------------------------------------------------------------------------
-
-
-def test_what_the_system_refuses_is_one_line(tmp_path, capsys):
-    @cli.command
-    def main(argv=None):
-        cli.write_atomic(tmp_path / "no" / "folder", "")
-        return 0
-
-    assert main() == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: [Errno 2] No such file or directory: ")
-    assert error.count("\n") == 1
-    (tmp_path / "a").mkdir()
-    cli.check_file("--json", tmp_path / "b" / "c.json")
-    with pytest.raises(UsageError, match=r"--json .*a is not a file; give another one"):
-        cli.check_file("--json", tmp_path / "a")
-
-
-def test_names_are_shown_as_they_are(monkeypatch, capsys):
-    for name in ("[/b]", "[red]x[/red]", ":smile:", "[link=http://a]b"):
-        console = cli.console(80)
-        console.file = io.StringIO()
-        table = tables.table([name], title=name)
-        table.add_row(name)
-        console.print(f"-> {name}", table)
-        assert console.file.getvalue().count(name) == 4
-        assert cli.fail(name) == 2
-        assert capsys.readouterr().err == f"error: {name}\n"
-    console = cli.console(80)
-    console.file = io.StringIO()
-    console.print("a\x1b[31m\udcff")
-    assert console.file.getvalue() == "a\\x1b[31m\\udcff\n"
-    assert cli.fail("a\x1b[31m", 1) == 1
-    assert capsys.readouterr().err == "error: a\\x1b[31m\n"
