@@ -7,7 +7,10 @@ A module that would have the name of the function in it starts with an underscor
 from optax_accel.curvature._block_iteration import block_iteration, subspace_sweep
 from optax_accel.curvature._lanczos import lanczos
 from optax_accel.curvature._lobpcg import lobpcg
+from optax_accel.curvature.block_tracker import BlockTracker
 from optax_accel.curvature.eigensolvers import Eigenpairs
+from optax_accel.curvature.exact_tracker import ExactTracker
+from optax_accel.curvature.gradient_tracker import GradientTracker
 from optax_accel.curvature.operators import (
     CurvatureOperator,
     empirical_fisher,
@@ -17,6 +20,7 @@ from optax_accel.curvature.operators import (
     gradient_covariance,
     hessian,
 )
+from optax_accel.curvature.round_robin_tracker import RoundRobinTracker
 from optax_accel.curvature.spectrum import (
     EnergyShares,
     Estimate,
@@ -26,14 +30,7 @@ from optax_accel.curvature.spectrum import (
     spectral_density,
     trace,
 )
-from optax_accel.curvature.tracking import (
-    BlockTracker,
-    Eigenspace,
-    ExactTracker,
-    GradientTracker,
-    RoundRobinTracker,
-    Tracker,
-)
+from optax_accel.curvature.tracking import Eigenspace, Tracker
 
 __all__ = [
     "BlockTracker",

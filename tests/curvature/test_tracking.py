@@ -13,10 +13,19 @@ import optax
 import pytest
 
 import optax_accel as oa
-from optax_accel.curvature import blocks
+from tests.curvature.outlier_network import (
+    PARAMS,
+    SIZE,
+    K,
+    X,
+    Y,
+    as_matrix,
+    exact,
+    network,
+    objective,
+)
 from tests.helpers import tree_allclose, tree_equal
 
-K = 3
 TRACKERS: dict[str, oa.Tracker] = {
     "block": oa.BlockTracker(refresh_every=2, cold_start_products=9, oversampling=1),
     "round_robin": oa.RoundRobinTracker(cold_start_products=9),
@@ -25,29 +34,6 @@ TRACKERS: dict[str, oa.Tracker] = {
     "exact": oa.ExactTracker(refresh_every=4, cold_start_products=30),
 }
 each_tracker = pytest.mark.parametrize("tracker", TRACKERS.values(), ids=TRACKERS)
-
-
-def network(size: int = 6) -> tuple[Any, Any, Any]:
-    """Inputs, targets and parameters of a network with one curvature outlier per output."""
-    rng = np.random.default_rng(0)
-    x = np.float32(0.5 * rng.normal(size=(64, size)) + 1)
-    y = np.eye(K, dtype=np.float32)[np.argmax(x @ rng.normal(size=(size, K)), axis=1)]
-    params = {
-        "w": jnp.asarray(rng.normal(size=(size, 8)) / 3, jnp.float32),
-        "v": jnp.asarray(rng.normal(size=(8, K)) / 4, jnp.float32),
-    }
-    return x, y, params
-
-
-X, Y, PARAMS = jax.tree.map(jnp.asarray, network())
-SIZE = optax.tree.size(PARAMS)
-
-
-def objective(x: Any = X, y: Any = Y) -> oa.Objective:
-    return oa.Objective(
-        lambda p: jnp.tanh(x @ p["w"]) @ p["v"],
-        lambda out: 0.5 * jnp.mean(jnp.sum((out - y) ** 2, axis=-1)),
-    )
 
 
 @functools.cache
@@ -66,23 +52,6 @@ def trainer(tracker: oa.Tracker) -> Any:
         return optax.apply_updates(params, updates), state
 
     return tx, step
-
-
-@jax.jit
-def hessian(params: Any) -> jax.Array:
-    flat, unravel = jax.flatten_util.ravel_pytree(params)
-    return jax.hessian(lambda p: objective()(unravel(p)))(flat)
-
-
-def exact(params: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Leading eigenvalues and eigenvectors (rows) of the Hessian."""
-    values, vectors = np.linalg.eigh(np.asarray(hessian(params), np.float64))
-    return values[::-1][:K], vectors[:, ::-1][:, :K].T
-
-
-def as_matrix(block: Any) -> np.ndarray:
-    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(block)]
-    return np.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
 
 
 @pytest.mark.parametrize(
@@ -107,55 +76,6 @@ def test_follows_the_dominant_subspace(name: str, cosine: float) -> None:
     assert space.rejected == 0
 
 
-def test_gradient_rows_find_the_noise_of_gradients() -> None:
-    """Centered rows span the leading principal directions, whatever their mean."""
-    rng = np.random.default_rng(0)
-    spread = np.concatenate([np.diag([9.0, 6.0, 4.0]), np.zeros((3, SIZE - 3))], axis=1)
-    gradients = np.float32(100 + rng.normal(size=(200, 3)) @ spread + 0.1 * rng.normal(size=SIZE))
-    _, unravel = jax.flatten_util.ravel_pytree(PARAMS)
-    tracker = oa.GradientTracker(rows="gradient", refresh_every=1, decay=0.95, buffer=10)
-    space = tracker.init(PARAMS, K)
-    refresh = jax.jit(lambda space, g: tracker.refresh(space, None, PARAMS, g))
-    assert not tracker.needs_objective
-    for gradient in gradients:
-        space = refresh(space, unravel(jnp.asarray(gradient)))
-    basis = as_matrix(space.basis)
-    # The average starts at the first gradient, and what it then moves is noise as well.
-    assert np.linalg.norm(basis[:, :3]) ** 2 / K > 0.95
-    assert optax.tree.get(space, "seen") == 200
-
-
-def test_outputs_alike_in_all_examples_give_the_gauss_newton_space() -> None:
-    x = np.broadcast_to(X[:1], X.shape)
-    tracker = oa.GradientTracker(decay=0.0)
-
-    @jax.jit
-    def refresh(params: Any) -> Any:
-        space = tracker.refresh(tracker.init(params, K), objective(x), params, params)
-        return space, objective(x).ggn_vp_block(params, space.basis)
-
-    space, products = refresh(PARAMS)
-    scaled = jax.tree.map(
-        lambda b: space.eigenvalues.reshape(-1, *[1] * (b.ndim - 1)) * b, space.basis
-    )
-    tree_allclose(products, scaled, rtol=1e-4)
-
-
-def test_round_robin_is_a_block_sweep_when_parameters_rest() -> None:
-    block, robin = oa.BlockTracker(), oa.RoundRobinTracker()
-    want, got = jax.jit(lambda p: (block.init(p, K), robin.init(p, K)))(PARAMS)
-    tree_equal(got.basis, want.basis)
-    want = jax.jit(lambda s: block.refresh(s, objective(), PARAMS, PARAMS, cold=False))(want)
-    one = jax.jit(lambda s: robin.refresh(s, objective(), PARAMS, PARAMS, cold=False))
-    for i in range(K):
-        assert got.memory.position == i
-        assert not got.ready
-        got = one(got)
-    assert got.memory.position == 0
-    tree_allclose(got.basis, want.basis, rtol=1e-5)
-    tree_allclose(got.eigenvalues, want.eigenvalues, rtol=1e-5)
-
-
 @each_tracker
 def test_counts_products(tracker: oa.Tracker) -> None:
     """As many as are traced or, with a tolerance, at most as many."""
@@ -169,13 +89,6 @@ def test_counts_products(tracker: oa.Tracker) -> None:
     assert got == want
     assert oa.BlockTracker().num_products(PARAMS, SIZE, cold=True) == SIZE
     assert oa.BlockTracker().num_products(PARAMS, 0, cold=True) == 0
-
-
-def test_exact_says_what_it_took() -> None:
-    tracker = oa.ExactTracker(tolerance=1e-3)
-    space = jax.jit(lambda p: tracker.refresh(tracker.init(p, K), objective(), p, p))(PARAMS)
-    assert K < space.memory.num_products <= 20 * K
-    np.testing.assert_allclose(space.eigenvalues, exact(PARAMS)[0], rtol=1e-3)
 
 
 @each_tracker
@@ -281,34 +194,3 @@ def test_sharded_is_unsharded(tracker: oa.Tracker) -> None:
     tree_allclose(together.eigenvalues, alone.eigenvalues, rtol=1e-4)
     projector = [np.einsum("ki,kj->ij", m, m) for m in map(as_matrix, (together[0], alone[0]))]
     np.testing.assert_allclose(projector[0], projector[1], atol=1e-3)
-
-
-def test_more_directions_than_outputs_need_other_rows() -> None:
-    tracker = oa.GradientTracker()
-    with pytest.raises(ValueError, match=r"num_directions=4 needs outputs of shape \(\.\.\., 4\)"):
-        tracker.refresh(tracker.init(PARAMS, 4), objective(), PARAMS, PARAMS)
-    closure = oa.Objective.from_value_fn(lambda p: optax.tree.norm(p))
-    with pytest.raises(ValueError, match="build it with Objective"):
-        tracker.refresh(tracker.init(PARAMS, 3), closure, PARAMS, PARAMS)
-
-
-def test_gradients_need_no_objective() -> None:
-    tx = oa.bulk_sgd(0.1, 1, tracker=oa.GradientTracker(rows="gradient", refresh_every=1, buffer=2))
-    state = tx.init(jnp.ones(3))
-    update = jax.jit(tx.update)
-    for i in range(4):
-        _, state = update(jnp.array([1.0, 0, 0]) * i, state, jnp.ones(3))
-    np.testing.assert_allclose(np.abs(state[1].space.basis), [[1, 0, 0]], atol=1e-6)
-    updates, _ = tx.update(jnp.array([1.0, 2.0, 0]), state, jnp.ones(3), refresh=False)
-    np.testing.assert_allclose(updates, [0, -0.2, 0], atol=1e-6)
-
-
-def test_a_basis_without_gradients_is_zero_not_noise() -> None:
-    tracker = oa.GradientTracker(rows="gradient", refresh_every=1, buffer=1)
-    space = jax.jit(lambda p: tracker.init(p, 2))(jnp.ones(5))
-    refresh = jax.jit(lambda s, row: tracker.refresh(s, None, jnp.ones(5), row))
-    for i in range(5):
-        space = refresh(space, jnp.array([1.0, 0, 0, 0, 0]) * i)
-    gram = blocks.inner(space.basis, space.basis)
-    np.testing.assert_allclose(gram, [[1, 0], [0, 0]], atol=1e-6)
-    assert space.eigenvalues[1] == 0

@@ -1,0 +1,152 @@
+"""Tracking by one curvature product at every step."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optax_accel.curvature import blocks
+from optax_accel.curvature._block_iteration import subspace_sweep
+from optax_accel.curvature.tracking import (
+    CurvatureTracker,
+    Eigenspace,
+    accept,
+    cold_start_products,
+    curvature_operator,
+    load,
+    new_space,
+    random_basis,
+    solve,
+    spectrum_shift,
+    store,
+)
+from optax_accel.objective import Objective
+
+
+class RoundRobinMemory(NamedTuple):
+    """What :class:`RoundRobinTracker` keeps besides the basis.
+
+    Attributes:
+      images: the products with the first rows of the basis that have been made; shaped like the
+        basis.
+      position: number of those products; int32 scalar.
+      shift: scalar added to the spectrum so that its algebraic top leads.
+    """
+
+    images: chex.ArrayTree
+    position: jax.Array
+    shift: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoundRobinTracker(CurvatureTracker):
+    """Block power iteration spread over the steps: one curvature product at each.
+
+    The products with the k rows of the basis are made one a step, each at the parameters of its
+    step; when all are there, Rayleigh-Ritz and orthonormalization give the next basis.  No step is
+    much dearer than the others, and the product stands in no conditional, so that convolutions run
+    at full speed on a CPU also when the graph decides (the Lanczos start apart).  Memory: 2k copies
+    of the parameters.
+
+    Args:
+      refresh_every: steps between products; default 1.
+      cold_start_products: Hessian-vector products of the Lanczos cold start; ``None`` (default):
+        three per direction, at least 20 (fewer only where the dimension is smaller).
+      order: ``"algebraic"`` (default) follows the largest eigenvalues, ``"magnitude"`` the largest
+        in magnitude.
+      curvature: the matrix whose eigenspace is followed: ``"hessian"`` (default) or
+        ``"gauss_newton"`` (needs ``Objective(predict, loss)``).
+      accumulator_dtype: dtype of the linear algebra; ``None`` (default): each leaf's own, but at
+        least float32.
+      storage_dtype: dtype in which the basis and its products are kept between steps, e.g.
+        ``jnp.bfloat16``; ``None`` (default): the dtype of the linear algebra.
+      seed: integer from which the random start is drawn; default 0.
+
+    Raises:
+      ValueError, TypeError: an argument outside its range.
+    """
+
+    refresh_every: int = 1
+
+    def num_products(self, params: chex.ArrayTree, num_directions: int, *, cold: bool) -> int:
+        """Curvature-vector products of one refresh, see :meth:`Tracker.num_products`."""
+        k = min(num_directions, blocks.dimension(params))
+        return min(k, 1) + (cold_start_products(self, params, k) if cold else 0)
+
+    def init(self, params: chex.ArrayTree, num_directions: int) -> Eigenspace:
+        """An eigenspace without an estimate: a random orthonormal basis, not ready."""
+        k = min(num_directions, blocks.dimension(params))
+        basis = random_basis(self, params, k)
+        memory = RoundRobinMemory(
+            images=store(self, jax.tree.map(jnp.zeros_like, basis)),
+            position=jnp.zeros((), jnp.int32),
+            shift=jnp.zeros((), blocks.scalar_dtype(basis)),
+        )
+        return new_space(self, params, basis, k, memory)
+
+    def refresh(
+        self,
+        space: Eigenspace,
+        objective: Objective | None,
+        params: chex.ArrayTree,
+        gradient: chex.ArrayTree,
+        *,
+        cold: bool | None = None,
+    ) -> Eigenspace:
+        """One product, after Lanczos at a cold start. See :meth:`Tracker.refresh`."""
+
+        def start(old: Eigenspace) -> Eigenspace:
+            k = old.eigenvalues.shape[0]
+            values, basis, smallest, _ = solve(
+                self, objective, params, k, num_products=cold_start_products(self, params, k)
+            )
+            shift = spectrum_shift(self, smallest)
+            memory = old.memory._replace(position=jnp.zeros((), jnp.int32), shift=shift)
+            return accept(self, old, values, basis, memory, jnp.isfinite(shift))
+
+        if cold:
+            space = start(space)
+        elif cold is None:
+            space = lax.cond(space.ready, lambda old: old, start, space)
+        return self._advance(space, objective, params)
+
+    def _advance(
+        self, space: Eigenspace, objective: Objective | None, params: chex.ArrayTree
+    ) -> Eigenspace:
+        k = space.eigenvalues.shape[0]
+        images, position, shift = space.memory
+        row = jax.tree.map(
+            lambda b: lax.dynamic_index_in_dim(b, position, keepdims=False), space.basis
+        )
+        image = curvature_operator(self, objective, params)(load(self, row, params))
+        valid = jnp.all(jnp.isfinite(blocks.inner(*[blocks.as_block(image)] * 2)))
+
+        def put(block: jax.Array, new: jax.Array) -> jax.Array:
+            new = jnp.where(valid, new, 0).astype(block.dtype)
+            return lax.dynamic_update_index_in_dim(block, new, position, 0)
+
+        position_after = position + valid
+        space = space._replace(
+            accepted=valid,
+            rejected=space.rejected + ~valid,
+            memory=RoundRobinMemory(jax.tree.map(put, images, image), position_after, shift),
+        )
+
+        def sweep(old: Eigenspace) -> Eigenspace:
+            basis, images = load(self, (old.basis, old.memory.images), (params, params))
+            values, basis, smallest = subspace_sweep(
+                lambda _: images, basis, shift=shift, order=self.order
+            )
+            memory = RoundRobinMemory(
+                images=old.memory.images,
+                position=jnp.zeros((), jnp.int32),
+                shift=jnp.maximum(0.9 * shift, spectrum_shift(self, smallest)),
+            )
+            return accept(self, old, values, basis, memory, jnp.ones((), bool))
+
+        return lax.cond(position_after == k, sweep, lambda old: old, space)
