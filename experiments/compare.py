@@ -29,7 +29,6 @@ import tyro
 import models
 from experiments import cli, data, methods
 from experiments.cli import UsageError
-from experiments.methods.listing import catalogue
 from experiments.reporting import comparison, figures
 from experiments.reporting.summary import COMPARISON, summarize
 from experiments.runs import folders
@@ -117,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
     if options.list:
-        print(catalogue(list(methods.METHODS.values())))
+        print(methods.describe(list(methods.METHODS.values())))
         print(f"tasks: {', '.join(data.CLASSIFICATION)}\nmodels: {', '.join(models.list())}")
         return 0
     with cli.usage():

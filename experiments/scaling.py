@@ -27,7 +27,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from rich.console import Console
 from rich.table import Table
 
@@ -306,31 +305,32 @@ def entries(names: Sequence[str]) -> list[Entry]:
     """The rows of the table on paper that are variants of the given methods."""
     result = [Entry(name, METHODS[name]) for name in ("sgd", "extrap_sgd_local", "bulk_sgd")]
 
-    def post_local(learning_rate: Any, context: Context) -> optax.GradientTransformation:
-        inner = optax.sgd(learning_rate, momentum=0.9, nesterov=True)
-        return oa.post_local_sgd(
-            inner, local_steps=LOCAL_STEPS, switch_step=0, axis_name=context.axis_name
-        )
-
-    method = dataclasses.replace(METHODS["post_local_sgd"], make=post_local)
-    result.append(Entry(f"post_local_sgd, H = {LOCAL_STEPS}", method, LOCAL_STEPS))
+    post_local_sgd = dataclasses.replace(
+        METHODS["post_local_sgd"],
+        from_context=lambda context: {
+            "local_steps": LOCAL_STEPS,
+            "switch_step": 0,
+            "axis_name": context.axis_name,
+        },
+    )
+    result.append(Entry(f"post_local_sgd, H = {LOCAL_STEPS}", post_local_sgd, LOCAL_STEPS))
     for name, topology in TOPOLOGIES.items():
-        make = functools.partial(_dmsgd, topology=topology)
-        method = dataclasses.replace(METHODS["dmsgd"], make=make)
-        result.append(Entry(f"dmsgd, {name}", method, None, topology))
+        # DecentLaM sends the same, but diverges with momentum on the directed topologies.
+        dmsgd = dataclasses.replace(
+            METHODS["dmsgd"], from_context=functools.partial(_on_topology, topology=topology)
+        )
+        result.append(Entry(f"dmsgd, {name}", dmsgd, None, topology))
     return [entry for entry in result if entry.method.name in names]
 
 
-def _dmsgd(
-    learning_rate: Any, context: Context, topology: Callable[[int], oa.topologies.Topology]
-) -> optax.GradientTransformation:
-    # DecentLaM sends the same, but diverges with momentum on the directed topologies.
-    return oa.dmsgd(
-        learning_rate,
-        topology=topology(context.num_workers),
-        axis_name=context.axis_name,
-        consensus_every=0,
-    )
+def _on_topology(
+    context: Context, topology: Callable[[int], oa.topologies.Topology]
+) -> dict[str, Any]:
+    return {
+        "topology": topology(context.num_workers),
+        "axis_name": context.axis_name,
+        "consensus_every": 0,
+    }
 
 
 def on_paper(programs: Programs, entry: Entry, numbers: Sequence[int] = WORKERS) -> list[hlo.Cost]:

@@ -255,8 +255,10 @@ def _train(
 ) -> list[list[tuple[Any, Any]]]:
     """Trains runs and returns the (params, rest) of each after the numbers of steps in `ends`."""
     if schedule is not None:
-        make = method.make
-        method = dataclasses.replace(method, make=lambda rate, c: make(schedule(rate), c))
+        factory = method.factory
+        method = dataclasses.replace(
+            method, factory=lambda rate, **arguments: factory(schedule(rate), **arguments)
+        )
     size = trainer.chunk_size(method, len(replicas))
     kept: list[list[tuple[Any, Any]]] = []
     for first in range(0, len(replicas), size):

@@ -216,7 +216,7 @@ def test_catalogue(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for method in methods.METHODS.values():
         assert f"  {method.name}: {method.summary}\n" in out
-        assert f"{method.fidelity}: {method.paper}, {method.link}\n" in out
+        assert f"{method.fidelity}: {method.paper.authors}, {method.paper.link}\n" in out
         assert f"{method.family}:\n" in out
     costs = {entry.name: entry.extra_cost() for entry in methods.METHODS.values()}
     assert costs["sgd"] == "state 1 x the parameters"

@@ -13,6 +13,7 @@ import pytest
 
 import optax_accel as oa
 from experiments.methods import METHODS
+from tests import methods as gauntlet
 from tests.helpers import least_squares
 
 PROBLEM = least_squares()
@@ -50,14 +51,87 @@ def test_the_grid_of_rates_suits_a_convex_problem(name: str) -> None:
         assert jnp.nanmin(losses) < 0.01, losses
 
 
-def test_every_optimizer_of_the_library_is_in_the_catalogue() -> None:
-    """`learning_rate` comes first in what trains by itself, and the name begins with the method."""
-    ready = {
+@pytest.mark.parametrize("name", METHODS)
+def test_the_forms_of_the_step_repeat_after_a_period(name: str) -> None:
+    method = METHODS[name]
+    forms = [method.refresh(step) for step in range(1, 2 * method.period + 1)]
+    assert forms[: method.period] == forms[method.period :]
+    assert (method.refresh(0) is None) == (method.tracker is None and not method.needs_objective)
+
+
+def test_settings_replace_the_catalogues() -> None:
+    run: dict[str, Any] = {"total_steps": 10, "num_classes": 2, "objective": PROBLEM.objective()}
+    gradients = jax.tree.map(jnp.ones_like, PROBLEM.params)
+
+    def update(tx: optax.GradientTransformation) -> Any:
+        extra = {"value_fn": run["objective"]}
+        return tx.update(gradients, tx.init(PROBLEM.params), PROBLEM.params, **extra)[0]
+
+    for name, settings, expected in (
+        ("sgd", {"momentum": 0.5, "nesterov": True}, optax.sgd(0.1, 0.5, nesterov=True)),
+        ("demon_sgd", {"decay_steps": 3}, oa.demon_sgd(0.1, decay_steps=3)),
+        ("hessian_free", {"max_iterations": 1}, oa.hessian_free(0.1, max_iterations=1)),
+        (
+            "kfac",
+            {"kl_clip": 0.01, "damping": 0.3},
+            oa.kfac(0.1, run["objective"], kl_clip=0.01, damping=0.3),
+        ),
+    ):
+        updates = update(METHODS[name].build(0.1, **run, **settings))
+        jax.tree.map(np.testing.assert_array_equal, updates, update(expected))
+        assert set(settings) <= set(METHODS[name].settings)
+    with pytest.raises(ValueError, match="adamax has no setting 'rho'; its settings are b1, b2, e"):
+        METHODS["adamax"].build(0.1, **run, rho=0.9)
+
+
+# -- nothing is forgotten in one place -------------------------------------------------------------
+
+# The case of the gauntlet that stands for a method of another name. The schedules are the method:
+# one case each shows that momentum SGD, however scheduled, keeps what an optimizer promises.
+CASES = {
+    "amsbound": "adabound amsbound",
+    "cyclical_sgd": "cyclical_schedule",
+    "cyclical2_sgd": "cyclical_schedule",
+    "exp_range_sgd": "cyclical_schedule",
+    "vtpc_sgd": "cyclical_schedule",
+    "snapshot_sgd": "cyclical_schedule",
+    "onecycle_sgd": "onecycle",
+    "onecycle_cosine_sgd": "onecycle",
+    "cosine_momentum_sgd": "onecycle",
+    "linear_momentum_sgd": "onecycle",
+    "exponential_momentum_sgd": "onecycle",
+    "onecycle_momentum_sgd": "onecycle",
+    "weight_norm_sgd": "reparametrize weight_norm",
+    "weight_norm_adam": "reparametrize weight_norm adam",
+    "powerprop_sgd": "reparametrize powerprop",
+    "gnp_sgd": "gnp",
+    "sam_sgd": "gnp sharpness",
+}
+
+
+def ready_made() -> set[str]:
+    """The library's optimizers: `learning_rate` comes first in what trains by itself."""
+    optimizers = {
         name
         for name in oa.__all__
         if inspect.isfunction(function := getattr(oa, name))
         and next(iter(inspect.signature(function).parameters), None) == "learning_rate"
         and "GradientTransformation" in str(inspect.signature(function).return_annotation)
     }
-    assert len(ready) > 10
-    assert {name for name in ready if name not in METHODS} <= {"scale_by_adabound"}
+    assert len(optimizers) > 10
+    return optimizers - {"scale_by_adabound"}
+
+
+def test_every_optimizer_of_the_library_is_in_the_catalogue() -> None:
+    assert ready_made() <= set(METHODS)
+
+
+def test_every_method_of_the_library_has_a_case_in_the_gauntlet() -> None:
+    cases = {case.name for case in gauntlet.OPTIMIZERS} | set(gauntlet.PER_WORKER)
+    ours = {name for name, method in METHODS.items() if method.fidelity != "Optax"}
+    same_name = {name.replace(" ", "_") for name in cases}
+    assert {CASES.get(name, name) for name in ours - same_name} <= cases
+    assert ready_made() <= {name.split()[0] for name in cases}
+    assert set(CASES) <= ours - same_name
+    # And no case without a method.
+    assert cases <= {case for case in cases if case.replace(" ", "_") in ours} | set(CASES.values())

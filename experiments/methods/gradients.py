@@ -1,0 +1,103 @@
+"""Methods that step along another gradient than the batch's: sampled, extrapolated, penalized."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import optax
+
+import optax_accel as oa
+from experiments.methods.method import Method, Paper
+from experiments.methods.optax_methods import ADAM_RATES, SGD_RATES, momentum_sgd
+
+LIN = Paper("Lin et al., 2020", "https://arxiv.org/abs/2006.05720")
+
+
+def _gnp_sgd(learning_rate: Any, *, rho: float, alpha: float) -> optax.GradientTransformation:
+    return oa.gnp(momentum_sgd(learning_rate), rho=rho, alpha=alpha)
+
+
+GRADIENT_SAMPLING = (
+    Method(
+        name="stoch_grad_adam",
+        family="gradient sampling",
+        summary="Adam on a random 80 % of the gradient entries",
+        paper=Paper("Yun, 2023", "https://arxiv.org/abs/2310.17042"),
+        fidelity="as public code",
+        base="adam",
+        learning_rates=ADAM_RATES,
+        factory=functools.partial(oa.stoch_grad_adam, rate=0.8),
+        from_context=lambda context: {"key": context.seed},
+    ),
+)
+
+EXTRAGRADIENT = (
+    Method(
+        name="extrap_sgd",
+        family="extragradient",
+        summary="Nesterov SGD on extrapolated gradients",
+        paper=LIN,
+        fidelity="our reading",
+        base="nesterov_sgd",
+        learning_rates=SGD_RATES,
+        factory=oa.extrap_sgd,
+        gradients_per_step=2,
+    ),
+    Method(
+        name="extrap_sgd_past",
+        family="extragradient",
+        summary="the same, extrapolating with the past gradient",
+        paper=LIN,
+        fidelity="our reading",
+        base="nesterov_sgd",
+        learning_rates=SGD_RATES,
+        factory=functools.partial(oa.extrap_sgd, direction="past"),
+    ),
+    Method(
+        name="extra_adam",
+        family="extragradient",
+        summary="two Adam half-steps that share their moments",
+        paper=Paper("Gidel et al., 2019", "https://arxiv.org/abs/1802.10551"),
+        fidelity="faithful",
+        base="adam",
+        learning_rates=ADAM_RATES,
+        factory=oa.extra_adam,
+        gradients_per_step=2,
+    ),
+    Method(
+        name="optimistic_sgd",
+        family="extragradient",
+        summary="optimistic gradient descent",
+        paper=Paper("Mokhtari et al., 2020", "optax.optimistic_gradient_descent"),
+        fidelity="Optax",
+        base="plain_sgd",
+        learning_rates=SGD_RATES,
+        factory=optax.optimistic_gradient_descent,
+    ),
+)
+
+GRADIENT_NORM = (
+    Method(
+        name="gnp_sgd",
+        family="gradient norm",
+        summary="SGD on the loss and 0.08 times its gradient's norm",
+        paper=Paper("Zhao et al., 2022", "https://arxiv.org/abs/2202.03599"),
+        fidelity="faithful",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        factory=functools.partial(_gnp_sgd, rho=0.1, alpha=0.8),
+        gradients_per_step=2,
+    ),
+    Method(
+        name="sam_sgd",
+        family="gradient norm",
+        summary="SGD on the gradient at the worst point 0.05 away (gnp with alpha = 1)",
+        paper=Paper("Foret et al., 2021", "https://arxiv.org/abs/2010.01412"),
+        fidelity="faithful",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        factory=functools.partial(_gnp_sgd, rho=0.05, alpha=1.0),
+        gradients_per_step=2,
+    ),
+)

@@ -1,0 +1,214 @@
+"""What an entry of the catalogue is: a method, where it comes from and how it is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_accel as oa
+
+# Directions of the subspace in the costs that the catalogue states: one per class of ten.
+COSTED_CLASSES = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a method may need to know about a run besides its learning rate.
+
+    Attributes:
+      total_steps: length of the run, at which schedules end.
+      num_classes: number of classes; the dominant subspace has one direction per class (Gur-Ari
+        et al., 2018).
+      seed: seed of the method's own randomness.
+      axis_name: mesh axis of the workers, for methods with `Method.per_worker`; None for a single
+        worker.
+      num_workers: size of that axis.
+      objective: the loss of a batch like those of the run, for methods with
+        `Method.needs_objective`.
+      likelihood: what the objective's outputs parametrize, such as ``"categorical"``; None lets
+        the loss decide.
+    """
+
+    total_steps: int
+    num_classes: int
+    seed: int = 0
+    axis_name: str | None = None
+    num_workers: int = 1
+    objective: oa.Objective | None = None
+    likelihood: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Paper:
+    """Where a method comes from.
+
+    Attributes:
+      authors: authors and year.
+      link: address of the paper, or the method's name in Optax's documentation.
+    """
+
+    authors: str
+    link: str
+
+
+def _nothing(context: Context) -> Mapping[str, Any]:
+    return {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """One entry of the catalogue.
+
+    Attributes:
+      name: its name on the command line.
+      family: the kind of method, under which the catalogue lists it.
+      summary: what it does, in one line.
+      paper: where it comes from.
+      fidelity: ``"Optax"``, ``"faithful"``, ``"as public code"`` or ``"our reading"``.
+      base: name of the method that it modifies and that its time is compared with; None for a
+        method that modifies no other.
+      learning_rates: the grid that it is tuned on.
+      factory: makes the optimizer from a learning rate and keyword arguments.
+      from_context: the keyword arguments of `factory` that depend on the run.
+      gradients_per_step: mini-batch gradients that a step takes.
+      tracker: how it follows the dominant subspace; None if it does not.
+      period: number of steps after which the forms of the step (`refresh`) repeat.
+      per_worker: whether each worker keeps a state of its own and takes its own gradient.
+      needs_objective: whether it finds the layers of the network in the objective (K-FAC).
+    """
+
+    name: str
+    family: str
+    summary: str
+    paper: Paper
+    fidelity: str
+    base: str | None = None
+    learning_rates: tuple[float, ...]
+    factory: Callable[..., optax.GradientTransformation]
+    from_context: Callable[[Context], Mapping[str, Any]] = _nothing
+    gradients_per_step: int = 1
+    tracker: oa.Tracker | None = None
+    period: int = 1
+    per_worker: bool = False
+    needs_objective: bool = False
+
+    @property
+    def refresh_every(self) -> int | None:
+        """Steps between refreshes of the dominant subspace; None without one."""
+        return None if self.tracker is None else self.tracker.refresh_every
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Names of the hyperparameters that `build` accepts."""
+        return tuple(inspect.signature(self.factory).parameters)[1:]
+
+    def build(
+        self,
+        learning_rate: Any,
+        *,
+        total_steps: int,
+        num_classes: int,
+        seed: int = 0,
+        axis_name: str | None = None,
+        num_workers: int = 1,
+        objective: oa.Objective | None = None,
+        likelihood: Any = None,
+        **settings: Any,
+    ) -> optax.GradientTransformationExtraArgs:
+        """The optimizer for one run.
+
+        Args:
+          learning_rate: a float, a schedule or a traced scalar.
+          total_steps: length of the run, at which schedules end.
+          num_classes: number of classes; the dominant subspace has one direction per class.
+          seed: seed of the method's own randomness.
+          axis_name: mesh axis of the workers, for methods with `per_worker`; ``None`` for a single
+            worker.
+          num_workers: size of that axis.
+          objective: the loss of a batch like those of the run, for methods with `needs_objective`.
+          likelihood: what the objective's outputs parametrize, such as ``"categorical"``; ``None``
+            lets the loss decide.
+          **settings: further hyperparameters by name, such as ``damping=0.03``, in place of the
+            catalogue's values; `settings` lists the names.
+
+        Returns:
+          A transformation that takes any extra argument.
+
+        Raises:
+          ValueError: the method needs an objective and has none, or does not know a setting.
+        """
+        if self.needs_objective and objective is None:
+            raise ValueError("K-FAC finds the layers in the objective; build it with `objective=`")
+        unknown = [name for name in settings if name not in self.settings]
+        if unknown:
+            raise ValueError(
+                f"method {self.name} has no setting {unknown[0]!r}; its settings are "
+                f"{', '.join(self.settings) or 'none but the learning rate'}"
+            )
+        context = Context(
+            total_steps=total_steps,
+            num_classes=num_classes,
+            seed=seed,
+            axis_name=axis_name,
+            num_workers=num_workers,
+            objective=objective,
+            likelihood=likelihood,
+        )
+        arguments = {**self.from_context(context), **settings}
+        return optax.with_extra_args_support(self.factory(learning_rate, **arguments))
+
+    @functools.cached_property
+    def _on_a_linear_layer(self) -> optax.GradientTransformationExtraArgs:
+        """The optimizer of `_LAYER`, from which periods and sizes can be read."""
+        objective = oa.Objective(lambda params: jnp.zeros((1, 128)) @ params["w"], jnp.sum)
+        return self.build(0.1, total_steps=100, num_classes=COSTED_CLASSES, objective=objective)
+
+    def refresh(self, step: int, *, cold_start: bool = True) -> bool | str | None:
+        """The static ``refresh`` argument of the update at a step.
+
+        Args:
+          step: zero-based training step.
+          cold_start: whether the first estimate of the subspace comes from Lanczos iterations,
+            rather than growing from a random basis over the first ten steps.
+
+        Returns:
+          What :func:`optax_accel.refresh_at` says about the optimizer with the catalogue's
+          settings; None for a method without curvature.
+        """
+        refresh = oa.refresh_at(step, self._on_a_linear_layer, cold_start=cold_start)
+        assert not isinstance(refresh, oa.Refresh)  # as no entry has a tracker and K-FAC
+        return refresh
+
+    def products(self, refresh: Any, params: Any, num_classes: int) -> int:
+        """Hessian-vector products that an update with this ``refresh`` argument makes."""
+        if not refresh or self.tracker is None:
+            return 0
+        return self.tracker.num_products(params, num_classes, cold=refresh == "cold")
+
+    def extra_cost(self) -> str:
+        """What a step takes besides one gradient of its batch, in words.
+
+        Returns:
+          Further gradients, Hessian-vector products of a (warm) refresh with ten classes, and the
+          size of the optimizer's state in copies of the parameters.
+        """
+        shapes = jax.eval_shape(self._on_a_linear_layer.init, _LAYER)
+        state = sum(leaf.size for leaf in jax.tree.leaves(shapes)) / _LAYER["w"].size
+        costs = [f"state {state:.3g} x the parameters"]
+        if self.gradients_per_step > 1:
+            costs.insert(0, f"{self.gradients_per_step} gradients a step")
+        if products := self.products("warm", _LAYER, COSTED_CLASSES):
+            noun = "product" if products == 1 else "products"
+            rhythm = "step" if self.refresh_every == 1 else f"{self.refresh_every} steps"
+            costs.insert(0, f"{products} Hessian-vector {noun} every {rhythm}")
+        return ", ".join(costs)
+
+
+_LAYER = {"w": jax.ShapeDtypeStruct((128, 64), jnp.float32)}
