@@ -1,14 +1,10 @@
 """Natural gradient methods: K-FAC and EKFAC on layers found in the program, Hessian-free."""
 
+from optax_accel.natural_gradient.ekfac import ekfac, scale_by_ekfac
 from optax_accel.natural_gradient.finding import describe_layers
 from optax_accel.natural_gradient.hessian_free import HessianFreeState, hessian_free
-from optax_accel.natural_gradient.kfac import (
-    ScaleByKFACState,
-    ekfac,
-    kfac,
-    scale_by_ekfac,
-    scale_by_kfac,
-)
+from optax_accel.natural_gradient.kfac import kfac, scale_by_kfac
+from optax_accel.natural_gradient.state import ScaleByKFACState
 
 __all__ = [
     "HessianFreeState",

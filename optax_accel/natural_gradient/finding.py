@@ -160,8 +160,8 @@ def check_example(method: str, objective: Objective, example: Example) -> None:
         )
 
 
-def warn_of_diagonals(method: str, blocks: Sequence[Block], *, stacklevel: int) -> None:
-    """Says which matrices have no Kronecker block, and why."""
+def warn_of_diagonals(method: str, blocks: Sequence[Block]) -> None:
+    """Says to the caller of ``init`` which matrices have no Kronecker block, and why."""
     plain = [b for b in blocks if b.kind == "generic" and b.reason not in UNUSED]
     if any(block.kronecker for block in blocks):
         plain = [block for block in plain if len(block.shapes[0]) > 1]
@@ -174,7 +174,7 @@ def warn_of_diagonals(method: str, blocks: Sequence[Block], *, stacklevel: int) 
         "product: a layer is a parameter that one matmul, convolution or look-up takes as a whole, "
         "outside of loops and of functions with a derivative rule of their own."
         f"{reasons}\nSee optax_accel.describe_layers for all blocks.",
-        stacklevel=stacklevel + 1,
+        stacklevel=3,
     )
 
 

@@ -371,7 +371,9 @@ def test_states_without_parameters(build):
         mapped = optax.tree.map_params(same, lambda leaf: leaf + 1, state)
         tree_equal(mapped[0], state[0])
         tree_equal(mapped[1].trace, jax.tree.map(jnp.ones_like, params))
-    zeros = optax.tree.map_params(tx, jnp.ones_like, state, transform_non_params=jnp.zeros_like)
+    zeros = optax.tree.map_params(  # what belongs to layers is one value
+        tx, jnp.ones_like, state, transform_non_params=optax.tree.zeros_like
+    )
     assert not any(jnp.any(leaf) for leaf in jax.tree.leaves((zeros[0].factors, zeros[0].inverses)))
 
 

@@ -1,0 +1,192 @@
+"""The transformation that K-FAC and EKFAC share, and the optimizers made of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_accel._arguments import check_number, is_placeholder, known_integer, value_of
+from optax_accel._extra_args import as_objective, check_params
+from optax_accel._masking import Mask, check_selected, with_fixed_leaves
+from optax_accel._random import as_key
+from optax_accel.natural_gradient import factors as stats
+from optax_accel.natural_gradient.finding import warn_of_diagonals
+from optax_accel.natural_gradient.layers import Block
+from optax_accel.natural_gradient.options import Options
+from optax_accel.natural_gradient.refreshing import measure, update_curvature
+from optax_accel.natural_gradient.state import ScaleByKFACState, corrected, initial_state
+from optax_accel.refresh import RefreshLike, announce_factors, of_factors
+
+
+def transformation(options: Options) -> optax.GradientTransformationExtraArgs:
+    """Multiplies gradients by the inverse of a curvature matrix with a block for each layer."""
+    key = as_key(options.key)
+    # Remembered, because every trace of a step asks again; it depends on nothing else.
+    find_blocks = functools.cache(functools.partial(_find_blocks, options))
+
+    def init_fn(params: chex.ArrayTree) -> ScaleByKFACState:
+        announce_factors(options.factors_every, options.inverses_every)
+        if is_placeholder(params):
+            # Nothing in the state is like the parameters: the factors are like the layers. Which
+            # these are, a placeholder does not tell; a leaf stands for all of them.
+            leaf: Any = jnp.zeros(())
+            empty = initial_state(options, key, (), ())
+            return empty._replace(factors=leaf, inverses=leaf, moments=leaf)
+        check_params(params, options.method)
+        check_selected(params, options.mask, options.method)
+        treedef, leaves = _structure(params)
+        blocks = find_blocks(treedef, leaves)
+        warn_of_diagonals(options.method, blocks)
+        return initial_state(options, key, blocks, [dtype for _, dtype in leaves])
+
+    def update_fn(
+        updates: chex.ArrayTree,
+        state: ScaleByKFACState,
+        params: chex.ArrayTree | None = None,
+        *,
+        value_fn: Any = None,
+        curvature_value_fn: Any = None,
+        refresh: RefreshLike = None,
+        **extra_args: Any,
+    ) -> tuple[chex.ArrayTree, ScaleByKFACState]:
+        due = of_factors(refresh)
+        check_params(params, options.method, "tx.update(grads, state, params, value_fn=objective)")
+        treedef, leaves = _structure(params)
+        blocks, count = find_blocks(treedef, leaves), state.count
+        damping = value_of(options.damping, count)
+
+        def refreshed(state: ScaleByKFACState, invert: bool | jax.Array) -> ScaleByKFACState:
+            apart = curvature_value_fn is not None
+            objective = as_objective(
+                curvature_value_fn if apart else value_fn,
+                extra_args,
+                method=options.method,
+                params=params,
+                why="measure the curvature at its outputs",
+                argument="curvature_value_fn" if apart else "value_fn",
+                needs_outputs=True,
+            )
+            batch = measure(options, state, objective, params, blocks)
+            return update_curvature(options, state, batch, damping, invert)
+
+        if due is None:
+            state = _refresh_when_due(options, state, refreshed)
+        elif due:
+            state = refreshed(state, due == "inverses")
+        bound = None
+        if options.norm_constraint is not None:
+            bound = value_of(options.norm_constraint, count)
+        # Integers and keys that are masked out may have no update at all, None.
+        new, scale = _precondition(treedef.flatten_up_to(updates), state, blocks, damping, bound)
+        state = state._replace(count=optax.safe_increment(count), step_scale=scale)
+        return jax.tree.unflatten(treedef, new), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _structure(params: chex.ArrayTree) -> tuple[Any, tuple[tuple[Any, Any], ...]]:
+    """What layers depend on: the structure of the parameters, their shapes and dtypes."""
+    leaves, treedef = jax.tree.flatten(params)
+    return treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+
+
+def _find_blocks(
+    options: Options, treedef: Any, leaves: Sequence[tuple[Any, Any]]
+) -> tuple[Block, ...]:
+    abstract = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
+    return options.find(options.objective, abstract, options.example).blocks
+
+
+def _refresh_when_due(
+    options: Options,
+    state: ScaleByKFACState,
+    refreshed: Callable[[ScaleByKFACState, bool | jax.Array], ScaleByKFACState],
+) -> ScaleByKFACState:
+    """A refresh that is decided on in the graph."""
+    factors_every, inverses_every = options.factors_every, options.inverses_every
+    periods = known_integer(factors_every), known_integer(inverses_every)
+    together = None not in periods and periods[0] == periods[1]
+    invert = together or state.count % inverses_every == 0
+    if periods[0] == 1:
+        return refreshed(state, invert)
+    return lax.cond(
+        state.count % factors_every == 0,
+        lambda state: refreshed(state, invert),
+        lambda state: state,
+        state,
+    )
+
+
+def _precondition(
+    leaves: list[Any],
+    state: ScaleByKFACState,
+    blocks: tuple[Block, ...],
+    damping: Any,
+    bound: Any,
+) -> tuple[list[Any], jax.Array]:
+    """The natural gradient and what it was multiplied by to keep its norm within bounds."""
+    new = dict[int, jax.Array]()
+    product: Any = 0.0
+    for block, factors, inverses, moments in zip(
+        blocks, state.factors, state.inverses, state.moments, strict=True
+    ):
+        dtype = jax.tree.leaves(factors)[0].dtype
+        strength = jnp.asarray(damping, dtype)
+        wide = {i: jnp.asarray(leaves[i], dtype) for i in block.leaves}
+        if not block.kronecker:
+            (i,) = block.leaves
+            new[i] = wide[i] / (corrected(factors, state.factor_weight, 1) + strength)
+            product += jnp.sum(new[i] * wide[i])
+            continue
+        gradient = block.to_matrix(wide)
+        if isinstance(inverses.inputs, stats.Eigen):
+            values = stats.kronecker_eigenvalues(inverses)
+            if moments is not None:
+                values = corrected(moments, state.factor_weight, 1)
+            result = stats.apply_in_basis(inverses, values, strength, gradient)
+        else:
+            result = stats.apply_inverses(inverses, gradient)
+        product += jnp.sum(result * gradient)
+        new.update(zip(block.leaves, block.from_matrix(result), strict=True))
+    scale = jnp.ones((), jnp.float32)
+    if bound is not None:
+        ratio = bound / jnp.where(product > 0, product, 1)
+        scale = jnp.where(product > 0, jnp.minimum(1, jnp.sqrt(ratio)), 1).astype(jnp.float32)
+        new = {i: scale.astype(leaf.dtype) * leaf for i, leaf in new.items()}
+    for i, leaf in new.items():
+        new[i] = leaf.astype(jnp.result_type(leaves[i]))
+    return [new.get(i, leaf) for i, leaf in enumerate(leaves)], scale
+
+
+# -- the optimizers -------------------------------------------------------------------------------
+
+
+def kl_bound(kl_clip: Any, learning_rate: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule | None:
+    """The ``norm_constraint`` of a KL clip at a learning rate."""
+    check_number("learning_rate", learning_rate, 0, allow_schedule=True)
+    if kl_clip is None:
+        return None
+    check_number("kl_clip", kl_clip, 0, open_low=True)
+    return lambda count: kl_clip / jnp.asarray(value_of(learning_rate, count)) ** 2
+
+
+def with_momentum(
+    preconditioner: optax.GradientTransformationExtraArgs,
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: Any,
+    mask: Mask,
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation followed by momentum and the learning rate."""
+    check_number("momentum", momentum, 0, 1, open_high=True)
+    return optax.chain(
+        preconditioner,
+        with_fixed_leaves(lambda _: optax.trace(momentum), mask),
+        with_fixed_leaves(lambda _: optax.scale_by_learning_rate(learning_rate), mask),
+    )
