@@ -2,15 +2,15 @@
 
 The distributed engine is JAX's: `jax.distributed` brings the processes together, its coordination
 service watches over them by heartbeats, its preemption service agrees on a step at which all stop.
-Here is what a command line needs around it: `initialize` joins a run, `from_main` does on one
-process what only one may do, `stop_signals` ends all processes behind the same step, and a process
-that ends before its time leaves one line that says so and how to go on.
+This module adds what a command line needs around it: `initialize` joins a run, `from_main` runs on
+one process what only one may do, `stop_signals` ends all processes after the same step, and a
+process that ends prematurely leaves one line that says so and how to go on.
 
-Lost workers (jax 0.10): where one is killed, the collectives of the others fail at once or hang. In
-both cases the coordination service ends them: as soon as the connection to process 0 breaks, and
-for any other process, or one that hangs, `HEARTBEAT_TIMEOUT` seconds after its last sign of life.
-It does so by aborting the process from a thread of C++, with a stack trace, past all Python; hence
-the line comes from a small process beside it (`_LastWords`) that outlives it.
+Lost workers (jax 0.10): when one is killed, the collectives of the others fail at once or hang. In
+both cases the coordination service ends them: as soon as the connection to process 0 breaks, or, if
+it is another process that died or hangs, `HEARTBEAT_TIMEOUT` seconds after its last sign of life.
+It aborts the process from a C++ thread, with a stack trace and without returning to Python, so the
+line comes from a small helper process (`_LastWords`) that outlives it.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from experiments.cli import UsageError
 
 T = TypeVar("T")
 
-# Seconds that the processes of a run wait for each other at the start: the nodes of a cluster do
-# not start, and containers do not load, at the same moment. (JAX: 300)
+# Seconds that the processes of a run wait for each other at the start: the nodes of a cluster, and
+# their containers, do not start at the same time. (JAX: 300)
 INITIALIZATION_TIMEOUT = 120
-# Seconds without a sign of life after which a process counts as lost: bounds how long the others
-# hang. The signs come from threads of C++, which neither Python nor a long computation holds up;
-# what does is a machine that swaps or a network that fails for so long. (JAX: 100)
+# Seconds without a sign of life after which a process counts as lost, which bounds how long the
+# others hang. C++ threads send the signs, so neither Python nor a long computation delays them; a
+# machine that swaps or a network that fails does. (JAX: 100)
 HEARTBEAT_TIMEOUT = 30
-# Seconds that a process waits at its end for the others: bounds how long one that failed alone
-# holds up the run, and how much longer than the others process 0 may write its results. (JAX: 300)
+# Seconds that a process waits for the others at its end. It bounds how long a process that failed
+# alone holds up the run, and how long process 0 may go on writing results. (JAX: 300)
 SHUTDOWN_TIMEOUT = 60
-# Each virtual device of a CPU has threads of its own.
+# Each virtual CPU device has its own threads.
 MOST_VIRTUAL = 512
 
 # What the errors of collectives and of the coordination service say when a peer is gone, in lower
@@ -66,18 +66,18 @@ def initialize(
     process_id: int | None = None,
     devices: int | None = None,
 ) -> None:
-    """Joins a run of several processes; without any of the first four arguments does nothing.
+    """Joins a run of several processes; does nothing if none of the first four arguments is set.
 
-    Has to come before anything that starts JAX's backends, `jax.devices()` for instance.
+    Call it before anything that starts JAX's backends, such as `jax.devices()`.
 
     Args:
-      distributed: let JAX find out what is not given: under SLURM, Open MPI, Kubernetes (with the
+      distributed: let JAX detect what is not passed: under SLURM, Open MPI, Kubernetes (with the
         package ``kubernetes``) and on Cloud TPUs.
-      coordinator: ``HOST:PORT`` where process 0 listens, from the view of all others.
-      processes: how many there are.
-      process_id: which one this is: 0 to ``processes`` - 1.
-      devices: number over all processes; on a CPU, so many virtual ones are made where
-        ``processes`` is given.
+      coordinator: ``HOST:PORT`` at which the other processes reach process 0.
+      processes: number of processes.
+      process_id: number of this process, from 0 to ``processes`` - 1.
+      devices: number of devices over all processes; on a CPU that many virtual ones are made if
+        ``processes`` is set.
 
     Raises:
       UsageError: these do not fit together, no cluster is found or process 0 cannot be reached.
@@ -91,18 +91,7 @@ def initialize(
             f"{' and '.join(missing)} missing; {', '.join(explicit)} go together, or with "
             "--distributed, which asks the cluster for what is missing"
         )
-    if coordinator is not None:
-        host, _, port = coordinator.rpartition(":")
-        if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
-            raise UsageError(f"--coordinator must be HOST:PORT, got {coordinator!r}")
-    if processes is not None:
-        check_processes(processes, devices)
-    if process_id is not None and not 0 <= process_id < (processes or process_id + 1):
-        raise UsageError(
-            f"--process-id must be between 0 and --processes - 1 ({(processes or 1) - 1}), got "
-            f"{process_id}"
-        )
-
+    _check_arguments(coordinator, processes, process_id, devices)
     who = "this process" if process_id is None else f"process {process_id}"
     _LastWords.start(
         f"error: {who} could not join the run: within {INITIALIZATION_TIMEOUT} seconds not all "
@@ -143,6 +132,23 @@ def initialize(
     advise("start all processes again")
 
 
+def _check_arguments(
+    coordinator: str | None, processes: int | None, process_id: int | None, devices: int | None
+) -> None:
+    """Raises `UsageError` for values that cannot be meant, before anybody waits for anybody."""
+    if coordinator is not None:
+        host, _, port = coordinator.rpartition(":")
+        if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+            raise UsageError(f"--coordinator must be HOST:PORT, got {coordinator!r}")
+    if processes is not None:
+        check_processes(processes, devices)
+    if process_id is not None and not 0 <= process_id < (processes or process_id + 1):
+        raise UsageError(
+            f"--process-id must be between 0 and --processes - 1 ({(processes or 1) - 1}), got "
+            f"{process_id}"
+        )
+
+
 def check_processes(processes: int, devices: int | None) -> None:
     """Raises `UsageError` if ``--devices`` (over all) does not split over ``--processes``."""
     if processes < 1:
@@ -156,13 +162,13 @@ def check_processes(processes: int, devices: int | None) -> None:
 
 
 def check_virtual_devices(number: int) -> None:
-    """Raises `UsageError` for more devices than one process can make virtual ones of a CPU."""
+    """Raises `UsageError` for more virtual CPU devices than one process can have."""
     if number > MOST_VIRTUAL:
         raise UsageError(f"--devices must be at most {MOST_VIRTUAL} in a process, got {number}")
 
 
 def _check_coordinator(address: str, process_id: int) -> None:
-    """Waits until process 0 listens; as process 0, tries the port. JAX ends the process if not."""
+    """Waits until process 0 listens, or, as process 0, tries the port: JAX would just abort."""
     host, _, port = address.rpartition(":")
     if process_id == 0:
         try:
@@ -190,15 +196,16 @@ def _check_coordinator(address: str, process_id: int) -> None:
 
 
 def _bind_address(coordinator: str) -> str | None:
-    """Where process 0 listens: on the loopback interface alone if the others reach it by that.
+    """Where process 0 listens: on the loopback interface only, if that is how others reach it.
 
-    JAX's coordination service, which asks nobody who they are, would listen on all interfaces.
+    JAX's coordination service has no authentication and would listen on all interfaces.
 
     Args:
       coordinator: ``HOST:PORT`` as the others name it.
 
     Returns:
-      An address and the port; ``None``, JAX's default, where the processes are on several machines.
+      An address and the port; ``None``, which means JAX's default, if the processes are on several
+      machines.
     """
     host, _, port = coordinator.rpartition(":")
     if host == "localhost":
@@ -223,7 +230,7 @@ def from_main(function: Callable[[], T]) -> T:
         {'resume': False}
 
     Args:
-      function: what to do; its result has to be plain JSON.
+      function: what to run; its result has to be plain JSON.
 
     Returns:
       The result, on all processes.
@@ -252,7 +259,7 @@ def from_main(function: Callable[[], T]) -> T:
 
 
 def gather(numbers: np.ndarray) -> np.ndarray:
-    """The numbers of all processes, those of process 0 first; all have to ask.
+    """The numbers of all processes, those of process 0 first; all processes have to call it.
 
     Example:
         >>> gather(np.array([3, 4])).shape
@@ -271,14 +278,14 @@ def gather(numbers: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], int | None]]:
-    """Turns the first Ctrl-C or SIGTERM into a question to ask behind each step: which one was it?
+    """Records the first Ctrl-C or SIGTERM, so that a loop can ask for it after each step.
 
     The second Ctrl-C acts at once (so does a second SIGTERM, in a single process).
 
-    Where there are several processes, all have to ask equally often. A signal to one of them stops
-    all: JAX's preemption service agrees on a step that none has passed. Its counter is that of the
-    questions and begins with 1, because a signal that comes before the first question makes that
-    one the end; with the steps of a resumed run it would be missed.
+    With several processes, all have to ask equally often. A signal to one of them stops all: JAX's
+    preemption service agrees on a step that none has passed. It counts the questions from 1 rather
+    than the steps: a signal that arrives before the first question ends the run at that question,
+    and would be missed if a resumed run began to count at a later step.
 
     Yields:
       A function that returns the signal's number (for a signal to another process: SIGTERM) or

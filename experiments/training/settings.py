@@ -30,16 +30,18 @@ class DataOptions(cli.Options):
     task: str = "digits"
     """Data set; an unknown name lists all."""
     data_dir: Path | None = None
-    """Folder with the data files, or hf:... or tfds:..., a data set of Hugging Face or TensorFlow
-    Datasets; default: OPTAX_ACCEL_DATA. Digits needs none."""
+    """Folder with the data files, or a data set of Hugging Face (hf:...) or TensorFlow Datasets
+    (tfds:...); default: OPTAX_ACCEL_DATA. The digits need none."""
     image_size: int | None = None
-    """Height and width of the pictures of imagenet_folder; default: 224."""
+    """Height and width of the images of imagenet_folder; default: 224."""
     augment: str | None = None
-    """Random changes of training images: some of randaugment,crop,flip,cutout,mixup."""
+    """Augmentations of the training images, separated by commas: any of randaugment, crop, flip,
+    cutout, mixup."""
     data_workers: int = 0
-    """Threads that read and augment batches ahead; 0: one, which also moves them to the device."""
+    """Threads that read and augment batches ahead of time; with 0 the thread that moves batches to
+    the device does it."""
     prefetch: int = 2
-    """Batches that wait on the device while it computes; 0: each is read when it is needed."""
+    """Batches kept ready on the device; with 0 each batch is read when it is needed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,20 +49,20 @@ class ModelOptions(cli.Options):
     """The model and its loss."""
 
     model: str | None = None
-    """Model; default: the task's own. An unknown name lists all."""
+    """Model; default: the one of the task. An unknown name lists all."""
     model_options: str | None = None
-    """Options of the model as JSON, e.g. '{"dropout_rate": 0.1}'; default: the task's, for its own
-    model."""
+    """Options of the model as JSON, e.g. '{"dropout_rate": 0.1}'; default: those of the task, if
+    the model is the task's default too."""
     loss: str | None = None
     """Loss: cross_entropy, mse (half the squared distance to the one-hot label) or elbo (of a
-    variational autoencoder); default: the task's own."""
+    variational autoencoder); default: the one of the task."""
     label_smoothing: float = 0.0
-    """Share of each label that goes to all classes alike; cross_entropy only, in training only."""
+    """Share of each label that training spreads evenly over all classes; cross_entropy only."""
     precision: str = "f32"
-    """What the network computes in: f32, bf16, or f16 with a dynamic loss scale, which bf16 does
-    not need. Parameters, loss and optimizer are float32."""
+    """Precision of the network's computations: f32, bf16, or f16, which adds a dynamic loss scale.
+    Parameters, loss and optimizer stay in float32."""
     value_fn_precision: str = "f32"
-    """What the network computes in where the method evaluates it itself (gradients elsewhere,
+    """Precision where the method evaluates the network itself (gradients at other points,
     curvature): f32 or bf16."""
 
 
@@ -69,22 +71,23 @@ class MethodOptions(cli.Options):
     """The training method, and clipping, decay and averages around it."""
 
     method: str | None = None
-    """Training method; default: the task's own, sgd for most. An unknown name lists all."""
+    """Training method; default: the one of the task, mostly sgd. An unknown name lists all."""
     learning_rate: float | None = None
-    """Learning rate; default: the task's for its own method, else the middle of the method's
-    grid."""
+    """Learning rate; default: the one of the task for its default method, otherwise the middle of
+    the method's grid."""
     curvature_batch_size: int | None = None
-    """Examples (fixed) for Hessian-vector products; default: twice the batch size."""
+    """Examples used for Hessian-vector products, the same ones throughout; default: twice the batch
+    size."""
     weight_decay: float = 0.0
-    """Rate by which parameters shrink a step, times the learning rate, besides the method's own
-    step; not biases and normalization."""
+    """Decoupled weight decay: each step multiplies the parameters by 1 - learning rate x this;
+    biases and normalization layers are left out."""
     clip: float | None = None
-    """Longest gradient, over all parameters, that the method is given; longer ones are
-    shortened."""
+    """Gradients with a larger norm, over all parameters, are scaled down to this norm."""
     ema: float | None = None
-    """Decay of a moving average of weights and batch statistics, which is what is evaluated."""
+    """Decay of a moving average of weights and batch statistics; the average is what is
+    evaluated."""
     seed: int = 0
-    """Decides initial weights, batches and the method's own randomness."""
+    """Seed of the initial weights, the batches and the method."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +99,12 @@ class LengthOptions(cli.Options):
     steps: int | None = None
     """Steps, instead of --epochs."""
     early_stopping: int | None = None
-    """End after so many validations in a row without a lower loss than ever before."""
+    """Stop after this many validations in a row without a new lowest loss."""
     batch_size: int | None = None
-    """Examples per step, over all devices; default: the task's own, 64 for most."""
+    """Examples per step, over all devices; default: the one of the task, mostly 64."""
     accumulate: int = 1
-    """Micro-batches of a step, of which one is in memory at a time; on several devices each of them
-    divides its part of the batch. Batch normalization sees one at a time."""
+    """Micro-batches per step. One is in memory at a time, and batch normalization sees one at a
+    time; each device divides its part of the batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +112,14 @@ class DeviceOptions(cli.Options):
     """Devices, and how they share the work."""
 
     parallel: str = "jit"
-    """How devices are used: jit (global view), fsdp (the same, with parameters and optimizer state
-    spread over the devices), pmap or shard_map."""
+    """Parallel mode: jit (global view), fsdp (the same, with parameters and optimizer state sharded
+    over the devices), pmap or shard_map."""
     devices: int | None = None
-    """Devices to use, of all processes; default: all. On a CPU, so many virtual ones are made."""
+    """Number of devices, over all processes; default: all. On a CPU that many virtual devices are
+    made."""
     workers: int | None = None
-    """Workers of a method whose workers keep parameters of their own; default: one per device."""
+    """Number of workers, for methods whose workers have their own parameters; default: one per
+    device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,20 +129,20 @@ class FolderOptions(cli.Options):
     eval_every: int | None = None
     """Steps between validations; default: one epoch."""
     checkpoint_every: int | None = None
-    """Steps between checkpoints; default: as --eval-every."""
+    """Steps between checkpoints; default: the value of --eval-every."""
     keep: int = 3
-    """How many of the latest checkpoints are kept."""
+    """Number of latest checkpoints to keep."""
     non_finite: str = "raise"
-    """When loss, parameters or moments are not finite: raise (end the run), skip (leave the step
-    out) or rollback (to the latest checkpoint, going on behind the batch that did it)."""
+    """What to do when loss, parameters or moments are not finite: raise (end the run), skip (undo
+    the step) or rollback (return to the latest checkpoint and continue after the bad batch)."""
     profile: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Record a few steps for TensorBoard and Perfetto, into the run's folder."""
+    """Record a profile of a few steps, for TensorBoard and Perfetto, in the run's folder."""
     name: str | None = None
     """Name of the run's folder; default: train-<task>-<method>-<seed>."""
     runs_dir: Path = Path("runs")
-    """Where the run's folder is made."""
+    """Folder in which the run's folder is made."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Continue the run in that folder; options that are not given are taken from it."""
+    """Continue the run in that folder, with its options unless others are given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,10 +150,9 @@ class ProcessOptions(cli.Options):
     """Runs of several processes; see `experiments.launch` for one machine."""
 
     distributed: tyro.conf.FlagCreatePairsOff[bool] = False
-    """One of several processes, which find each other by what SLURM, Open MPI, Kubernetes or a
-    Cloud TPU tells them."""
+    """Join a run of several processes, detected from SLURM, Open MPI, Kubernetes or Cloud TPU."""
     coordinator: str | None = None
-    """The same, where nothing tells them: HOST:PORT of process 0."""
+    """HOST:PORT of process 0, where the cluster cannot be detected."""
     processes: int | None = None
     """Number of processes, with --coordinator."""
     process_id: int | None = None
