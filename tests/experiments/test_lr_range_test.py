@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import lr_range_test
-from experiments.lr_range_test import range_test
+from experiments.training.range_test import range_test
 
 TINY = ["--task", "digits", "--steps", "40", "--seeds", "2"]
 
