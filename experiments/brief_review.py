@@ -14,9 +14,9 @@ trained five times, for the same steps on the same batches from the same weights
 
 and what is printed for each is the number of examples per second (median over windows of steps, the
 first ones and evaluations left out), the memory of a step as the compiler plans it, and the test
-accuracy. `--scale small`, for a CPU, takes pictures
-of 32 x 32 and one pass over a small data set: accuracies then only say whether a variant learns as
-the baseline does. `runs/<name>/` holds `results.json` and `brief_review.png`.
+accuracy. `--scale small`, for a CPU, takes pictures of 32 x 32 and one pass over a small data set:
+accuracies then only say whether a variant learns as the baseline does. `runs/<name>/` holds
+`results.json` and `brief_review.png`.
 
 A CPU computes bfloat16 and float16 by way of float32, and has no memory of its own to move batches
 to; what the techniques are made for is a GPU or TPU.
@@ -29,44 +29,31 @@ References:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import json
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import grain
-import jax
 import tyro
-from matplotlib.figure import Figure
-from rich.table import Table
 
 from experiments import cli, data, timing
 from experiments.cli import UsageError
-from experiments.reporting import figures, tables
-from experiments.reporting.statistics import mean_and_error
+from experiments.reporting import brief_review as report
+from experiments.reporting import figures
 from experiments.runs import folders
-from experiments.runs.records import (
-    RESULTS,
-    first_difference,
-    number,
-    read_json,
-    read_record,
-    write_record,
-)
-from experiments.training import parallel, settings
-from experiments.training.program import build
+from experiments.runs.records import RESULTS, read_json, read_record, write_record
+from experiments.runs.study import check_same_settings, kept
+from experiments.training import settings
+from experiments.training.throughput import WARM_UP, measure
 
 PROG = "python -m experiments.brief_review"
 PICTURE = "brief_review.png"
 VARIANTS = ("baseline", "accumulation", "precision", "prefetching", "all")
-# Steps that are not timed: compilation, and the first batches under way.
-WARM_UP = 5
 LEARNING_RATE = 1e-3  # of Adam, the largest in their runs
 Record = dict[str, Any]
 
@@ -138,7 +125,7 @@ class Options(cli.Options):
     accumulate: int | None = None
     """Micro-batches of a batch; default: the scale's."""
     augment: str = "crop,flip"
-    """Random changes of training images, see `train`."""
+    """Random changes of training images: some of randaugment,crop,flip,cutout,mixup, or none."""
     batch_size: int | None = None
     """Examples per step; default: the scale's."""
     steps: int | None = None
@@ -155,7 +142,7 @@ class Options(cli.Options):
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """The options, checked and completed.
+    """The checked options with their defaults.
 
     Attributes:
       plans: what is trained, by model, variant and seed.
@@ -180,17 +167,10 @@ def resolve(options: Options) -> Study:
     models = _chosen("model", options.models, tuple(scale.models))
     variants = _chosen("variant", options.variants, VARIANTS)
     cli.check_known("precision", options.precision, ("bf16", "f16"))
-    accumulate = options.accumulate or scale.accumulate
+    changes = variant_options(options.accumulate or scale.accumulate, options.precision)
     task = data.load_task(options.task, data_dir=options.data_dir)
     if task.defaults.kind != "classification" or len(task.input_shape) != 3:
-        raise UsageError(f"task {task.name} is no classification of images")
-    changes: dict[str, dict[str, Any]] = {
-        "baseline": {},
-        "accumulation": {"accumulate": accumulate},
-        "precision": {"precision": options.precision},
-        "prefetching": {"prefetch": 2},
-    }
-    changes["all"] = {name: value for change in changes.values() for name, value in change.items()}
+        raise UsageError(f"task {task.name} is not a classification of images")
     default = f"brief_review-{options.task}-{options.scale}"
     folder = folders.locate(options.runs_dir, options.name, default)
     plans = {}
@@ -198,7 +178,7 @@ def resolve(options: Options) -> Study:
         model, model_options = scale.models[key]
         for variant in variants:
             for seed in range(options.seeds or scale.seeds):
-                own = settings.Options(
+                baseline = settings.Options(
                     task=options.task,
                     data_dir=options.data_dir,
                     model=model,
@@ -211,11 +191,11 @@ def resolve(options: Options) -> Study:
                     batch_size=options.batch_size or scale.batch_size,
                     seed=seed,
                     runs_dir=folder,
+                    prefetch=0,
                 )
-                plan = settings.prepare(
-                    dataclasses.replace(own, **{"prefetch": 0} | changes[variant])
+                plans[key, variant, seed] = settings.prepare(
+                    dataclasses.replace(baseline, **changes[variant])
                 )
-                plans[key, variant, seed] = plan
     first = next(iter(plans.values()))
     if first.steps <= WARM_UP:
         raise UsageError(f"--steps must be more than {WARM_UP}, which are not timed")
@@ -231,184 +211,55 @@ def resolve(options: Options) -> Study:
     return Study(plans, json.loads(json.dumps(config)), folder)
 
 
-def _chosen(what: str, given: str | None, known: Sequence[str]) -> Sequence[str]:
-    names = known if given is None else [name.strip() for name in given.split(",")]
+def variant_options(accumulate: int, precision: str) -> dict[str, dict[str, Any]]:
+    """The options of `settings.Options` in which each variant differs from the baseline."""
+    changes: dict[str, dict[str, Any]] = {
+        "baseline": {},
+        "accumulation": {"accumulate": accumulate},
+        "precision": {"precision": precision},
+        "prefetching": {"prefetch": 2},
+    }
+    together = {name: value for change in changes.values() for name, value in change.items()}
+    return changes | {"all": together}
+
+
+def _chosen(what: str, text: str | None, known: Sequence[str]) -> Sequence[str]:
+    names = known if text is None else [name.strip() for name in text.split(",")]
     for name in names:
         cli.check_known(what, name, known)
     return names
 
 
-def run(plan: settings.Plan) -> Record:
-    """Trains one network and measures it.
-
-    Returns:
-      ``examples_per_second``, ``bytes`` of a step, ``accuracy`` and ``loss`` on the test split.
-    """
-    program = build(plan)
-    runner = program.runner
-    dataset = data.batches(
-        plan.task.train,
-        batch_size=plan.batch_size,
-        seed=plan.options.seed,
-        shard=grain.sharding.ShardByJaxProcess(),
-        augment=plan.augment,
-        num_classes=plan.task.num_classes,
-        workers=plan.options.data_workers,
-    )
-    state = runner.init(program.make_state)
-    windows = []
-    with contextlib.closing(
-        data.prefetch_to_device(iter(dataset), runner.put_batch, plan.options.prefetch)
-    ) as batches:
-        timed, began = 0, time.perf_counter()
-        for done, batch in enumerate(batches, start=1):
-            if done == 1:
-                planned = runner.lower(state, batch).compile().memory_analysis()
-            state, metrics = runner.step(state, batch)
-            # As `train` does it: the loop waits now and then, not for every step.
-            if done in (WARM_UP, plan.steps) or (done - WARM_UP) % parallel.FETCH_EVERY == 0:
-                jax.block_until_ready(metrics)
-                now = time.perf_counter()
-                if done > WARM_UP:
-                    windows.append((done - timed) * plan.batch_size / (now - began))
-                timed, began = done, now
-            if done == plan.steps:
-                break
-    scores = program.evaluate(state, plan.task.test)
-    return {
-        "examples_per_second": statistics.median(windows),
-        "bytes": planned.temp_size_in_bytes
-        + planned.argument_size_in_bytes
-        + planned.output_size_in_bytes
-        - planned.alias_size_in_bytes,
-        "accuracy": number(scores["accuracy"]),
-        "loss": number(scores["loss"]),
-    }
-
-
-# Results ----------------------------------------------------------------------------------------
-
-
-def known_records(study: Study, overwrite: bool) -> list[Record]:
-    """What an interrupted study has finished.
+def finished_records(study: Study, overwrite: bool) -> list[Record]:
+    """The records of the runs that an interrupted study has finished.
 
     Raises:
       UsageError: the folder holds another study, or something else.
     """
-    path = study.folder / RESULTS
     if folders.is_new(study.folder):
         return []
-    if not os.path.lexists(path):
-        raise UsageError(f"{study.folder} holds something else than {PROG}; give another --name")
     folders.check_files(study.folder, [RESULTS, PICTURE])
+    path = study.folder / RESULTS
+    read = read_json if overwrite else read_record  # what is replaced may be damaged
+    saved = read(path) if os.path.lexists(path) else None
+    if not isinstance(saved, dict) or saved.get("command") != PROG:
+        raise UsageError(f"{study.folder} holds something else than {PROG}; give another --name")
     if overwrite:
-        old = read_json(path)
-        if not isinstance(old, dict) or old.get("command") != PROG:
-            raise UsageError(f"{path} is not a result of this command; give another --name")
         return []
-    record = read_record(path) or {}
-    if record.get("command") != PROG:
-        raise UsageError(f"{path} is not a result of this command; give another --name")
-    if change := first_difference(record["config"], study.config):
-        raise UsageError(
-            f"{study.folder} holds a study with {change}; give another --name, or --overwrite to "
-            "replace it"
-        )
-    records: list[Record] = record["records"]
+    check_same_settings(study.folder, "a study", saved["config"], study.config, overwrite)
+    records: list[Record] = saved["records"]
     return records
-
-
-def summarize(records: Sequence[Record]) -> list[Record]:
-    """For each model and variant: medians and means over the seeds, and ratios to the baseline."""
-    rows: list[Record] = []
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        groups.setdefault((record["model"], record["variant"]), []).append(record)
-    for (model, variant), group in groups.items():
-        speed = statistics.median(record["examples_per_second"] for record in group)
-        accuracies = [record["accuracy"] for record in group]
-        finite = None not in accuracies
-        mean, error = mean_and_error(accuracies) if finite else (None, None)
-        rows.append(
-            {
-                "model": model,
-                "variant": variant,
-                "examples_per_second": speed,
-                "bytes": group[0]["bytes"],
-                "accuracy": mean,
-                "accuracy_error": error,
-            }
-        )
-    bases = {row["model"]: row for row in rows if row["variant"] == "baseline"}
-    for row in rows:
-        base = bases.get(row["model"])
-        for key in ("examples_per_second", "bytes"):
-            row[f"{key}_ratio"] = None if base is None else row[key] / base[key]
-    return rows
-
-
-def table(rows: Sequence[Record]) -> Table:
-    """The variants of each model, one below the other."""
-    view = tables.table(
-        ["model", "variant", "examples / s", "x", "memory MB", "x", "test accuracy %"], left=2
-    )
-    shown = None
-    for row in rows:
-        ratios = [row["examples_per_second_ratio"], row["bytes_ratio"]]
-        speed, memory = ("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
-        accuracy = row["accuracy"]
-        view.add_row(
-            "" if row["model"] == shown else row["model"],
-            row["variant"],
-            f"{row['examples_per_second']:.1f}",
-            speed,
-            f"{row['bytes'] / 1e6:.0f}",
-            memory,
-            "diverged" if accuracy is None else tables.percent(accuracy, row["accuracy_error"]),
-        )
-        shown = row["model"]
-    return view
-
-
-def picture(rows: Sequence[Record], title: str) -> Figure:
-    """Speed, memory and accuracy as bars, the variants of a model side by side."""
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
-    width = 0.8 / len(variants)
-    panels: dict[str, Callable[[Record], float]] = {
-        "examples per second": lambda row: row["examples_per_second"],
-        "memory of a step in MB": lambda row: row["bytes"] / 1e6,
-        "test accuracy in %": lambda row: 100 * (row["accuracy"] or 0.0),
-    }
-    for axes, (label, value) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        figures.frame(axes)
-        for i, variant in enumerate(variants):
-            own = [row for row in rows if row["variant"] == variant]
-            axes.bar(
-                [models.index(row["model"]) + (i + 0.5) * width - 0.4 for row in own],
-                [value(row) for row in own],
-                width,
-                color=figures.COLORS[i],
-                label=variant,
-            )
-        axes.set_xticks(range(len(models)), models)
-        axes.set_title(label, loc="left", fontsize="medium")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    figure.suptitle(title, x=0.01, ha="left")
-    return figure
 
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
-    try:
+    with cli.usage():
         study = resolve(options)
-    except ValueError as error:
-        return cli.fail(error)
-    with folders.claim(study.folder, lambda: known_records(study, options.overwrite)):
-        records = known_records(study, options.overwrite)
+    check = functools.partial(finished_records, study, options.overwrite)
+    with folders.claim(study.folder, check), kept(study.folder):
+        records = check()
         console = cli.console(100)
         plan = next(iter(study.plans.values()))
         console.print(
@@ -419,29 +270,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         machine = timing.machine()
         done = {(record["model"], record["variant"], record["seed"]) for record in records}
-        try:
-            for (model, variant, seed), plan in study.plans.items():
-                if (model, variant, seed) in done:
-                    continue
-                began = time.perf_counter()
-                record = {"model": model, "variant": variant, "seed": seed} | run(plan)
-                records.append(record)
-                result = {"machine": machine, "config": study.config, "records": records}
-                write_record(study.folder / RESULTS, {"command": PROG, **result})
-                console.print(
-                    f"  {model} {variant}, seed {seed}: {record['examples_per_second']:.1f} "
-                    f"examples / s; {time.perf_counter() - began:.0f} s with compilation"
-                )
-        except KeyboardInterrupt:
-            print("interrupted: the same command continues", file=sys.stderr)
-            return 130
+        for (model, variant, seed), plan in study.plans.items():
+            if (model, variant, seed) in done:
+                continue
+            began = time.perf_counter()
+            record = {"model": model, "variant": variant, "seed": seed} | measure(plan)
+            records.append(record)
+            result = {"machine": machine, "config": study.config, "records": records}
+            write_record(study.folder / RESULTS, {"command": PROG, **result})
+            console.print(
+                f"  {model} {variant}, seed {seed}: {record['examples_per_second']:.1f} "
+                f"examples / s; {time.perf_counter() - began:.0f} s with compilation"
+            )
         order = {key: i for i, key in enumerate(study.plans)}
         records.sort(key=lambda record: order[record["model"], record["variant"], record["seed"]])
-        rows = summarize(records)
+        rows = report.summarize(records)
         title = f"{plan.task.name}, {plan.steps} steps of {plan.batch_size}"
-        cli.write_atomic(study.folder / PICTURE, figures.png(picture(rows, title)))
+        cli.write_atomic(study.folder / PICTURE, figures.png(report.picture(rows, title)))
         console.print()
-        console.print(table(rows))
+        console.print(report.table(rows))
         console.print(
             "\nx: over the baseline. Memory: what the compiler plans for a step, its arguments "
             f"included.\n{', '.join(f'{key} {value}' for key, value in machine.items())}"

@@ -63,15 +63,9 @@ class StudyFolder:
         saved = read_json(path) if os.path.lexists(path) else None
         if not isinstance(saved, dict) or self.mark not in saved:
             raise UsageError(f"{self.folder} is not {self.kind}'s folder; give another --name")
-        if self.overwrite:
-            return
-        if difference := first_difference(saved, self.config):
-            replace = "" if self.overwrite is None else " --overwrite to replace it,"
-            raise UsageError(
-                f"{self.folder} holds a run with {difference}; give another --name,{replace} or "
-                "the old settings to continue it"
-            )
-        folders.check_files(self.folder, (CONFIG, *self.files), self.folders)
+        if not self.overwrite:
+            check_same_settings(self.folder, self.kind, saved, self.config, self.overwrite)
+            folders.check_files(self.folder, (CONFIG, *self.files), self.folders)
 
     def open(self) -> None:
         """Prepares the folder, which `check` has passed: empties it if it is to be replaced."""
@@ -96,6 +90,33 @@ class StudyFolder:
         with folders.claim(self.folder, self.check), kept(self.folder):
             self.open()
             yield
+
+
+def check_same_settings(
+    folder: Path,
+    kind: str,
+    saved: dict[str, Any],
+    config: dict[str, Any],
+    overwrite: bool | None = None,
+) -> None:
+    """Checks that a study continues the one in its folder.
+
+    Args:
+      folder: its folder.
+      kind: what messages call it, such as ``"a comparison"``.
+      saved: the settings of the study in the folder.
+      config: the settings of this one.
+      overwrite: ``None`` for a command without the option to replace the study.
+
+    Raises:
+      UsageError: a setting differs.
+    """
+    if difference := first_difference(saved, config):
+        replace = "" if overwrite is None else " --overwrite to replace it,"
+        raise UsageError(
+            f"{folder} holds {kind} with {difference}; give another --name,{replace} or the old "
+            "settings to continue it"
+        )
 
 
 @contextlib.contextmanager

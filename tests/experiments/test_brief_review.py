@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from experiments import brief_review
+from experiments.reporting import brief_review as report
 
 TINY = brief_review.Scale(
     {"cnn": ("cnn", {"channels": [4, 4]}), "mlp": ("mlp", {"hidden_sizes": [16]})},
@@ -36,7 +37,7 @@ def test_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "brief_review-digits-tiny"
     assert (folder / "brief_review.png").read_bytes().startswith(b"\x89PNG")
     records = json.loads((folder / "results.json").read_text())["records"]
-    rows = {row["variant"]: row for row in brief_review.summarize(records)}
+    rows = {row["variant"]: row for row in report.summarize(records)}
     assert list(rows) == ["baseline", "accumulation", "all"]
     assert rows["baseline"]["examples_per_second_ratio"] == 1
     assert rows["accumulation"]["bytes"] != rows["baseline"]["bytes"]
@@ -64,14 +65,14 @@ def test_ratios_and_spread() -> None:
         record("all", 0, examples_per_second=30.0, bytes=25, accuracy=None),
         record("all", 1, examples_per_second=30.0, bytes=25),
     ]
-    base, other = brief_review.summarize(records)
+    base, other = report.summarize(records)
     assert base["examples_per_second"] == 10
     assert (base["accuracy"], base["accuracy_error"]) == pytest.approx((0.6, 0.1))
     assert (other["examples_per_second_ratio"], other["bytes_ratio"]) == (3, 0.25)
     assert other["accuracy"] is None  # one diverged
-    (alone,) = brief_review.summarize(records[2:])
+    (alone,) = report.summarize(records[2:])
     assert alone["bytes_ratio"] is None
-    assert brief_review.table([base, other]).row_count == 2
+    assert report.table([base, other]).row_count == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,96 @@
+"""What the brief review shows: speed, memory and accuracy of the variants of each model."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from experiments.reporting import figures, tables
+from experiments.reporting.statistics import mean_and_error
+
+Record = dict[str, Any]
+
+
+def summarize(records: Sequence[Record]) -> list[Record]:
+    """For each model and variant: medians and means over the seeds, and ratios to the baseline."""
+    rows: list[Record] = []
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record["model"], record["variant"]), []).append(record)
+    for (model, variant), group in groups.items():
+        speed = statistics.median(record["examples_per_second"] for record in group)
+        accuracies = [record["accuracy"] for record in group]
+        finite = None not in accuracies
+        mean, error = mean_and_error(accuracies) if finite else (None, None)
+        rows.append(
+            {
+                "model": model,
+                "variant": variant,
+                "examples_per_second": speed,
+                "bytes": group[0]["bytes"],
+                "accuracy": mean,
+                "accuracy_error": error,
+            }
+        )
+    bases = {row["model"]: row for row in rows if row["variant"] == "baseline"}
+    for row in rows:
+        base = bases.get(row["model"])
+        for key in ("examples_per_second", "bytes"):
+            row[f"{key}_ratio"] = None if base is None else row[key] / base[key]
+    return rows
+
+
+def table(rows: Sequence[Record]) -> Table:
+    """The variants of each model, one below the other."""
+    view = tables.table(
+        ["model", "variant", "examples / s", "x", "memory MB", "x", "test accuracy %"], left=2
+    )
+    shown = None
+    for row in rows:
+        ratios = [row["examples_per_second_ratio"], row["bytes_ratio"]]
+        speed, memory = ("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
+        accuracy = row["accuracy"]
+        view.add_row(
+            "" if row["model"] == shown else row["model"],
+            row["variant"],
+            f"{row['examples_per_second']:.1f}",
+            speed,
+            f"{row['bytes'] / 1e6:.0f}",
+            memory,
+            "diverged" if accuracy is None else tables.percent(accuracy, row["accuracy_error"]),
+        )
+        shown = row["model"]
+    return view
+
+
+def picture(rows: Sequence[Record], title: str) -> Figure:
+    """Speed, memory and accuracy as bars, the variants of a model side by side."""
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    width = 0.8 / len(variants)
+    panels: dict[str, Callable[[Record], float]] = {
+        "examples per second": lambda row: row["examples_per_second"],
+        "memory of a step in MB": lambda row: row["bytes"] / 1e6,
+        "test accuracy in %": lambda row: 100 * (row["accuracy"] or 0.0),
+    }
+    for axes, (label, value) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        figures.frame(axes)
+        for i, variant in enumerate(variants):
+            shown = [row for row in rows if row["variant"] == variant]
+            axes.bar(
+                [models.index(row["model"]) + (i + 0.5) * width - 0.4 for row in shown],
+                [value(row) for row in shown],
+                width,
+                color=figures.COLORS[i],
+                label=variant,
+            )
+        axes.set_xticks(range(len(models)), models)
+        axes.set_title(label, loc="left", fontsize="medium")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.suptitle(title, x=0.01, ha="left")
+    return figure

@@ -1,0 +1,68 @@
+"""Trains one network and measures what its steps take: examples per second and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from typing import Any
+
+import grain
+import jax
+
+from experiments import data, hlo
+from experiments.runs.records import number
+from experiments.training import parallel
+from experiments.training.program import build
+from experiments.training.settings import Plan
+
+# Steps that are not timed: compilation, and the first batches under way.
+WARM_UP = 5
+
+
+def measure(plan: Plan) -> dict[str, Any]:
+    """Trains one network and measures it.
+
+    Args:
+      plan: the run; more than `WARM_UP` steps.
+
+    Returns:
+      ``examples_per_second``, ``bytes`` of a step, ``accuracy`` and ``loss`` on the test split.
+    """
+    program = build(plan)
+    runner = program.runner
+    dataset = data.batches(
+        plan.task.train,
+        batch_size=plan.batch_size,
+        seed=plan.options.seed,
+        shard=grain.sharding.ShardByJaxProcess(),
+        augment=plan.augment,
+        num_classes=plan.task.num_classes,
+        workers=plan.options.data_workers,
+    )
+    state = runner.init(program.make_state)
+    windows = []
+    with contextlib.closing(
+        data.prefetch_to_device(iter(dataset), runner.put_batch, plan.options.prefetch)
+    ) as batches:
+        timed, began = 0, time.perf_counter()
+        for done, batch in enumerate(batches, start=1):
+            if done == 1:
+                memory = hlo.memory(runner.lower(state, batch).compile())
+            state, metrics = runner.step(state, batch)
+            # As `train` does it: the loop waits now and then, not for every step.
+            if done in (WARM_UP, plan.steps) or (done - WARM_UP) % parallel.FETCH_EVERY == 0:
+                jax.block_until_ready(metrics)
+                now = time.perf_counter()
+                if done > WARM_UP:
+                    windows.append((done - timed) * plan.batch_size / (now - began))
+                timed, began = done, now
+            if done == plan.steps:
+                break
+    scores = program.evaluate(state, plan.task.test)
+    return {
+        "examples_per_second": statistics.median(windows),
+        "bytes": memory.total,
+        "accuracy": number(scores["accuracy"]),
+        "loss": number(scores["loss"]),
+    }
