@@ -6,13 +6,13 @@ r"""Extragradient: step with the gradient of a point ahead.
 
 with an extrapolation direction :math:`\xi_t`: a fresh gradient, the past one, or noise.  On several
 replicas the extrapolation can be *local*: each replica steps ahead with its own direction, without
-communication, and only the gradients found there are averaged.
+communication, and only the gradients at the points ahead are averaged.
 
 Lin, Kong, Stich, Jaggi, `Extrapolation for large-batch training in deep learning
 <https://arxiv.org/abs/2006.05720>`_, ICML 2020.  Our reading: Extrap-SGD is reconstructed from the
 abstract and reviews (its Algorithm 1 and hyperparameters were not available to us); the gradient
-moves the stored point, as in PyTorch's Nesterov, and the momentum is fed once a step.  Faithful to
-public code: :func:`extra_adam` (Gidel et al., `A variational inequality perspective on GANs
+moves the stored point, as in PyTorch's Nesterov momentum, which is updated once a step.  Faithful
+to public code: :func:`extra_adam` (Gidel et al., `A variational inequality perspective on GANs
 <https://arxiv.org/abs/1802.10551>`_, 2019) and filter-normalized noise (Wen et al., `SmoothOut
 <https://arxiv.org/abs/1805.07898>`_, 2018).
 """
@@ -40,6 +40,7 @@ from optax_accel._extra_args import as_objective, check_params, mean_arguments
 from optax_accel._masking import Mask, check_selected, merge, resolve, select, with_fixed_leaves
 from optax_accel._numerics import norm
 from optax_accel._random import as_key, map_with_keys
+from optax_accel.objective import Objective
 
 Direction = Literal[
     "gradient",
@@ -93,7 +94,8 @@ def extragradient(
       ``extrapolation_value_fn`` gives the other batch.
     * ``"past"`` (1): the last extrapolated gradient, 0 at first: the single-call variant.  With
       ``inner = sgd(r)`` and ``extrapolation_rate = r`` the extrapolated points obey the recursion
-      of ``optax.optimistic_gradient_descent(r)``, which takes its first gradient for the past one.
+      of ``optax.optimistic_gradient_descent(r)``, which starts with its first gradient in place of
+      a past one.
     * ``"gaussian"``, ``"uniform"`` (1): noise from N(0, I) or U[-1, 1]; the rate is its amplitude.
     * ``"filter_gaussian"``, ``"filter_uniform"`` (1): the noise of each filter (last axis of a
       leaf; each scalar of a vector) scaled to the filter's norm.
@@ -107,24 +109,26 @@ def extragradient(
     ``optax.tree.get(state, "objective_value")`` instead.
 
     ``update`` needs ``value_fn`` (an :class:`~optax_accel.Objective` or a function of the
-    parameters) and ``params``.  Clip gradients in ``inner``: what is clipped then is the
-    extrapolated gradient. With batch normalization update the statistics in one of the two passes
-    only; with dropout use the same key in both.
+    parameters) and ``params``.  Clip gradients in ``inner``, which sees the extrapolated gradient.
+    With batch normalization update the statistics in one of the two passes only; with dropout use
+    the same key in both.
 
     Args:
       inner: transformation or optimizer that takes the step from ``params``.
-      extrapolation_rate: :math:`\hat\gamma \ge 0`, float or schedule. 0: the inner transformation.
+      extrapolation_rate: :math:`\hat\gamma`, at least 0, float or schedule. 0 leaves the inner
+        transformation unchanged.
       direction: where to extrapolate to, one of the names above; default ``"gradient"``, the
         gradient at ``params``.
       axis_name: axis of ``pmap``, ``shard_map`` or ``vmap`` for *local* extrapolation: each replica
-        extrapolates with its own direction and the gradients found there are averaged, one
-        all-reduce of the parameters' size a step; the incoming gradient is not used, and need not
-        be averaged.  ``None``: global extrapolation, the same on all replicas; an Objective with an
-        ``axis_name`` of its own then averages, at both points.
+        extrapolates with its own direction and the gradients at the points ahead are averaged, one
+        all-reduce of the parameters' size a step; the incoming gradient is not used and need not
+        be averaged.  ``None``: global extrapolation, the same on all replicas; an Objective that
+        has an ``axis_name`` then averages at both points.
       trust_ratio: scales the direction of each leaf with two or more axes by the leaf's norm over
         the direction's (1 if either is 0), as LARS scales steps.  Our reading of the paper's
         layer-wise variant.
-      key: PRNG key or integer seed of the noise; under ``axis_name`` each replica draws its own.
+      key: PRNG key or integer seed of the noise; with ``axis_name`` each replica draws different
+        noise.
       mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
         parameters to one: leaves to extrapolate; the others stay at ``params``.  ``None``: all.
         Masked-out integers, booleans and PRNG keys are hidden from ``inner``; their updates pass
@@ -148,136 +152,16 @@ def extragradient(
       >>> round(float(param + updates), 4)
       0.92
     """
-    check_choice("direction", direction, get_args(Direction))
-    check_number("extrapolation_rate", extrapolation_rate, 0, allow_schedule=True)
-    check_flag("trust_ratio", trust_ratio)
-    if direction == "inner_update" and axis_name is not None:
-        raise ValueError(
-            "extragradient: direction 'inner_update' advances the inner state with the incoming "
-            "gradient, which must be the same on all replicas; leave `axis_name` out."
-        )
-    check_inner(inner)
-    initial_key = as_key(key) if direction in _NOISE else None
-
-    def make(mask: Mask) -> optax.GradientTransformationExtraArgs:
-        return _extragradient(
-            optax.with_extra_args_support(inner),
-            extrapolation_rate,
-            direction,
-            axis_name,
-            trust_ratio,
-            initial_key,
-            mask,
-        )
-
-    return with_fixed_leaves(make, mask)
-
-
-def _extragradient(
-    inner: optax.GradientTransformationExtraArgs,
-    extrapolation_rate: optax.ScalarOrSchedule,
-    direction: Direction,
-    axis_name: str | None,
-    trust_ratio: bool,
-    initial_key: chex.PRNGKey | None,
-    mask: Mask,
-) -> optax.GradientTransformationExtraArgs:
-    name = "extragradient"
-
-    def init_fn(params: chex.ArrayTree) -> ExtragradientState:
-        if direction != "none":
-            check_params(params, name)
-            check_selected(params, mask, name)
-        return ExtragradientState(
-            count=jnp.zeros((), jnp.int32),
-            objective_value=jnp.full((), jnp.inf, jnp.float32),
-            rng_key=None if initial_key is None else jnp.copy(initial_key),
-            past=optax.tree.zeros_like(params) if direction == "past" else None,
-            inner_state=inner.init(params),
-        )
-
-    def update_fn(
-        updates: chex.ArrayTree,
-        state: ExtragradientState,
-        params: chex.ArrayTree | None = None,
-        *,
-        value_fn: Any = None,
-        extrapolation_value_fn: Any = None,
-        **extra_args: Any,
-    ) -> tuple[chex.ArrayTree, ExtragradientState]:
-        count = optax.safe_increment(state.count)
-        inner_args = extra_args if value_fn is None else {**extra_args, "value_fn": value_fn}
-        if direction == "none":
-            if axis_name is not None:
-                updates, inner_args = mean_arguments(updates, inner_args, axis_name)
-            new_updates, inner_state = inner.update(
-                updates, state.inner_state, params, **inner_args
-            )
-            value = jnp.asarray(inner_args.get("value", state.objective_value), jnp.float32)
-            return new_updates, state._replace(
-                count=count, objective_value=value, inner_state=inner_state
-            )
-
-        objective = as_objective(
-            value_fn,
-            extra_args,
-            method=name,
-            params=params,
-            why="take the gradient at the extrapolated point",
-        )
-        together = objective
-        if axis_name is not None:
-            objective, together = objective.local, objective.averaged_over(axis_name)
-        point, chosen = together.vary(params), resolve(params, mask)
-        rate = value_of(extrapolation_rate, state.count)
-        inner_state = state.inner_state
-
-        if direction == "inner_update":
-            own, inner_state = inner.update(updates, inner_state, params, **inner_args)
-            step = jax.tree.map(jnp.negative, own)
-        elif direction == "past":
-            step = state.past
-        elif state.rng_key is not None:
-            step_key = jax.random.fold_in(state.rng_key, state.count)
-            if axis_name is not None:
-                step_key = jax.random.fold_in(step_key, lax.axis_index(axis_name))
-            step = _noise(step_key, select(point, chosen), direction)
-        elif extrapolation_value_fn is not None:
-            other = as_objective(
-                extrapolation_value_fn,
-                extra_args,
-                method=name,
-                params=params,
-                why="extrapolate with another batch",
-                argument="extrapolation_value_fn",
-            )
-            step = (other if axis_name is None else other.local).grad(point)
-        else:
-            step = updates if axis_name is None else objective.grad(point)
-
-        ahead = _extrapolate(select(point, chosen), select(step, chosen), rate, trust_ratio)
-        half = merge(ahead, point, chosen)
-        value, own_gradient = objective.value_and_grad(half)
-        gradient = own_gradient
-        if axis_name is not None:
-            value, gradient = together.mean((value, own_gradient))
-            if (weight := together.batch_weight()) is not None:  # nothing to go by may be 0 / 0
-                own_gradient = jax.tree.map(
-                    lambda g: jnp.where(weight == 0, 0, g), together.vary(own_gradient)
-                )
-        for argument, new in (("value", value), ("grad", gradient)):
-            if argument in inner_args:
-                inner_args[argument] = new
-        new_updates, inner_state = inner.update(gradient, inner_state, params, **inner_args)
-        return new_updates, ExtragradientState(
-            count=count,
-            objective_value=value.astype(jnp.float32),
-            rng_key=state.rng_key,
-            past=own_gradient if direction == "past" else None,
-            inner_state=inner_state,
-        )
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _extragradient(
+        "extragradient",
+        inner,
+        extrapolation_rate,
+        direction,
+        axis_name=axis_name,
+        trust_ratio=trust_ratio,
+        key=key,
+        mask=mask,
+    )
 
 
 def extrap_sgd(
@@ -300,10 +184,10 @@ def extrap_sgd(
     Args:
       learning_rate: float or schedule, at least 0.
       momentum: momentum in [0, 1), ``None`` for plain SGD. The paper's strong baseline is Nesterov.
-      nesterov: Nesterov's form.
+      nesterov: whether the momentum has Nesterov's form; default True.
       extrapolation_rate: step ahead, at least 0, float or schedule; ``None`` (default): the
-        learning rate (ratio 1, our choice: the paper's value is not known; tune it in 0.05 to 1
-        times the learning rate).
+        learning rate (ratio 1, our choice: the paper's value is not known; tune it between 0.05
+        and 1 times the learning rate).
       direction: where to extrapolate to, one of the words listed in :func:`extragradient`;
         ``"gradient"`` (default) steps ahead along the gradient.
       axis_name: axis of ``pmap``, ``shard_map`` or ``vmap`` for local extrapolation, the paper's
@@ -334,7 +218,8 @@ def extrap_sgd(
     check_flag("nesterov", nesterov)
     if momentum is not None:
         check_number("momentum", momentum, 0, 1, open_high=True)
-    return extragradient(
+    return _extragradient(
+        "extrap_sgd",
         optax.sgd(learning_rate, momentum, nesterov if momentum is not None else False),
         learning_rate if extrapolation_rate is None else extrapolation_rate,
         direction,
@@ -385,9 +270,214 @@ def extra_adam(
         check_number(name, value, 0, 1, open_high=True)
     check_number("eps", eps, 0)
     adam = scale_by_adam("extra_adam", b1, b2, eps, eps_before_correction=True)
-    return extragradient(
-        optax.chain(adam, optax.scale_by_learning_rate(learning_rate)), 1.0, "inner_update"
+    return _extragradient(
+        "extra_adam",
+        optax.chain(adam, optax.scale_by_learning_rate(learning_rate)),
+        1.0,
+        "inner_update",
     )
+
+
+def _extragradient(
+    method: str,
+    inner: optax.GradientTransformation,
+    rate: optax.ScalarOrSchedule,
+    direction: Direction,
+    *,
+    axis_name: str | None = None,
+    trust_ratio: bool = False,
+    key: chex.PRNGKey | int = 0,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`extragradient` whose errors carry the name of another method."""
+    check_choice("direction", direction, get_args(Direction))
+    check_number("extrapolation_rate", rate, 0, allow_schedule=True)
+    check_flag("trust_ratio", trust_ratio)
+    if direction == "inner_update" and axis_name is not None:
+        raise ValueError(
+            f"{method}: direction 'inner_update' advances the inner state with the incoming "
+            "gradient, which must be the same on all replicas; leave `axis_name` out."
+        )
+    check_inner(inner)
+    inner = optax.with_extra_args_support(inner)
+    if direction == "none":
+        return with_fixed_leaves(lambda mask: _without_extrapolation(inner, axis_name), mask)
+    initial_key = as_key(key) if direction in _NOISE else None
+    return with_fixed_leaves(
+        lambda mask: _with_extrapolation(
+            method, inner, rate, direction, axis_name, trust_ratio, initial_key, mask
+        ),
+        mask,
+    )
+
+
+def _without_extrapolation(
+    inner: optax.GradientTransformationExtraArgs, axis_name: str | None
+) -> optax.GradientTransformationExtraArgs:
+    """The inner transformation on the incoming gradients or, with an axis, on their mean."""
+
+    def init_fn(params: chex.ArrayTree) -> ExtragradientState:
+        return ExtragradientState(
+            count=jnp.zeros((), jnp.int32),
+            objective_value=jnp.full((), jnp.inf, jnp.float32),
+            rng_key=None,
+            past=None,
+            inner_state=inner.init(params),
+        )
+
+    def update_fn(
+        updates: chex.ArrayTree,
+        state: ExtragradientState,
+        params: chex.ArrayTree | None = None,
+        *,
+        extrapolation_value_fn: Any = None,
+        **extra_args: Any,
+    ) -> tuple[chex.ArrayTree, ExtragradientState]:
+        del extrapolation_value_fn
+        count = optax.safe_increment(state.count)
+        if axis_name is not None:
+            updates, extra_args = mean_arguments(updates, extra_args, axis_name)
+        new_updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        value = jnp.asarray(extra_args.get("value", state.objective_value), jnp.float32)
+        return new_updates, state._replace(
+            count=count, objective_value=value, inner_state=inner_state
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _with_extrapolation(
+    method: str,
+    inner: optax.GradientTransformationExtraArgs,
+    rate: optax.ScalarOrSchedule,
+    direction: Direction,
+    axis_name: str | None,
+    trust_ratio: bool,
+    initial_key: chex.PRNGKey | None,
+    mask: Mask,
+) -> optax.GradientTransformationExtraArgs:
+    def init_fn(params: chex.ArrayTree) -> ExtragradientState:
+        check_params(params, method)
+        check_selected(params, mask, method)
+        return ExtragradientState(
+            count=jnp.zeros((), jnp.int32),
+            objective_value=jnp.full((), jnp.inf, jnp.float32),
+            rng_key=None if initial_key is None else jnp.copy(initial_key),
+            past=optax.tree.zeros_like(params) if direction == "past" else None,
+            inner_state=inner.init(params),
+        )
+
+    def objective_of(
+        argument: str, value_fn: Any, extra_args: dict[str, Any], params: Any, why: str
+    ) -> _Global | _Local:
+        objective = as_objective(
+            value_fn, extra_args, method=method, params=params, why=why, argument=argument
+        )
+        return _Global(objective) if axis_name is None else _Local(objective, axis_name)
+
+    def update_fn(
+        updates: chex.ArrayTree,
+        state: ExtragradientState,
+        params: chex.ArrayTree | None = None,
+        *,
+        value_fn: Any = None,
+        extrapolation_value_fn: Any = None,
+        **extra_args: Any,
+    ) -> tuple[chex.ArrayTree, ExtragradientState]:
+        count = optax.safe_increment(state.count)
+        inner_args = extra_args if value_fn is None else {**extra_args, "value_fn": value_fn}
+        why = "take the gradient at the extrapolated point"
+        loss = objective_of("value_fn", value_fn, extra_args, params, why)
+        point, chosen = loss.vary(params), resolve(params, mask)
+        step_rate = value_of(rate, state.count)
+        inner_state = state.inner_state
+
+        if direction == "inner_update":
+            inner_step, inner_state = inner.update(updates, inner_state, params, **inner_args)
+            step = jax.tree.map(jnp.negative, inner_step)
+        elif direction == "past":
+            step = state.past
+        elif state.rng_key is not None:
+            step_key = loss.key(jax.random.fold_in(state.rng_key, state.count))
+            step = _noise(step_key, select(point, chosen), direction)
+        elif extrapolation_value_fn is not None:
+            name, why = "extrapolation_value_fn", "extrapolate with another batch"
+            other = objective_of(name, extrapolation_value_fn, extra_args, params, why)
+            step = other.objective.grad(point)
+        else:
+            step = loss.gradient(point, updates)
+
+        ahead = _extrapolate(select(point, chosen), select(step, chosen), step_rate, trust_ratio)
+        value, gradient, past = loss.value_and_gradients(merge(ahead, point, chosen))
+        for argument, new in (("value", value), ("grad", gradient)):
+            if argument in inner_args:
+                inner_args[argument] = new
+        new_updates, inner_state = inner.update(gradient, inner_state, params, **inner_args)
+        return new_updates, ExtragradientState(
+            count=count,
+            objective_value=value.astype(jnp.float32),
+            rng_key=state.rng_key,
+            past=past if direction == "past" else None,
+            inner_state=inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Global:
+    """Global extrapolation: one direction, the same on all replicas."""
+
+    def __init__(self, objective: Objective):
+        self.objective = objective
+
+    def vary(self, params: chex.ArrayTree) -> chex.ArrayTree:
+        """The parameters, ready to be differentiated at."""
+        return self.objective.vary(params)
+
+    def key(self, key: chex.PRNGKey) -> chex.PRNGKey:
+        """The key of the noise."""
+        return key
+
+    def gradient(self, point: chex.ArrayTree, updates: chex.ArrayTree) -> chex.ArrayTree:
+        """The direction of the gradient: the incoming one, so that the caller picks the batch."""
+        del point
+        return updates
+
+    def value_and_gradients(self, ahead: chex.ArrayTree) -> tuple[Any, Any, Any]:
+        """Value and gradient ahead, and the gradient that direction ``"past"`` keeps."""
+        value, gradient = self.objective.value_and_grad(ahead)
+        return value, gradient, gradient
+
+
+class _Local:
+    """Local extrapolation: each replica takes its own direction; the gradients are averaged."""
+
+    def __init__(self, objective: Objective, axis_name: str):
+        self.objective = objective.local
+        self._mean = objective.averaged_over(axis_name)
+        self._axis_name = axis_name
+
+    def vary(self, params: chex.ArrayTree) -> chex.ArrayTree:
+        """The parameters, marked as differing between the replicas."""
+        return self._mean.vary(params)
+
+    def key(self, key: chex.PRNGKey) -> chex.PRNGKey:
+        """A key for this replica alone."""
+        return jax.random.fold_in(key, lax.axis_index(self._axis_name))
+
+    def gradient(self, point: chex.ArrayTree, updates: chex.ArrayTree) -> chex.ArrayTree:
+        """This replica's gradient; the incoming one may already be a mean."""
+        del updates
+        return self.objective.grad(point)
+
+    def value_and_gradients(self, ahead: chex.ArrayTree) -> tuple[Any, Any, Any]:
+        """Mean value and gradient ahead, and this replica's gradient."""
+        value, local = self.objective.value_and_grad(ahead)
+        value, gradient = self._mean.mean((value, local))
+        weight = self._mean.batch_weight()
+        if weight is not None:  # a gradient without examples may be 0 / 0
+            local = jax.tree.map(lambda g: jnp.where(weight == 0, 0, g), self._mean.vary(local))
+        return value, gradient, local
 
 
 def _extrapolate(
@@ -399,9 +489,9 @@ def _extrapolate(
         wide = jnp.promote_types(x.dtype, jnp.float32)
         scaled = jnp.asarray(rate, wide) * xi.astype(wide)
         if trust_ratio and x.ndim > 1:
-            ours, theirs = norm(x).astype(wide), norm(xi).astype(wide)
-            usable = (ours > 0) & (theirs > 0)
-            scaled = scaled * jnp.where(usable, ours / jnp.where(usable, theirs, 1), 1)
+            of_params, of_step = norm(x).astype(wide), norm(xi).astype(wide)
+            usable = (of_params > 0) & (of_step > 0)
+            scaled = scaled * jnp.where(usable, of_params / jnp.where(usable, of_step, 1), 1)
         return (x.astype(wide) - scaled).astype(x.dtype)
 
     return jax.tree.map(move, params, step)
@@ -416,7 +506,7 @@ def _noise(key: chex.PRNGKey, params: chex.ArrayTree, direction: str) -> chex.Ar
             noise = jax.random.uniform(leaf_key, x.shape, dtype, -1, 1)
         if not direction.startswith("filter"):
             return noise
-        # SmoothOut counts filters along the first axis (PyTorch); in JAX outputs are the last.
+        # SmoothOut has its filters along the first axis (PyTorch); in JAX they are the last axis.
         axes = tuple(range(x.ndim - 1))
         norms = [jnp.sqrt(jnp.sum(a.astype(dtype) ** 2, axes, keepdims=True)) for a in (noise, x)]
         return noise / (norms[0] + 1e-6) * norms[1]
