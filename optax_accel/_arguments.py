@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,6 +137,19 @@ def check_dtype(name: str, value: Any) -> None:
         raise TypeError(f"`{name}` must be a dtype, got {value!r}.") from error
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"`{name}` must be a floating-point dtype, got {dtype}: it would truncate.")
+
+
+def with_checked_init(
+    tx: optax.GradientTransformation, check: Callable[[chex.ArrayTree], None]
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation whose ``init`` checks the parameters first."""
+    tx = optax.with_extra_args_support(tx)
+
+    def init_fn(params: chex.ArrayTree) -> optax.OptState:
+        check(params)
+        return tx.init(params)
+
+    return optax.GradientTransformationExtraArgs(init_fn, tx.update)
 
 
 def check_inner(inner: Any) -> None:

@@ -21,6 +21,7 @@ whole step, :math:`\mathrm{clip}(\eta a, \eta b, \eta c) = \eta\, \mathrm{clip}(
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -35,6 +36,7 @@ from optax_accel._arguments import (
     check_floating_leaves,
     check_learning_rate,
     check_number,
+    with_checked_init,
 )
 
 
@@ -70,12 +72,14 @@ def scale_by_adabound(
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: added to the root of the second moment before the bias correction.
-      final_scale: :math:`f / \eta_0`, at least 0: the rate of SGD that the bounds close in on, over
-        the learning rate.  The default, 100, is that of the authors' code: 0.1 over 0.001.
-      gamma: speed of the bounds, greater than 0; they reach half of ``final_scale`` and twice of it
-        after ``1 / gamma`` steps.  Near 0 all steps are Adam's, at infinity all are SGD's.
-      amsbound: divides by the root of the running maximum of the second moment: AMSBound.
-      mu_dtype: dtype of the first moment; ``None``: that of the parameters.
+      final_scale: :math:`f / \eta_0`, at least 0: the rate of SGD that the bounds close in on,
+        divided by the learning rate.  The default, 100, is that of the authors' code: 0.1 / 0.001.
+      gamma: speed of the bounds, greater than 0; they reach half of ``final_scale`` and twice
+        ``final_scale`` after ``1 / gamma`` steps.  Near 0 all steps are Adam's, at infinity all are
+        SGD's.
+      amsbound: whether to divide by the root of the running maximum of the second moment, as in
+        AMSBound; default False.
+      mu_dtype: dtype of the first moment; ``None`` (default) is that of the parameters.
 
     Returns:
       A transformation with state :class:`ScaleByAdaBoundState`.
@@ -170,13 +174,15 @@ def adabound(
       eps: added to the root of the second moment before the bias correction.
       final_learning_rate: f, at least 0: the rate of SGD that the bounds close in on.
       gamma: speed of the bounds, greater than 0; they reach half of ``final_learning_rate`` and
-        twice of it after ``1 / gamma`` steps.
-      amsbound: divides by the root of the running maximum of the second moment: AMSBound.
+        twice that rate after ``1 / gamma`` steps.
+      amsbound: whether to divide by the root of the running maximum of the second moment, as in
+        AMSBound; default False.
       base_learning_rate: :math:`\eta_0`: the bounds are scaled by ``learning_rate /
-        base_learning_rate`` in each step.  ``None`` (default): a schedule's value at step 0; no
-        scaling for a number.  It is needed where a schedule starts at 0 (give the peak of the
-        warm-up), and where ``inject_hyperparams`` holds the schedule, which makes it a number here.
-      mu_dtype: dtype of the first moment; ``None``: that of the parameters.
+        base_learning_rate`` in each step.  ``None`` (default) is the value of a schedule at step 0;
+        with a number as ``learning_rate`` nothing is scaled.  It is needed where a schedule starts
+        at 0 (give the peak of the warm-up), and where ``inject_hyperparams`` holds the schedule, so
+        that a number arrives here.
+      mu_dtype: dtype of the first moment; ``None`` (default) is that of the parameters.
 
     Returns:
       The optimizer.
@@ -213,27 +219,28 @@ def adabound(
             raise ValueError(
                 "`base_learning_rate` must be given where the schedule of the learning rate does "
                 f"not start above 0 (it starts at {float(base)}), because learning_rate / "
-                "base_learning_rate scales the bounds. Give the schedule's peak."
+                "base_learning_rate scales the bounds. Give the peak of the schedule."
             )
     else:
         check_number("learning_rate", learning_rate, 0, open_low=True)
         base = learning_rate
-    return optax.chain(
-        scale_by_adabound(
-            b1,
-            b2,
-            eps,
-            final_scale=_ratio(final_learning_rate, base),
-            gamma=gamma,
-            amsbound=amsbound,
-            mu_dtype=mu_dtype,
-        ),
-        optax.scale_by_learning_rate(learning_rate),
+    scale = scale_by_adabound(
+        b1,
+        b2,
+        eps,
+        final_scale=_ratio(final_learning_rate, base),
+        gamma=gamma,
+        amsbound=amsbound,
+        mu_dtype=mu_dtype,
+    )
+    return with_checked_init(
+        optax.chain(scale, optax.scale_by_learning_rate(learning_rate)),
+        functools.partial(check_floating_leaves, method="adabound"),
     )
 
 
 def _ratio(final: Any, base: Any) -> Any:
-    """The ratio in the widest float; finite for an injected rate of 0, with which nothing moves."""
+    """The ratio in the widest float; finite for an injected rate of 0, which moves nothing."""
     if not isinstance(base, jax.Array):
         return final / base
     base = base.astype(jnp.result_type(float))

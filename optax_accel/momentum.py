@@ -14,6 +14,7 @@ start, ``form="ema"``, and steps counted from zero, so that the first one uses `
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import chex
@@ -31,6 +32,7 @@ from optax_accel._arguments import (
     check_learning_rate,
     check_number,
     known_integer,
+    with_checked_init,
 )
 from optax_accel.hyperparams import with_schedules
 
@@ -41,9 +43,10 @@ def demon_schedule(init_value: float, decay_steps: int, delay_steps: int = 0) ->
     Args:
       init_value: :math:`\beta_0` in [0, 1); the paper tunes it in {0.9, 0.95, 0.97}.
       decay_steps: T, the step (not the epoch) at which the momentum reaches 0, counted from step 0
-        and including ``delay_steps``; usually the length of training.  It stays 0 after.
-      delay_steps: steps to hold ``init_value`` before the decay (0 in the paper; an older post of
-        its first author delays by 75 % of the training). Less than ``decay_steps``.
+        and including ``delay_steps``; usually the length of training.  It stays 0 afterwards.
+      delay_steps: number of steps that hold ``init_value`` before the decay, less than
+        ``decay_steps``; 0 in the paper. An older post by its first author delays the decay by 75 %
+        of the training.
 
     Returns:
       A schedule: a function of the zero-based step count, traceable.
@@ -93,8 +96,8 @@ def scale_by_demon(
 
     Args:
       momentum: initial momentum, in [0, 1).
-      nesterov: Nesterov's form of the update (not in the paper).
-      accumulator_dtype: dtype of ``v``; ``None``: that of the parameters.
+      nesterov: whether the update has Nesterov's form; default False, as in the paper.
+      accumulator_dtype: dtype of ``v``; ``None`` (default) is that of the parameters.
       decay_steps: step at which the momentum reaches 0.
       delay_steps: steps before the decay, less than ``decay_steps``; 0 in the paper.
 
@@ -117,13 +120,10 @@ def scale_by_demon(
     schedule = demon_schedule(momentum, decay_steps, delay_steps)
 
     def trace(momentum: jax.Array) -> optax.GradientTransformation:  # names it in the state
-        tx = optax.trace(momentum, nesterov, accumulator_dtype)
-
-        def init_fn(params: chex.ArrayTree) -> optax.OptState:
-            check_floating_leaves(params, "scale_by_demon")
-            return tx.init(params)
-
-        return optax.GradientTransformation(init_fn, tx.update)
+        return with_checked_init(
+            optax.trace(momentum, nesterov, accumulator_dtype),
+            functools.partial(check_floating_leaves, method="scale_by_demon"),
+        )
 
     return with_schedules(trace, momentum=schedule)()
 
@@ -142,14 +142,14 @@ def demon_sgd(
 
     Args:
       learning_rate: float or schedule, at least 0; the paper's runs hold it constant.
-      momentum: initial momentum, in [0, 1); paper: tuned in {0.9, 0.95, 0.97}.
-      nesterov: Nesterov's form (not in the paper).
-      accumulator_dtype: dtype of the momentum; ``None``: that of the parameters.
+      momentum: initial momentum, in [0, 1); the paper tunes it in {0.9, 0.95, 0.97}.
+      nesterov: whether the update has Nesterov's form; default False, as in the paper.
+      accumulator_dtype: dtype of the momentum; ``None`` (default) is that of the parameters.
       decay_steps: step at which the momentum reaches 0, usually the number of training steps.
       delay_steps: steps before the decay, less than ``decay_steps``; 0 in the paper.
-      learning_rate_in_momentum: accumulates ``learning_rate * g``, as Algorithm 1 writes it,
-        instead of multiplying the accumulated gradient by the rate, as Optax and the paper's text
-        do.  The same for a constant rate.
+      learning_rate_in_momentum: whether to accumulate ``learning_rate * g``, as Algorithm 1 writes
+        it, instead of multiplying the accumulated gradient by the rate (default), as Optax and the
+        paper's text do.  With a constant rate the two agree.
 
     Returns:
       The optimizer.
@@ -185,7 +185,10 @@ def demon_sgd(
         ),
         optax.scale_by_learning_rate(learning_rate),
     ]
-    return optax.chain(*(reversed(parts) if learning_rate_in_momentum else parts))
+    return with_checked_init(
+        optax.chain(*(reversed(parts) if learning_rate_in_momentum else parts)),
+        functools.partial(check_floating_leaves, method="demon_sgd"),
+    )
 
 
 class ScaleByDemonAdamState(NamedTuple):
@@ -227,18 +230,19 @@ def scale_by_demon_adam(
     constant :math:`\beta`.
 
     Args:
-      b1: initial momentum in [0, 1), or a schedule of one's own (a rival of Demon's), for which
-        ``decay_steps`` and ``delay_steps`` have no effect.
+      b1: initial momentum in [0, 1), or another schedule of the momentum in place of Demon's, for
+        which ``decay_steps`` and ``delay_steps`` have no effect.
       b2: decay of the second moment, in [0, 1).
-      eps: added to the denominator; inside the root for ``nu_bias_correction=False``, as in
-        Algorithm 2, else outside, as in Adam.
+      eps: added to the denominator: inside the root if the second moment is not corrected, as in
+        Algorithm 2, otherwise outside, as in Adam.
       decay_steps: step at which the momentum reaches 0.
       delay_steps: steps before the decay, less than ``decay_steps``; 0 in the paper.
-      form: ``"paper"`` (default) or ``"ema"``.
-      nu_bias_correction: divides the second moment by ``1 - b2 ** t``.  ``None`` (default): False
-        for ``"paper"``, as Algorithm 2 has it (a footnote says that the step is left out of the
-        description for clarity, so the published runs may have had it), True for ``"ema"``.
-      mu_dtype: dtype of the first moment; ``None``: that of the parameters.
+      form: ``"paper"`` (default) sums gradients in the first moment, ``"ema"`` averages them.
+      nu_bias_correction: whether to divide the second moment by ``1 - b2 ** t``.  ``None``
+        (default) means False for ``"paper"``, as in Algorithm 2, and True for ``"ema"``.  A
+        footnote says that the description leaves the step out for clarity, so the published runs
+        may have had it.
+      mu_dtype: dtype of the first moment; ``None`` (default) is that of the parameters.
 
     Returns:
       A transformation with state :class:`ScaleByDemonAdamState`.
@@ -336,18 +340,17 @@ def demon_adam(
 
     Args:
       learning_rate: float or schedule, at least 0. With ``form="paper"`` about a tenth of Adam's.
-      b1: initial momentum in [0, 1), or a schedule of one's own, for which ``decay_steps`` and
-        ``delay_steps`` have no effect.
+      b1: initial momentum in [0, 1), or another schedule of the momentum in place of Demon's, for
+        which ``decay_steps`` and ``delay_steps`` have no effect.
       b2: decay of the second moment, in [0, 1).
-      eps: added to the denominator; inside the root for ``nu_bias_correction=False``, as in
-        Algorithm 2, else outside, as in Adam.
+      eps: added to the denominator: inside the root if the second moment is not corrected, as in
+        Algorithm 2, otherwise outside, as in Adam.
       decay_steps: step at which the momentum reaches 0, usually the number of training steps.
       delay_steps: steps before the decay, less than ``decay_steps``; 0 in the paper.
-      form: ``"paper"`` (default) sums gradients in the first moment, ``"ema"`` averages them; see
-        :func:`scale_by_demon_adam`.
-      nu_bias_correction: divides the second moment by ``1 - b2 ** t``; ``None`` (default): False
-        for ``"paper"``, as in Algorithm 2, True for ``"ema"``.
-      mu_dtype: dtype of the first moment; ``None``: that of the parameters.
+      form: ``"paper"`` (default) sums gradients in the first moment, ``"ema"`` averages them.
+      nu_bias_correction: whether to divide the second moment by ``1 - b2 ** t``; ``None``
+        (default) means False for ``"paper"``, as in Algorithm 2, and True for ``"ema"``.
+      mu_dtype: dtype of the first moment; ``None`` (default) is that of the parameters.
 
     Returns:
       The optimizer.
@@ -372,16 +375,17 @@ def demon_adam(
       Chen et al., `Demon <https://arxiv.org/abs/1910.04952>`_, Algorithm 2.
     """
     check_learning_rate(learning_rate)
-    return optax.chain(
-        scale_by_demon_adam(
-            b1,
-            b2,
-            eps,
-            decay_steps=decay_steps,
-            delay_steps=delay_steps,
-            form=form,
-            nu_bias_correction=nu_bias_correction,
-            mu_dtype=mu_dtype,
-        ),
-        optax.scale_by_learning_rate(learning_rate),
+    adam = scale_by_demon_adam(
+        b1,
+        b2,
+        eps,
+        decay_steps=decay_steps,
+        delay_steps=delay_steps,
+        form=form,
+        nu_bias_correction=nu_bias_correction,
+        mu_dtype=mu_dtype,
+    )
+    return with_checked_init(
+        optax.chain(adam, optax.scale_by_learning_rate(learning_rate)),
+        functools.partial(check_floating_leaves, method="demon_adam"),
     )

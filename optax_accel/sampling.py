@@ -15,6 +15,7 @@ since the first moment shrinks by ``rate`` and the root of the second by ``sqrt(
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from optax_accel._arguments import (
     check_number,
     check_numeric_leaves,
     value_of,
+    with_checked_init,
 )
 from optax_accel._random import as_key, hash_bits, map_with_keys
 
@@ -45,12 +47,12 @@ def bernoulli_per_element(key: chex.PRNGKey, tree: chex.ArrayTree, rate: Any) ->
     Random bits dominate the cost of a mask: eight bits an entry from JAX's threefry take two to
     three times as long as a whole Adam update on a CPU.  Here each entry hashes its index with two
     key words of its leaf, drawn from ``key``: a counter-based generator of a few integer operations
-    that fuses into the update and needs no memory.  It is made for masks, not for cryptography.
+    that fuses into the update and needs no memory.  It is not suited to cryptography.
 
     Args:
-      key: PRNG key of the step; the same on every replica gives the same mask.
+      key: PRNG key of the step; replicas with the same key draw the same mask.
       tree: the gradients.
-      rate: probability of keeping an entry, in [0, 1], resolved to ``2 ** -24``.
+      rate: probability of keeping an entry, in [0, 1], with a resolution of ``2 ** -24``.
 
     Returns:
       Boolean masks like ``tree``.
@@ -71,7 +73,7 @@ def bernoulli_per_element(key: chex.PRNGKey, tree: chex.ArrayTree, rate: Any) ->
 
 
 def bernoulli_per_tensor(key: chex.PRNGKey, tree: chex.ArrayTree, rate: Any) -> chex.ArrayTree:
-    """One Bernoulli(``rate``) decision for each leaf; for study, not in the paper.
+    """One Bernoulli(``rate``) decision for each leaf; for comparison, not in the paper.
 
     Args:
       key: PRNG key of the step.
@@ -117,11 +119,12 @@ def sample_gradients(
       rate: probability of keeping an entry, in (0, 1]; float or schedule. 1 keeps everything. The
         default, 0.8, is that of the public port of StochGradAdam.
       key: PRNG key or integer seed.
-      sampler: what is kept or dropped together, a function ``(key, gradients, rate) -> masks``:
-        :func:`bernoulli_per_element` (``None``, the default: the paper's),
-        :func:`bernoulli_per_tensor`, or one's own, e.g. with fixed masks.
-      rescale: divides what is kept by ``rate``, so that the expectation is the gradient. False
-        (default) as in the paper.
+      sampler: a function ``(key, gradients, rate) -> masks`` that decides which entries are kept.
+        ``None`` (default) is :func:`bernoulli_per_element`, the paper's;
+        :func:`bernoulli_per_tensor` keeps or drops whole leaves; any other function may be given,
+        for example one that returns fixed masks.
+      rescale: whether to divide the kept entries by ``rate``, so that the expectation is the
+        gradient. False (default) as in the paper.
 
     Returns:
       A transformation with state :class:`SampleGradientsState`.
@@ -146,7 +149,7 @@ def sample_gradients(
     if not callable(draw):
         raise TypeError(
             f"`sampler` must be a function (key, tree, rate) -> masks, got {sampler!r}. Under "
-            "optax.inject_hyperparams use optax_accel.inject_hyperparams, which leaves it be."
+            "optax.inject_hyperparams use optax_accel.inject_hyperparams, which keeps functions."
         )
     initial_key = as_key(key)
 
@@ -213,15 +216,15 @@ def stoch_grad_adam(
       key: PRNG key or integer seed.
       weight_decay: coupled L2 decay, added to the gradient before the mask; needs ``params`` in
         ``update`` when it is not 0.
-      b1_decay: factor d of the port's ``b1_t = b1 * d ** (t - 1)``; 1 (default) is off.  The bias
-        correction keeps the constant ``b1``, as in the port.
+      b1_decay: factor d of the port's ``b1_t = b1 * d ** (t - 1)``; 1 (default) keeps ``b1``
+        constant.  The bias correction uses the constant ``b1``, as in the port.
       bias_offset: 1 gives the port's bias correction, with the exponent ``t + 1``, whose first step
         is 0.744 of the learning rate; 0 (default) is Adam's.
-      sampler: what is kept or dropped together, a function ``(key, gradients, rate) -> masks``;
-        ``None`` (default): :func:`bernoulli_per_element`, the paper's.
-      rescale: divides what is kept by ``rate``, so that the expectation is the gradient. False
-        (default) as in the paper.
-      mu_dtype: dtype of the first moment; ``None``: that of the parameters.
+      sampler: a function ``(key, gradients, rate) -> masks`` that decides which entries are kept;
+        ``None`` (default) is :func:`bernoulli_per_element`, the paper's.
+      rescale: whether to divide the kept entries by ``rate``, so that the expectation is the
+        gradient. False (default) as in the paper.
+      mu_dtype: dtype of the first moment; ``None`` (default) is that of the parameters.
 
     Returns:
       The optimizer.
@@ -252,7 +255,7 @@ def stoch_grad_adam(
     check_count("bias_offset", bias_offset, 0)
     check_dtype("mu_dtype", mu_dtype)
     decays = isinstance(weight_decay, jax.Array) or weight_decay != 0
-    return optax.chain(
+    chain = optax.chain(
         *([optax.add_decayed_weights(weight_decay)] if decays else []),
         sample_gradients(rate, key=key, sampler=sampler, rescale=rescale),
         scale_by_adam(
@@ -265,4 +268,7 @@ def stoch_grad_adam(
             mu_dtype=mu_dtype,
         ),
         optax.scale_by_learning_rate(learning_rate),
+    )
+    return with_checked_init(
+        chain, functools.partial(check_floating_leaves, method="stoch_grad_adam")
     )

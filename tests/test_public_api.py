@@ -474,6 +474,26 @@ def test_missing_value_fn_shows_the_call(tx: Any) -> None:
         call(tx)
 
 
+READY_MADE = {
+    "demon_sgd": oa.demon_sgd(0.1, decay_steps=9),
+    "demon_adam": oa.demon_adam(0.1, decay_steps=9),
+    "stoch_grad_adam": oa.stoch_grad_adam(0.1),
+    "extrap_sgd": EXTRAP,
+    "extra_adam": oa.extra_adam(0.1),
+    "adabound": oa.adabound(0.1),
+}
+
+
+@pytest.mark.parametrize("name", READY_MADE)
+def test_errors_carry_the_name_of_the_optimizer(name: str) -> None:
+    """And not that of a transformation inside."""
+    with pytest.raises(TypeError, match=f"^{name} works on .* has dtype int32"):
+        READY_MADE[name].init({"n": jnp.arange(3)})
+    if name.startswith("extra"):
+        with pytest.raises(ValueError, match=f"^{name} needs the extra argument `value_fn`"):
+            call(READY_MADE[name])
+
+
 @pytest.mark.parametrize(
     ("tx", "accepted"),
     [
