@@ -30,7 +30,8 @@ import models
 from experiments import cli, timing
 from experiments.methods import METHODS, Method, get_methods
 from experiments.reporting import tables
-from experiments.training import engine, losses
+from experiments.training import losses, networks
+from experiments.training.step import init_state, train_step
 
 # Highest ratio to the base that this project accepts.
 UPDATE_TARGETS = {"demon_sgd": 1.05, "demon_adam": 1.05, "stoch_grad_adam": 1.5}
@@ -117,7 +118,7 @@ def _problem(batch_size: int = BATCH_SIZE) -> tuple[Any, ...]:
     random = np.random.default_rng(0)
     x = jnp.asarray(random.random((batch_size, 28, 28, 1), np.float32))
     y = jnp.asarray(random.integers(0, NUM_CLASSES, batch_size, np.int32))
-    return *engine.split(model), x, y
+    return *networks.split(model), x, y
 
 
 def _build(method: Method, problem: tuple[Any, ...]) -> Any:
@@ -126,15 +127,17 @@ def _build(method: Method, problem: tuple[Any, ...]) -> Any:
         1e-3,
         total_steps=TOTAL_STEPS,
         num_classes=NUM_CLASSES,
-        objective=engine.objective(graphdef, rest, x, y),
+        objective=networks.objective(graphdef).bind(rest=rest, x=x, y=y),
         likelihood=losses.LIKELIHOODS["cross_entropy"],
     )
 
 
 def _training_step(tx: Any, graphdef: Any) -> Any:
+    objective = networks.objective(graphdef)
+
     @functools.partial(jax.jit, static_argnames="refresh", donate_argnames="state")
     def step(state: Any, x: Any, y: Any, refresh: Any) -> Any:
-        return engine.train_step(tx, graphdef, state, x, y, refresh=refresh)[0]
+        return train_step(tx, objective, state, {"x": x, "y": y}, refresh=refresh)[0]
 
     return step
 
@@ -179,7 +182,7 @@ def _step_case(
         base=None if method.name == base else base,
         call=call,
         # Copies: the step donates its state, and the next case starts from the same weights.
-        carry=jax.tree.map(jnp.copy, engine.init_state(tx, params, rest)),
+        carry=jax.tree.map(jnp.copy, init_state(tx, params, rest)),
         period=period * math.ceil(10 / period),
         target=target,
     )
@@ -194,7 +197,7 @@ def compile_cases(base: str, group: Sequence[Method]) -> list[timing.Case]:
 
     def case(name: str, method: Method, forms: Iterable[Any], target: float | None) -> timing.Case:
         tx = _build(method, problem)
-        state = jax.eval_shape(functools.partial(engine.init_state, tx), params, rest)
+        state = jax.eval_shape(functools.partial(init_state, tx), params, rest)
 
         def call(i: int, carry: None) -> None:
             for form in forms:

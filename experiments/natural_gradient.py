@@ -56,7 +56,7 @@ from experiments.data import readers
 from experiments.reporting import figures, tables
 from experiments.runs import folders
 from experiments.runs.study import claim_results, write_results
-from experiments.training import engine, losses
+from experiments.training import losses, networks
 
 PROG = "python -m experiments.natural_gradient"
 PyTree = Any
@@ -143,10 +143,10 @@ def _classifier(
     network = models.create(
         model, input_shape=task.input_shape, num_classes=task.num_classes, rngs=seed, **kwargs
     )
-    graphdef, params, rest = engine.split(network)
+    graphdef, params, rest = networks.split(network)
     train = _on_device((task.train.x[:examples], task.train.y[:examples]))
     return Problem(
-        objective=engine.objective(graphdef, rest),
+        objective=networks.objective(graphdef).given(rest=rest),
         params=params,
         train=train,
         test=_on_device((task.test.x, task.test.y)),

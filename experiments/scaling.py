@@ -36,8 +36,9 @@ from experiments import cli, data, hlo, timing
 from experiments.methods import METHODS, Context, Method, get_methods
 from experiments.reporting import tables
 from experiments.runs.records import plain_options
-from experiments.training import cluster, engine, losses, parallel
+from experiments.training import cluster, losses, networks, parallel
 from experiments.training.parallel import Parallel
+from experiments.training.step import Batch, StepOptions, TrainState, init_state, train_step
 
 PROG = "python -m experiments.scaling"
 # Of `parallel.MODES`; pmap is shard_map underneath.
@@ -123,16 +124,17 @@ class Programs:
             num_classes=task.num_classes,
             vocabulary_size=task.vocabulary_size,
         )
-        self.graphdef, self.params, self.rest = engine.split(built)
+        self.graphdef, self.params, self.rest = networks.split(built)
         self.copy = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
         self.num_classes = task.num_classes
-        self.batch = (task.train.x[:batch_size], task.train.y[:batch_size])
+        self.batch = {"x": task.train.x[:batch_size], "y": task.train.y[:batch_size]}
+        self.objective = networks.objective(self.graphdef)
         self.devices = devices
         self._found: dict[Any, list[hlo.Collective]] = {}
 
     def runner(
         self, method: Method, mode: str, num_devices: int
-    ) -> tuple[Parallel, Callable[[], engine.TrainState]]:
+    ) -> tuple[Parallel, Callable[[], TrainState]]:
         """A training step without metrics, and what makes its first state.
 
         Args:
@@ -147,32 +149,34 @@ class Programs:
             num_classes=self.num_classes,
             axis_name=parallel.AXIS if method.per_worker else None,
             num_workers=workers or 1,
-            objective=engine.objective(self.graphdef, self.rest, *map(jnp.asarray, self.batch)),
+            objective=self.objective.bind(rest=self.rest, **jax.tree.map(jnp.asarray, self.batch)),
             likelihood=losses.LIKELIHOODS["cross_entropy"],
         )
 
+        options = StepOptions(per_worker=method.per_worker)
+
         def step(
-            state: engine.TrainState,
-            batch: engine.Batch,
-            curvature: engine.Batch | None,
+            state: TrainState,
+            batch: Batch,
+            curvature: Batch | None,
             *,
             refresh: bool | str | None,
             axis_name: str | None,
-        ) -> tuple[engine.TrainState, dict[str, jax.Array]]:
-            state, _ = engine.train_step(
+        ) -> tuple[TrainState, dict[str, jax.Array]]:
+            state, _ = train_step(
                 tx,
-                self.graphdef,
+                self.objective,
                 state,
-                *batch,
-                curvature=curvature,
+                batch,
+                curvature,
                 refresh=refresh,
                 axis_name=axis_name,
-                per_worker=method.per_worker,
+                options=options,
             )
             return state, {}
 
         runner = Parallel(mode, self.devices[:num_devices], step, workers=workers)
-        return runner, lambda: engine.init_state(tx, self.params, self.rest)
+        return runner, lambda: init_state(tx, self.params, self.rest)
 
     def collectives(
         self, method: Method, mode: str, phase: Phase, num_devices: int | None = None

@@ -37,7 +37,7 @@ from experiments import cli, data
 from experiments.reporting import tables
 from experiments.runs import folders
 from experiments.runs.study import claim_results, write_results
-from experiments.training import engine
+from experiments.training import networks
 from optax_accel import curvature
 from optax_accel.curvature import blocks
 
@@ -153,8 +153,8 @@ def make_problem(options: Options, task: data.Task) -> Problem:
         num_classes=task.num_classes,
         rngs=options.seed,
     )
-    graphdef, params, rest = engine.split(model)
-    objective = engine.objective(graphdef, rest, loss="mse")
+    graphdef, params, rest = networks.split(model)
+    objective = networks.objective(graphdef, "mse").given(rest=rest)
     num = options.examples or len(task.train)
     chunk = min(options.chunk, num)
     num -= num % chunk  # chunks of one size, so that their mean is that of the examples

@@ -27,8 +27,9 @@ from flax import nnx
 import models
 from experiments import cli, hlo, timing
 from experiments.reporting import tables
-from experiments.training import engine, settings
+from experiments.training import networks, settings
 from experiments.training.precision import PRECISIONS
+from experiments.training.step import StepOptions, TrainState, init_state, train_step
 
 PROG = "python -m experiments.step_cost"
 PyTree = Any
@@ -94,10 +95,15 @@ def ways(
     """
     full = optax.with_extra_args_support(tx)
 
-    def ours(**options: Any) -> Callable[..., Any]:
-        return lambda state, x, y: engine.train_step(full, graphdef, state, x, y, **options)
+    objective = networks.objective(graphdef)
 
-    def plain(state: engine.TrainState, x: jax.Array, y: jax.Array) -> Any:
+    def ours(**options: Any) -> Callable[..., Any]:
+        chosen = StepOptions(**options)
+        return lambda state, x, y: train_step(
+            full, objective, state, {"x": x, "y": y}, options=chosen
+        )
+
+    def plain(state: TrainState, x: jax.Array, y: jax.Array) -> Any:
         def loss(params: PyTree) -> tuple[jax.Array, PyTree]:
             model = nnx.merge(graphdef, params, state.rest, copy=True)
             losses = optax.softmax_cross_entropy_with_integer_labels(model(x), y)
@@ -106,29 +112,27 @@ def ways(
         (value, rest), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         return updated(full, state, grads)._replace(step=state.step + 1, rest=rest), value
 
-    def gradient(state: engine.TrainState, x: jax.Array, y: jax.Array) -> PyTree:
-        return engine.objective(graphdef, state.rest, x, y).grad(state.params)
+    def gradient(state: TrainState, x: jax.Array, y: jax.Array) -> PyTree:
+        return objective.grad(state.params, rest=state.rest, x=x, y=y)
 
-    def updated(
-        tx: optax.GradientTransformation, state: engine.TrainState, grads: PyTree
-    ) -> engine.TrainState:
+    def updated(tx: optax.GradientTransformation, state: TrainState, grads: PyTree) -> TrainState:
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         return state._replace(
             params=optax.apply_updates(state.params, updates), opt_state=opt_state
         )
 
-    def microbatching(state: engine.TrainState, x: jax.Array, y: jax.Array) -> Any:
+    def microbatching(state: TrainState, x: jax.Array, y: jax.Array) -> Any:
         mean = optax.microbatching.AccumulationType.MEAN
         in_parts = optax.microbatching.microbatch(gradient, (1, 2), len(x) // number, mean)
         return updated(full, state, in_parts(state, x, y)), None
 
-    def multi_steps(state: engine.TrainState, x: jax.Array, y: jax.Array) -> Any:
+    def multi_steps(state: TrainState, x: jax.Array, y: jax.Array) -> Any:
         micro = optax.MultiSteps(full, number).gradient_transformation()
         inner, state = state.opt_state, state._replace(opt_state=micro.init(state.params))
         state = state._replace(opt_state=state.opt_state._replace(inner_opt_state=inner))
         parts = [a.reshape(number, -1, *a.shape[1:]) for a in (x, y)]
 
-        def one(state: engine.TrainState, part: PyTree) -> tuple[engine.TrainState, None]:
+        def one(state: TrainState, part: PyTree) -> tuple[TrainState, None]:
             return updated(micro, state, gradient(state, *part)), None
 
         state, _ = jax.lax.scan(one, state, parts)
@@ -190,7 +194,7 @@ def run(options: Options) -> dict[str, Cost]:
             **own,
             **PRECISIONS[options.precision].options,
         )
-        return engine.split(model)
+        return networks.split(model)
 
     try:
         arrays = jax.eval_shape(lambda: make_model()[1:])
@@ -209,7 +213,7 @@ def run(options: Options) -> dict[str, Cost]:
     names = options.only.split(",") if options.only else tuple(programs)
     for name in names:
         cli.check_known("way", name, tuple(programs))
-    state = engine.init_state(tx, params, rest)
+    state = init_state(tx, params, rest)
     return measure({name: programs[name] for name in names}, state, x, y, rounds=options.rounds)
 
 

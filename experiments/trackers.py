@@ -48,7 +48,7 @@ from experiments import cli, data, timing
 from experiments.reporting import tables
 from experiments.runs import folders
 from experiments.runs.study import claim_results, write_results
-from experiments.training import engine
+from experiments.training import networks
 
 PROG = "python -m experiments.trackers"
 LOSS = "mse"
@@ -138,7 +138,7 @@ class Problem:
             num_classes=task.num_classes,
             rngs=options.seed,
         )
-        self.graphdef, self.params, self.rest = engine.split(model)
+        self.graphdef, self.params, self.rest = networks.split(model)
         self.x, self.y = jnp.asarray(task.train.x), jnp.asarray(task.train.y)
         self.k = options.directions or task.num_classes
         _, self.unravel = jax.flatten_util.ravel_pytree(self.params)
@@ -158,7 +158,7 @@ class Problem:
     def objective(self, index: Any = None) -> oa.Objective:
         """The training loss on some examples; ``None``: on all."""
         x, y = (self.x, self.y) if index is None else (self.x[index], self.y[index])
-        return engine.objective(self.graphdef, self.rest, x, y, loss=LOSS)
+        return networks.objective(self.graphdef, LOSS).bind(rest=self.rest, x=x, y=y)
 
     def index(self, entry: Entry, batch: Any) -> Any:
         """The examples that a refresh sees."""
@@ -372,7 +372,8 @@ def _step_case(problem: Problem, name: str, entry: Entry | None) -> timing.Case:
     @functools.partial(jax.jit, static_argnames="refresh", donate_argnums=(0, 1))
     def step(params: Any, state: Any, index: Any, subset: Any, x: Any, y: Any, refresh: Any) -> Any:
         def objective(index: Any) -> oa.Objective:
-            return engine.objective(problem.graphdef, problem.rest, x[index], y[index], loss=LOSS)
+            bound = {"rest": problem.rest, "x": x[index], "y": y[index]}
+            return networks.objective(problem.graphdef, LOSS).bind(**bound)
 
         value_fn = objective(index)
         grads = value_fn.grad(params)

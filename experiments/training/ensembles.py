@@ -43,7 +43,7 @@ class Ensemble:
       seed: of the ensemble.
       steps: training steps of all members together.
       gradient_evaluations: their cost in mini-batch gradients, Hessian-vector products included.
-      members: `(params, rest)` of each member, see `experiments.training.engine.split`.
+      members: `(params, rest)` of each member, see `experiments.training.networks.split`.
       probabilities: for "validation" and "test" `(members, examples, classes)`, float64.
       labels: for the same `(examples,)`.
     """
@@ -296,7 +296,7 @@ def _ensembles(
         return model(x)
 
     labels = {
-        split: np.concatenate([np.asarray(y) for _, y in parts])
+        split: np.concatenate([np.asarray(part["y"]) for part in parts])
         for split, parts in trainer.held_out.items()
     }
     steps = runs * trainer.plan.steps
@@ -306,7 +306,7 @@ def _ensembles(
         probabilities = {
             split: np.stack(
                 [
-                    np.concatenate([_softmax(predict(*member, x)) for x, _ in parts])
+                    np.concatenate([_softmax(predict(*member, part["x"])) for part in parts])
                     for member in members
                 ]
             )

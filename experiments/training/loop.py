@@ -16,12 +16,13 @@ from experiments import cli, data
 from experiments.data.prefetch import DevicePrefetcher
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.records import number
-from experiments.training import cluster, engine
+from experiments.training import cluster
 from experiments.training.history import History
 from experiments.training.non_finite import NonFinitePolicy
 from experiments.training.profiling import StepTrace
 from experiments.training.program import Program
 from experiments.training.settings import Plan
+from experiments.training.step import TrainState
 
 PyTree = Any
 
@@ -38,7 +39,7 @@ class Run:
       worse: number of validations since then.
     """
 
-    state: engine.TrainState
+    state: TrainState
     patience: int | None
     step: int = 0
     best: float = math.inf

@@ -36,8 +36,8 @@ def _mse(outputs: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.mean(0.5 * jnp.sum((outputs - y) ** 2, axis=-1))
 
 
-def _elbo(outputs: vae.VaeOutputs, x: jax.Array) -> jax.Array:
-    return jnp.mean(vae.negative_elbo(outputs, x))
+def _elbo(outputs: vae.VaeOutputs, y: jax.Array) -> jax.Array:
+    return jnp.mean(vae.negative_elbo(outputs, y))
 
 
 LossFn = Callable[[Any, jax.Array], jax.Array]

@@ -20,9 +20,18 @@ import models
 import optax_accel as oa
 from experiments import cli, data
 from experiments.cli import UsageError
-from experiments.training import engine, losses, parallel
+from experiments.training import losses, networks, parallel
+from experiments.training.optimizers import find_in_state, wrap
 from experiments.training.precision import PRECISIONS
 from experiments.training.settings import Plan
+from experiments.training.step import (
+    Batch,
+    StepOptions,
+    TrainState,
+    averaged,
+    init_state,
+    train_step,
+)
 
 PyTree = Any
 # Examples per forward pass of an evaluation: keeps its activations small.
@@ -40,14 +49,14 @@ class Program:
       runner: runs the step on the plan's devices.
       make_state: makes the state before the first step; pure.
       shapes: what `make_state` makes, as shapes and dtypes.
-      compiled_scores: scores of ``(params, rest, x, y)``, see `engine.evaluate`.
+      compiled_scores: scores of ``(params, rest, batch)``, see `networks.evaluate`.
       scores: names of the scores of a split, see `evaluate`.
     """
 
     plan: Plan
     runner: parallel.Parallel
-    make_state: Callable[[], engine.TrainState]
-    shapes: engine.TrainState
+    make_state: Callable[[], TrainState]
+    shapes: TrainState
     compiled_scores: Callable[..., dict[str, jax.Array]]
     scores: tuple[str, ...]
 
@@ -61,12 +70,12 @@ class Program:
         ]
 
     def step(
-        self, state: engine.TrainState, batch: PyTree, curvature: PyTree, refresh: bool | str | None
-    ) -> tuple[engine.TrainState, dict[str, jax.Array]]:
+        self, state: TrainState, batch: PyTree, curvature: PyTree, refresh: bool | str | None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         """One step of a placed state on a placed batch; see `parallel.Parallel.step`."""
         return self.runner.step(state, batch, curvature if refresh else None, refresh)
 
-    def evaluate(self, state: engine.TrainState, split: data.Split) -> dict[str, float]:
+    def evaluate(self, state: TrainState, split: data.Split) -> dict[str, float]:
         """Scores of a split, read batch by batch; of several workers, of their mean parameters.
 
         Args:
@@ -78,15 +87,13 @@ class Program:
           and of language ``perplexity``, e to the loss.
         """
         runner = self.runner
-        state = engine.averaged(runner.consensus(state))
+        state = averaged(runner.consensus(state))
         totals: dict[str, float] = {}
         # Whole multiples of the devices.
         size = max(evaluation_batch(self.plan.task) // runner.mesh.size, 1) * runner.mesh.size
         for batch in data.in_order(split, size, self.plan.options.data_workers):
             number, placed = len(batch["y"]), runner.put_whole(batch)
-            scores = jax.device_get(
-                self.compiled_scores(state.params, state.rest, placed["x"], placed["y"])
-            )
+            scores = jax.device_get(self.compiled_scores(state.params, state.rest, placed))
             for name, value in scores.items():
                 totals[name] = totals.get(name, 0.0) + float(value) * number
         counted = totals.pop("counted", float(len(split)))
@@ -116,9 +123,9 @@ def build(plan: Plan) -> Program:
     tx = make_optimizer(plan, model)
     step = make_step(plan, model, tx)
 
-    def make_state() -> engine.TrainState:
+    def make_state() -> TrainState:
         params, rest = model.make_arrays()
-        return engine.init_state(tx, params, rest, average=plan.options.ema is not None)
+        return init_state(tx, params, rest, average=plan.options.ema is not None)
 
     shapes = jax.eval_shape(make_state)  # says what is wrong with model and method
     _check_memory(plan, shapes, f"model and state of method {plan.method.name}")
@@ -144,9 +151,8 @@ class Model:
       plan: the plan.
 
     Attributes:
-      graphdef: static part of the model that is trained.
-      value_fn_graphdef: the same for what the method evaluates itself.
-      loss: the training loss.
+      objective: the training loss, see `networks.objective`.
+      value_fn: the same in the precision of what the method evaluates itself.
 
     Raises:
       ValueError: the model has no such options, or does not take the task's examples.
@@ -154,35 +160,39 @@ class Model:
 
     def __init__(self, plan: Plan):
         self._plan = plan
-        self.loss = losses.find_loss(plan.loss, label_smoothing=plan.options.label_smoothing)
         with _explained(plan):
-            self.graphdef, arrays = self._describe(plan.options.precision)
-            self.value_fn_graphdef, _ = self._describe(plan.options.value_fn_precision)
+            self._graphdef, arrays = self._describe(plan.options.precision)
+            value_fn_graphdef, _ = self._describe(plan.options.value_fn_precision)
+        loss = losses.find_loss(plan.loss, label_smoothing=plan.options.label_smoothing)
+        self.objective = networks.objective(self._graphdef, loss)
+        self.value_fn = networks.objective(value_fn_graphdef, loss)
         named = f"model {plan.model} with the options {json.dumps(plan.model_options)}"
         _check_memory(plan, arrays, named)
         if plan.model_options != plan.task.defaults.model_options:
-            x, y = (part[:1] for part in (plan.task.train.x, plan.task.train.y))
             with _explained(plan):  # an option such as a dtype is looked at by the first call
-                jax.eval_shape(self.evaluate, *arrays, jnp.asarray(x), jnp.asarray(y))
+                jax.eval_shape(self.evaluate, *arrays, self._examples(1))
 
     def make_arrays(self) -> tuple[PyTree, PyTree]:
         """Initial parameters and other variables; pure."""
         return self._make(self._plan.options.precision)[1:]
 
-    def evaluate(self, params: PyTree, rest: PyTree, x: Any, y: Any) -> dict[str, jax.Array]:
-        """Scores of a batch, see `engine.evaluate`."""
-        return engine.evaluate(self.graphdef, params, rest, x, y, loss=self._plan.loss)
+    def evaluate(self, params: PyTree, rest: PyTree, batch: Batch) -> dict[str, jax.Array]:
+        """Scores of a batch, see `networks.evaluate`."""
+        return networks.evaluate(self._graphdef, params, rest, batch, loss=self._plan.loss)
 
     def example_objective(self) -> oa.Objective:
         """The loss of a batch like those of the run, in which K-FAC finds the layers."""
         plan = self._plan
-        static, _, rest = self._make(plan.options.value_fn_precision)
-        x, y = (part[: plan.batch_size] for part in (plan.task.train.x, plan.task.train.y))
-        return engine.objective(static, rest, jnp.asarray(x), jnp.asarray(y), loss=self.loss)
+        _, _, rest = self._make(plan.options.value_fn_precision)
+        return self.value_fn.bind(rest=rest, **self._examples(plan.batch_size))
+
+    def _examples(self, number: int) -> Batch:
+        train = self._plan.task.train
+        return {"x": jnp.asarray(train.x[:number]), "y": jnp.asarray(train.y[:number])}
 
     def _make(self, precision: str) -> tuple[nnx.GraphDef[Any], PyTree, PyTree]:
         plan = self._plan
-        return engine.split(
+        return networks.split(
             models.create(
                 plan.model,
                 input_shape=plan.task.input_shape,
@@ -228,7 +238,7 @@ def make_optimizer(plan: Plan, model: Model) -> optax.GradientTransformationExtr
         objective=model.example_objective() if plan.method.needs_objective else None,
         likelihood=losses.LIKELIHOODS.get(plan.loss),
     )
-    return engine.complete(
+    return wrap(
         tx,
         plan.learning_rate,
         clip=plan.options.clip,
@@ -238,7 +248,7 @@ def make_optimizer(plan: Plan, model: Model) -> optax.GradientTransformationExtr
 
 
 def make_step(plan: Plan, model: Model, tx: optax.GradientTransformationExtraArgs) -> parallel.Step:
-    """The training step of a plan: `engine.train_step` with the statistics of the method.
+    """The training step of a plan: `train_step` with the statistics of the method.
 
     Args:
       plan: the plan.
@@ -248,31 +258,32 @@ def make_step(plan: Plan, model: Model, tx: optax.GradientTransformationExtraArg
     Returns:
       A pure function, as `parallel.Parallel` takes it.
     """
+    options = StepOptions(
+        accumulate=plan.options.accumulate,
+        unroll=plan.loops_convolutions_slowly,
+        per_worker=plan.workers is not None,
+        skip_non_finite=plan.options.non_finite == "skip",
+        ema=plan.options.ema,
+        value_fn=model.value_fn,
+    )
 
     def step(
-        state: engine.TrainState,
-        batch: dict[str, jax.Array],
-        curvature: dict[str, jax.Array] | None,
+        state: TrainState,
+        batch: Batch,
+        curvature: Batch | None,
         *,
         refresh: bool | str | None,
         axis_name: str | None,
-    ) -> tuple[engine.TrainState, dict[str, jax.Array]]:
-        state, metrics = engine.train_step(
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, metrics = train_step(
             tx,
-            model.graphdef,
+            model.objective,
             state,
-            batch["x"],
-            batch["y"],
-            curvature=None if curvature is None else (curvature["x"], curvature["y"]),
+            batch,
+            curvature,
             refresh=refresh,
-            loss=model.loss,
             axis_name=axis_name,
-            per_worker=plan.workers is not None,
-            skip_non_finite=plan.options.non_finite == "skip",
-            accumulate=plan.options.accumulate,
-            unroll=plan.loops_convolutions_slowly,
-            value_fn_graphdef=model.value_fn_graphdef,
-            ema=plan.options.ema,
+            options=options,
         )
         return state, metrics | statistics(state.opt_state)
 
@@ -282,7 +293,7 @@ def make_step(plan: Plan, model: Model, tx: optax.GradientTransformationExtraArg
 def statistics(opt_state: PyTree) -> dict[str, jax.Array]:
     """What the state of an optimizer tells about the run, as scalars: what there is of it."""
     fields = {
-        name: engine.find_in_state(opt_state, name)
+        name: find_in_state(opt_state, name)
         for name in ("momentum", "alignment", "consensus_distance", "loss_scale", "eigenvalues")
     }
     # Some methods call an array of the parameters' shapes their momentum.

@@ -1,6 +1,6 @@
 """Trains the runs of one method (learning rate x seed) together, in one compiled program.
 
-The step is `engine.train_step` under `vmap` over the runs. Curvature is refreshed from
+The step is `step.train_step` under `vmap` over the runs. Curvature is refreshed from
 the host (`Method.refresh`, static): `vmap` turns a refresh inside the graph into a `select`, which
 pays for it at every step. The data live on the device; runs of one seed start from the same weights
 and see the same batches, whatever the method and the learning rate.
@@ -24,7 +24,8 @@ import numpy as np
 import models
 from experiments import data, methods
 from experiments.runs.records import number
-from experiments.training import engine, losses
+from experiments.training import losses, networks
+from experiments.training.step import init_state, train_step
 
 # A queue of unfinished steps costs memory and, on a CPU mesh, can hang: fetch a number this often.
 FETCH_EVERY = 16
@@ -104,10 +105,10 @@ class Trainer:
         size = EVALUATION_BATCH if task.vocabulary_size is None else EVALUATION_SENTENCES
         self.held_out = {
             name: [
-                (
-                    jnp.asarray(split.x[i : i + size]),
-                    jnp.asarray(split.y[i : i + size]),
-                )
+                {
+                    "x": jnp.asarray(split.x[i : i + size]),
+                    "y": jnp.asarray(split.y[i : i + size]),
+                }
                 for i in range(0, len(split.y), size)
             ]
             for name, split in (("validation", task.validation), ("test", task.test))
@@ -121,7 +122,7 @@ class Trainer:
             self.cold_start = False
         self.memory = free_memory() / 2 if memory is None else memory
         split = [
-            engine.split(
+            networks.split(
                 models.create(
                     plan.model,
                     input_shape=plan.task.input_shape,
@@ -136,8 +137,9 @@ class Trainer:
         self.graphdef = split[0][0]
         self.weights = [(params, rest) for _, params, rest in split]
         rows = slice(plan.batch_size)
-        self.objective = engine.objective(
-            self.graphdef, split[0][2], self.train_x[rows], self.train_y[rows], loss=plan.loss
+        self.loss = networks.objective(self.graphdef, plan.loss)
+        self.objective = self.loss.bind(
+            rest=split[0][2], x=self.train_x[rows], y=self.train_y[rows]
         )
         examples = len(plan.task.train.y)
         self.order = np.stack([self._batches(seed, examples) for seed in range(plan.seeds)])
@@ -152,9 +154,9 @@ class Trainer:
             ]
         )
         self._steps: dict[tuple[str, bool], Callable[..., Any]] = {}
-        evaluate = functools.partial(engine.evaluate, self.graphdef, loss=plan.loss)
+        evaluate = functools.partial(networks.evaluate, self.graphdef, loss=plan.loss)
         self._evaluate = {
-            True: jax.jit(jax.vmap(evaluate, in_axes=(0, 0, None, None))),
+            True: jax.jit(jax.vmap(evaluate, in_axes=(0, 0, None))),
             False: jax.jit(evaluate),
         }
 
@@ -176,16 +178,14 @@ class Trainer:
     def state_bytes(self, method: methods.Method) -> tuple[int, int]:
         """Bytes of (parameters, optimizer state) of one run."""
         params, rest = self.weights[0]
-        state = jax.eval_shape(
-            lambda p, r: engine.init_state(self.build(method, 0.1), p, r), params, rest
-        )
+        state = jax.eval_shape(lambda p, r: init_state(self.build(method, 0.1), p, r), params, rest)
         return tree_bytes(state.params), tree_bytes(state.opt_state)
 
     def activation_bytes(self, examples: int) -> int:
         """Bytes that the backward pass of one run keeps of its forward pass."""
         params, rest = self.weights[0]
         x, y = self.train_x[:examples], self.train_y[:examples]
-        objective = engine.objective(self.graphdef, rest, x, y, loss=self.plan.loss)
+        objective = self.loss.bind(rest=rest, x=x, y=y)
         return tree_bytes(jax.eval_shape(lambda p: jax.vjp(objective, p)[1], params))
 
     def replica_bytes(self, method: methods.Method) -> int:
@@ -252,15 +252,14 @@ class Trainer:
                 y: Any,
                 refresh: Any,
             ) -> Any:
-                return engine.train_step(
+                tracked = {"x": x[curvature], "y": y[curvature]} if method.refresh_every else None
+                return train_step(
                     self.build(method, learning_rate),
-                    self.graphdef,
+                    self.loss,
                     state,
-                    x[index],
-                    y[index],
-                    curvature=(x[curvature], y[curvature]) if method.refresh_every else None,
+                    {"x": x[index], "y": y[index]},
+                    tracked,
                     refresh=refresh,
-                    loss=self.plan.loss,
                 )
 
             def step(
@@ -280,7 +279,7 @@ class Trainer:
         batched = len(replicas) > 1
         rates = jnp.asarray([rate for rate, _ in replicas], jnp.float32)
         states = [
-            engine.init_state(self.build(method, rates[i], seed), *self.weights[seed])
+            init_state(self.build(method, rates[i], seed), *self.weights[seed])
             for i, (_, seed) in enumerate(replicas)
         ]
         # Copies in any case: the step donates its state, and the next method needs the weights too.
@@ -292,11 +291,12 @@ class Trainer:
     def evaluate(self, runs: Runs, split: str) -> dict[str, np.ndarray]:
         """Loss and accuracy of each run on the whole "validation" or "test" split."""
         sums: dict[str, Any] = {}
-        for x, y in self.held_out[split]:
-            result = self._evaluate[runs.batched](runs.state.params, runs.state.rest, x, y)
+        for batch in self.held_out[split]:
+            size = len(batch["y"])
+            result = self._evaluate[runs.batched](runs.state.params, runs.state.rest, batch)
             for name, value in result.items():
-                sums[name] = sums.get(name, 0.0) + len(y) * np.atleast_1d(value).astype(np.float64)
-        examples = sum(len(y) for _, y in self.held_out[split])
+                sums[name] = sums.get(name, 0.0) + size * np.atleast_1d(value).astype(np.float64)
+        examples = sum(len(batch["y"]) for batch in self.held_out[split])
         return {f"{split}_{name}": value / examples for name, value in sums.items()}
 
     def train(

@@ -17,7 +17,8 @@ import numpy as np
 
 from experiments.cli import UsageError
 from experiments.runs.units import Rows, Store, Unit
-from experiments.training import engine
+from experiments.training.optimizers import find_in_state
+from experiments.training.step import TrainState
 from experiments.training.subspace_runs import (
     Plan,
     PyTree,
@@ -109,7 +110,7 @@ def follow_sgd(study: Study, store: Store, seed: int) -> Rows:
     plan, scale = study.plan, study.plan.scale
     rows: dict[int, dict[str, Any]] = {}
 
-    def measure(step: int, state: engine.TrainState, first: int, length: int) -> None:
+    def measure(step: int, state: TrainState, first: int, length: int) -> None:
         solve = step in evenly_spaced(first, length, scale.points)
         if not solve and step not in evenly_spaced(first, length, scale.evaluations):
             return
@@ -130,7 +131,7 @@ def follow_sgd(study: Study, store: Store, seed: int) -> Rows:
     for step, state in study.walk(tracked, params, 0, latest):
         measure(step, state, 0, latest)
         if step and step % scale.check_every == 0:
-            basis = engine.find_in_state(state.opt_state, "basis")
+            basis = find_in_state(state.opt_state, "basis")
             chi = float(alignment(basis, study.full_gradient(state.params)))
             average = (
                 chi
@@ -180,7 +181,7 @@ def snapshots(study: Study, store: Store, seed: int) -> dict[int, PyTree]:
     return store.snapshots(f"seed{seed}", study.start(seed)[0], unit)
 
 
-def spectrum(study: Study, state: engine.TrainState, seed: int) -> dict[str, Any]:
+def spectrum(study: Study, state: TrainState, seed: int) -> dict[str, Any]:
     """Leading eigenvalues, and the alignment of the full and of mini-batch gradients.
 
     Args:

@@ -23,7 +23,8 @@ import models
 import optax_accel as oa
 from experiments import data
 from experiments.runs.records import number
-from experiments.training import engine, losses
+from experiments.training import networks
+from experiments.training.step import TrainState, init_state, train_step
 from optax_accel import curvature
 from optax_accel.curvature import blocks
 
@@ -218,15 +219,15 @@ class Study:
         self.cold_start = not (
             models.is_convolutional(task.default_model) and jax.default_backend() == "cpu"
         )
-        self.graphdef, _, rest = engine.split(self._model(0))
+        self.graphdef, _, rest = networks.split(self._model(0))
 
-        def predict(params: PyTree, x: jax.Array) -> jax.Array:
-            return engine.objective(self.graphdef, rest, x, self.y).outputs(params)
-
+        self.loss = networks.objective(self.graphdef, plan.loss)
         # All measurements share one objective, because compiled programs are cached by objective.
-        self.objective = oa.Objective(predict, losses.find_loss(plan.loss))
+        self.objective = self.loss.given(rest=rest)
         self._gradient = jax.jit(self.objective.grad)
-        self._evaluate = jax.jit(functools.partial(engine.evaluate, self.graphdef, loss=plan.loss))
+        self._evaluate = jax.jit(
+            functools.partial(networks.evaluate, self.graphdef, loss=plan.loss)
+        )
         self._steps: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def _cut(self, split: data.Split) -> list[dict[str, jax.Array]]:
@@ -253,11 +254,11 @@ class Study:
         Args:
           seed: seed of the initial weights.
         """
-        return engine.split(self._model(seed))[1:]
+        return networks.split(self._model(seed))[1:]
 
     def walk(
         self, run: Run, params: PyTree, first: int, stop: int
-    ) -> Iterator[tuple[int, engine.TrainState]]:
+    ) -> Iterator[tuple[int, TrainState]]:
         """Trains from step `first` to `stop`.
 
         Args:
@@ -277,9 +278,11 @@ class Study:
             next(order)
         subset = np.random.default_rng(run.seed).permutation(examples)
         subset = np.sort(subset[: self.plan.scale.curvature_examples])
-        tracked = (self.x[subset], self.y[subset]) if run.weights is not None else None
+        tracked = None
+        if run.weights is not None:
+            tracked = {"x": self.x[subset], "y": self.y[subset]}
         step, hyper = self._step(run), run.hyper()
-        state = jax.tree.map(jnp.copy, engine.init_state(run.build(), params, rest))
+        state = jax.tree.map(jnp.copy, init_state(run.build(), params, rest))
         yield first, state
         for done in range(first, stop):
             refresh = (
@@ -298,15 +301,13 @@ class Study:
             def step(
                 state: Any, index: Any, x: Any, y: Any, tracked: Any, hyper: Any, refresh: Any
             ) -> tuple[Any, jax.Array]:
-                state, metrics = engine.train_step(
+                state, metrics = train_step(
                     run.build(hyper),
-                    self.graphdef,
+                    self.loss,
                     state,
-                    x[index],
-                    y[index],
-                    curvature=tracked,
+                    {"x": x[index], "y": y[index]},
+                    tracked,
                     refresh=refresh,
-                    loss=self.plan.loss,
                 )
                 return state, metrics["loss"]
 
@@ -315,7 +316,7 @@ class Study:
             )
         return self._steps[run.program()]
 
-    def evaluate(self, state: engine.TrainState) -> dict[str, float | None]:
+    def evaluate(self, state: TrainState) -> dict[str, float | None]:
         """Training loss and test accuracy on all examples.
 
         Args:
@@ -328,7 +329,7 @@ class Study:
         for split, name in (("train", "loss"), ("test", "accuracy")):
             total = 0.0
             for batch in self.batches[split]:
-                result = self._evaluate(state.params, state.rest, **batch)
+                result = self._evaluate(state.params, state.rest, batch)
                 total += len(batch["y"]) * float(result[name])
             scores[f"{split}_{name}"] = total / len(getattr(self.plan.task, split))
         finite = math.isfinite(scores["train_loss"])

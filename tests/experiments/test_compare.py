@@ -19,7 +19,7 @@ import pytest
 from experiments import compare, methods
 from experiments.reporting.summary import COMPARISON, summarize_method
 from experiments.runs import folders
-from experiments.training import comparison, engine, replicas
+from experiments.training import comparison, networks, replicas
 from tests.experiments.data.test_data import write_sst2
 
 TINY = ["--task", "digits", "--methods", "sgd,adam", "--seeds", "2", "--steps", "12"]
@@ -140,8 +140,9 @@ def test_token_ids_and_another_loss(here: Path, monkeypatch: pytest.MonkeyPatch)
         compare.Options(task="sst2_1k", data_dir=here, methods="sgd", seeds=1, steps=2, loss="mse")
     )
     trainer = replicas.Trainer(plan)
-    score = functools.partial(engine.evaluate, trainer.graphdef, *trainer.weights[0], loss="mse")
-    start = jax.jit(score)(plan.task.validation.x, plan.task.validation.y)["loss"]
+    score = functools.partial(networks.evaluate, trainer.graphdef, *trainer.weights[0], loss="mse")
+    validation = plan.task.validation
+    start = jax.jit(score)({"x": validation.x, "y": validation.y})["loss"]
     lines = (here / "runs/a/metrics/sgd.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     starts = [record["validation_loss"] for record in records if record["step"] == 0]

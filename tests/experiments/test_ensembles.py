@@ -23,10 +23,11 @@ import models
 import optax_accel as oa
 from experiments import data, methods
 from experiments import ensembles as command
-from experiments.training import comparison, engine, ensembles
+from experiments.training import comparison, ensembles, networks
 from experiments.training.calibration import average, calibration_error, scores
 from experiments.training.ensembles import train_members, train_snapshots
 from experiments.training.replicas import Plan
+from experiments.training.step import init_state, train_step
 
 SGD = methods.METHODS["sgd"]
 TINY = ["--steps", "12", "--members", "3", "--seeds", "2", "--learning-rates", "0.1,0.3"]
@@ -163,12 +164,13 @@ def alone(
 
     @jax.jit
     def step(rate: Any, state: Any, x: Any, y: Any) -> Any:
-        return engine.train_step(build(rate, 0), graphdef, state, x, y)[0]
+        objective = networks.objective(graphdef)
+        return train_step(build(rate, 0), objective, state, {"x": x, "y": y})[0]
 
     histories = []
     for rate, seed in runs:
-        graphdef, params, rest = engine.split(models.create(plan.model, rngs=seed, **shapes))
-        state = engine.init_state(build(rate, seed), params, rest)
+        graphdef, params, rest = networks.split(models.create(plan.model, rngs=seed, **shapes))
+        state = init_state(build(rate, seed), params, rest)
         history = [(state.params, state.rest)]
         batches = data.index_batches(len(task.train), batch_size=plan.batch_size, seed=seed)
         for _ in range(plan.steps):
@@ -220,10 +222,10 @@ def test_probabilities_are_the_softmax_of_the_models() -> None:
     (ensemble,) = train_members(small, SGD, [0.1], 1)
     ((params, rest),) = ensemble.members
     model = models.create("mlp", input_shape=(8, 8, 1), num_classes=10)
-    graphdef, _, _ = engine.split(model)
+    graphdef, _, _ = networks.split(model)
     for name, split in (("validation", small.task.validation), ("test", small.task.test)):
         np.testing.assert_array_equal(ensemble.labels[name], split.y)
-        expected = engine.evaluate(graphdef, params, rest, split.x, split.y)
+        expected = networks.evaluate(graphdef, params, rest, {"x": split.x, "y": split.y})
         found = ensemble.scores(name)
         assert found["members"] == found["averages"]
         assert found["members"][0]["accuracy"] == pytest.approx(float(expected["accuracy"]))
@@ -330,9 +332,10 @@ def test_running_statistics_and_random_streams_belong_to_the_member(
     # The statistics moved, and predictions use them and no dropout.
     statistics = found[0][1]["norm"]["mean"], found[1][1]["norm"]["mean"]
     assert np.abs(statistics[0] - statistics[1]).max() > 1e-3
-    graphdef = engine.split(WithState(rngs=0))[0]
+    graphdef = networks.split(WithState(rngs=0))[0]
+    batch = {"x": small.task.test.x, "y": small.task.test.y}
     for i, (params, rest) in enumerate(snapshots[0].members):
-        expected = engine.evaluate(graphdef, params, rest, small.task.test.x, small.task.test.y)
+        expected = networks.evaluate(graphdef, params, rest, batch)
         assert snapshots[0].scores("test")["members"][i]["nll"] == pytest.approx(
             float(expected["loss"]), rel=1e-5
         )

@@ -10,14 +10,15 @@ import pytest
 
 import models
 from experiments import step_cost
-from experiments.training import engine
+from experiments.training import networks
+from experiments.training.step import init_state
 from tests.helpers import tree_allclose
 
 SMALL = ["--model", "mlp", "--image-size", "8", "--batch-size", "16", "--accumulate", "4"]
 
 
 def test_all_ways_make_the_same_step():
-    graphdef, params, rest = engine.split(
+    graphdef, params, rest = networks.split(
         models.create("mlp", input_shape=(4, 4, 1), num_classes=3, hidden_sizes=(8,))
     )
     tx = optax.adam(0.1)
@@ -25,8 +26,7 @@ def test_all_ways_make_the_same_step():
     y = jnp.arange(12) % 3
     ways = step_cost.ways(graphdef, tx, 4)
     found = {
-        name: jax.jit(way)(engine.init_state(tx, params, rest), x, y)[0]
-        for name, way in ways.items()
+        name: jax.jit(way)(init_state(tx, params, rest), x, y)[0] for name, way in ways.items()
     }
     assert list(found) == ["plain", "whole", "loop", "unrolled", "microbatching", "MultiSteps"]
     for state in found.values():

@@ -28,7 +28,7 @@ from experiments import data, train
 from experiments.methods import METHODS, Method
 from experiments.runs import folders
 from experiments.runs.checkpoints import Checkpoints
-from experiments.training import cluster, engine, settings
+from experiments.training import cluster, networks, settings
 from experiments.training import program as program_module
 from experiments.training.program import Program, build, evaluation_batch, statistics
 from tests.experiments.data import test_data
@@ -262,10 +262,10 @@ def test_loss_can_be_chosen(runs, capsys):
     assert train.main(quick) == 0
     task = data.load_task("digits")
     batch = next(iter(data.batches(task.train, batch_size=64, seed=0)))
-    graphdef, params, rest = engine.split(
+    graphdef, params, rest = networks.split(
         models.create("mlp", input_shape=task.input_shape, num_classes=10)
     )
-    first = engine.objective(graphdef, rest, batch["x"], batch["y"], loss="mse")(params)
+    first = networks.objective(graphdef, "mse")(params, rest=rest, x=batch["x"], y=batch["y"])
     np.testing.assert_allclose(rows(runs / "run")[0]["loss"], first, rtol=1e-6)
     # Validation and test use it too: below the 2.3 of a cross entropy before it has learned.
     assert rows(runs / "run")[-1]["validation_loss"] < 0.6

@@ -9,6 +9,7 @@ go to `FOLDER/ID.npz`, one array per run.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -20,8 +21,9 @@ import optax
 from flax import nnx
 
 from experiments.methods import METHODS
-from experiments.training import engine
+from experiments.training import networks
 from experiments.training.parallel import AXIS, FETCH_EVERY, Parallel
+from experiments.training.step import StepOptions, init_state, train_step
 
 STEPS, BATCH = 20, 32
 
@@ -40,7 +42,7 @@ def batches(dtype=np.float32):
     x = rng.normal(size=(STEPS, BATCH, 6))
     # Learnable labels: with random ones the dominant subspace is barely defined.
     y = np.argmax(x[..., :3] + 0.3 * rng.normal(size=(STEPS, BATCH, 3)), -1).astype(np.int32)
-    return list(zip(x.astype(dtype), y, strict=True))
+    return [{"x": x, "y": y} for x, y in zip(x.astype(dtype), y, strict=True)]
 
 
 def own_rows(batch, total=BATCH):
@@ -54,8 +56,8 @@ def build(name, workers=None):
     method = METHODS[name]
     more = {} if workers is None else {"axis_name": AXIS, "num_workers": workers}
     if method.needs_objective:
-        graphdef, _, rest = engine.split(Mlp(nnx.Rngs(0)))
-        more["objective"] = engine.objective(graphdef, rest, *batches()[0])
+        graphdef, _, rest = networks.split(Mlp(nnx.Rngs(0)))
+        more["objective"] = networks.objective(graphdef).bind(rest=rest, **batches()[0])
     # The middle of the method's own grid, but for natural gradients: the longer their steps, the
     # more they make of rounding errors. Two subspace directions, to compile fast.
     rate = method.learning_rates[0 if method.family == "natural gradient" else 2]
@@ -64,23 +66,17 @@ def build(name, workers=None):
 
 def setup(tx, mode, devices, *, model=Mlp, workers=None, dtype=np.float32, **options):
     """A `Parallel` and a function that makes its first state."""
-    graphdef, params, rest = engine.split(model(nnx.Rngs(0)))
+    graphdef, params, rest = networks.split(model(nnx.Rngs(0)))
 
     def make_state():
-        return engine.init_state(tx, jax.tree.map(lambda a: a.astype(dtype), params), rest)
+        return init_state(tx, jax.tree.map(lambda a: a.astype(dtype), params), rest)
 
-    def step(state, batch, curvature, *, refresh, axis_name):
-        return engine.train_step(
-            tx,
-            graphdef,
-            state,
-            *batch,
-            curvature=curvature,
-            refresh=refresh,
-            axis_name=axis_name,
-            per_worker=workers is not None,
-        )
-
+    step = functools.partial(
+        train_step,
+        tx,
+        networks.objective(graphdef),
+        options=StepOptions(per_worker=workers is not None),
+    )
     return Parallel(mode, devices, step, workers=workers, **options), make_state
 
 
@@ -125,9 +121,9 @@ def poisoned_metrics(mode, num_devices, workers=None):
         workers=workers,
         min_sharded_size=0,
     )
-    x, y = batches()[0]
-    x[-1] = np.nan
-    _, metrics = parallel.step(parallel.init(make_state), parallel.put_batch(own_rows((x, y))))
+    batch = batches()[0]
+    batch["x"][-1] = np.nan
+    _, metrics = parallel.step(parallel.init(make_state), parallel.put_batch(own_rows(batch)))
     return {
         name: np.array([np.squeeze(shard.data) for shard in metric.addressable_shards])
         for name, metric in metrics.items()

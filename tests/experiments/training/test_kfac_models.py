@@ -14,7 +14,8 @@ from flax import nnx
 
 import models
 import optax_accel as oa
-from experiments.training import engine
+from experiments.training import networks
+from experiments.training.step import init_state, train_step
 from tests.helpers import signature
 
 ZOO: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
@@ -41,11 +42,11 @@ def test_describe_finds_every_layer_of_the_zoo(name, dtype):
     """Batch normalization, dropout and half precision change nothing in it."""
     options, counts = ZOO[name]
     model = models.create(name, num_classes=3, param_dtype=dtype, **options)
-    graphdef, params, rest = engine.split(model)
+    graphdef, params, rest = networks.split(model)
     x = jax.ShapeDtypeStruct(
         (4, *options["input_shape"]), jnp.int32 if "vocabulary_size" in options else jnp.float32
     )
-    text = oa.describe_layers(engine.objective(graphdef, rest), params, {"x": x})
+    text = oa.describe_layers(networks.objective(graphdef).given(rest=rest), params, {"x": x})
     found = [kind for line in text.splitlines()[1:] for kind in counts if f"  {kind} " in line]
     assert {kind: found.count(kind) for kind in found} == counts
     assert len(found) == len(text.splitlines()) - 1
@@ -91,24 +92,31 @@ SLOW = ("convolutions", "attention")
 )
 @pytest.mark.parametrize("kind", ["factored", "ekfac"])
 def test_trains_models(name, kind):
-    """By the engine's step: losses fall, dtypes stay, factors are in single precision."""
+    """By the step of all experiments: losses fall, dtypes stay, factors are in single precision."""
     build, shape = MODELS[name]
-    graphdef, params, rest = engine.split(build(input_shape=shape, num_classes=3, rngs=nnx.Rngs(0)))
+    graphdef, params, rest = networks.split(
+        build(input_shape=shape, num_classes=3, rngs=nnx.Rngs(0))
+    )
     rng = np.random.default_rng(0)
     x = np.float32(rng.normal(size=(12, *shape)))
     x = rng.integers(1, 9, x.shape) if name == "attention" else x
     y = jnp.arange(12) % 3
-    objective = engine.objective(graphdef, rest)
+    objective = networks.objective(graphdef)
     example = {"x": jax.ShapeDtypeStruct(x.shape, x.dtype)}
     optimizer = oa.ekfac if kind == "ekfac" else oa.kfac
     tx = optimizer(
-        0.05, objective, example, damping=0.1, likelihood="categorical", inverses_every=4
+        0.05,
+        objective.given(rest=rest),
+        example,
+        damping=0.1,
+        likelihood="categorical",
+        inverses_every=4,
     )
-    state = engine.init_state(tx, params, rest)
+    state = init_state(tx, params, rest)
 
     @functools.partial(jax.jit, static_argnames="refresh")
     def step(state: Any, refresh: Any) -> Any:
-        return engine.train_step(tx, graphdef, state, x, y, refresh=refresh)
+        return train_step(tx, objective, state, {"x": x, "y": y}, refresh=refresh)
 
     losses, before = [], signature(state)
     for i in range(12):

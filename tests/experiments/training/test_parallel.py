@@ -19,8 +19,9 @@ from flax import nnx
 
 import models
 from experiments.methods import METHODS
-from experiments.training import engine
+from experiments.training import networks
 from experiments.training.parallel import AXIS, MODES, Parallel, check_divisible
+from experiments.training.step import init_state, train_step
 from tests.experiments.training import parallel_worker as worker
 
 ROOT = Path(__file__).parents[3]
@@ -290,20 +291,17 @@ class WithNorm(nnx.Module):
 @functools.cache
 def train_on_token_ids(mode, num_devices):
     options = {"embedding_size": 4, "num_heads": 2, "feedforward_size": 8, "num_layers": 1}
-    graphdef, params, rest = engine.split(
+    graphdef, params, rest = networks.split(
         models.create("transformer", input_shape=(5,), num_classes=3, vocabulary_size=7, **options)
     )
     x = np.random.default_rng(0).integers(0, 7, (8, 5), dtype=np.int32)
     _, tx = worker.build("sgd")
 
-    def step(state, batch, curvature, *, refresh, axis_name):
-        del curvature, refresh
-        return engine.train_step(tx, graphdef, state, *batch, loss="mse", axis_name=axis_name)
-
+    step = functools.partial(train_step, tx, networks.objective(graphdef, "mse"))
     parallel = Parallel(mode, jax.devices()[:num_devices], step, min_sharded_size=0)
-    state = parallel.put_state(engine.init_state(tx, params, rest))
+    state = parallel.put_state(init_state(tx, params, rest))
     for _ in range(3):
-        state, metrics = parallel.step(state, parallel.put_batch((x, x[:, 0] % 3)))
+        state, metrics = parallel.step(state, parallel.put_batch({"x": x, "y": x[:, 0] % 3}))
         jax.block_until_ready(metrics)
     return jax.device_get((parallel.get_state(state).params, metrics["loss"]))
 

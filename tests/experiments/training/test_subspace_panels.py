@@ -12,7 +12,8 @@ import pytest
 
 from experiments.cli import UsageError
 from experiments.runs.units import Store
-from experiments.training import engine, subspace_panels
+from experiments.training import subspace_panels
+from experiments.training.step import TrainState
 from experiments.training.subspace_runs import Run, Study, alignment, update_products
 
 
@@ -76,7 +77,7 @@ def test_sgd_is_left_where_the_gradient_is_aligned(
     kept = subspace_panels.snapshots(study, store, 0)
     assert list(kept) == [10, 30]
     for step, params in kept.items():
-        state = engine.TrainState(jnp.array(step), params, study.start(0)[1], ())
+        state = TrainState(jnp.array(step), params, study.start(0)[1], ())
         (row,) = (row for row in rows if row["step"] == step)
         assert study.evaluate(state)["train_loss"] == row["train_loss"]
 

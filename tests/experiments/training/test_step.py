@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import NamedTuple
 
@@ -13,9 +14,11 @@ import pytest
 from flax import nnx
 
 import optax_accel as oa
-from experiments.training import engine, losses
+from experiments.training import losses, networks
+from experiments.training.optimizers import find_in_state, is_decayed, wrap
 from experiments.training.parallel import Parallel
 from experiments.training.precision import PRECISIONS
+from experiments.training.step import StepOptions, averaged, init_state, train_step
 from tests.helpers import signature, tree_allclose, tree_equal
 
 
@@ -41,7 +44,7 @@ class NormDropout(nnx.Module):
 def make_batch(n=12, seed=0):
     rng = np.random.default_rng(seed)
     x = rng.normal(2.0, 3.0, (n, 4)).astype(np.float32)
-    return jnp.asarray(x), jnp.asarray(rng.integers(0, 3, n), jnp.int32)
+    return {"x": jnp.asarray(x), "y": jnp.asarray(rng.integers(0, 3, n), jnp.int32)}
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +54,12 @@ def batch():
 
 @pytest.fixture(scope="module")
 def mlp():
-    return engine.split(Mlp(nnx.Rngs(0)))
+    return networks.split(Mlp(nnx.Rngs(0)))
 
 
 @pytest.fixture(scope="module")
 def norm_dropout():
-    return engine.split(NormDropout(nnx.Rngs(0)))
+    return networks.split(NormDropout(nnx.Rngs(0)))
 
 
 def extra(tx):
@@ -101,7 +104,7 @@ def test_split_gives_plain_arrays_and_sorts_them(norm_dropout):
 
 def test_step_is_the_textbook_step(mlp, batch):
     graphdef, params, rest = mlp
-    x, y = batch
+    x, y = batch["x"], batch["y"]
     tx = extra(optax.adam(1e-2))
 
     def loss_fn(p):
@@ -111,8 +114,8 @@ def test_step_is_the_textbook_step(mlp, batch):
 
     expected = nnx.to_pure_dict(params)
     opt_state = tx.init(expected)
-    state = engine.init_state(tx, params, rest)
-    step = jax.jit(lambda s: engine.train_step(tx, graphdef, s, x, y))
+    state = init_state(tx, params, rest)
+    step = jax.jit(lambda s: train_step(tx, networks.objective(graphdef), s, batch))
     for _ in range(3):
         loss, grads = jax.jit(jax.value_and_grad(loss_fn))(expected)
         updates, opt_state = tx.update(grads, opt_state, expected)
@@ -131,11 +134,11 @@ def test_step_is_the_textbook_step(mlp, batch):
 def test_step_is_pure_and_keeps_the_structure(norm_dropout, batch):
     graphdef, params, rest = norm_dropout
     tx = extra(optax.sgd(0.1, momentum=0.9))
-    state = engine.init_state(tx, params, rest)
+    state = init_state(tx, params, rest)
     before = jax.tree.map(jnp.copy, state)
-    step = jax.jit(lambda s, x, y: engine.train_step(tx, graphdef, s, x, y))
-    first, _ = step(state, *batch)
-    again, _ = step(state, *batch)
+    step = jax.jit(lambda s, batch: train_step(tx, networks.objective(graphdef), s, batch))
+    first, _ = step(state, batch)
+    again, _ = step(state, batch)
     assert jax.tree.structure(first) == jax.tree.structure(state)
     assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, state)
     for left, right in ((state, before), (first, again)):
@@ -144,10 +147,10 @@ def test_step_is_pure_and_keeps_the_structure(norm_dropout, batch):
 
 def test_batch_statistics_and_random_streams_advance(norm_dropout, batch):
     graphdef, params, rest = norm_dropout
-    x, y = batch
+    x = batch["x"]
     tx = extra(optax.sgd(0.1))
-    step = jax.jit(lambda s: engine.train_step(tx, graphdef, s, x, y))
-    state, _ = step(engine.init_state(tx, params, rest))
+    step = jax.jit(lambda s: train_step(tx, networks.objective(graphdef), s, batch))
+    state, _ = step(init_state(tx, params, rest))
     # Running statistics start at mean 0, variance 1 and forget a tenth per step.
     np.testing.assert_allclose(state.rest["norm"]["mean"], 0.1 * x.mean(0), rtol=1e-5)
     np.testing.assert_allclose(state.rest["norm"]["var"], 0.9 + 0.1 * x.var(0), rtol=1e-5)
@@ -157,8 +160,8 @@ def test_batch_statistics_and_random_streams_advance(norm_dropout, batch):
 
 def test_evaluation_uses_running_statistics_and_no_dropout(norm_dropout, batch):
     graphdef, params, rest = norm_dropout
-    x, y = batch
-    metrics = engine.evaluate(graphdef, params, rest, x, y)
+    x, y = batch["x"], batch["y"]
+    metrics = networks.evaluate(graphdef, params, rest, batch)
     # Running mean 0 and variance 1: normalization is the identity up to its epsilon of 1e-5.
     logits = x @ params["head"]["kernel"] + params["head"]["bias"][None]
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
@@ -168,17 +171,18 @@ def test_evaluation_uses_running_statistics_and_no_dropout(norm_dropout, batch):
 
 def test_optimizer_gets_all_extra_arguments(mlp, batch):
     graphdef, params, rest = mlp
-    x, y = batch
     tx = spy()
     curvature = make_batch(7, seed=1)
-    state = engine.init_state(tx, params, rest)
+    state = init_state(tx, params, rest)
     step = jax.jit(
-        lambda s, c: engine.train_step(tx, graphdef, s, x, y, curvature=c, refresh="warm")
+        lambda s, c: train_step(
+            tx, networks.objective(graphdef), s, batch, curvature=c, refresh="warm"
+        )
     )
     new, metrics = step(state, curvature)
     given = new.opt_state.given
-    loss, grads = engine.objective(graphdef, rest, x, y).value_and_grad(params)
-    on_curvature = engine.objective(graphdef, rest, *curvature)(params)
+    (loss, _), grads = networks.objective(graphdef).value_and_grad(params, rest=rest, **batch)
+    on_curvature = networks.objective(graphdef)(params, rest=rest, **curvature)
     np.testing.assert_allclose(given["value"], loss, rtol=1e-6)
     np.testing.assert_allclose(given["loss"], loss, rtol=1e-6)
     np.testing.assert_allclose(given["curvature"], on_curvature, rtol=1e-6)
@@ -188,23 +192,23 @@ def test_optimizer_gets_all_extra_arguments(mlp, batch):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), given["grad"], grads
     )
     # Without curvature and refresh neither is passed, so that plain Optax optimizers work.
-    jax.eval_shape(lambda s: engine.train_step(tx, graphdef, s, x, y), state)
+    jax.eval_shape(lambda s: train_step(tx, networks.objective(graphdef), s, batch), state)
 
 
 def test_logged_loss_is_the_one_the_method_evaluated(mlp, batch):
     graphdef, params, rest = mlp
     tx = spy(value=42.0)
-    state = engine.init_state(tx, params, rest)
-    _, metrics = engine.train_step(tx, graphdef, state, *batch)
+    state = init_state(tx, params, rest)
+    _, metrics = train_step(tx, networks.objective(graphdef), state, batch)
     assert float(metrics["loss"]) == 42.0
 
 
 def test_state_lookup_ignores_parameters_of_that_name():
     tx = optax.chain(optax.trace(0.9), optax.trace(0.8), spy())
     opt_state = tx.init({"value": jnp.ones(3), "trace": jnp.ones(2)})
-    assert engine.find_in_state(opt_state, "objective_value").shape == ()
-    assert engine.find_in_state(opt_state, "trace") is opt_state[1].trace
-    assert engine.find_in_state(opt_state, "alignment") is None
+    assert find_in_state(opt_state, "objective_value").shape == ()
+    assert find_in_state(opt_state, "trace") is opt_state[1].trace
+    assert find_in_state(opt_state, "alignment") is None
 
 
 def test_vmap_over_runs_equals_single_runs(norm_dropout, batch):
@@ -212,10 +216,10 @@ def test_vmap_over_runs_equals_single_runs(norm_dropout, batch):
 
     def run(learning_rate):
         tx = extra(optax.sgd(learning_rate, momentum=0.9))
-        state = engine.init_state(tx, params, rest)
+        state = init_state(tx, params, rest)
         for _ in range(2):
-            state, _ = engine.train_step(tx, graphdef, state, *batch)
-        return state.params, engine.evaluate(graphdef, state.params, state.rest, *batch)
+            state, _ = train_step(tx, networks.objective(graphdef), state, batch)
+        return state.params, networks.evaluate(graphdef, state.params, state.rest, batch)
 
     rates = jnp.array([0.1, 0.5])
     together = jax.jit(jax.vmap(run))(rates)
@@ -229,20 +233,21 @@ def test_vmap_over_runs_equals_single_runs(norm_dropout, batch):
 
 
 def test_replicas_average_to_the_global_batch(mlp, norm_dropout, batch):
-    x, y = batch
-    parts = x.reshape(4, 3, 4), y.reshape(4, 3)
+    parts = {"x": batch["x"].reshape(4, 3, 4), "y": batch["y"].reshape(4, 3)}
     tx = extra(optax.sgd(0.1))
 
     def replicated(graphdef, state):
         step = jax.vmap(
-            lambda x, y: engine.train_step(tx, graphdef, state, x, y, axis_name="batch"),
+            lambda part: train_step(
+                tx, networks.objective(graphdef), state, part, axis_name="batch"
+            ),
             axis_name="batch",
         )
-        return jax.jit(step)(*parts)
+        return jax.jit(step)(parts)
 
     graphdef, *variables = mlp
-    state = engine.init_state(tx, *variables)
-    expected, metrics = engine.train_step(tx, graphdef, state, x, y)
+    state = init_state(tx, *variables)
+    expected, metrics = train_step(tx, networks.objective(graphdef), state, batch)
     replicas, replica_metrics = replicated(graphdef, state)
     for i in range(4):
         np.testing.assert_allclose(replica_metrics["loss"][i], metrics["loss"], rtol=1e-6)
@@ -254,25 +259,34 @@ def test_replicas_average_to_the_global_batch(mlp, norm_dropout, batch):
 
     # Running statistics: the mean over replicas of each replica's own batch statistics.
     graphdef, *variables = norm_dropout
-    replicas, _ = replicated(graphdef, engine.init_state(tx, *variables))
-    var = 0.9 + 0.1 * parts[0].var(1).mean(0)
+    replicas, _ = replicated(graphdef, init_state(tx, *variables))
+    var = 0.9 + 0.1 * parts["x"].var(1).mean(0)
     for i in range(4):
-        np.testing.assert_allclose(replicas.rest["norm"]["mean"][i], 0.1 * x.mean(0), rtol=1e-5)
+        np.testing.assert_allclose(
+            replicas.rest["norm"]["mean"][i], 0.1 * batch["x"].mean(0), rtol=1e-5
+        )
         np.testing.assert_allclose(replicas.rest["norm"]["var"][i], var, rtol=1e-5)
 
 
 def test_workers_keep_states_of_their_own(mlp, batch):
-    x, y = batch
-    parts = x.reshape(4, 3, 4), y.reshape(4, 3)
+    parts = {"x": batch["x"].reshape(4, 3, 4), "y": batch["y"].reshape(4, 3)}
     tx = extra(optax.sgd(0.1))
     graphdef, *variables = mlp
-    state = engine.init_state(tx, *variables)
+    state = init_state(tx, *variables)
 
-    def own(x, y):
-        return engine.train_step(tx, graphdef, state, x, y, axis_name="w", per_worker=True)
+    def one_worker(part):
+        options = StepOptions(per_worker=True)
+        return train_step(
+            tx, networks.objective(graphdef), state, part, axis_name="w", options=options
+        )
 
-    workers, metrics = jax.jit(jax.vmap(own, axis_name="w"))(*parts)
-    alone = [engine.train_step(tx, graphdef, state, *part) for part in zip(*parts, strict=True)]
+    workers, metrics = jax.jit(jax.vmap(one_worker, axis_name="w"))(parts)
+    alone = [
+        train_step(
+            tx, networks.objective(graphdef), state, jax.tree.map(lambda a, i=i: a[i], parts)
+        )
+        for i in range(4)
+    ]
     for i, (expected, _) in enumerate(alone):
         jax.tree.map(
             lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6),
@@ -283,21 +297,27 @@ def test_workers_keep_states_of_their_own(mlp, batch):
     np.testing.assert_allclose(metrics["loss"], np.full(4, np.mean(losses)), rtol=1e-6)
     assert metrics["finite"].all()
     # What is wrong at one worker, all workers learn of.
-    _, metrics = jax.vmap(own, axis_name="w")(parts[0].at[2, 1, 0].set(jnp.nan), parts[1])
+    wrong = parts | {"x": parts["x"].at[2, 1, 0].set(jnp.nan)}
+    _, metrics = jax.vmap(one_worker, axis_name="w")(wrong)
     assert not metrics["finite"].any()
 
 
 @pytest.mark.parametrize("wrong", [jnp.nan, jnp.inf])
 def test_step_that_is_not_finite_is_told_and_can_be_skipped(norm_dropout, batch, wrong):
     graphdef, params, rest = norm_dropout
-    x, y = batch
+    x = batch["x"]
     tx = extra(optax.adam(0.1))
 
     def make_step(skip):
-        return jax.jit(lambda s, x: engine.train_step(tx, graphdef, s, x, y, skip_non_finite=skip))
+        options = StepOptions(skip_non_finite=skip)
+        return jax.jit(
+            lambda s, x: train_step(
+                tx, networks.objective(graphdef), s, batch | {"x": x}, options=options
+            )
+        )
 
     step, skipping = make_step(False), make_step(True)
-    good, metrics = skipping(engine.init_state(tx, params, rest), x)
+    good, metrics = skipping(init_state(tx, params, rest), x)
     assert metrics["finite"]
     broken, metrics = step(good, x.at[0, 0].set(wrong))
     assert not metrics["finite"]
@@ -312,10 +332,11 @@ def test_step_that_is_not_finite_is_told_and_can_be_skipped(norm_dropout, batch,
 
 def test_moment_that_overflows_is_told(mlp, batch):
     graphdef, params, rest = mlp
-    x, y = batch
     # Finite gradients of 1e30, whose squares are not: Adam would never move again.
     tx = extra(optax.chain(optax.scale(1e30), optax.adam(0.1)))
-    state, metrics = engine.train_step(tx, graphdef, engine.init_state(tx, params, rest), x, y)
+    state, metrics = train_step(
+        tx, networks.objective(graphdef), init_state(tx, params, rest), batch
+    )
     assert np.isfinite(metrics["loss"])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
     assert not metrics["finite"]
@@ -323,13 +344,13 @@ def test_moment_that_overflows_is_told(mlp, batch):
 
 def test_objective_has_the_methods_of_the_library(mlp, batch):
     graphdef, params, rest = mlp
-    objective = engine.objective(graphdef, rest, *batch)
+    objective = networks.objective(graphdef).bind(rest=rest, **batch)
     assert isinstance(objective, oa.Objective)
     assert objective.outputs(params).shape == (12, 3)
     product = objective.hvp(params, params)
     assert jax.tree.structure(product) == jax.tree.structure(params)
-    x, y = batch
-    unbound = engine.objective(graphdef, rest)
+    x, y = batch["x"], batch["y"]
+    unbound = networks.objective(graphdef).given(rest=rest)
     assert unbound(params, x=x, y=y) == objective(params)
     with pytest.raises(TypeError, match="'y'"):
         unbound(params, x=x)
@@ -337,26 +358,26 @@ def test_objective_has_the_methods_of_the_library(mlp, batch):
 
 def test_mse_is_half_the_squared_distance_to_the_one_hot_label(mlp, batch):
     graphdef, params, rest = mlp
-    x, y = batch
+    x, y = batch["x"], batch["y"]
     h = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"][None])
     outputs = np.asarray(h @ params["head"]["kernel"] + params["head"]["bias"][None])
     expected = 0.5 * ((outputs - np.eye(3)[np.asarray(y)]) ** 2).sum() / len(y)
-    objective = engine.objective(graphdef, rest, x, y, loss="mse")
+    objective = networks.objective(graphdef, "mse").bind(rest=rest, **batch)
     np.testing.assert_allclose(objective(params), expected, rtol=1e-6)
-    scores = engine.evaluate(graphdef, params, rest, x, y, loss="mse")
+    scores = networks.evaluate(graphdef, params, rest, batch, loss="mse")
     np.testing.assert_allclose(scores["loss"], expected, rtol=1e-6)
     np.testing.assert_allclose(scores["accuracy"], (outputs.argmax(-1) == y).mean(), rtol=1e-6)
 
     tx = spy()
-    state = engine.init_state(tx, params, rest)
+    state = init_state(tx, params, rest)
     curvature = make_batch(7, seed=1)
-    new, metrics = engine.train_step(
-        tx, graphdef, state, x, y, curvature=curvature, refresh="warm", loss="mse"
+    new, metrics = train_step(
+        tx, networks.objective(graphdef, "mse"), state, batch, curvature, refresh="warm"
     )
     given = new.opt_state.given
     for value in (metrics["loss"], given["value"], given["loss"]):
         np.testing.assert_allclose(value, expected, rtol=1e-6)
-    on_curvature = engine.objective(graphdef, rest, *curvature, loss="mse")
+    on_curvature = networks.objective(graphdef, "mse").bind(rest=rest, **curvature)
     np.testing.assert_allclose(given["curvature"], on_curvature(params), rtol=1e-6)
     # The gradient of the last bias is the mean residual.
     residual = (outputs - np.eye(3)[np.asarray(y)]).mean(0)
@@ -364,8 +385,8 @@ def test_mse_is_half_the_squared_distance_to_the_one_hot_label(mlp, batch):
 
 
 def test_gauss_newton_of_mse_of_a_linear_model_is_its_hessian():
-    graphdef, params, rest = engine.split(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
-    objective = engine.objective(graphdef, rest, *make_batch(), loss="mse")
+    graphdef, params, rest = networks.split(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
+    objective = networks.objective(graphdef, "mse").bind(rest=rest, **make_batch())
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
         objective.hvp(params, params),
@@ -375,12 +396,9 @@ def test_gauss_newton_of_mse_of_a_linear_model_is_its_hessian():
 
 def test_unknown_loss(mlp, batch):
     graphdef, params, rest = mlp
-    tx = extra(optax.sgd(0.1))
-    state = engine.init_state(tx, params, rest)
     for call in (
-        lambda: engine.objective(graphdef, rest, *batch, loss="hinge"),
-        lambda: engine.train_step(tx, graphdef, state, *batch, loss="hinge"),
-        lambda: engine.evaluate(graphdef, params, rest, *batch, loss="hinge"),
+        lambda: networks.objective(graphdef, "hinge"),
+        lambda: networks.evaluate(graphdef, params, rest, batch, loss="hinge"),
     ):
         with pytest.raises(ValueError, match="unknown loss 'hinge'; valid: cross_entropy, mse"):
             call()
@@ -434,20 +452,25 @@ class PerToken(nnx.Module):
 
 
 def test_scores_of_tokens_are_averages_that_can_be_averaged():
-    graphdef, params, rest = engine.split(PerToken(nnx.Rngs(0)))
+    graphdef, params, rest = networks.split(PerToken(nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     x, y = (jnp.asarray(rng.integers(0, 5, (6, 4)), jnp.int32) for _ in range(2))
     y = y.at[2:, 1:].set(-1)
-    scores = engine.evaluate(graphdef, params, rest, x, y)
+    scores = networks.evaluate(graphdef, params, rest, {"x": x, "y": y})
     best = np.asarray(params["table"]["embedding"]).argmax(-1)[x]
     np.testing.assert_allclose(scores["counted"], 12 / 24)
     np.testing.assert_allclose(scores["accuracy"], (best == np.asarray(y)).sum() / 24)
-    parts = [engine.evaluate(graphdef, params, rest, x[i : i + 3], y[i : i + 3]) for i in (0, 3)]
+    parts = [
+        networks.evaluate(graphdef, params, rest, {"x": x[i : i + 3], "y": y[i : i + 3]})
+        for i in (0, 3)
+    ]
     for name, value in scores.items():
         np.testing.assert_allclose(value, (parts[0][name] + parts[1][name]) / 2, rtol=1e-6)
     # A function serves as loss; what has no labels has no accuracy.
     shares = jnp.full((6, 4, 5), 0.2)
-    scores = engine.evaluate(graphdef, params, rest, x, shares, loss=lambda o, y: (o - y).sum())
+    scores = networks.evaluate(
+        graphdef, params, rest, {"x": x, "y": shares}, loss=lambda o, y: (o - y).sum()
+    )
     assert set(scores) == {"loss"}
 
 
@@ -466,10 +489,16 @@ def test_micro_batches_make_the_step_of_the_batch(mlp, batch, build, number, unr
     curvature = make_batch(8, seed=1)
 
     def run(**options):
-        state = engine.init_state(tx, params, rest)
+        state = init_state(tx, params, rest)
         step = jax.jit(
-            lambda s: engine.train_step(
-                tx, graphdef, s, *batch, curvature=curvature, refresh="warm", **options
+            lambda s: train_step(
+                tx,
+                networks.objective(graphdef),
+                s,
+                batch,
+                curvature,
+                refresh="warm",
+                options=StepOptions(**options),
             )
         )
         return step(state)
@@ -480,15 +509,18 @@ def test_micro_batches_make_the_step_of_the_batch(mlp, batch, build, number, unr
 
 
 def test_micro_batches_in_double_precision(x64):
-    graphdef, params, rest = engine.split(Mlp(nnx.Rngs(0)))
+    graphdef, params, rest = networks.split(Mlp(nnx.Rngs(0)))
     params = optax.tree.cast(params, jnp.float64)
-    x, y = make_batch()
-    tx = engine.complete(optax.adam(optax.cosine_decay_schedule(0.1, 5)), 0.1, clip=0.5)
+    batch = make_batch()
+    batch["x"] = jnp.float64(batch["x"])
+    tx = wrap(optax.adam(optax.cosine_decay_schedule(0.1, 5)), 0.1, clip=0.5)
 
     def run(number):
-        state = engine.init_state(tx, params, rest)
+        state = init_state(tx, params, rest)
         step = jax.jit(
-            lambda s: engine.train_step(tx, graphdef, s, jnp.float64(x), y, accumulate=number)[0]
+            lambda s: train_step(
+                tx, networks.objective(graphdef), s, batch, options=StepOptions(accumulate=number)
+            )[0]
         )
         return step(step(state))
 
@@ -501,10 +533,12 @@ def test_micro_batches_in_double_precision(x64):
 @pytest.mark.parametrize("unroll", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_micro_batches_have_their_own_statistics_and_masks(norm_dropout, batch, unroll):
     graphdef, params, rest = norm_dropout
-    x, y = batch
-    tx = spy()
-    step = jax.jit(lambda s: engine.train_step(tx, graphdef, s, x, y, accumulate=3, unroll=unroll))
-    state, metrics = step(engine.init_state(tx, params, rest))
+    x, tx = batch["x"], spy()
+    options = StepOptions(accumulate=3, unroll=unroll)
+    step = jax.jit(
+        lambda s: train_step(tx, networks.objective(graphdef), s, batch, options=options)
+    )
+    state, metrics = step(init_state(tx, params, rest))
     mean, var = np.zeros(4), np.ones(4)
     for part in (x[0::3], x[1::3], x[2::3]):  # one after the other
         mean = 0.9 * mean + 0.1 * np.mean(part, 0)
@@ -522,15 +556,15 @@ def test_micro_batches_have_their_own_statistics_and_masks(norm_dropout, batch, 
 
 def test_micro_batches_draw_masks_of_their_own():
     model = nnx.Sequential(nnx.Dropout(0.5, rngs=nnx.Rngs(0)), nnx.Linear(4, 3, rngs=nnx.Rngs(1)))
-    graphdef, params, rest = engine.split(model)
+    graphdef, params, rest = networks.split(model)
     x, y = jnp.ones((8, 4)), jnp.zeros(8, jnp.int32)
-    objective = engine.objective(graphdef, rest, x, y, accumulate=2)
-    masks = []
-    for i in range(2):
-        part = engine.objective(graphdef, engine._own_keys(rest, jnp.int32(i)), x[:4], y[:4])
-        masks.append(part(params))
+    objective, variables = networks.objective(graphdef), {"rest": rest}
+    masks = [
+        objective(params, x=x[:4], y=y[:4], **variables, micro_batch=jnp.int32(i)) for i in range(2)
+    ]
     assert masks[0] != masks[1]
-    np.testing.assert_allclose(objective(params), sum(masks) / 2, rtol=1e-6)
+    parts = objective.accumulated(2, x=x, y=y, carry=variables)
+    np.testing.assert_allclose(parts(params), sum(masks) / 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -547,49 +581,39 @@ def test_micro_batches_draw_masks_of_their_own():
 def test_micro_batches_in_parallel(mlp, mode, number):
     """On 4 devices, 6 examples each; divided by 3 evenly, and by 2."""
     graphdef, params, rest = mlp
-    x, y = make_batch(24)
+    batch = make_batch(24)
     tx = oa.extrap_sgd(0.1, extrapolation_rate=0.05)
+    options = StepOptions(accumulate=number, unroll=number == 2)
 
     def make_state():
-        return engine.init_state(tx, params, rest)
+        return init_state(tx, params, rest)
 
-    def step(state, batch, curvature, *, refresh, axis_name):
-        del curvature, refresh
-        return engine.train_step(
-            tx,
-            graphdef,
-            state,
-            *batch,
-            accumulate=number,
-            unroll=number == 2,
-            axis_name=axis_name,
-        )
-
+    step = functools.partial(train_step, tx, networks.objective(graphdef), options=options)
     runner = Parallel(mode, jax.devices()[:4], step, min_sharded_size=1)
-    state, metrics = runner.step(runner.init(make_state), runner.put_batch((x, y)))
-    expected = jax.jit(lambda s: engine.train_step(tx, graphdef, s, x, y))(make_state())
+    state, metrics = runner.step(runner.init(make_state), runner.put_batch(batch))
+    expected = jax.jit(lambda s: train_step(tx, networks.objective(graphdef), s, batch))(
+        make_state()
+    )
     tree_allclose((runner.get_state(state), metrics), expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("mode", ["shard_map", pytest.param("jit", marks=pytest.mark.slow)])
 def test_micro_batches_of_workers(norm_dropout, mode):
     graphdef, params, rest = norm_dropout
-    x, y = make_batch(24)
+    batch = make_batch(24)
     tx = oa.extrap_sgd(0.1, extrapolation_rate=0.05)  # evaluates each worker's own loss
+    objective = networks.objective(graphdef)
 
-    def step(state, batch, curvature, *, refresh, axis_name):
-        del curvature, refresh
-        return engine.train_step(
-            tx, graphdef, state, *batch, accumulate=3, axis_name=axis_name, per_worker=True
-        )
-
+    options = StepOptions(accumulate=3, per_worker=True)
+    step = functools.partial(train_step, tx, objective, options=options)
     runner = Parallel(mode, jax.devices()[:2], step, workers=2)
-    state = runner.init(lambda: engine.init_state(tx, params, rest))
-    found = runner.get_state(runner.step(state, runner.put_batch((x, y)))[0])
-    alone, _ = jax.jit(lambda s: engine.train_step(tx, graphdef, s, x[12:], y[12:], accumulate=3))(
-        engine.init_state(tx, params, rest)
-    )
-    tree_allclose(jax.tree.map(lambda a: a[1], found.params), alone.params, rtol=1e-5, atol=1e-7)
+    state = runner.init(lambda: init_state(tx, params, rest))
+    workers = runner.get_state(runner.step(state, runner.put_batch(batch))[0])
+    half = jax.tree.map(lambda a: a[12:], batch)
+    alone, _ = jax.jit(
+        lambda s: train_step(tx, objective, s, half, options=StepOptions(accumulate=3))
+    )(init_state(tx, params, rest))
+    tree_allclose(jax.tree.map(lambda a: a[1], workers.params), alone.params, rtol=1e-5, atol=1e-7)
 
 
 # -- mixed precision ------------------------------------------------------------------------------
@@ -611,22 +635,17 @@ class Half(nnx.Module):
 def test_mixed_precision(batch, name):
     """The network computes in half precision; what it is trained with stays float32."""
     precision = PRECISIONS[name]
-    graphdef, params, rest = engine.split(Half(precision.options["dtype"]))
-    exact, _, _ = engine.split(Half())
-    tx = engine.complete(spy(), 0.1, precision=precision)
-    state = engine.init_state(tx, params, rest)
-    assert (engine.find_in_state(state.opt_state, "loss_scale") is not None) == (name == "f16")
+    graphdef, params, rest = networks.split(Half(precision.options["dtype"]))
+    exact, _, _ = networks.split(Half())
+    tx = wrap(spy(), 0.1, precision=precision)
+    state = init_state(tx, params, rest)
+    assert (find_in_state(state.opt_state, "loss_scale") is not None) == (name == "f16")
 
-    def step(state, curvature=batch):
-        return engine.train_step(
-            tx,
-            graphdef,
-            state,
-            *batch,
-            curvature=curvature,
-            refresh="warm",
-            value_fn_graphdef=exact,
-        )
+    objective, value_fn = networks.objective(graphdef), networks.objective(exact)
+    options = StepOptions(value_fn=value_fn)
+
+    def step(state):
+        return train_step(tx, objective, state, batch, batch, refresh="warm", options=options)
 
     new, metrics = jax.jit(step)(state)
     assert metrics["finite"]
@@ -636,7 +655,7 @@ def test_mixed_precision(batch, name):
     assert ("f16" if name == "f16" else "bf16") in text
     # The gradient is that of float32, within half precision's; so is the loss.
     spied = new.opt_state if name == "bf16" else new.opt_state.inner_state
-    value, grads = engine.objective(exact, rest, *batch).value_and_grad(params)
+    (value, _), grads = value_fn.value_and_grad(params, rest=rest, **batch)
     tree_allclose(spied.given["grad"], grads, rtol=3e-2, atol=3e-3)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-2)
     np.testing.assert_allclose(spied.given["value"], metrics["loss"], rtol=1e-6)
@@ -647,8 +666,8 @@ def test_mixed_precision(batch, name):
 
 
 def test_products_are_computed_in_float32_by_default(batch):
-    graphdef, params, rest = engine.split(Half(jnp.bfloat16))
-    exact, _, _ = engine.split(Half())
+    graphdef, params, rest = networks.split(Half(jnp.bfloat16))
+    exact, _, _ = networks.split(Half())
     products = []
 
     def update(updates, state, params, *, curvature_value_fn=None, value_fn, **given):
@@ -658,29 +677,30 @@ def test_products_are_computed_in_float32_by_default(batch):
         return updates, state
 
     tx = optax.GradientTransformationExtraArgs(lambda params: (), update)
-    state = engine.init_state(tx, params, rest)
-    for other in (exact, None):
+    state = init_state(tx, params, rest)
+    objective = networks.objective(graphdef)
+    for options in (StepOptions(value_fn=networks.objective(exact)), StepOptions()):
         jax.eval_shape(
-            lambda s, other=other: engine.train_step(
-                tx, graphdef, s, *batch, value_fn_graphdef=other
-            ),
-            state,
+            lambda s, options=options: train_step(tx, objective, s, batch, options=options), state
         )
     assert products == [False, True]
 
 
 def test_a_step_that_overflows_is_left_out_and_the_scale_falls(batch):
     precision = PRECISIONS["f16"]
-    graphdef, params, rest = engine.split(Half("float16"))
-    tx = engine.complete(optax.adam(0.1), 0.1, weight_decay=0.1, precision=precision)
+    graphdef, params, rest = networks.split(Half("float16"))
+    tx = wrap(optax.adam(0.1), 0.1, weight_decay=0.1, precision=precision)
+    options = StepOptions(ema=0.9, accumulate=2)
     step = jax.jit(
-        lambda s, x: engine.train_step(tx, graphdef, s, x, batch[1], ema=0.9, accumulate=2)
+        lambda s, x: train_step(
+            tx, networks.objective(graphdef), s, batch | {"x": x}, options=options
+        )
     )
-    state = engine.init_state(tx, params, rest, average=True)
-    good, metrics = step(state, batch[0])
+    state = init_state(tx, params, rest, average=True)
+    good, metrics = step(state, batch["x"])
     assert metrics["finite"]
     # Infinite inputs: loss and statistics are not finite either.
-    wrong = batch[0].at[0, 0].set(jnp.inf)
+    wrong = batch["x"].at[0, 0].set(jnp.inf)
     skipped, metrics = step(good, wrong)
     assert metrics["finite"]  # as far as the run is concerned: it was dealt with
     assert not np.isfinite(metrics["loss"])
@@ -689,7 +709,7 @@ def test_a_step_that_overflows_is_left_out_and_the_scale_falls(batch):
     tree_equal(skipped.rest, good.rest)
     tree_equal(skipped.opt_state.inner_state, good.opt_state.inner_state)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(skipped.average))
-    assert np.isfinite(step(skipped, batch[0])[1]["loss"])
+    assert np.isfinite(step(skipped, batch["x"])[1]["loss"])
     # At its smallest the scale cannot help any more, and the run is told.
     lowest = skipped._replace(opt_state=skipped.opt_state._replace(loss_scale=jnp.float32(1.0)))
     assert not step(lowest, wrong)[1]["finite"]
@@ -702,20 +722,20 @@ def test_weight_decay_is_that_of_adamw(mlp, batch):
     graphdef, params, rest = mlp
     found = []
     for tx in (
-        engine.complete(optax.adam(0.1), 0.1, weight_decay=0.3),
-        optax.adamw(0.1, weight_decay=0.3, mask=engine.is_decayed),
+        wrap(optax.adam(0.1), 0.1, weight_decay=0.3),
+        optax.adamw(0.1, weight_decay=0.3, mask=is_decayed),
     ):
         tx = extra(tx)
-        state = engine.init_state(tx, params, rest)
+        state = init_state(tx, params, rest)
         for _ in range(2):
-            state, _ = engine.train_step(tx, graphdef, state, *batch)
+            state, _ = train_step(tx, networks.objective(graphdef), state, batch)
         found.append(state.params)
     tree_allclose(*found, rtol=1e-5)
 
 
 def test_norms_and_biases_are_not_decayed():
     def masked(model):
-        mask = engine.is_decayed(engine.split(model)[1])
+        mask = is_decayed(networks.split(model)[1])
         return {
             jax.tree_util.keystr(path, simple=True, separator="/"): decayed
             for path, decayed in jax.tree.leaves_with_path(mask)
@@ -729,8 +749,8 @@ def test_norms_and_biases_are_not_decayed():
 
 def test_clipping_is_of_the_whole_gradient(mlp, batch):
     graphdef, params, rest = mlp
-    tx = engine.complete(optax.sgd(1.0), 1.0, clip=1e-2)
-    state, _ = engine.train_step(tx, graphdef, engine.init_state(tx, params, rest), *batch)
+    tx = wrap(optax.sgd(1.0), 1.0, clip=1e-2)
+    state, _ = train_step(tx, networks.objective(graphdef), init_state(tx, params, rest), batch)
     step = optax.tree.sub(params, state.params)
     np.testing.assert_allclose(optax.tree.norm(step), 1e-2, rtol=1e-3)
 
@@ -738,8 +758,11 @@ def test_clipping_is_of_the_whole_gradient(mlp, batch):
 def test_moving_average_of_weights_and_statistics(norm_dropout, batch):
     graphdef, params, rest = norm_dropout
     tx = extra(optax.sgd(0.5))
-    step = jax.jit(lambda s: engine.train_step(tx, graphdef, s, *batch, ema=0.75)[0])
-    state, history = engine.init_state(tx, params, rest, average=True), []
+    options = StepOptions(ema=0.75)
+    step = jax.jit(
+        lambda s: train_step(tx, networks.objective(graphdef), s, batch, options=options)[0]
+    )
+    state, history = init_state(tx, params, rest, average=True), []
     for _ in range(3):
         state = step(state)
         history.append((state.params, state.rest["norm"]))
@@ -747,8 +770,8 @@ def test_moving_average_of_weights_and_statistics(norm_dropout, batch):
     expected = jax.tree.map(lambda *leaves: sum(map(operator.mul, weights, leaves)), *history)
     average, statistics = state.average
     tree_allclose((average, statistics["norm"]), expected, rtol=1e-5)
-    shown = engine.averaged(state)
+    shown = averaged(state)
     tree_equal((shown.params, shown.rest), state.average)
-    assert engine.averaged(state._replace(average=None)).params is state.params
+    assert averaged(state._replace(average=None)).params is state.params
     # Counters are the current ones.
     assert int(statistics["dropout"]["rngs"]["count"]) == 3
