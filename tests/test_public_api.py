@@ -397,7 +397,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: topologies.from_matrix(np.roll(np.eye(3), 1, 0)),
-        "fall into 3 groups that only hand their values around in a circle",
+        "fall into 3 groups that only pass their values around in a circle",
     ),
     # Schedules that Optax lacks
     (lambda: oa.cyclical_schedule(0.1, 1, 0), "`step_size` must be at least 1, got 0"),

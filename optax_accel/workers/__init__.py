@@ -1,4 +1,4 @@
-"""Methods whose workers keep parameters of their own and talk to a few others, or now and then."""
+"""Methods whose workers keep parameters of their own and communicate with few others, or rarely."""
 
 from optax_accel.workers import topologies
 from optax_accel.workers.decentralized import DecentralizedState, decentlam, dmsgd

@@ -9,8 +9,8 @@ Worker i with parameters :math:`x_i`, mixing matrix W, learning rate γ, momentu
     \nabla f_j(x_j))\big) / \gamma, \quad m_i \leftarrow \beta m_i + \tilde g_i, \quad
     x_i \leftarrow x_i - \gamma m_i
 
-Both send one copy of the parameters per neighbor and step.  Where the workers' losses differ, their
-fixed points are biased: DmSGD's by :math:`O(\gamma^2 / (1 - \beta)^2)`, DecentLaM's by
+Both send one copy of the parameters to each neighbor in each step.  Where the workers' losses
+differ, the fixed points are biased: DmSGD's by :math:`O(\gamma^2 / (1 - \beta)^2)`, DecentLaM's by
 :math:`O(\gamma^2)`, that of decentralized gradient descent, for every momentum.
 
 DecentLaM's momentum also drives the workers together: without gradients the parts of :math:`x`
@@ -19,13 +19,14 @@ x_{t-1}`.  That shrinks for every β < 1 if W is symmetric (λ real), but *grows
 directed or changing graphs, the exponential ones among them.
 
 Yuan et al., `DecentLaM: Decentralized momentum SGD for large-batch deep training
-<https://arxiv.org/abs/2104.11981>`_, ICCV 2021.  As public code: the rules above are those of a
-third party's implementation (the authors' own was not available to us).  Our reading: what happens
-at a learning rate of 0, where weight decay goes, and the condition on W.
+<https://arxiv.org/abs/2104.11981>`_, ICCV 2021.  The rules above are those of a third party's
+public implementation (the authors' code was not available to us).  Our reading: the step at a
+learning rate of 0, the place of weight decay, and the condition on W.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -78,9 +79,9 @@ def decentlam(
     r"""DecentLaM: momentum SGD on a graph of workers, without a bias from the momentum.
 
     ``update`` takes *this worker's own* gradient, not averaged, and this worker's ``params``; run
-    it under ``shard_map``, ``pmap`` or ``vmap`` with a named axis over the workers.  The learning
-    rate sits inside: chain nothing that rescales updates behind it.  What belongs to the gradient
-    comes before it, weight decay too, as the decay is part of the loss of each worker:
+    it under ``shard_map``, ``pmap`` or ``vmap`` with a named axis over the workers.  It applies the
+    learning rate itself: chain nothing that rescales updates behind it.  Chain transformations of
+    the gradient before it, weight decay included, which belongs to the loss of each worker:
     ``optax.chain(optax.add_decayed_weights(1e-4), decentlam(...))``.
 
     With one worker, and with :func:`topologies.complete <optax_accel.topologies.complete>` and
@@ -94,13 +95,13 @@ def decentlam(
         the default momentum a symmetric one, such as ``ring``, ``mesh_2d`` or ``exponential(n,
         symmetric=True)``; on the directed exponential graphs the method diverges from a momentum
         of about 0.5 (0.7 on few workers).
-      axis_name: the axis of the workers; ``None`` (default): a single worker.
+      axis_name: the axis of the workers; ``None`` (default) means a single worker.
       consensus_every: steps between computations of the state's ``consensus_distance``, each of
-        which costs an all-reduce of the parameters; 0: never. 100 (our choice) keeps that below a
-        hundredth of the traffic of parallel SGD.
-      accumulator_dtype: dtype of the momentum, and at least that of what is sent; ``None``: that of
-        the parameters.  For bfloat16 parameters ``jnp.float32`` keeps the rounding of the
-        parameters, divided by γ, out of the momentum, and doubles the traffic.
+        which costs an all-reduce of the parameters; 0 means never. 100 (our choice) keeps that
+        below a hundredth of the traffic of parallel SGD.
+      accumulator_dtype: dtype of the momentum; values are sent in at least this dtype. ``None``
+        (default) is that of the parameters.  For bfloat16 parameters ``jnp.float32`` keeps the
+        rounding of the parameters, divided by γ, out of the momentum, and doubles the traffic.
 
     Returns:
       The optimizer, with state :class:`DecentralizedState`.
@@ -129,8 +130,9 @@ def decentlam(
     References:
       Yuan et al., `DecentLaM <https://arxiv.org/abs/2104.11981>`_, 2021.
     """
-    return _mixing(
+    tx = _mixing(
         "decentlam",
+        _decentlam_step,
         learning_rate,
         momentum,
         topology=topology,
@@ -138,6 +140,14 @@ def decentlam(
         consensus_every=consensus_every,
         accumulator_dtype=accumulator_dtype,
     )
+    if isinstance(momentum, int | float) and (growth := consensus_growth(topology, momentum)) >= 1:
+        raise ValueError(
+            f"decentlam diverges with momentum {momentum} on {topology!r}, whatever the learning "
+            f"rate: differences between the workers grow by {growth:.3g} a step. Use a symmetric "
+            "topology, such as topologies.ring, mesh_2d or exponential(n, symmetric=True), a "
+            "smaller `momentum`, or dmsgd."
+        )
+    return tx
 
 
 def dmsgd(
@@ -151,26 +161,26 @@ def dmsgd(
 ) -> optax.GradientTransformationExtraArgs:
     """DmSGD: momentum SGD on a graph of workers, the baseline of :func:`decentlam`.
 
-    Each worker keeps its own momentum; what is mixed are the parameters after the step.  ``update``
-    is used as that of :func:`decentlam`, with the same communication; momentum 0 is decentralized
-    SGD.
+    Each worker keeps its own momentum and mixes the parameters after its step.  ``update`` is
+    called like that of :func:`decentlam` and communicates as much; momentum 0 is decentralized SGD.
 
     Args:
       learning_rate: at least 0, float or schedule.
       momentum: momentum of each worker, in [0, 1).
       topology: who averages with whom, made by a constructor of ``optax_accel.topologies``; any
         graph is stable.
-      axis_name: the axis of the workers; ``None`` (default): a single worker.
+      axis_name: the axis of the workers; ``None`` (default) means a single worker.
       consensus_every: steps between computations of the state's ``consensus_distance``, each of
-        which costs an all-reduce of the parameters; 0: never.
-      accumulator_dtype: dtype of the momentum, and at least that of what is sent; ``None``: that of
-        the parameters.
+        which costs an all-reduce of the parameters; 0 means never.
+      accumulator_dtype: dtype of the momentum; values are sent in at least this dtype. ``None``
+        (default) is that of the parameters.
 
     Returns:
       The optimizer, with state :class:`DecentralizedState`.
 
     Raises:
-      ValueError: as :func:`decentlam`.
+      ValueError: a hyperparameter outside its range; in ``update``: the axis has another number of
+        workers than the topology, or ``params`` is missing.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -186,6 +196,7 @@ def dmsgd(
     """
     return _mixing(
         "dmsgd",
+        _dmsgd_step,
         learning_rate,
         momentum,
         topology=topology,
@@ -195,8 +206,16 @@ def dmsgd(
     )
 
 
+# ``step(rate, momentum, x, gradient, m, mix)`` gives the new momentum and the new parameters.
+_Step = Callable[
+    [Any, Any, chex.ArrayTree, chex.ArrayTree, chex.ArrayTree, Callable[[Any], Any]],
+    tuple[chex.ArrayTree, chex.ArrayTree],
+]
+
+
 def _mixing(
     method: str,
+    step: _Step,
     learning_rate: optax.ScalarOrSchedule,
     momentum: float,
     *,
@@ -214,15 +233,6 @@ def _mixing(
             "`topology` must be a Topology, such as optax_accel.topologies.ring(8); got "
             f"{topology!r}."
         )
-    if method == "decentlam" and isinstance(momentum, int | float):
-        growth = consensus_growth(topology, momentum)
-        if growth >= 1:
-            raise ValueError(
-                f"decentlam diverges with momentum {momentum} on {topology!r}, whatever the "
-                f"learning rate: differences between the workers grow by {growth:.3g} a step. Use "
-                "a symmetric topology, such as topologies.ring, mesh_2d or exponential(n, "
-                "symmetric=True), a smaller `momentum`, or dmsgd."
-            )
 
     def init_fn(params: chex.ArrayTree) -> DecentralizedState:
         check_real_leaves(params, method, HOLD_FIXED)
@@ -246,11 +256,8 @@ def _mixing(
             )
         rate, params = value_of(learning_rate, state.count), as_arrays(params)
 
-        def scale(factor: Any, x: jax.Array) -> jax.Array:
-            return jnp.asarray(factor, x.dtype) * x
-
         def mix(tree: chex.ArrayTree) -> chex.ArrayTree:
-            # What is sent is as wide as parameters and momentum are, not as the arithmetic.
+            # Values are sent in the dtypes of parameters and momentum, not in that of the sums.
             sent = jax.tree.map(
                 lambda t, p, m: t.astype(jnp.promote_types(p.dtype, m.dtype)),
                 tree,
@@ -260,20 +267,7 @@ def _mixing(
             return widen(topology.mix(sent, state.count, axis_name))
 
         x, grads, old = widen(params), widen(updates), widen(state.momentum)
-        if method == "decentlam":
-            mixed = mix(jax.tree.map(lambda x, g: x - scale(rate, g), x, grads))
-
-            def add(m: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-                step = jnp.asarray(rate, m.dtype)
-                gradient = jnp.where(step > 0, (x - y) / jnp.where(step > 0, step, 1), 0)
-                return scale(momentum, m) + gradient
-
-            new = jax.tree.map(add, old, x, mixed)
-            # x - rate * new, without the division.
-            moved = jax.tree.map(lambda y, m: y - scale(rate, scale(momentum, m)), mixed, old)
-        else:
-            new = jax.tree.map(lambda m, g: scale(momentum, m) + g, old, grads)
-            moved = mix(jax.tree.map(lambda x, m: x - scale(rate, m), x, new))
+        new, moved = step(rate, momentum, x, grads, old, mix)
         new_updates = jax.tree.map(lambda y, x, g: (y - x).astype(g.dtype), moved, x, updates)
         return new_updates, DecentralizedState(
             count=optax.safe_increment(state.count),
@@ -294,11 +288,48 @@ def _mixing(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def consensus_growth(topology: Topology, momentum: float) -> float:
-    """By how much differences between DecentLaM's workers grow a step, without gradients.
+def _decentlam_step(
+    rate: Any,
+    momentum: Any,
+    x: chex.ArrayTree,
+    gradient: chex.ArrayTree,
+    m: chex.ArrayTree,
+    mix: Callable[[chex.ArrayTree], chex.ArrayTree],
+) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    mixed = mix(jax.tree.map(lambda x, g: x - _scale(rate, g), x, gradient))
 
-    The spectral radius of the recursion in the module's docstring; of a cycle of matrices that of
-    the whole cycle, to the power 1 / period.
+    def add(m: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+        step = jnp.asarray(rate, m.dtype)
+        corrected = jnp.where(step > 0, (x - y) / jnp.where(step > 0, step, 1), 0)
+        return _scale(momentum, m) + corrected
+
+    new = jax.tree.map(add, m, x, mixed)
+    # x - rate * new, without the division.
+    moved = jax.tree.map(lambda y, m: y - _scale(rate, _scale(momentum, m)), mixed, m)
+    return new, moved
+
+
+def _dmsgd_step(
+    rate: Any,
+    momentum: Any,
+    x: chex.ArrayTree,
+    gradient: chex.ArrayTree,
+    m: chex.ArrayTree,
+    mix: Callable[[chex.ArrayTree], chex.ArrayTree],
+) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    new = jax.tree.map(lambda m, g: _scale(momentum, m) + g, m, gradient)
+    return new, mix(jax.tree.map(lambda x, m: x - _scale(rate, m), x, new))
+
+
+def _scale(factor: Any, x: jax.Array) -> jax.Array:
+    return jnp.asarray(factor, x.dtype) * x
+
+
+def consensus_growth(topology: Topology, momentum: float) -> float:
+    """The factor by which differences between DecentLaM's workers grow a step, without gradients.
+
+    It is the spectral radius of the recursion in the module's docstring; for a cycle of matrices
+    that of the whole cycle to the power 1 / period.
     """
     n, matrices = topology.num_workers, topology.matrices - 1 / topology.num_workers
     if topology.period == 1:

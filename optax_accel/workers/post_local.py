@@ -5,9 +5,9 @@ takes steps of its own, :math:`x^k \leftarrow \mathrm{inner}(x^k, g^k)`, and aft
 :math:`x^k \leftarrow \frac{1}{K} \sum_j x^j`.
 
 Lin, Stich, Patel, Jaggi, `Don't use large mini-batches, use local SGD
-<https://arxiv.org/abs/1808.07217>`_, ICLR 2020.  As public code: every worker's optimizer goes on
-with its own momentum, which is not averaged (``epfml/LocalSGD-Code``).  Our reading: the momentum
-is kept as it is at the switch and at each averaging.
+<https://arxiv.org/abs/1808.07217>`_, ICLR 2020.  As in the public code (``epfml/LocalSGD-Code``),
+every worker keeps its own momentum, which is not averaged.  Our reading: neither the switch nor an
+averaging changes the momentum.
 """
 
 from __future__ import annotations
@@ -55,24 +55,23 @@ def post_local_sgd(
     ``update`` takes *this worker's own* gradient, not averaged, and this worker's ``params``; run
     it under ``shard_map``, ``pmap`` or ``vmap`` with a named axis over the workers, all starting
     with the same parameters.  Before the switch a step costs one all-reduce of the gradient, after
-    it one of the parameters every ``local_steps`` steps, in which the consensus distance comes for
-    free.
+    it one of the parameters every ``local_steps`` steps, which also gives the consensus distance.
 
-    Where the inner transformation asks for ``value_fn``, it gets one that averages over the workers
-    before the switch and is the worker's own afterwards.  With an extragradient there are two ways:
-    ``post_local_sgd(extragradient(...))`` extrapolates with the mean gradient before the switch,
-    ``extragradient(post_local_sgd(...))`` with the worker's own throughout, which is Lin et al.'s
-    local extrapolation with one all-reduce a step; give the extragradient no ``axis_name``, and in
-    the second case a ``value_fn`` without one, in either.
+    An inner transformation that needs ``value_fn`` gets one that averages over the workers before
+    the switch and is the worker's own afterwards.  There are two ways to combine it with an
+    extragradient: ``post_local_sgd(extragradient(...))`` extrapolates with the mean gradient before
+    the switch, ``extragradient(post_local_sgd(...))`` with the worker's own throughout, which is
+    Lin et al.'s local extrapolation with one all-reduce a step.  In both, give the extragradient no
+    ``axis_name``; in the second, give it a ``value_fn`` without ``axis_name`` too.
 
     Args:
       inner: transformation or optimizer; give it no ``axis_name``.
       local_steps: H, steps between two averagings of the parameters; 32 in the public code's
-        command for ResNet-20 on CIFAR-10 with 16 workers. 1: averaged after every step.
+        command for ResNet-20 on CIFAR-10 with 16 workers. 1 averages after every step.
       switch_step: number of steps with averaged gradients. The public code switches at the first
         decay of the learning rate, half of the training in that command.
-      axis_name: the axis of the workers; ``None`` (default): a single worker, the inner
-        transformation alone.
+      axis_name: the axis of the workers; ``None`` (default) means a single worker, for which this
+        is the inner transformation.
 
     Returns:
       A transformation with state :class:`PostLocalSGDState`.
@@ -136,8 +135,8 @@ def post_local_sgd(
             due = ~together & ((state.count - switch_step + 1) % local_steps == 0)
             new_updates, distance = lax.cond(
                 due,
-                lambda own: _to_mean(params, own, axis_name),
-                lambda own: (own, vary_over(distance, axis_name)),
+                lambda updates: _to_mean(params, updates, axis_name),
+                lambda updates: (updates, vary_over(distance, axis_name)),
                 vary_over(new_updates, axis_name),
             )
         return new_updates, PostLocalSGDState(
@@ -165,7 +164,7 @@ def _average(
 def _to_mean(
     params: chex.ArrayTree, updates: chex.ArrayTree, axis_name: str
 ) -> tuple[chex.ArrayTree, jax.Array]:
-    """Updates that lead to the mean over the workers, and how far these were apart."""
+    """Updates that lead to the mean over the workers, and their consensus distance before."""
     ends = widen(optax.apply_updates(params, updates))
     mean = lax.pmean(ends, axis_name)
     distance = distance_to(mean, ends, axis_name)

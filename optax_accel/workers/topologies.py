@@ -2,8 +2,8 @@ r"""Who averages with whom: communication graphs of workers with parameters of t
 
 A :class:`Topology` is a doubly stochastic mixing matrix W (or a cycle of several): after one mixing
 worker i holds :math:`\sum_j W_{ij} x_j`.  Rows that sum to 1 keep a consensus, columns that sum to
-1 keep the mean over the workers.  Each worker only hears from the few others with
-:math:`W_{ij} > 0`; a matrix is carried out as ``lax.ppermute``'s, as many as its busiest worker has
+1 keep the mean over the workers.  Each worker receives only from the few others with
+:math:`W_{ij} > 0`; a mixing step takes as many calls of ``lax.ppermute`` as its busiest worker has
 partners.
 
 The constructors follow BlueFog's topologies (Ying et al., `BlueFog
@@ -26,6 +26,7 @@ from jax import lax
 
 from optax_accel._arguments import check_flag, check_integer
 from optax_accel._means import vary_over
+from optax_accel.workers._permutations import Round, completed, decompose
 
 __all__ = [
     "Topology",
@@ -39,19 +40,6 @@ __all__ = [
 ]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Round:
-    """One ``ppermute``: each worker sends to at most one other and hears from at most one.
-
-    Attributes:
-      pairs: (sender, receiver).
-      weights: what each receiver multiplies with, ``(num_workers,)``; 0 for who hears nothing.
-    """
-
-    pairs: tuple[tuple[int, int], ...]
-    weights: np.ndarray
-
-
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Topology:
     """A cycle of doubly stochastic mixing matrices, and how to carry them out.
@@ -60,7 +48,7 @@ class Topology:
     argument.
 
     Args:
-      name: the call that makes it, e.g. ``"ring(8)"``.
+      name: the call of the constructor, e.g. ``"ring(8)"``.
       matrices: float64, ``(period, num_workers, num_workers)``; entry ``[t, i, j]`` is the weight
         that worker i gives to what worker j holds, at steps t, t + period, ...
 
@@ -103,7 +91,7 @@ class Topology:
 
     @property
     def period(self) -> int:
-        """Number of different matrices in the cycle: 1 if all steps are alike."""
+        """Number of matrices in the cycle; 1 if all steps are alike."""
         return self.matrices.shape[0]
 
     def matrix(self, step: int) -> np.ndarray:
@@ -112,20 +100,20 @@ class Topology:
 
     @property
     def max_degree(self) -> int:
-        """The most other workers that one worker hears from (or sends to) at one step."""
+        """The largest number of other workers that a worker receives from or sends to in a step."""
         others = (self.matrices > 0) & ~np.eye(self.num_workers, dtype=bool)
         return int(max(others.sum(1).max(), others.sum(2).max()))
 
     @property
     def is_all_reduce(self) -> bool:
-        """Whether every step is the mean over all workers, one all-reduce."""
+        """Whether every step takes the mean over all workers, by one all-reduce."""
         return bool(np.all(self.matrices == 1 / self.num_workers))
 
     @property
     def sends_per_step(self) -> float:
         """Copies of the parameters that the busiest worker sends at a step, averaged over a period.
 
-        For :func:`complete` those of an all-reduce around a ring, ``2 (n - 1) / n``.
+        For :func:`complete` it is that of an all-reduce around a ring, ``2 (n - 1) / n``.
         """
         if self.is_all_reduce:
             return 2 * (self.num_workers - 1) / self.num_workers
@@ -133,13 +121,13 @@ class Topology:
 
     @functools.cached_property
     def spectral_gap(self) -> float:
-        """1 - σ, where one step shrinks every deviation from the mean to σ times itself, or less.
+        """1 - σ, where a step multiplies every deviation from the mean by at most σ.
 
-        σ is the second largest singular value of the matrix; of several, that of their product, to
-        the power 1 / period.  1: exact mean after each period.
+        σ is the second largest singular value of the matrix; for a cycle of matrices, that of their
+        product to the power 1 / period.  A gap of 1 means the exact mean after each period.
         """
         n = self.num_workers
-        product = functools.reduce(lambda done, w: w @ done, self.matrices, np.eye(n))
+        product = functools.reduce(lambda product, w: w @ product, self.matrices, np.eye(n))
         sigma = np.linalg.norm(product - 1 / n, 2)
         rounding = 4 * n * np.finfo(np.float64).eps
         return 1 - (0.0 if sigma < rounding else min(float(sigma), 1.0) ** (1 / self.period))
@@ -147,16 +135,17 @@ class Topology:
     def mix(
         self, tree: chex.ArrayTree, step: jax.Array | int, axis_name: str | None
     ) -> chex.ArrayTree:
-        """This worker's weighted mean over itself and the workers it hears from.
+        """This worker's weighted mean over itself and the workers that it receives from.
 
-        Works under ``shard_map``, ``pmap`` and ``vmap`` with that axis name.  Sums are made in
-        float32 or wider; what is sent has the leaf's dtype (in an all-reduce, that of the sums).
+        Works under ``shard_map``, ``pmap`` and ``vmap`` with that axis name.  Sums are computed in
+        float32 or wider; values are sent in the dtype of the leaf, and in that of the sums in an
+        all-reduce.
 
         Args:
           tree: this worker's values, floating-point or complex leaves.
           step: which matrix of the cycle, modulo the period; int32 scalar, the same on all workers.
-          axis_name: the axis of the workers; ``None``: a single one, for which mixing changes
-            nothing.
+          axis_name: the axis of the workers; ``None`` means a single worker, for which mixing
+            changes nothing.
 
         Returns:
           A tree like ``tree``.
@@ -206,8 +195,8 @@ class Topology:
             wide = jnp.promote_types(x.dtype, jnp.float32)
             total = weights[0].astype(wide) * x.astype(wide)
             for weight, r in zip(weights[1:], rounds, strict=True):
-                # `vmap` permutes all of its rows; devices without a partner stay silent.
-                pairs = r.pairs if on_devices else _completed(r.pairs, self.num_workers)
+                # `vmap` permutes all of its rows; devices without a partner send nothing.
+                pairs = r.pairs if on_devices else completed(r.pairs, self.num_workers)
                 received = lax.ppermute(x, axis_name, pairs)
                 total += weight.astype(wide) * received.astype(wide)
             return total.astype(x.dtype)
@@ -215,12 +204,12 @@ class Topology:
         return jax.tree.map(leaf, tree)
 
     @functools.cached_property
-    def _decompositions(self) -> dict[int, tuple[_Round, ...]]:
+    def _decompositions(self) -> dict[int, tuple[Round, ...]]:
         return {}
 
-    def _rounds(self, t: int) -> tuple[_Round, ...]:
+    def _rounds(self, t: int) -> tuple[Round, ...]:
         if t not in self._decompositions:
-            self._decompositions[t] = _decompose(self.matrices[t])
+            self._decompositions[t] = decompose(self.matrices[t])
         return self._decompositions[t]
 
 
@@ -231,7 +220,7 @@ def consensus_distance(tree: chex.ArrayTree, axis_name: str | None) -> jax.Array
 
     Args:
       tree: this worker's parameters.
-      axis_name: the axis of the workers; ``None``: a single one.
+      axis_name: the axis of the workers; ``None`` means a single worker.
 
     Returns:
       Float32 scalar, the same on all workers.
@@ -268,9 +257,9 @@ def widen(tree: chex.ArrayTree) -> chex.ArrayTree:
 
 
 def ring(num_workers: int) -> Topology:
-    """Each worker averages with its left and its right neighbor, all weights 1/3.
+    """Each worker averages with its left and its right neighbor, with weights 1/3.
 
-    Two workers: all weights 1/2.
+    With two workers all weights are 1/2.
 
     Args:
       num_workers: number of workers, at least 1.
@@ -294,8 +283,9 @@ def exponential(num_workers: int, *, symmetric: bool = False) -> Topology:
 
     Args:
       num_workers: number of workers, at least 1.
-      symmetric: also with i - 1, i - 2, ...: up to twice the degree, and a symmetric matrix, which
-        :func:`optax_accel.decentlam` needs with a large momentum.
+      symmetric: whether worker i also averages with i - 1, i - 2, ...; default False.  This doubles
+        the degree at most and makes the matrix symmetric, as :func:`optax_accel.decentlam` needs it
+        with a large momentum.
 
     Returns:
       The topology.
@@ -318,9 +308,9 @@ def exponential(num_workers: int, *, symmetric: bool = False) -> Topology:
 def one_peer_exponential(num_workers: int) -> Topology:
     """At step t worker i averages with i + 2 ** (t mod period) alone, weights 1/2.
 
-    The period is ``ceil(log2(num_workers))``; one send a step.  For a power of two each period ends
-    in the exact mean.  For other numbers it does not (the offsets reach some workers twice); the
-    deviations still shrink from period to period, see :attr:`Topology.spectral_gap`.
+    The period is ``ceil(log2(num_workers))``, with one send a step.  For a power of two each period
+    ends in the exact mean.  For other numbers it does not, because the offsets reach some workers
+    twice, but the deviations still shrink in each period (:attr:`Topology.spectral_gap`).
 
     Args:
       num_workers: number of workers, at least 1.
@@ -341,10 +331,10 @@ def one_peer_exponential(num_workers: int) -> Topology:
 def mesh_2d(rows: int, columns: int) -> Topology:
     """Neighbors on a rectangle (not wrapped around), with Metropolis weights.
 
-    ``W_ij = 1 / (1 + max(degree_i, degree_j))`` between neighbors, the rest of each row stays with
-    the worker itself: doubly stochastic although corners have fewer neighbors (Xiao and Boyd, `Fast
-    linear iterations for distributed averaging <https://doi.org/10.1016/j.sysconle.2004.02.022>`_,
-    2004).
+    ``W_ij = 1 / (1 + max(degree_i, degree_j))`` between neighbors; the rest of each row goes to the
+    worker itself.  The matrix is doubly stochastic although corners have fewer neighbors (Xiao and
+    Boyd, `Fast linear iterations for distributed averaging
+    <https://doi.org/10.1016/j.sysconle.2004.02.022>`_, 2004).
 
     Args:
       rows: number of rows; worker ``r * columns + c`` sits in row r, column c.
@@ -373,7 +363,7 @@ def mesh_2d(rows: int, columns: int) -> Topology:
 
 
 def complete(num_workers: int) -> Topology:
-    """Everybody averages with everybody, weights 1/n: one all-reduce instead of ``ppermute``.
+    """All workers average with all others, with weights 1/n: one all-reduce, no ``ppermute``.
 
     Args:
       num_workers: number of workers, at least 1.
@@ -404,7 +394,7 @@ def from_matrix(matrix: Any) -> Topology:
     Raises:
       ValueError: a matrix is not square, has a negative entry, or a row or column that does not sum
         to 1 (up to the rounding of its dtype); or the workers never reach a consensus, because
-        they fall into groups or hand their values around in a circle.
+        they fall into groups or pass their values around in a circle.
 
     Example:
       >>> import numpy as np
@@ -413,20 +403,20 @@ def from_matrix(matrix: Any) -> Topology:
       >>> round(topology.spectral_gap, 4)
       0.4
     """
-    given = np.asarray(matrix)
-    if not (np.issubdtype(given.dtype, np.floating) or np.issubdtype(given.dtype, np.integer)):
-        raise ValueError(f"`matrix` must hold real numbers, got dtype {given.dtype}.")
-    if given.ndim not in (2, 3) or given.shape[-1] != given.shape[-2] or not given.size:
+    array = np.asarray(matrix)
+    if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
+        raise ValueError(f"`matrix` must hold real numbers, got dtype {array.dtype}.")
+    if array.ndim not in (2, 3) or array.shape[-1] != array.shape[-2] or not array.size:
         raise ValueError(
             "`matrix` must be square, (n, n), or a sequence of square ones, (period, n, n); got "
-            f"shape {given.shape}."
+            f"shape {array.shape}."
         )
-    matrices = given.astype(np.float64).reshape(-1, *given.shape[-2:])
+    matrices = array.astype(np.float64).reshape(-1, *array.shape[-2:])
     num_workers = matrices.shape[-1]
-    precision = given.dtype if np.issubdtype(given.dtype, np.floating) else np.float64
+    precision = array.dtype if np.issubdtype(array.dtype, np.floating) else np.float64
     tolerance = 4 * num_workers * float(np.finfo(precision).eps)
     for t, w in enumerate(matrices):
-        where = f" of matrix {t}" if given.ndim == 3 else ""
+        where = f" of matrix {t}" if array.ndim == 3 else ""
         if not np.all(w >= 0):  # NaN too
             i, j = (int(k) for k in np.argwhere(~(w >= 0))[0])
             raise ValueError(
@@ -443,7 +433,7 @@ def from_matrix(matrix: Any) -> Topology:
                     "the rest on the diagonal."
                 )
     _check_consensus(matrices)
-    shape = ", ".join(map(str, given.shape))
+    shape = ", ".join(map(str, array.shape))
     return Topology(f"from_matrix(<{shape}>)", matrices)
 
 
@@ -453,7 +443,7 @@ def _powers_of_two(num_workers: int) -> tuple[int, ...]:
 
 
 def _circulant(name: str, num_workers: int, steps: Sequence[Iterable[int]]) -> Topology:
-    """Equal weights for the worker itself and those at the offsets, which differ at each step."""
+    """Equal weights for the worker itself and those at the offsets of each step."""
     check_integer("num_workers", num_workers, 1)
     workers = np.arange(num_workers)
     matrices = np.zeros((len(steps), num_workers, num_workers))
@@ -469,7 +459,7 @@ def _check_consensus(matrices: np.ndarray) -> None:
     hears = np.eye(len(matrices[0]), dtype=bool)
     for w in matrices:
         hears = (w > 0) @ hears  # a product of booleans: or, and
-    # Breadth first from worker 0. Doubly stochastic: whoever can be reached can reach back.
+    # Breadth first from worker 0. In doubly stochastic matrices every path has one back.
     level = {0: 0}
     queue = [0]
     for i in queue:
@@ -483,81 +473,13 @@ def _check_consensus(matrices: np.ndarray) -> None:
             f"`matrix` must connect all workers, but workers 0 and {missing[0]} never exchange "
             f"anything ({len(level)} of {len(hears)} workers are connected with worker 0)."
         )
-    # The greatest common divisor of all closed walks: 1, or values go around in circles for ever.
+    # If all closed walks have a common divisor, values circulate for ever without mixing.
     receiver, sender = np.nonzero(hears)
     depth = np.array([level[i] for i in range(len(hears))])
     circle = int(np.gcd.reduce(depth[receiver] + 1 - depth[sender]))
     if circle != 1:
         raise ValueError(
-            f"`matrix` never mixes: the workers fall into {circle} groups that only hand their "
-            "values around in a circle; give each worker some weight of its own (a positive "
-            "diagonal)."
+            f"`matrix` never mixes: the workers fall into {circle} groups that only pass their "
+            "values around in a circle; give each worker a positive weight for itself, on the "
+            "diagonal."
         )
-
-
-# -- decomposition into permutations --------------------------------------------------------------
-
-
-def _decompose(matrix: np.ndarray) -> tuple[_Round, ...]:
-    """The off-diagonal entries, as few rounds of partial permutations as there can be.
-
-    Senders and receivers are the two sides of a bipartite graph; an edge coloring with as many
-    colors as the largest degree exists (König, 1916) and is found edge by edge, exchanging two
-    colors along an alternating path where no color is free at both ends.
-    """
-    n = len(matrix)
-    receivers, senders = np.nonzero((matrix > 0) & ~np.eye(n, dtype=bool))
-    # By offset: circulant matrices become shifts, which suit rings and tori of devices.
-    order = np.lexsort((receivers, (senders - receivers) % n))
-    edges = [(int(senders[k]), int(receivers[k])) for k in order]
-    degrees = np.bincount(receivers, minlength=n), np.bincount(senders, minlength=n)
-    colors = range(int(max(degrees[0].max(), degrees[1].max())))
-    partner: tuple[dict[tuple[int, int], int], ...] = ({}, {})  # of (sender | receiver, color)
-    for edge in edges:
-        free = [
-            [c for c in colors if (worker, c) not in partner[side]]
-            for side, worker in enumerate(edge)
-        ]
-        common = [c for c in free[0] if c in free[1]]
-        if common:
-            color = common[0]
-        else:
-            color = free[0][0]
-            _exchange(partner, edge[1], color, free[1][0])
-        partner[0][edge[0], color] = edge[1]
-        partner[1][edge[1], color] = edge[0]
-    rounds = []
-    for color in colors:
-        pairs = sorted((worker, other) for (worker, c), other in partner[0].items() if c == color)
-        weights = np.zeros(n)
-        for sender, receiver in pairs:
-            weights[receiver] = matrix[receiver, sender]
-        rounds.append(_Round(tuple(pairs), weights))
-    return tuple(rounds)
-
-
-def _exchange(
-    partner: tuple[dict[tuple[int, int], int], ...], receiver: int, color: int, other: int
-) -> None:
-    """Exchanges two colors along the path of these colors that starts at a receiver."""
-    path, worker, side, wanted = [], receiver, 1, color
-    while (worker, wanted) in partner[side]:
-        next_worker = partner[side].pop((worker, wanted))
-        del partner[1 - side][next_worker, wanted]
-        path.append((side, worker, next_worker, other if wanted == color else color))
-        worker, side, wanted = next_worker, 1 - side, other if wanted == color else color
-    for side, worker, next_worker, new in path:
-        partner[side][worker, new] = next_worker
-        partner[1 - side][next_worker, new] = worker
-
-
-def _completed(pairs: Sequence[tuple[int, int]], num_workers: int) -> list[tuple[int, int]]:
-    """A full permutation: who has no partner is given one, and ignores what it hears."""
-    workers = range(num_workers)
-    senders, receivers = {pair[0] for pair in pairs}, {pair[1] for pair in pairs}
-    idle = zip(
-        (i for i in workers if i not in senders),
-        (i for i in workers if i not in receivers),
-        strict=True,
-    )
-    return [*pairs, *idle]
