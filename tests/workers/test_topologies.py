@@ -213,7 +213,7 @@ def test_matrices_that_only_together_connect_the_workers() -> None:
         topologies.from_matrix(pairs)
     assert topologies.from_matrix([pairs, across]).spectral_gap == 1
     swap = np.eye(2)[::-1]
-    with pytest.raises(ValueError, match="2 groups that only hand their values around"):
+    with pytest.raises(ValueError, match="2 groups that only pass their values around"):
         topologies.from_matrix(swap)
     with pytest.raises(ValueError, match="workers 0 and 1 never exchange"):
         topologies.from_matrix([swap, swap])  # where they come back to themselves
