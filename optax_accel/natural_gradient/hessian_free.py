@@ -30,8 +30,8 @@ halving of steps that raise the loss.  Left out: the choice among earlier iterat
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -39,7 +39,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.scipy.sparse.linalg import cg
 
 from optax_accel._arguments import (
     as_arrays,
@@ -49,15 +48,16 @@ from optax_accel._arguments import (
     known_integer,
     value_of,
 )
+from optax_accel._derivatives import LinearFunction
 from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select
-from optax_accel._numerics import max_norm, power_of_two
+from optax_accel._numerics import max_norm
+from optax_accel.natural_gradient.conjugate_gradients import Solution, solve
+from optax_accel.objective import Objective
 
-# Iterations in the first window (Martens, 2010, section 4.4), and the growth of later ones.
-_FIRST_WINDOW, _GROWTH = 10, 0.5
-# The preconditioner is (diagonal + damping) ** 0.75 (Martens, 2010, section 4.7); the average of
-# the estimates of the diagonal remembers about ten steps, like momentum.
-_POWER, _MEMORY = 0.75, 0.9
+_NAME = "hessian_free"
+# The average of the estimates of the diagonal remembers about ten steps, like momentum.
+_MEMORY = 0.9
 
 
 class HessianFreeState(NamedTuple):
@@ -165,35 +165,17 @@ def hessian_free(
     References:
       Martens (2010), section 4; Martens and Sutskever (2012), sections 4 to 8.
     """
-    check_number("learning_rate", learning_rate, 0, allow_schedule=True)
-    check_number("damping", damping, 0)
-    check_number("damping_factor", damping_factor, 1)
-    check_count("max_iterations", max_iterations, 1)
-    check_number("tolerance", tolerance, 0)
-    check_number("decay", decay, 0, 1)
-    check_count("max_halvings", max_halvings, 0)
-    check_flag("precondition", precondition)
-    name = "hessian_free"
-
-    def init_fn(params: chex.ArrayTree) -> HessianFreeState:
-        check_params(params, name)
-        check_selected(params, mask, name)
-        params = as_arrays(params)
-        selected = select(params, resolve(params, mask))
-
-        def zeros() -> chex.ArrayTree:
-            return jax.tree.map(lambda p: jnp.zeros_like(_widen(p)), selected)
-
-        return HessianFreeState(
-            count=jnp.zeros((), jnp.int32),
-            damping=jnp.array(damping, jnp.float32),
-            direction=zeros(),
-            num_iterations=jnp.zeros((), jnp.int32),
-            reduction_ratio=jnp.ones((), jnp.float32),
-            model_decrease=jnp.zeros((), jnp.float32),
-            step_size=jnp.zeros((), jnp.float32),
-            diagonal_rms=zeros() if precondition else (),
-        )
+    settings = _Settings(
+        learning_rate=learning_rate,
+        damping=damping,
+        damping_factor=damping_factor,
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+        decay=decay,
+        max_halvings=max_halvings,
+        precondition=precondition,
+        mask=mask,
+    )
 
     def update_fn(
         updates: chex.ArrayTree,
@@ -204,11 +186,14 @@ def hessian_free(
         curvature_value_fn: Any = None,
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, HessianFreeState]:
-        def objective_of(given: Any, argument: str, why: str) -> Any:
+        params = None if params is None else as_arrays(params)
+        chosen = None if params is None else resolve(params, mask)
+
+        def objective_of(function: Any, argument: str, why: str) -> Objective:
             objective = as_objective(
-                given,
+                function,
                 extra_args,
-                method=name,
+                method=_NAME,
                 params=params,
                 why=why,
                 argument=argument,
@@ -216,202 +201,219 @@ def hessian_free(
             )
             return objective.precompose(lambda part: merge(part, params, chosen))
 
-        params = None if params is None else as_arrays(params)
-        chosen = None if params is None else resolve(params, mask)
         loss = objective_of(value_fn, "value_fn", "compare the loss with what was predicted")
         curved = loss
         if curvature_value_fn is not None:
             curved = objective_of(curvature_value_fn, "curvature_value_fn", "take its curvature")
-        position = select(params, chosen)
-        gradient = jax.tree.map(_widen, select(updates, chosen))
-        if not jax.tree.leaves(gradient):  # nothing to move
+        position, incoming = select(params, chosen), select(updates, chosen)
+        if not jax.tree.leaves(incoming):  # nothing to move
             return updates, state._replace(count=optax.safe_increment(state.count))
-        curvature = curved.gauss_newton(position)
-        # So that the first damping can be changed by inject_hyperparams, like all other numbers.
-        strength = jnp.where(state.count == 0, damping, state.damping)
+        step, state = _step(settings, state, position, incoming, loss, curved)
+        return merge(step, updates, chosen), state
 
-        rms, diagonal = state.diagonal_rms, None
-        if precondition:
-            rms, diagonal = _diagonal(curvature, rms, state.count)
-        start = jax.tree.map(lambda d: d * jnp.asarray(decay, d.dtype), state.direction)
+    return optax.GradientTransformationExtraArgs(
+        functools.partial(_initial_state, settings), update_fn
+    )
 
-        # JAX's CG takes everything in a shard_map that has collectives for different between the
-        # devices; the mean of what is the same says that it is, and keeps rounding from adding up.
-        def product(vector: chex.ArrayTree) -> chex.ArrayTree:
-            return curved.vary(curvature(vector))
 
-        problem = curved.vary((strength, gradient, start, diagonal))
-        solution = _solve(product, *problem, max_iterations=max_iterations, tolerance=tolerance)
-        direction, slope, bending, scale, iterations, broken = curved.mean(solution)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """The arguments of :func:`hessian_free`, checked."""
 
-        def step_of(size: Any) -> chex.ArrayTree:
-            return jax.tree.map(
-                lambda d, u: jnp.where(size == 0, 0, jnp.asarray(size, d.dtype) * d).astype(
-                    u.dtype
-                ),
-                direction,
-                select(updates, chosen),
-            )
+    learning_rate: optax.ScalarOrSchedule
+    damping: float
+    damping_factor: float
+    max_iterations: int
+    tolerance: float
+    decay: float
+    max_halvings: int
+    precondition: bool
+    mask: Mask
 
-        def loss_after(size: Any) -> jax.Array:
-            after = loss(optax.apply_updates(position, step_of(size)))
-            return after.astype(jnp.promote_types(after.dtype, jnp.float32))
+    def __post_init__(self) -> None:
+        check_number("learning_rate", self.learning_rate, 0, allow_schedule=True)
+        check_number("damping", self.damping, 0)
+        check_number("damping_factor", self.damping_factor, 1)
+        check_count("max_iterations", self.max_iterations, 1)
+        check_number("tolerance", self.tolerance, 0)
+        check_number("decay", self.decay, 0, 1)
+        check_count("max_halvings", self.max_halvings, 0)
+        check_flag("precondition", self.precondition)
 
-        rate = value_of(learning_rate, state.count)
-        # In units that neither overflow nor underflow before they are multiplied.
-        predicted = (rate * slope + rate**2 * bending / 2) * scale[0] * scale[1]
-        exact = loss(position)
-        before, after = exact.astype(jnp.promote_types(exact.dtype, jnp.float32)), loss_after(rate)
-        usable = jnp.isfinite(before) & jnp.isfinite(max_norm(gradient))
-        ratio = jnp.where(predicted < 0, (after - before) / predicted, 1)
-        ratio = jnp.where(usable & jnp.isnan(ratio), -jnp.inf, ratio)
-        # What is lost in rounding, or is not a number from the start, says nothing on the model.
-        telling = -predicted > 8 * jnp.finfo(exact.dtype).eps * jnp.abs(before)
-        telling &= _differ(optax.apply_updates(position, step_of(rate)), position)
-        telling |= usable & ~jnp.isfinite(after)
-        factor = jnp.where(ratio > 0.75, 1 / damping_factor, 1)
-        factor = jnp.where(ratio >= 0.25, factor, damping_factor)  # also if it is not a number
-        factor = jnp.where(telling, factor, 1)
-        factor = jnp.where(usable & (broken > 0), damping_factor, factor)
 
-        def rises(after: jax.Array) -> jax.Array:
-            return telling & ~((after <= before) & jnp.isfinite(after))
+def _initial_state(settings: _Settings, params: chex.ArrayTree) -> HessianFreeState:
+    check_params(params, _NAME)
+    check_selected(params, settings.mask, _NAME)
+    params = as_arrays(params)
+    selected = select(params, resolve(params, settings.mask))
 
-        size = jnp.where(telling, rate, rate)  # to shard_map, like what it will be compared with
-        if known_integer(max_halvings) != 0:
-            size, after, _ = lax.while_loop(
-                lambda carry: rises(carry[1]) & (carry[2] < max_halvings),
-                lambda carry: (carry[0] / 2, loss_after(carry[0] / 2), carry[2] + 1),
-                (size, after, jnp.where(telling, 0, 0)),
-            )
-            size = jnp.where(rises(after) & (max_halvings > 0), 0, size)
-        step = step_of(size)
-        finite = jnp.isfinite(max_norm(direction))
-        limits = jnp.finfo(jnp.float32)
-        new_damping = jnp.clip((strength * factor).astype(jnp.float32), limits.tiny, limits.max)
-        return merge(step, updates, chosen), HessianFreeState(
-            count=optax.safe_increment(state.count),
-            # Positive damping stays positive and finite, so that it can change again.
-            damping=jnp.where(strength > 0, new_damping, 0).astype(jnp.float32),
-            # Nothing bad is started from.
-            direction=jax.tree.map(lambda d: jnp.where(finite, d, 0), direction),
-            num_iterations=jnp.round(iterations).astype(jnp.int32),
-            reduction_ratio=ratio.astype(jnp.float32),
-            model_decrease=-predicted.astype(jnp.float32),
-            step_size=size.astype(jnp.float32),
-            diagonal_rms=rms,
-        )
+    def zeros() -> chex.ArrayTree:
+        return jax.tree.map(lambda p: jnp.zeros_like(_widen(p)), selected)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return HessianFreeState(
+        count=jnp.zeros((), jnp.int32),
+        damping=jnp.array(settings.damping, jnp.float32),
+        direction=zeros(),
+        num_iterations=jnp.zeros((), jnp.int32),
+        reduction_ratio=jnp.ones((), jnp.float32),
+        model_decrease=jnp.zeros((), jnp.float32),
+        step_size=jnp.zeros((), jnp.float32),
+        diagonal_rms=zeros() if settings.precondition else (),
+    )
+
+
+def _step(
+    settings: _Settings,
+    state: HessianFreeState,
+    position: chex.ArrayTree,
+    incoming: chex.ArrayTree,
+    loss: Objective,
+    curved: Objective,
+) -> tuple[chex.ArrayTree, HessianFreeState]:
+    """The step and the new state.
+
+    Args:
+      settings: of the method.
+      state: before the step.
+      position: the parameters that are optimized.
+      incoming: their gradient.
+      loss: whose gradient that is.
+      curved: whose Gauss-Newton matrix is taken.
+    """
+    gradient = jax.tree.map(_widen, incoming)
+    curvature = curved.gauss_newton(position)
+    # So that the first damping can be changed by inject_hyperparams, like all other numbers.
+    damping = jnp.where(state.count == 0, settings.damping, state.damping)
+    solution, rms = _solve(settings, state, damping, gradient, curvature, curved)
+    rate = value_of(settings.learning_rate, state.count)
+    line = _Line(loss, position, solution.direction, incoming)
+    reduction = _measure(line, solution, rate, gradient)
+    factor = _damping_factor(settings.damping_factor, reduction, solution.broken)
+    size = _halved(settings.max_halvings, line, reduction, rate)
+    step = line.step(size)
+    finite = jnp.isfinite(max_norm(solution.direction))
+    limits = jnp.finfo(jnp.float32)
+    new_damping = jnp.clip((damping * factor).astype(jnp.float32), limits.tiny, limits.max)
+    return step, HessianFreeState(
+        count=optax.safe_increment(state.count),
+        # Positive damping stays positive and finite, so that it can change again.
+        damping=jnp.where(damping > 0, new_damping, 0).astype(jnp.float32),
+        # Nothing bad is started from.
+        direction=jax.tree.map(lambda d: jnp.where(finite, d, 0), solution.direction),
+        num_iterations=jnp.round(solution.num_iterations).astype(jnp.int32),
+        reduction_ratio=reduction.ratio.astype(jnp.float32),
+        model_decrease=-reduction.predicted.astype(jnp.float32),
+        step_size=size.astype(jnp.float32),
+        diagonal_rms=rms,
+    )
 
 
 def _solve(
-    curvature: Callable[[chex.ArrayTree], chex.ArrayTree],
+    settings: _Settings,
+    state: HessianFreeState,
     damping: jax.Array,
     gradient: chex.ArrayTree,
-    start: chex.ArrayTree,
-    diagonal: chex.ArrayTree | None,
-    *,
-    max_iterations: int,
-    tolerance: Any,
-) -> tuple[chex.ArrayTree, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The direction d and what is known of it.
+    curvature: LinearFunction,
+    curved: Objective,
+) -> tuple[Solution, chex.ArrayTree]:
+    """The direction, and the running estimate of the diagonal."""
+    rms, diagonal = state.diagonal_rms, None
+    if settings.precondition:
+        rms, diagonal = _diagonal(curvature, rms, state.count)
+    start = jax.tree.map(lambda d: d * jnp.asarray(settings.decay, d.dtype), state.direction)
 
-    CG squares what it is given, and squares of finite numbers may be infinite or 0. So it solves a
-    system whose gradient and curvature have entries of about 1, divided by powers of two, which
-    costs no digit.
+    # JAX's CG takes everything in a shard_map that has collectives for different between the
+    # devices; the mean of what is the same says that it is, and keeps rounding from adding up.
+    def product(vector: chex.ArrayTree) -> chex.ArrayTree:
+        return curved.vary(curvature(vector))
 
-    Returns:
-      ``(d, slope, bending, scale, num_iterations, broken)``. ``g^T d`` and ``d^T G d`` are
-      ``slope`` and ``bending`` times both entries of ``scale``; ``broken`` is 1 where CG met a
-      number that is not finite, and 0 elsewhere.
-    """
-    of_gradient = power_of_two(max_norm(gradient))
-    gradient = _divide(gradient, of_gradient)
-    # The product with the warm start is needed anyway; a cold start has no use for it.
-    warm = max_norm(start) > 0
-    of_start = power_of_two(max_norm(start))
-    probe = jax.tree.map(lambda s, g: jnp.where(warm, s, g), _divide(start, of_start), gradient)
-    image = curvature(probe)
-    bounded = jnp.isfinite(max_norm(image))
-    of_curvature = power_of_two(max_norm(image) + damping.astype(of_start.dtype))
-    limits = jnp.finfo(of_gradient.dtype)
-    of_direction = jnp.clip(of_gradient / of_curvature, limits.tiny, 1 / limits.tiny)
-    damping = damping.astype(of_curvature.dtype) / of_curvature
-    preconditioner = None
-    if diagonal is not None:
-        preconditioner = jax.tree.map(
-            lambda d: jnp.maximum(d + damping.astype(d.dtype), jnp.finfo(d.dtype).tiny) ** _POWER,
-            _divide(diagonal, of_curvature),
-        )
-
-    def scaled(vector: chex.ArrayTree) -> chex.ArrayTree:
-        return _divide(curvature(vector), of_curvature)
-
-    def matrix(vector: chex.ArrayTree) -> chex.ArrayTree:
-        return jax.tree.map(lambda g, v: g + damping.astype(v.dtype) * v, scaled(vector), vector)
-
-    def model(
-        vector: chex.ArrayTree, image: chex.ArrayTree
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The damped model, ``g^T v`` and ``v^T G v``."""
-        slope, bending = optax.tree.vdot(gradient, vector), optax.tree.vdot(vector, image)
-        damped = bending + damping * optax.tree.vdot(vector, vector)
-        return slope + damped / 2, slope, bending
-
-    relative = of_start / of_direction
-    start = jax.tree.map(lambda p: jnp.where(warm, p * relative.astype(p.dtype), 0), probe)
-    image = jax.tree.map(
-        lambda i: jnp.where(warm, i * relative.astype(i.dtype), 0), _divide(image, of_curvature)
+    problem = curved.vary((damping, gradient, start, diagonal))
+    solution = solve(
+        product,
+        *problem,
+        max_iterations=settings.max_iterations,
+        tolerance=settings.tolerance,
     )
-    value, slope, bending = model(start, image)
-    # Descent from the warm start never ends above it, so the step is at least no ascent.
-    useful = (value < 0) & jnp.isfinite(value)
-    # A gradient that is not finite must show: CG would return where it started.
-    start = jax.tree.map(lambda s, g: jnp.where(useful, s, 0 * g), start, gradient)
-    value, slope, bending = (jnp.where(useful, x, 0) for x in (value, slope, bending))
-    right_side = optax.tree.scale(-1, gradient)
-    # CG divides zero by zero where it goes on after it has arrived.
-    arrived = jnp.finfo(value.dtype).eps * optax.tree.norm(gradient)
+    return curved.mean(solution), rms
 
-    def going(carry: Any) -> jax.Array:
-        return carry[-2] & (carry[4] < max_iterations)
 
-    def window(carry: Any) -> Any:
-        direction, value, slope, bending, iterations, _, broken = carry
-        length = jnp.maximum(_FIRST_WINDOW, (_GROWTH * iterations).astype(jnp.int32))
-        length = jnp.minimum(length, max_iterations - iterations)
-        new, _ = cg(
-            matrix,
-            right_side,
-            direction,
-            tol=0.0,
-            atol=arrived,
-            maxiter=length,
-            M=None
-            if preconditioner is None
-            else lambda r: jax.tree.map(jnp.divide, r, preconditioner),
+class _Line(NamedTuple):
+    """The loss along a direction."""
+
+    loss: Objective
+    position: chex.ArrayTree
+    direction: chex.ArrayTree
+    incoming: chex.ArrayTree  # has the dtypes of steps
+
+    def step(self, size: Any) -> chex.ArrayTree:
+        return jax.tree.map(
+            lambda d, u: jnp.where(size == 0, 0, jnp.asarray(size, d.dtype) * d).astype(u.dtype),
+            self.direction,
+            self.incoming,
         )
-        found = model(new, scaled(new))
-        # A breakdown of CG (of a singular matrix, say) leaves what was found before.
-        sound = jnp.isfinite(found[0])
-        progress = sound & (value - found[0] > length * tolerance * -found[0])
-        direction, *known = jax.tree.map(
-            lambda n, o: jnp.where(sound, n, o), (new, *found), (direction, value, slope, bending)
-        )
-        return direction, *known, iterations + length, progress, broken | ~sound
 
-    # What follows from others differs between the devices where they do.
-    count = jnp.where(useful, 0, 0)
-    carry = start, value, slope, bending, count, bounded, ~bounded
-    direction, _, slope, bending, iterations, _, broken = lax.while_loop(going, window, carry)
-    direction = jax.tree.map(lambda d: d * of_direction.astype(d.dtype), direction)
-    scale = jnp.stack([of_direction, of_gradient])
-    return direction, slope, bending, scale, *(x.astype(value.dtype) for x in (iterations, broken))
+    def end(self, size: Any) -> chex.ArrayTree:
+        return optax.apply_updates(self.position, self.step(size))
+
+    def loss_after(self, size: Any) -> jax.Array:
+        return _widen(self.loss(self.end(size)))
+
+
+class _Reduction(NamedTuple):
+    """The loss before and after a whole step, and what the model had predicted."""
+
+    predicted: jax.Array
+    before: jax.Array
+    after: jax.Array
+    ratio: jax.Array
+    usable: jax.Array  # whether loss and gradient are finite
+    telling: jax.Array  # whether the loss says something about the model
+
+
+def _measure(line: _Line, solution: Solution, rate: Any, gradient: chex.ArrayTree) -> _Reduction:
+    # In units that neither overflow nor underflow before they are multiplied.
+    predicted = rate * solution.slope + rate**2 * solution.bending / 2
+    predicted = predicted * solution.scale[0] * solution.scale[1]
+    exact = line.loss(line.position)
+    before, after = _widen(exact), line.loss_after(rate)
+    usable = jnp.isfinite(before) & jnp.isfinite(max_norm(gradient))
+    ratio = jnp.where(predicted < 0, (after - before) / predicted, 1)
+    ratio = jnp.where(usable & jnp.isnan(ratio), -jnp.inf, ratio)
+    # What is lost in rounding, or is not a number from the start, says nothing on the model.
+    telling = -predicted > 8 * jnp.finfo(exact.dtype).eps * jnp.abs(before)
+    telling &= _differ(line.end(rate), line.position)
+    telling |= usable & ~jnp.isfinite(after)
+    return _Reduction(predicted, before, after, ratio, usable, telling)
+
+
+def _damping_factor(rise: Any, reduction: _Reduction, broken: jax.Array) -> jax.Array:
+    """What the damping is multiplied with: the rule of Levenberg and Marquardt."""
+    factor = jnp.where(reduction.ratio > 0.75, 1 / rise, 1)
+    factor = jnp.where(reduction.ratio >= 0.25, factor, rise)  # also if it is not a number
+    factor = jnp.where(reduction.telling, factor, 1)
+    return jnp.where(reduction.usable & (broken > 0), rise, factor)
+
+
+def _halved(max_halvings: Any, line: _Line, reduction: _Reduction, rate: Any) -> jax.Array:
+    """The size of the step: the rate, halved as long as the loss rises; 0 where it still does."""
+    telling = reduction.telling
+
+    def rises(after: jax.Array) -> jax.Array:
+        return telling & ~((after <= reduction.before) & jnp.isfinite(after))
+
+    size = jnp.where(telling, rate, rate)  # to shard_map, like what it will be compared with
+    if known_integer(max_halvings) == 0:
+        return size
+    size, after, _ = lax.while_loop(
+        lambda carry: rises(carry[1]) & (carry[2] < max_halvings),
+        lambda carry: (carry[0] / 2, line.loss_after(carry[0] / 2), carry[2] + 1),
+        (size, reduction.after, jnp.where(telling, 0, 0)),
+    )
+    return jnp.where(rises(after) & (max_halvings > 0), 0, size)
 
 
 def _diagonal(
-    curvature: Callable[[chex.ArrayTree], chex.ArrayTree], rms: chex.ArrayTree, count: jax.Array
+    curvature: LinearFunction, rms: chex.ArrayTree, count: jax.Array
 ) -> tuple[chex.ArrayTree, chex.ArrayTree]:
     """The root of the running mean of squared estimates ``v * G v``, and the diagonal it gives."""
     # The same on all replicas; the probes of different steps are independent.
@@ -428,10 +430,6 @@ def _diagonal(
     )
     correction = jnp.sqrt(1 - _MEMORY ** (count + 1))
     return rms, jax.tree.map(lambda r: r / correction.astype(r.dtype), rms)
-
-
-def _divide(tree: chex.ArrayTree, scale: jax.Array) -> chex.ArrayTree:
-    return jax.tree.map(lambda leaf: leaf / scale.astype(leaf.dtype), tree)
 
 
 def _differ(tree: chex.ArrayTree, other: chex.ArrayTree) -> jax.Array:
