@@ -260,7 +260,8 @@ def _periods_of(tx: Any) -> tuple[_Periods, ...]:
 
     token = _announced.set(announced)
     try:
-        optax.tree.map_params(record, lambda leaf: leaf, ())
+        with jax.transfer_guard("allow"):  # the question may come from a guarded training loop
+            optax.tree.map_params(record, lambda leaf: leaf, ())
     except Exception as error:
         raise ValueError(
             "refresh_at reads the periods from `tx.init`, which does not accept the placeholder of "

@@ -126,6 +126,12 @@ def test_periods_are_found_in_any_wrapper(tx: Any) -> None:
     assert oa.refresh_at(3, tx, cold_start=False) == "warm"
 
 
+def test_periods_are_found_in_a_loop_that_forbids_transfers() -> None:
+    tx = optax.chain(oa.extrap_sgd(0.1), both())
+    with jax.transfer_guard("disallow"):
+        assert oa.refresh_at(1, tx) == oa.Refresh("cold", factors=False)
+
+
 def test_one_kind_has_plain_words_and_none_has_none() -> None:
     kfac = optax.chain(optax.clip(1.0), oa.scale_by_kfac(PROBLEM.objective(), **KFAC))
     assert [oa.refresh_at(i, kfac) for i in range(5)] == [

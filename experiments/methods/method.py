@@ -168,7 +168,9 @@ class Method:
     def _on_a_linear_layer(self) -> optax.GradientTransformationExtraArgs:
         """The optimizer of `_LAYER`, from which periods and sizes can be read."""
         objective = oa.Objective(lambda params: jnp.zeros((1, 128)) @ params["w"], jnp.sum)
-        return self.build(0.1, total_steps=100, num_classes=COSTED_CLASSES, objective=objective)
+        arguments: dict[str, Any] = {"total_steps": 100, "num_classes": COSTED_CLASSES}
+        with jax.transfer_guard("allow"):  # the first to ask may be a guarded training loop
+            return self.build(0.1, objective=objective, **arguments)
 
     def refresh(self, step: int, *, cold_start: bool = True) -> bool | str | None:
         """The static ``refresh`` argument of the update at a step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -54,6 +55,9 @@ def test_the_grid_of_rates_suits_a_convex_problem(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_the_forms_of_the_step_repeat_after_a_period(name: str) -> None:
     method = METHODS[name]
+    fresh = dataclasses.replace(method)  # nobody has asked it before
+    with jax.transfer_guard("disallow"):  # as in the training loop
+        assert fresh.refresh(0) == method.refresh(0)
     forms = [method.refresh(step) for step in range(1, 2 * method.period + 1)]
     assert forms[: method.period] == forms[method.period :]
     assert (method.refresh(0) is None) == (method.tracker is None and not method.needs_objective)
