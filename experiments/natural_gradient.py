@@ -52,7 +52,7 @@ from matplotlib.figure import Figure
 import models
 import optax_accel as oa
 from experiments import cli, data, timing
-from experiments.data import readers
+from experiments.data.readers import files
 from experiments.reporting import figures, tables
 from experiments.runs import folders
 from experiments.runs.study import claim_results, write_results
@@ -269,8 +269,8 @@ def _shakespeare_transformer(full: bool, data_dir: Path | None, seed: int) -> Pr
         (128, 128, 4, None, 128) if full else (32, 48, 2, 3000, 50)
     )
     folder = data.data_folder("shakespeare", data_dir)
-    (path,) = readers.find(folder, [["tinyshakespeare.txt"]], "Tiny Shakespeare")
-    text = np.frombuffer(readers.read_bytes(path, "text, gzipped or not"), np.uint8)
+    (path,) = files.find(folder, [["tinyshakespeare.txt"]], "Tiny Shakespeare")
+    text = np.frombuffer(files.read_bytes(path, "text, gzipped or not"), np.uint8)
     characters, ids = np.unique(text, return_inverse=True)
     windows = len(ids) // (length + 1)
     if windows < 10:

@@ -34,27 +34,28 @@ def index_batches(
     dropped.
 
     Example:
-        >>> iterator = index_batches(10, batch_size=4, seed=0)
-        >>> next(iterator).shape
-        (4,)
-        >>> state = iterator.get_state()
-        >>> batch = next(iterator)
-        >>> iterator.set_state(state)
-        >>> bool((next(iterator) == batch).all())
-        True
+      >>> from experiments.data import index_batches
+      >>> iterator = index_batches(10, batch_size=4, seed=0)
+      >>> next(iterator).shape
+      (4,)
+      >>> state = iterator.get_state()
+      >>> batch = next(iterator)
+      >>> iterator.set_state(state)
+      >>> bool((next(iterator) == batch).all())
+      True
 
     Args:
-        n: Number of examples.
-        batch_size: Examples per batch, at most `n`.
-        seed: Decides the order, at least 0; any two seeds give unrelated ones.
-        num_epochs: Number of passes, at least 1; `None` never ends.
-        shard: Gives one process its part of each batch, see `batches`; default: whole batches.
+      n: number of examples.
+      batch_size: examples per batch, at most `n`.
+      seed: decides the order, at least 0; any two seeds give unrelated ones.
+      num_epochs: number of passes, at least 1; `None` never ends.
+      shard: gives one process its part of each batch, see `batches`; default: whole batches.
 
     Returns:
-        A checkpointable iterator of int32 arrays of shape (batch_size,), or of one shard's part.
+      A checkpointable iterator of int32 arrays of shape (batch_size,), or of one shard's part.
 
     Raises:
-        ValueError: A number is out of its range, or the processes cannot share a batch evenly.
+      ValueError: a number is out of its range, or the processes cannot share a batch evenly.
     """
     return iter(_dataset(lambda _, rows: rows, n, batch_size, seed, num_epochs, shard))
 
@@ -78,29 +79,30 @@ def batches(
     other number. Neither do workers or augmentation change it.
 
     Example:
-        >>> iterator = iter(batches(load_task("digits").train, batch_size=32, seed=0))
-        >>> batch = next(iterator)
-        >>> batch["x"].shape, batch["y"].shape
-        ((32, 8, 8, 1), (32,))
+      >>> from experiments.data import batches, load_task
+      >>> iterator = iter(batches(load_task("digits").train, batch_size=32, seed=0))
+      >>> batch = next(iterator)
+      >>> batch["x"].shape, batch["y"].shape
+      ((32, 8, 8, 1), (32,))
 
     Args:
-        split: The examples.
-        batch_size: Examples per batch, over all processes; at most the number of examples.
-        seed: Decides the order, and what is augmented, from 0 to 2**31 - 1; any two seeds give
-            unrelated ones.
-        num_epochs: Number of passes, at least 1; `None` never ends.
-        shard: The part of each batch to read; default: all of it.
-        augment: Names of `augmentation.OPERATIONS`.
-        num_classes: Number of classes, for `mixup`.
-        workers: Number of threads that read and augment batches ahead, two for each, up to 1000; 0:
-            the thread that asks for a batch does.
+      split: the examples.
+      batch_size: examples per batch, over all processes; at most the number of examples.
+      seed: decides the order, and what is augmented, from 0 to 2**31 - 1; any two seeds give
+        unrelated ones.
+      num_epochs: number of passes, at least 1; `None` never ends.
+      shard: the part of each batch to read; default: all of it.
+      augment: names of `augmentation.OPERATIONS`.
+      num_classes: number of classes, for `mixup`.
+      workers: number of threads that read and augment batches ahead, two for each, up to 1000; 0:
+        the thread that asks for a batch does.
 
     Returns:
-        A Grain data set of `{"x", "y"}`; its iterators are checkpointable.
+      A Grain data set of `{"x", "y"}`; its iterators are checkpointable.
 
     Raises:
-        ValueError: A number is out of its range, the processes cannot share a batch evenly, or the
-            augmentation does not fit the examples.
+      ValueError: a number is out of its range, the processes cannot share a batch evenly, or the
+        augmentation does not fit the examples.
     """
 
     def plain(_: int, rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -120,16 +122,16 @@ def in_order(
     """All examples once, in their order; the last batch may be smaller.
 
     Args:
-        split: The examples.
-        batch_size: Examples per batch, at least 1.
-        workers: Number of threads that read batches ahead, as in `batches`, up to 1000; 0: the
-            thread that asks for a batch does.
+      split: the examples.
+      batch_size: examples per batch, at least 1.
+      workers: number of threads that read batches ahead, as in `batches`, up to 1000; 0: the
+        thread that asks for a batch does.
 
     Returns:
-        A Grain data set of `{"x", "y"}`.
+      A Grain data set of `{"x", "y"}`.
 
     Raises:
-        ValueError: A number is out of its range.
+      ValueError: a number is out of its range.
     """
 
     def read(number: int) -> dict[str, np.ndarray]:

@@ -21,26 +21,27 @@ def prefetch_to_device(
     the runtime's affair in JAX.
 
     Example:
-        >>> iterator = iter(batches(load_task("digits").train, batch_size=32, seed=0))
-        >>> with prefetch_to_device(iterator) as prefetched:
-        ...     batch = next(prefetched)
-        >>> type(batch["x"]).__name__, batch["x"].shape
-        ('ArrayImpl', (32, 8, 8, 1))
+      >>> from experiments.data import batches, load_task, prefetch_to_device
+      >>> iterator = iter(batches(load_task("digits").train, batch_size=32, seed=0))
+      >>> with prefetch_to_device(iterator) as prefetched:
+      ...     batch = next(prefetched)
+      >>> type(batch["x"]).__name__, batch["x"].shape
+      ('ArrayImpl', (32, 8, 8, 1))
 
     Args:
-        iterator: Gives pytrees of arrays; a Grain iterator where the position is to be saved.
-        put: Places a batch, e.g. `Parallel.put_batch`, which makes global arrays of what each
-            process has; default: on the default device.
-        size: Number of batches that wait on the device, besides the one that is being made, up to
-            1000; 0: each is made when it is asked for.
+      iterator: gives pytrees of arrays; a Grain iterator where the position is to be saved.
+      put: places a batch, e.g. `Parallel.put_batch`, which makes global arrays of what each
+        process has; default: on the default device.
+      size: number of batches that wait on the device, besides the one that is being made, up to
+        1000; 0: each is made when it is asked for.
 
     Returns:
-        An iterator of the same batches on the device. Its `get_state` and `set_state` count the
-        batches it gave out, not those under way. What goes wrong in the background is raised where
-        the batch would have been given out. `close`, or leaving its `with` block, ends the thread.
+      An iterator of the same batches on the device. Its `get_state` and `set_state` count the
+      batches it gave out, not those under way. What goes wrong in the background is raised where
+      the batch would have been given out. `close`, or leaving its `with` block, ends the thread.
 
     Raises:
-        ValueError: `size` is out of its range.
+      ValueError: `size` is out of its range.
     """
     if not 0 <= size <= MOST_AHEAD:
         raise ValueError(f"size must be between 0 and {MOST_AHEAD}, got {size}")

@@ -20,7 +20,7 @@ from experiments import compare, methods
 from experiments.reporting.summary import COMPARISON, summarize_method
 from experiments.runs import folders
 from experiments.training import comparison, networks, replicas
-from tests.experiments.data.test_data import write_sst2
+from tests.experiments.data.files import write_sst2
 
 TINY = ["--task", "digits", "--methods", "sgd,adam", "--seeds", "2", "--steps", "12"]
 ROOT = Path(compare.__file__).parents[1]

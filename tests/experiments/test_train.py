@@ -31,8 +31,14 @@ from experiments.runs.checkpoints import Checkpoints
 from experiments.training import cluster, networks, settings
 from experiments.training import program as program_module
 from experiments.training.program import Program, build, evaluation_batch, statistics
-from tests.experiments.data import test_data
-from tests.experiments.data.test_data import write_sst2
+from tests.experiments.data.files import (
+    membranes,
+    write_imagenet,
+    write_pairs,
+    write_small_mnist,
+    write_sst2,
+    write_text,
+)
 
 ROOT = Path(__file__).parents[2]
 # Small and quick to compile; 16 steps an epoch.
@@ -434,18 +440,18 @@ def test_early_stopping(runs, monkeypatch, capsys):
     [
         (
             "tiny_shakespeare",
-            test_data.write_text,
+            write_text,
             {"embedding_size": 8, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0},
             {"loss", "accuracy", "perplexity"},
         ),
         pytest.param(
             "multi30k",
-            test_data.write_pairs,
+            write_pairs,
             {"embedding_size": 8, "num_layers": 1, "num_heads": 2, "feedforward_size": 8},
             {"loss", "accuracy", "perplexity"},
             marks=pytest.mark.slow,
         ),
-        ("vae_mnist", test_data.write_small_mnist, {"hidden_sizes": [8]}, {"loss"}),
+        ("vae_mnist", write_small_mnist, {"hidden_sizes": [8]}, {"loss"}),
     ],
 )
 def test_other_tasks(runs, tmp_path, task, write, options, scores):
@@ -518,7 +524,7 @@ FOLDER += ["--model-options", '{"hidden_sizes": [8]}', "--batch-size", "4", "--d
 
 
 def test_folder_of_images_is_read_while_it_trains(runs, tmp_path, capsys):
-    test_data.write_imagenet(tmp_path, rows=6)
+    write_imagenet(tmp_path, rows=6)
     quick = [*FOLDER, "--data-dir", str(tmp_path), "--runs-dir", str(runs), "--steps", "6"]
     quick += ["--checkpoint-every", "3", "--augment", "flip", "--data-workers", "2"]
     assert train.main([*quick, "--name", "run"]) == 0
@@ -535,7 +541,7 @@ def test_folder_of_images_is_read_while_it_trains(runs, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_segmentation(runs, tmp_path):
-    np.savez(tmp_path / "isbi_em.npz", **test_data.membranes())
+    np.savez(tmp_path / "isbi_em.npz", **membranes())
     quick = ["--task", "segmentation", "--data-dir", str(tmp_path), "--runs-dir", str(runs)]
     quick += ["--model-options", '{"width": 2, "depth": 1}', "--devices", "1", "--steps", "40"]
     quick += ["--learning-rate", "0.03", "--eval-every", "40", "--augment", "crop,flip"]
