@@ -48,7 +48,8 @@ from experiments.reporting import figures
 from experiments.runs import folders
 from experiments.runs.records import RESULTS, read_json, read_record, write_record
 from experiments.runs.study import check_same_settings, kept
-from experiments.training import settings
+from experiments.training.options import Options as TrainingOptions
+from experiments.training.plan import Plan, prepare
 from experiments.training.throughput import WARM_UP, measure
 
 PROG = "python -m experiments.brief_review"
@@ -150,7 +151,7 @@ class Study:
       folder: of the results.
     """
 
-    plans: dict[tuple[str, str, int], settings.Plan]
+    plans: dict[tuple[str, str, int], Plan]
     config: dict[str, Any]
     folder: Path
 
@@ -178,7 +179,7 @@ def resolve(options: Options) -> Study:
         model, model_options = scale.models[key]
         for variant in variants:
             for seed in range(options.seeds or scale.seeds):
-                baseline = settings.Options(
+                baseline = TrainingOptions(
                     task=options.task,
                     data_dir=options.data_dir,
                     model=model,
@@ -193,7 +194,7 @@ def resolve(options: Options) -> Study:
                     runs_dir=folder,
                     prefetch=0,
                 )
-                plans[key, variant, seed] = settings.prepare(
+                plans[key, variant, seed] = prepare(
                     dataclasses.replace(baseline, **changes[variant])
                 )
     first = next(iter(plans.values()))
@@ -212,7 +213,7 @@ def resolve(options: Options) -> Study:
 
 
 def variant_options(accumulate: int, precision: str) -> dict[str, dict[str, Any]]:
-    """The options of `settings.Options` in which each variant differs from the baseline."""
+    """The options of `TrainingOptions` in which each variant differs from the baseline."""
     changes: dict[str, dict[str, Any]] = {
         "baseline": {},
         "accumulation": {"accumulate": accumulate},

@@ -38,7 +38,8 @@ import tyro
 from experiments import cli, data
 from experiments.reporting import tables
 from experiments.runs.checkpoints import Checkpoints
-from experiments.training import settings
+from experiments.training.options import Options as TrainingOptions
+from experiments.training.plan import prepare
 from experiments.training.program import build
 
 PROG = "python -m experiments.fault_drill"
@@ -288,10 +289,10 @@ class Run:
     def state(self) -> dict[str, np.ndarray[Any, Any]]:
         """The leaves of the latest checkpoint, as bits or numbers."""
         options = json.loads((self.folder / "config.json").read_text())["options"]
-        options = settings.Options(
+        options = TrainingOptions(
             devices=1, **{name: options[name] for name in ("task", "method", "steps")}
         )
-        target = jax.eval_shape(build(settings.prepare(options)).make_state)
+        target = jax.eval_shape(build(prepare(options)).make_state)
         with Checkpoints(self.folder / "checkpoints") as checkpoints:
             state = checkpoints.restore(target).state
 

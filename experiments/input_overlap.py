@@ -34,7 +34,8 @@ import numpy as np
 
 from experiments import cli, data, timing
 from experiments.reporting import tables
-from experiments.training import settings
+from experiments.training.options import Options as TrainingOptions
+from experiments.training.plan import prepare
 from experiments.training.program import build
 
 PROG = "python -m experiments.input_overlap"
@@ -230,8 +231,8 @@ def run(options: Options) -> Overlap:
     """
     options.check()
     cli.check_file("--trace", options.trace)
-    plan = settings.prepare(
-        settings.Options(
+    plan = prepare(
+        TrainingOptions(
             task=options.task,
             data_dir=options.data_dir,
             model=options.model,

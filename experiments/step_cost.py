@@ -27,7 +27,8 @@ from flax import nnx
 import models
 from experiments import cli, hlo, timing
 from experiments.reporting import tables
-from experiments.training import networks, settings
+from experiments.training import networks
+from experiments.training.options import read_model_options
 from experiments.training.precision import PRECISIONS
 from experiments.training.step import StepOptions, TrainState, init_state, train_step
 
@@ -184,7 +185,7 @@ def run(options: Options) -> dict[str, Cost]:
             f"--batch-size {options.batch_size} is no multiple of --accumulate {options.accumulate}"
         )
     shape = (options.image_size, options.image_size, 3)
-    own = settings.read_model_options(options.model_options) or {}
+    own = read_model_options(options.model_options) or {}
 
     def make_model() -> Any:
         model = models.create(

@@ -39,8 +39,9 @@ from experiments.runs.records import CONFIG, check_same, read_config, versions, 
 from experiments.training import cluster
 from experiments.training.loop import train
 from experiments.training.non_finite import NonFiniteError
+from experiments.training.options import Options
+from experiments.training.plan import Plan, prepare
 from experiments.training.program import Program, build
-from experiments.training.settings import Options, Plan, prepare
 
 PROG = "python -m experiments.train"
 

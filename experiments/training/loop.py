@@ -19,9 +19,9 @@ from experiments.runs.records import number
 from experiments.training import cluster
 from experiments.training.history import History
 from experiments.training.non_finite import NonFinitePolicy
+from experiments.training.plan import Plan
 from experiments.training.profiling import StepTrace
 from experiments.training.program import Program
-from experiments.training.settings import Plan
 from experiments.training.step import TrainState
 
 PyTree = Any

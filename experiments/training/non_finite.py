@@ -25,7 +25,7 @@ class NonFinitePolicy:
     """Decides whether a run ends, leaves a step out, or goes back to its latest checkpoint.
 
     Args:
-      name: one of `settings.NON_FINITE`.
+      name: one of `options.NON_FINITE`.
       history: where the metrics are, and where events are recorded.
       console: where they are told.
     """

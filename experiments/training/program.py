@@ -22,8 +22,8 @@ from experiments import cli, data
 from experiments.cli import UsageError
 from experiments.training import losses, networks, parallel
 from experiments.training.optimizers import find_in_state, wrap
+from experiments.training.plan import Plan
 from experiments.training.precision import PRECISIONS
-from experiments.training.settings import Plan
 from experiments.training.step import (
     Batch,
     StepOptions,

@@ -13,8 +13,8 @@ import jax
 from experiments import data, hlo
 from experiments.runs.records import number
 from experiments.training import parallel
+from experiments.training.plan import Plan
 from experiments.training.program import build
-from experiments.training.settings import Plan
 
 # Steps that are not timed: compilation, and the first batches under way.
 WARM_UP = 5

@@ -28,8 +28,10 @@ from experiments import data, train
 from experiments.methods import METHODS, Method
 from experiments.runs import folders
 from experiments.runs.checkpoints import Checkpoints
-from experiments.training import cluster, networks, settings
+from experiments.training import cluster, networks
 from experiments.training import program as program_module
+from experiments.training.options import Options
+from experiments.training.plan import prepare
 from experiments.training.program import Program, build, evaluation_batch, statistics
 from tests.experiments.data.files import (
     membranes,
@@ -87,8 +89,8 @@ def untimed(folder):
 def final_state(folder):
     config = json.loads((folder / "config.json").read_text())["options"]
     names = ("task", "method", "steps", "batch_size", "seed")
-    options = settings.Options(devices=1, **{name: config[name] for name in names})
-    program = build(settings.prepare(options))
+    options = Options(devices=1, **{name: config[name] for name in names})
+    program = build(prepare(options))
     with Checkpoints(folder / "checkpoints") as checkpoints:
         return checkpoints.restore(program.runner.abstract_state(program.make_state)).state
 
@@ -380,7 +382,7 @@ def test_profile(runs, capsys):
 
 @pytest.mark.parametrize(("model", "loops"), [("mlp", True), ("cnn", False)])
 def test_convolutions_are_not_put_into_loops_on_a_cpu(model, loops):
-    plan = settings.prepare(settings.Options(model=model, devices=1, accumulate=4))
+    plan = prepare(Options(model=model, devices=1, accumulate=4))
     program = build(plan)
     state = jax.eval_shape(program.make_state)
     x, y = (part[: plan.batch_size] for part in (plan.task.train.x, plan.task.train.y))
@@ -392,13 +394,13 @@ def test_precision_of_what_the_method_evaluates():
     """A network in bfloat16: gradients elsewhere and products are float32's, unless asked."""
 
     def half_products(value_fn_precision):
-        options = settings.Options(
+        options = Options(
             method="extrap_sgd",
             devices=1,
             precision="bf16",
             value_fn_precision=value_fn_precision,
         )
-        plan = settings.prepare(options)
+        plan = prepare(options)
         program = build(plan)
         x, y = (part[: plan.batch_size] for part in (plan.task.train.x, plan.task.train.y))
         state = jax.eval_shape(program.make_state)
@@ -487,7 +489,7 @@ def test_scores_are_means_over_the_labels_that_count(monkeypatch):
     monkeypatch.setattr(
         program_module, "EVALUATION_BATCH", 4
     )  # of ten rows: two whole batches and a half
-    program = build(settings.prepare(settings.Options(devices=1)))
+    program = build(prepare(Options(devices=1)))
     state = program.runner.init(program.make_state)
     rng = np.random.default_rng(0)
     losses = rng.random((10, 5), np.float32)

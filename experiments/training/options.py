@@ -1,0 +1,284 @@
+"""The options of a run, in groups, and what they can be wrong in by themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+import models
+from experiments import cli, data, methods
+from experiments.cli import UsageError
+from experiments.data import augmentation
+from experiments.runs import folders
+from experiments.training import losses, parallel
+from experiments.training.precision import PRECISIONS
+
+NON_FINITE = ("raise", "skip", "rollback")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions(cli.Options):
+    """Data and how they are read."""
+
+    task: str = "digits"
+    """Data set; an unknown name lists all."""
+    data_dir: Path | None = None
+    """Folder with the data files, or a data set of Hugging Face (hf:...) or TensorFlow Datasets
+    (tfds:...); default: OPTAX_ACCEL_DATA. The digits need none."""
+    image_size: int | None = None
+    """Height and width of the images of imagenet_folder; default: 224."""
+    augment: str | None = None
+    """Augmentations of the training images, separated by commas: any of randaugment, crop, flip,
+    cutout, mixup."""
+    data_workers: int = 0
+    """Threads that read and augment batches ahead of time; with 0 the thread that moves batches to
+    the device does it."""
+    prefetch: int = 2
+    """Batches kept ready on the device; with 0 each batch is read when it is needed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions(cli.Options):
+    """The model and its loss."""
+
+    model: str | None = None
+    """Model; default: the one of the task. An unknown name lists all."""
+    model_options: str | None = None
+    """Options of the model as JSON, e.g. '{"dropout_rate": 0.1}'; default: those of the task, if
+    the model is the task's default too."""
+    loss: str | None = None
+    """Loss: cross_entropy, mse (half the squared distance to the one-hot label) or elbo (of a
+    variational autoencoder); default: the one of the task."""
+    label_smoothing: float = 0.0
+    """Share of each label that training spreads evenly over all classes; cross_entropy only."""
+    precision: str = "f32"
+    """Precision of the network's computations: f32, bf16, or f16, which adds a dynamic loss scale.
+    Parameters, loss and optimizer stay in float32."""
+    value_fn_precision: str = "f32"
+    """Precision where the method evaluates the network itself (gradients at other points,
+    curvature): f32 or bf16."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodOptions(cli.Options):
+    """The training method, and clipping, decay and averages around it."""
+
+    method: str | None = None
+    """Training method; default: the one of the task, mostly sgd. An unknown name lists all."""
+    learning_rate: float | None = None
+    """Learning rate; default: the one of the task for its default method, otherwise the middle of
+    the method's grid."""
+    curvature_batch_size: int | None = None
+    """Examples used for Hessian-vector products, the same ones throughout; default: twice the batch
+    size."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay: each step multiplies the parameters by 1 - learning rate x this;
+    biases and normalization layers are left out."""
+    clip: float | None = None
+    """Gradients with a larger norm, over all parameters, are scaled down to this norm."""
+    ema: float | None = None
+    """Decay of a moving average of weights and batch statistics; the average is what is
+    evaluated."""
+    seed: int = 0
+    """Seed of the initial weights, the batches and the method."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LengthOptions(cli.Options):
+    """How many steps, of how many examples each."""
+
+    epochs: int | None = None
+    """Passes over the training split; default: 10."""
+    steps: int | None = None
+    """Steps, instead of --epochs."""
+    early_stopping: int | None = None
+    """Stop after this many validations in a row without a new lowest loss."""
+    batch_size: int | None = None
+    """Examples per step, over all devices; default: the one of the task, mostly 64."""
+    accumulate: int = 1
+    """Micro-batches per step. One is in memory at a time, and batch normalization sees one at a
+    time; each device divides its part of the batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceOptions(cli.Options):
+    """Devices, and how they share the work."""
+
+    parallel: str = "jit"
+    """Parallel mode: jit (global view), fsdp (the same, with parameters and optimizer state sharded
+    over the devices), pmap or shard_map."""
+    devices: int | None = None
+    """Number of devices, over all processes; default: all. On a CPU that many virtual devices are
+    made."""
+    workers: int | None = None
+    """Number of workers, for methods whose workers have their own parameters; default: one per
+    device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderOptions(cli.Options):
+    """What is saved, when and where."""
+
+    eval_every: int | None = None
+    """Steps between validations; default: one epoch."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; default: the value of --eval-every."""
+    keep: int = 3
+    """Number of latest checkpoints to keep."""
+    non_finite: str = "raise"
+    """What to do when loss, parameters or moments are not finite: raise (end the run), skip (undo
+    the step) or rollback (return to the latest checkpoint and continue after the bad batch)."""
+    profile: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Record a profile of a few steps, for TensorBoard and Perfetto, in the run's folder."""
+    name: str | None = None
+    """Name of the run's folder; default: train-<task>-<method>-<seed>."""
+    runs_dir: Path = Path("runs")
+    """Folder in which the run's folder is made."""
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Continue the run in that folder, with its options unless others are given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessOptions(cli.Options):
+    """Runs of several processes; see `experiments.launch` for one machine."""
+
+    distributed: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Join a run of several processes, detected from SLURM, Open MPI, Kubernetes or Cloud TPU."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where the cluster cannot be detected."""
+    processes: int | None = None
+    """Number of processes, with --coordinator."""
+    process_id: int | None = None
+    """Number of this process, from 0, with --coordinator."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(
+    DataOptions,
+    ModelOptions,
+    MethodOptions,
+    LengthOptions,
+    DeviceOptions,
+    FolderOptions,
+    ProcessOptions,
+):
+    """Train one model on one task with one method."""
+
+    @property
+    def chosen_method(self) -> methods.Method:
+        """The training method, or that of the task if none is named."""
+        (method,) = methods.get_methods([self.method or data.DEFAULTS[self.task].method])
+        return method
+
+    @property
+    def chosen_loss(self) -> str:
+        """Name of the loss, or that of the task if none is named."""
+        return self.loss or data.DEFAULTS[self.task].loss
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        name = self.name
+        if name is None:
+            cli.check_known("task", self.task, data.TASKS)
+            name = f"train-{self.task}-{self.chosen_method.name}-{self.seed}"
+        return folders.locate(self.runs_dir, name, name)
+
+
+# What the options alone can be wrong in, beyond the types and ranges of `cli.Options.check`: names
+# that have to be known, then options that have to fit each other.
+NAMES: tuple[tuple[str, str, Sequence[str]], ...] = (
+    ("task", "task", data.TASKS),
+    ("model", "model", models.list()),
+    ("loss", "loss", tuple(losses.LOSSES)),
+    ("precision", "precision", tuple(PRECISIONS)),
+    ("--value-fn-precision", "value_fn_precision", ("f32", "bf16")),
+    ("parallel mode", "parallel", parallel.MODES),
+    ("--non-finite policy", "non_finite", NON_FINITE),
+)
+COMBINATIONS: tuple[cli.Rule[Options], ...] = (
+    cli.Rule(
+        lambda o: o.chosen_loss in data.LOSSES[data.DEFAULTS[o.task].kind],
+        lambda o: (
+            f"--loss {o.chosen_loss} does not fit the task {o.task}; valid: "
+            f"{', '.join(data.LOSSES[data.DEFAULTS[o.task].kind])}"
+        ),
+    ),
+    cli.Rule(
+        lambda o: not o.label_smoothing or o.chosen_loss == "cross_entropy",
+        lambda o: f"--label-smoothing is for the loss cross_entropy, not for {o.chosen_loss}",
+    ),
+    cli.Rule(
+        lambda o: (
+            (o.precision, o.value_fn_precision) == ("f32", "f32")
+            or "dtype" not in (read_model_options(o.model_options) or {})
+        ),
+        lambda o: "--precision decides the model's dtype; leave it out of --model-options",
+    ),
+    cli.Rule(
+        lambda o: o.epochs is None or o.steps is None,
+        lambda o: "--epochs and --steps exclude each other; give one",
+    ),
+    cli.Rule(
+        lambda o: o.curvature_batch_size is None or o.chosen_method.refresh_every is not None,
+        lambda o: (
+            f"--curvature-batch-size: method {o.chosen_method.name} uses no curvature; leave it out"
+        ),
+    ),
+    cli.Rule(
+        lambda o: o.workers is None or o.chosen_method.per_worker,
+        lambda o: (
+            f"--workers: with method {o.chosen_method.name} all devices keep the same "
+            "parameters; leave it out"
+        ),
+    ),
+)
+
+
+def check(options: Options) -> None:
+    """Checks all that the options alone decide.
+
+    Raises:
+      ValueError: one line that says which option, what is allowed and how to fix it.
+    """
+    options.check()
+    for kind, name, valid in NAMES:
+        cli.check_known(kind, getattr(options, name), valid)
+    _ = options.chosen_method  # has to be known
+    augmentation.parse(options.augment or "")
+    read_model_options(options.model_options)
+    cli.enforce(COMBINATIONS, options)
+
+
+# Of `--model-options`: the largest whole number, that of options which count layers or other parts
+# that are made one by one, and the most entries of a list.
+LARGEST, MOST_PARTS = 10**6, 1_000
+PARTS = ("depth", "num_layers", "num_levels", "num_iterations")
+
+
+def read_model_options(text: str | None) -> dict[str, Any] | None:
+    """The options of `--model-options`; None if it is not given.
+
+    Raises:
+      UsageError: it is not a JSON object, or holds a number out of range.
+    """
+    options = cli.read_json_object("--model-options", text)
+
+    def check(name: str, value: Any, most: int) -> None:
+        if isinstance(value, list):
+            if len(value) > MOST_PARTS:
+                raise UsageError(f"--model-options: {name} has more than {MOST_PARTS} entries")
+            for part in value:
+                check(name, part, most)
+        elif isinstance(value, (int, float)) and not abs(value) <= most:
+            raise UsageError(
+                f"--model-options: {name} must be at most {most}, got {cli.shortened(str(value))}"
+            )
+
+    for name, value in (options or {}).items():
+        check(name, value, MOST_PARTS if name in PARTS else LARGEST)
+    return options

@@ -1,0 +1,263 @@
+"""The plan of a run: what its options come to for these data and devices."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import models
+from experiments import cli, data, methods
+from experiments.cli import UsageError
+from experiments.data import augmentation
+from experiments.training import cluster, parallel
+from experiments.training.options import Options, check, read_model_options
+
+DEFAULT_EPOCHS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The options of a run, and all that they come to.
+
+    Attributes:
+      options: the options themselves, for what they say as it stands.
+      task: the data.
+      devices: the devices of all processes.
+      method: the training method.
+      model: name of the model.
+      model_options: options of the model.
+      loss: name of the loss.
+      augment: names of the augmentations.
+      learning_rate: learning rate of the method.
+      steps: number of steps.
+      batch_size: examples per step, over all devices.
+      curvature_batch_size: examples for Hessian-vector products; `None` for a method without.
+      workers: workers with parameters of their own; `None` where all devices share one state.
+      eval_every: steps between validations.
+      checkpoint_every: steps between checkpoints.
+    """
+
+    options: Options
+    task: data.Task
+    devices: Sequence[jax.Device]
+    method: methods.Method
+    model: str
+    model_options: dict[str, Any]
+    loss: str
+    augment: tuple[str, ...]
+    learning_rate: float
+    steps: int
+    batch_size: int
+    curvature_batch_size: int | None
+    workers: int | None
+    eval_every: int
+    checkpoint_every: int
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.options.folder
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of a pass over the training split."""
+        return len(self.task.train) // self.batch_size
+
+    @property
+    def loops_convolutions_slowly(self) -> bool:
+        """Whether XLA would run convolutions in a loop, many times slower (jax#12868)."""
+        return self.devices[0].platform == "cpu" and models.is_convolutional(self.model)
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether something is to be done behind a step; behind the last one it always is."""
+        return step % every == 0 or step == self.steps
+
+    def refresh_at(self, step: int) -> bool | str | None:
+        """The static `refresh` argument of a step, counted from 0; see `Method.refresh`."""
+        # The Lanczos iteration of a cold start is a loop.
+        return self.method.refresh(step, cold_start=not self.loops_convolutions_slowly)
+
+    def config(self) -> dict[str, Any]:
+        """All that decides the numbers, as plain JSON."""
+        return {
+            "task": self.task.name,
+            "train_examples": len(self.task.train),
+            "input_shape": list(self.task.input_shape),
+            "data": self.task.checksums,
+            "model": self.model,
+            "model_options": self.model_options,
+            "loss": self.loss,
+            "label_smoothing": self.options.label_smoothing,
+            "augment": list(self.augment),
+            "method": self.method.name,
+            "learning_rate": self.learning_rate,
+            "steps": self.steps,
+            "early_stopping": self.options.early_stopping,
+            "batch_size": self.batch_size,
+            "curvature_batch_size": self.curvature_batch_size,
+            "accumulate": self.options.accumulate,
+            "precision": self.options.precision,
+            "value_fn_precision": self.options.value_fn_precision,
+            "weight_decay": self.options.weight_decay,
+            "clip": self.options.clip,
+            "ema": self.options.ema,
+            "seed": self.options.seed,
+            "workers": self.workers,
+            "eval_every": self.eval_every,
+        }
+
+    def machine(self) -> dict[str, Any]:
+        """All that decides the numbers up to rounding only."""
+        return {
+            "parallel": self.options.parallel,
+            "devices": len(self.devices),
+            "processes": jax.process_count(),
+            "platform": self.devices[0].platform,
+        }
+
+
+def prepare(options: Options) -> Plan:
+    """Checks the options, finds the devices, reads the data.
+
+    Args:
+      options: the options of the run.
+
+    Returns:
+      The plan.
+
+    Raises:
+      ValueError: one line that says which option, what is allowed and how to fix it. What can be
+        told by the options alone is told before devices and data are touched.
+    """
+    check(options)
+    devices = find_devices(options.devices)
+    task = data.load_task(options.task, data_dir=options.data_dir, image_size=options.image_size)
+    return resolve(options, task, devices)
+
+
+def _no_more_than_examples(name: str) -> cli.Rule[Plan]:
+    return cli.Rule(
+        lambda p: (getattr(p, name) or 0) <= len(p.task.train),
+        lambda p: (
+            f"--{name.replace('_', '-')} {getattr(p, name)} is more than the {len(p.task.train)} "
+            f"training examples of {p.task.name}"
+        ),
+    )
+
+
+# What they can be wrong in for these data and devices.
+SIZES: tuple[cli.Rule[Plan], ...] = (
+    _no_more_than_examples("batch_size"),
+    _no_more_than_examples("curvature_batch_size"),
+    cli.Rule(
+        lambda p: p.options.accumulate <= _share(p),
+        lambda p: (
+            f"--accumulate {p.options.accumulate} is more than the {_share(p)} examples of a step "
+            "on one device or worker"
+        ),
+    ),
+    cli.Rule(
+        lambda p: p.steps <= cli.COUNT.high,
+        lambda p: (
+            f"--epochs {p.options.epochs} are {p.steps} steps; give at most "
+            f"{int(cli.COUNT.high) // p.steps_per_epoch}"
+        ),
+    ),
+)
+
+
+def _share(plan: Plan) -> int:
+    return plan.batch_size // max(len(plan.devices), plan.workers or 1)
+
+
+def resolve(options: Options, task: data.Task, devices: Sequence[jax.Device]) -> Plan:
+    """Fills in the defaults; pure.
+
+    Args:
+      options: options that `check` has passed.
+      task: their task.
+      devices: the devices to run on.
+
+    Returns:
+      The plan.
+
+    Raises:
+      ValueError: a size does not fit the data or the devices, in one line.
+    """
+    defaults, method = task.defaults, options.chosen_method
+    model = options.model or defaults.model
+    model_options = read_model_options(options.model_options)
+    if model_options is None:
+        model_options = dict(defaults.model_options) if model == defaults.model else {}
+    rate = options.learning_rate
+    if rate is None and method.name == defaults.method:
+        rate = defaults.learning_rate
+    if rate is None:
+        rate = method.learning_rates[len(method.learning_rates) // 2]
+    examples = len(task.train)
+    batch_size = options.batch_size or defaults.batch_size
+    curvature = options.curvature_batch_size
+    if curvature is None and method.refresh_every is not None:
+        most = min(2 * batch_size, examples)
+        curvature = max(most - most % len(devices), 1)
+    per_epoch = examples // batch_size
+    steps = options.steps or per_epoch * (options.epochs or DEFAULT_EPOCHS)
+    eval_every = min(steps, options.eval_every or per_epoch)
+    plan = Plan(
+        options=options,
+        task=task,
+        devices=devices,
+        method=method,
+        model=model,
+        model_options=model_options,
+        loss=options.chosen_loss,
+        augment=augmentation.parse(options.augment or ""),
+        learning_rate=rate,
+        steps=steps,
+        batch_size=batch_size,
+        curvature_batch_size=curvature,
+        workers=(options.workers or len(devices)) if method.per_worker else None,
+        eval_every=eval_every,
+        checkpoint_every=options.checkpoint_every or eval_every,
+    )
+    cli.enforce(SIZES, plan)
+    if plan.augment:  # refuses examples that are no images
+        augmentation.Augmentation(
+            task.train, plan.augment, seed=options.seed, num_classes=task.num_classes
+        )
+    parallel.check_divisible(batch_size, len(devices), "--batch-size")
+    if curvature is not None:
+        parallel.check_divisible(curvature, len(devices), "--curvature-batch-size")
+    if plan.workers is not None:
+        parallel.check_divisible(batch_size, plan.workers, "--batch-size", "workers")
+    return plan
+
+
+def find_devices(number: int | None) -> list[jax.Device]:
+    """The devices to run on, those of all processes; makes virtual ones on a CPU.
+
+    Raises:
+      UsageError: there are not so many.
+    """
+    if number is not None and not jax.distributed.is_initialized():
+        cluster.check_virtual_devices(number)
+        # Only possible before JAX starts its backends; afterwards what is there has to do.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", number)
+    devices = jax.devices()
+    if number is not None and number > len(devices):
+        raise UsageError(
+            f"--devices {number}: there are only {len(devices)} of kind {devices[0].platform}; "
+            "set JAX_PLATFORMS=cpu to use virtual ones"
+        )
+    if number is not None and number < len(devices) and jax.process_count() > 1:
+        raise UsageError(
+            f"--devices {number}: the {jax.process_count()} processes have {len(devices)} and use "
+            "all of them; leave it out"
+        )
+    return devices[:number]
