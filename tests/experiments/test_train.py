@@ -499,7 +499,8 @@ def test_scores_are_means_over_the_labels_that_count(monkeypatch):
         data.load_task("digits"), name="multi30k", train=split, num_classes=0, vocabulary_size=9
     )
 
-    def compiled(params, rest, x, y):
+    def compiled(params, rest, batch):
+        x, y = batch["x"], batch["y"]
         counted = y >= 0
         values = (x * counted, (x > 0.5) & counted, counted)
         names = ("loss", "accuracy", "counted")
