@@ -14,6 +14,9 @@ import pytest
 
 import optax_accel as oa
 from experiments import natural_gradient as study
+from experiments.reporting import natural_gradient as report
+from experiments.training import problems
+from experiments.training.tuning import batches, final_loss
 
 
 def run(*arguments: str) -> int:
@@ -27,18 +30,18 @@ def run(*arguments: str) -> int:
 
 
 def test_all_methods_are_tuned_on_the_same_number_of_settings() -> None:
-    assert {len(method.settings) for method in study.METHODS.values()} == {6}
-    for method in study.METHODS.values():
+    assert {len(method.settings) for method in study.CANDIDATES.values()} == {6}
+    for method in study.CANDIDATES.values():
         assert len({tuple(setting.values()) for setting in method.settings}) == 6
 
 
 def test_batches_are_epochs_of_all_rows() -> None:
-    rows = study.batches(10, 3, seed=0)
+    rows = batches(10, 3, seed=0)
     epochs = [np.concatenate([next(rows) for _ in range(3)]) for _ in range(2)]
     for epoch in epochs:
         assert len(set(epoch.tolist())) == 9
     assert epochs[0].tolist() != epochs[1].tolist()
-    again = study.batches(10, 3, seed=0)
+    again = batches(10, 3, seed=0)
     np.testing.assert_array_equal(np.concatenate([next(again) for _ in range(3)]), epochs[0])
 
 
@@ -50,7 +53,7 @@ def row(name: str, losses: list[float], seconds: float) -> dict[str, Any]:
         "train": losses,
         "test": losses,
     }
-    return {"method": name, "curve": curve, "reached": study.reached(curve, 0.5)}
+    return {"method": name, "curve": curve, "reached": report.reached(curve, 0.5)}
 
 
 def test_conclusion_says_what_the_numbers_say() -> None:
@@ -61,7 +64,7 @@ def test_conclusion_says_what_the_numbers_say() -> None:
         row("ekfac", [2.0, 1.0, 0.9, 0.8, 0.4], 1.01),
         row("hessian_free", [2.0, 0.9], 9.0),
     ]
-    assert study.conclusion(rows) == [
+    assert report.conclusion(rows) == [
         "sgd gets to a training loss of 0.5 in 4 steps, 4 s",
         "adam gets there in 2 steps, 2 times fewer, and 3 s, 1.3 times less",
         "kfac gets there in 1 steps, 4 times fewer, and 8 s, 2 times more",
@@ -73,9 +76,9 @@ def test_conclusion_says_what_the_numbers_say() -> None:
 
 def test_a_run_that_diverged_is_not_chosen() -> None:
     curve = row("sgd", [2.0, 1.0, 0.1], 1.0)["curve"]
-    assert study.final_loss(curve, 2, 100.0) == 0.1
-    assert study.final_loss(curve, 100, 2.0) == 0.1
-    assert study.final_loss(curve, 3, 100.0) == math.inf
+    assert final_loss(curve, 2, 100.0) == 0.1
+    assert final_loss(curve, 100, 2.0) == 0.1
+    assert final_loss(curve, 3, 100.0) == math.inf
 
 
 def test_autoencoder_has_a_linear_code() -> None:
@@ -83,16 +86,18 @@ def test_autoencoder_has_a_linear_code() -> None:
     widths = (6, 4, 2, 4, 6)
     keys = jax.random.split(jax.random.key(0), 4)
     params = [
-        study._linear_init(key, n_in, n_out)
+        problems.init_linear(key, n_in, n_out)
         for key, n_in, n_out in zip(keys, widths[:-1], widths[1:], strict=True)
     ]
     x = jnp.linspace(0.0, 1.0, 12).reshape(2, 6)
     hidden = jnp.tanh(x @ params[0]["w"])
     code = hidden @ params[1]["w"]
     outputs = jnp.tanh(code @ params[2]["w"]) @ params[3]["w"]
-    np.testing.assert_allclose(study.autoencoder_outputs(params, x), outputs, rtol=1e-6)
+    np.testing.assert_allclose(problems.autoencoder_outputs(params, x), outputs, rtol=1e-6)
     # Cross-entropy of pixels, summed: with logits of 0, log 2 a pixel.
-    np.testing.assert_allclose(study._pixel_loss(jnp.zeros((2, 6)), x), 6 * math.log(2), rtol=1e-6)
+    np.testing.assert_allclose(
+        problems.pixel_loss(jnp.zeros((2, 6)), x), 6 * math.log(2), rtol=1e-6
+    )
 
 
 @pytest.fixture
@@ -102,7 +107,7 @@ def shakespeare(tmp_path: Path) -> Path:
 
 
 def test_transformer_does_not_see_the_future(shakespeare: Path) -> None:
-    problem = study.PROBLEMS["shakespeare_transformer"](False, shakespeare, 0)
+    problem = problems.PROBLEMS["shakespeare_transformer"](False, shakespeare, 0)
     x, y = problem.train
     assert x.shape[1] == 32
     np.testing.assert_array_equal(x[0, 1:], y[0, :-1])
@@ -116,14 +121,14 @@ def test_transformer_does_not_see_the_future(shakespeare: Path) -> None:
 
 
 def test_digits_have_labels_and_all_examples() -> None:
-    problem = study.PROBLEMS["digits_mlp"](False, None, 0)
+    problem = problems.PROBLEMS["digits_mlp"](False, None, 0)
     assert problem.train[0].shape == (1077, 8, 8, 1)
     assert problem.steps == 40 * 8
 
 
 @pytest.mark.parametrize("full", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_autoencoder_of_real_images(data_dir: Path, full: bool) -> None:
-    problem = study.PROBLEMS["mnist_autoencoder"](full, data_dir, 0)
+    problem = problems.PROBLEMS["mnist_autoencoder"](full, data_dir, 0)
     x, y = problem.train
     assert x is y
     assert 0 <= float(x.min()) < float(x.max()) <= 1
@@ -143,13 +148,13 @@ def test_compares_on_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[st
     arguments = ["--steps", "12", "--settings", "1", "--runs-dir", str(tmp_path), "--name", "tiny"]
     assert run(*arguments) == 0
     out = capsys.readouterr().out
-    for name in study.METHODS:
+    for name in study.CANDIDATES:
         assert name in out
     assert "fewest steps: " in out
     folder = tmp_path / "tiny"
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((folder / "results.json").read_text())
-    assert [entry["method"] for entry in results["methods"]] == list(study.METHODS)
+    assert [entry["method"] for entry in results["methods"]] == list(study.CANDIDATES)
     assert all(line in out.replace("\n", " ") for line in results["conclusion"][-1:])
     for entry in results["methods"]:
         curve = entry["curve"]
@@ -166,9 +171,9 @@ def test_compares_on_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_hessian_free_is_left_out_of_convolutions_in_a_loop() -> None:
-    left_out = set(study.METHODS) - set(study.default_methods("cifar10_5k_cnn"))
+    left_out = set(study.CANDIDATES) - set(study.default_methods("cifar10_5k_cnn"))
     assert left_out == ({"hessian_free"} if jax.default_backend() == "cpu" else set())
-    assert set(study.default_methods("digits_mlp")) == set(study.METHODS)
+    assert set(study.default_methods("digits_mlp")) == set(study.CANDIDATES)
 
 
 @pytest.mark.parametrize(
