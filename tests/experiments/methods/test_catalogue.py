@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from experiments.methods import METHODS
 from tests import methods as gauntlet
 from tests.helpers import least_squares
 
+ROOT = Path(__file__).parents[3]
 PROBLEM = least_squares()
 NUM_STEPS = 60
 
@@ -139,3 +141,19 @@ def test_every_method_of_the_library_has_a_case_in_the_gauntlet() -> None:
     assert set(CASES) <= ours - same_name
     # And no case without a method.
     assert cases <= {case for case in cases if case.replace(" ", "_") in ours} | set(CASES.values())
+
+
+def test_the_table_of_the_readme_agrees_with_the_catalogue() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| method | what it does | paper |")[2].partition("\n\n")[0]
+    rows = [line.split(" | ") for line in table.splitlines()[2:]]
+    assert len(rows) > 15
+    for method in METHODS.values():
+        if method.fidelity == "Optax":
+            continue
+        authors = method.paper.authors.partition(" (")[0]
+        assert f"[{authors}]({method.paper.link})" in table, method.name
+        for names, _, papers, fidelity, *_ in rows:
+            if f"`{method.name}`" in names:
+                assert method.paper.link in papers
+                assert fidelity.startswith(method.fidelity), method.name
