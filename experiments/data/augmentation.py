@@ -1,21 +1,21 @@
-"""Random changes of images, the same ones whenever an example is read again in the same epoch.
+"""Random changes of images, the same whenever an example is read again in the same epoch.
 
 * ``randaugment``: `RANDAUGMENT_OPERATIONS` of the operations of Cubuk et al., `RandAugment
-  <https://arxiv.org/abs/1909.13719>`_, 2019, one after the other, each at strength 9 of 10, as
-  there for ResNet-50 on ImageNet; the operations are Pillow's, and work on bytes.
-* ``crop``: a random part of the image with a border of an eighth of its size around it (4 pixels
-  of 32, He et al. 2015, section 4.2), as large as the image was.
+  <https://arxiv.org/abs/1909.13719>`_, 2019, one after the other, each at strength 9 of 10, as in
+  the paper for ResNet-50 on ImageNet; the operations are Pillow's and work on bytes.
+* ``crop``: a random part, as large as the image, of the image with a border of an eighth of its
+  size (4 pixels of 32, He et al. 2015, section 4.2).
 * ``flip``: left to right, with probability 1/2.
 * ``cutout``: a square of half the image's size around a random pixel becomes 0, the mean of a
-  standardized image; what lies outside of the image is cut (DeVries and Taylor, `Cutout
+  standardized image; the square may reach beyond the image (DeVries and Taylor, `Cutout
   <https://arxiv.org/abs/1708.04552>`_, 2017).
 * ``mixup``: the mean of two examples and of their labels, with weights from Beta(0.2, 0.2) (Zhang
-  et al., `mixup <https://arxiv.org/abs/1710.09412>`_, 2017, for ImageNet). There the partner is
-  another example of the batch; here it is any of the training split, so that an example does not
-  depend on who else is in its batch.
+  et al., `mixup <https://arxiv.org/abs/1710.09412>`_, 2017, for ImageNet). The paper takes the
+  partner from the batch; here it is any example of the training split, so that an example does not
+  depend on the rest of its batch.
 
-They are applied in this order. What is drawn depends on the seed, the epoch and the number of the
-example only: neither on its place in a batch nor on how many processes read.
+They are applied in this order. The random numbers depend only on the seed, the epoch and the number
+of the example, not on its place in a batch or on the number of processes that read.
 """
 
 from __future__ import annotations
@@ -30,46 +30,57 @@ OPERATIONS = ("randaugment", "crop", "flip", "cutout", "mixup")
 RANDAUGMENT_OPERATIONS = 2
 _STRENGTH = 0.9
 _MIXUP = 0.2
-# Tells these random numbers from those that order the examples.
+# Makes these random numbers others than those that order the examples.
 _STREAM = 0x6175676D
 
 
 def parse(names: str) -> tuple[str, ...]:
     """The operations in a list such as ``"crop,flip"``, in the order in which they are applied.
 
-    >>> parse("flip, crop")
-    ('crop', 'flip')
+    Args:
+      names: names of operations, separated by commas.
+
+    Returns:
+      The names of the operations, each once.
 
     Raises:
-      ValueError: unknown name.
+      ValueError: a name is unknown.
+
+    Example:
+      >>> from experiments.data.augmentation import parse
+      >>> parse("flip, crop")
+      ('crop', 'flip')
     """
-    given = [name.strip() for name in names.split(",") if name.strip()]
-    for name in given:
+    operations = [name.strip() for name in names.split(",") if name.strip()]
+    for name in operations:
         if name not in OPERATIONS:
             raise ValueError(f"unknown augmentation {name!r}; valid: {', '.join(OPERATIONS)}")
-    return tuple(name for name in OPERATIONS if name in given)
+    return tuple(name for name in OPERATIONS if name in operations)
 
 
 class Augmentation:
     """Reads examples and changes them.
 
-    >>> from experiments import data
-    >>> split = data.load_task("digits").train
-    >>> augmentation = Augmentation(split, ("crop", "mixup"), seed=0, num_classes=10)
-    >>> batch = augmentation(epoch=3, rows=np.array([5, 17]))
-    >>> batch["x"].shape, batch["y"].shape
-    ((2, 8, 8, 1), (2, 10))
-
     Args:
-      examples: images, `experiments.data.Split`.
-      names: of the operations, from `parse`.
-      seed: of what is drawn, from 0 to 2**31 - 1.
-      num_classes: labels are 0 to `num_classes` - 1; for ``mixup`` only.
+      examples: the images and their labels, an `experiments.data.Split`.
+      names: names of the operations, as `parse` returns them.
+      seed: seed of the random numbers, from 0 to 2**31 - 1.
+      num_classes: number of classes, which ``mixup`` needs; labels are 0 to `num_classes` - 1.
 
     Raises:
-      ValueError: the examples are no images, an operation is unknown or does not fit them (where
-        each pixel has a label only ``crop`` and ``flip`` do, which move the labels too), the seed
-        is out of its range, or a label is none of the classes.
+      ValueError: the examples are not images, an operation is unknown or does not fit them (labels
+        of pixels allow only ``crop`` and ``flip``, which move the labels too), the seed is out of
+        its range, or a label is not one of the classes.
+
+    Example:
+      >>> import numpy as np
+      >>> from experiments import data
+      >>> from experiments.data.augmentation import Augmentation
+      >>> split = data.load_task("digits").train
+      >>> augmentation = Augmentation(split, ("crop", "mixup"), seed=0, num_classes=10)
+      >>> batch = augmentation(epoch=3, rows=np.array([5, 17]))
+      >>> batch["x"].shape, batch["y"].shape
+      ((2, 8, 8, 1), (2, 10))
     """
 
     def __init__(self, examples: Any, names: tuple[str, ...], *, seed: int, num_classes: int):
@@ -101,7 +112,15 @@ class Augmentation:
         self._mean, self._std = examples.pixels
 
     def __call__(self, epoch: int, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """The examples of an epoch: ``x`` and ``y``; with mixup ``y`` holds shares of classes."""
+        """Reads and changes rows; with mixup ``y`` holds shares of classes.
+
+        Args:
+          epoch: number of the epoch, from 0.
+          rows: numbers of the examples.
+
+        Returns:
+          The examples ``x`` and the labels ``y``.
+        """
         x, y = np.array(self._examples.x[rows]), np.array(self._examples.y[rows])
         generators = [self._generator(epoch, row) for row in rows.tolist()]
         self._change(x, y, generators)
@@ -153,7 +172,7 @@ class Augmentation:
 
 
 def _shift(image: np.ndarray, down: int, right: int, fill: int) -> np.ndarray:
-    """The image moved, `fill` where nothing comes in: a crop of the image with a border."""
+    """The image moved, with `fill` in the space it leaves: a crop of the image with a border."""
     height, width = image.shape[:2]
     moved = np.full_like(image, fill)
     moved[max(down, 0) : height + down, max(right, 0) : width + right] = image[
@@ -174,8 +193,8 @@ def _enhance(enhancer: Any) -> Any:
     return lambda image, strength: enhancer(image).enhance(1 + 0.9 * strength)
 
 
-# What the paper lists, with its largest strengths as its TensorFlow code has them. Operations that
-# have no sign ignore it.
+# The paper's operations, with the largest strengths of its TensorFlow code. Operations without a
+# direction ignore the sign.
 _RANDAUGMENT: tuple[Callable[[Image.Image, float], Image.Image], ...] = (
     lambda image, strength: image,
     lambda image, strength: ImageOps.autocontrast(image),

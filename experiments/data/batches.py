@@ -1,4 +1,4 @@
-"""Batches of examples, in random or in their own order, as Grain pipelines.
+"""Batches of examples, in random order or as they come, as Grain pipelines.
 
 Their iterators save and restore their position (`get_state`, `set_state`) and so can be
 checkpointed.
@@ -17,7 +17,7 @@ import numpy as np
 from experiments.data import augmentation
 from experiments.data.tasks import Split
 
-MOST_AHEAD = 1000  # threads that read, batches that wait
+MOST_AHEAD = 1000  # the most threads that read, and batches that wait
 
 
 def index_batches(
@@ -30,8 +30,7 @@ def index_batches(
 ) -> grain.DatasetIterator[np.ndarray]:
     """Random batches of indices, for data that already lie on the device.
 
-    Each epoch is a new random order of all `n` indices, cut into batches; what is left over is
-    dropped.
+    Each epoch is a new random order of all `n` indices, cut into batches; the remainder is dropped.
 
     Example:
       >>> from experiments.data import index_batches
@@ -47,9 +46,10 @@ def index_batches(
     Args:
       n: number of examples.
       batch_size: examples per batch, at most `n`.
-      seed: decides the order, at least 0; any two seeds give unrelated ones.
+      seed: seed of the order, at least 0; any two seeds give unrelated orders.
       num_epochs: number of passes, at least 1; `None` never ends.
-      shard: gives one process its part of each batch, see `batches`; default: whole batches.
+      shard: the process whose part of each batch is read, such as
+        `grain.sharding.ShardByJaxProcess()`; `None` reads whole batches.
 
     Returns:
       A checkpointable iterator of int32 arrays of shape (batch_size,), or of one shard's part.
@@ -73,10 +73,10 @@ def batches(
 ) -> grain.IterDataset[dict[str, np.ndarray]]:
     """Random batches of examples, in the order that `index_batches` gives.
 
-    Several processes share the work: with `shard=grain.sharding.ShardByJaxProcess()` process i of
-    n reads the i-th of n equal parts of each batch. The parts, one after the other, are the batch
-    of a single process, and the position counts whole batches: saved by n processes, it serves any
-    other number. Neither do workers or augmentation change it.
+    Several processes can share the work: with `shard=grain.sharding.ShardByJaxProcess()` process i
+    of n reads the i-th of n equal parts of each batch. The parts in order are the batch of a single
+    process. The position counts whole batches, so that one saved by n processes serves
+    any other number of them; it does not depend on workers or augmentation either.
 
     Example:
       >>> from experiments.data import batches, load_task
@@ -88,14 +88,14 @@ def batches(
     Args:
       split: the examples.
       batch_size: examples per batch, over all processes; at most the number of examples.
-      seed: decides the order, and what is augmented, from 0 to 2**31 - 1; any two seeds give
-        unrelated ones.
+      seed: seed of the order and of the augmentation, from 0 to 2**31 - 1; any two seeds give
+        unrelated orders.
       num_epochs: number of passes, at least 1; `None` never ends.
-      shard: the part of each batch to read; default: all of it.
-      augment: names of `augmentation.OPERATIONS`.
-      num_classes: number of classes, for `mixup`.
-      workers: number of threads that read and augment batches ahead, two for each, up to 1000; 0:
-        the thread that asks for a batch does.
+      shard: the process whose part of each batch is read; `None` reads whole batches.
+      augment: names of the operations of `augmentation.OPERATIONS` to apply.
+      num_classes: number of classes, which the operation `mixup` needs.
+      workers: number of threads, up to 1000, that read and augment batches ahead, two batches
+        each; with 0 the calling thread reads each batch when it is needed.
 
     Returns:
       A Grain data set of `{"x", "y"}`; its iterators are checkpointable.
@@ -119,13 +119,13 @@ def batches(
 def in_order(
     split: Split, batch_size: int, workers: int = 0
 ) -> grain.IterDataset[dict[str, np.ndarray]]:
-    """All examples once, in their order; the last batch may be smaller.
+    """All examples once, in the order of the split; the last batch may be smaller.
 
     Args:
       split: the examples.
       batch_size: examples per batch, at least 1.
-      workers: number of threads that read batches ahead, as in `batches`, up to 1000; 0: the
-        thread that asks for a batch does.
+      workers: number of threads, up to 1000, that read batches ahead, two each; with 0 the calling
+        thread reads each batch when it is needed.
 
     Returns:
       A Grain data set of `{"x", "y"}`.
@@ -153,7 +153,7 @@ def _dataset(
     shard: grain.sharding.ShardOptions | None,
     workers: int = 0,
 ) -> grain.IterDataset[Any]:
-    """What `read` makes of an epoch and the rows of each batch."""
+    """The results of `read` for the epoch and the rows of each batch."""
     if not 1 <= batch_size <= n:
         raise ValueError(f"batch_size must be between 1 and the {n} examples, got {batch_size}")
     if seed < 0:
@@ -187,5 +187,5 @@ def _dataset(
 def _read_options(workers: int) -> grain.ReadOptions:
     if not 0 <= workers <= MOST_AHEAD:
         raise ValueError(f"workers must be between 0 and {MOST_AHEAD}, got {workers}")
-    # Without workers in the calling thread: a batch is ready sooner than a thread hands it over.
+    # Without workers the calling thread reads: that is faster than a thread's handing over.
     return grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)

@@ -16,9 +16,9 @@ def prefetch_to_device(
 ) -> DevicePrefetcher:
     """Reads batches and moves them to the device in the background, ahead of their use.
 
-    A thread of Grain's (`grain.experimental.ThreadPrefetchDatasetIterator`) does it while the
-    device computes: reading, augmenting and the transfer overlap with the steps. Pinned memory is
-    the runtime's affair in JAX.
+    A thread of Grain's (`grain.experimental.ThreadPrefetchDatasetIterator`) works while the device
+    computes, so that reading, augmentation and the transfer overlap with the steps. Pinned memory
+    is left to JAX's runtime.
 
     Example:
       >>> from experiments.data import batches, load_task, prefetch_to_device
@@ -29,16 +29,17 @@ def prefetch_to_device(
       ('ArrayImpl', (32, 8, 8, 1))
 
     Args:
-      iterator: gives pytrees of arrays; a Grain iterator where the position is to be saved.
-      put: places a batch, e.g. `Parallel.put_batch`, which makes global arrays of what each
-        process has; default: on the default device.
-      size: number of batches that wait on the device, besides the one that is being made, up to
-        1000; 0: each is made when it is asked for.
+      iterator: an iterator of pytrees of arrays; only the position of a Grain iterator can be
+        saved.
+      put: a function that places a batch, such as `Parallel.put_batch`, which makes global arrays
+        of the parts of all processes; by default it moves the batch to the default device.
+      size: number of batches, up to 1000, that wait on the device besides the one being made; with
+        0 each batch is made when it is needed.
 
     Returns:
       An iterator of the same batches on the device. Its `get_state` and `set_state` count the
-      batches it gave out, not those under way. What goes wrong in the background is raised where
-      the batch would have been given out. `close`, or leaving its `with` block, ends the thread.
+      batches it returned, not those that wait. An error in the background is raised in place of the
+      batch that it concerns. `close`, or leaving its `with` block, ends the thread.
 
     Raises:
       ValueError: `size` is out of its range.
@@ -49,11 +50,11 @@ def prefetch_to_device(
 
 
 class DevicePrefetcher(Iterator[Any]):
-    """What `prefetch_to_device` returns."""
+    """The iterator that `prefetch_to_device` returns."""
 
     def __init__(self, iterator: Any, put: Callable[[Any], Any], size: int):
         self._placed = _Placed(iterator, put)
-        # Grain's own without a buffer is refused by its older versions.
+        # Older versions of Grain refuse a buffer of size 0.
         self._batches: Any = (
             grain.experimental.ThreadPrefetchDatasetIterator(self._placed, size)
             if size
@@ -70,15 +71,15 @@ class DevicePrefetcher(Iterator[Any]):
         return next(self._batches)
 
     def get_state(self) -> Any:
-        """Position behind the last batch that was given out."""
+        """The position after the last batch that was returned."""
         return self._batches.get_state()
 
     def set_state(self, state: Any) -> None:
-        """Continues at a position that `get_state` gave."""
+        """Continues at a position that `get_state` returned."""
         self._batches.set_state(state)
 
     def close(self) -> None:
-        """Ends the background work; nothing may be asked for afterwards."""
+        """Ends the background work; the iterator cannot be used afterwards."""
         self._batches.close()
         self._placed.close()
 

@@ -68,7 +68,7 @@ def _check_directory(path: Path, file: BinaryIO) -> None:
     end = file.seek(0, os.SEEK_END)
     file.seek(max(0, end - 2**16 - 98))  # the longest comment, and the three records of the end
     tail = file.read()
-    record = len(tail) - 22  # where there is no comment
+    record = len(tail) - 22  # if the file has no comment
     if tail[record:][:4] != b"PK\5\6":
         record = tail.rfind(b"PK\5\6")
     size = int.from_bytes(tail[record + 12 : record + 16], "little") if record >= 0 else 0
@@ -116,9 +116,9 @@ def _read_npy(name: str, stream: Any, size: int) -> np.ndarray:
             raise DataError(f"{name} is of type {str(descr)[:40]!r}, expected numbers")
         dtype = np.dtype(descr)
         if type(shape) is not tuple or len(shape) > 8:
-            raise ValueError("no shape of an array")
+            raise ValueError("not the shape of an array")
         if not all(type(n) is int and 0 <= n < 2**48 for n in shape):
-            raise ValueError("no sizes of an array")
+            raise ValueError("not the sizes of an array")
     except DataError:
         raise
     except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError) as error:

@@ -106,9 +106,9 @@ def reading(name: Any, expected: str) -> Iterator[None]:
 def open_regular(path: Path) -> BinaryIO:
     """Opens a regular file that is not larger than the limit."""
     status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait for who writes to it
+    if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait for a writer
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
-        raise OSError(f"this is {kinds.get(stat.S_IFMT(status.st_mode), 'a device')}, no file")
+        raise OSError(f"this is {kinds.get(stat.S_IFMT(status.st_mode), 'a device')}, not a file")
     check_size(path, status.st_size)
     return path.open("rb")
 

@@ -43,12 +43,12 @@ def _read_cifar_batch(path: Path, labels: bytes) -> tuple[np.ndarray, np.ndarray
         _check_pickle(content)
         batch = _PlainUnpickler(content).load()
         if type(batch) is not dict or not {b"data", labels} <= batch.keys():
-            raise ValueError("no dictionary of them")
+            raise ValueError("not a dictionary of them")
         x, y = batch[b"data"], batch[labels]
         if type(y) is not list or not all(type(label) is int for label in y):
-            raise ValueError(f"{labels.decode()} is no list of integers")
+            raise ValueError(f"{labels.decode()} is not a list of integers")
         if type(x) is not _Recorded:
-            raise ValueError("data is no array of bytes")
+            raise ValueError("data is not an array of bytes")
         return x.array().reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.array(y)
 
 
@@ -80,7 +80,7 @@ class _Recorded:
         """The array of bytes that was recorded."""
         _, shape, dtype, fortran, content = self.state
         if self.name != "_reconstruct" or dtype.arguments[0] not in ("u1", b"u1") or fortran:
-            raise ValueError("data is no array of bytes")
+            raise ValueError("data is not an array of bytes")
         return np.frombuffer(content, np.uint8).reshape(shape)
 
 
@@ -93,7 +93,7 @@ class _Encoder:
     def __call__(self, text: str, encoding: Any) -> bytes:
         self.room -= len(text)
         if self.room < 0 or encoding not in ("latin1", b"latin1"):
-            raise pickle.UnpicklingError("bytes in no form that Python writes")
+            raise pickle.UnpicklingError("bytes in a form that Python does not write")
         return text.encode("latin-1")
 
     def __setstate__(self, state: Any) -> None:

@@ -27,14 +27,14 @@ LABELS = b"C\x06labels"  # opcodes of protocol 3
         (b"\x80\x03}(C\x04datacnumpy\nndarray\nX\x01\0\0\0b" + LABELS + b"]u.", "data"),
         # Lists in lists, each ten times.
         (b"\x80\x03}(C\x04dataN" + LABELS + b"](K\x01K\x01]h\0e" + b"u.", "unreadable"),
-        (pickle.dumps({b"data": 1, b"labels": [[1]]}), "labels is no list of integers"),
-        (pickle.dumps({b"data": 1, b"labels": [1.0]}), "labels is no list of integers"),
-        (pickle.dumps({b"data": [1], b"labels": [1]}), "data is no array of bytes"),
-        (pickle.dumps({b"data": np.zeros(3072), b"labels": [1]}, protocol=2), "no array of bytes"),
+        (pickle.dumps({b"data": 1, b"labels": [[1]]}), "labels is not a list of integers"),
+        (pickle.dumps({b"data": 1, b"labels": [1.0]}), "labels is not a list of integers"),
+        (pickle.dumps({b"data": [1], b"labels": [1]}), "data is not an array of bytes"),
+        (pickle.dumps({b"data": np.zeros(3072), b"labels": [1]}, protocol=2), "not an array of"),
         # Makes one text into bytes again and again.
         (b"\x80\x03c_codecs\nencode\nq\0X\x40\0\0\0" + b"a" * 64 + b"q\1X\6\0\0\0latin1q\2"
-         + 9 * b"h\0h\1h\2\x86R" + b".", "bytes in no form that Python writes"),
-        (b"\x80\x03c_codecs\nencode\nX\1\0\0\0aX\3\0\0\0zip\x86R.", "no form that Python writes"),
+         + 9 * b"h\0h\1h\2\x86R" + b".", "bytes in a form that Python does not write"),
+        (b"\x80\x03c_codecs\nencode\nX\1\0\0\0aX\3\0\0\0zip\x86R.", "a form that Python does not"),
         (b"\x80\x03c_codecs\nencode\n}X\4\0\0\0roomJ\0\0\0\x40sb.", "an encoder has no state"),
         (b"\x80\x03cnumpy\nfromfile\n.", "numpy.fromfile does not belong in a data file"),
     ],
