@@ -217,7 +217,16 @@ def _standardize(splits: list[Split]) -> list[Split]:
 
 
 def standardized(split: Split, mean: Any, std: Any) -> Split:
-    """The images of a split less a mean and divided by a standard deviation."""
+    """A split with standardized images.
+
+    Args:
+      split: images and their labels.
+      mean: mean to subtract, a number or an array that broadcasts against an image.
+      std: standard deviation to divide by, likewise.
+
+    Returns:
+      The images as float32 with the same labels; its `pixels` are the mean and the deviation.
+    """
     x = split.x.astype(np.float32)
     x -= mean
     x /= std

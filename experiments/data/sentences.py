@@ -92,7 +92,16 @@ def _tokenize(splits: list[Split], length: int) -> tuple[list[Split], int]:
 
 
 def padded(rows: Sequence[Sequence[int]], length: int, padding: int = 0) -> np.ndarray:
-    """Rows of equal length: longer ones are cut, shorter ones filled up at the end."""
+    """Rows of equal length.
+
+    Args:
+      rows: the rows; longer ones are cut, shorter ones are filled up at the end.
+      length: length of all rows of the result.
+      padding: number that fills rows up.
+
+    Returns:
+      An array of int32.
+    """
     array = np.full((len(rows), length), padding, np.int32)
     for target, row in zip(array, rows, strict=True):
         target[: len(row)] = row[:length]

@@ -48,6 +48,11 @@ def get_methods(names: Sequence[str], *, per_worker: bool = True) -> list[Method
     Raises:
       ValueError: there is no name, a name is unknown (the message lists the valid ones), or a
         method cannot be used.
+
+    Example:
+      >>> from experiments.methods import get_methods
+      >>> [method.name for method in get_methods(["adam", "sgd", "adam"])]
+      ['adam', 'sgd']
     """
     unknown = [name for name in names if name not in METHODS]
     if unknown or not names:
@@ -64,7 +69,15 @@ def get_methods(names: Sequence[str], *, per_worker: bool = True) -> list[Method
 
 
 def describe(methods: Sequence[Method]) -> str:
-    """All methods by family, with what they do, paper, fidelity, extra cost, learning rates."""
+    """The methods as text for the terminal.
+
+    Args:
+      methods: entries of the catalogue.
+
+    Returns:
+      Lines that give, by family, what each method does, its paper, fidelity, extra cost and
+      learning rates.
+    """
     lines = []
     for family in dict.fromkeys(method.family for method in methods):
         lines.append(f"{family}:")

@@ -143,6 +143,12 @@ class Method:
 
         Raises:
           ValueError: the method needs an objective and has none, or does not know a setting.
+
+        Example:
+          >>> from experiments.methods import METHODS
+          >>> sgd = METHODS["sgd"].build(0.1, total_steps=100, num_classes=10, nesterov=True)
+          >>> METHODS["hessian_free"].settings[:3]
+          ('damping', 'damping_factor', 'max_iterations')
         """
         if self.needs_objective and objective is None:
             raise ValueError("K-FAC finds the layers in the objective; build it with `objective=`")
@@ -183,13 +189,27 @@ class Method:
         Returns:
           What :func:`optax_accel.refresh_at` says about the optimizer with the catalogue's
           settings; None for a method without curvature.
+
+        Example:
+          >>> from experiments.methods import METHODS
+          >>> [METHODS["bulk_sgd"].refresh(step) for step in (0, 1, 20)]
+          ['cold', False, 'warm']
         """
         refresh = oa.refresh_at(step, self._on_a_linear_layer, cold_start=cold_start)
         assert not isinstance(refresh, oa.Refresh)  # as no entry has a tracker and K-FAC
         return refresh
 
     def products(self, refresh: Any, params: Any, num_classes: int) -> int:
-        """Hessian-vector products that an update with this ``refresh`` argument makes."""
+        """Hessian-vector products that an update takes.
+
+        Args:
+          refresh: the argument ``refresh`` of the update.
+          params: the parameters, or their shapes.
+          num_classes: number of classes; the dominant subspace has one direction per class.
+
+        Returns:
+          Their number, 0 for a method without a tracker.
+        """
         if not refresh or self.tracker is None:
             return 0
         return self.tracker.num_products(params, num_classes, cold=refresh == "cold")

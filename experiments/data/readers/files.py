@@ -47,7 +47,15 @@ def limit() -> int:
 
 
 def check_size(name: Any, size: int) -> None:
-    """Raises `DataError`, which begins with `name`, for content of more bytes than `limit`."""
+    """Checks that content is within `limit`.
+
+    Args:
+      name: what the error message begins with, such as the path.
+      size: bytes of the content, unpacked.
+
+    Raises:
+      DataError: there are more bytes than `limit`.
+    """
     if size > limit():
         raise DataError(
             f"{name}: {size} bytes when unpacked, allowed are {limit()}; set {LIMIT_VARIABLE} to a "
@@ -56,7 +64,14 @@ def check_size(name: Any, size: int) -> None:
 
 
 def plain_or_gzipped(path: Path) -> Path:
-    """The path, or the same with .gz appended if only that exists."""
+    """The path of a file that may be gzipped.
+
+    Args:
+      path: the path of the plain file.
+
+    Returns:
+      The path, or the path with .gz appended if only that exists.
+    """
     gzipped = path.with_name(path.name + ".gz")
     return gzipped if exists(gzipped) and not exists(path) else path
 
@@ -91,9 +106,13 @@ def find(folder: Path, candidates: Iterable[Sequence[str]], what: str) -> list[P
 
 @contextlib.contextmanager
 def reading(name: Any, expected: str) -> Iterator[None]:
-    """Turns every error of the reading inside into a `DataError`.
+    """Turns every error raised inside its block into a `DataError`.
 
     Damaged files raise nearly everything: `zipfile` alone has eight kinds of errors.
+
+    Args:
+      name: what the error message begins with, such as the path.
+      expected: what the file should be, for the message.
     """
     try:
         yield
@@ -104,7 +123,18 @@ def reading(name: Any, expected: str) -> Iterator[None]:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens a regular file that is not larger than the limit."""
+    """Opens a file for reading.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The open file, of bytes.
+
+    Raises:
+      DataError: the file is larger than `limit`.
+      OSError: the path names anything but a regular file, or cannot be opened.
+    """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):  # opening a FIFO would wait for a writer
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}

@@ -24,7 +24,14 @@ _Table = tuple[list[str], Iterable[Any]]
 
 
 def hub_of(location: Any) -> str | None:
-    """The hub that a location such as `hf:...` names, "hf" or "tfds"; None for a path."""
+    """The hub that a location names.
+
+    Args:
+      location: `hf:...`, `tfds:...`, or the path of a folder.
+
+    Returns:
+      "hf" or "tfds"; None for a path.
+    """
     kind, colon, _ = str(location).partition(":")
     return kind if colon and kind in HUBS else None
 

@@ -136,6 +136,12 @@ def decode_jpegs(path: Path, shape: tuple[int, ...]) -> Arrays:
 def list_images(folder: Path) -> list[Path]:
     """The picture files of a folder, shorter names first, so that 2.png comes before 10.png.
 
+    Args:
+      folder: the folder; folders inside it are not searched.
+
+    Returns:
+      The paths of the files whose names end with .jpeg, .jpg or .png.
+
     Raises:
       DataError: the folder cannot be read, or something that is not a file has a picture's name.
     """
@@ -149,7 +155,13 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def list_classes(folder: Path) -> dict[str, list[Path]]:
-    """The picture files of a folder that holds one folder per class, by class.
+    """The picture files of a folder that holds one folder per class.
+
+    Args:
+      folder: the folder.
+
+    Returns:
+      The paths of each class under its name, which is that of its folder.
 
     Raises:
       DataError: there is no class, or a class has no pictures.

@@ -14,7 +14,18 @@ _LONGEST_LINE, _MOST_LINES = 2**20, 2**22
 
 
 def read_text(path: Path, expected: str = "text in UTF-8, gzipped or not") -> str:
-    """The text of a file in UTF-8, gzipped or not, with lines that end in a single line feed."""
+    r"""The text of a file in UTF-8, gzipped or not.
+
+    Args:
+      path: the file.
+      expected: what the file should be, for error messages.
+
+    Returns:
+      The text, in which lines end with ``\n``, also where the file has ``\r\n``.
+
+    Raises:
+      DataError: the file cannot be read, is too large, not UTF-8 or has a NUL character.
+    """
     with reading(path, expected):
         text = read_bytes(path, expected).decode()
         if (position := text.find("\0")) >= 0:
@@ -24,6 +35,13 @@ def read_text(path: Path, expected: str = "text in UTF-8, gzipped or not") -> st
 
 def lines(path: Any, text: str) -> Iterator[tuple[int, str]]:
     """The lines of a text with their numbers, from 1.
+
+    Args:
+      path: the file of the text, for error messages.
+      text: the text.
+
+    Yields:
+      The number and the content of each line.
 
     Raises:
       DataError: a line has more than 1,048,576 characters, or there are more than 4,194,304.
@@ -44,7 +62,17 @@ def lines(path: Any, text: str) -> Iterator[tuple[int, str]]:
 
 
 def read_pairs(paths: Sequence[Path]) -> list[list[str]]:
-    """The lines of several files of equal length: the same sentences in several languages."""
+    """The lines of several files that hold the same sentences in several languages.
+
+    Args:
+      paths: the files, one per language.
+
+    Returns:
+      For each file its lines.
+
+    Raises:
+      DataError: a file cannot be read, a line is empty, or the numbers of lines differ.
+    """
     columns = []
     for path in paths:
         column: list[str] = []
@@ -62,7 +90,17 @@ def read_pairs(paths: Sequence[Path]) -> list[list[str]]:
 
 
 def read_sentences(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Sentences and labels of a file in GLUE's format: a header, then sentence, tab, label."""
+    """Sentences and labels of a file in GLUE's format: a header, then sentence, tab, label.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The sentences, as an array of objects, and the labels, 0 or 1, as int32.
+
+    Raises:
+      DataError: the file cannot be read or has another format.
+    """
     sentences, labels = [], []
     text = read_text(path, "sentences and labels in UTF-8, gzipped or not")
     for number, line in lines(path, text):
