@@ -138,11 +138,11 @@ def median(rates: Sequence[float | None]) -> float | None:
     return math.exp(float(np.median(logs))) if logs else None
 
 
+@figures.styled
 def picture(options: Options, results: Sequence[RangeTest], suggestion: float | None) -> Figure:
     """The losses over the rates, with the suggestion."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5))
     axes = figure.subplots()
-    figures.frame(axes)
     color = figures.style(options.method)["color"]
     for seed, result in enumerate(results):
         axes.plot(result.rates, result.losses, color=color, linewidth=0.6, alpha=0.3)
@@ -161,10 +161,8 @@ def picture(options: Options, results: Sequence[RangeTest], suggestion: float | 
     axes.set_ylim(least - 0.1 * (start - least) - 1e-3, start + 0.5 * (start - least) + 1e-3)
     axes.set_xlabel(f"learning rate, rising at every step ({options.spacing})")
     axes.set_ylabel("mini-batch loss")
-    axes.set_title(
-        f"Learning-rate range test: {options.method} on {options.task}", loc="left", fontsize=12
-    )
-    axes.legend(title="the loss", frameon=False)
+    axes.set_title(f"Learning-rate range test: {options.method} on {options.task}")
+    axes.legend(title="the loss")
     return figure
 
 

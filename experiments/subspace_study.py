@@ -18,7 +18,7 @@ Six panels, each a picture and a table:
     noise                     SGD, then full-batch gradient descent: what becomes of the alignment
 
 and a report in which every qualitative claim of the papers is held against a number. The criteria
-are part of the code (`experiments.reporting.subspace.CLAIMS`). `runs/<name>/` then holds
+are part of the code (`experiments.reporting.subspace.claims`). `runs/<name>/` then holds
 
     config.json            what was run: the same command continues it, another one is refused
     units/<panel>/*.json   raw results, one file per finished piece of work
@@ -52,7 +52,8 @@ from rich.console import Console
 
 from experiments import cli, data
 from experiments.cli import UsageError
-from experiments.reporting import subspace
+from experiments.reporting.subspace import claims
+from experiments.reporting.subspace.report import PANELS, write_all
 from experiments.runs import folders
 from experiments.runs.records import environment
 from experiments.runs.study import StudyFolder
@@ -71,7 +72,7 @@ SUBSPACES = functools.partial(
     mark="study",
     files=(
         *("claims.json", "report.md", "report.html"),
-        *(f"{panel}.{kind}" for panel in subspace.PANELS for kind in ("csv", "png")),
+        *(f"{panel}.{kind}" for panel in PANELS for kind in ("csv", "png")),
     ),
     folders=("units", "snapshots"),
 )
@@ -94,7 +95,7 @@ class Options(cli.Options):
     """Leave SGD at this step, instead of when the gradient is aligned."""
     seeds: int | None = None
     """Number of seeds: initial weights and batch order; default: by task and scale."""
-    panels: str = ",".join(subspace.PANELS)
+    panels: str = ",".join(PANELS)
     """Panels to compute now, separated by commas."""
     data_dir: Path | None = None
     """Folder with the data files; default: OPTAX_ACCEL_DATA. Digits needs none."""
@@ -142,9 +143,9 @@ def resolve(options: Options) -> tuple[Plan, list[str]]:
     cli.check_known("scale", options.scale, tuple(SCALES[options.task]))
     panels = [name.strip() for name in options.panels.split(",") if name.strip()]
     if not panels:
-        raise UsageError(f"--panels names none; valid: {', '.join(subspace.PANELS)}")
+        raise UsageError(f"--panels names none; valid: {', '.join(PANELS)}")
     for panel in panels:
-        cli.check_known("panel", panel, tuple(subspace.PANELS))
+        cli.check_known("panel", panel, tuple(PANELS))
     scale = SCALES[options.task][options.scale]
     if options.seeds is not None:
         scale = dataclasses.replace(scale, seeds=options.seeds)
@@ -211,9 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         rows = run(plan, folder, panels, console)
         results = {"config": config, "environment": environment(), "rows": rows}
-        claims = subspace.write_all(folder, results)
+        verdicts = write_all(folder, results)
     console.print()
-    console.print(subspace.table(claims))
+    console.print(claims.table(verdicts))
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
     return 0
 

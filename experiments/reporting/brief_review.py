@@ -67,9 +67,10 @@ def table(rows: Sequence[Record]) -> Table:
     return view
 
 
+@figures.styled
 def picture(rows: Sequence[Record], title: str) -> Figure:
     """Speed, memory and accuracy as bars, the variants of a model side by side."""
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure = Figure(figsize=(12, 4.2))
     models = list(dict.fromkeys(row["model"] for row in rows))
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     width = 0.8 / len(variants)
@@ -79,7 +80,6 @@ def picture(rows: Sequence[Record], title: str) -> Figure:
         "test accuracy in %": lambda row: 100 * (row["accuracy"] or 0.0),
     }
     for axes, (label, value) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        figures.frame(axes)
         for i, variant in enumerate(variants):
             shown = [row for row in rows if row["variant"] == variant]
             axes.bar(
@@ -90,7 +90,7 @@ def picture(rows: Sequence[Record], title: str) -> Figure:
                 label=variant,
             )
         axes.set_xticks(range(len(models)), models)
-        axes.set_title(label, loc="left", fontsize="medium")
+        axes.set_title(label, fontsize="medium")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.suptitle(title, x=0.01, ha="left")
     return figure

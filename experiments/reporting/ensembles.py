@@ -69,12 +69,12 @@ def tables(records: Sequence[Record], rates: Sequence[float]) -> list[Table]:
     return [view, detail]
 
 
+@figures.styled
 def picture(records: Sequence[Record], title: str) -> Figure:
     """Accuracy and calibration error of the averages over the last 1, 2, ... all members."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2))
     panels = {"accuracy": "test accuracy in %", "calibration_error": "test calibration error in %"}
     for axes, (key, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        figures.frame(axes)
         for record in records:
             color = COLORS[record["kind"]]
             numbers = range(1, record["members"] + 1)
@@ -91,6 +91,6 @@ def picture(records: Sequence[Record], title: str) -> Figure:
         axes.set_ylabel(label)
         axes.xaxis.get_major_locator().set_params(integer=True)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    figure.legend(handles, labels, loc="outside right upper")
     figure.suptitle(title, x=0.01, ha="left")
     return figure

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
+import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.style import context
 
 from experiments.methods import METHODS
 
-# Okabe and Ito's palette, distinguishable with every common color vision; its yellow, too pale on
-# white, is replaced by Tol's wine.
-# The methods of `make demo`; they come first in the palette, so each has a color of its own.
+STYLE_SHEET = Path(__file__).with_name("pictures.mplstyle")
+styled = context(STYLE_SHEET)
+"""Decorator of every function that draws: applies the style sheet while the function runs."""
+
+COLORS: tuple[str, ...] = tuple(
+    mpl.rc_params_from_file(STYLE_SHEET, use_default_template=False)["axes.prop_cycle"].by_key()[
+        "color"
+    ]
+)
+LINES = (
+    *("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5))),
+    *((0, (9, 2)), (0, (1.2, 3)), (0, (9, 2, 1.2, 2)), (0, (5, 1.5, 1.2, 1.5, 1.2, 1.5))),
+)
+MARKERS = "osD^vPX*"
+# The methods of `make demo` come first, so that each has a color to itself.
 PRINCIPAL = (
     "sgd",
     "adam",
@@ -23,16 +37,14 @@ PRINCIPAL = (
     "interpolated_sgd",
     "extrap_sgd",
 )
-COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255")
-LINES = (
-    *("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5))),
-    *((0, (9, 2)), (0, (1.2, 3)), (0, (9, 2, 1.2, 2)), (0, (5, 1.5, 1.2, 1.5, 1.2, 1.5))),
-)
-MARKERS = "osD^vPX*"
 
 
 def style(name: str) -> dict[str, Any]:
-    """Color, line and marker of a method: the same in every picture of every run."""
+    """Color, line and marker of a method: the same in every picture of every run.
+
+    Args:
+      name: the name of the method in the catalogue.
+    """
     place = list(dict.fromkeys([*PRINCIPAL, *METHODS])).index(name)
     return {
         "color": COLORS[place % len(COLORS)],
@@ -41,15 +53,13 @@ def style(name: str) -> dict[str, Any]:
     }
 
 
-def frame(axes: Axes) -> None:
-    """The look that all pictures share: a light grid, no box."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#E4E4E4", linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
+@styled
 def png(figure: Figure) -> bytes:
-    """A figure as the bytes of a PNG file."""
+    """A figure as the bytes of a PNG file.
+
+    Args:
+      figure: the figure, made by a function that is decorated with `styled`.
+    """
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    figure.savefig(buffer, format="png")
     return buffer.getvalue()

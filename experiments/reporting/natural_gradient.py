@@ -70,16 +70,16 @@ def _times(base: float, other: float, better: str) -> str:
     return f"{other / max(base, 1e-9):.2g} times more"
 
 
+@figures.styled
 def picture(title: str, rows: Sequence[dict[str, Any]]) -> Figure:
     """Training losses over steps and over seconds."""
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    figure = Figure(figsize=(11, 4.8))
     for axes, key, label in zip(
         figure.subplots(1, 2, sharey=True),
         ("step", "seconds"),
         ("steps", "seconds of steps"),
         strict=True,
     ):
-        figures.frame(axes)
         for i, row in enumerate(rows):
             color = figures.COLORS[i % len(figures.COLORS)]
             curve = row["curve"]
@@ -88,8 +88,8 @@ def picture(title: str, rows: Sequence[dict[str, Any]]) -> Figure:
         axes.set_yscale("log")
         axes.set_xlabel(label)
     figure.axes[0].set_ylabel("training loss")
-    figure.axes[0].legend(frameon=False)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    figure.axes[0].legend()
+    figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 

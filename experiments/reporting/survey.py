@@ -285,13 +285,13 @@ def claims_table(results: Mapping[str, Any]) -> Table:
     return view
 
 
+@figures.styled
 def picture(results: Mapping[str, Any]) -> Figure:
     """The ranks with their intervals, one panel for each quality."""
     rows = results["rows"]
-    figure = Figure(figsize=(11, 1.5 + 0.28 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(11, 1.5 + 0.28 * len(rows)))
     families = list(dict.fromkeys(row["family"] for row in rows))
     for axes, quality in zip(figure.subplots(1, 2), ("accuracy", "speed"), strict=True):
-        figures.frame(axes)
         shown = [row for row in rows if row[quality] is not None]
         shown.sort(key=lambda row: row[f"{quality}_rank"]["rank"])
         for place, row in enumerate(shown):
@@ -304,7 +304,7 @@ def picture(results: Mapping[str, Any]) -> Figure:
         axes.set_xlabel(f"rank by {QUALITIES[quality]}, 1 is best")
     for family, color in zip(families, figures.COLORS, strict=False):
         figure.axes[0].plot([], [], "o-", color=color, label=family)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=4)
     config = results["config"]
     figure.suptitle(
         f"Survey on {config['task']}, {config['model']}: ranks and their 95 % intervals over "

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import math
 import os
 import platform
 import sys
 import zlib
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -207,3 +210,35 @@ def environment() -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
     }
+
+
+def to_csv(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None, *, header: bool = True
+) -> str:
+    """Rows as CSV, with all digits.
+
+    Args:
+      rows: values by column; a missing value and ``None`` make an empty cell.
+      columns: the order of the columns; by default that in which the rows first name them.
+      header: whether the first line names the columns.
+
+    Returns:
+      The text, with one line per row.
+
+    Raises:
+      ValueError: a row has a value that is in none of the columns.
+
+    Example:
+      >>> print(to_csv([{"step": 1, "loss": 0.5}, {"step": 2}]), end="")
+      step,loss
+      1,0.5
+      2,
+    """
+    if columns is None:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

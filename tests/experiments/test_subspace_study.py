@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from experiments import subspace_study
-from experiments.reporting import subspace
+from experiments.reporting.subspace.claims import CLAIMS
+from experiments.reporting.subspace.report import PANELS
 from experiments.training.subspace_runs import Study
 
 TINY = ["--scale", "tiny", "--panels", "switch"]
@@ -203,9 +204,9 @@ def test_every_panel_end_to_end(tmp_path: Path) -> None:
     arguments = ["--scale", "tiny", "--loss", "cross_entropy", "--seeds", "2", "--name", "a"]
     assert run(*arguments, "--runs-dir", str(tmp_path)) == 0
     claims = json.loads((tmp_path / "a/claims.json").read_text())
-    assert len(claims) == len(subspace.CLAIMS)
+    assert len(claims) == len(CLAIMS)
     report = (tmp_path / "a/report.md").read_text()
-    for panel, title in subspace.PANELS.items():
+    for panel, title in PANELS.items():
         assert f"## {title}" in report
         assert table(tmp_path / "a", panel)
     # Nothing but numbers and None: diverged runs of the stability panel did not stop it.

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from experiments import methods
-from experiments.reporting import comparison, figures
+from experiments.reporting import comparison, comparison_figures, figures
 
 
 def make_row(name: str, **changes: Any) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def test_extreme_curves(results: dict[str, Any], tmp_path: Path, change: dict[st
         row["curve"] |= change
     comparison.write_all(tmp_path, results)
     assert (tmp_path / "curves.png").stat().st_size > (tmp_path / "rates.png").stat().st_size
-    panels = comparison.curves(results).axes
+    panels = comparison_figures.curves(results).axes
     assert len(panels) == 4
     for axes in panels:
         low, high = axes.get_ylim()

@@ -6,11 +6,15 @@ import csv
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from experiments import subspace_study
-from experiments.reporting import subspace
+from experiments.reporting.subspace.claims import CLAIMS, judge, number
+from experiments.reporting.subspace.report import PANELS, methods_table, write_all
+from experiments.reporting.subspace.rows import highest_stable, pick
+from experiments.runs.units import Rows
 from experiments.training.subspace_panels import ALPHAS, LINES, METHODS
 
 STEPS = range(10)
@@ -22,14 +26,14 @@ def series(start: float, end: float, wiggle: float = 0.0) -> list[float]:
     return [start * decay**i * (1 + wiggle * (i % 2)) for i in STEPS]
 
 
-def branch(losses: list[float | None], **identity: object) -> subspace.Rows:
+def branch(losses: list[float | None], **identity: object) -> Rows:
     return [
         {**identity, "step": step, "train_loss": loss, "test_accuracy": loss and 1 - loss / 10}
         for step, loss in enumerate(losses)
     ]
 
 
-def switch_rows(*, dom: float, bulk: float, wiggle: float = 0.0, seed: int = 0) -> subspace.Rows:
+def switch_rows(*, dom: float, bulk: float, wiggle: float = 0.0, seed: int = 0) -> Rows:
     """SGD goes from 1 to 0.1; the others to given losses; the lines between are geometric."""
     rows = []
     ends = {"sgd": 0.1, "dom": dom, "bulk": bulk}
@@ -46,7 +50,7 @@ def switch_rows(*, dom: float, bulk: float, wiggle: float = 0.0, seed: int = 0) 
     return rows
 
 
-def stability_rows(bulk_ends: list[float | None], seed: int = 0) -> subspace.Rows:
+def stability_rows(bulk_ends: list[float | None], seed: int = 0) -> Rows:
     """SGD ends at 0.5 for every rate of 1, 2, 4, ... but the last, where it diverges."""
     rows = []
     for i, end in enumerate(bulk_ends):
@@ -57,24 +61,24 @@ def stability_rows(bulk_ends: list[float | None], seed: int = 0) -> subspace.Row
     return rows
 
 
-def judged(name: str, rows: subspace.Rows) -> dict[str, object]:
-    (claim,) = (claim for claim in subspace.CLAIMS if claim.name == name)
-    return subspace.judge(claim, rows)
+def judged(name: str, rows: Rows) -> dict[str, object]:
+    (claim,) = (claim for claim in CLAIMS if claim.name == name)
+    return judge(claim, rows)
 
 
-def alignment_rows(average: float, chi: float) -> subspace.Rows:
+def alignment_rows(average: float, chi: float) -> Rows:
     rows = [{"seed": 0, "step": 0, "chi": 0.2, "switch_step": 20}]
     rows += [{"seed": 0, "step": 10, "tracked_average": average, "switch_step": 20}]
     return [*rows, {"seed": 0, "step": 20, "chi": chi, "switch_step": 20}]
 
 
-def effective_rows(dominant: float, bulk: float) -> subspace.Rows:
+def effective_rows(dominant: float, bulk: float) -> Rows:
     row = {"optimizer": "momentum", "seed": 0, "learning_rate": 0.1}
     first = {**row, "step": 0, "dominant": 100.0, "bulk": 0.0}  # does not count
     return [first, {**row, "step": 5, "dominant": dominant, "bulk": bulk}]
 
 
-def noise_rows(sgd: float, gd: float) -> subspace.Rows:
+def noise_rows(sgd: float, gd: float) -> Rows:
     ends = {"sgd": sgd, "gd": gd}
     return [
         {"method": method, "seed": 0, "step": step, "train_loss": 0.1, "chi": chi}
@@ -83,7 +87,7 @@ def noise_rows(sgd: float, gd: float) -> subspace.Rows:
     ]
 
 
-def energy_rows(**shares: float) -> subspace.Rows:
+def energy_rows(**shares: float) -> Rows:
     return [
         {
             "seed": 0,
@@ -168,9 +172,9 @@ def energy_rows(**shares: float) -> subspace.Rows:
 )
 def test_claims_follow_the_data(
     name: str,
-    good: subspace.Rows,
+    good: Rows,
     good_number: float,
-    bad: subspace.Rows,
+    bad: Rows,
     bad_number: float,
 ) -> None:
     for rows, verdict, value in (
@@ -197,23 +201,23 @@ def test_seeds_that_disagree_are_counted() -> None:
 
 def test_diverged_branch_is_no_success() -> None:
     rows = switch_rows(dom=1.0, bulk=0.1)
-    for row in subspace.pick(rows, method="bulk")[5:]:
+    for row in pick(rows, method="bulk")[5:]:
         row["train_loss"] = row["test_accuracy"] = None
     result = judged("Bulk-SGD tracks SGD", rows)
     assert (result["verdict"], result["values"], result["diverged"]) == ("does not hold", [None], 1)
-    assert subspace.number(result) == "1 without bound"
+    assert number(result) == "1 without bound"
     assert judged("Bulk-SGD is less noisy", rows)["verdict"] == "not measurable"
-    assert "diverged" in [cell for line in subspace.methods_table(rows)[1] for cell in line]
+    assert "diverged" in [cell for line in methods_table(rows)[1] for cell in line]
 
 
 def test_stability_ends_at_the_first_unstable_rate() -> None:
     rows = stability_rows([0.5, 3.0, 0.5, 0.5])  # 3: finite, but higher than at the start
-    assert subspace.highest_stable(rows, "learning_rate", "bulk") == 1.0
-    assert subspace.highest_stable(rows, "learning_rate", "sgd") == 4.0
+    assert highest_stable(rows, "learning_rate", "bulk") == 1.0
+    assert highest_stable(rows, "learning_rate", "sgd") == 4.0
 
 
 @pytest.fixture
-def results() -> subspace.Results:
+def results() -> dict[str, Any]:
     rows = {
         "alignment": [
             {**row, **{f"eigenvalue_{i}": 10.0 / i for i in range(1, 15)}, "train_loss": 1.0}
@@ -231,11 +235,11 @@ def results() -> subspace.Results:
     return {"config": plan.config(), "environment": {"device": "cpu"}, "rows": rows}
 
 
-def test_report_says_what_the_rows_say(results: subspace.Results, tmp_path: Path) -> None:
-    verdicts = subspace.write_all(tmp_path, results)
+def test_report_says_what_the_rows_say(results: dict[str, Any], tmp_path: Path) -> None:
+    verdicts = write_all(tmp_path, results)
     assert json.loads((tmp_path / "claims.json").read_text()) == verdicts
     # Cross entropy's own claim is left out, and Adam has no rows.
-    assert len(verdicts) == len(subspace.CLAIMS) - 1
+    assert len(verdicts) == len(CLAIMS) - 1
     by_name = {verdict["claim"]: verdict for verdict in verdicts}
     assert by_name["Adam favors the bulk"]["verdict"] == "not measurable"
     held = sum(verdict["verdict"] == "holds" for verdict in verdicts)
@@ -248,17 +252,17 @@ def test_report_says_what_the_rows_say(results: subspace.Results, tmp_path: Path
     for verdict in verdicts:
         line = next(line for line in markdown.splitlines() if verdict["statement"] in line)
         assert f"**{verdict['verdict']}**" in line
-        assert f" {subspace.number(verdict)} |" in line
-    assert html.count("data:image/png;base64,") == len(subspace.PANELS)
-    for panel in subspace.PANELS:
+        assert f" {number(verdict)} |" in line
+    assert html.count("data:image/png;base64,") == len(PANELS)
+    for panel in PANELS:
         table = csv.DictReader((tmp_path / f"{panel}.csv").read_text().splitlines())
         assert len(list(table)) == len(results["rows"][panel])
         assert (tmp_path / f"{panel}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_report_of_some_panels(results: subspace.Results, tmp_path: Path) -> None:
+def test_report_of_some_panels(results: dict[str, Any], tmp_path: Path) -> None:
     results["rows"] = {"noise": results["rows"]["noise"]}
-    verdicts = subspace.write_all(tmp_path, results)
+    verdicts = write_all(tmp_path, results)
     assert [verdict["claim"] for verdict in verdicts] == ["noise makes the alignment"]
     assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".png", ".json", ".md", ".html"}
     assert "1 of 1 claims hold" in (tmp_path / "report.md").read_text()

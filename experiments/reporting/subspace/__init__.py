@@ -1,0 +1,1 @@
+"""The report of the subspace study: rows, claims, pictures and pages."""
