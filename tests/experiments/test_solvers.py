@@ -6,13 +6,10 @@ import csv
 import json
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from experiments import solvers
-from optax_accel.curvature import blocks
+from experiments.training import eigensolvers
 
 TINY = ["--task", "digits", "--examples", "200", "--chunk", "100", "--steps", "10"]
 
@@ -25,8 +22,8 @@ def test_every_solver_reaches_the_accuracy(
     monkeypatch: pytest.MonkeyPatch,
     budget_seconds: str,
 ) -> None:
-    monkeypatch.setattr(solvers, "FILTER_DEGREES", (0,))
-    monkeypatch.setattr(solvers, "SCIPY_VECTORS", (4.0,))
+    monkeypatch.setattr(eigensolvers, "FILTER_DEGREES", (0,))
+    monkeypatch.setattr(eigensolvers, "SCIPY_VECTORS", (4.0,))
     arguments = [*TINY, "--k", "2", "--rounds", "1", "--budget-seconds", budget_seconds]
     assert solvers.main([*arguments, "--runs-dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
@@ -48,64 +45,6 @@ def test_every_solver_reaches_the_accuracy(
     text = (tmp_path / "solvers-digits/results.csv").read_text()
     lines = list(csv.DictReader(text.splitlines()))
     assert [line["name"] for line in lines] == [row["name"] for row in results["solvers"]]
-
-
-def diagonal_search(budget_seconds: float, diagonal: jax.Array) -> solvers.Search:
-    linear = jax.tree_util.Partial(jnp.multiply, diagonal)
-    start = blocks.random(jax.random.key(0), diagonal)
-    problem = solvers.Problem(diagonal, [linear], start, jnp.eye(4, 40), linear, 1)
-    options = solvers.Options(k=2, budget_seconds=budget_seconds)
-    exact = np.sort(diagonal)[::-1][:2].astype(np.float64)
-    return solvers.Search(options, problem, exact, [start], loop_seconds=1.0)
-
-
-def test_slow_tools_are_predicted_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    search = diagonal_search(10, jnp.linspace(0, 1, 40) ** 4)
-    assert search.affordable("x", 9) is None
-    for tool in (search.matfree(20), search.lobpcg(20)):
-        assert tool is not None
-        assert tool.run is None
-        assert tool.note.startswith("over 10 s")
-    monkeypatch.setattr(solvers.importlib.util, "find_spec", lambda name: None)
-    assert "pip install matfree" in search.matfree(20).note
-
-
-def test_the_first_accurate_setting_is_taken() -> None:
-    search = diagonal_search(10, jnp.linspace(0, 1, 40) ** 4)
-    good = np.array(search.exact)
-    tools = [
-        solvers.Tool("wrong", "", lambda start: (good * 1.01, 1)),
-        solvers.Tool("broken", "", lambda start: (good * np.nan, 2)),
-        solvers.Tool("enough", "", lambda start: (good * (1 + 1e-5), 20)),
-        solvers.Tool("dear", "", lambda start: (good, 30)),
-    ]
-    best = search.cheapest(tools)
-    assert best is not None
-    assert (best.name, best.found_products) == ("enough", 20)
-    assert search.cheapest(tools[:2]) is None
-
-
-def test_chunks_and_blocks_agree_with_the_whole(digits: solvers.data.Task) -> None:
-    options = solvers.Options(task="digits", examples=120, steps=5, k=2)
-    whole = solvers.make_problem(options, digits)
-    parts = solvers.make_problem(solvers.dataclasses.replace(options, chunk=40), digits)
-    assert (len(whole.linears), len(parts.linears)) == (1, 3)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
-        whole.product(whole.gradient),
-        parts.product(whole.gradient),
-    )
-    images = parts.products(parts.earlier)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a[1], b, atol=1e-5),
-        images,
-        parts.product(jax.tree.map(lambda leaf: leaf[1], parts.earlier)),
-    )
-
-
-@pytest.fixture
-def digits() -> solvers.data.Task:
-    return solvers.data.load_task("digits")
 
 
 @pytest.mark.parametrize(
