@@ -77,49 +77,81 @@ def output_gradients(
     """
     leaves = jax.tree.leaves(outputs)
     dtype = jnp.promote_types(jnp.result_type(*leaves), jnp.float32)
-    # How much this replica counts, relative to the average one.
-    own = objective.batch_weight()
-    share = average = None
-    if own is not None:
-        average = objective.mean_of_replicas(own).astype(dtype)
-        share = own.astype(dtype) / jnp.where(average == 0, 1, average)
-        share = jnp.where(average == 0, 1, share)
-
-    def counted(values: jax.Array, power: float = 1.0) -> jax.Array:
-        if share is None:
-            return values
-        return jnp.where(share > 0, (share**power).astype(values.dtype) * values, 0)
-
+    batch = _Batch(objective, outputs, num_examples, dtype, *_share(objective, dtype), key, step)
     if estimator == "empirical":
-        slopes = jax.grad(objective.loss_of_outputs)(outputs)
-        scale: Any = num_examples
-        if average is not None:  # what counts as an example is what the loss divides by
-            scale = jnp.sqrt(num_examples * average)
-        vectors = jax.tree.map(lambda g: counted(jnp.asarray(scale, g.dtype) * g)[None], slopes)
-        return Samples(vectors, _present(vectors, num_examples, dtype))
-
-    axis = objective.axis_name
-
-    def draw(sampler: _Sampler, shape: tuple[int, ...]) -> jax.Array:
-        # Hashed, not drawn one after the other: compiled several times faster.
-        if axis is None:
-            return sampler(hash_bits(key, (num_examples, *shape), step), dtype)
-        bits = hash_bits(key, (lax.axis_size(axis) * num_examples, *shape), step)
-        first = lax.axis_index(axis) * num_examples
-        return sampler(lax.dynamic_slice_in_dim(bits, first, num_examples), dtype)
-
+        return _from_gradients(batch)
     if likelihood is None:
-        flat, restore = _flatten(outputs, num_examples, dtype)
-        root = _loss_root(objective, outputs, flat, restore)
-        if estimator == "fisher":
-            normal = draw(_normal, flat.shape[1:])
-            samples = jnp.einsum("nfc,nc->nf", root, normal)[None]
-        else:
-            samples = jnp.moveaxis(root, -1, 0)
-            samples = samples * draw(_sign, samples.shape[:1]).T[..., None]
-        vectors = jax.vmap(restore)(counted(samples, 0.5))
-        return Samples(vectors, _present(vectors, num_examples, dtype))
+        return _from_loss_hessian(batch, estimator)
+    return _from_likelihood(batch, estimator, likelihood)
 
+
+def _share(objective: Objective, dtype: Any) -> tuple[jax.Array | None, jax.Array | None]:
+    """How much this replica counts, relative to the average one, and how much that one does."""
+    weight = objective.batch_weight()
+    if weight is None:
+        return None, None
+    average = objective.mean_of_replicas(weight).astype(dtype)
+    share = weight.astype(dtype) / jnp.where(average == 0, 1, average)
+    return jnp.where(average == 0, 1, share), average
+
+
+class _Batch(NamedTuple):
+    """The outputs for a batch, and where its random numbers come from."""
+
+    objective: Objective
+    outputs: chex.ArrayTree
+    num_examples: int
+    dtype: Any
+    share: jax.Array | None
+    average_weight: jax.Array | None
+    key: chex.PRNGKey
+    step: jax.Array
+
+    def counted(self, values: jax.Array, power: float = 1.0) -> jax.Array:
+        """Values times a power of the share that this replica has."""
+        if self.share is None:
+            return values
+        used = self.share > 0  # what a replica without weight has computed may be NaN
+        return jnp.where(used, (self.share**power).astype(values.dtype) * values, 0)
+
+    def draw(self, sampler: _Sampler, shape: tuple[int, ...]) -> jax.Array:
+        """Random numbers for each example, of the given shape."""
+        # Hashed, not drawn one after the other: compiled several times faster.
+        axis, count = self.objective.axis_name, self.num_examples
+        if axis is None:
+            return sampler(hash_bits(self.key, (count, *shape), self.step), self.dtype)
+        bits = hash_bits(self.key, (lax.axis_size(axis) * count, *shape), self.step)
+        first = lax.axis_index(axis) * count
+        return sampler(lax.dynamic_slice_in_dim(bits, first, count), self.dtype)
+
+
+def _from_gradients(batch: _Batch) -> Samples:
+    """The gradients of the loss."""
+    slopes = jax.grad(batch.objective.loss_of_outputs)(batch.outputs)
+    scale: Any = batch.num_examples
+    if batch.average_weight is not None:  # what counts as an example is what the loss divides by
+        scale = jnp.sqrt(batch.num_examples * batch.average_weight)
+    vectors = jax.tree.map(lambda g: batch.counted(jnp.asarray(scale, g.dtype) * g)[None], slopes)
+    return Samples(vectors, _present(vectors, batch.num_examples, batch.dtype))
+
+
+def _from_loss_hessian(batch: _Batch, estimator: Estimator) -> Samples:
+    """Roots of the Hessian of each example's loss, or random vectors times these."""
+    flat, restore = _flatten(batch.outputs, batch.num_examples, batch.dtype)
+    root = _loss_root(batch.objective, batch.outputs, flat, restore)
+    if estimator == "fisher":
+        normal = batch.draw(_normal, flat.shape[1:])
+        samples = jnp.einsum("nfc,nc->nf", root, normal)[None]
+    else:
+        samples = jnp.moveaxis(root, -1, 0)
+        samples = samples * batch.draw(_sign, samples.shape[:1]).T[..., None]
+    vectors = jax.vmap(restore)(batch.counted(samples, 0.5))
+    return Samples(vectors, _present(vectors, batch.num_examples, batch.dtype))
+
+
+def _from_likelihood(batch: _Batch, estimator: Estimator, likelihood: Likelihood) -> Samples:
+    """Roots of a known Fisher matrix, or gradients for targets that are sampled from the model."""
+    leaves, treedef = jax.tree.flatten(batch.outputs)
     if len(leaves) != 1 or leaves[0].ndim < (2 if likelihood == "categorical" else 1):
         shapes = [leaf.shape for leaf in leaves]
         raise ValueError(
@@ -128,30 +160,19 @@ def output_gradients(
             "the loss then decides."
         )
     (out,) = leaves
-    treedef = jax.tree.structure(outputs)
-    wide = out.astype(dtype)
+    wide = out.astype(batch.dtype)
 
     def slope(point: jax.Array) -> jax.Array:
-        point = objective.vary(jnp.broadcast_to(point, out.shape))
-        gradient = jax.grad(objective.loss_of_outputs)(jax.tree.unflatten(treedef, [point]))
+        point = batch.objective.vary(jnp.broadcast_to(point, out.shape))
+        gradient = jax.grad(batch.objective.loss_of_outputs)(jax.tree.unflatten(treedef, [point]))
         return jax.tree.leaves(gradient)[0]
 
-    weights = counted(jnp.maximum(_WEIGHTS[likelihood](slope, wide), 0))
-    scale = jnp.sqrt(num_examples * weights)
+    weights = batch.counted(jnp.maximum(_WEIGHTS[likelihood](slope, wide), 0))
+    scale = jnp.sqrt(batch.num_examples * weights)
     if likelihood == "categorical":
-        samples = scale[None, ..., None] * _categorical(wide, estimator, draw)
+        samples = scale[None, ..., None] * _categorical(wide, estimator, batch.draw)
     else:
-        deviation = jnp.ones_like(wide)
-        if likelihood == "bernoulli":
-            probability = jax.nn.sigmoid(wide)
-            deviation = jnp.sqrt(probability * (1 - probability))
-        if estimator == "ggn":
-            samples = _each_output(scale * deviation) * draw(_sign, out.shape[1:])[None]
-        elif likelihood == "bernoulli":
-            samples = scale * (probability - (draw(_uniform, out.shape[1:]) < probability))
-            samples = samples[None]
-        else:
-            samples = (scale * draw(_normal, out.shape[1:]))[None]
+        samples = _independent(wide, scale, estimator, likelihood, batch.draw)
         weights = weights.mean(axis=-1) if weights.ndim > 1 else weights
     samples = samples.astype(out.dtype)
     return Samples(jax.tree.unflatten(treedef, [samples]), weights)
@@ -215,6 +236,21 @@ def _categorical(logits: jax.Array, estimator: Estimator, draw: _Draw) -> jax.Ar
     unit = jnp.broadcast_to(jnp.eye(classes, dtype=logits.dtype), (*logits.shape, classes))
     weights = draw(_sign, (*positions, classes)) * jnp.sqrt(probabilities)
     return jnp.moveaxis(weights[..., None] * (unit - probabilities[..., None, :]), -2, 0)
+
+
+def _independent(
+    out: jax.Array, scale: jax.Array, estimator: Estimator, likelihood: Likelihood, draw: _Draw
+) -> jax.Array:
+    """Vectors whose second moment is diagonal: the variances of the targets times scale ** 2."""
+    deviation = jnp.ones_like(out)
+    if likelihood == "bernoulli":
+        probability = jax.nn.sigmoid(out)
+        deviation = jnp.sqrt(probability * (1 - probability))
+    if estimator == "ggn":
+        return _each_output(scale * deviation) * draw(_sign, out.shape[1:])[None]
+    if likelihood == "bernoulli":
+        return (scale * (probability - (draw(_uniform, out.shape[1:]) < probability)))[None]
+    return (scale * draw(_normal, out.shape[1:]))[None]
 
 
 def _uniform(bits: jax.Array, dtype: Any) -> jax.Array:

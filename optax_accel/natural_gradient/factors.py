@@ -171,8 +171,8 @@ def kronecker_statistics(
             index = _as_index(a.ravel(), len(zeros))
             total_inputs += zeros.at[index].add(counts.ravel(), mode="drop")
         else:
-            total_inputs += _gram(_rows(a * jnp.sqrt(counts)[..., None]), shapes.inputs)
-        total_outputs += _gram(
+            total_inputs += gram(_rows(a * jnp.sqrt(counts)[..., None]), shapes.inputs)
+        total_outputs += gram(
             _rows(gradients_of(use, gradients, num_examples, dtype)), shapes.outputs
         )
     return Kronecker(total_inputs / num_rows, total_outputs / num_examples)
@@ -186,7 +186,7 @@ def _weights_of_rows(weights: jax.Array, num_positions: int) -> jax.Array:
     return jnp.broadcast_to(weights, (len(weights), num_positions))
 
 
-def _gram(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def gram(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     if len(shape) == 1:
         return jnp.sum(rows**2, axis=0)
     return _matmul(rows.T, rows)

@@ -340,7 +340,7 @@ def test_preconditioning_solves_the_damped_system(x64, kind):
 @pytest.mark.parametrize("size", [3, 401, 803])
 def test_wide_factors(x64, size):
     rows = jnp.asarray(np.random.default_rng(0).normal(size=(2 * size, size)))
-    gram = stats._gram(rows, (size, size)) / len(rows)
+    gram = stats.gram(rows, (size, size)) / len(rows)
     want = np.asarray(rows).T @ np.asarray(rows) / len(rows)
     np.testing.assert_allclose(gram, want, rtol=1e-12, atol=1e-12)
     inverse = stats.damped_inverse(gram, jnp.asarray(0.1))
