@@ -187,6 +187,7 @@ def _weights_of_rows(weights: jax.Array, num_positions: int) -> jax.Array:
 
 
 def gram(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Sums of products of columns: a matrix, or its diagonal, whichever has the given shape."""
     if len(shape) == 1:
         return jnp.sum(rows**2, axis=0)
     return _matmul(rows.T, rows)

@@ -451,35 +451,6 @@ def test_what_is_found(x64, name):
             assert np.isfinite(want[i]).all()
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "time first"])
-def test_second_moments_of_each_example(x64, name):
-    """Of scales and shifts, and EKFAC's in the standard basis: those of separate gradients."""
-    predict, _, _ = CASES[name]
-    params, network, outputs, values, gradients, _ = captured_case(name)
-    slope = jax.grad(loss)(outputs)
-
-    @jax.jit
-    def second_moments(params: Any) -> Any:
-        jacobian = jax.jacrev(lambda p: N * jnp.sum((predict(p) * slope).reshape(N, -1), axis=1))
-        return jax.tree.map(lambda g: jnp.mean(g**2, axis=0), jacobian(params))
-
-    moments = jax.tree.leaves(second_moments(params))
-    for block in network.blocks:
-        leaves = {i: moments[i] for i in block.leaves}
-        if not block.kronecker:
-            (i,) = block.leaves
-            got = stats.diagonal_statistics(block, values, gradients, N, jnp.float64)
-            np.testing.assert_allclose(got, leaves[i], rtol=1e-10)
-        elif block.kind != "embedding":
-            basis = stats.Kronecker(
-                *(stats.Eigen(jnp.ones(n), jnp.eye(n)) for n in block.matrix_shape)
-            )
-            got = stats.eigen_statistics(
-                block, values, gradients, N, basis, jnp.float64, lambda t: t
-            )
-            np.testing.assert_allclose(got, block.to_matrix(leaves), rtol=1e-10, atol=1e-12)
-
-
 @pytest.mark.parametrize("name", GENERIC)
 def test_what_is_not_found(x64, name):
     predict, shapes, reason = GENERIC[name]
@@ -490,59 +461,6 @@ def test_what_is_not_found(x64, name):
     np.testing.assert_allclose(outputs, predict(params), rtol=1e-12)
     gradient = jax.grad(lambda p: loss(predict(p)))(params)
     np.testing.assert_allclose(generic[0], gradient["w"], rtol=1e-10, atol=1e-12)
-
-
-def test_factors_of_a_convolution(x64):
-    """Against patches as JAX extracts them; every position is an example's position."""
-    predict, shapes, _ = CASES["strides and dilations"]
-    params = tree(**shapes)
-    network, outputs, values, gradients, _ = captured(predict, params)
-    (block,) = network.blocks
-    patches = lax.conv_general_dilated_patches(
-        jnp.asarray(IMAGES),
-        filter_shape=(3, 2),
-        window_strides=(2, 1),
-        padding=((1, 2), (0, 3)),
-        lhs_dilation=(1, 2),
-        rhs_dilation=(2, 1),
-        dimension_numbers=PATCHES,
-    )
-    rows = patches.reshape(-1, 3, 6).swapaxes(1, 2).reshape(-1, 18)  # features: channel first
-    got = stats.kronecker_statistics(
-        block, values, gradients, jnp.ones(N), stats.side_shapes(block, 99), jnp.float64
-    )
-    np.testing.assert_allclose(got.inputs, rows.T @ rows / len(rows), rtol=1e-12)
-    slopes = N * jax.grad(loss)(outputs).reshape(-1, 4)
-    np.testing.assert_allclose(got.outputs, slopes.T @ slopes / N, rtol=1e-12)
-    assert len(rows) == len(slopes)
-
-
-def test_factors_of_an_embedding(x64):
-    """A is the share of each token."""
-    predict, shapes, _ = CASES["embedding"]
-    network, outputs, values, gradients, _ = captured(predict, tree(**shapes))
-    (block,) = network.blocks
-    got = stats.kronecker_statistics(
-        block, values, gradients, jnp.ones(N), stats.side_shapes(block, 99), jnp.float64
-    )
-    np.testing.assert_allclose(got.inputs, np.bincount(TOKENS.ravel()) / TOKENS.size)
-    slopes = N * jax.grad(loss)(outputs).reshape(-1, 3)
-    np.testing.assert_allclose(got.outputs, slopes.T @ slopes / N, rtol=1e-12)
-
-
-def test_indices_too_narrow_for_their_table():
-    """A byte cannot hold the number of rows, by which a negative index would be marked."""
-    tokens = np.array([[0, 1], [1, 127]], np.int8)
-    numbers = lax.GatherDimensionNumbers((2,), (0,), (0,))
-    objective = oa.Objective(
-        lambda table: lax.gather(table, tokens[..., None], numbers, (1, 2), mode="clip").mean(1),
-        lambda outputs: jnp.mean(outputs**2),
-    )
-    table = jnp.ones((200, 2))
-    transform = oa.scale_by_ekfac(objective, estimator="ggn", decay=0.0)
-    _, state = transform.update(table, transform.init(table), table, value_fn=objective)
-    want = np.bincount(tokens.ravel(), minlength=200) / tokens.size
-    np.testing.assert_allclose(state.factors[0].inputs, want, rtol=1e-6)
 
 
 # -- libraries ------------------------------------------------------------------------------------

@@ -14,12 +14,8 @@ import pytest
 
 import optax_accel as oa
 from optax_accel import curvature
-from optax_accel._random import hash_bits
-from optax_accel.natural_gradient import factors as stats
-from optax_accel.natural_gradient.estimators import output_gradients
 from tests.helpers import (
     classification,
-    cross_entropy,
     least_squares,
     mlp_apply,
     mlp_init,
@@ -183,120 +179,9 @@ def test_blocks_of_one_example(x64, likelihood):
         np.testing.assert_allclose(matrix, block(dense, params, f"layer{i}"), rtol=1e-9, atol=1e-12)
 
 
-LOSSES = {
-    "categorical": lambda out: cross_entropy(out, np.arange(4) % 3),
-    "bernoulli": lambda out: optax.sigmoid_binary_cross_entropy(out, np.eye(4, 3)).sum(-1).mean(),
-    "gaussian": lambda out: squares(out, np.eye(4, 3)),
-    # Weights of examples, of outputs, a mask, targets that are spread; other factors.
-    "weighted categorical": lambda out: jnp.sum(
-        WEIGHTS[:, 0] * optax.softmax_cross_entropy(out, optax.smooth_labels(np.eye(4, 3), 0.1))
-    ),
-    "weighted bernoulli": lambda out: jnp.mean(
-        WEIGHTS * optax.sigmoid_binary_cross_entropy(out, np.eye(4, 3))
-    ),
-    "weighted gaussian": lambda out: jnp.mean(WEIGHTS * (out - 50 * np.eye(4, 3)) ** 2),
-}
-WEIGHTS = np.array([[2.0, 1.0, 0.5], [0.0, 0.0, 0.0], [0.3, 0.0, 1.0], [1.0, 1.0, 1.0]])
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_estimators_agree_in_expectation(x64, name):
-    """All estimate the Hessian of the loss at the outputs: exactly, or on average."""
-    outputs = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)))
-    loss, likelihood = LOSSES[name], name.split()[-1]
-    objective = oa.Objective(lambda p: p, loss)
-    hessian = jax.hessian(loss)(outputs)
-    want = 4 * np.stack([hessian[i, :, i] for i in range(4)])
-
-    @functools.partial(jax.jit, static_argnums=(0, 1))
-    def estimate(estimator, name, step):
-        key = jax.random.key(1)
-        samples, _ = output_gradients(objective, outputs, estimator, name, key, step, 4)
-        return jnp.einsum("snc,snd->ncd", samples, samples)
-
-    for name in (None, likelihood):
-        exact = estimate("ggn", name, jnp.asarray(0))
-        np.testing.assert_allclose(exact, want, atol=1e-12)
-        steps = jnp.arange(5_000)
-        sampled = jax.vmap(lambda step, name=name: estimate("fisher", name, step))(steps)
-        error = np.std(sampled, axis=0) / np.sqrt(len(steps))
-        assert np.all(np.abs(sampled.mean(0) - want) < 5 * error + 1e-12)
-
-
-def test_roots_of_the_loss_hessian():
-    """Without a likelihood: singular, negative and not finite ones, and none of LAPACK's calls."""
-
-    def second_moments(loss, outputs):
-        objective = oa.Objective(lambda p: p, loss)
-
-        def estimate(outputs):
-            args = "ggn", None, jax.random.key(0), jnp.asarray(0), len(outputs)
-            samples, _ = output_gradients(objective, outputs, *args)
-            return jnp.einsum("snc,snd->ncd", samples, samples)
-
-        return jax.jit(estimate).lower(outputs)
-
-    def cubic(outputs):  # not convex
-        return jnp.mean(
-            outputs[:, 0] ** 2 + 10 * outputs[:, 0] * outputs[:, 1] - outputs[:, 2] ** 2
-        )
-
-    outputs = 5 * jax.random.normal(jax.random.key(0), (100, 8))
-    softmax = second_moments(lambda out: cross_entropy(out, np.arange(100) % 8), outputs)
-    assert "lapack" not in softmax.as_text()  # batched, they can hang several devices
-    p = np.asarray(jax.nn.softmax(outputs))
-    want = p[:, :, None] * np.eye(8) - p[:, :, None] * p[:, None]
-    np.testing.assert_allclose(softmax.compile()(outputs), want, atol=1e-6)
-
-    got = second_moments(cubic, outputs).compile()(outputs)
-    np.testing.assert_allclose(got, np.broadcast_to(np.diag([2.0] + 7 * [0]), got.shape), atol=1e-5)
-
-    broken = softmax.compile()(outputs.at[3].set(jnp.nan))
-    assert np.isnan(broken[3]).all()
-    np.testing.assert_allclose(broken[:3], want[:3], atol=1e-6)
-
-
-def test_random_vectors_of_steps_and_keys_are_independent():
-    """Also of steps that follow each other, of seeds that do, and of both kinds of keys."""
-
-    def draw(key, step):
-        return hash_bits(key, (64, 100), step)
-
-    keys = [jax.random.key(0), jax.random.key(1), jax.random.key(0, impl="rbg")]
-    bits = np.stack([draw(key, jnp.asarray(step)) for key in keys for step in range(8)])
-    assert len(np.unique(bits)) > bits.size - 30  # about 3 pairs agree by chance
-    for shift in (31, 16, 0):
-        signs = 1.0 - 2 * ((bits.reshape(len(bits), -1) >> shift) & 1)
-        correlation = signs @ signs.T / signs.shape[1]
-        assert np.abs(correlation - np.eye(len(bits))).max() < 5 / np.sqrt(signs.shape[1])
-
-
 def masked_cross_entropy(logits: jax.Array, labels: Any, mask: Any) -> jax.Array:
     each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return jnp.sum(mask * each) / jnp.sum(mask)
-
-
-def test_positions_of_an_example(x64):
-    """With logits at several positions the loss is a mean over all of them that a mask leaves."""
-    outputs = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2, 3)))
-    labels = np.arange(8).reshape(4, 2) % 3
-    mask = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [1.0, 1.0]])
-    objective = oa.Objective(lambda p: p, lambda out: masked_cross_entropy(out, labels, mask))
-    want = 4 * jax.hessian(objective)(outputs).reshape(4, 6, 4, 6)
-    want = np.stack([want[i, :, i] for i in range(4)])
-    key, steps = jax.random.key(1), jnp.arange(5_000)
-    for estimator in ("ggn", "fisher"):
-
-        @jax.jit
-        def estimate(step: Any, estimator: Any = estimator) -> jax.Array:
-            args = estimator, "categorical", key, step, 4
-            samples, _ = output_gradients(objective, outputs, *args)
-            flat = samples.reshape(-1, 4, 6)
-            return jnp.einsum("snc,snd->ncd", flat, flat)
-
-        sampled = jax.vmap(estimate)(steps)
-        error = np.std(sampled, axis=0) / np.sqrt(len(steps))
-        assert np.all(np.abs(sampled.mean(0) - want) < 5 * error + 1e-12)
 
 
 def test_empirical_factors(x64):
@@ -335,35 +220,6 @@ def test_preconditioning_solves_the_damped_system(x64, kind):
         gradient = np.concatenate([np.ravel(grads[name]["w"]), grads[name]["b"]])
         got = np.concatenate([np.ravel(updates[name]["w"]), updates[name]["b"]])
         np.testing.assert_allclose(got, np.linalg.solve(matrix, gradient), rtol=1e-8, atol=1e-12)
-
-
-@pytest.mark.parametrize("size", [3, 401, 803])
-def test_wide_factors(x64, size):
-    rows = jnp.asarray(np.random.default_rng(0).normal(size=(2 * size, size)))
-    gram = stats.gram(rows, (size, size)) / len(rows)
-    want = np.asarray(rows).T @ np.asarray(rows) / len(rows)
-    np.testing.assert_allclose(gram, want, rtol=1e-12, atol=1e-12)
-    inverse = stats.damped_inverse(gram, jnp.asarray(0.1))
-    np.testing.assert_allclose(inverse @ (want + 0.1 * np.eye(size)), np.eye(size), atol=1e-12)
-
-
-def test_diagonal_factors_and_split_damping(x64):
-    values = np.array([1.0, 3.0])
-    got = stats.damped_inverse(jnp.asarray(values), jnp.asarray(0.1, jnp.float32))
-    np.testing.assert_allclose(got, 1 / (values + np.float32(0.1)), rtol=1e-12)
-    # Mean eigenvalues 4 and 1, 2 and 0 (nothing to go by): pi is 2 and 1.
-    factors = [4 * np.eye(3), np.ones(2), np.diag([1.0, 2.0, 3.0]), np.zeros((2, 2))]
-    strengths = stats.split_damping([jnp.asarray(f) for f in factors], 0.01)
-    np.testing.assert_allclose(strengths, [0.2, 0.05, 0.1, 0.1], rtol=1e-6)
-
-
-def test_traces():
-    """Of square matrices the diagonal, of all else everything."""
-    shapes = [(3, 3), (2, 5), (4,), (5, 5), (), (2, 2, 2)]
-    arrays = [np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in shapes]
-    want = [np.trace(a) if a.shape in ((3, 3), (5, 5)) else a.sum() for a in arrays]
-    np.testing.assert_allclose(stats.traces([jnp.asarray(a) for a in arrays]), want, rtol=1e-5)
-    assert stats.traces([]) == []
 
 
 def test_ekfac_is_closer_than_kfac(x64):
@@ -458,24 +314,6 @@ def test_factors_are_averages_corrected_for_their_start(x64):
         np.testing.assert_allclose(
             state.factors[0].outputs / state.factor_weight, np.eye(2), atol=1e-12
         )
-
-
-def test_second_moments_follow_the_basis(x64):
-    rng = np.random.default_rng(0)
-
-    def basis(*sizes: int) -> stats.Kronecker:
-        return stats.Kronecker(
-            *(
-                stats.Eigen(jnp.ones(n), jnp.asarray(np.linalg.qr(rng.normal(size=(n, n)))[0]))
-                for n in sizes
-            )
-        )
-
-    old, new, moments = basis(3, 2), basis(3, 2), rng.uniform(size=(3, 2))
-    u, v = (np.kron(b.inputs.eigenvectors, b.outputs.eigenvectors) for b in (old, new))
-    matrix = (u * np.ravel(moments)) @ u.T
-    got = stats.change_basis(jnp.asarray(moments), old, new)
-    np.testing.assert_allclose(np.ravel(got), np.diagonal(v.T @ matrix @ v), rtol=1e-12)
 
 
 # -- bounds on the step ---------------------------------------------------------------------------

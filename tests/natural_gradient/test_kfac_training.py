@@ -1,4 +1,4 @@
-"""K-FAC and EKFAC as people train with them: devices, bad batches, wrong input."""
+"""K-FAC and EKFAC as people train with them: devices, masks, wrong input."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import optax
 import pytest
 
 import optax_accel as oa
-from optax_accel._means import vary_over
-from optax_accel.natural_gradient import factors as stats
 from tests.helpers import (
     WORKER_MODES,
     classification,
@@ -27,7 +25,6 @@ from tests.helpers import (
     tree_equal,
 )
 from tests.natural_gradient.test_kfac import (
-    ONE_KIND,
     double,
     first_update,
     masked_cross_entropy,
@@ -172,26 +169,6 @@ def test_replicas_that_do_not_count_alike(x64, kind, settings, mode):
         tree_allclose(jax.tree.map(lambda leaf, i=i: leaf[i], got), want, rtol=1e-8, atol=1e-14)
 
 
-def test_each_inverse_is_computed_once():
-    """By one device of the axis; and sent to the others in one all-reduce with the others."""
-    calls = []
-
-    def function(factor: jax.Array) -> jax.Array:
-        jax.debug.callback(lambda index: calls.append(int(index)), jax.lax.axis_index("workers"))
-        return 2 * factor
-
-    def worker(_: Any) -> Any:
-        factors = [(jnp.full((n, n), float(n)),) for n in (5, 1, 4, 2, 3)]
-        return stats.share(function, factors, "workers", lambda tree: vary_over(tree, "workers"))
-
-    results = over_workers("shard_map", worker, 4)(jnp.zeros((4, 1)))
-    jax.effects_barrier()
-    for n, result in zip((5, 1, 4, 2, 3), results, strict=True):
-        np.testing.assert_array_equal(result, np.full((4, n, n), 2.0 * n))
-    # The largest alone, the smallest two together.
-    assert sorted(calls) == [0, 1, 2, 3, 3]
-
-
 # -- what it gains ------------------------------------------------------------------------------
 
 
@@ -226,7 +203,7 @@ def test_a_fifth_of_the_steps_of_sgd():
         assert reached(functools.partial(build, objective=objective, **settings), 40) < sgd
 
 
-# -- what a user gets wrong, and what a batch does ------------------------------------------------
+# -- what a user gets wrong -----------------------------------------------------------------------
 
 
 LINEAR = oa.Objective(lambda p, x: x @ p["w"], lambda out, y: squares(out, y))
@@ -388,126 +365,6 @@ def test_another_network_than_it_was_built_with():
     other = oa.Objective(predict, lambda out: cross_entropy(out, Y))
     with pytest.raises(ValueError, match="not the one it was built with"):
         tx.update(params, tx.init(params), params, value_fn=other)
-
-
-def test_too_many_outputs_without_a_likelihood():
-    objective = oa.Objective(lambda p: X @ p, lambda out: jnp.mean(jnp.sum(out**2, 1)))
-    params = jnp.ones((2, 300))
-    tx = oa.scale_by_kfac(objective)
-    with pytest.raises(ValueError, match=r"at most 256 .* has 300.* likelihood='categorical'"):
-        tx.update(params, tx.init(params), params, value_fn=objective)
-    pair = oa.Objective(lambda p: (X @ p, X @ p), lambda out: jnp.mean(out[0] + out[1]))
-    tx = oa.scale_by_kfac(pair, likelihood="gaussian")
-    with pytest.raises(ValueError, match="'gaussian' needs outputs that are one array"):
-        tx.update(params, tx.init(params), params, value_fn=pair)
-
-
-def test_several_outputs(x64):
-    """A tuple of outputs is one vector an example."""
-    x, w = np.random.default_rng(0).normal(size=(5, 3)), np.ones((3, 4))
-    single = oa.Objective(lambda p: x @ p, lambda out: squares(out, 1.0))
-    pair = oa.Objective(
-        lambda p: jnp.split(x @ p, 2, axis=1),
-        lambda out: squares(out[0], 1.0) + squares(out[1], 1.0),
-    )
-    updates = [
-        first_update(oa.scale_by_kfac(o, estimator="ggn"), o, jnp.asarray(w))[0]
-        for o in (single, pair)
-    ]
-    tree_allclose(*updates, rtol=1e-10)
-
-
-@pytest.mark.parametrize("kind", ONE_KIND)
-def test_non_finite_batches_change_nothing(kind):
-    """And are counted."""
-    tx, params = scale_by(kind, mixed(X, Y), likelihood="categorical"), PARAMS
-    _, state = first_update(tx, mixed(X, Y), params)
-    assert state.accepted
-    assert optax.tree.get(state, "rejected") == 0
-    for poisoned in (mixed(X * np.nan, Y), mixed(X * 1e30, Y)):
-        grads = mixed(X, Y).grad(params)
-        updates, new = jax.jit(
-            lambda g, s, o=poisoned: tx.update(g, s, params, value_fn=o, refresh="inverses")
-        )(grads, state)
-        tree_equal((new.factors, new.factor_weight), (state.factors, state.factor_weight))
-        assert not optax.tree.get(new, "accepted")
-        assert (optax.tree.get(new, "rejected"), new.rejected_inverses) == (1, 0)
-        # Rotated into a basis that is the same again.
-        tree_allclose(new.moments, state.moments, rtol=1e-5)
-        assert all(jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves((updates, new.inverses)))
-
-
-@pytest.mark.parametrize("kind", ONE_KIND)
-def test_a_first_batch_that_is_refused(kind):
-    """Gradients pass, as long as there is no curvature."""
-    problem = mixed(X * np.nan, Y)
-    tx, grads = scale_by(kind, problem, damping=0.25), mixed(X, Y).grad(PARAMS)
-    update = jax.jit(lambda: tx.update(grads, tx.init(PARAMS), PARAMS, value_fn=problem))
-    updates, state = update()
-    assert (state.factor_weight, state.rejected, state.rejected_inverses) == (0, 1, 0)
-    scale = 1.0 if kind == "factored" else 1 / 1.25
-    for name in ("layer0", "layer1"):
-        tree_allclose(updates[name], optax.tree.scale(scale, grads[name]), rtol=1e-6)
-
-
-def test_moments_that_are_refused_hold_the_weight_back():
-    """Second moments overflow before the factors do: then none of them takes the batch."""
-
-    def objective(size: Any) -> oa.Objective:
-        return oa.Objective(lambda p: size * ((size * X) @ p["w"]), lambda out: squares(out, X))
-
-    tx = oa.scale_by_ekfac(objective(1.0), likelihood="gaussian", inverses_every=1)
-    update = jax.jit(lambda state, size: tx.update(ONE, state, ONE, value_fn=objective(size))[1])
-    state = update(tx.init(ONE), 1.0)
-    new = update(state, 1e12)
-    assert not new.accepted
-    assert new.rejected == 1
-    for field in ("factor_weight", "factors", "inverses", "moments"):
-        tree_equal(getattr(new, field), getattr(state, field))
-    assert update(new, 1.0).factor_weight > state.factor_weight
-
-
-def test_gradients_that_are_not_finite_somewhere_change_nothing():
-    """In the middle of a square array that has a diagonal block."""
-    x, y = X.reshape(len(X), -1), jnp.ones((len(X), 2))
-    objective = oa.Objective(
-        lambda p: (x @ p["w"]) * jnp.sqrt(p["t"]).sum(), lambda out: squares(out, y)
-    )
-    params = {"w": jnp.ones((x.shape[1], 2)), "t": jnp.ones((2, 2))}
-    tx = oa.scale_by_kfac(objective, likelihood="gaussian")
-    with pytest.warns(UserWarning, match="1 of 2 blocks"):
-        _, state = first_update(tx, objective, params)
-    params = {"w": params["w"], "t": jnp.array([[1.0, 0.0], [1.0, 1.0]])}
-    _, new = jax.jit(functools.partial(tx.update, value_fn=objective))(params, state, params)
-    tree_equal(new.factors, state.factors)
-
-
-def test_inverses_stay_where_a_decomposition_fails():
-    objective, params = mlp_objective(X, Y), mlp_init()
-    tx = oa.scale_by_kfac(objective, likelihood="categorical", damping=1e-3)
-    _, state = first_update(tx, objective, params)
-    first, *others = state.factors
-    broken = state._replace(factors=(first._replace(inputs=-100 * first.inputs), *others))
-    update = jax.jit(functools.partial(tx.update, value_fn=objective, refresh="inverses"))
-    updates, new = update(objective.grad(params), broken, params)
-    tree_equal(new.inverses[0], state.inverses[0])
-    assert jnp.any(new.inverses[1].inputs != state.inverses[1].inputs)
-    assert (new.accepted, new.rejected, new.rejected_inverses) == (False, 0, 1)
-    assert all(jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates))
-
-
-def test_curvature_batch_of_its_own():
-    """The gradient's batch is not looked at."""
-    objective, other = mlp_objective(X[:12], Y[:12]), mlp_objective(X[12:], Y[12:])
-    params, tx = mlp_init(), oa.scale_by_kfac(objective, estimator="ggn")
-    grads = objective.grad(params)
-    update = jax.jit(functools.partial(tx.update, grads, tx.init(params), params, value_fn=other))
-    beside = jax.jit(
-        lambda: tx.update(
-            grads, tx.init(params), params, value_fn=objective, curvature_value_fn=other
-        )
-    )
-    tree_equal(beside(), update())
 
 
 def test_mask():

@@ -1,0 +1,176 @@
+"""Statistics of layers, and what is made of them, against explicit matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+import optax_accel as oa
+from optax_accel._means import vary_over
+from optax_accel.natural_gradient import factors as stats
+from tests.helpers import over_workers
+from tests.natural_gradient.test_finding import (
+    CASES,
+    IMAGES,
+    PATCHES,
+    TOKENS,
+    N,
+    captured,
+    captured_case,
+    loss,
+    tree,
+)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "time first"])
+def test_second_moments_of_each_example(x64, name):
+    """Of scales and shifts, and EKFAC's in the standard basis: those of separate gradients."""
+    predict, _, _ = CASES[name]
+    params, network, outputs, values, gradients, _ = captured_case(name)
+    slope = jax.grad(loss)(outputs)
+
+    @jax.jit
+    def second_moments(params: Any) -> Any:
+        jacobian = jax.jacrev(lambda p: N * jnp.sum((predict(p) * slope).reshape(N, -1), axis=1))
+        return jax.tree.map(lambda g: jnp.mean(g**2, axis=0), jacobian(params))
+
+    moments = jax.tree.leaves(second_moments(params))
+    for block in network.blocks:
+        leaves = {i: moments[i] for i in block.leaves}
+        if not block.kronecker:
+            (i,) = block.leaves
+            got = stats.diagonal_statistics(block, values, gradients, N, jnp.float64)
+            np.testing.assert_allclose(got, leaves[i], rtol=1e-10)
+        elif block.kind != "embedding":
+            basis = stats.Kronecker(
+                *(stats.Eigen(jnp.ones(n), jnp.eye(n)) for n in block.matrix_shape)
+            )
+            got = stats.eigen_statistics(
+                block, values, gradients, N, basis, jnp.float64, lambda t: t
+            )
+            np.testing.assert_allclose(got, block.to_matrix(leaves), rtol=1e-10, atol=1e-12)
+
+
+def test_factors_of_a_convolution(x64):
+    """Against patches as JAX extracts them; every position is an example's position."""
+    predict, shapes, _ = CASES["strides and dilations"]
+    params = tree(**shapes)
+    network, outputs, values, gradients, _ = captured(predict, params)
+    (block,) = network.blocks
+    patches = lax.conv_general_dilated_patches(
+        jnp.asarray(IMAGES),
+        filter_shape=(3, 2),
+        window_strides=(2, 1),
+        padding=((1, 2), (0, 3)),
+        lhs_dilation=(1, 2),
+        rhs_dilation=(2, 1),
+        dimension_numbers=PATCHES,
+    )
+    rows = patches.reshape(-1, 3, 6).swapaxes(1, 2).reshape(-1, 18)  # features: channel first
+    got = stats.kronecker_statistics(
+        block, values, gradients, jnp.ones(N), stats.side_shapes(block, 99), jnp.float64
+    )
+    np.testing.assert_allclose(got.inputs, rows.T @ rows / len(rows), rtol=1e-12)
+    slopes = N * jax.grad(loss)(outputs).reshape(-1, 4)
+    np.testing.assert_allclose(got.outputs, slopes.T @ slopes / N, rtol=1e-12)
+    assert len(rows) == len(slopes)
+
+
+def test_factors_of_an_embedding(x64):
+    """A is the share of each token."""
+    predict, shapes, _ = CASES["embedding"]
+    network, outputs, values, gradients, _ = captured(predict, tree(**shapes))
+    (block,) = network.blocks
+    got = stats.kronecker_statistics(
+        block, values, gradients, jnp.ones(N), stats.side_shapes(block, 99), jnp.float64
+    )
+    np.testing.assert_allclose(got.inputs, np.bincount(TOKENS.ravel()) / TOKENS.size)
+    slopes = N * jax.grad(loss)(outputs).reshape(-1, 3)
+    np.testing.assert_allclose(got.outputs, slopes.T @ slopes / N, rtol=1e-12)
+
+
+def test_indices_too_narrow_for_their_table():
+    """A byte cannot hold the number of rows, by which a negative index would be marked."""
+    tokens = np.array([[0, 1], [1, 127]], np.int8)
+    numbers = lax.GatherDimensionNumbers((2,), (0,), (0,))
+    objective = oa.Objective(
+        lambda table: lax.gather(table, tokens[..., None], numbers, (1, 2), mode="clip").mean(1),
+        lambda outputs: jnp.mean(outputs**2),
+    )
+    table = jnp.ones((200, 2))
+    transform = oa.scale_by_ekfac(objective, estimator="ggn", decay=0.0)
+    _, state = transform.update(table, transform.init(table), table, value_fn=objective)
+    want = np.bincount(tokens.ravel(), minlength=200) / tokens.size
+    np.testing.assert_allclose(state.factors[0].inputs, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [3, 401, 803])
+def test_wide_factors(x64, size):
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(2 * size, size)))
+    gram = stats.gram(rows, (size, size)) / len(rows)
+    want = np.asarray(rows).T @ np.asarray(rows) / len(rows)
+    np.testing.assert_allclose(gram, want, rtol=1e-12, atol=1e-12)
+    inverse = stats.damped_inverse(gram, jnp.asarray(0.1))
+    np.testing.assert_allclose(inverse @ (want + 0.1 * np.eye(size)), np.eye(size), atol=1e-12)
+
+
+def test_diagonal_factors_and_split_damping(x64):
+    values = np.array([1.0, 3.0])
+    got = stats.damped_inverse(jnp.asarray(values), jnp.asarray(0.1, jnp.float32))
+    np.testing.assert_allclose(got, 1 / (values + np.float32(0.1)), rtol=1e-12)
+    # Mean eigenvalues 4 and 1, 2 and 0 (nothing to go by): pi is 2 and 1.
+    factors = [4 * np.eye(3), np.ones(2), np.diag([1.0, 2.0, 3.0]), np.zeros((2, 2))]
+    strengths = stats.split_damping([jnp.asarray(f) for f in factors], 0.01)
+    np.testing.assert_allclose(strengths, [0.2, 0.05, 0.1, 0.1], rtol=1e-6)
+
+
+def test_traces():
+    """Of square matrices the diagonal, of all else everything."""
+    shapes = [(3, 3), (2, 5), (4,), (5, 5), (), (2, 2, 2)]
+    arrays = [np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in shapes]
+    want = [np.trace(a) if a.shape in ((3, 3), (5, 5)) else a.sum() for a in arrays]
+    np.testing.assert_allclose(stats.traces([jnp.asarray(a) for a in arrays]), want, rtol=1e-5)
+    assert stats.traces([]) == []
+
+
+def test_second_moments_follow_the_basis(x64):
+    rng = np.random.default_rng(0)
+
+    def basis(*sizes: int) -> stats.Kronecker:
+        return stats.Kronecker(
+            *(
+                stats.Eigen(jnp.ones(n), jnp.asarray(np.linalg.qr(rng.normal(size=(n, n)))[0]))
+                for n in sizes
+            )
+        )
+
+    old, new, moments = basis(3, 2), basis(3, 2), rng.uniform(size=(3, 2))
+    u, v = (np.kron(b.inputs.eigenvectors, b.outputs.eigenvectors) for b in (old, new))
+    matrix = (u * np.ravel(moments)) @ u.T
+    got = stats.change_basis(jnp.asarray(moments), old, new)
+    np.testing.assert_allclose(np.ravel(got), np.diagonal(v.T @ matrix @ v), rtol=1e-12)
+
+
+def test_each_inverse_is_computed_once():
+    """By one device of the axis; and sent to the others in one all-reduce with the others."""
+    calls = []
+
+    def function(factor: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda index: calls.append(int(index)), jax.lax.axis_index("workers"))
+        return 2 * factor
+
+    def worker(_: Any) -> Any:
+        factors = [(jnp.full((n, n), float(n)),) for n in (5, 1, 4, 2, 3)]
+        return stats.share(function, factors, "workers", lambda tree: vary_over(tree, "workers"))
+
+    results = over_workers("shard_map", worker, 4)(jnp.zeros((4, 1)))
+    jax.effects_barrier()
+    for n, result in zip((5, 1, 4, 2, 3), results, strict=True):
+        np.testing.assert_array_equal(result, np.full((4, n, n), 2.0 * n))
+    # The largest alone, the smallest two together.
+    assert sorted(calls) == [0, 1, 2, 3, 3]
