@@ -42,36 +42,38 @@ def scale_by_ekfac(
     r"""Multiplies gradients by the inverse of EKFAC's curvature matrix.
 
     K-FAC's eigenbasis with other eigenvalues: the second moments S of the per-example gradients in
-    that basis, the best ones in the Frobenius norm.  The basis is refreshed every
-    ``inverses_every`` steps, S every ``factors_every``.  A new basis does not make S forget (our
-    choice): it becomes the diagonal, in the new basis, of the matrix that it was.
+    that basis, which are the best ones in the Frobenius norm.  The basis is refreshed every
+    ``inverses_every`` steps, S every ``factors_every`` steps.  S is kept when the basis changes
+    (our choice): it becomes the diagonal, in the new basis, of the matrix that it stood for.
 
-    Beside K-FAC's cost S takes :math:`4 N n m` flops more for a dense layer; with weight sharing
-    (convolutions, positions) the gradient of each example is formed.  In an embedding the positions
-    of an example are taken for examples of their own.
+    In addition to K-FAC's cost, S takes :math:`4 N n m` flops for a dense layer; with weight
+    sharing (convolutions, positions) the gradient of each example is formed.  In an embedding each
+    position of an example counts as an example.
 
     Args:
-      objective: what the network looks like: an objective, of whose ``predict`` only the program is
-        read, when a state is made.
-      example: keyword arguments of ``predict``, arrays or ``jax.ShapeDtypeStruct``, of which only
-        shapes matter; ``None`` for an objective that holds its batch.
+      objective: an :class:`~optax_accel.Objective` of the network. Only the program of its
+        ``predict`` is read, to find the layers. Parameters alone do not tell how they are used, and
+        the state holds a matrix for each side of a layer.
+      example: keyword arguments of ``predict``, a dictionary of arrays or ``jax.ShapeDtypeStruct``,
+        of which only shapes and dtypes matter. ``None`` (default) for an objective that holds its
+        batch.
       damping: :math:`\lambda > 0`, float or schedule; it is added to S.
-      decay: of the moving averages of the factors and of S, in [0, 1); default 0.95.
+      decay: decay rate of the moving averages of the factors and of S, in [0, 1); default 0.95.
       factors_every: steps between refreshes of the factors and of S.
       inverses_every: steps between refreshes of the eigenbasis, a multiple of ``factors_every``.
-      estimator: the curvature: ``"fisher"`` (default) from one random vector an example at the
-        outputs; ``"ggn"``, the same matrix without sampling, one backward pass an output;
-        ``"empirical"``, from the gradients of the loss. :func:`scale_by_kfac` compares them.
-      likelihood: what the outputs are: ``"categorical"`` (logits), ``"bernoulli"`` (logits; the
-        loss is a sum over outputs), ``"gaussian"`` (means with unit variance). ``None`` (default):
-        whatever the loss is, up to 256 outputs an example.
+      estimator: how the curvature is estimated: ``"fisher"`` (default) with one random vector per
+        example at the outputs; ``"ggn"`` without sampling, with one backward pass per output;
+        ``"empirical"`` from the gradients of the loss. :func:`scale_by_kfac` compares them.
+      likelihood: the distribution that the outputs parametrize: ``"categorical"`` (logits),
+        ``"bernoulli"`` (logits; the loss sums over the outputs) or ``"gaussian"`` (means with unit
+        variance). ``None`` (default) works for any loss, with up to 256 outputs per example.
       norm_constraint: c, float or schedule: the update V is multiplied by :math:`\min(1, \sqrt{c /
-        \langle V, G \rangle})`. ``None`` (default): its length is left as it is.
+        \langle V, G \rangle})`. ``None`` (default) leaves its length as it is.
       max_size: a factor with more rows than this is approximated by its diagonal.
       key: PRNG key or integer seed of the random vectors.
       mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
-        parameters to one: leaves to precondition; updates of others pass unchanged. ``None``
-        (default): all.
+        parameters to one: the leaves to precondition. Updates of the others pass through unchanged.
+        ``None`` (default) selects all leaves.
 
     Returns:
       A transformation with state :class:`ScaleByKFACState` and the extra arguments of
@@ -136,32 +138,34 @@ def ekfac(
     It is :func:`kfac` with the curvature of :func:`scale_by_ekfac`.
 
     Args:
-      learning_rate: float or schedule.
-      objective: what the network looks like: an objective, of whose ``predict`` only the program is
-        read, when a state is made.
-      example: keyword arguments of ``predict``, arrays or ``jax.ShapeDtypeStruct``, of which only
-        shapes matter; ``None`` for an objective that holds its batch.
-      momentum: of the natural gradients, in [0, 1).
+      learning_rate: float or schedule, at least 0.
+      objective: an :class:`~optax_accel.Objective` of the network. Only the program of its
+        ``predict`` is read, to find the layers. Parameters alone do not tell how they are used, and
+        the state holds a matrix for each side of a layer.
+      example: keyword arguments of ``predict``, a dictionary of arrays or ``jax.ShapeDtypeStruct``,
+        of which only shapes and dtypes matter. ``None`` (default) for an objective that holds its
+        batch.
+      momentum: decay rate of the running sum of natural gradients, in [0, 1); default 0.9.
       kl_clip: :math:`\kappa`: natural gradients are multiplied by :math:`\min(1, \sqrt{\kappa /
-        (\eta^2 \langle V, G \rangle)})` with the learning rate :math:`\eta`; 1e-3 in Pauloski et
-        al.  It keeps the first steps, in which curvature is small, from diverging. ``None``
-        turns it off.
+        (\eta^2 \langle V, G \rangle)})` with the learning rate :math:`\eta`, which keeps the first
+        steps, in which the curvature is small, from diverging. Default 1e-3, as in Pauloski et al.;
+        ``None`` turns it off.
       damping: :math:`\lambda > 0`, float or schedule, relative to the curvature of the loss; it is
         added to the second moments S.
-      decay: of the moving averages of the factors and of S, in [0, 1); default 0.95.
+      decay: decay rate of the moving averages of the factors and of S, in [0, 1); default 0.95.
       factors_every: steps between refreshes of the factors and of S.
       inverses_every: steps between refreshes of the eigenbasis, a multiple of ``factors_every``.
-      estimator: the curvature: ``"fisher"`` (default) from one random vector an example at the
-        outputs; ``"ggn"``, the same matrix without sampling, one backward pass an output;
-        ``"empirical"``, from the gradients of the loss. :func:`scale_by_kfac` compares them.
-      likelihood: what the outputs are: ``"categorical"`` (logits), ``"bernoulli"`` (logits; the
-        loss is a sum over outputs), ``"gaussian"`` (means with unit variance). ``None`` (default):
-        whatever the loss is, up to 256 outputs an example.
+      estimator: how the curvature is estimated: ``"fisher"`` (default) with one random vector per
+        example at the outputs; ``"ggn"`` without sampling, with one backward pass per output;
+        ``"empirical"`` from the gradients of the loss. :func:`scale_by_kfac` compares them.
+      likelihood: the distribution that the outputs parametrize: ``"categorical"`` (logits),
+        ``"bernoulli"`` (logits; the loss sums over the outputs) or ``"gaussian"`` (means with unit
+        variance). ``None`` (default) works for any loss, with up to 256 outputs per example.
       max_size: a factor with more rows than this is approximated by its diagonal.
       key: PRNG key or integer seed of the random vectors.
       mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
-        parameters to one: leaves to precondition; updates of others pass unchanged. ``None``
-        (default): all.
+        parameters to one: the leaves to precondition. Updates of the others pass through unchanged.
+        ``None`` (default) selects all leaves.
 
     Returns:
       The optimizer; its ``update`` takes the extra arguments of :func:`scale_by_kfac`.

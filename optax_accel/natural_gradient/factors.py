@@ -255,7 +255,7 @@ def eigen_statistics(
         g = _rotate(gradients_of(use, gradients, num_examples, dtype), basis.outputs.eigenvectors)
         rotated.append((a, g))
     if block.kind == "embedding":
-        # The positions of an example are taken for examples of their own.
+        # Each position of an example counts as an example.
         total = jnp.zeros(block.matrix_shape, dtype)
         for a, g in rotated:
             squares = jnp.sum(g**2, axis=0).reshape(a.size, -1)
@@ -330,8 +330,8 @@ def share(
 ) -> list[chex.ArrayTree]:
     """Results of a function of factors, each computed by one replica of an axis and sent to all.
 
-    Replicas are given matrices so that the sums of their cubed sizes are alike.  (Stacking those of
-    one size instead takes longer on a CPU, to compile and to run.)
+    Matrices are assigned so that the sums of their cubed sizes are about the same on all replicas.
+    (Stacking those of one size instead takes longer on a CPU, to compile and to run.)
 
     Args:
       function: of a factor and scalars.
@@ -342,10 +342,10 @@ def share(
     if axis_name is None:
         return [function(*args) for args in arguments]
 
-    def own(*args: jax.Array) -> chex.ArrayTree:
+    def compute(*args: jax.Array) -> chex.ArrayTree:
         return vary(function(*args))
 
-    def nothing(*args: jax.Array) -> chex.ArrayTree:
+    def zeros(*args: jax.Array) -> chex.ArrayTree:
         shapes = jax.eval_shape(function, *args)
         return vary(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
 
@@ -360,7 +360,7 @@ def share(
         owner = load.index(min(load))
         load[owner] += len(factor) ** 3
         mine = lax.axis_index(axis_name) == owner
-        sent[i] = lax.cond(mine, own, nothing, *vary(arguments[i]))
+        sent[i] = lax.cond(mine, compute, zeros, *vary(arguments[i]))
     for i, result in lax.psum(sent, axis_name).items():
         results[i] = result
     return results
@@ -393,7 +393,7 @@ def kronecker_eigenvalues(basis: Kronecker) -> jax.Array:
 
 
 def change_basis(moments: jax.Array, old: Kronecker, new: Kronecker) -> jax.Array:
-    """The diagonal, in a new basis, of the matrix that has the given diagonal in an old one."""
+    """The diagonal, in a new basis, of a matrix that is diagonal in an old one."""
     for axis, (a, b) in enumerate(zip(old, new, strict=True)):
         if a.eigenvectors is not None:
             squares = _matmul(b.eigenvectors.T, a.eigenvectors) ** 2
@@ -404,7 +404,7 @@ def change_basis(moments: jax.Array, old: Kronecker, new: Kronecker) -> jax.Arra
 def traces(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """The sum of each matrix's diagonal, of a vector and other arrays that of all entries.
 
-    Diagonals are summed together: each sum of its own is several kernels to compile.
+    Diagonals are summed together, because every single sum is several kernels to compile.
     """
     sums = {
         i: jnp.sum(array)

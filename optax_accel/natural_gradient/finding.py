@@ -32,13 +32,14 @@ def describe_layers(
     """What K-FAC makes of a network: a readable report, one line for each block of parameters.
 
     Args:
-      objective: what the network looks like: an objective, of whose ``predict`` only the program is
-        read, when a state is made.
+      objective: an :class:`~optax_accel.Objective` of the network. Only the program of its
+        ``predict`` is read, to find the layers.
       params: the parameters, arrays or ``jax.ShapeDtypeStruct``.
-      example: keyword arguments of ``predict``, arrays or ``jax.ShapeDtypeStruct``, of which only
-        shapes matter; ``None`` for an objective that holds its batch.
+      example: keyword arguments of ``predict``, a dictionary of arrays or ``jax.ShapeDtypeStruct``,
+        of which only shapes and dtypes matter. ``None`` (default) for an objective that holds its
+        batch.
       mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
-        parameters to one: the leaves to report. ``None`` (default): all.
+        parameters to one: the leaves to report. ``None`` (default) selects all leaves.
 
     Returns:
       A table: the names of the parameters, the kind of layer, how its curvature is approximated

@@ -120,24 +120,30 @@ def hessian_free(
     one of them does.
 
     Args:
-      learning_rate: :math:`\alpha`, float or schedule; default 1, to where the model is lowest.
+      learning_rate: :math:`\alpha`, float or schedule; default 1, which goes to where the model is
+        lowest.
       damping: :math:`\lambda` in the first step, at least 0; default 1, for losses that are means
-        over examples. 0 stays 0: for systems that have a solution.
-      damping_factor: what the damping is multiplied with or divided by, at least 1; 1 keeps it.
-        The papers: 3/2 (the default).
-      max_iterations: of CG in a step, at least 1. Martens (2010): 250.
+        over examples. A damping of 0 stays 0, for systems that have a solution without it.
+      damping_factor: what the damping is multiplied or divided by when it changes, at least 1;
+        default 3/2, as in both papers. 1 keeps the damping constant.
+      max_iterations: the most iterations of CG in a step, at least 1; default 250, as in Martens
+        (2010).
       tolerance: CG stops when over the last k iterations the damped model fell by less than a
-        fraction ``k * tolerance`` of its whole fall. Martens (2010): 5e-4. 0: until it falls no
-        more.
-      decay: in [0, 1]; CG starts from that times the last direction, unless the model prefers to
-        start from zero. Martens and Sutskever (2012): 0.95; 0 starts from zero.
-      max_halvings: how often a step is halved as long as it raises the loss of its own batch; where
-        that is not enough, no step is made. A halving costs a loss. 0: all steps are made whole.
-      precondition: solve with the preconditioner :math:`(\operatorname{diag} G + \lambda)^{3/4}`,
-        with a running estimate of the diagonal that takes one product a step.
+        fraction ``k * tolerance`` of its whole fall; default 5e-4, as in Martens (2010). With 0 it
+        goes on until the model falls no more.
+      decay: in [0, 1]; CG starts from the last direction times this, unless the model prefers to
+        start from zero. Default 0.95, as in Martens and Sutskever (2012); 0 always starts from
+        zero.
+      max_halvings: how often a step is halved as long as it raises the loss of its own batch; if
+        the loss still rises then, the step is left out. A halving costs a loss. With 0 all steps
+        are made whole.
+      precondition: whether to solve with the preconditioner :math:`(\operatorname{diag} G +
+        \lambda)^{3/4}`, with a running estimate of the diagonal that takes one product per step;
+        default False.
       mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
-        parameters to one: the others are held fixed, and their updates pass unchanged. Use this
-        instead of ``optax.masked``, inside which no loss can be evaluated.
+        parameters to one: the leaves to optimize. The others are held fixed, and their updates pass
+        through unchanged. ``None`` (default) selects all leaves. Use this instead of
+        ``optax.masked``, inside which the loss cannot be evaluated.
 
     Returns:
       An optimizer with state :class:`HessianFreeState`.  Memory: about 6 copies of the parameters,

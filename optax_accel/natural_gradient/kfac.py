@@ -62,32 +62,32 @@ def scale_by_kfac(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies gradients by the inverse of K-FAC's curvature matrix.
 
-    One element of an Optax chain, to be placed first, where the updates are gradients; what follows
-    (momentum, weight decay, learning rate) works on the natural gradient.  ``update`` takes:
+    Place it first in an Optax chain, where the updates are gradients; what follows (momentum,
+    weight decay, learning rate) works on the natural gradient.  ``update`` takes:
 
     * ``value_fn``: the :class:`~optax_accel.Objective` of this step's batch, built from ``predict``
       and ``loss``; required.
-    * ``curvature_value_fn``: another one, on whose batch the curvature is estimated; default
+    * ``curvature_value_fn``: another objective, on whose batch the curvature is estimated; default
       ``value_fn``.
-    * ``refresh``: ``None`` (default): factors and inverses are refreshed inside the compiled step,
-      by ``lax.cond`` on the step count.  A static Python value drives them from the host, so that
+    * ``refresh``: with ``None`` (default), factors and inverses are refreshed inside the compiled
+      step, by ``lax.cond`` on the step count.  With a static Python value the host decides, so that
       the loop alternates compiled steps without conditionals (required for speed with convolutions
       on a CPU): ``False`` refreshes nothing, ``"factors"`` the factors, ``"inverses"`` (or True,
       ``"cold"`` and ``"warm"``, the words for trackers) both; :func:`~optax_accel.refresh_at` gives
-      the value for a step.  The first step needs ``"inverses"``: before, there is no curvature,
+      the value for a step.  The first step needs ``"inverses"``: before it there is no curvature,
       and gradients pass (divided by 1 + damping in the eigenbasis).
 
-    The loss must be a mean over the examples, which the leading axis of the outputs counts, or a
-    mean with weights (a mask, for instance), for which factors are those of the weighted examples:
-    with a ``likelihood`` exactly, with weights of positions, too, where a layer has as many of them
-    as the outputs; without one the moments A are those of all examples alike that the loss looks
-    at.  On several replicas such a loss has to declare its ``weight``
-    (:class:`~optax_accel.Objective`); if it does not, all replicas count alike.
+    The loss must be a mean over the examples, which are counted along the leading axis of the
+    outputs, or a weighted mean, as with a mask.  With a ``likelihood`` the factors are exactly
+    those of the weighted examples, and of weighted positions where a layer has as many positions as
+    the outputs; without one, the moments A count alike all examples that the loss looks at.  On
+    several replicas a weighted loss has to declare its ``weight``
+    (:class:`~optax_accel.Objective`); otherwise all replicas count alike.
 
     Where examples depend on each other (batch normalization in training mode), gradients per
-    example are approximate: what flows through the statistics of the batch is shared out among its
-    examples.  Time-major networks are matched as others are, except that examples and positions may
-    be mixed up where a diagonal or EKFAC keeps them apart.
+    example are approximate: what flows through the statistics of the batch is divided among its
+    examples.  The layers of time-major networks are found, too, but where a diagonal or EKFAC needs
+    examples and positions apart, they may be mixed up.
 
     Cost of a step, for dense layers of n inputs and m outputs at N examples and positions: a
     forward and half a backward pass (the forward one shared with the gradient under ``jit``) and
@@ -105,37 +105,44 @@ def scale_by_kfac(
     replicas.  In global-view ``jit`` the compiler decides.
 
     Args:
-      objective: what the network looks like: an objective, of whose ``predict`` only the program is
-        read, when a state is made.  Parameters alone do not tell how they are used, and the state
-        holds a matrix for each side of a layer.
-      example: keyword arguments of ``predict``, arrays or ``jax.ShapeDtypeStruct`` (a batch, of
-        which only shapes matter); None for an objective that holds its batch.
-      damping: :math:`\lambda > 0`, float or schedule. 1e-3 as in Pauloski et al.  Relative to the
-        curvature of the loss: tune it together with the learning rate.
-      damping_kind: ``"factored"`` (default): added to each factor, as above; inverses by Cholesky
-        decomposition.  A new value acts when inverses are refreshed.  ``"eigen"``: added to the
-        eigenvalues of the Kronecker product, which is exact; about ten times as expensive.
-      decay: of the moving averages of factors, in [0, 1). 0.95 in both papers.
+      objective: an :class:`~optax_accel.Objective` of the network. Only the program of its
+        ``predict`` is read, to find the layers. Parameters alone do not tell how they are used, and
+        the state holds a matrix for each side of a layer.
+      example: keyword arguments of ``predict``, a dictionary of arrays or ``jax.ShapeDtypeStruct``,
+        of which only shapes and dtypes matter. ``None`` (default) for an objective that holds its
+        batch.
+      damping: :math:`\lambda > 0`, float or schedule; default 1e-3, as in Pauloski et al. It is
+        relative to the curvature of the loss: tune it together with the learning rate.
+      damping_kind: where the damping is added: ``"factored"`` (default) to each factor, as above,
+        with inverses by Cholesky decomposition; a new value acts when inverses are refreshed.
+        ``"eigen"`` to the eigenvalues of the Kronecker product, which is exact and about ten times
+        as expensive.
+      decay: decay rate of the moving averages of the factors, in [0, 1); default 0.95, as in
+        Martens, Grosse (2015, section 5).
       factors_every: steps between refreshes of the factors.
       inverses_every: steps between refreshes of the inverses, a multiple of ``factors_every``.
-      estimator: the curvature.  ``"fisher"``: one random vector s an example at the outputs,
-        :math:`E\, s s^\top = \nabla_f^2 \ell`; with a ``likelihood`` from targets sampled from the
-        model, else :math:`s = (\nabla_f^2 \ell)^{1/2} \xi` with a normal :math:`\xi`, for any
-        loss: an unbiased estimate of the generalized Gauss-Newton matrix at the price of one
-        backward pass, the standard choice.  ``"ggn"``: that matrix without sampling, C backward
-        passes for C outputs.  ``"empirical"``: the gradients of the loss, as in Pauloski et al.:
-        cheapest and for any number of outputs, but no curvature (Kunstner et al., 2019).
-      likelihood: what kind of loss it is: ``"categorical"`` (cross entropy, outputs are logits),
-        ``"bernoulli"`` (binary cross entropy, logits), ``"gaussian"`` (squared error); weights and
-        constant factors are read off the loss, at the price of two of its gradients with respect
-        to the outputs. None (default): whatever the loss is, up to 256 outputs an example.
-      norm_constraint: c: the update V is multiplied by :math:`\min(1, \sqrt{c / \langle V, G
-        \rangle})`, float or schedule; None: not.  A KL clip :math:`\kappa` at learning rate
-        :math:`\eta` is :math:`c = \kappa / \eta^2`, as :func:`kfac` sets it.
-      max_size: a factor with more rows is taken for diagonal.
+      estimator: how the curvature is estimated. ``"fisher"`` (default), the standard choice, pulls
+        one random vector s per example back from the outputs, with :math:`E\, s s^\top = \nabla_f^2
+        \ell`: with a ``likelihood`` from targets sampled from the model, else :math:`s =
+        (\nabla_f^2 \ell)^{1/2} \xi` with a normal :math:`\xi`, for any loss. It is an unbiased
+        estimate of the generalized Gauss-Newton matrix at the price of one backward pass. ``"ggn"``
+        is that matrix without sampling, at the price of C backward passes for C outputs.
+        ``"empirical"`` takes the gradients of the loss, as Pauloski et al. do: it is the cheapest
+        and works for any number of outputs, but is not a curvature (Kunstner et al., 2019).
+      likelihood: the distribution that the outputs parametrize: ``"categorical"`` (cross entropy,
+        outputs are logits), ``"bernoulli"`` (binary cross entropy, logits) or ``"gaussian"``
+        (squared error). Weights and constant factors are read off the loss, at the price of two of
+        its gradients with respect to the outputs. ``None`` (default) works for any loss, with up to
+        256 outputs per example.
+      norm_constraint: c, float or schedule: the update V is multiplied by :math:`\min(1, \sqrt{c /
+        \langle V, G \rangle})`. ``None`` (default) leaves its length as it is. A KL clip
+        :math:`\kappa` at learning rate :math:`\eta` is :math:`c = \kappa / \eta^2`, as :func:`kfac`
+        sets it.
+      max_size: a factor with more rows than this is approximated by its diagonal.
       key: PRNG key or integer seed of the random vectors.
       mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
-        parameters to one: leaves to precondition; updates of others pass unchanged.  None: all.
+        parameters to one: the leaves to precondition. Updates of the others pass through unchanged.
+        ``None`` (default) selects all leaves.
 
     Returns:
       A transformation with state :class:`ScaleByKFACState`. ``optax.tree.map_params`` shows its
@@ -212,35 +219,38 @@ def kfac(
     r"""K-FAC with momentum and a KL clip.
 
     Args:
-      learning_rate: float or schedule.
-      objective: what the network looks like: an objective, of whose ``predict`` only the program is
-        read, when a state is made.
-      example: keyword arguments of ``predict``, arrays or ``jax.ShapeDtypeStruct``, of which only
-        shapes matter; ``None`` for an objective that holds its batch.
-      momentum: of the natural gradients, in [0, 1).
+      learning_rate: float or schedule, at least 0.
+      objective: an :class:`~optax_accel.Objective` of the network. Only the program of its
+        ``predict`` is read, to find the layers. Parameters alone do not tell how they are used, and
+        the state holds a matrix for each side of a layer.
+      example: keyword arguments of ``predict``, a dictionary of arrays or ``jax.ShapeDtypeStruct``,
+        of which only shapes and dtypes matter. ``None`` (default) for an objective that holds its
+        batch.
+      momentum: decay rate of the running sum of natural gradients, in [0, 1); default 0.9.
       kl_clip: :math:`\kappa`: natural gradients are multiplied by :math:`\min(1, \sqrt{\kappa /
-        (\eta^2 \langle V, G \rangle)})` with the learning rate :math:`\eta`; 1e-3 in Pauloski et
-        al.  It keeps the first steps, in which curvature is small, from diverging. ``None``
-        turns it off.
-      damping: :math:`\lambda > 0`, float or schedule, relative to the curvature of the loss: tune
-        it together with the learning rate.
-      damping_kind: ``"factored"`` (default): added to each factor, whose inverses are Cholesky
-        decompositions. ``"eigen"``: added to the eigenvalues of the Kronecker product, which is
-        exact and about ten times as expensive.
-      decay: of the moving averages of the factors, in [0, 1); default 0.95.
+        (\eta^2 \langle V, G \rangle)})` with the learning rate :math:`\eta`, which keeps the first
+        steps, in which the curvature is small, from diverging. Default 1e-3, as in Pauloski et al.;
+        ``None`` turns it off.
+      damping: :math:`\lambda > 0`, float or schedule; default 1e-3, as in Pauloski et al. It is
+        relative to the curvature of the loss: tune it together with the learning rate.
+      damping_kind: where the damping is added: ``"factored"`` (default) to each factor, with
+        inverses by Cholesky decomposition; ``"eigen"`` to the eigenvalues of the Kronecker product,
+        which is exact and about ten times as expensive.
+      decay: decay rate of the moving averages of the factors, in [0, 1); default 0.95, as in
+        Martens, Grosse (2015, section 5).
       factors_every: steps between refreshes of the factors.
       inverses_every: steps between refreshes of the inverses, a multiple of ``factors_every``.
-      estimator: the curvature: ``"fisher"`` (default) from one random vector an example at the
-        outputs; ``"ggn"``, the same matrix without sampling, one backward pass an output;
-        ``"empirical"``, from the gradients of the loss. :func:`scale_by_kfac` compares them.
-      likelihood: what the outputs are: ``"categorical"`` (logits), ``"bernoulli"`` (logits; the
-        loss is a sum over outputs), ``"gaussian"`` (means with unit variance). ``None`` (default):
-        whatever the loss is, up to 256 outputs an example.
+      estimator: how the curvature is estimated: ``"fisher"`` (default) with one random vector per
+        example at the outputs; ``"ggn"`` without sampling, with one backward pass per output;
+        ``"empirical"`` from the gradients of the loss. :func:`scale_by_kfac` compares them.
+      likelihood: the distribution that the outputs parametrize: ``"categorical"`` (logits),
+        ``"bernoulli"`` (logits; the loss sums over the outputs) or ``"gaussian"`` (means with unit
+        variance). ``None`` (default) works for any loss, with up to 256 outputs per example.
       max_size: a factor with more rows than this is approximated by its diagonal.
       key: PRNG key or integer seed of the random vectors.
       mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
-        parameters to one: leaves to precondition; updates of others pass unchanged. ``None``
-        (default): all.
+        parameters to one: the leaves to precondition. Updates of the others pass through unchanged.
+        ``None`` (default) selects all leaves.
 
     Returns:
       The optimizer; its ``update`` takes the extra arguments of :func:`scale_by_kfac`.
