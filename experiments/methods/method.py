@@ -14,8 +14,9 @@ import optax
 
 import optax_accel as oa
 
-# Directions of the subspace in the costs that the catalogue states: one per class of ten.
-COSTED_CLASSES = 10
+# The costs that the catalogue states are those of a linear layer and ten classes.
+_LAYER = {"w": jax.ShapeDtypeStruct((128, 64), jnp.float32)}
+_CLASSES = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,7 +175,7 @@ class Method:
     def _on_a_linear_layer(self) -> optax.GradientTransformationExtraArgs:
         """The optimizer of `_LAYER`, from which periods and sizes can be read."""
         objective = oa.Objective(lambda params: jnp.zeros((1, 128)) @ params["w"], jnp.sum)
-        arguments: dict[str, Any] = {"total_steps": 100, "num_classes": COSTED_CLASSES}
+        arguments: dict[str, Any] = {"total_steps": 100, "num_classes": _CLASSES}
         with jax.transfer_guard("allow"):  # the first to ask may be a guarded training loop
             return self.build(0.1, objective=objective, **arguments)
 
@@ -226,11 +227,8 @@ class Method:
         costs = [f"state {state:.3g} x the parameters"]
         if self.gradients_per_step > 1:
             costs.insert(0, f"{self.gradients_per_step} gradients a step")
-        if products := self.products("warm", _LAYER, COSTED_CLASSES):
+        if products := self.products("warm", _LAYER, _CLASSES):
             noun = "product" if products == 1 else "products"
             rhythm = "step" if self.refresh_every == 1 else f"{self.refresh_every} steps"
             costs.insert(0, f"{products} Hessian-vector {noun} every {rhythm}")
         return ", ".join(costs)
-
-
-_LAYER = {"w": jax.ShapeDtypeStruct((128, 64), jnp.float32)}
