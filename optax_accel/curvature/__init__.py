@@ -10,16 +10,10 @@ from optax_accel.curvature._lobpcg import lobpcg
 from optax_accel.curvature.block_tracker import BlockTracker
 from optax_accel.curvature.eigensolvers import Eigenpairs
 from optax_accel.curvature.exact_tracker import ExactTracker
+from optax_accel.curvature.fishers import empirical_fisher, fisher, gradient_covariance
 from optax_accel.curvature.gradient_tracker import GradientTracker
-from optax_accel.curvature.operators import (
-    CurvatureOperator,
-    empirical_fisher,
-    fisher,
-    functional_hessian,
-    gauss_newton,
-    gradient_covariance,
-    hessian,
-)
+from optax_accel.curvature.hessians import functional_hessian, gauss_newton, hessian
+from optax_accel.curvature.operators import CurvatureOperator
 from optax_accel.curvature.round_robin_tracker import RoundRobinTracker
 from optax_accel.curvature.spectrum import (
     EnergyShares,

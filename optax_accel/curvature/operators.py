@@ -33,18 +33,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.tree_util import Partial
 
-from optax_accel._arguments import check_choice, check_real_leaves
-from optax_accel._derivatives import Constants, LinearFunction, congruence, jacobian_of
+from optax_accel._arguments import check_real_leaves
+from optax_accel._derivatives import Constants, LinearFunction
 from optax_accel._extra_args import check_params
-from optax_accel._means import fixed_if_unused, shares_of, weighted
 from optax_accel.curvature import blocks
 from optax_accel.objective import Objective
 
@@ -55,15 +53,17 @@ Batches = Iterable[Batch]
 class CurvatureOperator:
     """A symmetric linear operator on pytrees like the parameters.
 
-    Built by :func:`hessian` and its siblings. Vectors may be wider than the parameters (float32 for
-    bfloat16 parameters); a product has its vector's dtypes (over ``batches`` at least float32).
+    Built by :func:`~optax_accel.curvature.hessian` and its siblings. Vectors may be wider than the
+    parameters (float32 for bfloat16 parameters); a product has its vector's dtypes (over
+    ``batches`` at least float32).
 
     Args:
-      name: what it is called in messages.
-      params: gives the structure, shapes and shardings of the vectors.
+      name: its name in messages.
+      params: the parameters, whose structure, shapes and shardings the vectors have.
       linear: the operator as a linear function that is a pytree (``jax.tree_util.Partial``), or
         None if it comes in ``terms``.
-      terms: starts a pass over the linear functions and weights that the operator is the mean of.
+      terms: function that starts a pass over linear functions and their weights; the operator is
+        their weighted mean. Default: none, the operator is ``linear``.
 
     Attributes:
       like: structure, shapes and dtypes of the vectors, as ``jax.ShapeDtypeStruct``: those of the
@@ -94,7 +94,6 @@ class CurvatureOperator:
         # Without a constraint the compiler may replicate the products of sharded vectors.
         self._shardings = shardings_of(self.like)
         self._name = name
-        # The operator as one function, or what gives the functions and weights it is the mean of.
         self._linear = linear
         self._terms = terms
 
@@ -130,393 +129,6 @@ class CurvatureOperator:
         return products(self._linear)
 
 
-def hessian(
-    objective: Objective, params: chex.ArrayTree, *, batches: Batches | None = None, **batch: Any
-) -> CurvatureOperator:
-    """The Hessian of the loss.
-
-    Args:
-      objective: the loss; products are differentiated by its ``hvp_mode``.
-      params: the parameters at which the curvature is taken.
-      batches: data in batches, a re-iterable of dicts of keyword arguments of the objective; their
-        leaves' leading axis counts examples, and the last batch may be smaller.
-      **batch: or one batch in memory: the objective's keyword arguments. Neither, if the objective
-        holds its data.
-
-    Returns:
-      The operator.
-
-    Raises:
-      TypeError: ``objective`` is no Objective; an argument that it needs is missing; ``batches`` is
-        no re-iterable of dicts; a parameter is not real.
-      ValueError: both ``batches`` and a batch were given, or no batches or an empty one.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import optax_accel as oa
-      >>> from optax_accel import curvature
-      >>> objective = oa.Objective(lambda w, x: x @ w, lambda out, y: jnp.mean((out - y) ** 2) / 2)
-      >>> x, y, w = jnp.array([[1.0, 0.0], [1.0, 2.0]]), jnp.zeros(2), jnp.ones(2)
-      >>> curvature.hessian(objective, w, x=x, y=y).dense().tolist()
-      [[1.0, 1.0], [1.0, 2.0]]
-      >>> data = [{"x": x[:1], "y": y[:1]}, {"x": x[1:], "y": y[1:]}]
-      >>> curvature.hessian(objective, w, batches=data).dense().tolist()
-      [[1.0, 1.0], [1.0, 2.0]]
-    """
-    return _build("hessian", _hessian, objective, params, batches, batch)
-
-
-def gauss_newton(
-    objective: Objective, params: chex.ArrayTree, *, batches: Batches | None = None, **batch: Any
-) -> CurvatureOperator:
-    """The generalized Gauss-Newton matrix of the loss, positive semidefinite for convex losses.
-
-    Args:
-      objective: the loss, built from ``predict`` and ``loss``.
-      params: the parameters at which the curvature is taken.
-      batches: data in batches, a re-iterable of dicts of keyword arguments of the objective; their
-        leaves' leading axis counts examples, and the last batch may be smaller.
-      **batch: or one batch in memory, the objective's keyword arguments. Neither, if the objective
-        holds its data.
-
-    Returns:
-      The operator.
-
-    Raises:
-      ValueError: the objective was built from a value function; or as for :func:`hessian`.
-      TypeError: as for :func:`hessian`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import optax_accel as oa
-      >>> from optax_accel import curvature
-      >>> objective = oa.Objective(lambda w: w[0] * w[1], lambda f: 0.5 * (f - 5) ** 2)
-      >>> curvature.gauss_newton(objective, jnp.array([2.0, 3.0])).dense().tolist()
-      [[9.0, 6.0], [6.0, 4.0]]
-
-    References:
-      Schraudolph, `Fast curvature matrix-vector products
-      <https://doi.org/10.1162/08997660260028683>`_, 2002.
-    """
-    return _build("gauss_newton", _gauss_newton, objective, params, batches, batch)
-
-
-def functional_hessian(
-    objective: Objective, params: chex.ArrayTree, *, batches: Batches | None = None, **batch: Any
-) -> CurvatureOperator:
-    """The functional Hessian, ``hessian - gauss_newton``: the curvature of the network itself.
-
-    A product costs what one of the Hessian does.
-
-    Args:
-      objective: the loss, built from ``predict`` and ``loss``.
-      params: the parameters at which the curvature is taken.
-      batches: data in batches, a re-iterable of dicts of keyword arguments of the objective; their
-        leaves' leading axis counts examples, and the last batch may be smaller.
-      **batch: or one batch in memory, the objective's keyword arguments. Neither, if the objective
-        holds its data.
-
-    Returns:
-      The operator.
-
-    Raises:
-      ValueError: the objective was built from a value function; or as for :func:`hessian`.
-      TypeError: as for :func:`hessian`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import optax_accel as oa
-      >>> from optax_accel import curvature
-      >>> objective = oa.Objective(lambda w: w[0] * w[1], lambda f: 0.5 * (f - 5) ** 2)
-      >>> curvature.functional_hessian(objective, jnp.array([2.0, 3.0])).dense().tolist()
-      [[0.0, 1.0], [1.0, 0.0]]
-
-    References:
-      Singh, Bachmann, Hofmann, `Analytic insights into structure and rank of neural network Hessian
-      maps <https://arxiv.org/abs/2106.16225>`_, 2021.
-    """
-    return _build("functional_hessian", _functional_hessian, objective, params, batches, batch)
-
-
-def fisher(
-    objective: Objective,
-    params: chex.ArrayTree,
-    *,
-    likelihood: Literal["categorical", "gaussian"] = "categorical",
-    batches: Batches | None = None,
-    **batch: Any,
-) -> CurvatureOperator:
-    """The Fisher information of the model's predictive distribution, exact: nothing is sampled.
-
-    It equals the Gauss-Newton matrix of the mean negative log-likelihood, whatever loss the
-    objective has; only the outputs of the objective are used, and all examples count alike. Where
-    the objective declares a ``weight``, its loss must be the weighted mean of that negative
-    log-likelihood (up to a factor), and examples, or positions, count as they do in the loss: those
-    under a mask not at all.
-
-    Args:
-      objective: the loss, built from ``predict`` and ``loss``; ``predict`` returns one array.
-      params: the parameters at which the curvature is taken.
-      likelihood: ``"categorical"`` (default): outputs are logits ``(..., classes)``, and the mean
-        is over all axes but the last. ``"gaussian"``: outputs are means of unit-variance Gaussians
-        (half the squared error, summed over outputs), and the mean is over the leading axis; an
-        output of shape ``()`` is one example.
-      batches: data in batches, a re-iterable of dicts of keyword arguments of the objective; their
-        leaves' leading axis counts examples, and the last batch may be smaller.
-      **batch: or one batch in memory, the objective's keyword arguments. Neither, if the objective
-        holds its data.
-
-    Returns:
-      The operator.
-
-    Raises:
-      ValueError: unknown likelihood, unsuitable outputs; or as for :func:`gauss_newton`.
-      TypeError: as for :func:`hessian`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import optax_accel as oa
-      >>> from optax_accel import curvature
-      >>> objective = oa.Objective(predict=lambda w, x: x @ w, loss=jnp.mean)
-      >>> w, x = jnp.zeros((1, 2)), jnp.ones((5, 1))  # two classes, equally likely
-      >>> curvature.fisher(objective, w, x=x).dense().tolist()
-      [[0.25, -0.25], [-0.25, 0.25]]
-
-    References:
-      Martens, `New insights and perspectives on the natural gradient method
-      <https://arxiv.org/abs/1412.1193>`_, 2020, sections 5 and 9.
-    """
-    check_choice("likelihood", likelihood, ("categorical", "gaussian"))
-    linearize = functools.partial(_fisher, likelihood)
-    return _build(f"fisher, {likelihood}", linearize, objective, params, batches, batch)
-
-
-def empirical_fisher(
-    objective: Objective, params: chex.ArrayTree, *, batches: Batches | None = None, **batch: Any
-) -> CurvatureOperator:
-    """The empirical Fisher matrix: the second moment of the per-example gradients.
-
-    The per-example losses are the objective's, on batches of one example: every keyword argument's
-    leaves are cut along their leading axis (leaves without axes are shared by all examples). A
-    model whose examples see each other, as in batch normalization in training mode, has no
-    per-example losses in this sense.
-
-    Args:
-      objective: the loss; for a batch the mean over its examples.
-      params: the parameters at which the curvature is taken.
-      batches: data in batches, a re-iterable of dicts of keyword arguments of the objective; their
-        leaves' leading axis counts examples, and the last batch may be smaller.
-      **batch: or one batch in memory, the objective's keyword arguments. One of the two is needed:
-        an objective that holds its data cannot be cut into examples.
-
-    Returns:
-      The operator.
-
-    Raises:
-      ValueError: no data; leading axes that differ; or as for :func:`hessian`.
-      TypeError: as for :func:`hessian`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import optax_accel as oa
-      >>> from optax_accel import curvature
-      >>> objective = oa.Objective.from_value_fn(lambda w, x: jnp.mean(x @ w))
-      >>> x = jnp.array([[1.0, 0.0], [1.0, 2.0]])  # the per-example gradients
-      >>> curvature.empirical_fisher(objective, jnp.zeros(2), x=x).dense().tolist()
-      [[1.0, 1.0], [1.0, 2.0]]
-
-    References:
-      Kunstner, Balles, Hennig, `Limitations of the empirical Fisher approximation
-      <https://arxiv.org/abs/1905.12558>`_, 2019.
-    """
-    return _build(
-        "empirical_fisher", _gradient_moment, objective, params, batches, batch, per_example=True
-    )
-
-
-def gradient_covariance(
-    objective: Objective, params: chex.ArrayTree, *, batches: Batches | None = None, **batch: Any
-) -> CurvatureOperator:
-    """The covariance of the per-example gradients: the empirical Fisher matrix, centred.
-
-    The mean gradient is that of the whole data; with ``batches`` it takes one more pass, made when
-    the operator is built.
-
-    Args:
-      objective: the loss; for a batch the mean over its examples.
-      params: the parameters at which the curvature is taken.
-      batches: data in batches, a re-iterable of dicts of keyword arguments of the objective; their
-        leaves' leading axis counts examples, and the last batch may be smaller.
-      **batch: or one batch in memory, the objective's keyword arguments. One of the two is needed:
-        an objective that holds its data cannot be cut into examples.
-
-    Returns:
-      The operator.
-
-    Raises:
-      ValueError: as for :func:`empirical_fisher`.
-      TypeError: as for :func:`hessian`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import optax_accel as oa
-      >>> from optax_accel import curvature
-      >>> objective = oa.Objective.from_value_fn(lambda w, x: jnp.mean(x @ w))
-      >>> x = jnp.array([[1.0, 0.0], [1.0, 2.0]])
-      >>> curvature.gradient_covariance(objective, jnp.zeros(2), x=x).dense().tolist()
-      [[0.0, 0.0], [0.0, 1.0]]
-    """
-    return _build(
-        "gradient_covariance",
-        _gradient_moment,
-        objective,
-        params,
-        batches,
-        batch,
-        per_example=True,
-        centred=True,
-    )
-
-
-# -- linear functions of one batch ---------------------------------------------------------------
-
-
-def _hessian(objective: Objective, params: chex.ArrayTree, batch: Batch) -> LinearFunction:
-    return objective.hessian(params, **batch)
-
-
-def _gauss_newton(objective: Objective, params: chex.ArrayTree, batch: Batch) -> LinearFunction:
-    return objective.gauss_newton(params, **batch)
-
-
-def _functional_hessian(
-    objective: Objective, params: chex.ArrayTree, batch: Batch
-) -> LinearFunction:
-    return objective.functional_hessian(params, **batch)
-
-
-def _weight(objective: Objective, params: chex.ArrayTree, batch: Batch) -> jax.Array | None:
-    del params
-    return objective.batch_weight(**batch)
-
-
-def _gradient(objective: Objective, params: chex.ArrayTree, batch: Batch) -> chex.ArrayTree:
-    return objective.grad(params, **batch)
-
-
-def _fisher(
-    likelihood: str, objective: Objective, params: chex.ArrayTree, batch: Batch
-) -> LinearFunction:
-    outputs, push, pull = objective.jacobian(params, **batch)
-    if not isinstance(outputs, jax.Array) or (likelihood == "categorical" and not outputs.ndim):
-        need = "one array of logits (..., classes)" if likelihood == "categorical" else "one array"
-        got = jax.tree.map(jnp.shape, outputs)
-        raise ValueError(f"fisher: `predict` must return {need}, got the shapes {got}.")
-    if likelihood == "categorical":
-        information = Partial(_categorical_information, jax.nn.softmax(outputs, axis=-1))
-    else:
-        information = Partial(_gaussian_information)
-    shares = _shares_in_loss(objective, outputs, information, batch)
-    middle = Partial(_mean_information, information, shares)
-    params = objective.vary(params)
-    return objective.mean_product(Partial(congruence, push, middle, pull), params, **batch)
-
-
-def _categorical_information(probabilities: jax.Array, tangent: jax.Array) -> jax.Array:
-    mean = jnp.sum(probabilities * tangent, axis=-1, keepdims=True)
-    return probabilities * (tangent - mean)
-
-
-def _gaussian_information(tangent: jax.Array) -> jax.Array:
-    return tangent
-
-
-def _mean_information(
-    information: LinearFunction, shares: jax.Array, tangent: jax.Array
-) -> jax.Array:
-    return shares * information(tangent)
-
-
-def _shares_in_loss(
-    objective: Objective, outputs: jax.Array, information: Partial, batch: Batch
-) -> jax.Array:
-    """What each position counts in the mean: like the outputs, or with a last axis of length 1.
-
-    All alike, unless the objective declares a weight. Then the loss has weights of its own. It is a
-    weighted mean of negative log-likelihoods, so its Hessian at a position is a multiple of the
-    Fisher information there, and one product with both shows which. The weights are the same for
-    all outputs, and at outputs of 0 the information is not lost in rounding, as it is where the
-    network is sure of a class.
-    """
-    axes: tuple[int, ...]
-    if information.func is _categorical_information:
-        number = outputs.size // outputs.shape[-1]
-        information = Partial(
-            _categorical_information, jnp.full_like(outputs, 1 / outputs.shape[-1])
-        )
-        probe = jnp.zeros_like(outputs).at[..., 0].set(1)
-        total, axes = 1.0, (-1,)
-    else:
-        number = outputs.shape[0] if outputs.ndim else 1
-        probe = jnp.ones_like(outputs)
-        total, axes = outputs.size / number, ()  # a mean over examples of sums over outputs
-    if not objective.has_weight:
-        return jnp.full((1,) * outputs.ndim, 1 / number, outputs.dtype)
-    product = objective.loss_hessian(objective.vary(jnp.zeros_like(outputs)), **batch)
-    bent = jnp.sum(probe * product(probe), axes, keepdims=True)
-    known = jnp.sum(probe * information(probe), axes, keepdims=True)
-    ratio = jnp.where(known > 0, bent / jnp.where(known > 0, known, 1), 0)
-    everything = jnp.sum(ratio)
-    return jnp.where(everything > 0, total * ratio / jnp.where(everything > 0, everything, 1), 0)
-
-
-def _gradient_moment(
-    objective: Objective, params: chex.ArrayTree, batch: Batch, mean_gradient: chex.ArrayTree = None
-) -> LinearFunction:
-    params = objective.vary(params)
-
-    def of_each(function: Callable[..., Any], batch: Batch) -> Any:
-        leaves, treedef = jax.tree.flatten(batch)
-
-        def one(example: dict[int, jax.Array]) -> Any:
-            own = [example.get(i, leaf) for i, leaf in enumerate(leaves)]
-            return function(jax.tree.unflatten(treedef, own))
-
-        return jax.vmap(one)({i: leaf[:, None] for i, leaf in enumerate(leaves) if _has_axis(leaf)})
-
-    def losses(p: chex.ArrayTree, batch: Batch) -> jax.Array:
-        def one(example: dict[str, Any]) -> jax.Array:
-            # What counts nothing has no derivative, even where its loss is 0 / 0.
-            own = fixed_if_unused(p, objective.batch_weight(**example))
-            return objective.local(own, **example)
-
-        return of_each(one, batch)
-
-    weights = of_each(lambda example: objective.batch_weight(**example), batch)
-    _, push, pull = jacobian_of(objective.hvp_mode, losses, params, batch)
-    product = Partial(_second_moment, push, pull, mean_gradient, weights)
-    return objective.mean_product(product, params, **batch)
-
-
-def _second_moment(
-    push: LinearFunction,
-    pull: LinearFunction,
-    mean_gradient: chex.ArrayTree,
-    weights: jax.Array | None,
-    vector: chex.ArrayTree,
-) -> chex.ArrayTree:
-    slopes = push(vector)  # the per-example gradients times the vector, (examples,)
-    if mean_gradient is not None:
-        mean = blocks.inner(blocks.as_block(mean_gradient), blocks.as_block(vector))[0]
-        slopes = slopes - mean.astype(slopes.dtype)
-    if weights is None:
-        slopes = slopes / slopes.size
-    else:
-        shares = shares_of(weights, jnp.sum(weights), slopes.size)
-        slopes = weighted(shares, slopes).astype(slopes.dtype)
-    return pull(slopes)
-
-
 # -- products ------------------------------------------------------------------------------------
 
 
@@ -540,9 +152,9 @@ def _block_products(
 
 
 def _on_one_cpu(tree: chex.ArrayTree) -> bool:
-    """Whether all arrays are there, on a single CPU device.
+    """Whether all arrays are concrete and on a single CPU device.
 
-    On several, programs with collectives must not be queued: XLA may abort.
+    On several devices, programs with collectives must not be queued: XLA may abort.
     """
     leaves = jax.tree.leaves(tree)
     return jax.default_backend() == "cpu" and not any(
@@ -569,7 +181,7 @@ def _row_product(
 
 
 def shardings_of(like: chex.ArrayTree) -> Shardings:
-    """For each leaf its sharding, if it has one over a mesh whose shardings the compiler decides.
+    """The sharding of each leaf, or None unless the compiler decides the shardings of its mesh.
 
     On a mesh with explicit axes the sharding is part of an array's type, and follows from it.
     """
@@ -641,7 +253,7 @@ def _weighted_mean(
 # -- construction --------------------------------------------------------------------------------
 
 
-def _build(
+def build(
     name: str,
     linearize: Callable[..., LinearFunction],
     objective: Objective,
@@ -652,6 +264,27 @@ def _build(
     per_example: bool = False,
     centred: bool = False,
 ) -> CurvatureOperator:
+    """Builds a curvature operator from an objective and its data.
+
+    Args:
+      name: name of the matrix, for messages; compiled code is kept under it.
+      linearize: ``linearize(objective, params, batch)`` gives the operator of one batch as a linear
+        function that is a pytree; with ``centred`` it also takes the mean gradient.
+      objective: the loss.
+      params: the parameters at which the curvature is taken.
+      batches: data in batches; None for one batch in memory.
+      batch: the keyword arguments of one batch in memory; empty with ``batches``.
+      per_example: whether the batch must have at least one example.
+      centred: whether the operator needs the mean gradient of the whole data.
+
+    Returns:
+      The operator.
+
+    Raises:
+      TypeError: ``objective`` is not an Objective, ``batches`` is not a re-iterable of dicts, an
+        argument of the objective is missing, or a parameter is not real.
+      ValueError: both ``batches`` and a batch were given, or the data is empty.
+    """
     if not isinstance(objective, Objective):
         raise TypeError(
             f"{name}: `objective` must be an optax_accel.Objective, got "
@@ -680,6 +313,19 @@ def _build(
             f"{name}: `batches` are looped over outside of jit; inside, give one batch, as "
             f"{name}(objective, params, x=x, y=y)."
         )
+    _check_reiterable(name, batches)
+    weighted_batches = functools.partial(_weighted_batches, name, objective, params, batches)
+    mean = ()
+    if centred:
+        mean = (_weighted_mean(name, functools.partial(gradient, params), weighted_batches()),)
+
+    def terms() -> Iterable[tuple[LinearFunction, float]]:
+        return ((linearize(params, each, *mean), weight) for each, weight in weighted_batches())
+
+    return CurvatureOperator(name, params, None, terms)
+
+
+def _check_reiterable(name: str, batches: Any) -> None:
     if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
         raise TypeError(
             f"{name}: `batches` must be an iterable of dicts of the objective's keyword arguments, "
@@ -692,32 +338,36 @@ def _build(
             "__iter__ starts afresh."
         )
 
-    def select() -> Iterator[tuple[Batch, float]]:
-        for each in batches:
-            if not isinstance(each, Mapping):
-                raise TypeError(
-                    f"{name}: `batches` must give dicts of the objective's keyword arguments, such "
-                    f"as {{'x': x, 'y': y}}, got {type(each).__name__}."
-                )
-            selected = _select(name, objective, each)
-            if weigh is not None:
-                weight = float(weigh(params, selected))
-            else:
-                weight = float(_count_examples(name, selected))
-            if weight:  # an empty batch adds nothing, and its loss may be 0 / 0
-                yield selected, weight
 
+def _weighted_batches(
+    name: str, objective: Objective, params: chex.ArrayTree, batches: Batches
+) -> Iterator[tuple[Batch, float]]:
+    """One pass over the batches that count, each with its weight in the mean over examples."""
     weigh = None
     if objective.has_weight:
-        weigh = _compiled("weight", _weight, objective, traced)
-    mean = ()
-    if centred:
-        mean = (_weighted_mean(name, functools.partial(gradient, params), select()),)
+        weigh = _compiled("weight", _weight, objective, traced=False)
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"{name}: `batches` must give dicts of the objective's keyword arguments, such "
+                f"as {{'x': x, 'y': y}}, got {type(batch).__name__}."
+            )
+        selected = _select(name, objective, batch)
+        if weigh is not None:
+            weight = float(weigh(params, selected))
+        else:
+            weight = float(_count_examples(name, selected))
+        if weight:  # an empty batch adds nothing, and its loss may be 0 / 0
+            yield selected, weight
 
-    def terms() -> Iterable[tuple[LinearFunction, float]]:
-        return ((linearize(params, each, *mean), weight) for each, weight in select())
 
-    return CurvatureOperator(name, params, None, terms)
+def _weight(objective: Objective, params: chex.ArrayTree, batch: Batch) -> jax.Array | None:
+    del params
+    return objective.batch_weight(**batch)
+
+
+def _gradient(objective: Objective, params: chex.ArrayTree, batch: Batch) -> chex.ArrayTree:
+    return objective.grad(params, **batch)
 
 
 def _compiled(
@@ -742,12 +392,13 @@ def _compiled(
     return call
 
 
-def _has_axis(leaf: Any) -> bool:
+def has_axis(leaf: Any) -> bool:
+    """Whether a leaf of a batch has an axis of examples."""
     return len(getattr(leaf, "shape", ())) > 0
 
 
 def _select(name: str, objective: Objective, batch: Batch) -> dict[str, Any]:
-    """The keyword arguments that the objective takes; nothing that it needs may be missing."""
+    """The keyword arguments that the objective takes; raises if it needs one that is missing."""
     names, required, variadic = objective.arguments
     missing = [arg for arg in required if arg not in batch]
     if missing:
@@ -763,7 +414,7 @@ def _count_examples(name: str, batch: Batch) -> int:
     shapes = {
         jax.tree_util.keystr(path): leaf.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(batch)
-        if _has_axis(leaf)
+        if has_axis(leaf)
     }
     sizes = {shape[0] for shape in shapes.values()}
     if not sizes:
