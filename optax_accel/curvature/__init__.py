@@ -8,22 +8,16 @@ from optax_accel.curvature._block_iteration import block_iteration, subspace_swe
 from optax_accel.curvature._lanczos import lanczos
 from optax_accel.curvature._lobpcg import lobpcg
 from optax_accel.curvature.block_tracker import BlockTracker
+from optax_accel.curvature.density import SpectralDensity, spectral_density
 from optax_accel.curvature.eigensolvers import Eigenpairs
+from optax_accel.curvature.estimates import Estimate
 from optax_accel.curvature.exact_tracker import ExactTracker
 from optax_accel.curvature.fishers import empirical_fisher, fisher, gradient_covariance
 from optax_accel.curvature.gradient_tracker import GradientTracker
 from optax_accel.curvature.hessians import functional_hessian, gauss_newton, hessian
 from optax_accel.curvature.operators import CurvatureOperator
 from optax_accel.curvature.round_robin_tracker import RoundRobinTracker
-from optax_accel.curvature.spectrum import (
-    EnergyShares,
-    Estimate,
-    SpectralDensity,
-    energy_shares,
-    frobenius_norm,
-    spectral_density,
-    trace,
-)
+from optax_accel.curvature.traces import EnergyShares, energy_shares, frobenius_norm, trace
 from optax_accel.curvature.tracking import Eigenspace, Tracker
 
 __all__ = [
