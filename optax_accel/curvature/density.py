@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_accel._arguments import check_choice, check_integer, check_number
+from optax_accel._numerics import max_norm, power_of_two
 from optax_accel._random import as_key
 from optax_accel.curvature import blocks
 from optax_accel.curvature.estimates import (
@@ -57,8 +58,9 @@ class SpectralDensity(NamedTuple):
           little where single eigenvalues decide: 1.96 standard errors of 4 and 8 probes covered
           0.79 and 0.86 of the cases, at single points 0.7.  :meth:`band` gives an interval.
         """
-        samples, _ = self._smeared(grid, width)
-        return mean_and_error(samples)
+        samples, _, unit = self._smeared(grid, width)
+        mean, error = mean_and_error(samples)
+        return mean / unit, error / unit
 
     def band(
         self, grid: jax.Array, width: float | None = None, confidence: float = 0.95
@@ -100,7 +102,7 @@ class SpectralDensity(NamedTuple):
             raise ValueError(
                 "the band needs the number of eigenvalues: give SpectralDensity its `dimension`."
             )
-        samples, squares = self._smeared(grid, width)
+        samples, squares, unit = self._smeared(grid, width)
         mean = jnp.mean(samples, axis=0)
         variance = jnp.mean(squares, axis=0) - mean**2
         variance *= 2 / (samples.shape[0] * (self.dimension + 2))
@@ -111,12 +113,18 @@ class SpectralDensity(NamedTuple):
         def bound(z: float) -> jax.Array:
             spread = 2 / (9 * freedom)
             ratio = jnp.maximum(1 - spread + z * jnp.sqrt(spread), 0) ** 3
-            return jnp.where(there, mean / ratio, 0)
+            return jnp.where(there, mean / ratio, 0) / unit
 
         return bound(quantile), bound(-quantile)
 
-    def _smeared(self, grid: jax.Array, width: float | None) -> tuple[jax.Array, jax.Array]:
-        """Each probe's estimate of the sum of the Gaussians, and of their squares."""
+    def _smeared(
+        self, grid: jax.Array, width: float | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Each probe's estimate of the sum of the Gaussians, and of their squares.
+
+        They are times the third result, a power of two near the width, and its square, so that
+        squares do not underflow.
+        """
         if width is None:
             spread = jnp.max(self.nodes) - jnp.min(self.nodes)
             sigma = jnp.where(spread > 0, 0.01 * spread, 1)
@@ -125,9 +133,10 @@ class SpectralDensity(NamedTuple):
             sigma = jnp.asarray(width, self.nodes.dtype)
         grid = jnp.asarray(grid, self.nodes.dtype)
         offsets = (grid[None, :, None] - self.nodes[:, None, :]) / sigma
-        bells = jnp.exp(-(offsets**2) / 2) / (sigma * math.sqrt(2 * math.pi))
+        unit = power_of_two(sigma)
+        bells = jnp.exp(-(offsets**2) / 2) / (sigma / unit * math.sqrt(2 * math.pi))
         weights = self.weights[:, None, :]
-        return jnp.sum(weights * bells, axis=-1), jnp.sum(weights * bells**2, axis=-1)
+        return jnp.sum(weights * bells, axis=-1), jnp.sum(weights * bells**2, axis=-1), unit
 
     def moment(self, order: int) -> Estimate:
         """The mean of the eigenvalues to a power, ``trace(operator**order) / dimension``.
@@ -213,7 +222,10 @@ def spectral_density(
             chunks.append(_open(vector))
         else:
             chunks[-1] = _put(chunks[-1], vector, step % _CHUNK)
-        residual, value = _recur(product(vector), vector, previous, off)
+        image = product(vector)
+        if step == 0:  # the processes are those of the operator divided by the unit
+            unit = power_of_two(_max_norm(image))
+        residual, value = _recur(image, vector, previous, off, unit)
         for chunk in chunks:
             residual = _project_out(residual, chunk)
         scale = jnp.maximum(scale, jnp.abs(value))
@@ -226,7 +238,8 @@ def spectral_density(
         if not isinstance(off, jax.core.Tracer) and not off.any():
             break
     nodes, weights = _quadrature(jnp.stack(diagonal, 1), jnp.stack(off_diagonal, 1))
-    return SpectralDensity(nodes, weights, num_probes * len(diagonal), blocks.dimension(like))
+    num_products = num_probes * len(diagonal)
+    return SpectralDensity(unit * nodes, weights, num_products, blocks.dimension(like))
 
 
 # -- the Lanczos processes, each function on all of them ------------------------------------------
@@ -247,11 +260,19 @@ def _put(chunk: chex.ArrayTree, vector: chex.ArrayTree, index: int) -> chex.Arra
     return jax.tree.map(lambda c, x: lax.dynamic_update_index_in_dim(c, x, index, 1), chunk, vector)
 
 
+_max_norm = jax.jit(max_norm)
+
+
 @jax.jit
-@jax.vmap
+@functools.partial(jax.vmap, in_axes=(0, 0, 0, 0, None))
 def _recur(
-    image: chex.ArrayTree, vector: chex.ArrayTree, previous: chex.ArrayTree, off: jax.Array
+    image: chex.ArrayTree,
+    vector: chex.ArrayTree,
+    previous: chex.ArrayTree,
+    off: jax.Array,
+    unit: jax.Array,
 ) -> tuple[chex.ArrayTree, jax.Array]:
+    image = jax.tree.map(lambda w: w / unit.astype(w.dtype), image)
     value = dot(vector, image)
     residual = jax.tree.map(
         lambda w, q, p: w - value.astype(w.dtype) * q - off.astype(w.dtype) * p,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple
 
 import chex
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_accel._arguments import check_choice, check_integer
+from optax_accel._numerics import max_norm, power_of_two
 from optax_accel._random import as_key
 from optax_accel.curvature import blocks
 from optax_accel.curvature.estimates import (
@@ -79,11 +81,11 @@ def trace(
       Meyer, Musco, Musco, Woodruff, `Hutch++: optimal stochastic trace estimation
       <https://arxiv.org/abs/2010.09649>`_, 2021, algorithm 1.
     """
-    known, samples, num_products, num_samples = _sketched_sums(
-        operator, key, num_products, method, like, "trace"
+    inside, outside, unit, num_products, num_samples = _sketched_sums(
+        operator, key, num_products, method, like
     )
-    rest, error = mean_and_error(samples[:, 0])
-    return Estimate(known[0] + rest, error, num_products, num_samples)
+    rest, error = mean_and_error(outside[:, 0])
+    return Estimate(unit * (inside[0] + rest), unit * error, num_products, num_samples)
 
 
 def frobenius_norm(
@@ -124,13 +126,13 @@ def frobenius_norm(
       >>> round(float(estimate.value), 3)
       5.0
     """
-    known, samples, num_products, num_samples = _sketched_sums(
-        operator, key, num_products, method, like, "frobenius_norm"
+    inside, outside, unit, num_products, num_samples = _sketched_sums(
+        operator, key, num_products, method, like
     )
-    rest, error = mean_and_error(samples[:, 1])
-    norm = jnp.sqrt(known[1] + rest)
+    rest, error = mean_and_error(outside[:, 1])
+    norm = jnp.sqrt(inside[1] + rest)
     error = jnp.where(norm > 0, error / (2 * jnp.where(norm > 0, norm, 1)), error)
-    return Estimate(norm, error, num_products, num_samples)
+    return Estimate(unit * norm, unit * error, num_products, num_samples)
 
 
 def energy_shares(
@@ -171,15 +173,20 @@ def energy_shares(
     like = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), basis)
     product, like = block_product(operator, getattr(operator, "like", like))
     k, size = jax.tree.leaves(basis)[0].shape[0], blocks.dimension(like)
-    inside = jnp.sum(_diagonals(basis, product(basis)), axis=0)
     num_samples = num_probes if num_probes < size else 0
-    if num_probes >= size:
-        num_probes, samples = size, _complement(blocks.identity(like), basis)
-        outside = jnp.sum(_diagonals(samples, product(samples)), axis=0)
-        errors = jnp.zeros_like(outside)
+    if num_samples:
+        probes = random_block(as_key(key), like, num_probes, "rademacher")
     else:
-        samples = _complement(random_block(as_key(key), like, num_probes, "rademacher"), basis)
-        outside, errors = mean_and_error(_diagonals(samples, product(samples)))
+        num_probes, probes = size, blocks.identity(like)
+    probes = _complement(probes, basis)
+    diagonals = _diagonals(basis, product(basis)), _diagonals(probes, product(probes))
+    (inside, outside), _ = _in_one_unit(*diagonals)
+    inside = jnp.sum(inside, axis=0)
+    if num_samples:
+        outside, errors = mean_and_error(outside)
+    else:
+        outside = jnp.sum(outside, axis=0)
+        errors = jnp.zeros_like(outside)
     total = inside + outside
     values, errors = inside / total, jnp.abs(inside) / total**2 * errors
     return EnergyShares(
@@ -194,41 +201,67 @@ def _sketched_sums(
     num_products: int,
     method: Method,
     like: chex.ArrayTree,
-    name: str,
-) -> tuple[jax.Array, jax.Array, int, int]:
+) -> tuple[jax.Array, jax.Array, jax.Array, int, int]:
     """Traces of ``A`` and ``A**2`` in a sketched subspace, and samples of them in the complement.
 
     Returns:
-      ``(known, samples, num_products, num_samples)``, the first two of shapes ``(2,)`` and
-      ``(num_samples, 2)``; where all is known, two samples that are 0 and count as none.
+      ``(inside, outside, unit, num_products, num_samples)``: traces of shape ``(2,)`` and samples
+      of shape ``(num_samples, 2)``, for the operator divided by the unit. Where the traces are
+      exact, there are two samples that are 0, and ``num_samples`` is 0.
     """
     check_choice("method", method, ("hutch++", "hutchinson"))
     check_integer("num_products", num_products, 3 if method == "hutch++" else 1)
     product, like = block_product(operator, like)
     size = blocks.dimension(like)
-    zeros = jnp.zeros((2, 2), blocks.scalar_dtype(like))
+    dtype = blocks.scalar_dtype(like)
+    none = jnp.zeros((2, 2), dtype)
     if size == 0:
-        return zeros[0], zeros, 0, 0
+        return none[0], none, jnp.ones((), dtype), 0, 0
     if num_products >= size:
-        unit = blocks.identity(like)
-        known = jnp.sum(_diagonals(unit, product(unit)), axis=0)
-        return known, zeros, size, 0
+        basis = blocks.identity(like)
+        inside, largest = _diagonals(basis, product(basis))
+        return jnp.sum(inside, axis=0), none, power_of_two(largest), size, 0
     sketch_key, sample_key = jax.random.split(as_key(key))
     rank = num_products // 3 if method == "hutch++" else 0
     num_samples = num_products - 2 * rank
     samples = random_block(sample_key, like, num_samples, "rademacher")
-    known = zeros[0]
+    sketched = jnp.zeros((0, 2), dtype), jnp.zeros((), dtype)
     if rank:
         basis = _orthonormal(product(random_block(sketch_key, like, rank, "rademacher")))
-        known = jnp.sum(_diagonals(basis, product(basis)), axis=0)
+        sketched = _diagonals(basis, product(basis))
         samples = _complement(samples, basis)
-    return known, _diagonals(samples, product(samples)), num_products, num_samples
+    diagonals, unit = _in_one_unit(sketched, _diagonals(samples, product(samples)))
+    inside, outside = diagonals
+    return jnp.sum(inside, axis=0), outside, unit, num_products, num_samples
 
 
 @jax.jit
-def _diagonals(left: chex.ArrayTree, images: chex.ArrayTree) -> jax.Array:
-    """Row by row, the inner products with the images and the squared lengths of these, (k, 2)."""
-    return jax.vmap(lambda z, w: jnp.stack([dot(z, w), dot(w, w)]))(left, images)
+def _diagonals(left: chex.ArrayTree, images: chex.ArrayTree) -> tuple[jax.Array, jax.Array]:
+    """Row by row, the inner products with the images and the squared lengths of these, (k, 2).
+
+    They are those of the images divided by the power of two at the largest entry, which is returned
+    with them.
+    """
+    largest = max_norm(images)
+    images = _divided(images, power_of_two(largest))
+    return jax.vmap(lambda z, w: jnp.stack([dot(z, w), dot(w, w)]))(left, images), largest
+
+
+def _in_one_unit(
+    *diagonals: tuple[jax.Array, jax.Array],
+) -> tuple[list[jax.Array], jax.Array]:
+    """Results of ``_diagonals`` with images divided by the same number, and this."""
+    unit = power_of_two(functools.reduce(jnp.maximum, [largest for _, largest in diagonals]))
+
+    def convert(sums: jax.Array, largest: jax.Array) -> jax.Array:
+        ratio = jnp.minimum(power_of_two(largest) / unit, 1)  # more than 1 only for zeros
+        return sums * jnp.stack([ratio, ratio**2])[None]
+
+    return [convert(*each) for each in diagonals], unit
+
+
+def _divided(block: chex.ArrayTree, unit: jax.Array) -> chex.ArrayTree:
+    return jax.tree.map(lambda x: x / unit.astype(x.dtype), block)
 
 
 @jax.jit
@@ -240,11 +273,12 @@ def _complement(block: chex.ArrayTree, basis: chex.ArrayTree) -> chex.ArrayTree:
 
 @jax.jit
 def _orthonormal(block: chex.ArrayTree) -> chex.ArrayTree:
-    """Orthonormal rows with the span of the given ones, and zero rows where these are dependent.
+    """Orthonormal rows with the span of the block, and zero rows where its rows are dependent.
 
     Unlike Cholesky QR it drops the directions of a rank-deficient block that are rounding errors:
     the rest of Hutch++ is exact for any orthonormal rows, but not for nearly orthonormal ones.
     """
+    block = _divided(block, power_of_two(max_norm(block)))
     for round_ in range(2):
         gram = blocks.inner(block, block)
         values, vectors = jnp.linalg.eigh(gram)

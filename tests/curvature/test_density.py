@@ -21,6 +21,7 @@ from tests.curvature.rotated_matrices import (
     ROTATION,
     SIZE,
     SPECTRA,
+    Matrix,
     operator,
     split,
 )
@@ -104,6 +105,27 @@ def test_density_of_the_zero_matrix_and_of_nothing():
     np.testing.assert_array_equal(zero.weights, 1)
     nothing = spectral_density(lambda v: v, key=0, like={})
     assert nothing.nodes.shape == (8, 0)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e20, 1e30])
+def test_squares_neither_overflow_nor_underflow(size):
+    matrix = jnp.asarray((ROTATION * SPECTRA["outliers"]) @ ROTATION.T, jnp.float32)
+    small, large = (
+        spectral_density(Matrix(factor * matrix), key=0, num_probes=4, num_products=40)
+        for factor in (jnp.float32(1), jnp.float32(size))
+    )
+    np.testing.assert_allclose(large.nodes / size, small.nodes, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(large.weights, small.weights, rtol=1e-2, atol=1e-4)
+    np.testing.assert_allclose(large.moment(1).value / size, small.moment(1).value, rtol=1e-4)
+    np.testing.assert_allclose(large.moment(1)[1] / size, small.moment(1)[1], rtol=1e-3)
+    grid = jnp.array([0.5, 10.0, 20.0, 50.0])
+    for width in (0.5, None):
+        of_large = (size * grid, None if width is None else size * width)
+        for got, want in (
+            (large.density(*of_large), small.density(grid, width)),
+            (large.band(*of_large), small.band(grid, width)),
+        ):
+            np.testing.assert_allclose(jnp.stack(got) * size, jnp.stack(want), rtol=1e-2)
 
 
 def predict(params, x):

@@ -144,6 +144,27 @@ def test_shares_at_the_borders(x64):
     assert np.isnan(zero.trace.value)
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e20, 1e30])
+@pytest.mark.parametrize("name", ["outliers", "rank_deficient"])
+def test_squares_neither_overflow_nor_underflow(name, size):
+    matrix = jnp.asarray((ROTATION * SPECTRA[name]) @ ROTATION.T, jnp.float32)
+    small, large = Matrix(matrix), Matrix(jnp.float32(size) * matrix)
+    for estimate in (trace, frobenius_norm):
+        for settings in ({}, {"num_products": 24}, {"num_products": 9, "method": "hutchinson"}):
+            want, got = (estimate(each, key=0, **settings) for each in (small, large))
+            np.testing.assert_allclose(got.value / size, want.value, rtol=1e-4)
+            tolerance = 1e-4 * want.value if name == "rank_deficient" else 0
+            error = got.standard_error / size
+            np.testing.assert_allclose(error, want.standard_error, rtol=1e-2, atol=tolerance)
+    basis = jax.tree.map(jnp.float32, top_basis(2))
+    for num_probes in (12, SIZE):
+        want, got = (
+            energy_shares(each, basis, key=0, num_probes=num_probes) for each in (small, large)
+        )
+        for one, other in zip(want, got, strict=True):
+            np.testing.assert_allclose(other[:2], one[:2], rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("function", "settings", "error", "message"),
     [
