@@ -22,6 +22,7 @@ the caller's choice instead of the whole training set.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -43,9 +44,11 @@ from optax_accel._arguments import (
 from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select, with_fixed_leaves
 from optax_accel.curvature import BlockTracker, Eigenspace, Tracker, blocks
+from optax_accel.objective import Objective
 from optax_accel.refresh import RefreshLike, announce_eigenspace, of_eigenspace
 
-# Most directions whose combination is written out as a sum.
+_NAME = "interpolate_subspaces"
+# Combinations of at most this many directions are written out as a sum.
 _UNROLLED = 32
 BaseOptimizer = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
 
@@ -104,9 +107,9 @@ def interpolate_subspaces(
 
     * ``grad``: the gradient, for trackers that follow gradients; default: the incoming updates.
 
-    Until there is a basis, and after a refresh that met numbers that are not finite until one that
-    did not, updates pass unchanged (``space.accepted``, ``space.rejected``).  Call ``update`` under
-    ``jit``: outside, the conditional is compiled anew at every step.
+    Until there is a basis, updates pass unchanged. They also do after a refresh that met numbers
+    that are not finite, until the next one that did not (``space.accepted``, ``space.rejected``).
+    Call ``update`` under ``jit``: outside, the conditional is compiled anew at every step.
 
     Args:
       num_directions: k, usually the number of classes. With 0 everything is bulk and updates are
@@ -116,12 +119,12 @@ def interpolate_subspaces(
       dominant_weight: a, the weight of the component in the dominant subspace; float or schedule.
       bulk_weight: b, the weight of the component orthogonal to it; float or schedule.
       tracker: how the eigenspace is followed; default ``BlockTracker()``.
-      start_step: updates pass unchanged, and nothing is tracked, before this step; in a shorter
-        training for ever.
+      start_step: before this step updates pass unchanged, and nothing is tracked.
       switch_alignment: if given, tracking starts at ``start_step``, but the projection is switched
         on, for good, only when the moving average of chi_k exceeds this value (0.95 in public
         replications of Song et al.).
-      alignment_decay: decay of that average (0.9 there).
+      alignment_decay: decay of that moving average, in [0, 1); default 0.9, as in those
+        replications.
       mask: pytree of booleans like the parameters, or a function from the parameters to one: True
         leaves take part, the others are held fixed in the curvature and their updates pass
         unchanged (all of them, if none is selected).  Use this instead of ``optax.masked``, inside
@@ -132,9 +135,9 @@ def interpolate_subspaces(
       tracker's oversampling) copies of the parameters.
 
     Raises:
-      ValueError: an argument outside its range, here; in ``init``: settings with which every update
-        would be zero for ever; in ``update``: a missing ``value_fn``.
-      TypeError: an argument of another kind; parameters that are not real floating point.
+      ValueError: an argument is outside its range; in ``init``, every update would be zero; in
+        ``update``, ``value_fn`` is missing.
+      TypeError: an argument is of the wrong type, or parameters are not real floating point.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -150,28 +153,53 @@ def interpolate_subspaces(
       >>> round(float(optax.tree.get(state, "alignment")), 4)
       0.3333
     """
-    tracker = BlockTracker() if tracker is None else tracker
-    if not isinstance(tracker, Tracker):
-        raise TypeError(
-            "`tracker` must be a Tracker, such as optax_accel.BlockTracker(), "
-            f"got {getattr(tracker, '__name__', tracker)!r}."
-        )
-    check_count("num_directions", num_directions, 0)
-    check_number("dominant_weight", dominant_weight, allow_schedule=True)
-    check_number("bulk_weight", bulk_weight, allow_schedule=True)
-    check_count("start_step", start_step, 0)
-    if switch_alignment is not None:
-        check_number("switch_alignment", switch_alignment, 0, 1)
-    check_number("alignment_decay", alignment_decay, 0, 1, open_high=True)
-    name = "interpolate_subspaces"
+    interpolation = _Interpolation(
+        num_directions=num_directions,
+        dominant_weight=dominant_weight,
+        bulk_weight=bulk_weight,
+        tracker=BlockTracker() if tracker is None else tracker,
+        start_step=start_step,
+        switch_alignment=switch_alignment,
+        alignment_decay=alignment_decay,
+        mask=mask,
+    )
+    return optax.GradientTransformationExtraArgs(interpolation.init, interpolation.update)
 
-    def init_fn(params: chex.ArrayTree) -> InterpolateSubspacesState:
-        check_params(params, name)
-        check_selected(params, mask, name)
-        announce_eigenspace(tracker.refresh_every, start_step)
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Interpolation:
+    """The settings of :func:`interpolate_subspaces`, checked, and what it does with them."""
+
+    num_directions: int
+    dominant_weight: optax.ScalarOrSchedule
+    bulk_weight: optax.ScalarOrSchedule
+    tracker: Tracker
+    start_step: int
+    switch_alignment: float | None
+    alignment_decay: float
+    mask: Mask
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tracker, Tracker):
+            raise TypeError(
+                "`tracker` must be a Tracker, such as optax_accel.BlockTracker(), "
+                f"got {getattr(self.tracker, '__name__', self.tracker)!r}."
+            )
+        check_count("num_directions", self.num_directions, 0)
+        check_number("dominant_weight", self.dominant_weight, allow_schedule=True)
+        check_number("bulk_weight", self.bulk_weight, allow_schedule=True)
+        check_count("start_step", self.start_step, 0)
+        if self.switch_alignment is not None:
+            check_number("switch_alignment", self.switch_alignment, 0, 1)
+        check_number("alignment_decay", self.alignment_decay, 0, 1, open_high=True)
+
+    def init(self, params: chex.ArrayTree) -> InterpolateSubspacesState:
+        check_params(params, _NAME)
+        check_selected(params, self.mask, _NAME)
+        announce_eigenspace(self.tracker.refresh_every, self.start_step)
         params = as_arrays(params)
-        selected = select(params, resolve(params, mask))
-        k = known_integer(num_directions)
+        selected = select(params, resolve(params, self.mask))
+        k = known_integer(self.num_directions)
         if k is None:
             raise TypeError(
                 "`num_directions` decides the shape of the state and must be known when it is "
@@ -180,8 +208,9 @@ def interpolate_subspaces(
                 "they are."
             )
         if jax.tree.leaves(params):  # a placeholder has none
-            _check_trains(k, blocks.dimension(selected), dominant_weight, bulk_weight)
-        space = tracker.init(selected, k)
+            size = blocks.dimension(selected)
+            _check_trains(k, size, self.dominant_weight, self.bulk_weight)
+        space = self.tracker.init(selected, k)
         # Two arrays, because one can be donated only once.
         alignment, alignment_ema = (jnp.zeros((), space.eigenvalues.dtype) for _ in range(2))
         return InterpolateSubspacesState(
@@ -192,7 +221,8 @@ def interpolate_subspaces(
             active=jnp.zeros((), bool),
         )
 
-    def update_fn(
+    def update(
+        self,
         updates: chex.ArrayTree,
         state: InterpolateSubspacesState,
         params: chex.ArrayTree | None = None,
@@ -206,53 +236,89 @@ def interpolate_subspaces(
         refresh = of_eigenspace(refresh)
         count, space = state.count, state.space
         params = None if params is None else as_arrays(params)
-        chosen = resolve(updates if params is None else params, mask)
+        chosen = resolve(updates if params is None else params, self.mask)
         k = space.eigenvalues.shape[0]
-        tracked_from = count >= start_step
+        started = count >= self.start_step
         if k > 0 and refresh is not False:
-            check_params(params, name, "tx.update(grads, state, params, value_fn=objective)")
-            selected, gradient = select(params, chosen), updates if grad is None else grad
-            gradient = select(gradient, chosen)
+            check_params(params, _NAME, "tx.update(grads, state, params, value_fn=objective)")
             objective = None
-            if tracker.needs_objective:
-                own = curvature_value_fn is not None
-                objective = as_objective(
-                    curvature_value_fn if own else value_fn,
-                    extra_args,
-                    method=name,
-                    params=params,
-                    why="track the dominant subspace of its Hessian",
-                    argument="curvature_value_fn" if own else "value_fn",
-                    needs_outputs=getattr(tracker, "curvature", None) == "gauss_newton",
+            if self.tracker.needs_objective:
+                objective = self._objective(
+                    value_fn, curvature_value_fn, extra_args, params
                 ).precompose(lambda part: merge(part, params, chosen))
+            selected = select(params, chosen)
+            gradient = select(updates if grad is None else grad, chosen)
 
             def refreshed(old: Eigenspace) -> Eigenspace:
                 cold = {"cold": True, "warm": False}.get(refresh)  # type: ignore[arg-type]
-                return tracker.refresh(old, objective, selected, gradient, cold=cold)
+                return self.tracker.refresh(old, objective, selected, gradient, cold=cold)
 
-            always = tracker.refresh_every == 1 and known_integer(start_step) == 0
-            if refresh is None and not always:
-                due = tracked_from & ((count - start_step) % tracker.refresh_every == 0)
-                space = lax.cond(due, refreshed, lambda old: old, space)
-            else:
+            every = self.tracker.refresh_every
+            if refresh is not None or (every == 1 and known_integer(self.start_step) == 0):
                 space = refreshed(space)
+            else:
+                due = started & ((count - self.start_step) % every == 0)
+                space = lax.cond(due, refreshed, lambda old: old, space)
 
         vector = select(updates, chosen)
         everything = k == blocks.dimension(vector)
         dominant, alignment = _dominant_component(vector, space, everything)
-        measured = space.usable & tracked_from
+        measured = space.usable & started
         alignment = jnp.where(measured, alignment, 0)
-        ema = alignment_decay * state.alignment_ema + (1 - alignment_decay) * alignment
+        alignment_ema = self._average(alignment, state, measured)
+        switched = True if self.switch_alignment is None else alignment_ema > self.switch_alignment
+        # Without directions there is nothing to track and nothing to wait for.
+        active = (started if k == 0 else measured) & switched | state.active
+        applied = active & (k == 0 or space.usable)
+        weighted = self._weigh(vector, dominant, count, applied, everything)
+        new_state = InterpolateSubspacesState(
+            count=optax.safe_increment(count),
+            space=space,
+            alignment=alignment,
+            alignment_ema=alignment_ema,
+            active=active,
+        )
+        return merge(weighted, updates, chosen), new_state
+
+    def _objective(
+        self,
+        value_fn: Any,
+        curvature_value_fn: Any,
+        extra_args: dict[str, Any],
+        params: chex.ArrayTree,
+    ) -> Objective:
+        """The loss whose curvature is tracked."""
+        argument = "value_fn" if curvature_value_fn is None else "curvature_value_fn"
+        return as_objective(
+            value_fn if curvature_value_fn is None else curvature_value_fn,
+            extra_args,
+            method=_NAME,
+            params=params,
+            why="track the dominant subspace of its Hessian",
+            argument=argument,
+            needs_outputs=getattr(self.tracker, "curvature", None) == "gauss_newton",
+        )
+
+    def _average(
+        self, alignment: jax.Array, state: InterpolateSubspacesState, measured: jax.Array
+    ) -> jax.Array:
+        """The moving average of the alignment after this update."""
+        ema = self.alignment_decay * state.alignment_ema + (1 - self.alignment_decay) * alignment
         ema = jnp.where(state.space.ready, ema, alignment)
         # One update that is not finite must not decide the switch for good.
-        ema = jnp.where(measured & jnp.isfinite(ema), ema, state.alignment_ema)
-        switched = True if switch_alignment is None else ema > switch_alignment
-        # Without directions there is nothing to track and nothing to wait for.
-        active = (tracked_from if k == 0 else measured) & switched | state.active
+        return jnp.where(measured & jnp.isfinite(ema), ema, state.alignment_ema)
 
-        applied = active & (k == 0 or space.usable)
-        a = jnp.where(applied, value_of(dominant_weight, count), 1)
-        b = jnp.where(applied, value_of(bulk_weight, count), 1)
+    def _weigh(
+        self,
+        vector: chex.ArrayTree,
+        dominant: chex.ArrayTree,
+        count: jax.Array,
+        applied: jax.Array,
+        everything: bool,
+    ) -> chex.ArrayTree:
+        """The weighted sum of the dominant and the bulk component where it is applied."""
+        a = jnp.where(applied, value_of(self.dominant_weight, count), 1)
+        b = jnp.where(applied, value_of(self.bulk_weight, count), 1)
 
         def weigh(u: jax.Array, d: jax.Array) -> jax.Array:
             bulk = jnp.zeros_like(d) if everything else u.astype(d.dtype) - d
@@ -260,17 +326,7 @@ def interpolate_subspaces(
             # Not 1 * P u + 1 * (u - P u), which rounds: inactive means untouched.
             return jnp.where(applied, mixed, u)
 
-        weighted = jax.tree.map(weigh, vector, dominant)
-        new_state = InterpolateSubspacesState(
-            count=optax.safe_increment(count),
-            space=space,
-            alignment=alignment,
-            alignment_ema=ema,
-            active=active,
-        )
-        return merge(weighted, updates, chosen), new_state
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+        return jax.tree.map(weigh, vector, dominant)
 
 
 def project_to_dominant(
@@ -301,7 +357,7 @@ def project_to_dominant(
       A transformation with the state and the extra arguments of :func:`interpolate_subspaces`.
 
     Raises:
-      ValueError, TypeError: an argument outside its range, as in :func:`interpolate_subspaces`.
+      ValueError, TypeError: an argument is outside its range or of the wrong type.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -353,7 +409,7 @@ def project_to_bulk(
       A transformation with the state and the extra arguments of :func:`interpolate_subspaces`.
 
     Raises:
-      ValueError, TypeError: an argument outside its range, as in :func:`interpolate_subspaces`.
+      ValueError, TypeError: an argument is outside its range or of the wrong type.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -417,7 +473,7 @@ def interpolated_sgd(
       A transformation whose ``update`` takes the extra arguments of :func:`interpolate_subspaces`.
 
     Raises:
-      ValueError, TypeError: as :func:`interpolate_subspaces`.
+      ValueError, TypeError: an argument is outside its range or of the wrong type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -490,7 +546,7 @@ def dom_sgd(
       A transformation whose ``update`` takes the extra arguments of :func:`interpolate_subspaces`.
 
     Raises:
-      ValueError, TypeError: an argument outside its range, as in :func:`interpolate_subspaces`.
+      ValueError, TypeError: an argument is outside its range or of the wrong type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -549,7 +605,7 @@ def bulk_sgd(
       A transformation whose ``update`` takes the extra arguments of :func:`interpolate_subspaces`.
 
     Raises:
-      ValueError, TypeError: an argument outside its range, as in :func:`interpolate_subspaces`.
+      ValueError, TypeError: an argument is outside its range or of the wrong type.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -580,11 +636,11 @@ def bulk_sgd(
 
 
 def _check_trains(k: int, size: int, dominant_weight: Any, bulk_weight: Any) -> None:
-    """Raises ``ValueError`` if every update would be zero; ``size`` is that of what takes part.
+    """Raises ``ValueError`` if every update would be zero; ``size`` counts parameters taking part.
 
-    Weights that are schedules or arrays, which may change, are taken for nonzero.
+    Weights that are schedules or arrays may change, so they count as nonzero.
     """
-    if size == 0:  # all there is passes
+    if size == 0:  # nothing is projected
         return
 
     def is_zero(weight: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 import scipy.sparse.linalg
 
 import optax_accel as oa
+from optax_accel import subspace
 
 DIAGONAL = np.array([10.0, 1.0, 0.1])
 
@@ -456,3 +458,35 @@ def test_errors_teach():
         oa.bulk_sgd(0.1, 1, base=optax.sgd(0.1))
     with pytest.raises(ValueError, match="`accumulator_dtype` must be a real floating-point dtype"):
         oa.BlockTracker(accumulator_dtype=jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("name", "inner", "weights"),
+    [
+        ("project_to_dominant", "interpolate_subspaces", (1, 0)),
+        ("project_to_bulk", "interpolate_subspaces", (0, 1)),
+        ("interpolated_sgd", "interpolate_subspaces", None),
+        ("dom_sgd", "interpolated_sgd", (1, 0)),
+        ("bulk_sgd", "interpolated_sgd", (0, 1)),
+    ],
+)
+def test_wrappers_repeat_and_hand_on_every_argument(monkeypatch, name, inner, weights):
+    outer, signature = getattr(subspace, name), inspect.signature(getattr(subspace, inner))
+    parameters = inspect.signature(outer).parameters
+    shared = [each for each in signature.parameters if each in parameters]
+    assert {"tracker", "start_step", "switch_alignment", "alignment_decay", "mask"} < set(shared)
+    for each in shared:
+        assert parameters[each] == signature.parameters[each]
+    calls = []
+
+    def record(*args, **kwargs):
+        calls.append(signature.bind(*args, **kwargs).arguments)
+        return optax.identity()
+
+    monkeypatch.setattr(subspace, inner, record)
+    values = {each: object() for each in parameters} | {"learning_rate": 0.1, "base": optax.sgd}
+    outer(**{each: values[each] for each in parameters})
+    for each in shared:
+        assert calls[0][each] is values[each]
+    if weights:
+        assert (calls[0]["dominant_weight"], calls[0]["bulk_weight"]) == weights
