@@ -48,13 +48,13 @@ class SpectralDensity(NamedTuple):
         """The density of the eigenvalues, each smeared into a Gaussian.
 
         Args:
-          grid: where, ``(points,)``.
-          width: standard deviation of the Gaussians. ``None`` (default): 1% of the range of the
+          grid: points at which the density is evaluated, ``(points,)``.
+          width: standard deviation of the Gaussians; ``None`` (default): 1% of the range of the
             nodes, our choice.
 
         Returns:
           ``(density, standard_error)``, each ``(points,)``: the mean over the probes, which
-          integrates to 1, and its standard error (nan for one probe).  From few probes that says
+          integrates to 1, and its standard error (nan for one probe).  With few probes it says
           little where single eigenvalues decide: 1.96 standard errors of 4 and 8 probes covered
           0.79 and 0.86 of the cases, at single points 0.7.  :meth:`band` gives an interval.
         """
@@ -71,23 +71,24 @@ class SpectralDensity(NamedTuple):
         distribution, so from N probes :math:`d(x) = \frac1n \sum_i b(x - \lambda_i)` is estimated
         with variance :math:`\frac{2}{N (n + 2)} (\frac1n \sum_i b(x - \lambda_i)^2 - d(x)^2)`.
         That sum is a spectral density, too: the same quadrature gives it, far better than the
-        spread of few probes does.  With these two moments the estimate is taken for a scaled
-        :math:`\chi^2` variable (Satterthwaite, 1946), whose quantiles, by the cube of a normal
-        variable (Wilson, Hilferty, 1931), give the interval.  It is pointwise and for the smeared
-        density; it does not know of errors of the quadrature, by too few steps for the width.
+        spread of few probes does. The estimate is modelled as a scaled :math:`\chi^2` variable with
+        these two moments (Satterthwaite, 1946), whose quantiles, approximated by the cube of a
+        normal variable (Wilson, Hilferty, 1931), give the interval. It is pointwise and for the
+        smeared density; it does not cover errors of the quadrature from too few steps for the
+        width.
 
         On a rotated spectrum with outliers, bands of 0.95 from 4 and 8 probes covered 0.95 of the
-        cases, 0.92 and 0.93 at the worst point.  Where eigenvectors are coordinate axes random
-        signs are exact, and the band is too wide.
+        cases, 0.92 and 0.93 at the worst point.  Where eigenvectors are coordinate axes,
+        random signs are exact and the band is too wide.
 
         Args:
-          grid: where, ``(points,)``.
-          width: standard deviation of the Gaussians; ``None`` (default): as for :meth:`density`,
-            1% of the range of the nodes.
-          confidence: the wanted probability that the interval covers the density, in (0, 1).
+          grid: points at which the density is evaluated, ``(points,)``.
+          width: standard deviation of the Gaussians; ``None`` (default): 1% of the range of the
+            nodes, our choice.
+          confidence: probability with which the interval should cover the density, in (0, 1).
 
         Returns:
-          ``(low, high)``, each ``(points,)``; ``high`` is infinite where a few probes set no bound.
+          ``(low, high)``, each ``(points,)``; ``high`` is infinite where few probes set no bound.
 
         Raises:
           ValueError: the dimension is not known.
@@ -120,10 +121,10 @@ class SpectralDensity(NamedTuple):
     def _smeared(
         self, grid: jax.Array, width: float | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Each probe's estimate of the sum of the Gaussians, and of their squares.
+        """Each probe's estimate of the sum of the Gaussians and of their squares, and their unit.
 
-        They are times the third result, a power of two near the width, and its square, so that
-        squares do not underflow.
+        The first is multiplied by the unit, a power of two near the width, and the second by its
+        square, so that squares do not underflow.
         """
         if width is None:
             spread = jnp.max(self.nodes) - jnp.min(self.nodes)
@@ -145,7 +146,7 @@ class SpectralDensity(NamedTuple):
           order: the power, at least 0. The quadrature adds no error up to ``2 * num_steps - 1``.
 
         Returns:
-          The estimate.
+          The estimate, with the standard error of the mean over the probes.
         """
         check_integer("order", order, 0)
         values = jnp.sum(self.weights * self.nodes**order, axis=-1)
@@ -166,25 +167,26 @@ def spectral_density(
     Every probe starts a Lanczos process with full reorthogonalization; the eigenvalues of its
     tridiagonal matrix are the nodes and the squared first entries of its eigenvectors the weights
     of a Gauss quadrature of the probe's spectral measure. The processes advance together, one
-    block product a step. They hold ``num_products`` vectors in memory. A process whose Krylov space
-    is exhausted (low rank, multiple eigenvalues) is exact and stops.
+    block product per step. They hold ``num_products`` vectors in memory. A process whose Krylov
+    space is exhausted (low rank, multiple eigenvalues) is exact and stops.
 
     Args:
       operator: a symmetric operator: a :class:`~optax_accel.curvature.CurvatureOperator` or a
         function of a pytree.
       key: PRNG key of the probes, or an integer seed.
       num_probes: number of processes. Their spread gives the error band.
-      num_products: products in all, so ``num_products // num_probes`` steps a process (at most the
-        dimension). The defaults, 8 processes of 50 steps, are ours.
-      probes: entries of the start vectors: random signs (default) or normal.
+      num_products: products in all, so ``num_products // num_probes`` steps of each process (at
+        most the dimension). The defaults, 8 processes of 50 steps, are ours.
+      probes: distribution of the entries of the start vectors: ``"rademacher"`` (default) for
+        random signs or ``"gaussian"``.
       like: structure, shapes and dtypes of the vectors; default: the operator's own.
 
     Returns:
       Nodes and weights; ``.density(grid)`` evaluates the density, ``.moment(order)`` its moments.
 
     Raises:
-      ValueError: fewer products than probes, or an argument outside its range.
-      TypeError: ``like`` is missing, or a count is no integer.
+      ValueError: there are fewer products than probes, or an argument is outside its range.
+      TypeError: ``like`` is missing, or a count is not an integer.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -36,8 +36,8 @@ class Estimate(NamedTuple):
     Attributes:
       value: the estimate, scalar.
       standard_error: its estimated standard deviation, scalar; 0 where the value is exact, nan
-        where a single probe says nothing about its spread. It is an estimate from few samples
-        itself: twice the standard error covers less than 95%, use :meth:`interval`.
+        where there is a single probe, which does not show the spread. It is itself an estimate from
+        few samples, so twice the standard error covers less than 95%; use :meth:`interval`.
       num_products: products with the operator that it took.
       num_samples: samples that the standard error comes from; 0 where the value is exact.
     """
@@ -54,13 +54,14 @@ class Estimate(NamedTuple):
         covered traces in 0.91 to 0.96 of 400 cases, Frobenius norms in 0.88 to 0.95, energy shares
         in 0.91 to 0.97 and second moments of a spectral density from 4 and 8 probes in 0.89 to
         0.91; 1.96 standard errors covered 0.77 to 0.94, 0.75 to 0.94, 0.85 to 0.94 and 0.79 to
-        0.83.  What is missing is due to the skewness of the samples.
+        0.83. The rest is due to the skewness of the samples.
 
         Args:
-          confidence: the wanted probability that the interval covers the true value, in (0, 1).
+          confidence: probability with which the interval should cover the true value, in (0, 1).
 
         Returns:
-          ``(low, high)``, scalars; both the value where that is exact, nan for a single sample.
+          ``(low, high)``, scalars; both equal the value where that is exact, and are nan for a
+          single sample.
 
         Example:
           >>> import jax.numpy as jnp
@@ -76,7 +77,7 @@ class Estimate(NamedTuple):
 
 
 def block_product(operator: Operator, like: chex.ArrayTree) -> tuple[Operator, chex.ArrayTree]:
-    """The operator on blocks, and what its vectors look like."""
+    """The operator on blocks, and the structure, shapes and dtypes of its vectors."""
     like = getattr(operator, "like", None) if like is None else like
     if like is None:
         raise TypeError(
@@ -133,11 +134,11 @@ def random_block(
 ) -> chex.ArrayTree:
     """A block of random vectors, sharded as ``like`` is."""
     leaves, treedef = jax.tree.flatten(like)
-    return _draw_jitted(key, treedef, tuple(leaves), num, distribution)
+    return _random_block(key, treedef, tuple(leaves), num, distribution)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _draw_jitted(
+def _random_block(
     key: chex.PRNGKey, treedef: Any, leaves: tuple[Any, ...], num: int, distribution: str
 ) -> chex.ArrayTree:
     def draw(leaf_key: jax.Array, leaf: Any) -> jax.Array:

@@ -30,8 +30,8 @@ class EnergyShares(NamedTuple):
 
     Attributes:
       frobenius: :math:`\sum_i \|A u_i\|^2 / \|A\|_F^2`, in [0, 1]; nan for a zero matrix.
-      trace: :math:`\mathrm{tr}(U^\top A U) / \mathrm{tr}(A)`; for an indefinite matrix outside of
-        [0, 1] too, and without meaning (huge or nan) where the trace is about zero.
+      trace: :math:`\mathrm{tr}(U^\top A U) / \mathrm{tr}(A)`; for an indefinite matrix it may lie
+        outside [0, 1], and it has no meaning (huge or nan) where the trace is about zero.
     """
 
     frobenius: Estimate
@@ -51,22 +51,23 @@ def trace(
     Hutchinson: the mean of :math:`z^\top A z` over random signs :math:`z`. Hutch++ spends a third
     of the products on a sketch :math:`A S`, a third on the exact trace in its span :math:`Q`, and
     a third on Hutchinson's estimate of :math:`\mathrm{tr}((I - Q Q^\top) A (I - Q Q^\top))`: for a
-    few large eigenvalues over a small bulk, as curvature has them, far more precise.
+    few large eigenvalues over a small bulk, as curvature has them, this is far more precise.
 
     Args:
       operator: a symmetric operator: a :class:`~optax_accel.curvature.CurvatureOperator` or a
         function of a pytree.
       key: PRNG key of the probes, or an integer seed.
-      num_products: products in all; from the dimension on, the trace is computed exactly.
-      method: ``"hutch++"`` (default) or ``"hutchinson"``.
+      num_products: products in all; with at least as many as the dimension, the trace is exact.
+      method: ``"hutch++"`` (default), which computes a sketched part exactly, or ``"hutchinson"``,
+        which only averages over random probes.
       like: structure, shapes and dtypes of the vectors; default: the operator's own.
 
     Returns:
       The estimate, with the standard error of the mean over the probes.
 
     Raises:
-      ValueError: unknown method or too few products (Hutch++ needs 3).
-      TypeError: ``like`` is missing, or the count is no integer.
+      ValueError: the method is unknown, or there are too few products (Hutch++ needs 3).
+      TypeError: ``like`` is missing, or the count is not an integer.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -98,24 +99,25 @@ def frobenius_norm(
 ) -> Estimate:
     r"""The Frobenius norm of a symmetric operator, the root of its summed squared eigenvalues.
 
-    As :func:`trace`, for :math:`\mathrm{tr}(A^2)`, whose samples :math:`\|A z\|^2` take one product
-    each; the error of the root is that of the square over twice the root.
+    It is estimated as :func:`trace` is, from :math:`\mathrm{tr}(A^2)`, whose samples
+    :math:`\|A z\|^2` take one product each; the error of the root is that of the square over twice
+    the root.
 
     Args:
       operator: a symmetric operator: a :class:`~optax_accel.curvature.CurvatureOperator` or a
         function of a pytree.
       key: PRNG key of the probes, or an integer seed.
-      num_products: products in all; from the dimension on, the norm is computed exactly.
+      num_products: products in all; with at least as many as the dimension, the norm is exact.
       method: ``"hutch++"`` (default), which computes a sketched part exactly, or ``"hutchinson"``,
         which only averages over random probes.
       like: structure, shapes and dtypes of the vectors; default: the operator's own.
 
     Returns:
-      The estimate.
+      The estimate, with the standard error by the delta method.
 
     Raises:
-      ValueError: as for :func:`trace`.
-      TypeError: as for :func:`trace`.
+      ValueError: the method is unknown, or there are too few products (Hutch++ needs 3).
+      TypeError: ``like`` is missing, or the count is not an integer.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -140,7 +142,7 @@ def energy_shares(
 ) -> EnergyShares:
     r"""The share of a matrix's energy in a subspace, by Frobenius norm and by trace.
 
-    What lies in the subspace is computed exactly, what lies outside is estimated with probes
+    The part in the subspace is computed exactly, the part outside is estimated with probes
     :math:`z` projected onto the complement, :math:`\|A\|_F^2 = \|A U\|_F^2 + E \|A (I - P) z\|^2`
     and :math:`\mathrm{tr} A = \mathrm{tr}(U^\top A U) + E\, z^\top (I - P) A (I - P) z`, so the
     Frobenius share never leaves [0, 1].
@@ -150,15 +152,15 @@ def energy_shares(
         function of a pytree.
       basis: orthonormal block of the ``k`` directions, leaves ``(k, *shape)``.
       key: PRNG key of the probes, or an integer seed.
-      num_probes: random probes; ``k + num_probes`` products in all. From the dimension on, the
-        complement is computed exactly, too.
+      num_probes: number of random probes; ``k + num_probes`` products in all. With at least as many
+        as the dimension, the complement is computed exactly, too.
 
     Returns:
       Both shares, with standard errors by the delta method.
 
     Raises:
-      ValueError: no probes.
-      TypeError: ``num_probes`` is no integer.
+      ValueError: ``num_probes`` is less than 1.
+      TypeError: ``num_probes`` is not an integer.
 
     Example:
       >>> import jax, jax.numpy as jnp
