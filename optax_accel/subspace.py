@@ -94,7 +94,7 @@ def interpolate_subspaces(
     ``update`` takes these extra arguments:
 
     * ``value_fn``: an :class:`~optax_accel.Objective` or a function of the parameters, as in
-      Optax's line searches; required unless the one below is given.
+      Optax's line searches; required unless the next one is passed.
     * ``curvature_value_fn``: the objective whose curvature is tracked; default ``value_fn``.  The
       papers use the whole training set; a fixed few hundred examples give nearly the same subspace.
     * ``refresh``: ``None`` (default): the eigenspace is refreshed inside the compiled step, by
@@ -120,9 +120,9 @@ def interpolate_subspaces(
       bulk_weight: b, the weight of the component orthogonal to it; float or schedule.
       tracker: how the eigenspace is followed; default ``BlockTracker()``.
       start_step: before this step updates pass unchanged, and nothing is tracked.
-      switch_alignment: if given, tracking starts at ``start_step``, but the projection is switched
-        on, for good, only when the moving average of chi_k exceeds this value (0.95 in public
-        replications of Song et al.).
+      switch_alignment: if not None, tracking starts at ``start_step``, but the projection is
+        switched on, for good, only when the moving average of chi_k exceeds this value (0.95 in
+        public replications of Song et al.).
       alignment_decay: decay of that moving average, in [0, 1); default 0.9, as in those
         replications.
       mask: pytree of booleans like the parameters, or a function from the parameters to one: True
@@ -346,8 +346,8 @@ def project_to_dominant(
       num_directions: k, usually the number of classes.
       tracker: how the eigenspace is followed; default ``BlockTracker()``.
       start_step: before this step updates pass unprojected, and nothing is tracked.
-      switch_alignment: if given, tracking starts at ``start_step``, but the projection is switched
-        on, for good, only when the moving average of chi_k exceeds this value, in [0, 1].
+      switch_alignment: if not None, tracking starts at ``start_step``, but the projection is
+        switched on, for good, only when the moving average of chi_k exceeds this value, in [0, 1].
       alignment_decay: decay of that moving average, in [0, 1); default 0.9.
       mask: pytree of booleans like the parameters, or a function from the parameters to one: True
         leaves take part, the others are held fixed in the curvature and their updates pass
@@ -398,8 +398,8 @@ def project_to_bulk(
       num_directions: k, usually the number of classes.
       tracker: how the eigenspace is followed; default ``BlockTracker()``.
       start_step: before this step updates pass unprojected, and nothing is tracked.
-      switch_alignment: if given, tracking starts at ``start_step``, but the projection is switched
-        on, for good, only when the moving average of chi_k exceeds this value, in [0, 1].
+      switch_alignment: if not None, tracking starts at ``start_step``, but the projection is
+        switched on, for good, only when the moving average of chi_k exceeds this value, in [0, 1].
       alignment_decay: decay of that moving average, in [0, 1); default 0.9.
       mask: pytree of booleans like the parameters, or a function from the parameters to one: True
         leaves take part, the others are held fixed in the curvature and their updates pass
@@ -453,7 +453,7 @@ def interpolated_sgd(
     Singh, 2025).
 
     Args:
-      learning_rate: float or schedule, given to ``base``.
+      learning_rate: float or schedule, passed to ``base``.
       num_directions: k, usually the number of classes.
       dominant_weight: a, the weight of the component in the dominant subspace; float or schedule.
       bulk_weight: b, the weight of the component orthogonal to it; float or schedule.
@@ -462,8 +462,8 @@ def interpolated_sgd(
       tracker: how the eigenspace is followed; default ``BlockTracker()``.
       start_step: before this step the base optimizer's updates pass unchanged, and nothing is
         tracked.
-      switch_alignment: if given, tracking starts at ``start_step``, but the projection is switched
-        on, for good, only when the moving average of chi_k exceeds this value, in [0, 1].
+      switch_alignment: if not None, tracking starts at ``start_step``, but the projection is
+        switched on, for good, only when the moving average of chi_k exceeds this value, in [0, 1].
       alignment_decay: decay of that moving average, in [0, 1); default 0.9.
       mask: pytree of booleans like the parameters, or a function from the parameters to one: True
         leaves take part, the others are held fixed in the curvature and get the base optimizer's
@@ -529,14 +529,14 @@ def dom_sgd(
     It is :func:`interpolated_sgd` with weights 1 and 0.
 
     Args:
-      learning_rate: float or schedule, given to ``base``.
+      learning_rate: float or schedule, passed to ``base``.
       num_directions: k, usually the number of classes.
       base: the optimizer, as a function of the learning rate: ``optax.sgd`` (default),
         ``optax.adam``, ``functools.partial(optax.sgd, momentum=0.9)`` ...
       tracker: how the eigenspace is followed; default ``BlockTracker()``.
       start_step: before this step updates pass unprojected, and nothing is tracked.
-      switch_alignment: if given, tracking starts at ``start_step``, but the projection is switched
-        on, for good, only when the moving average of chi_k exceeds this value, in [0, 1].
+      switch_alignment: if not None, tracking starts at ``start_step``, but the projection is
+        switched on, for good, only when the moving average of chi_k exceeds this value, in [0, 1].
       alignment_decay: decay of that moving average, in [0, 1); default 0.9.
       mask: pytree of booleans like the parameters, or a function from the parameters to one: True
         leaves take part, the others are held fixed in the curvature and their updates pass
@@ -588,14 +588,14 @@ def bulk_sgd(
     It is :func:`interpolated_sgd` with weights 0 and 1.
 
     Args:
-      learning_rate: float or schedule, given to ``base``.
+      learning_rate: float or schedule, passed to ``base``.
       num_directions: k, usually the number of classes.
       base: the optimizer, as a function of the learning rate: ``optax.sgd`` (default),
         ``optax.adam``, ``functools.partial(optax.sgd, momentum=0.9)`` ...
       tracker: how the eigenspace is followed; default ``BlockTracker()``.
       start_step: before this step updates pass unprojected, and nothing is tracked.
-      switch_alignment: if given, tracking starts at ``start_step``, but the projection is switched
-        on, for good, only when the moving average of chi_k exceeds this value, in [0, 1].
+      switch_alignment: if not None, tracking starts at ``start_step``, but the projection is
+        switched on, for good, only when the moving average of chi_k exceeds this value, in [0, 1].
       alignment_decay: decay of that moving average, in [0, 1); default 0.9.
       mask: pytree of booleans like the parameters, or a function from the parameters to one: True
         leaves take part, the others are held fixed in the curvature and their updates pass

@@ -135,7 +135,7 @@ def _ritz(process: _Process, order: Order) -> tuple[jax.Array, jax.Array, jax.Ar
     """Ritz values ``(m,)`` (-inf beyond the length), vectors, residual norms, error estimates."""
     projected, length, beta = process.projected, process.length, process.beta
     used = jnp.arange(projected.shape[0]) < length
-    # Rows not in use get an eigenvalue of their own, far outside the spectrum.
+    # Rows that are not in use get an eigenvalue far outside the spectrum.
     outside = -2 * jnp.max(jnp.sum(jnp.abs(projected), axis=1))
     outside = jnp.where(outside < 0, outside, -1)
     values, vectors = jnp.linalg.eigh(projected + jnp.diag(jnp.where(used, 0, outside)))

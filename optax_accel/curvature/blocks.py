@@ -152,7 +152,7 @@ def orthonormalize(
     rotation: jax.Array | None = None,
     gram: jax.Array | None = None,
 ) -> chex.ArrayTree:
-    """Orthonormal rows with the span of the given ones, by scaled, shifted Cholesky QR.
+    """Orthonormal rows with the span of a block's rows, by scaled, shifted Cholesky QR.
 
     One round needs two passes over the block and one ``k x k`` factorization (and, for sharded
     leaves, one ``k x k`` all-reduce), against the serial column sweeps of Householder QR.  Rows are
@@ -168,7 +168,8 @@ def orthonormalize(
     Args:
       block: leaves ``(k, *shape)``.
       rotation: ``(k, k)``, combines the rows first, at no cost; default: none.
-      gram: the inner products of the given rows, ``(k, k)``, where they are known; saves a pass.
+      gram: the inner products of the rows, ``(k, k)``, if they are known already, which saves a
+        pass; default: they are computed.
 
     Returns:
       A block of the same shape. A zero row stays zero.

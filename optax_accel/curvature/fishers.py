@@ -51,8 +51,10 @@ def fisher(
       The operator.
 
     Raises:
-      ValueError: unknown likelihood, unsuitable outputs; or as for :func:`gauss_newton`.
-      TypeError: as for :func:`hessian`.
+      ValueError: the likelihood is unknown, the outputs do not suit it, the objective was built
+        from a value function, both ``batches`` and a batch were given, or the data is empty.
+      TypeError: ``objective`` is not an Objective, an argument that it needs is missing,
+        ``batches`` is not a re-iterable of dicts, or a parameter is not real.
 
     Example:
       >>> import jax.numpy as jnp
@@ -95,8 +97,10 @@ def empirical_fisher(
       The operator.
 
     Raises:
-      ValueError: no data; leading axes that differ; or as for :func:`hessian`.
-      TypeError: as for :func:`hessian`.
+      ValueError: there is no data, the leading axes of its leaves differ, or both ``batches`` and a
+        batch were given.
+      TypeError: ``objective`` is not an Objective, an argument that it needs is missing,
+        ``batches`` is not a re-iterable of dicts, or a parameter is not real.
 
     Example:
       >>> import jax.numpy as jnp
@@ -137,8 +141,10 @@ def gradient_covariance(
       The operator.
 
     Raises:
-      ValueError: as for :func:`empirical_fisher`.
-      TypeError: as for :func:`hessian`.
+      ValueError: there is no data, the leading axes of its leaves differ, or both ``batches`` and a
+        batch were given.
+      TypeError: ``objective`` is not an Objective, an argument that it needs is missing,
+        ``batches`` is not a re-iterable of dicts, or a parameter is not real.
 
     Example:
       >>> import jax.numpy as jnp

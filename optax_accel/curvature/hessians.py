@@ -30,7 +30,7 @@ def hessian(
     Raises:
       TypeError: ``objective`` is not an Objective, an argument that it needs is missing,
         ``batches`` is not a re-iterable of dicts, or a parameter is not real.
-      ValueError: both ``batches`` and a batch were given, or no batches or an empty one.
+      ValueError: both ``batches`` and a batch were given, or the data is empty.
 
     Example:
       >>> import jax.numpy as jnp
@@ -64,8 +64,10 @@ def gauss_newton(
       The operator.
 
     Raises:
-      ValueError: the objective was built from a value function; or as for :func:`hessian`.
-      TypeError: as for :func:`hessian`.
+      ValueError: the objective was built from a value function, both ``batches`` and a batch were
+        given, or the data is empty.
+      TypeError: ``objective`` is not an Objective, an argument that it needs is missing,
+        ``batches`` is not a re-iterable of dicts, or a parameter is not real.
 
     Example:
       >>> import jax.numpy as jnp
@@ -101,8 +103,10 @@ def functional_hessian(
       The operator.
 
     Raises:
-      ValueError: the objective was built from a value function; or as for :func:`hessian`.
-      TypeError: as for :func:`hessian`.
+      ValueError: the objective was built from a value function, both ``batches`` and a batch were
+        given, or the data is empty.
+      TypeError: ``objective`` is not an Objective, an argument that it needs is missing,
+        ``batches`` is not a re-iterable of dicts, or a parameter is not real.
 
     Example:
       >>> import jax.numpy as jnp
