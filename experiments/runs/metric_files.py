@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 import shutil
@@ -16,7 +14,7 @@ import tensorboardX
 from experiments import cli
 from experiments.cli import UsageError
 from experiments.runs.folders import check_files
-from experiments.runs.records import is_number, read_file
+from experiments.runs.records import is_number, read_file, to_csv
 
 Row = dict[str, float | int | None]
 METRICS = ("metrics.jsonl", "metrics.csv")
@@ -40,7 +38,7 @@ class MetricFiles:
         self._folder = folder
         check_files(folder, (*METRICS, "events.jsonl", "result.json"), ("tensorboard",))
         jsonl, table = (folder / name for name in METRICS)
-        header = ",".join(columns) + "\n"
+        header = to_csv([], columns)
         lines = self._first_lines(jsonl, step, None)
         rows: list[Row] = []
         for number, line in enumerate(lines, start=1):
@@ -86,13 +84,10 @@ class MetricFiles:
 
     def write(self, rows: Sequence[Row]) -> None:
         """Adds rows and hands them to the operating system, so that a killed run leaves them."""
-        table = io.StringIO()
-        writer = csv.DictWriter(table, self.columns, restval="", lineterminator="\n")
         for row in rows:
-            writer.writerow(row)
             self._jsonl.write(json.dumps(row, allow_nan=False) + "\n")
             self._add_events(row)
-        self._csv.write(table.getvalue())
+        self._csv.write(to_csv(rows, self.columns, header=False))
         self._jsonl.flush()
         self._csv.flush()
 
