@@ -109,6 +109,7 @@ NATURAL_GRADIENT = (
         gradients_per_step=2,
         period=KFAC_PERIOD,
         needs_objective=True,
+        time_targets={"cycle": 5.0, "between": 2.0},
     ),
     Method(
         name="ekfac",

@@ -29,6 +29,7 @@ GRADIENT_SAMPLING = (
         learning_rates=ADAM_RATES,
         factory=functools.partial(oa.stoch_grad_adam, rate=0.8),
         from_context=lambda context: {"key": context.seed},
+        time_targets={"update": 1.5},
     ),
 )
 
@@ -43,6 +44,7 @@ EXTRAGRADIENT = (
         learning_rates=SGD_RATES,
         factory=oa.extrap_sgd,
         gradients_per_step=2,
+        time_targets={"step": 2.1},
     ),
     Method(
         name="extrap_sgd_past",
@@ -53,6 +55,7 @@ EXTRAGRADIENT = (
         base="nesterov_sgd",
         learning_rates=SGD_RATES,
         factory=functools.partial(oa.extrap_sgd, direction="past"),
+        time_targets={"step": 1.1},
     ),
     Method(
         name="extra_adam",

@@ -28,6 +28,7 @@ CLOSING_BOUNDS = (
         base="amsgrad",
         learning_rates=ADAM_RATES,
         factory=oa.adabound,
+        time_targets={"update": 1.1},
     ),
     Method(
         name="amsbound",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,22 @@ class Paper:
     link: str
 
 
+class Phase(NamedTuple):
+    """Steps of a run that are alike.
+
+    Attributes:
+      share: their share of the steps of a long run.
+      refresh: the argument ``refresh`` of their updates.
+    """
+
+    share: float
+    refresh: bool | str | None = None
+
+
+# Families whose update evaluates the network itself.
+_EVALUATING = ("extragradient", "gradient norm", "natural gradient")
+
+
 def _nothing(context: Context) -> Mapping[str, Any]:
     return {}
 
@@ -83,6 +100,9 @@ class Method:
       period: number of steps after which the forms of the step (`refresh`) repeat.
       per_worker: whether each worker keeps a state of its own and takes its own gradient.
       needs_objective: whether it finds the layers of the network in the objective (K-FAC).
+      time_targets: highest ratios to the base's time that this project accepts, by what is timed:
+        ``"update"``, a training ``"step"``, a ``"cycle"`` of steps with one refresh of everything
+        (K-FAC), a step ``"between"`` refreshes.
     """
 
     name: str
@@ -99,11 +119,30 @@ class Method:
     period: int = 1
     per_worker: bool = False
     needs_objective: bool = False
+    time_targets: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
     def refresh_every(self) -> int | None:
         """Steps between refreshes of the dominant subspace; None without one."""
         return None if self.tracker is None else self.tracker.refresh_every
+
+    @property
+    def evaluates_network(self) -> bool:
+        """Whether every update evaluates the network itself, not only where it refreshes."""
+        return self.family in _EVALUATING
+
+    @property
+    def phases(self) -> list[Phase]:
+        """The steps of a long run without its cold start, those without a refresh first.
+
+        Example:
+          >>> from experiments.methods import METHODS
+          >>> METHODS["bulk_sgd"].phases
+          [Phase(share=0.95, refresh=False), Phase(share=0.05, refresh='warm')]
+        """
+        kinds = collections.Counter(self.refresh(self.period + i) for i in range(self.period))
+        steps_before_refreshes = sorted(kinds.items(), key=lambda item: bool(item[0]))
+        return [Phase(number / self.period, kind) for kind, number in steps_before_refreshes]
 
     @property
     def settings(self) -> tuple[str, ...]:

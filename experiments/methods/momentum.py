@@ -53,6 +53,7 @@ MOMENTUM_DECAY = (
         learning_rates=SGD_RATES,
         factory=oa.demon_sgd,
         from_context=_decay_steps,
+        time_targets={"update": 1.05},
     ),
     Method(
         name="demon_adam",
@@ -64,6 +65,7 @@ MOMENTUM_DECAY = (
         learning_rates=DEMON_ADAM_RATES,
         factory=functools.partial(oa.demon_adam, nu_bias_correction=True),
         from_context=_decay_steps,
+        time_targets={"update": 1.05},
     ),
     Method(
         name="demon_adam_ema",

@@ -48,6 +48,7 @@ REPARAMETRIZATION = (
         factory=functools.partial(
             _reparametrized, optimizer=optax.adam, reparametrization=oa.weight_norm()
         ),
+        time_targets={"update": 2.0},
     ),
     Method(
         name="powerprop_sgd",

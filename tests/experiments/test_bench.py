@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import bench, timing
+from experiments import bench
 
 
 def test_ratios_and_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,45 +31,6 @@ def test_ratios_and_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         low, median, high = row["milliseconds"]
         assert 0 < low <= median <= high
         assert (row["ratio"] is None) == (row["base"] is None)
-
-
-def test_curvature_methods_only_project_in_the_update(tmp_path: Path) -> None:
-    from experiments.methods import METHODS
-
-    sgd, bulk = bench.update_cases("sgd", [METHODS["sgd"], METHODS["bulk_sgd"]], 1000)
-    assert (sgd.base, bulk.base) == (None, "sgd")
-    rows = timing.measure([sgd, bulk], repeats=1)
-    assert [row["target"] for row in rows] == [None, None]
-
-
-def test_forms_of_natural_gradients_are_cases_of_their_own() -> None:
-    from experiments.methods import METHODS
-
-    group = [METHODS[name] for name in ("sgd", "kfac", "hessian_free")]
-    cases = bench.natural_cases("sgd", group)
-    named = [(case.name, case.base, case.period, case.target) for case in cases]
-    assert named == [
-        ("sgd", None, 1, None),
-        ("kfac", "sgd", 10, 5.0),
-        ("kfac, between", "sgd", 1, 2.0),
-    ]
-    assert cases[2].time() > 0
-    assert cases[2].step == 1
-    assert bench.natural_cases("sgd", [METHODS["sgd"], METHODS["demon_sgd"]]) == []
-    names = [case.name for case in bench.compile_cases("sgd", group)]
-    assert names == ["sgd", "kfac, inverses", "kfac, factors", "kfac, between", "hessian_free"]
-
-
-def test_targets_are_known_methods() -> None:
-    from experiments.methods import METHODS
-
-    targets = (
-        bench.UPDATE_TARGETS,
-        bench.STEP_TARGETS,
-        bench.CYCLE_TARGETS,
-        bench.BETWEEN_TARGETS,
-    )
-    assert set().union(*targets) <= set(METHODS)
 
 
 @pytest.mark.parametrize(

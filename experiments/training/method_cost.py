@@ -1,0 +1,223 @@
+"""What a method costs beside its base: cases for the interleaved timer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import models
+from experiments.methods import Method
+from experiments.timing import Case
+from experiments.training import losses, networks
+from experiments.training.step import init_state, train_step
+
+COMPILE_TARGET = 2.0  # of methods without curvature, whose step has one form
+NATURAL_COMPILE_TARGET = 3.0  # of each form of the step
+BATCH_SIZE = 128
+NUM_CLASSES = 10
+TOTAL_STEPS = 10_000
+LEARNING_RATE = 1e-3
+
+
+def update_cases(base: str, group: Sequence[Method], parameters: int) -> list[Case]:
+    """`update` and `apply_updates` of a base and its methods on a large tree.
+
+    Methods whose update evaluates the network have no cost of their own here and are left out;
+    those with a tracker only project, they do not refresh.
+
+    Args:
+      base: name of the base.
+      group: the base, then its methods.
+      parameters: number of parameters, in ten square matrices.
+
+    Returns:
+      The cases, none where only the base is left.
+    """
+    side = max(1, math.isqrt(parameters // 10))
+    keys = jax.random.split(jax.random.key(0), 10)
+    grads = {f"matrix_{i}": jax.random.normal(key, (side, side)) for i, key in enumerate(keys)}
+
+    def call(step: int, carry: Any, update: Any) -> Any:
+        return update(grads, *carry)
+
+    cases = []
+    for method in group:
+        if method.evaluates_network:
+            continue
+        tx = method.build(LEARNING_RATE, total_steps=TOTAL_STEPS, num_classes=NUM_CLASSES)
+        extra = {} if method.tracker is None else {"refresh": False, "value_fn": _no_loss}
+
+        def update(
+            grads: Any, params: Any, state: Any, tx: Any = tx, extra: dict[str, Any] = extra
+        ) -> Any:
+            updates, state = tx.update(grads, state, params, **extra)
+            return optax.apply_updates(params, updates), state
+
+        params = jax.tree.map(jnp.zeros_like, grads)
+        cases.append(
+            Case(
+                name=method.name,
+                base=None if method.name == base else base,
+                call=functools.partial(call, update=jax.jit(update, donate_argnums=(1, 2))),
+                carry=(params, jax.jit(tx.init)(params)),
+                period=1,
+                target=method.time_targets.get("update"),
+            )
+        )
+    return cases if len(cases) > 1 else []
+
+
+def _no_loss(params: Any) -> Any:
+    raise AssertionError("an update without refresh evaluates no loss")
+
+
+class Network:
+    """A dense model and a batch of images of MNIST's shape.
+
+    Args:
+      batch_size: number of images.
+    """
+
+    def __init__(self, batch_size: int = BATCH_SIZE):
+        model = models.create("mlp", input_shape=(28, 28, 1), num_classes=NUM_CLASSES, rngs=0)
+        graphdef, self.params, self.rest = networks.split(model)
+        random = np.random.default_rng(0)
+        self.batch = {
+            "x": jnp.asarray(random.random((batch_size, 28, 28, 1), np.float32)),
+            "y": jnp.asarray(random.integers(0, NUM_CLASSES, batch_size, np.int32)),
+        }
+        self.objective = networks.objective(graphdef)
+
+    def build(self, method: Method) -> optax.GradientTransformationExtraArgs:
+        """The optimizer of a method for this network."""
+        return method.build(
+            LEARNING_RATE,
+            total_steps=TOTAL_STEPS,
+            num_classes=NUM_CLASSES,
+            objective=self.objective.bind(rest=self.rest, **self.batch),
+            likelihood=losses.LIKELIHOODS["cross_entropy"],
+        )
+
+    def training_step(self, tx: optax.GradientTransformationExtraArgs) -> Any:
+        """A new compiled function ``(state, batch, refresh) -> state``, which donates the state."""
+
+        @functools.partial(jax.jit, static_argnames="refresh", donate_argnames="state")
+        def step(state: Any, batch: Any, refresh: Any) -> Any:
+            return train_step(tx, self.objective, state, batch, refresh=refresh)[0]
+
+        return step
+
+    def step_case(
+        self,
+        base: str,
+        method: Method,
+        refresh: Callable[[int], Any],
+        *,
+        target: float | None = None,
+    ) -> Case:
+        """Whole periods of training steps, at least ten steps.
+
+        Args:
+          base: name of the base.
+          method: the method.
+          refresh: the argument ``refresh`` from the number of the step.
+          target: highest acceptable ratio to the base.
+        """
+        tx = self.build(method)
+        step = self.training_step(tx)
+        return Case(
+            name=method.name,
+            base=None if method.name == base else base,
+            call=lambda i, state: step(state, self.batch, refresh=refresh(i)),
+            # Copies: the step donates its state, and the next case starts from the same weights.
+            carry=jax.tree.map(jnp.copy, init_state(tx, self.params, self.rest)),
+            period=method.period * math.ceil(10 / method.period),
+            target=target,
+        )
+
+
+def step_cases(base: str, group: Sequence[Method]) -> list[Case]:
+    """Whole training steps of a dense model: batch 128, images of MNIST's shape.
+
+    Args:
+      base: name of the base.
+      group: the base, then its methods.
+    """
+    network = Network()
+    return [
+        network.step_case(base, method, method.refresh, target=method.time_targets.get("step"))
+        for method in group
+    ]
+
+
+def natural_cases(base: str, group: Sequence[Method]) -> list[Case]:
+    """Steps of K-FAC and EKFAC at batch 256: whole cycles, and steps that refresh nothing.
+
+    Args:
+      base: name of the base.
+      group: the base, then its methods.
+
+    Returns:
+      The cases, none where only the base is left.
+    """
+    cases = []
+    network = Network(2 * BATCH_SIZE)
+    for method in group:
+        targets = method.time_targets
+        if method.name == base:
+            case = network.step_case(base, method, method.refresh)
+            cases.append(dataclasses.replace(case, period=1))
+        elif method.needs_objective:
+            cycle = network.step_case(base, method, method.refresh, target=targets.get("cycle"))
+            between = network.step_case(
+                base, method, lambda step: False, target=targets.get("between")
+            )
+            cases += [cycle, dataclasses.replace(between, name=f"{method.name}, between", period=1)]
+    return cases if len(cases) > 1 else []
+
+
+def compile_cases(base: str, group: Sequence[Method]) -> list[Case]:
+    """Tracing and compiling the steps of `step_cases`, in all forms of their static `refresh`.
+
+    The forms of K-FAC's step, only some of which a loop may use, are separate cases.
+
+    Args:
+      base: name of the base.
+      group: the base, then its methods.
+    """
+    network = Network()
+
+    def case(name: str, method: Method, forms: Iterable[Any], target: float | None) -> Case:
+        tx = network.build(method)
+        state = jax.eval_shape(functools.partial(init_state, tx), network.params, network.rest)
+
+        def call(i: int, carry: None) -> None:
+            for form in forms:
+                network.training_step(tx).lower(state, network.batch, refresh=form).compile()
+
+        is_base = method.name == base
+        return Case(name, None if is_base else base, call, None, 1, None if is_base else target)
+
+    cases = []
+    for method in group:
+        if method.needs_objective:
+            forms = {"inverses": "inverses", "factors": "factors", "between": False}
+            cases += [
+                case(f"{method.name}, {name}", method, [form], NATURAL_COMPILE_TARGET)
+                for name, form in forms.items()
+            ]
+        else:
+            forms_of_step = {method.refresh(i) for i in range(method.period + 1)}
+            target: float | None = COMPILE_TARGET if method.tracker is None else None
+            if method.family == "natural gradient":
+                target = NATURAL_COMPILE_TARGET
+            cases.append(case(method.name, method, forms_of_step, target))
+    return cases
