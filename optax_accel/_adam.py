@@ -29,14 +29,14 @@ def scale_by_adam(
     of small gradients are zero.  Where a denominator is zero the update is zero.
 
     Args:
-      method: whose name errors carry.
+      method: the name that errors carry.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
       b1_decay: the first moment decays by ``b1 * b1_decay ** t`` at the zero-based step t.
       bias_offset: added to the exponents of the bias corrections.
       eps_before_correction: adds ``eps`` to the root before the bias correction.
-      mu_dtype: dtype of the first moment; None: that of the parameters.
+      mu_dtype: dtype of the first moment; None means that of the parameters.
     """
 
     def init_fn(params: chex.ArrayTree) -> optax.ScaleByAdamState:

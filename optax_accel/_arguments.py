@@ -27,7 +27,7 @@ def check_number(
 ) -> None:
     """Raises if a hyperparameter is not a number in the allowed range.
 
-    A scalar array is checked where its value is known.  Its ends count as inside, because
+    A scalar array is checked if its value is known.  The ends of the range are allowed, because
     ``optax.inject_hyperparams`` rounds numbers to the dtype of the parameters, and because a
     schedule may end there.  Traced arrays and arrays with axes (members of a ``vmap``) pass.
 
@@ -84,10 +84,10 @@ def check_integer(name: str, value: Any, low: int) -> None:
 
 
 def check_count(name: str, value: Any, low: int) -> None:
-    """Raises if a count that is only calculated with is not an integer of at least ``low``.
+    """Raises if a count that decides no shapes is not an integer of at least ``low``.
 
-    Unlike :func:`check_integer` it allows integer arrays, as ``optax.inject_hyperparams`` makes
-    them, and checks those whose value is known.
+    Unlike :func:`check_integer` it allows the integer arrays that ``optax.inject_hyperparams``
+    makes, and checks those whose value is known.
 
     Raises:
       ValueError: the value is too small.
@@ -122,7 +122,7 @@ def static_integer(name: str, value: Any, low: int) -> int:
 
 
 def check_dtype(name: str, value: Any) -> None:
-    """Raises if an optional dtype is not floating-point, or an array made of it by Optax."""
+    """Raises ``TypeError`` if an optional dtype is not a floating-point one."""
     if isinstance(value, jax.Array):
         raise TypeError(
             f"`{name}` must be a dtype, got an array: optax.inject_hyperparams takes every "
@@ -178,13 +178,13 @@ def check_flag(name: str, value: Any, *, optional: bool = False) -> None:
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raises ``ValueError`` if ``value`` is none of the allowed words."""
+    """Raises ``ValueError`` if ``value`` is not one of the allowed words."""
     if value not in allowed:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}; got {value!r}.")
 
 
 def is_placeholder(params: Any) -> bool:
-    """Whether ``optax.tree.map_params`` calls ``init`` to see where a state is like parameters."""
+    """Whether it is the placeholder with which ``optax.tree.map_params`` calls ``init``."""
     return isinstance(params, _placeholder_type())
 
 
@@ -196,7 +196,7 @@ def _placeholder_type() -> type:
 
 
 def as_arrays(tree: Any) -> Any:
-    """The tree with arrays in place of Python's numbers, which Optax allows as parameters."""
+    """The tree with arrays in place of Python numbers, which Optax allows as parameters."""
     return jax.tree.map(lambda x: x if hasattr(x, "dtype") else jnp.asarray(x), tree)
 
 
@@ -218,7 +218,7 @@ def check_floating_leaves(params: Any, method: str, advice: str = HOLD_FIXED) ->
 
 
 def check_numeric_leaves(params: Any, method: str, advice: str = HOLD_FIXED) -> None:
-    """Raises ``TypeError`` if a leaf is a PRNG key, boolean or another thing without arithmetic."""
+    """Raises ``TypeError`` if a leaf is a PRNG key, a boolean or anything other than numbers."""
     _check_leaves(params, method, jnp.number, "numbers", advice)
 
 

@@ -20,9 +20,9 @@ Mask: TypeAlias = chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | 
 
 
 def resolve(params: chex.ArrayTree, mask: Mask) -> chex.ArrayTree | None:
-    """A boolean for every leaf of the parameters; None, which stands for all, stays None.
+    """A boolean for every leaf of the parameters, or None, which means all of them.
 
-    Optax's placeholder, which stands for any tree, gives None, too.
+    It is None without a mask and for Optax's placeholder, which stands for any tree.
 
     The mask may be a prefix or a function.  As in Optax it is a function only if its leaves can be
     called: a module with booleans in place of its parameters is a tree of booleans.
@@ -30,21 +30,21 @@ def resolve(params: chex.ArrayTree, mask: Mask) -> chex.ArrayTree | None:
     are not differentiated may be ``None`` or of the dtype ``float0``.
 
     Raises:
-      ValueError: the mask does not fit the parameters or holds something else than booleans.
+      ValueError: the mask does not fit the parameters or has leaves other than booleans.
     """
     if mask is None or is_placeholder(params):
         return None
-    leaves, given = jax.tree.leaves(mask), mask
+    leaves, booleans = jax.tree.leaves(mask), mask
     if isinstance(mask, Partial) or (callable(mask) and leaves and all(map(callable, leaves))):
-        given = mask(params)
+        booleans = mask(params)
 
     def spread(selected: Any, part: chex.ArrayTree) -> chex.ArrayTree:
         if not _is_boolean(selected):
-            raise ValueError(f"found {selected!r} in it")
+            raise ValueError(f"it contains {selected!r}")
         return jax.tree.map(lambda _: bool(selected), part)
 
     try:
-        return jax.tree.map(spread, given, params)
+        return jax.tree.map(spread, booleans, params)
     except ValueError as error:
         raise ValueError(
             "`mask` must be a pytree of booleans like the parameters (or a prefix of it), or a "
@@ -53,7 +53,7 @@ def resolve(params: chex.ArrayTree, mask: Mask) -> chex.ArrayTree | None:
 
 
 def select(tree: chex.ArrayTree, chosen: chex.ArrayTree | None) -> chex.ArrayTree:
-    """The part of a tree that takes part; the rest becomes ``MaskedNode``, without leaves."""
+    """The selected leaves of a tree; the others become ``MaskedNode``, which has no leaves."""
     if chosen is None:
         return tree
     return jax.tree.map(lambda m, x: x if m else optax.MaskedNode(), chosen, tree)
@@ -69,7 +69,7 @@ def merge(
 
 
 def check_selected(params: chex.ArrayTree, mask: Mask, method: str) -> None:
-    """Raises ``TypeError`` if a leaf that takes part is not real floating point."""
+    """Raises ``TypeError`` if a selected leaf is not real floating point."""
     if mask is None:
         advice = "leave it out with `mask=`"
     else:
@@ -82,12 +82,12 @@ def with_fixed_leaves(
 ) -> optax.GradientTransformationExtraArgs:
     """A masked method that never meets the masked-out leaves that cannot be differentiated.
 
-    Integers, booleans and PRNG keys become ``None`` for the method and whatever is inside, and
-    their updates pass as they come: ``float0`` or ``None`` or a leaf of the same kind.
+    Integers, booleans and PRNG keys become ``None`` for the method and the transformations inside,
+    and their updates pass unchanged: ``float0``, ``None`` or a leaf of the same kind.
 
     Args:
-      make: the transformation for a mask that is resolved, or None.
-      mask: pytree of booleans like the parameters (or a prefix of it), function or None.
+      make: gives the transformation for a resolved mask, which may be None.
+      mask: pytree of booleans like the parameters (or a prefix of it), a function, or None.
     """
 
     def init_fn(params: chex.ArrayTree) -> optax.OptState:
@@ -145,7 +145,7 @@ def _precompose(value_fn: Any, transform: Callable[[chex.ArrayTree], chex.ArrayT
 def _parts(
     params: chex.ArrayTree, mask: Mask
 ) -> tuple[chex.ArrayTree | None, chex.ArrayTree | None]:
-    """The resolved mask, and which leaves can be trained: None if all are, or if none may not."""
+    """The resolved mask, and which leaves can be trained; None where that is all of them."""
     chosen = resolve(params, mask)
     if chosen is None:
         return None, None
@@ -165,7 +165,7 @@ def _is_inexact(leaf: Any) -> bool:
 
 
 def _is_boolean(leaf: Any) -> bool:
-    """Whether it decides on a leaf: a Python or NumPy boolean or a known boolean scalar."""
+    """Whether it is a Python or NumPy boolean, or a boolean scalar array of known value."""
     if isinstance(leaf, jax.core.Tracer):
         return False
     return isinstance(leaf, bool | np.bool_) or (

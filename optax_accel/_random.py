@@ -32,7 +32,7 @@ def as_key(key: chex.PRNGKey | int) -> jax.Array:
             if key.ndim:
                 raise ValueError(
                     f"`key` must be one PRNG key, got an array of keys of shape {key.shape}: give "
-                    "one of them, or take the whole under jax.vmap."
+                    "one of them, or map over all of them with jax.vmap."
                 )
             return key
         if key.dtype == jnp.uint32 and key.shape == (2,):
@@ -67,9 +67,9 @@ def hash_bits(
 
     Args:
       key: PRNG key.
-      shape: of the result.
-      step: integer scalar that is hashed with the key; it takes the place of ``fold_in`` where that
-        one's loop of rounds would compile longer than everything else here.
+      shape: shape of the result.
+      step: integer scalar that is hashed with the key, in place of ``fold_in``, whose loop of
+        rounds would compile longer than everything else here.
     """
     if step is None:
         words: Any = jax.random.bits(key, (2,), jnp.uint32)

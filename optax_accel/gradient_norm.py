@@ -37,9 +37,9 @@ class GNPState(NamedTuple):
 
     Attributes:
       count: number of updates made; int32 scalar.
-      gradient_norm: what is penalized, the norm of the gradient (of the leaves in ``mask``) at the
+      gradient_norm: the penalized norm of the gradient (of the leaves in ``mask``) at the
         parameters of the last step, with ``axis_name`` the mean over the replicas; infinity before
-        the first; float32 scalar.
+        the first step; float32 scalar.
       inner_state: state of the inner transformation.
     """
 
@@ -60,9 +60,9 @@ def gnp(
 
     Two gradients a step, at the parameters and at a point ahead of them; ``update`` needs
     ``value_fn`` (an :class:`~optax_accel.Objective` or a function of the parameters) and
-    ``params``.  ``value_fn`` must be the loss of the incoming gradient: the same batch, and the
-    same key of dropout.  Update statistics of batch normalization in the first pass only.  What the
-    inner transformation clips is the mixed gradient (the paper clips it to a global norm of 5).
+    ``params``.  ``value_fn`` must be the loss of the incoming gradient, with the same batch and the
+    same key of dropout.  Update statistics of batch normalization in the first pass only.  Clip
+    gradients in ``inner``, which sees the mixed gradient (the paper clips it to a norm of 5).
 
     ``optax.contrib.sam(inner, chain(normalize(), sgd(rho)), opaque_mode=True)`` makes the steps of
     ``alpha=1``; it takes a ``grad_fn`` of two arguments.
@@ -77,10 +77,10 @@ def gnp(
         <https://arxiv.org/abs/2406.09723>`_, 2024).
       axis_name: axis of ``pmap``, ``shard_map`` or ``vmap`` for *local* perturbations, as in the
         authors' code: each replica perturbs with its own gradient and penalizes its own norm, and
-        the mixed gradients are averaged, one all-reduce a step; the incoming gradient is not used,
+        the mixed gradients are averaged, one all-reduce a step; the incoming gradient is not used
         and need not be averaged.  ``None``: one perturbation, the same on all replicas, for the
-        norm of the mean gradient; an Objective with an ``axis_name`` of its own then averages, at
-        both points.
+        norm of the mean gradient; an Objective that has an ``axis_name`` then averages at both
+        points.
       mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
         parameters to one: leaves to perturb, whose gradient's norm is penalized.  ``None``: all.
         Masked-out integers, booleans and PRNG keys are hidden from ``inner``; their updates pass
@@ -151,19 +151,11 @@ def _gnp(
         radius, weight = value_of(rho, state.count), value_of(alpha, state.count)
         point, first = params, updates
         if axis_name is not None:
-            together = objective.averaged_over(axis_name)
-            objective, point = objective.local, together.vary(params)
+            mean = objective.averaged_over(axis_name)
+            objective, point = objective.local, mean.vary(params)
             first = objective.grad(point)
-        chosen = resolve(params, mask)
-        direction = select(first, chosen)
-        length = norm(direction)
-        divisor = jnp.where(length > 0, length, 1)
-        ahead = jax.tree.map(
-            lambda x, g: (_widen(x) + radius * (_widen(g) / divisor)).astype(jnp.result_type(x)),
-            select(point, chosen),
-            direction,
-        )
-        second = objective.grad(merge(ahead, point, chosen))
+        ahead, length = _perturb(point, first, radius, resolve(params, mask))
+        second = objective.grad(ahead)
         mixed = jax.tree.map(
             lambda g, h: ((1 - weight) * _widen(g) + weight * _widen(h)).astype(g.dtype),
             first,
@@ -171,7 +163,7 @@ def _gnp(
         )
         length = jnp.asarray(length, jnp.float32)
         if axis_name is not None:
-            mixed, length = together.mean((mixed, length))
+            mixed, length = mean.mean((mixed, length))
         inner_args = {**extra_args, "value_fn": value_fn}
         if "grad" in inner_args:
             inner_args["grad"] = mixed
@@ -183,6 +175,21 @@ def _gnp(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _perturb(
+    params: chex.ArrayTree, gradient: chex.ArrayTree, radius: Any, chosen: chex.ArrayTree | None
+) -> tuple[chex.ArrayTree, jax.Array]:
+    """The point at that distance along the gradient, and the norm of the gradient."""
+    direction = select(gradient, chosen)
+    length = norm(direction)
+    divisor = jnp.where(length > 0, length, 1)
+    ahead = jax.tree.map(
+        lambda x, g: (_widen(x) + radius * (_widen(g) / divisor)).astype(jnp.result_type(x)),
+        select(params, chosen),
+        direction,
+    )
+    return merge(ahead, params, chosen), length
 
 
 def _widen(x: jax.Array) -> jax.Array:

@@ -17,8 +17,8 @@ class WithSchedulesState(NamedTuple):
 
     Attributes:
       count: number of updates made; int32 scalar.
-      scheduled: the scheduled arguments as used in the last update (before the first: as they will
-        be in it), by name; e.g. ``optax.tree.get(state, "momentum")``.
+      scheduled: the scheduled arguments by name, with their values in the last update (before the
+        first update, in that one); e.g. ``optax.tree.get(state, "momentum")``.
       inner_state: state of the transformation that the factory builds.
     """
 
@@ -38,9 +38,9 @@ def with_schedules(
       with_schedules(optax.adamw, b1=optax.cosine_decay_schedule(0.9, 1000))(learning_rate=1e-3)
       with_schedules(optax.sgd, momentum=optax.linear_schedule(0.9, 0.0, 1000))(0.1, nesterov=True)
 
-    Unlike ``optax.inject_hyperparams`` it touches only the named arguments: the others stay the
-    Python values they are (integers are not turned into arrays), and mixed-precision trees keep
-    their dtypes while the scheduled value stays in float32.
+    Unlike ``optax.inject_hyperparams`` it changes only the named arguments: the others stay Python
+    values (integers do not become arrays), and mixed-precision trees keep their dtypes while the
+    scheduled value stays in float32.
 
     Adam-like factories correct the bias of their first moment with the *current* decay rate,
     ``1 - b1_t ** t``, which is exact for a constant rate only;
@@ -56,7 +56,7 @@ def with_schedules(
 
     Raises:
       ValueError: no schedule was given, or the factory has no argument of that name.
-      TypeError: a schedule is not callable, or a scheduled argument is given again.
+      TypeError: a schedule is not callable, or a scheduled argument is also given as a value.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -94,8 +94,8 @@ def with_schedules(
             raise TypeError(f"with_schedules: {again[0]!r} is scheduled and was given again.")
 
         def values_at(count: jax.Array) -> dict[str, jax.Array]:
-            # With a dtype of its own, not a weak one: that is lost in a checkpoint, and a weak
-            # float32 times bfloat16 is bfloat16.
+            # With a strong dtype: a weak one is lost in a checkpoint, and a weak float32 times
+            # bfloat16 is bfloat16.
             values = {name: jnp.asarray(schedule(count)) for name, schedule in schedules.items()}
             return {name: value.astype(value.dtype) for name, value in values.items()}
 
@@ -117,7 +117,7 @@ def with_schedules(
             new_updates, inner_state = inner(values).update(
                 updates, state.inner_state, params, **extra_args
             )
-            # A float32 momentum times bfloat16 gradients is float32: cast back what came in.
+            # A float32 momentum times bfloat16 gradients is float32: cast back to what came in.
             new_updates = optax.tree.cast_like(new_updates, updates)
             inner_state = jax.tree.map(_cast_like, inner_state, state.inner_state)
             count = optax.safe_increment(state.count)
@@ -132,7 +132,7 @@ def with_schedules(
 
 def _cast_like(new: Any, old: Any) -> Any:
     dtype = jnp.result_type(old)
-    # PRNG keys, of samplers, have nothing to cast.
+    # The PRNG keys of samplers cannot be cast.
     return jnp.asarray(new).astype(dtype) if jnp.issubdtype(dtype, jnp.number) else new
 
 
@@ -165,16 +165,18 @@ def inject_hyperparams(
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
     """``optax.inject_hyperparams`` that knows which arguments of our methods are static.
 
-    Optax's own works with the numbers of our methods, but it turns all of them into arrays, counts
-    and seeds too, and takes every callable for a schedule: samplers, masks, dtypes, objectives.
-    This one leaves whatever is not a hyperparameter (:func:`static_arguments`) as it is.
+    Optax's function works with the numbers of our methods, but it turns all of them into arrays,
+    counts and seeds too, and takes every callable for a schedule: samplers, masks, dtypes,
+    objectives.  This one leaves all arguments unchanged that are not hyperparameters
+    (:func:`static_arguments`).
 
     Args:
       factory: a function of this package that returns a transformation.
       **kwargs: further arguments of ``optax.inject_hyperparams``, e.g. ``hyperparam_dtype``.
 
     Returns:
-      As ``optax.inject_hyperparams``.
+      A function of the factory's arguments that returns the transformation, with the state of
+      ``optax.inject_hyperparams``.
 
     Example:
       >>> import jax.numpy as jnp

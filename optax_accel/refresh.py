@@ -4,8 +4,8 @@ A method that keeps an estimate of the curvature, the eigenspace of a tracker or
 K-FAC, refreshes it inside the compiled step by default.  With the extra argument ``refresh``, a
 static Python value, the training loop decides instead, so that it alternates compiled steps without
 conditionals: required for speed with convolutions on a CPU, and under ``vmap``, where a conditional
-runs both its branches.  The argument reaches every element of a chain, and each takes from it what
-concerns it:
+runs both its branches.  The argument reaches every element of a chain; this is what it means to
+each:
 
 ===============  ==============================  =================================================
 ``refresh``      trackers of an eigenspace       K-FAC and EKFAC
@@ -14,7 +14,7 @@ concerns it:
 ``False``        nothing                         nothing
 ``True``         refresh (the tracker says how)  factors and inverses
 ``"cold"``       start anew                      factors and inverses
-``"warm"``       refresh the basis there is      factors and inverses
+``"warm"``       refresh the current basis       factors and inverses
 ``"factors"``    nothing                         factors
 ``"inverses"``   refresh (the tracker says how)  factors and inverses
 :class:`Refresh`  its ``eigenspace``              its ``factors`` and ``inverses``
@@ -50,8 +50,8 @@ class Refresh(NamedTuple):
     """What a step refreshes, where one word does not say it for all elements of a chain.
 
     Attributes:
-      eigenspace: what trackers do: False (default) nothing, True a refresh, ``"cold"`` a new start,
-        ``"warm"`` a refresh of the basis there is; None lets them decide in the graph.
+      eigenspace: what trackers do: False (default) keeps the basis, True refreshes it, ``"cold"``
+        starts anew, ``"warm"`` refreshes the current basis; None lets them decide in the graph.
       factors: whether K-FAC refreshes its factors, default False; None lets it decide in the graph,
         about the inverses too.
       inverses: whether K-FAC refreshes factors and inverses, default False.
@@ -71,7 +71,7 @@ RefreshLike: TypeAlias = bool | str | Refresh | None
 
 
 def of_eigenspace(refresh: Any) -> EigenspaceRefresh:
-    """What the argument ``refresh`` means for a tracker."""
+    """The meaning of the argument ``refresh`` for a tracker."""
     _check(refresh)
     if isinstance(refresh, Refresh):
         return refresh.eigenspace
@@ -79,7 +79,7 @@ def of_eigenspace(refresh: Any) -> EigenspaceRefresh:
 
 
 def of_factors(refresh: Any) -> FactorsRefresh:
-    """What the argument ``refresh`` means for K-FAC."""
+    """The meaning of the argument ``refresh`` for K-FAC."""
     _check(refresh)
     if isinstance(refresh, Refresh):
         if refresh.inverses:
@@ -127,7 +127,7 @@ class _FactorsPeriods(NamedTuple):
 
 
 _Periods: TypeAlias = _EigenspacePeriods | _FactorsPeriods
-# While `refresh_at` calls an `init`: the periods that the methods in it announce.
+# The periods that methods announce while `refresh_at` calls the `init` of an optimizer.
 _announced: contextvars.ContextVar[list[_Periods] | None] = contextvars.ContextVar(
     "announced", default=None
 )
@@ -177,21 +177,22 @@ def refresh_at(
     Args:
       step: zero-based count of updates, a Python integer. With ``optax.MultiSteps`` this is the
         number of whole updates, not of micro-batches.
-      tx: the optimizer, however chained, masked or wrapped. The periods and start steps of its
+      tx: the optimizer, chained, masked or wrapped in any way. The periods and start steps of its
         trackers and of its K-FAC are read from it, once: its ``init`` is called with the
-        placeholder of ``optax.tree.map_params``.  Or the period of a tracker, an integer, as
-        ``refresh_every``.
+        placeholder of ``optax.tree.map_params``.  An integer is the period of a tracker instead,
+        the same as ``refresh_every``.
       start_step: the step at which the eigenspace is first needed, if no optimizer is given.
-      refresh_every: the period of the tracker, if no optimizer is given; default 20, as
-        ``BlockTracker``'s.
-      cold_start: False for convolutional networks on a CPU, where the loop of the Lanczos start
-        runs many times slower than the same products outside it (jax#12868): the estimate then
-        grows from a random basis by a sweep in each of the first ten steps.
+      refresh_every: the period of the tracker, if no optimizer is given; default 20, as that of
+        ``BlockTracker``.
+      cold_start: whether the estimate starts with Lanczos; default True.  Give False for
+        convolutional networks on a CPU, where the loop of Lanczos runs many times slower than the
+        same products outside it (jax#12868): the estimate then grows from a random basis by a sweep
+        in each of the first ten steps.
 
     Returns:
       For trackers ``"cold"`` at the first step, ``"warm"`` when a refresh is due, else False; for
-      K-FAC what :func:`kfac_refresh_at` says; for a chain of both a :class:`Refresh`; None if
-      nothing in ``tx`` has a curvature to refresh.
+      K-FAC the result of :func:`kfac_refresh_at`; for a chain of both a :class:`Refresh`; None if
+      no element of ``tx`` keeps an estimate of the curvature.
 
     Raises:
       ValueError: ``step`` below 0; ``tx`` has two trackers, or K-FAC twice, at different periods or
@@ -220,8 +221,8 @@ def refresh_at(
         return _eigenspace_at(step, _EigenspacePeriods(int(every), start_step), cold_start)
     if refresh_every is not None or start_step:
         raise ValueError(
-            "give refresh_at either the optimizer or `refresh_every` and `start_step`: the "
-            "optimizer knows its own."
+            "give refresh_at either the optimizer or `refresh_every` and `start_step`: they are "
+            "read from the optimizer."
         )
     eigenspace: Any = None
     factors: Any = None
@@ -248,8 +249,8 @@ def _eigenspace_at(
 
 
 def _periods_of(tx: Any) -> tuple[_Periods, ...]:
-    """The periods of each kind of estimate in an optimizer, at most one of a kind."""
-    owner = getattr(tx.init, "__self__", tx.init)  # of a bound method there is no other reference
+    """The periods of the estimates in an optimizer, at most one of each kind."""
+    owner = getattr(tx.init, "__self__", tx.init)  # a bound method would not outlive this call
     if owner in _known:
         return _known[owner]
     announced: list[_Periods] = []
@@ -270,27 +271,28 @@ def _periods_of(tx: Any) -> tuple[_Periods, ...]:
         ) from error
     finally:
         _announced.reset(token)
-    found = tuple(dict.fromkeys(announced))
-    if len({type(periods) for periods in found}) < len(found):
+    distinct = tuple(dict.fromkeys(announced))
+    if len({type(periods) for periods in distinct}) < len(distinct):
         raise ValueError(
-            "one `refresh` drives all trackers and one all K-FAC of an optimizer, but this one has "
-            f"different periods: {', '.join(str(p).lstrip('_') for p in found)}. Give them equal "
-            "periods and start steps, or leave `refresh` out, so that each decides in the graph."
+            "one value of `refresh` drives all trackers and all K-FAC of an optimizer, but these "
+            f"have different periods: {', '.join(str(p).lstrip('_') for p in distinct)}. Give them "
+            "equal periods and start steps, or leave `refresh` out, so that each decides in the "
+            "graph."
         )
-    _known[owner] = found
-    return found
+    _known[owner] = distinct
+    return distinct
 
 
 def kfac_refresh_at(step: int, factors_every: int = 1, inverses_every: int = 10) -> FactorsRefresh:
     """The ``refresh`` argument for a training loop that drives K-FAC from the host.
 
-    ``refresh_at(step, tx)`` says the same and reads the periods from the optimizer; this function
-    is for loops that know only the periods.
+    ``refresh_at(step, tx)`` gives the same value and reads the periods from the optimizer; this
+    function is for loops that know only the periods.
 
     Args:
       step: zero-based training step, a Python integer.
-      factors_every: steps between refreshes of the factors, as the transformation's.
-      inverses_every: steps between refreshes of the inverses, as the transformation's.
+      factors_every: steps between refreshes of the factors, as given to the transformation.
+      inverses_every: steps between refreshes of the inverses, as given to the transformation.
 
     Returns:
       ``"inverses"`` when factors and inverses are due, ``"factors"`` when only these are, else
@@ -313,7 +315,7 @@ def kfac_refresh_at(step: int, factors_every: int = 1, inverses_every: int = 10)
 
 
 def check_factor_periods(factors_every: Any, inverses_every: Any) -> None:
-    """Raises if the periods of factors and inverses are not counts that fit."""
+    """Raises if the periods of factors and inverses are not counts or not multiples."""
     check_count("factors_every", factors_every, 1)
     check_count("inverses_every", inverses_every, 1)
     known = known_integer(factors_every), known_integer(inverses_every)

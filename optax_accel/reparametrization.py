@@ -20,6 +20,7 @@ are all zero, and exact derivatives of powerpropagation at 0, where the plain fo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -48,9 +49,9 @@ class Reparametrization:
 
     Args:
       forward: the array from its coordinates; differentiable, of the shape of the parameters.
-      inverse: coordinates, any pytree of floating-point arrays, of a given array: those that the
-        optimization starts from, so that ``forward(inverse(w))`` should be ``w``. They are taken
-        at the start and wherever the parameters have been changed from outside.
+      inverse: the coordinates of an array, any pytree of floating-point arrays, such that
+        ``forward(inverse(w))`` is ``w``. It is called at the start and whenever the parameters have
+        been changed from outside.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -80,14 +81,14 @@ def weight_norm(output_axes: int | tuple[int, ...] = -1) -> Reparametrization:
     learn.
 
     Args:
-      output_axes: the axes that count output units; the norm is over the others.  -1 (default): the
-        last one, as in the kernels of dense layers and convolutions in Flax.
+      output_axes: the axes of the output units; the norm is over the others.  -1 (default) is the
+        last axis, as in the kernels of dense layers and convolutions in Flax.
 
     Returns:
       The pair of maps, for :func:`reparametrize`.
 
     Raises:
-      TypeError: an axis is no integer.
+      TypeError: an axis is not an integer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -96,22 +97,22 @@ def weight_norm(output_axes: int | tuple[int, ...] = -1) -> Reparametrization:
       >>> coordinates["lengths"].tolist()
       [5.0, 0.0]
     """
-    axes_given = output_axes if isinstance(output_axes, tuple) else (output_axes,)
-    for axis in axes_given:
+    output_axes = output_axes if isinstance(output_axes, tuple) else (output_axes,)
+    for axis in output_axes:
         check_integer("output_axes", axis, -sys.maxsize)
 
     def norm_axes(w: jax.Array) -> tuple[int, ...]:
-        for axis in axes_given if w.ndim else ():
+        for axis in output_axes if w.ndim else ():
             if not -w.ndim <= axis < w.ndim:
                 raise ValueError(
                     f"`output_axes` must lie in [-{w.ndim}, {w.ndim - 1}] for an array of shape "
                     f"{w.shape}, got {axis}; leave it out with `mask=`."
                 )
-        outputs = {range(w.ndim)[axis] for axis in axes_given} if w.ndim else set()
+        outputs = {range(w.ndim)[axis] for axis in output_axes} if w.ndim else set()
         return tuple(axis for axis in range(w.ndim) if axis not in outputs)
 
     def lengths(v: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-        """The norms, 1 where they vanish, and where they do not: kept as axes of length 1."""
+        """The norms (1 in place of 0) and whether they are positive, with axes of length 1."""
         squares = jnp.sum(v * v, axes, keepdims=True)
         return jnp.sqrt(jnp.where(squares > 0, squares, 1)), squares > 0
 
@@ -135,7 +136,7 @@ def powerprop(alpha: float) -> Reparametrization:
     r"""Powerpropagation: weights as signed powers, :math:`w = \theta |\theta|^{\alpha - 1}`.
 
     Gradients of large weights are amplified, those of small ones are damped, so that the small ones
-    gather at 0 and can be pruned.  A weight that is exactly 0 stays 0 if alpha is greater than 1.
+    gather near 0 and can be pruned.  A weight that is exactly 0 stays 0 if alpha is greater than 1.
 
     Args:
       alpha: the power, at least 1; 1 is the identity. The paper's experiments use 2 to 5.
@@ -157,7 +158,7 @@ def powerprop(alpha: float) -> Reparametrization:
     check_number("alpha", alpha, 1)
 
     def forward(theta: jax.Array) -> jax.Array:
-        # A derivative of |0| ** (alpha - 1) is not finite and would be multiplied by 0.
+        # The derivative of |0| ** (alpha - 1) is not finite, and 0 times it would be NaN.
         safe = jnp.where(theta == 0, 1, theta)
         slope_at_zero = jnp.where(jnp.asarray(alpha) == 1, 1, 0).astype(theta.dtype)
         power = safe * jnp.abs(safe) ** (alpha - 1)
@@ -175,9 +176,9 @@ class ReparametrizeState(NamedTuple):
     Attributes:
       coordinates: like the parameters, with the coordinates of each reparametrized array in its
         place, in float32 or wider; ``optax.MaskedNode`` in place of the others.
-      image: the parameters that the last update led to, where the next one expects to find them;
+      image: the parameters that the last update led to, to be compared with those of the next one;
         ``optax.MaskedNode`` in place of those that are not reparametrized.
-      resets: number of updates that found other parameters there; int32 scalar.
+      resets: number of updates whose parameters differed from ``image``; int32 scalar.
       inner_state: state of the inner transformation.
     """
 
@@ -197,41 +198,41 @@ def reparametrize(
 
     The steps are those of ``inner`` on a model that is written in the coordinates.  The inner
     transformation sees one tree: like the parameters, with coordinates in place of the arrays that
-    are reparametrized.  An extra argument ``grad`` of ``update`` is pulled back, too, and
+    are reparametrized.  An extra argument ``grad`` of ``update`` is also pulled back, and
     ``value_fn`` becomes a function of the coordinates, so that line searches and curvature methods
     work inside.
 
-    Weight decay acts on what stands where it is chained: inside, as in
-    ``reparametrize(optax.adamw(1e-3), weight_norm())``, on the coordinates; in front, as in
-    ``optax.chain(optax.add_decayed_weights(1e-4), reparametrize(...))``, as the penalty on the
-    parameters whose gradient it is, pulled back.  Clip likewise.
+    The place of weight decay in the chain decides what decays: inside, as in
+    ``reparametrize(optax.adamw(1e-3), weight_norm())``, the coordinates; in front, as in
+    ``optax.chain(optax.add_decayed_weights(1e-4), reparametrize(...))``, the parameters, through
+    the gradient of the penalty on them, pulled back.  The same holds for clipping.
 
-    ``params`` follow the coordinates in the state to one rounding, which does not add up: the
-    update leads from ``params`` as they are given to the image of the new coordinates.  In
-    bfloat16, the coordinates are a master copy of the parameters in float32.
+    ``params`` agree with the coordinates in the state up to one rounding, which does not
+    accumulate: each update leads from the current ``params`` to the image of the new coordinates.
+    In bfloat16 the coordinates are a master copy of the parameters in float32.
 
-    Where an array is not what the last update led to, by more than the rounding of its dtype, it
-    was changed from outside: loaded, averaged (``optax.lookahead``), pruned, projected, or by a
-    transformation chained *behind*.  Then its coordinates are computed anew from the array, the
-    inner state is kept, and ``resets`` in the state counts the update.  Weight normalization
-    forgets how long the directions have grown at that point.
+    If an array differs from the result of the last update by more than the rounding of its dtype,
+    it was changed from outside: loaded, averaged (``optax.lookahead``), pruned, projected, or
+    changed by a transformation chained *behind*.  Then its coordinates are computed anew from the
+    array, the inner state is kept, and ``resets`` in the state counts the update.  For weight
+    normalization this discards the growth of the directions.
 
     Args:
       inner: transformation or optimizer.
-      reparametrization: :func:`weight_norm`, :func:`powerprop` or a :class:`Reparametrization` of
-        one's own, applied to each array.
+      reparametrization: :func:`weight_norm`, :func:`powerprop` or any other
+        :class:`Reparametrization`, applied to each array.
       mask: pytree of booleans like the parameters (or a prefix of it: True for everything), or a
-        function from the parameters to one: arrays to reparametrize; the inner transformation has
-        the others as they are, except for masked-out integers, booleans and PRNG keys, which are
-        hidden from it and whose updates pass unchanged.  ``None`` (default): floating-point arrays
-        with two or more axes, as both papers leave biases alone.
+        function from the parameters to one: arrays to reparametrize; the inner transformation sees
+        the others unchanged, except for masked-out integers, booleans and PRNG keys, which are
+        hidden from it and whose updates pass unchanged.  ``None`` (default) selects floating-point
+        arrays with two or more axes, because both papers leave out biases.
 
     Returns:
       A transformation with state :class:`ReparametrizeState`.  Memory: the coordinates, a copy of
       the reparametrized arrays, and the inner state.
 
     Raises:
-      TypeError: ``inner`` or ``reparametrization`` is something else; in ``init``: parameters to
+      TypeError: ``inner`` or ``reparametrization`` has another type; in ``init``: parameters to
         reparametrize that are not real floating-point numbers.
       ValueError: in ``init``: the maps do not give back the shape of the parameters; in ``update``:
         missing ``params``.
@@ -273,26 +274,14 @@ def _reparametrize(
     maps: Reparametrization,
     chosen: chex.ArrayTree,
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation for a mask that is resolved."""
-    forward, inverse = maps.forward, maps.inverse
+    """The transformation for a resolved mask."""
 
     def init_fn(params: chex.ArrayTree) -> ReparametrizeState:
         check_selected(params, chosen, "reparametrize")
-
-        def start(path: Any, w: jax.Array) -> chex.ArrayTree:
-            coordinates = inverse(_widen(w))
-            shape = jax.eval_shape(forward, coordinates).shape
-            if shape != jnp.shape(w):
-                raise ValueError(
-                    "reparametrize: `forward(inverse(w))` must have the shape of the parameters, "
-                    f"but for {jax.tree_util.keystr(path) or '(root)'} it is {shape}, not "
-                    f"{jnp.shape(w)}."
-                )
-            # Copies with dtypes of their own: a step may donate parameters and state.
-            return jax.tree.map(lambda c: jnp.array(c, c.dtype, copy=True), coordinates)
-
         selected = select(params, chosen)
-        coordinates = jax.tree_util.tree_map_with_path(start, selected)
+        coordinates = jax.tree_util.tree_map_with_path(
+            functools.partial(_first_coordinates, maps), selected
+        )
         return ReparametrizeState(
             coordinates=coordinates,
             image=jax.tree.map(lambda w: jnp.array(w, jnp.result_type(w), copy=True), selected),
@@ -313,43 +302,29 @@ def _reparametrize(
             )
         selected = select(params, chosen)
         moved_away = jax.tree.map(_differ, selected, state.image)
-        coordinates = jax.tree.map(
-            lambda away, w, c: jax.tree.map(
-                lambda new, old: jnp.where(away, new, old), inverse(_widen(w)), c
-            ),
-            moved_away,
-            selected,
-            state.coordinates,
-        )
+        coordinates = _current_coordinates(maps, moved_away, selected, state.coordinates)
         point = merge(coordinates, params, chosen)
-
-        def pull_back(gradient: chex.ArrayTree) -> chex.ArrayTree:
-            def pull(m: bool, g: jax.Array, c: chex.ArrayTree) -> chex.ArrayTree:
-                if not m:
-                    return g
-                image, transposed = jax.vjp(forward, c)
-                return transposed(g.astype(image.dtype))[0]
-
-            return jax.tree.map(pull, chosen, gradient, point)
 
         def to_params(coordinates: chex.ArrayTree) -> chex.ArrayTree:
             return jax.tree.map(
-                lambda m, p, c: forward(c).astype(p.dtype) if m else c,
+                lambda m, p, c: maps.forward(c).astype(p.dtype) if m else c,
                 chosen,
                 params,
                 coordinates,
             )
 
-        gradient = pull_back(updates)
+        gradient = _pull_back(maps, chosen, updates, point)
         if "grad" in extra_args:
-            given = extra_args["grad"]
-            extra_args["grad"] = gradient if given is updates else pull_back(given)
+            same = extra_args["grad"] is updates
+            extra_args["grad"] = (
+                gradient if same else _pull_back(maps, chosen, extra_args["grad"], point)
+            )
         extra_args = precompose_all(extra_args, to_params)
         inner_updates, inner_state = inner.update(gradient, state.inner_state, point, **extra_args)
         moved = optax.apply_updates(point, inner_updates)
 
         def lead(m: bool, g: jax.Array, p: jax.Array, u: Any, c: chex.ArrayTree) -> jax.Array:
-            return _rounded(forward(c) - _widen(p), g.dtype) if m else u
+            return _rounded(maps.forward(c) - _widen(p), g.dtype) if m else u
 
         new_updates = jax.tree.map(lead, chosen, updates, params, inner_updates, moved)
         away = jax.tree.leaves(moved_away)
@@ -367,6 +342,53 @@ def _reparametrize(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _first_coordinates(maps: Reparametrization, path: Any, w: jax.Array) -> chex.ArrayTree:
+    """The coordinates of an array, checked to give its shape back."""
+    coordinates = maps.inverse(_widen(w))
+    shape = jax.eval_shape(maps.forward, coordinates).shape
+    if shape != jnp.shape(w):
+        raise ValueError(
+            "reparametrize: `forward(inverse(w))` must have the shape of the parameters, but for "
+            f"{jax.tree_util.keystr(path) or '(root)'} it is {shape}, not {jnp.shape(w)}."
+        )
+    # Copies with strong dtypes: a step may donate parameters and state.
+    return jax.tree.map(lambda c: jnp.array(c, c.dtype, copy=True), coordinates)
+
+
+def _current_coordinates(
+    maps: Reparametrization,
+    moved_away: chex.ArrayTree,
+    params: chex.ArrayTree,
+    coordinates: chex.ArrayTree,
+) -> chex.ArrayTree:
+    """The coordinates, computed anew from arrays that were changed from outside."""
+    return jax.tree.map(
+        lambda away, w, c: jax.tree.map(
+            lambda new, old: jnp.where(away, new, old), maps.inverse(_widen(w)), c
+        ),
+        moved_away,
+        params,
+        coordinates,
+    )
+
+
+def _pull_back(
+    maps: Reparametrization,
+    chosen: chex.ArrayTree,
+    gradient: chex.ArrayTree,
+    point: chex.ArrayTree,
+) -> chex.ArrayTree:
+    """The gradient with respect to the coordinates."""
+
+    def pull(is_chosen: bool, g: jax.Array, c: chex.ArrayTree) -> chex.ArrayTree:
+        if not is_chosen:
+            return g
+        image, transposed = jax.vjp(maps.forward, c)
+        return transposed(g.astype(image.dtype))[0]
+
+    return jax.tree.map(pull, chosen, gradient, point)
+
+
 def _differ(params: jax.Array, image: jax.Array) -> jax.Array:
     """Whether an array was changed by more than the rounding of the sum that led to it."""
     p, q = _widen(params), _widen(image)
@@ -379,13 +401,13 @@ def _differ(params: jax.Array, image: jax.Array) -> jax.Array:
 
 
 def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
-    """A cast that compilers do not leave out: what is kept must be what the caller applies."""
+    """A cast that compilers do not remove, so that the state keeps what the caller applies."""
     info = jnp.finfo(dtype)
     return lax.reduce_precision(x, info.nexp, info.nmant).astype(dtype)
 
 
 def _real_matrices(params: chex.ArrayTree) -> chex.ArrayTree:
-    """The default mask; nothing else has been said about leaves that cannot be trained."""
+    """The default mask; leaves that cannot be trained raise an error without a mask."""
     check_floating_leaves(params, "reparametrize", "leave it out with `mask=`")
     return jax.tree.map(
         lambda p: jnp.ndim(p) >= 2 and jnp.issubdtype(jnp.result_type(p), jnp.floating), params

@@ -5,8 +5,8 @@ What Optax has is used: :func:`onecycle` takes its rate from ``optax.linear_onec
 ``optax.cosine_decay_schedule``; for warm restarts of different lengths see
 ``optax.sgdr_schedule``.
 
-A step count stays an integer until it is a small number: a 32-bit float holds no odd count above
-:math:`2^{24}`.
+Step counts are reduced as integers before they become floats: a 32-bit float cannot hold odd counts
+above :math:`2^{24}`.
 
 References:
   Smith, `Cyclical learning rates for training neural networks
@@ -60,20 +60,21 @@ def cyclical_schedule(
     ``exp_range``    :math:`\Lambda(t) \, \gamma^t`
     ===============  ==============================
 
-    The paper's text lets both bounds of ``exp_range`` decline; its public implementations, and this
-    one, only the height above ``base_value``.  With a ``base_value`` above the ``peak_value`` the
-    cycle is upside down: that is how momentum follows the rate.
+    In the paper's text both bounds of ``exp_range`` decline; in its public implementations, and in
+    this one, only the height above ``base_value`` does.  With a ``base_value`` above the
+    ``peak_value`` the cycle is upside down, as a momentum that follows the rate needs it.
 
     Args:
       base_value: the rate at step 0 and at the end of each cycle, at least 0.  Either where the
         accuracy starts to rise in a range test, or a third or a quarter of ``peak_value`` (Smith,
         section 3.3).
       peak_value: the rate in the middle of the (first) cycle: the largest one that trains stably.
-      step_size: s, half a cycle, in steps; 2 to 10 epochs (section 3.2).  The end of a cycle, at a
-        multiple of ``2 * step_size``, is the time to stop.
+      step_size: s, half a cycle, in steps; 2 to 10 epochs (section 3.2).  Stop training at the end
+        of a cycle, a multiple of ``2 * step_size``.
       mode: the scale of the cycles: ``"triangular"`` (default), all alike; ``"triangular2"``, each
         half as high as the one before; ``"exp_range"``, decaying by ``gamma`` in every step.
-      gamma: the factor per step of ``exp_range``, in (0, 1]; for that mode only.
+      gamma: the factor of the height in each step, in (0, 1]; for mode ``"exp_range"`` only, which
+        requires it.
 
     Returns:
       A schedule: a function of the zero-based step count, traceable.
@@ -128,23 +129,23 @@ def momentum_onecycle_schedule(
     cycle_fraction: float = 0.85,
     interpolation: Interpolation = "linear",
 ) -> optax.Schedule:
-    """The momentum of 1cycle: high while the rate is low, and the other way round.
+    """The momentum of 1cycle: high while the rate is low, and low while it is high.
 
     ``interpolation="linear"``, as in the paper, has three phases: from ``max_momentum`` to
-    ``min_momentum`` and back, and then it stays, while the rate is annihilated.  ``"cosine"`` has
-    two: down and back.  The corners are those of the rate's schedule in Optax,
+    ``min_momentum``, back, and constant while the rate is annihilated.  ``"cosine"`` has two: down
+    and back.  The corners are those of the rate's schedule in Optax,
     ``int(rise_fraction * transition_steps)`` and so on.
 
     Args:
-      transition_steps: length of the cycle, all phases.
-      max_momentum: at both ends, in [0, 1); 0.95 in the paper.
-      min_momentum: where the rate peaks, in [0, 1); 0.85 in the paper.
-      rise_fraction: fraction of the steps in which the rate rises and the momentum falls
-        (``pct_start`` of Optax's schedules; default: theirs).
-      cycle_fraction: fraction of the steps after which the momentum is back (Optax's
-        ``pct_final``; default: theirs); for ``"linear"`` only, as the two phases of ``"cosine"``
-        end with the cycle.
-      interpolation: ``"linear"`` or ``"cosine"``.
+      transition_steps: length of the whole cycle, in steps.
+      max_momentum: the momentum at both ends, in [0, 1); 0.95 in the paper.
+      min_momentum: the momentum where the rate peaks, in [0, 1); 0.85 in the paper.
+      rise_fraction: fraction of the steps in which the rate rises and the momentum falls; default
+        0.3, as ``pct_start`` in Optax.
+      cycle_fraction: fraction of the steps after which the momentum is back at its start; default
+        0.85, as ``pct_final`` in Optax.  For ``"linear"`` only: the two phases of ``"cosine"`` end
+        with the cycle.
+      interpolation: shape of the phases, ``"linear"`` (default) or ``"cosine"``.
 
     Returns:
       A schedule: a function of the zero-based step count, traceable; ``max_momentum`` after the
@@ -204,28 +205,28 @@ def onecycle(
     final_divisor: float = 1e4,
     interpolation: Interpolation = "linear",
 ) -> OneCycle:
-    """1cycle (super-convergence): one cycle of the learning rate, and the opposite of the momentum.
+    """1cycle (super-convergence): one cycle of the learning rate and an opposite one of momentum.
 
     The rate is ``optax.linear_onecycle_schedule`` (three phases, as in the paper) or
-    ``optax.cosine_onecycle_schedule`` (two); the momentum :func:`momentum_onecycle_schedule`.  They
-    fit any optimizer that has both::
+    ``optax.cosine_onecycle_schedule`` (two); the momentum is :func:`momentum_onecycle_schedule`.
+    They fit any optimizer that has both::
 
       cycle = onecycle(1000, peak_value=0.5)
       oa.with_schedules(optax.sgd, **cycle._asdict())()
       oa.with_schedules(optax.adamw, b1=cycle.momentum)(cycle.learning_rate)
 
     Args:
-      transition_steps: length of training.
+      transition_steps: length of the training, in steps.
       peak_value: largest rate; a range test shows how large it may be.
       max_momentum: the momentum at both ends, in [0, 1).
       min_momentum: the momentum where the rate peaks, in [0, 1).
-      rise_fraction: fraction of the steps in which the rate rises (``pct_start`` of Optax's
-        schedules; default: theirs).
+      rise_fraction: fraction of the steps in which the rate rises; default 0.3, as ``pct_start`` in
+        Optax.
       cycle_fraction: fraction of the steps after which the rate is back at its start and begins to
-        be annihilated (Optax's ``pct_final``; default: theirs); for ``"linear"`` only.
-      initial_divisor: ``peak_value`` over the first rate (Optax's ``div_factor``).
-      final_divisor: the first rate over the last one (Optax's ``final_div_factor``).
-      interpolation: ``"linear"`` or ``"cosine"``.
+        be annihilated; default 0.85, as ``pct_final`` in Optax.  For ``"linear"`` only.
+      initial_divisor: ``peak_value`` divided by the first rate (``div_factor`` in Optax).
+      final_divisor: the first rate divided by the last one (``final_div_factor`` in Optax).
+      interpolation: shape of the phases, ``"linear"`` (default) or ``"cosine"``.
 
     Returns:
       The schedules of the rate and of the momentum.
@@ -304,10 +305,10 @@ def vtpc_schedule(
 ) -> optax.Schedule:
     """VTPC, variable trapezoidal parity cycle: our reading of the name.
 
-    Only the name and the family (cyclic, with restarts) are public.  We read: each cycle is a
-    trapezoid, it rises linearly, holds its peak and falls linearly; the lengths of the cycles vary,
-    each ``cycle_factor`` times the one before; and by parity the first, third, ... fall to
-    ``base_value``, the second, fourth, ... to ``floor_value``.  A cycle rises from where the one
+    Only the name and the family (cyclic, with restarts) are public.  In our reading each cycle is a
+    trapezoid: it rises linearly, holds its peak and falls linearly.  The lengths of the cycles
+    vary, each ``cycle_factor`` times the one before.  By parity the first, third, ... cycle falls
+    to ``base_value``, the second, fourth, ... to ``floor_value``.  A cycle rises from where the one
     before it ended, the first from ``base_value``.  All defaults are ours.
 
     Args:
@@ -316,10 +317,10 @@ def vtpc_schedule(
       cycle_steps: length of the first cycle, in steps.
       num_cycles: number of cycles; after them the rate stays where the last one ended.
       floor_value: the rate at the end of even cycles.
-      cycle_factor: length of a cycle over that of the one before; rounded to whole steps.
-      peak_decay: peak of a cycle over that of the one before, in (0, 1].
-      rise_fraction: fraction of a cycle that rises.
-      hold_fraction: fraction of a cycle that holds the peak; the rest falls.
+      cycle_factor: length of a cycle divided by that of the one before, rounded to whole steps.
+      peak_decay: peak of a cycle divided by that of the one before, in (0, 1].
+      rise_fraction: fraction of a cycle in which the rate rises.
+      hold_fraction: fraction of a cycle in which the rate holds its peak; it falls in the rest.
 
     Returns:
       A schedule: a function of the zero-based step count, traceable.
@@ -374,8 +375,8 @@ def snapshot_schedule(init_value: float, total_steps: int, num_snapshots: int) -
 
     Args:
       init_value: :math:`\alpha_0`, the rate at the start of each cycle; 0.1 or 0.2 in the paper.
-      total_steps: T, the length of training.
-      num_snapshots: M, the number of cycles.
+      total_steps: T, the length of the training, in steps.
+      num_snapshots: M, the number of cycles, at most ``total_steps``.
 
     Returns:
       A schedule: a function of the zero-based step count, traceable.
@@ -436,7 +437,7 @@ def _between(start: Any, end: Any, fraction: jax.Array) -> jax.Array:
 
 
 def _wide(count: jax.Array) -> jax.Array:
-    """In the widest float: a 32-bit count over an integer is a 32-bit float even in x64 mode."""
+    """In the widest float: a 32-bit count divided by an integer is a 32-bit float even in x64."""
     return count.astype(jnp.result_type(float))
 
 

@@ -25,17 +25,17 @@ def state_shardings(tx: optax.GradientTransformation, params: chex.ArrayTree) ->
     ``k`` copies.  All other leaves are replicated over the parameters' mesh.
 
     ``optax.tree.map_params`` decides in the same way but for the axes in front: a basis, a sketch
-    and a history of gradients, leaves ``(k, *shape)``, count as parameter-like, and the function
-    that it maps meets leaves with one axis more.  A ``PartitionSpec`` for such a leaf has to be
-    extended, as it is here.  Eigenvalues, counters and K-FAC's factors, which are like layers and
-    not like parameters, do not count.
+    and a history of gradients, with leaves ``(k, *shape)``, count as parameter-like, and the mapped
+    function receives leaves with one more axis.  A ``PartitionSpec`` for such a leaf has to be
+    extended, as it is here.  Eigenvalues, counters and K-FAC's factors, which belong to layers and
+    not to parameters, do not count.
 
     Nothing is computed: the structure comes from ``jax.eval_shape``.  Give the result to
     ``jax.jit(tx.init, out_shardings=...)``, so that the state never exists on one device, and to
     ``out_shardings`` of the training step, so that it stays where it is.
 
     Args:
-      tx: any optimizer or transformation: chained, masked, partitioned, wrapped ...
+      tx: any optimizer or transformation, chained, masked, partitioned or wrapped in any way.
       params: the parameters: arrays, or ``jax.ShapeDtypeStruct`` objects, each with a
         ``NamedSharding``, all on one mesh.
 
@@ -66,13 +66,13 @@ def shardings_like(tree: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTr
 
     Args:
       tree: arrays or shapes, e.g. a whole training state.
-      params: as for :func:`state_shardings`.
+      params: arrays or shapes, each with a ``NamedSharding``, all on one mesh.
 
     Returns:
       A pytree like ``tree`` with a ``NamedSharding`` for each leaf.
 
     Raises:
-      ValueError: as :func:`state_shardings`.
+      ValueError: a parameter without ``NamedSharding``, or no parameter at all.
     """
     by_path: dict[tuple[Any, ...], tuple[tuple[int, ...], jax.NamedSharding]] = {}
     replicated: jax.NamedSharding | None = None
@@ -80,8 +80,9 @@ def shardings_like(tree: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTr
         sharding = getattr(leaf, "sharding", None)
         if not isinstance(sharding, jax.NamedSharding):
             raise ValueError(
-                f"the parameter {jax.tree_util.keystr(path) or '(root)'} has no NamedSharding but "
-                f"{sharding}; place it with jax.device_put(params, jax.NamedSharding(mesh, spec))"
+                f"the parameter {jax.tree_util.keystr(path) or '(root)'} has no NamedSharding (its "
+                f"sharding is {sharding}); place it with "
+                "jax.device_put(params, jax.NamedSharding(mesh, spec))"
             )
         by_path[path] = (leaf.shape, sharding)
         replicated = jax.NamedSharding(sharding.mesh, jax.P())
@@ -89,10 +90,10 @@ def shardings_like(tree: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTr
         raise ValueError("there are no parameters, so there is no mesh to place a state on")
 
     def place(path: tuple[Any, ...], leaf: Any) -> jax.NamedSharding | None:
-        found = next((path[i:] for i in range(len(path) + 1) if path[i:] in by_path), None)
-        if found is None:
+        owner = next((path[i:] for i in range(len(path) + 1) if path[i:] in by_path), None)
+        if owner is None:
             return replicated
-        shape, sharding = by_path[found]
+        shape, sharding = by_path[owner]
         extra = len(leaf.shape) - len(shape)
         if extra < 0 or leaf.shape[extra:] != shape:
             return replicated

@@ -450,7 +450,7 @@ def test_errors_teach():
         oa.BlockTracker(refresh_every=0)
     with pytest.raises(ValueError, match="`mask` must be a pytree of booleans"):
         oa.project_to_bulk(1, mask={"a": True}).init({"b": params})
-    with pytest.raises(ValueError, match=r"`mask` must be a pytree of booleans.*found 'no' in it"):
+    with pytest.raises(ValueError, match=r"`mask` must be a pytree of booleans.*it contains 'no'"):
         oa.project_to_bulk(1, mask="no").init(params)
     with pytest.raises(TypeError, match=r"`tracker` must be a Tracker, .* got 'fast'"):
         oa.project_to_bulk(1, tracker="fast")
