@@ -97,14 +97,12 @@ class BlockTracker(CurvatureTracker):
         return k, min(k + self.oversampling, size) if k else 0
 
     def num_products(self, params: chex.ArrayTree, num_directions: int, *, cold: bool) -> int:
-        """Curvature-vector products of one refresh, see :meth:`Tracker.num_products`."""
         _, tracked = self._sizes(params, num_directions)
         return (
             cold_start_products(self, params, tracked) if cold else tracked * self.power_iterations
         )
 
     def init(self, params: chex.ArrayTree, num_directions: int) -> Eigenspace:
-        """An eigenspace without an estimate: a random orthonormal basis, not ready."""
         k, tracked = self._sizes(params, num_directions)
         basis = random_basis(self, params, tracked)
         memory = self._memory(basis, k, jnp.zeros(()))
@@ -127,8 +125,6 @@ class BlockTracker(CurvatureTracker):
         *,
         cold: bool | None = None,
     ) -> Eigenspace:
-        """One refresh: ``power_iterations`` sweeps, or Lanczos. See :meth:`Tracker.refresh`."""
-
         def start(old: Eigenspace) -> Eigenspace:
             return self._start(old, objective, params)
 

@@ -62,13 +62,11 @@ class ExactTracker(CurvatureTracker):
         check_number("tolerance", self.tolerance, 0, 1, open_low=True)
 
     def num_products(self, params: chex.ArrayTree, num_directions: int, *, cold: bool) -> int:
-        """The budget of products of one refresh, see :meth:`Tracker.num_products`."""
         size = blocks.dimension(params)
         k = min(num_directions, size)
         return k if k == size else max(self.cold_start_products or 20 * k, k)
 
     def init(self, params: chex.ArrayTree, num_directions: int) -> Eigenspace:
-        """An eigenspace without an estimate: a random orthonormal basis, not ready."""
         k = min(num_directions, blocks.dimension(params))
         memory = ExactMemory(jnp.zeros((), jnp.int32))
         return new_space(self, params, random_basis(self, params, k), k, memory)
@@ -82,7 +80,6 @@ class ExactTracker(CurvatureTracker):
         *,
         cold: bool | None = None,
     ) -> Eigenspace:
-        """A solve from scratch. See :meth:`Tracker.refresh`."""
         k = space.eigenvalues.shape[0]
         values, basis, _, used = solve(
             self,

@@ -103,11 +103,9 @@ class GradientTracker(BasisTracker):
 
     @property
     def needs_objective(self) -> bool:
-        """Whether a refresh looks at the objective."""
         return self.rows == "outputs"
 
     def init(self, params: chex.ArrayTree, num_directions: int) -> Eigenspace:
-        """An eigenspace without an estimate: a random orthonormal basis, not ready."""
         k = min(num_directions, blocks.dimension(params))
         memory = None
         if self.rows == "gradient":
@@ -130,7 +128,6 @@ class GradientTracker(BasisTracker):
         *,
         cold: bool | None = None,
     ) -> Eigenspace:
-        """Takes new rows into the sketch. See :meth:`Tracker.refresh`; there is no cold start."""
         if self.rows == "outputs":
             assert objective is not None
             rows = self._output_gradients(objective, params, space.eigenvalues.shape[0])

@@ -74,12 +74,10 @@ class RoundRobinTracker(CurvatureTracker):
     refresh_every: int = 1
 
     def num_products(self, params: chex.ArrayTree, num_directions: int, *, cold: bool) -> int:
-        """Curvature-vector products of one refresh, see :meth:`Tracker.num_products`."""
         k = min(num_directions, blocks.dimension(params))
         return min(k, 1) + (cold_start_products(self, params, k) if cold else 0)
 
     def init(self, params: chex.ArrayTree, num_directions: int) -> Eigenspace:
-        """An eigenspace without an estimate: a random orthonormal basis, not ready."""
         k = min(num_directions, blocks.dimension(params))
         basis = random_basis(self, params, k)
         memory = RoundRobinMemory(
@@ -98,8 +96,6 @@ class RoundRobinTracker(CurvatureTracker):
         *,
         cold: bool | None = None,
     ) -> Eigenspace:
-        """One product, after Lanczos at a cold start. See :meth:`Tracker.refresh`."""
-
         def start(old: Eigenspace) -> Eigenspace:
             k = old.eigenvalues.shape[0]
             values, basis, smallest, _ = solve(

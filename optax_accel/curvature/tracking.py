@@ -70,12 +70,20 @@ class Tracker(abc.ABC):
 
     @property
     def needs_objective(self) -> bool:
-        """Whether a refresh looks at the objective."""
+        """Whether a refresh evaluates the objective."""
         return True
 
     @abc.abstractmethod
     def init(self, params: chex.ArrayTree, num_directions: int) -> Eigenspace:
-        """An eigenspace without an estimate: a random orthonormal basis, not ready."""
+        """An eigenspace without an estimate: a random orthonormal basis, not ready.
+
+        Args:
+          params: the parameters (or their shapes).
+          num_directions: how many directions are followed; fewer if the dimension is smaller.
+
+        Returns:
+          The eigenspace.
+        """
 
     @abc.abstractmethod
     def refresh(
