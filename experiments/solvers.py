@@ -27,6 +27,7 @@ from rich.console import Console
 from experiments import cli, data, timing
 from experiments.reporting import solvers as report
 from experiments.runs import folders
+from experiments.runs.records import to_csv
 from experiments.runs.study import claim_results, write_results
 from experiments.training import eigensolvers, hessians
 from optax_accel.curvature import blocks
@@ -150,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with claim_results(folder, PROG, ["results.csv"]):
             results = run(options, console)
             write_results(folder, PROG, options, results)
-            cli.write_atomic(folder / "results.csv", report.to_csv(results["solvers"]))
+            cli.write_atomic(folder / "results.csv", to_csv(report.medians(results["solvers"])))
     except data.DataError as error:
         return cli.fail(error)
     console.print(f"{folder / 'results.json'}, {folder / 'results.csv'}", soft_wrap=True)

@@ -34,6 +34,7 @@ from rich.console import Console
 from experiments import cli, data, timing
 from experiments.reporting import trackers as report
 from experiments.runs import folders
+from experiments.runs.records import to_csv
 from experiments.runs.study import claim_results, write_results
 from experiments.training import tracking
 from experiments.training.tracking import CHECKPOINTS, ENTRIES, Entry
@@ -165,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with claim_results(folder, PROG, ["accuracy.csv"]):
         results, rows = run(options, task, entries, console)
         write_results(folder, PROG, options, results)
-        cli.write_atomic(folder / "accuracy.csv", report.to_csv(rows))
+        cli.write_atomic(folder / "accuracy.csv", to_csv(rows))
     console.print(f"results in {folder}", soft_wrap=True)
     return 0
 

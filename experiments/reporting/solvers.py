@@ -1,9 +1,7 @@
-"""The comparison of eigensolvers as a table and as CSV."""
+"""The comparison of eigensolvers as a table, and its medians."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,14 +26,14 @@ def table(rows: Sequence[dict[str, Any]], product_milliseconds: float) -> Table:
         if "milliseconds" not in row:
             view.add_row(row["name"], row["note"])
             continue
-        low, median, high = row["milliseconds"]
+        median = row["milliseconds"][1]
         share = max(0.0, 1 - row["products"] * product_milliseconds / median)
         seconds = row["compile_seconds"]
         view.add_row(
             row["name"],
             row["setting"],
             f"{row['products']:.1f}".removesuffix(".0"),
-            f"{median:.0f} ({low:.0f}–{high:.0f})",
+            tables.quartiles(row["milliseconds"], "{:.0f}".format),
             f"{100 * share:.0f} %",
             f"{row['ratio'][1]:.2f}",
             f"{row['error']:.0e}",
@@ -44,16 +42,14 @@ def table(rows: Sequence[dict[str, Any]], product_milliseconds: float) -> Table:
     return view
 
 
-def to_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """One line per solver, with medians of what has quartiles.
+def medians(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of results.csv: one per solver, with the medians of what has quartiles.
 
     Args:
       rows: one row per solver, as `experiments.training.eigensolvers.measure` returns them.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*COLUMNS, "note"])
-    for row in rows:
-        values = [row.get(name) for name in (*COLUMNS, "note")]
-        writer.writerow(value[1] if isinstance(value, list) else value for value in values)
-    return text.getvalue()
+    lines = ({name: row.get(name) for name in (*COLUMNS, "note")} for row in rows)
+    return [
+        {name: value[1] if isinstance(value, list) else value for name, value in line.items()}
+        for line in lines
+    ]

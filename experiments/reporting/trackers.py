@@ -1,9 +1,7 @@
-"""The comparison of subspace trackers: what is asked of them, tables, CSV."""
+"""The comparison of subspace trackers: what is asked of them, and tables."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -142,22 +140,9 @@ def summary_table(
         line += [f"{errors['eigenvalues']:.3f}", f"{errors['orthogonality']:.0e}"]
         if name in timed:
             row = timed[name]
-            low, median, high = row["ratio"]
             share = row["linear algebra"]
-            line += [f"{row['products per step']:.2g}", f"{median:.2f} ({low:.2f}–{high:.2f})"]
+            ratio = tables.quartiles(row["ratio"], "{:.2f}".format)
+            line += [f"{row['products per step']:.2g}", ratio]
             line += [f"{row['against ARPACK']:.0f}", "" if share is None else f"{share:.0%}"]
         view.add_row(*line)
     return view
-
-
-def to_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """One line per checkpoint and tracker.
-
-    Args:
-      rows: the lines, at least one, all with the same columns.
-    """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
