@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from experiments import compare, methods
-from experiments.reporting.summary import COMPARISON, summarize_method
+from experiments.reporting.summary import COMPARISON
 from experiments.runs import folders
 from experiments.training import comparison, networks, replicas
 from tests.experiments.data.files import write_sst2
@@ -149,36 +149,6 @@ def test_token_ids_and_another_loss(here: Path, monkeypatch: pytest.MonkeyPatch)
     np.testing.assert_allclose(starts, [start] * 5, rtol=1e-5)
     # Five rates, five results.
     assert len({record["test_loss"] for record in records if record["step"] == 2}) == 5
-
-
-def test_memory_limits_how_many_train_together() -> None:
-    plan = compare.resolve(compare.Options(seeds=3, steps=2))
-    method = methods.METHODS["adam"]
-    trainer = replicas.Trainer(plan)
-    parameters, state = trainer.state_bytes(method)
-    assert state == pytest.approx(2 * parameters, rel=0.01)
-    assert trainer.chunk_size(method, 15) == 15
-    trainer.memory = 6 * trainer.replica_bytes(method)
-    assert trainer.chunk_size(method, 15) == 5  # three equal chunks, none above six
-    trainer.memory = 1
-    assert trainer.chunk_size(method, 15) == 1
-
-
-def test_memory_counts_activations() -> None:
-    def trainer(**sizes: int) -> replicas.Trainer:
-        steps = (methods.METHODS["bulk_sgd"].refresh_every or 0) + 1  # with a warm refresh
-        options = compare.Options(methods="sgd,bulk_sgd", seeds=1, steps=steps, **sizes)
-        return replicas.Trainer(compare.resolve(options))
-
-    small, large = trainer(batch_size=100), trainer(batch_size=200)
-    # At least the 64 hidden values and 64 pixels of each of the 100 examples more, 4 bytes each.
-    more = large.activation_bytes(200) - small.activation_bytes(100)
-    assert 100 * 128 * 4 <= more <= 100 * 1024 * 4
-    sgd, bulk_sgd = small.plan.methods
-    assert large.replica_bytes(sgd) - small.replica_bytes(sgd) == more
-    # Ten tangents beside the values, of a curvature batch of 200 or 400.
-    more = large.replica_bytes(bulk_sgd) - small.replica_bytes(bulk_sgd)
-    assert more == 11 * (large.activation_bytes(400) - small.activation_bytes(200))
 
 
 @pytest.mark.parametrize(
@@ -398,83 +368,6 @@ def test_only_missing_runs_are_trained(here: Path, capsys: pytest.CaptureFixture
     again = path.read_text().splitlines()
     assert len(again) == len(whole.splitlines())
     assert again[: len(kept)] == kept
-
-
-# Selection ------------------------------------------------------------------------------------
-
-
-def record(rate: float, seed: int, step: int, **values: float | None) -> replicas.Record:
-    point = {"train_loss": 0.5, "validation_loss": 0.4, "validation_accuracy": 0.9}
-    point |= {"test_loss": 0.4, "test_accuracy": 0.8}
-    return {
-        "learning_rate": rate,
-        "seed": seed,
-        "step": step,
-        "gradient_evaluations": 2.0 * step,
-        **point,
-        **values,
-    }
-
-
-@pytest.fixture
-def plan() -> replicas.Plan:
-    return dataclasses.replace(
-        compare.resolve(compare.Options(methods="sgd", seeds=2, steps=10)), target=0.95
-    )
-
-
-def test_selection(plan: replicas.Plan) -> None:
-    method = plan.methods[0]
-    last: dict[float, list[dict[str, float | None]]] = {
-        rate: [{}, {}] for rate in method.learning_rates
-    }
-    low, _, middle, high, highest = method.learning_rates
-    # The best mean counts, not the best seed, and not the test split.
-    last[low] = [{"test_accuracy": 1.0}, {"test_accuracy": 1.0}]
-    last[middle] = [{"validation_accuracy": 0.96, "test_accuracy": 0.7}] * 2
-    # Equal in accuracy, better in loss.
-    last[high] = [
-        {"validation_accuracy": 0.97, "validation_loss": 0.2, "test_accuracy": 0.90},
-        {"validation_accuracy": 0.95, "validation_loss": 0.3, "test_accuracy": 0.94},
-    ]
-    # Fails half of the time, however good the other half.
-    last[highest] = [
-        {"validation_accuracy": 1.0, "validation_loss": 0.0},
-        {"validation_accuracy": 0.1, "validation_loss": None, "train_loss": None},
-    ]
-    records = [
-        record(rate, seed, step, **(values if step == 10 else {}))
-        for rate, seeds in last.items()
-        for seed, values in enumerate(seeds)
-        for step in (0, 5, 10)
-    ]
-    row = summarize_method(method, records, seeds=plan.seeds, target=plan.target)
-    assert row["learning_rate"] == high
-    assert row["grid_edge"] is None
-    assert row["test_accuracy"] == pytest.approx(0.92)
-    assert row["test_accuracy_error"] == pytest.approx(0.02)
-    assert (row["diverged"], row["diverged_at_rate"]) == (1, 0)
-    assert (row["steps_to_target"], row["gradient_evaluations_to_target"]) == (10, 20)
-    assert row["rates"][-1]["validation_accuracy"] == 0.5
-    assert row["rates"][-1]["validation_loss"] is None
-    assert row["curve"]["step"] == [0, 5, 10]
-
-
-def test_everything_diverged(plan: replicas.Plan) -> None:
-    method = plan.methods[0]
-    failed = {"train_loss": None, "validation_loss": None, "test_loss": None}
-    records = [
-        record(rate, seed, step, **failed)
-        for rate in method.learning_rates
-        for seed in range(2)
-        for step in (0, 10)
-    ]
-    row = summarize_method(method, records, seeds=plan.seeds, target=plan.target)
-    assert row["diverged_at_rate"] == 2
-    assert row["test_accuracy"] == 0.0
-    assert row["steps_to_target"] is None
-    assert row["curve"]["train_loss"] == [None, None]
-    json.dumps(row, allow_nan=False)
 
 
 def test_diverging_runs_do_not_stop_the_others(

@@ -1,0 +1,38 @@
+"""How many runs are trained together."""
+
+from __future__ import annotations
+
+import pytest
+
+from experiments import methods
+from experiments.training import comparison, replicas
+
+
+def test_memory_limits_how_many_train_together() -> None:
+    plan = comparison.plan("digits", ["sgd", "adam"], seeds=3, steps=2)
+    method = methods.METHODS["adam"]
+    trainer = replicas.Trainer(plan)
+    parameters, state = trainer.state_bytes(method)
+    assert state == pytest.approx(2 * parameters, rel=0.01)
+    assert trainer.chunk_size(method, 15) == 15
+    trainer.memory = 6 * trainer.replica_bytes(method)
+    assert trainer.chunk_size(method, 15) == 5  # three equal chunks, none above six
+    trainer.memory = 1
+    assert trainer.chunk_size(method, 15) == 1
+
+
+def test_memory_counts_activations() -> None:
+    def trainer(**sizes: int) -> replicas.Trainer:
+        steps = (methods.METHODS["bulk_sgd"].refresh_every or 0) + 1  # with a warm refresh
+        plan = comparison.plan("digits", ["sgd", "bulk_sgd"], seeds=1, steps=steps, **sizes)
+        return replicas.Trainer(plan)
+
+    small, large = trainer(batch_size=100), trainer(batch_size=200)
+    # At least the 64 hidden values and 64 pixels of each of the 100 examples more, 4 bytes each.
+    more = large.activation_bytes(200) - small.activation_bytes(100)
+    assert 100 * 128 * 4 <= more <= 100 * 1024 * 4
+    sgd, bulk_sgd = small.plan.methods
+    assert large.replica_bytes(sgd) - small.replica_bytes(sgd) == more
+    # Ten tangents beside the values, of a curvature batch of 200 or 400.
+    more = large.replica_bytes(bulk_sgd) - small.replica_bytes(bulk_sgd)
+    assert more == 11 * (large.activation_bytes(400) - small.activation_bytes(200))
