@@ -348,10 +348,11 @@ def test_states_without_parameters(build):
         mapped = optax.tree.map_params(same, lambda leaf: leaf + 1, state)
         tree_equal(mapped[0], state[0])
         tree_equal(mapped[1].trace, jax.tree.map(jnp.ones_like, params))
-    zeros = optax.tree.map_params(  # what belongs to layers is one value
-        tx, jnp.ones_like, state, transform_non_params=optax.tree.zeros_like
-    )
-    assert not any(jnp.any(leaf) for leaf in jax.tree.leaves((zeros[0].factors, zeros[0].inverses)))
+        zeros = optax.tree.map_params(  # what belongs to layers is one value
+            same, jnp.ones_like, state, transform_non_params=optax.tree.zeros_like
+        )
+        estimates = zeros[0].factors, zeros[0].inverses
+        assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(estimates))
 
 
 def test_another_network_than_it_was_built_with():
