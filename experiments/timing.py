@@ -33,7 +33,13 @@ def timed(call: Callable[[], T]) -> tuple[T, float]:
     return result, time.perf_counter() - begin
 
 
-def interleave(timers: Sequence[Callable[[], float]], rounds: int) -> np.ndarray:
+def interleave(
+    timers: Sequence[Callable[[], float]],
+    rounds: int,
+    *,
+    seconds: float = 0.0,
+    most_rounds: int | None = None,
+) -> np.ndarray:
     """Calls every timer once per round, forwards and backwards in turn.
 
     >>> interleave([lambda: 1.0, lambda: 2.0], rounds=3)
@@ -42,17 +48,24 @@ def interleave(timers: Sequence[Callable[[], float]], rounds: int) -> np.ndarray
 
     Args:
       timers: functions that do a piece of work and return the seconds that it took.
-      rounds: number of rounds.
+      rounds: number of rounds, at least.
+      seconds: more rounds follow for as long as all of them have taken less time than this.
+      most_rounds: number of rounds, at most; by default no more than `rounds`.
 
     Returns:
       The seconds, with one row per timer and one column per round.
     """
-    seconds = np.empty((len(timers), rounds))
-    for i in range(rounds):
+    end = time.perf_counter() + seconds
+    columns: list[np.ndarray] = []
+    while len(columns) < rounds or (
+        len(columns) < (most_rounds or rounds) and time.perf_counter() < end
+    ):
+        column = np.empty(len(timers))
         order = range(len(timers))
-        for j in order if i % 2 == 0 else reversed(order):
-            seconds[j, i] = timers[j]()
-    return seconds
+        for j in order if len(columns) % 2 == 0 else reversed(order):
+            column[j] = timers[j]()
+        columns.append(column)
+    return np.stack(columns, axis=1)
 
 
 def quartiles(values: Any) -> list[float]:

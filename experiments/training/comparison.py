@@ -20,19 +20,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import models
-from experiments import cli, data
+from experiments import cli, data, timing
 from experiments.cli import UsageError
-from experiments.methods import Method, get_methods
+from experiments.methods import METHODS, Method, get_methods
 from experiments.runs.records import is_number, read_file, read_record, write_record
-from experiments.training.replicas import Plan, Record, Replica, Trainer, measure_time
+from experiments.training.replicas import Plan, Record, Replica, Runs, Trainer
 
 # Passes over the training split; 10 for any other task.
 DEFAULT_EPOCHS = {"digits": 30, "mnist": 3, "mnist5k": 20, "cifar10": 5, "cifar10_5k": 20}
 DEFAULT_EPOCHS |= {"sst2": 1, "sst2_1k": 10}
+# The time per step is measured in at least 9 rounds, and in up to 50 while they take fewer seconds.
+LEAST_TIMING_ROUNDS, MOST_TIMING_ROUNDS = 9, 50
+TIMING_SECONDS = 5.0
 
 
 def plan(
@@ -150,24 +154,24 @@ def train(plan: Plan, folder: Path, trainer: Trainer, console: Console) -> Outco
             path = folder / "metrics" / f"{method.name}.jsonl"
             records[method.name] = train_missing(plan, method, path, trainer, progress)
         path = folder / "timing.json"
-        timing = read_record(path)
-        if timing is None:
+        times = read_record(path)
+        if times is None:
             progress.add_task("time per step", total=None)
             begin = time.perf_counter()
-            timing = measure_time(trainer)
-            write_record(path, timing)
+            times = measure_time(trainer)
+            write_record(path, times)
             seconds = time.perf_counter() - begin
-            console.print(f"  {'time per step':<18} {timing['rounds']} rounds: {seconds:.1f} s")
+            console.print(f"  {'time per step':<18} {times['rounds']} rounds: {seconds:.1f} s")
     costs = {}
     for method in plan.methods:
         parameters, opt_state = trainer.state_bytes(method)
         costs[method.name] = {
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(trainer.weights[0][0])),
             "state_relative_to_parameters": opt_state / parameters,
-            "seconds_per_step": timing["seconds_per_step"][method.name],
-            "time_relative_to_base": timing["relative_to_base"].get(method.name),
+            "seconds_per_step": times["seconds_per_step"][method.name],
+            "time_relative_to_base": times["relative_to_base"].get(method.name),
         }
-    return Outcome(records, costs, {key: timing[key] for key in ("runs_together", "rounds")})
+    return Outcome(records, costs, {key: times[key] for key in ("runs_together", "rounds")})
 
 
 def train_missing(
@@ -176,8 +180,7 @@ def train_missing(
     """Trains the runs of a method that its file lacks, a chunk at a time; returns all records."""
     records = read_records(plan, method, path)
     finished = {(record["learning_rate"], record["seed"]) for record in records}
-    everyone = [(rate, seed) for rate in method.learning_rates for seed in range(plan.seeds)]
-    todo = [replica for replica in everyone if replica not in finished]
+    todo = [replica for replica in plan.replicas(method) if replica not in finished]
     if not todo:
         progress.console.print(f"  {method.name:<18} already done")
         return records
@@ -225,9 +228,7 @@ def read_records(plan: Plan, method: Method, path: Path) -> list[Record]:
     if not os.path.lexists(path):
         return []
     points = [*range(0, plan.steps, plan.eval_every), plan.steps]
-    runs: dict[Replica, list[Record]] = {
-        (rate, seed): [] for rate in method.learning_rates for seed in range(plan.seeds)
-    }
+    runs: dict[Replica, list[Record]] = {replica: [] for replica in plan.replicas(method)}
     records = []
     for line in read_file(path).splitlines():
         try:
@@ -262,3 +263,60 @@ def _is_valid(record: Record, method: Method, steps: int) -> bool:
         )
         and all(0 <= (record[name] or 0) <= 1 for name in scores if name.endswith("accuracy"))
     )
+
+
+def measure_time(trainer: Trainer) -> dict[str, Any]:
+    """Seconds per training step of every method and base.
+
+    They run in alternation, so that a busy moment of the machine slows all alike. What is timed is
+    the compiled step of many runs together (batch gather, gradients, curvature refreshes at their
+    usual rhythm, update). Compilation, cold starts and evaluation are excluded.
+
+    Args:
+      trainer: the trainer of a comparison.
+
+    Returns:
+      ``runs_together``, ``rounds``, and by method ``seconds_per_step`` and ``relative_to_base``,
+      the medians over the rounds.
+    """
+    plan = trainer.plan
+    timed = {method.name: method for method in plan.methods}
+    for method in plan.methods:
+        if method.base is not None:
+            timed.setdefault(method.base, METHODS[method.base])
+    everyone = plan.replicas(plan.methods[0])
+    together = int(
+        trainer.memory // sum(trainer.replica_bytes(method) for method in timed.values())
+    )
+    count = max(1, min(len(everyone), together, trainer.max_replicas or together))
+    if any(map(trainer.alone, timed.values())):
+        count = 1
+
+    timers = []
+    for method in timed.values():
+        lowest = min(method.learning_rates)  # stays finite; the time does not depend on the rate
+        runs = trainer.start(method, [(lowest, seed) for _, seed in everyone[:count]])
+        period = method.period * math.ceil(5 / method.period)
+        timer = timing.Case(method.name, method.base, functools.partial(_advance, runs), 0, period)
+        # Warm-up compiles each form of the step: cold start, refresh, plain.
+        for _ in range(3):  # past the ten sweeps that replace a cold start
+            timer.time()
+        timers.append(timer.time)
+    rows = timing.interleave(
+        timers, LEAST_TIMING_ROUNDS, seconds=TIMING_SECONDS, most_rounds=MOST_TIMING_ROUNDS
+    )
+    seconds = dict(zip(timed, rows, strict=True))
+    return {
+        "runs_together": count,
+        "rounds": rows.shape[1],
+        "seconds_per_step": {name: float(np.median(row)) for name, row in seconds.items()},
+        "relative_to_base": {
+            method.name: float(np.median(seconds[method.name] / seconds[method.base]))
+            for method in plan.methods
+            if method.base is not None
+        },
+    }
+
+
+def _advance(runs: Runs, step: int, _: Any) -> jax.Array:
+    return runs.advance(step)

@@ -12,8 +12,6 @@ import dataclasses
 import functools
 import math
 import os
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import models
-from experiments import data, methods
+from experiments import data
+from experiments.methods import Method
 from experiments.runs.records import number
 from experiments.training import losses, networks
 from experiments.training.step import init_state, train_step
@@ -33,10 +32,6 @@ FETCH_EVERY = 16
 EVALUATION_BATCH = 1000
 # The same for sentences, each of which is a batch of words.
 EVALUATION_SENTENCES = 125
-# Rounds in which the time per step is measured: at least the first number, then, while they take no
-# longer than so many seconds, up to the second one.
-TIMING_ROUNDS = (9, 50)
-TIMING_SECONDS = 5.0
 
 Replica = tuple[float, int]  # (learning rate, seed)
 Record = dict[str, Any]
@@ -44,12 +39,26 @@ Record = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything that decides the numbers, checked."""
+    """Everything that decides the numbers of a comparison, checked.
+
+    Attributes:
+      task: the data.
+      model: name of the model.
+      loss: name of the loss.
+      methods: the methods, each with the learning rates that it is tuned on.
+      seeds: number of seeds per method and learning rate.
+      steps: number of steps.
+      batch_size: examples per step.
+      curvature_batch_size: examples, fixed per seed, for Hessian-vector products.
+      eval_every: steps between validations.
+      target: validation accuracy to count the steps to.
+      model_options: options of the model besides its defaults.
+    """
 
     task: data.Task
     model: str
     loss: str
-    methods: list[methods.Method]
+    methods: list[Method]
     seeds: int
     steps: int
     batch_size: int
@@ -57,6 +66,10 @@ class Plan:
     eval_every: int
     target: float
     model_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def replicas(self, method: Method) -> list[Replica]:
+        """The (learning rate, seed) of every run of a method."""
+        return [(rate, seed) for rate in method.learning_rates for seed in range(self.seeds)]
 
     def config(self) -> dict[str, Any]:
         """The settings as plain JSON: two runs with equal settings may share a folder."""
@@ -96,7 +109,13 @@ def free_memory() -> int:
 
 
 class Trainer:
-    """Trains the runs of one method at a time, many together."""
+    """Trains the runs of one method at a time, many together.
+
+    Args:
+      plan: the comparison.
+      max_replicas: most runs to train together; ``None`` for as many as fit into the memory.
+      memory: bytes that the runs trained together may take; ``None`` for half of what is free.
+    """
 
     def __init__(self, plan: Plan, *, max_replicas: int | None = None, memory: float | None = None):
         self.plan = plan
@@ -164,8 +183,17 @@ class Trainer:
         batches = iter(data.index_batches(examples, batch_size=self.plan.batch_size, seed=seed))
         return np.stack([np.asarray(next(batches), np.int32) for _ in range(self.plan.steps)])
 
-    def build(self, method: methods.Method, learning_rate: Any, seed: int = 0) -> Any:
-        """The method's Optax transformation for this plan."""
+    def build(self, method: Method, learning_rate: Any, seed: int = 0) -> Any:
+        """The method's Optax transformation for this plan.
+
+        Args:
+          method: the method.
+          learning_rate: a float, a schedule or a traced scalar.
+          seed: seed of the method's own randomness.
+
+        Returns:
+          The transformation.
+        """
         return method.build(
             learning_rate,
             total_steps=self.plan.steps,
@@ -175,7 +203,7 @@ class Trainer:
             likelihood=losses.LIKELIHOODS[self.plan.loss],
         )
 
-    def state_bytes(self, method: methods.Method) -> tuple[int, int]:
+    def state_bytes(self, method: Method) -> tuple[int, int]:
         """Bytes of (parameters, optimizer state) of one run."""
         params, rest = self.weights[0]
         state = jax.eval_shape(lambda p, r: init_state(self.build(method, 0.1), p, r), params, rest)
@@ -188,10 +216,11 @@ class Trainer:
         objective = self.loss.bind(rest=rest, x=x, y=y)
         return tree_bytes(jax.eval_shape(lambda p: jax.vjp(objective, p)[1], params))
 
-    def replica_bytes(self, method: methods.Method) -> int:
-        """Estimate of what one run takes: parameters, state, gradients, curvature vectors.
+    def replica_bytes(self, method: Method) -> int:
+        """Estimate of the bytes that one run takes.
 
-        Doubled for what XLA needs on top: a second buffer for what is not donated. And activations.
+        These are parameters, state, gradients and curvature vectors, doubled because XLA keeps a
+        second buffer for what is not donated, and activations.
         """
         params, opt_state = self.state_bytes(method)
         products = self.products(method)
@@ -204,17 +233,17 @@ class Trainer:
             activations = max(activations, (1 + tangents) * kept)
         return 2 * (params * (3 + vectors) + opt_state) + activations
 
-    def products(self, method: methods.Method) -> list[int]:
+    def products(self, method: Method) -> list[int]:
         """Hessian-vector products of every step."""
         params, classes = self.weights[0][0], self.plan.task.num_classes
         count = functools.cache(lambda refresh: method.products(refresh, params, classes))
         return [count(self.refresh(method, step)) for step in range(self.plan.steps)]
 
-    def refresh(self, method: methods.Method, step: int) -> bool | str | None:
+    def refresh(self, method: Method, step: int) -> bool | str | None:
         """The static ``refresh`` argument of a method's step."""
         return method.refresh(step, cold_start=self.cold_start)
 
-    def gradient_evaluations(self, method: methods.Method) -> np.ndarray:
+    def gradient_evaluations(self, method: Method) -> np.ndarray:
         """Cumulative cost after 0, 1, ..., `plan.steps` steps, in mini-batch gradients.
 
         A Hessian-vector product (forward over reverse) costs about two gradients of its own batch.
@@ -223,23 +252,40 @@ class Trainer:
         cost = method.gradients_per_step + scale * np.array(self.products(method), float)
         return np.concatenate([[0.0], np.cumsum(cost)])
 
-    def alone(self, method: methods.Method) -> bool:
+    def alone(self, method: Method) -> bool:
         """Whether the runs of a method are trained one by one."""
-        # Several batched decompositions at once, which `vmap` makes of K-FAC's, can wait for each
-        # other for ever in XLA's threads on a CPU (jaxlib 0.10, two threads).
+        # `vmap` makes batched decompositions of K-FAC's, and several of these at once can wait for
+        # each other for ever in XLA's threads on a CPU (jaxlib 0.10, two threads).
         stuck = method.needs_objective and jax.default_backend() == "cpu"
         return stuck or self.max_replicas == 1
 
-    def chunk_size(self, method: methods.Method, replicas: int) -> int:
-        """How many of `replicas` runs to train together: equal chunks, each within the memory."""
+    def chunk_size(self, method: Method, replicas: int) -> int:
+        """How many runs to train together, so that all chunks are equal and fit into the memory.
+
+        Args:
+          method: the method.
+          replicas: number of its runs.
+
+        Returns:
+          The size of a chunk.
+        """
         if self.alone(method):
             return 1
         most = max(1, int(self.memory // self.replica_bytes(method)))
         most = min(replicas, most, self.max_replicas or replicas)
         return math.ceil(replicas / math.ceil(replicas / most))
 
-    def step(self, method: methods.Method, batched: bool) -> Callable[..., Any]:
-        """The compiled training step, for many runs or for one; one program per `refresh`."""
+    def step(self, method: Method, batched: bool) -> Callable[..., Any]:
+        """The compiled training step, with one program per `refresh`.
+
+        Args:
+          method: the method.
+          batched: whether it steps many runs together, rather than one.
+
+        Returns:
+          A function of rates, state, rows of the batch and of the curvature batch, inputs, labels
+          and ``refresh``, which returns the new state and the losses.
+        """
         key = (method.name, batched)
         if key not in self._steps:
 
@@ -274,8 +320,16 @@ class Trainer:
             self._steps[key] = jax.jit(step, static_argnames="refresh", donate_argnames="state")
         return self._steps[key]
 
-    def start(self, method: methods.Method, replicas: Sequence[Replica]) -> Runs:
-        """Runs before their first step."""
+    def start(self, method: Method, replicas: Sequence[Replica]) -> Runs:
+        """Runs before their first step.
+
+        Args:
+          method: the method.
+          replicas: (learning rate, seed) of each run.
+
+        Returns:
+          The runs.
+        """
         batched = len(replicas) > 1
         rates = jnp.asarray([rate for rate, _ in replicas], jnp.float32)
         states = [
@@ -301,7 +355,7 @@ class Trainer:
 
     def train(
         self,
-        method: methods.Method,
+        method: Method,
         replicas: Sequence[Replica],
         advance: Callable[[int], None] = lambda steps: None,
     ) -> list[Record]:
@@ -354,17 +408,33 @@ class Trainer:
 
 @dataclasses.dataclass
 class Runs:
-    """Runs in progress."""
+    """Runs in progress.
+
+    Attributes:
+      trainer: what trains them.
+      method: how they are trained.
+      batched: whether they are many, with a leading axis in every array, rather than one.
+      rates: their learning rates.
+      state: their training state.
+      seeds: one seed, or one per run.
+    """
 
     trainer: Trainer
-    method: methods.Method
+    method: Method
     batched: bool
     rates: jax.Array
     state: Any
-    seeds: Any  # one seed, or one per run
+    seeds: Any
 
     def advance(self, step: int) -> jax.Array:
-        """One step of every run; returns the losses without waiting for them."""
+        """Makes one step of every run.
+
+        Args:
+          step: zero-based number of the step.
+
+        Returns:
+          The losses, which are not waited for.
+        """
         trainer = self.trainer
         self.state, loss = trainer.step(self.method, self.batched)(
             self.rates,
@@ -376,63 +446,3 @@ class Runs:
             refresh=trainer.refresh(self.method, step),
         )
         return loss
-
-
-def measure_time(trainer: Trainer) -> dict[str, Any]:
-    """Seconds per training step of every method and base.
-
-    They run in alternation, so that a busy moment of the machine hits all alike. What is timed: the
-    compiled step of many runs together (batch gather, gradients, curvature refreshes at their usual
-    rhythm, update). Compilation, cold starts and evaluation are excluded.
-    """
-    plan = trainer.plan
-    timed = {method.name: method for method in plan.methods}
-    for method in plan.methods:
-        if method.base is not None:
-            timed.setdefault(method.base, methods.METHODS[method.base])
-    everyone = [
-        (rate, seed) for rate in plan.methods[0].learning_rates for seed in range(plan.seeds)
-    ]
-    together = int(
-        trainer.memory // sum(trainer.replica_bytes(method) for method in timed.values())
-    )
-    count = max(1, min(len(everyone), together, trainer.max_replicas or together))
-    if any(map(trainer.alone, timed.values())):
-        count = 1
-
-    runs: dict[str, Runs] = {}
-    lengths: dict[str, int] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
-    for name, method in timed.items():
-        lowest = min(method.learning_rates)  # stays finite; the time does not depend on the rate
-        runs[name] = trainer.start(method, [(lowest, seed) for _, seed in everyone[:count]])
-        period = method.period
-        lengths[name] = period * math.ceil(5 / period)
-        # Warm-up compiles each form of the step: cold start, refresh, plain.
-        for step in range(3 * lengths[name]):  # past the ten sweeps that replace a cold start
-            jax.block_until_ready(runs[name].advance(step))
-    least, most = TIMING_ROUNDS
-    end = time.perf_counter() + TIMING_SECONDS
-    for done in range(most):
-        if done >= least and time.perf_counter() > end:
-            break
-        for name in timed if done % 2 == 0 else reversed(timed):
-            first = (3 + done) * lengths[name]
-            begin = time.perf_counter()
-            for step in range(first, first + lengths[name]):
-                loss = runs[name].advance(step)
-            jax.block_until_ready(loss)
-            seconds[name].append((time.perf_counter() - begin) / lengths[name])
-    return {
-        "runs_together": count,
-        "rounds": len(seconds[plan.methods[0].name]),
-        "seconds_per_step": {name: statistics.median(values) for name, values in seconds.items()},
-        "relative_to_base": {
-            method.name: statistics.median(
-                own / other
-                for own, other in zip(seconds[method.name], seconds[method.base], strict=True)
-            )
-            for method in plan.methods
-            if method.base is not None
-        },
-    }

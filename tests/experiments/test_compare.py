@@ -129,7 +129,7 @@ def test_one_at_a_time_gives_the_same(here: Path) -> None:
 
 @pytest.mark.slow
 def test_token_ids_and_another_loss(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replicas, "TIMING_SECONDS", 0.0)
+    monkeypatch.setattr(comparison, "TIMING_SECONDS", 0.0)
     write_sst2(here, rows=1_000)
     arguments = ["--task", "sst2_1k", "--data-dir", str(here), "--methods", "sgd", "--seeds", "1"]
     arguments += ["--steps", "2", "--batch-size", "8", "--loss", "mse"]
