@@ -15,25 +15,26 @@ Six panels, each a picture and a table:
     effective_learning_rates  in both subspaces, of SGD, SGD with momentum and Adam
     stability                 Bulk-SGD against SGD: learning rate, k, refresh, momentum, batch size
     energy                    share of H, Gauss-Newton and functional Hessian in the subspace
-    noise                     SGD, then full-batch gradient descent: what becomes of the alignment
+    noise                     whether the alignment survives a change to full-batch descent
 
-and a report in which every qualitative claim of the papers is held against a number. The criteria
-are part of the code (`experiments.reporting.subspace.claims`). `runs/<name>/` then holds
+A report compares every qualitative claim of the papers with a number; the criteria are part of the
+code (`experiments.reporting.subspace.claims`). `runs/<name>/` then holds
 
-    config.json            what was run: the same command continues it, another one is refused
-    units/<panel>/*.json   raw results, one file per finished piece of work
+    config.json            the settings: the same command continues, one with others is refused
+    units/<panel>/*.json   raw results, one file per finished unit of work
     snapshots/*.npz        parameters along SGD, from which the other panels start
     <panel>.csv, .png      table and picture
     claims.json, report.md, report.html
 
-Projections use a basis that the library tracks on a fixed part of the training set; what is
-*measured* (chi_k, eigenvalues, energies) uses eigenvectors solved to a tolerance. The point from
-which the branches leave is where the moving average (decay 0.9) of chi_k of the full gradient
-exceeds 0.95, as in public replications, or a fixed step. There the average runs over every step;
-here over every `check_every`-th.
+Projections use a basis that the library tracks on a fixed part of the training set; measurements
+(chi_k, eigenvalues, energies) use eigenvectors solved to a tolerance. The branches leave SGD where
+the moving average (decay 0.9) of chi_k of the full gradient exceeds 0.95, as in public
+replications, or at a fixed step. The replications average over all steps; here the average runs
+over every `check_every`-th.
 
-Learning rates: a replication quotes 0.01 (MLP), 0.001 (CNN) and 0.001 (Transformer) from the
-appendix of Song et al., the defaults here; another one uses 0.1 for MNIST. Digits are ours.
+The default learning rates 0.01 (MLP), 0.001 (CNN) and 0.001 (Transformer) are those that a
+replication quotes from the appendix of Song et al.; another replication uses 0.1 for MNIST. The
+rate for digits is our choice.
 """
 
 from __future__ import annotations
@@ -85,14 +86,14 @@ class Options(cli.Options):
     task: str = "digits"
     """Data set and model: digits or mnist5k (MLP), cifar10_5k (CNN), sst2_1k (Transformer)."""
     loss: str = "mse"
-    """mse or cross_entropy."""
+    """Training loss: mse or cross_entropy."""
     scale: str = "small"
     """small: under an hour on two cores (digits: minutes); full: the papers' 20,000 steps; tiny:
-    seconds on digits, to see the files, too short to conclude anything."""
+    minutes on digits, enough to see the files but too short for conclusions."""
     learning_rate: float | None = None
-    """Default: 0.05 (digits), 0.01 (mnist5k), 0.001 (cifar10_5k, sst2_1k)."""
+    """Learning rate of SGD; default: 0.05 (digits), 0.01 (mnist5k), 0.001 (cifar10_5k, sst2_1k)."""
     switch_step: int | None = None
-    """Leave SGD at this step, instead of when the gradient is aligned."""
+    """Step at which the branches leave SGD; default: where the gradient is first aligned."""
     seeds: int | None = None
     """Number of seeds: initial weights and batch order; default: by task and scale."""
     panels: str = ",".join(PANELS)

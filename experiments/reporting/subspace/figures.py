@@ -111,31 +111,34 @@ def draw_alignment(rows: Rows, config: Mapping[str, Any]) -> Figure:
     )
     chi.set_ylim(0, 1.02)
     chi.set_ylabel(f"chi_{k}, norm ratio")
-    first = [row for row in pick(rows, seed=seeds(rows)[0]) if "eigenvalue_1" in row]
-    count = sum(key.startswith("eigenvalue_") for key in first[0])
-    for i in range(count, 0, -1):
-        inside = i <= k
-        values.plot(
-            column(first, "step"),
-            column(first, f"eigenvalue_{i}"),
-            color=_BLUE if inside else _ORANGE,
-            linestyle="-" if inside else "--",
-            linewidth=1.4,
-            label={1: f"1 to {k}", k + 1: f"{k + 1} to {count}"}.get(i),
-        )
-    positive = min(row[f"eigenvalue_{count}"] for row in first) > 0
-    if positive:
-        _log_scale(values)
-    values.set_ylabel(f"eigenvalue (seed {seeds(rows)[0]})")
+    first, *others = seeds(rows)
+    _draw_eigenvalues(values, pick(rows, seed=first), k)
+    values.set_ylabel(f"eigenvalue (seed {first})")
     for axes in (loss, chi, values):
         _label_steps(axes, "step")
-        shown = seeds(rows) if axes is not values else seeds(rows)[:1]
-        for seed in shown:
+        for seed in (first, *(others if axes is not values else ())):
             switch = pick(rows, seed=seed)[0]["switch_step"]
-            label = "switch point" if seed == shown[0] else None
+            label = "switch point" if seed == first else None
             axes.axvline(switch, color="#888888", linestyle=":", linewidth=1.2, label=label)
         _legend(axes)
     return figure
+
+
+def _draw_eigenvalues(axes: Axes, rows: Rows, k: int) -> None:
+    """Draws the measured eigenvalues of one seed, those of the dominant subspace in blue."""
+    solved = [row for row in rows if "eigenvalue_1" in row]
+    count = sum(key.startswith("eigenvalue_") for key in solved[0])
+    for i in range(count, 0, -1):
+        axes.plot(
+            column(solved, "step"),
+            column(solved, f"eigenvalue_{i}"),
+            color=_BLUE if i <= k else _ORANGE,
+            linestyle="-" if i <= k else "--",
+            linewidth=1.4,
+            label={1: f"1 to {k}", k + 1: f"{k + 1} to {count}"}.get(i),
+        )
+    if min(row[f"eigenvalue_{count}"] for row in solved) > 0:
+        _log_scale(axes)
 
 
 @styled

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from experiments import methods
-from experiments.reporting import comparison, comparison_figures, figures
+from experiments.reporting import comparison, comparison_figures
 
 
 def make_row(name: str, **changes: Any) -> dict[str, Any]:
@@ -221,11 +221,3 @@ def test_extreme_curves(results: dict[str, Any], tmp_path: Path, change: dict[st
         for row, line in zip(results["rows"], axes.lines, strict=False):  # the target comes last
             assert len(line.get_ydata()) == len(row["curve"]["step"]) - 1
             assert np.all((low <= line.get_ydata()) & (line.get_ydata() <= high))
-
-
-def test_each_principal_method_has_its_own_color() -> None:
-    assert set(figures.PRINCIPAL) <= set(methods.METHODS)
-    looks = [figures.style(name) for name in figures.PRINCIPAL]
-    assert len({look["color"] for look in looks}) == len(looks)
-    everything = [figures.style(name) for name in methods.METHODS]
-    assert len({(look["color"], look["linestyle"]) for look in everything}) == len(everything)
