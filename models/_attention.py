@@ -80,7 +80,7 @@ class Layers:
         return nnx.Linear(fan_in, fan_out, **options, **self.types)
 
     def projection(self, parts: int) -> nnx.Linear:
-        """So many of query, key and value, side by side."""
+        """One projection to that many of query, key and value, side by side."""
 
         def one_by_one(key: jax.Array, shape: tuple[int, ...], dtype: Any = None) -> jax.Array:
             assert self.kernel_init is not None
@@ -100,7 +100,7 @@ class Layers:
         )
 
     def embedding(self, size: int, init: nnx.initializers.Initializer | None = None) -> nnx.Embed:
-        """A table of `size` rows; default: normal with standard deviation 1, as PyTorch's."""
+        """A table of `size` rows, by default normal with standard deviation 1 as in PyTorch."""
         init = init or nnx.initializers.normal(1.0)
         return nnx.Embed(size, self.width, embedding_init=init, **self.types)
 
@@ -109,7 +109,7 @@ class Layers:
         return nnx.LayerNorm(self.width, epsilon=self.epsilon, **self.types)
 
     def dropout(self) -> nnx.Dropout:
-        """Dropout; without it (rate 0) the model has no random state."""
+        """Dropout; with rate 0 the model has no random state."""
         return nnx.Dropout(self.dropout_rate, rngs=self.rngs if self.dropout_rate else None)
 
 
@@ -138,7 +138,7 @@ def attend(
     """
     scores = jnp.einsum("nqhd,nkhd->nhqk", query, key) / math.sqrt(query.shape[-1])
     if mask is not None:
-        # Not minus infinity: a row of padding only would become NaN.
+        # Not minus infinity, with which a row that is all padding would become NaN.
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     weights = dropout(jax.nn.softmax(scores))
     mixed = jnp.einsum("nhqk,nkhd->nqhd", weights, value)
@@ -189,8 +189,8 @@ def _heads(x: jax.Array, parts: int, num_heads: int) -> jax.Array:
 class Layer(nnx.Module):
     """Self-attention, then a feed-forward part; in a decoder, cross-attention in between.
 
-    Each part is added to what enters it. With `pre_norm` the input of a part is normalized,
-    x + part(norm(x)), else the sum, norm(x + part(x)). The feed-forward part is
+    Each part is added to its input. With `pre_norm` the input of a part is normalized,
+    x + part(norm(x)), otherwise the sum, norm(x + part(x)). The feed-forward part is
     linear(activation(linear(x))).
     """
 
@@ -247,7 +247,7 @@ def causal_mask(length: int) -> jax.Array:
 
 
 def padding_mask(tokens: jax.Array, padding: int) -> jax.Array:
-    """What is not padding may be seen, by all heads and queries: (N, 1, 1, length)."""
+    """All heads and queries may attend to what is not padding: (N, 1, 1, length)."""
     return (tokens != padding)[:, None, None, :]
 
 

@@ -1,4 +1,4 @@
-"""What the model files share."""
+"""Initializers, layers and checks that the model files share."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from jax.typing import DTypeLike
 def uniform_fan_in(fan_in: int) -> nnx.initializers.Initializer:
     """Uniform within ±1/sqrt(fan_in), for the kernel and for the bias of one layer.
 
-    This is what PyTorch layers start from by default, hence the start of every experiment that was
-    published with PyTorch code and names no initializer.
+    This is the default of PyTorch's layers, hence the initialization of every experiment that was
+    published with PyTorch code without naming an initializer.
     """
     return uniform(1.0 / math.sqrt(fan_in))
 
@@ -30,7 +30,7 @@ def uniform(bound: float) -> nnx.initializers.Initializer:
         dtype: DTypeLike | None = None,
         out_sharding: object = None,
     ) -> jax.Array:
-        del out_sharding  # parameters are placed by whoever creates the model
+        del out_sharding  # the caller that creates the model places its parameters
         dtype = jnp.float32 if dtype is None else dtype
         return jax.random.uniform(key, shape, dtype, minval=-bound, maxval=bound)
 
@@ -97,10 +97,10 @@ def normalization(
     The channels are the last axis, as in (N, height, width, channels). Each takes the mean and the
     variance over other axes: "batch" over all but the channels; "layer" over the channels, for each
     pixel or token by itself; "instance" over the pixels; "group" over the pixels and the channels
-    of one group, 32 groups as in its paper (Wu and He 2018) where these have two channels or more,
-    else the largest power of two for which they do. "layer" is that of Transformers and ConvNeXt;
-    over the pixels, too, would be "group" with one group. Whatever the type of the computation,
-    statistics are computed and kept in float32 or wider.
+    of one group, with 32 groups as in its paper (Wu and He 2018) if these have at least two
+    channels, otherwise with the largest power of two for which they do. "layer" is that of
+    Transformers and ConvNeXt; including the pixels, it would be "group" with one group. Statistics
+    are computed and kept in float32 or wider, whatever the type of the computation.
 
     Args:
         norm: "batch", "layer", "group", "instance" or None, the identity.
@@ -108,8 +108,8 @@ def normalization(
         axis_name: Replica axis whose batches are normalized together; only for "batch".
         momentum: Decay of the running averages; only for "batch". In PyTorch's terms 0.9 is 0.1.
         epsilon: Added to the variance; default: PyTorch's.
-        scale: What the scales start from.
-        dtype: Type of the computation; None: that of inputs and parameters.
+        scale: Initial value of the scales.
+        dtype: Type of the computation; None means that of inputs and parameters.
         param_dtype: Type of the parameters.
         rngs: Random keys.
 
@@ -145,11 +145,11 @@ class Layers:
     """Makes the layers of an image network, which share their settings.
 
     Args:
-        norm: See `normalization`.
-        axis_name: See `normalization`.
-        momentum: See `normalization`.
-        epsilon: See `normalization`.
-        conv_init: What the kernels of convolutions start from; default: He et al.'s normal
+        norm: The normalization: "batch", "layer", "group", "instance" or None.
+        axis_name: Replica axis whose batches are normalized together; only for "batch".
+        momentum: Decay of the running averages; only for "batch".
+        epsilon: Added to the variance in a normalization.
+        conv_init: Initializer of the kernels of convolutions; default: He et al.'s normal
             distribution for relu, by the number of inputs.
         dtype: Type of the computation.
         param_dtype: Type of the parameters.
@@ -188,7 +188,7 @@ class Layers:
         use_bias: bool | None = None,
         **options: Any,
     ) -> nnx.Conv:
-        """A square convolution; unless told otherwise with a bias only if there is no norm.
+        """A square convolution; by default it has a bias only if there is no norm.
 
         It pads by half its size on each side, as PyTorch code does; "SAME" would pad a strided one
         on one side only.
@@ -206,19 +206,19 @@ class Layers:
         )
 
     def norm(self, width: int, scale: float = 1.0) -> Callable[[jax.Array], jax.Array]:
-        """A normalization of `width` channels, see `normalization`."""
+        """The normalization of `width` channels, whose scales start from `scale`."""
         return normalization(
             self._norm, width, scale=scale, **self._norm_options, **self.types, rngs=self.rngs
         )
 
     def linear(self, fan_in: int, fan_out: int, **options: Any) -> nnx.Linear:
-        """A linear layer; unless told otherwise it starts uniform within ±1/sqrt(fan_in)."""
+        """A linear layer; by default it starts uniform within ±1/sqrt(fan_in)."""
         init = uniform_fan_in(fan_in)
         options = {"kernel_init": init, "bias_init": init} | options
         return nnx.Linear(fan_in, fan_out, **options, **self.types, rngs=self.rngs)
 
     def dropout(self, rate: float, **options: Any) -> nnx.Dropout:
-        """Dropout, with a random stream only if there is something to drop."""
+        """Dropout, with a random stream only if the rate is above 0."""
         if not 0 <= rate < 1:
             raise ValueError(f"dropout_rate must be at least 0 and below 1, got {rate}")
         return nnx.Dropout(rate, **options, rngs=self.rngs if rate else None)
@@ -228,14 +228,14 @@ class WeightNormalized(nnx.Module):
     """A layer whose weights are given by a length and a direction for each output unit.
 
     The output is that of the layer with the kernel length * direction / |direction|, where `length`
-    is a parameter of the shape (outputs,) and the layer's own kernel is the direction. It starts
-    with the function that the layer had; units whose weights are all zero get length 0.
+    is a parameter of the shape (outputs,) and the kernel of the layer is the direction. At the
+    start it computes the same function as the layer; units whose weights are all zero get length 0.
 
-    Flax's `nnx.WeightNorm` does not serve here: its lengths are no `nnx.Param`, so that nothing
-    trains them, and each call writes into the parameters of the layer.
+    Flax's `nnx.WeightNorm` does not serve here: its lengths are not an `nnx.Param`, so they are not
+    trained, and each call writes into the parameters of the layer.
 
     Args:
-        layer: `nnx.Linear`, `nnx.Conv` or another one whose `kernel` ends with the output axis.
+        layer: `nnx.Linear`, `nnx.Conv` or another layer whose `kernel` ends with the output axis.
 
     References:
         Salimans and Kingma, `Weight Normalization <https://arxiv.org/abs/1602.07868>`_, 2016,
@@ -252,11 +252,11 @@ class WeightNormalized(nnx.Module):
         self.layer.kernel[...] = direction
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """What the layer gives for `x`."""
+        """The output of the layer for `x`."""
         direction = self.layer.kernel[...]
         axes = tuple(range(direction.ndim - 1))
         factor = jnp.expand_dims(self.length[...], axes) / _lengths(direction)
-        layer = nnx.clone(self.layer)  # so that the parameters stay what they are
+        layer = nnx.clone(self.layer)  # so that its parameters stay unchanged
         layer.kernel[...] = (direction * factor).astype(direction.dtype)
         return layer(x)
 
@@ -287,9 +287,9 @@ def normalize_weights(model: nnx.Module) -> None:
 def halve_by_maximum(x: jax.Array) -> jax.Array:
     """Maximum over 2x2 blocks; among equal values the first gets the gradient.
 
-    On a CPU its gradient is twice as fast as that of nnx.max_pool. It is not that of `jnp.max`,
-    which looks for what equals the maximum: where XLA computes an input twice, in two fusions that
-    round differently, nothing does, and the gradient is NaN or wrong.
+    On a CPU its gradient is twice as fast as that of `nnx.max_pool`. The gradient of `jnp.max`
+    would go to the inputs that equal the maximum: where XLA computes an input twice, in two fusions
+    that round differently, none does, and the gradient is NaN or wrong.
     """
     n, height, width, channels = x.shape
     x = x.reshape(n, height // 2, 2, width // 2, 2, channels)
@@ -304,7 +304,7 @@ def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
 def round_channels(width: float) -> int:
     """The nearest multiple of 8, at least 8 and not more than 10 % below `width`.
 
-    As in the code of MobileNet, which EfficientNet has taken over.
+    The rule is that of MobileNet's code, which EfficientNet adopted.
     """
     rounded = max(8, int(width + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * width else rounded

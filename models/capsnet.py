@@ -182,7 +182,7 @@ def route(predictions: jax.Array, num_iterations: int) -> tuple[jax.Array, jax.A
 
 
 def _weigh(logits: jax.Array, predictions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Capsules of the classes as weighed sums, and the weights."""
+    """Capsules of the classes as weighted sums, and the weights."""
     coefficients = jax.nn.softmax(logits)
     return squash(jnp.einsum("nij,nijd->njd", coefficients, predictions)), coefficients
 
@@ -195,7 +195,7 @@ def margin_loss(
     absent: float = 0.1,
     absent_weight: float = 0.5,
 ) -> jax.Array:
-    """What the paper minimizes (equation 4), for each example.
+    """The margin loss of the paper (equation 4), for each example.
 
     Args:
         lengths: Outputs of `CapsNet` with `length_scale` 1, (N, num_classes).
@@ -222,8 +222,8 @@ def reconstruction_loss(images: jax.Array, inputs: jax.Array, weight: float = 0.
     """The sum of squared differences of all pixels, times `weight` (section 4.1), for each example.
 
     Args:
-        images: What `CapsNet.reconstruct` gives, (N, height, width, channels).
-        inputs: The images that were to be rebuilt, in [0, 1].
+        images: Outputs of `CapsNet.reconstruct`, (N, height, width, channels).
+        inputs: The original images, in [0, 1].
         weight: Factor; default: the paper's.
 
     Returns:

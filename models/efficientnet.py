@@ -42,8 +42,8 @@ class EfficientNet(nnx.Module):
     A 3x3 convolution with stride 2, inverted residual blocks with squeeze and excitation, a 1x1
     convolution to four times the channels, global average pooling, dropout and a linear layer;
     silu between convolutions. A block expands the channels by a 1x1 convolution, filters each by a
-    3x3 or 5x5 one, weighs them by a gate computed from their means, and projects by a 1x1 one; if
-    the shape stays, its input is added, and in train mode the branch is left out for some examples
+    3x3 or 5x5 one, weights them by a gate computed from their means, and projects by a 1x1 one; if
+    the shape stays, its input is added, and in train mode the branch is skipped for some examples
     (stochastic depth). With 1,000 classes B0 to B7 have 5,288,548, 7,794,184, 9,109,994,
     12,233,232, 19,341,616, 30,389,784, 43,040,704 and 66,347,960 parameters (torchvision's
     documentation).
@@ -75,12 +75,12 @@ class EfficientNet(nnx.Module):
             for images such as CIFAR's.
         norm: "batch", "layer", "group", "instance" or None; without one the convolutions have a
             bias. Batch normalization has epsilon 1e-5 and decay 0.9; torchvision's B5 to B7 have
-            1e-3 and 0.99, as the paper's code.
+            1e-3 and 0.99, like the paper's code.
         dropout_rate: Share of the inputs of the linear layer that are dropped in train mode;
             default: B0's; 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5 for B0 to B7.
-        drop_path_rate: Probability that the last block leaves out its branch for an example in
-            train mode; that of the k-th of n blocks (from 0) is k / n of it. Default: the paper's
-            survival probability of 0.8 (section 5.2).
+        drop_path_rate: Probability that the last block skips its branch for an example in train
+            mode; that of the k-th of n blocks (from 0) is k / n times as large. Default: 0.2, by
+            the paper's survival probability of 0.8 (section 5.2).
         axis_name: Replica axis (`pmap`, `shard_map`, `vmap`) whose batches are normalized together;
             `None` normalizes what one replica sees, which under global-view `jit` is everything.
         dtype: Type of the computation; default: that of inputs and parameters. The statistics of

@@ -56,7 +56,9 @@ class Mlp(nnx.Module):
         self.input_shape = tuple(input_shape)
         self.activation = _common.activation_function(activation)
         if norm == "instance":
-            raise ValueError("norm 'instance' averages over pixels, of which Mlp has none")
+            raise ValueError(
+                "norm 'instance' averages over pixels, which Mlp does not have; use another norm"
+            )
         inputs = math.prod(self.input_shape)
         if hidden_sizes is None:
             hidden_sizes = (64,) if inputs <= 64 else (200, 200)

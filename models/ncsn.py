@@ -149,7 +149,7 @@ class Ncsn(nnx.Module):
             level: (N,), integers; 0 is the most noise.
 
         Returns:
-            As `x`, at least float32: the gradient with respect to `x` of log density.
+            The gradient of the log density with respect to `x`, of its shape, at least float32.
         """
         _common.check_input(self, x, self.input_shape)
         h = self.first(2 * x - 1)
@@ -236,8 +236,8 @@ class _Layers(_common.Layers):
 class _Norm(nnx.Module):
     """Conditional instance normalization++: scale (instance norm + shift * mean) + bias.
 
-    The means of the channels, normalized over the channels, give back what instance normalization
-    takes away: how bright one channel is against the others.
+    The means of the channels, normalized over the channels, restore what instance normalization
+    removes: the brightness of each channel relative to the others.
     """
 
     def __init__(self, layers: _Layers, width: int):
@@ -296,7 +296,7 @@ class _Block(nnx.Module):
 
 
 class _ConvUnit(nnx.Module):
-    """x + conv(elu(norm(conv(elu(norm(x)))))), several times."""
+    """x + conv(elu(norm(conv(elu(norm(x)))))), repeated."""
 
     def __init__(self, layers: _Layers, width: int, blocks: int):
         self.norms = nnx.List(layers.conditional_norm(width) for _ in range(2 * blocks))

@@ -153,7 +153,8 @@ class ResNet(nnx.Module):
         norm: "batch", "layer", "group", "instance" or None; without one the convolutions have a
             bias.
         dropout_rate: Share of the inputs of the linear layer that are dropped in train mode.
-        axis_name: Replica axis whose batches are normalized together, see `CifarResNet`.
+        axis_name: Replica axis (`pmap`, `shard_map`, `vmap`) whose batches are normalized together;
+            `None` normalizes what one replica sees, which under global-view `jit` is everything.
         dtype: Type of the computation; default: that of inputs and parameters. The statistics of
             batch normalization stay in float32.
         param_dtype: Type of the parameters; default: float32.
@@ -186,7 +187,9 @@ class ResNet(nnx.Module):
         if depth not in _STAGES:
             raise ValueError(f"depth must be one of {', '.join(map(str, _STAGES))}, got {depth}")
         if zero_init_residual and norm is None:
-            raise ValueError("zero_init_residual starts a norm from 0: it needs one, got norm=None")
+            raise ValueError(
+                "zero_init_residual needs a norm, whose scale starts at 0; got norm=None"
+            )
         self.input_shape = tuple(input_shape)
         _common.check_image_shape("ResNet", self.input_shape, multiple_of=1)
         layers = _common.Layers(
@@ -233,7 +236,7 @@ class ResNet(nnx.Module):
 
 
 class _Block(nnx.Module):
-    """relu(shortcut(x) + branch(x)); the branch has a norm behind and relu between convolutions.
+    """relu(shortcut(x) + branch(x)); the branch has norms after and relu between its convolutions.
 
     The convolutions of the branch are two 3x3, the first with the stride; with `bottleneck`, a
     number of channels, 1x1, 3x3 with the stride, 1x1.

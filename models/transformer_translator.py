@@ -161,15 +161,15 @@ class TransformerTranslator(nnx.Module):
 def translate(
     model: TransformerTranslator, source: jax.Array, *, begin: int, end: int
 ) -> jax.Array:
-    """The likeliest next token, again and again: a look at what the model has learnt.
+    """Greedy decoding: the most likely next token, again and again.
 
     It runs the whole network once for each token, in evaluation mode.
 
     Args:
-        model: The model; it stays in the mode that it is in.
+        model: The model; its mode does not change.
         source: Token ids, (N, source_length).
-        begin: The token in front of every target.
-        end: The token behind every target.
+        begin: The token before every target.
+        end: The token after every target.
 
     Returns:
         Token ids, (N, target_length); padding behind the first `end`.

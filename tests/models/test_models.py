@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 
 import models
-from models import _common
+from models import _common, _registry
 
 INPUT_SHAPE = (8, 8, 3)
 
@@ -129,10 +129,12 @@ def count(model):
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-@pytest.mark.parametrize("name", {e.model: n for n, e in reversed(models._MODELS.items())}.values())
+@pytest.mark.parametrize(
+    "name", {e.model: n for n, e in reversed(_registry.MODELS.items())}.values()
+)
 def test_one_name_of_each_architecture(name):
     """Without computing anything; all names are in the tests of their architectures."""
-    entry = models._MODELS[name]
+    entry = _registry.MODELS[name]
     arguments = inspect.signature(entry.model.__init__).parameters
     sizes = {"num_classes": 7, "vocabulary_size": 50}
     sizes = {size: value for size, value in sizes.items() if size in arguments}
@@ -141,7 +143,7 @@ def test_one_name_of_each_architecture(name):
     assert model.input_shape == shape
     kinds = {type(module) for _, module in nnx.iter_modules(model)}
     convolutional = not kinds.isdisjoint((nnx.Conv, nnx.ConvTranspose))
-    siblings = [n for n, e in models._MODELS.items() if e.model is entry.model]
+    siblings = [n for n, e in _registry.MODELS.items() if e.model is entry.model]
     assert {models.is_convolutional(n) for n in siblings} == {convolutional}
 
 
@@ -267,7 +269,9 @@ def test_unknown_names_list_the_valid_ones():
 def test_token_ids_and_images_are_told_apart():
     with pytest.raises(ValueError, match=r"needs vocabulary_size, the number of different token"):
         models.create("transformer", input_shape=(6,), num_classes=2)
-    with pytest.raises(ValueError, match=r"'mlp' has no vocabulary_size .*with it: transformer"):
+    with pytest.raises(
+        ValueError, match=r"'mlp' has no vocabulary_size .*that have it: transformer"
+    ):
         models.create("mlp", input_shape=(6,), num_classes=2, vocabulary_size=11)
     with pytest.raises(ValueError, match="'mlp' needs num_classes, the number of outputs"):
         models.create("mlp", input_shape=(6,))
