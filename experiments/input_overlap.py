@@ -266,10 +266,8 @@ def run(options: Options) -> Overlap:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
-    try:
+    with cli.usage():
         result = run(options)
-    except ValueError as error:
-        return cli.fail(error)
     table = tables.table(("milliseconds per step", "time", "delay hidden"))
     table.add_row("no delay", f"{1e3 * result.no_delay:.2f}", "")
     table.add_row(

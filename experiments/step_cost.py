@@ -222,10 +222,8 @@ def run(options: Options) -> dict[str, Cost]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
-    try:
+    with cli.usage():
         costs = run(options)
-    except ValueError as error:
-        return cli.fail(error)
     title = f"{options.model}, {options.batch_size} in {options.accumulate}"
     table = tables.table(["way", "temp MB", "of whole", "ms", "of whole"], title)
     whole = costs.get("whole")

@@ -57,7 +57,7 @@ def locate(runs_dir: Path, name: str | None, default: str) -> Path:
 
 
 def lock(folder: Path) -> filelock.FileLock:
-    """Takes a run's folder, which is made if need be, for this process.
+    """Takes a run's folder for this process, and makes it if it does not exist.
 
     The operating system lets go of it when the process ends, however it ends. What earlier
     processes left half written is removed.
@@ -100,7 +100,7 @@ def claim(folder: Path, check: Callable[[], Any]) -> Iterator[None]:
     """Keeps a folder for this process while a block runs.
 
     Args:
-      folder: the command's folder; made if need be.
+      folder: the command's folder, which need not exist.
       check: raises `UsageError` if what is there is not the command's. Called before the lock,
         which writes a file, and again under it.
 

@@ -142,7 +142,7 @@ def claim_results(folder: Path, command: str, files: Sequence[str]) -> Iterator[
     """Keeps a folder while a block runs that writes all it has at its end, by `write_results`.
 
     Args:
-      folder: the command's folder; made if need be.
+      folder: the command's folder, which need not exist.
       command: its name; a `results.json` there has to have it as ``"command"``.
       files: the names of the files that it writes besides `results.json`.
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 
 import pytest
 
-from experiments import cli
 from experiments.cli import UsageError
 from experiments.runs import folders
 from experiments.runs.metric_files import MetricFiles
 from experiments.runs.records import read_json, read_record, write_record
-from experiments.runs.study import claim_results, write_results
 
 # Names ------------------------------------------------------------------------------------------
 
@@ -72,31 +68,6 @@ def test_names_are_checked_by_where_they_lead(tmp_path):
 
 
 # Folders ----------------------------------------------------------------------------------------
-
-
-def results_of(folder: Path, command: str) -> None:
-    with claim_results(folder, command, ["a.png"]):
-        write_results(folder, command, cli.Options(), {"numbers": [1]})
-
-
-def test_a_folder_is_its_command_s(tmp_path):
-    folder = tmp_path / "runs" / "a"
-    results_of(folder, "one")
-    results_of(folder, "one")
-    assert json.loads((folder / "results.json").read_text())["numbers"] == [1]
-    with pytest.raises(UsageError, match="a holds something else than two; give another --name"):
-        results_of(folder, "two")
-    (folder / "a.png").mkdir()
-    with pytest.raises(UsageError, match=r"a\.png is not a file; remove it"):
-        results_of(folder, "one")
-    (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="file is not a folder"):
-        results_of(tmp_path / "file", "one")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(UsageError, match="mine holds something else"):
-        results_of(tmp_path / "mine", "one")
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
 @pytest.mark.parametrize(
