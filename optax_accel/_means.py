@@ -50,7 +50,7 @@ def sum_dtype(dtype: Any) -> Any:
 
 
 def as_array(leaf: Any) -> Any:
-    """An array in place of a Python number; anything else as it is."""
+    """An array in place of a Python number; any other leaf unchanged."""
     return jnp.asarray(leaf) if isinstance(leaf, bool | int | float | complex) else leaf
 
 

@@ -45,7 +45,7 @@ def as_key(key: chex.PRNGKey | int) -> jax.Array:
 def map_with_keys(
     fn: Callable[[jax.Array, Any], Any], key: chex.PRNGKey, tree: chex.ArrayTree
 ) -> chex.ArrayTree:
-    """``fn(leaf_key, leaf)`` for every leaf of a tree, each with a key of its own."""
+    """``fn(leaf_key, leaf)`` for every leaf of a tree, with a different key for each."""
     leaves, treedef = jax.tree.flatten(tree)
     return jax.tree.unflatten(
         treedef, [fn(jax.random.fold_in(key, i), leaf) for i, leaf in enumerate(leaves)]

@@ -1,4 +1,4 @@
-r"""Micro-batches: means over a batch that is seen in parts, one after the other.
+r"""Micro-batches: means over a batch that is processed in parts, one after the other.
 
 .. math:: \bar f = \sum_{j=1}^{M} \frac{w_j}{w} f(B_j), \qquad w = \sum_j w_j ,
 
@@ -50,28 +50,29 @@ def mean_over_micro_batches(
     unroll: bool = False,
     weight: Callable[[chex.ArrayTree], chex.Numeric] | None = None,
 ) -> tuple[chex.ArrayTree, chex.ArrayTree]:
-    """Calls a function with one part of a batch after the other; the mean of what it returns.
+    """Calls a function with one part of a batch after the other and averages its results.
 
-    Part ``j`` has every ``num_micro_batches``-th example, from ``j`` on: where the examples are
-    spread over devices, so are those of each part.  If they do not split evenly, all parts have the
-    same size, rounded up, but for the last, which has what is left.
+    Part ``j`` has every ``num_micro_batches``-th example, from ``j`` on: if the examples are spread
+    over devices, so are those of each part.  If they do not divide evenly, all parts have the same
+    size, rounded up, except for the last, which has the remaining examples.
 
     Args:
       function: ``function(carry, part, index) -> (carry, result)``; ``part`` is like ``batch`` with
         fewer examples, ``index`` its number, an int32 scalar. ``carry`` keeps its shapes and
         dtypes; ``result`` is a pytree of arrays, the floating-point ones means over the examples of
         the part.
-      batch: arrays with a leading axis of examples. What has no axes is given to every part as it
-        is: numbers, flags, strings, ``None``, scalar arrays and PRNG keys (also a raw key, a
-        uint32 array of 2 or 4 entries, if the other arrays have another length).
+      batch: arrays with a leading axis of examples. Every part gets leaves without axes unchanged:
+        numbers, flags, strings, ``None``, scalar arrays and PRNG keys (also a raw key, a uint32
+        array of 2 or 4 entries, if the other arrays have another length).
       num_micro_batches: number of parts, from 1 to the number of examples.
-      carry: what the first call is given, e.g. the statistics of batch normalization.
-      unroll: static; write the calls out one after the other in place of a ``lax.scan``. Compiles
-        longer; necessary for convolutions on a CPU, which XLA runs many times slower in a loop
-        (jax#12868).
-      weight: ``weight(part) -> scalar``, at least 0: how much a part counts in the mean, e.g. its
+      carry: the carry of the first call, e.g. the statistics of batch normalization.
+      unroll: static; whether to write the calls out one after the other instead of in a
+        ``lax.scan``. This compiles longer, but convolutions on a CPU need it: XLA runs them many
+        times slower in a loop (jax#12868).
+      weight: ``weight(part) -> scalar``, at least 0, the weight of a part in the mean, e.g. its
         number of valid tokens. A part of weight 0 adds nothing, even if its result is NaN; if all
-        parts have weight 0, they count alike. ``None`` (default): its number of examples.
+        parts have weight 0, they count alike. ``None`` (default) weights parts by their number of
+        examples.
 
     Returns:
       ``(carry, mean)``: the carry of the last call, and the weighted mean of the results in their
@@ -225,8 +226,8 @@ def _with_examples(leaves: list[Any]) -> list[bool]:
     if len(lengths()) != 1:
         raise ValueError(
             "a batch needs arrays with one leading axis of examples, got the shapes "
-            f"{[getattr(leaf, 'shape', ()) for leaf in leaves]}; bind what belongs to no example "
-            "(objective.bind) instead of giving it with the batch."
+            f"{[getattr(leaf, 'shape', ()) for leaf in leaves]}; bind arrays that do not belong to "
+            "examples (objective.bind) instead of passing them with the batch."
         )
     return divided
 

@@ -420,11 +420,11 @@ class Objective:
           carry: one argument of the functions by name, with its value, that each pass changes and
             returns as its auxiliary output (that of ``predict`` where ``loss`` has one, too), such
             as the running statistics of batch normalization. :meth:`value_and_grad` gives its
-            floating-point leaves to the next micro-batch as they left the one before, its other
-            leaves (counters, keys) to all as they are here, and returns what the last one left;
-            everything else gives every micro-batch the value as it is here. A micro-batch of
-            ``weight`` 0 hands on the floating-point leaves that it was given. ``None``
-            (default): there is none.
+            floating-point leaves to the next micro-batch as the one before returned them, the
+            initial values of its other leaves (counters, keys) to all, and returns those of the
+            last micro-batch; all other methods give every micro-batch the initial value. A
+            micro-batch of ``weight`` 0 passes its floating-point leaves on unchanged. ``None``
+            (default) means that nothing is carried.
           **batch: arguments of ``predict``, ``loss`` and ``weight``: arrays with a leading axis of
             examples, which are divided, and anything without axes (flags, numbers, strings,
             ``None``, PRNG keys), which every micro-batch gets unchanged.
