@@ -46,7 +46,7 @@ LOSSES: dict[str, Callable[..., jax.Array]] = {
     "mse": _mse,
     "elbo": _elbo,
 }
-# What the outputs are under each loss; under others nothing that K-FAC knows.
+# The distribution whose parameters are the outputs, by loss, where K-FAC knows one.
 LIKELIHOODS = {"cross_entropy": "categorical", "mse": "gaussian"}
 
 
@@ -55,8 +55,8 @@ def find_loss(loss: str | LossFn, *, label_smoothing: float = 0.0) -> LossFn:
 
     * ``cross_entropy`` is softmax cross-entropy of outputs ``(..., classes)`` against integers
       ``(...)``, or shares of the classes ``(..., classes)`` where examples are mixed. A label of -1
-      (padding of sentences) counts nothing: the loss is the mean over all positions, those of -1
-      with 0, so that it is linear in the examples, on several devices and in parts of a batch too.
+      (padding of sentences) does not count: the loss is the mean over all positions, those of -1
+      as 0, so that it is linear in the examples, on several devices and in parts of a batch too.
     * ``mse`` is half the sum of squares over the outputs ``(batch, classes)``, against 1 for the
       label and 0 for the others, as in Song et al. (2024).
     * ``elbo`` is the bound of a variational autoencoder, `models.vae.negative_elbo`; its labels are
