@@ -15,7 +15,7 @@ from optax_accel.subspace import project_to_bulk, project_to_dominant
 from optax_accel.subspace import bulk_sgd, dom_sgd, interpolated_sgd
 
 # Curvature refreshed from the host
-from optax_accel.refresh import Refresh, kfac_refresh_at, refresh_at
+from optax_accel.refresh import Refresh, refresh_at
 
 # Momentum decay
 from optax_accel.momentum import ScaleByDemonAdamState, scale_by_demon, scale_by_demon_adam
@@ -109,7 +109,6 @@ __all__ = [
     "interpolate_subspaces",
     "interpolated_sgd",
     "kfac",
-    "kfac_refresh_at",
     "mean_over_micro_batches",
     "momentum_onecycle_schedule",
     "onecycle",

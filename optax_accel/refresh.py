@@ -191,8 +191,9 @@ def refresh_at(
 
     Returns:
       For trackers ``"cold"`` at the first step, ``"warm"`` when a refresh is due, else False; for
-      K-FAC the result of :func:`kfac_refresh_at`; for a chain of both a :class:`Refresh`; None if
-      no element of ``tx`` keeps an estimate of the curvature.
+      K-FAC ``"inverses"`` when factors and inverses are due, ``"factors"`` when only these are,
+      else False; for a chain of both a :class:`Refresh`; None if no element of ``tx`` keeps an
+      estimate of the curvature.
 
     Raises:
       ValueError: ``step`` below 0; ``tx`` has two trackers, or K-FAC twice, at different periods or
@@ -230,7 +231,7 @@ def refresh_at(
         if isinstance(periods, _EigenspacePeriods):
             eigenspace = _eigenspace_at(step, periods, cold_start)
         else:
-            factors = kfac_refresh_at(step, *periods)
+            factors = _factors_at(step, periods)
     if factors is None:
         return eigenspace
     if eigenspace is None:
@@ -246,6 +247,12 @@ def _eigenspace_at(
         return "cold"
     due = elapsed % periods.refresh_every == 0 or (elapsed < 10 and not cold_start)
     return "warm" if elapsed >= 0 and due else False
+
+
+def _factors_at(step: int, periods: _FactorsPeriods) -> Literal[False, "factors", "inverses"]:
+    if step % periods.inverses_every == 0:
+        return "inverses"
+    return "factors" if step % periods.factors_every == 0 else False
 
 
 def _periods_of(tx: Any) -> tuple[_Periods, ...]:
@@ -266,8 +273,9 @@ def _periods_of(tx: Any) -> tuple[_Periods, ...]:
     except Exception as error:
         raise ValueError(
             "refresh_at reads the periods from `tx.init`, which does not accept the placeholder of "
-            f"optax.tree.map_params ({type(error).__name__}: {error}). Give the periods instead: "
-            "refresh_at(step, refresh_every=..., start_step=...) or kfac_refresh_at(step, ...)."
+            f"optax.tree.map_params ({type(error).__name__}: {error}). For a tracker give the "
+            "period instead, refresh_at(step, refresh_every=..., start_step=...); for K-FAC choose "
+            "'inverses', 'factors' or False yourself."
         ) from error
     finally:
         _announced.reset(token)
@@ -281,37 +289,6 @@ def _periods_of(tx: Any) -> tuple[_Periods, ...]:
         )
     _known[owner] = distinct
     return distinct
-
-
-def kfac_refresh_at(step: int, factors_every: int = 1, inverses_every: int = 10) -> FactorsRefresh:
-    """The ``refresh`` argument for a training loop that drives K-FAC from the host.
-
-    ``refresh_at(step, tx)`` gives the same value and reads the periods from the optimizer; this
-    function is for loops that know only the periods.
-
-    Args:
-      step: zero-based training step, a Python integer.
-      factors_every: steps between refreshes of the factors, as given to the transformation.
-      inverses_every: steps between refreshes of the inverses, as given to the transformation.
-
-    Returns:
-      ``"inverses"`` when factors and inverses are due, ``"factors"`` when only these are, else
-      ``False``.
-
-    Raises:
-      ValueError: ``step`` below 0, a period below 1, or ``inverses_every`` is not a multiple of
-        ``factors_every``.
-
-    Example:
-      >>> from optax_accel import kfac_refresh_at
-      >>> [kfac_refresh_at(step, 2, 4) for step in range(5)]
-      ['inverses', False, 'factors', False, 'inverses']
-    """
-    check_factor_periods(factors_every, inverses_every)
-    step = static_integer("step", step, 0)
-    if step % inverses_every == 0:
-        return "inverses"
-    return "factors" if step % factors_every == 0 else False
 
 
 def check_factor_periods(factors_every: Any, inverses_every: Any) -> None:

@@ -64,11 +64,14 @@ def subspace(name: str, factory: Any, tracker: oa.Tracker, **kwargs: Any) -> Cas
 
 
 def natural(factory: Any) -> Case:
+    def build(rate: Any) -> optax.GradientTransformationExtraArgs:
+        return factory(learning_rate=rate, objective=PROBLEM.objective(), inverses_every=10)
+
     return Case(
         factory.__name__,
-        lambda rate: factory(learning_rate=rate, objective=PROBLEM.objective(), inverses_every=10),
+        build,
         rates=(0.001, 0.003, 0.01, 0.03, 0.1),
-        refresh=lambda step: oa.kfac_refresh_at(step, 1, 10),
+        refresh=lambda step: oa.refresh_at(step, build(0.0)),
         factors=True,
     )
 

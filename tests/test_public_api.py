@@ -295,7 +295,10 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: oa.kfac(-0.1, LINEAR), r"`learning_rate` must lie in \[0, inf\), got -0.1"),
     (lambda: oa.kfac(0.1, LINEAR, kl_clip=0.0), r"`kl_clip` must lie in \(0, inf\), got 0.0"),
     (lambda: oa.ekfac(0.1, LINEAR, momentum=1.0), r"`momentum` must lie in \[0, 1\), got 1.0"),
-    (lambda: oa.kfac_refresh_at(0, 0), "`factors_every` must be at least 1, got 0"),
+    (
+        lambda: oa.scale_by_kfac(LINEAR, factors_every=0),
+        "`factors_every` must be at least 1, got 0",
+    ),
     (
         lambda: oa.scale_by_kfac(oa.Objective.from_value_fn(LOSS)).init(X),
         r"scale_by_kfac finds layers in .* a plain function .*Objective\(predict, loss\)",

@@ -159,11 +159,10 @@ def test_what_one_value_cannot_say_is_refused() -> None:
         oa.refresh_at(0, 0)
 
 
-@pytest.mark.parametrize("at", [oa.refresh_at, oa.kfac_refresh_at])
 @pytest.mark.parametrize("step", [-1, 2.5, "3", None])
-def test_a_step_that_is_no_count_is_an_error(at: Any, step: Any) -> None:
+def test_a_step_that_is_no_count_is_an_error(step: Any) -> None:
     with pytest.raises((ValueError, TypeError), match="`step` must be"):
-        at(step)
+        oa.refresh_at(step)
 
 
 def test_the_period_is_given_once_and_the_start_is_a_step() -> None:

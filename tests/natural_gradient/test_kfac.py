@@ -282,7 +282,7 @@ def test_periods(kind):
     x, y = classification()
     objective = mlp_objective(x, y)
     tx = scale_by(kind, objective, factors_every=2, inverses_every=4, likelihood="categorical")
-    refresh = functools.partial(oa.kfac_refresh_at, factors_every=2, inverses_every=4)
+    refresh = functools.partial(oa.refresh_at, tx=tx)
     assert [refresh(i) for i in range(4)] == ["inverses", False, "factors", False]
     host = steps(tx, objective, mlp_init(), refresh, 6)
     tree_allclose(host, steps(tx, objective, mlp_init(), lambda i: None, 6), rtol=1e-4)

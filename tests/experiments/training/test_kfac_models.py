@@ -120,7 +120,7 @@ def test_trains_models(name, kind):
 
     losses, before = [], signature(state)
     for i in range(12):
-        state, metrics = step(state, oa.kfac_refresh_at(i, 1, 4))
+        state, metrics = step(state, oa.refresh_at(i, tx))
         assert signature(state) == before
         assert metrics["finite"]
         losses.append(float(metrics["loss"]))
