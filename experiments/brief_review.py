@@ -64,11 +64,11 @@ class Scale:
     """How large a study is.
 
     Attributes:
-      models: by the name that is shown: name and options for `models.create`.
+      models: name and options for `models.create`, by the name that is shown.
       epochs: passes over the training split.
       batch_size: examples per step.
-      accumulate: micro-batches of it.
-      seeds: runs of each variant.
+      accumulate: number of micro-batches of a batch.
+      seeds: number of runs of each variant.
     """
 
     models: Mapping[str, tuple[str, dict[str, Any]]]
@@ -138,7 +138,7 @@ class Options(cli.Options):
     runs_dir: Path = Path("runs")
     """Where the run's folder is made."""
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Drop what is in the folder; without, the same command continues an interrupted one."""
+    """Replace an earlier study of the same name, rather than continue it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Study:
     Attributes:
       plans: what is trained, by model, variant and seed.
       config: all that decides the numbers, as plain JSON.
-      folder: of the results.
+      folder: where the results are kept.
     """
 
     plans: dict[tuple[str, str, int], Plan]

@@ -434,13 +434,13 @@ class _Console(Console):
 
 
 def console(width: int, *, quiet: bool = False) -> Console:
-    """Where a command prints: the terminal, or that many columns in a file or a pipe.
+    """Where a command prints.
 
-    Rich would take ``[...]`` and ``:...:`` in a name for its markup.
+    Its text is not Rich markup: names may contain ``[...]`` and ``:...:``.
 
     Args:
-      width: columns, where the output is not a terminal.
-      quiet: prints nothing.
+      width: number of columns where the output is a file or a pipe; a terminal has its own.
+      quiet: whether nothing is printed.
 
     Returns:
       The console.

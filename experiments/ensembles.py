@@ -71,7 +71,7 @@ class Options(cli.Options):
     learning_rates: str | None = None
     """Rates to choose from, separated by commas; default: the method's grid."""
     schedule: str = "cosine"
-    """Of single and independent members: cosine (one cycle, down to 0) or constant."""
+    """Schedule of single and independent members: cosine (one cycle, down to 0) or constant."""
     members: int = 5
     """Members of an ensemble."""
     steps: int | None = None

@@ -70,7 +70,7 @@ class Options(cli.Options):
     curvature_batch_size: int | None = None
     """Examples (fixed per seed) for Hessian-vector products; default: twice the batch size."""
     smoothing: float = 0.9
-    """Weight of the past in the average of the losses, in [0, 1): 0.9 averages about 10 steps."""
+    """Weight of the past in the average of the losses, in [0, 1); 0.9 averages about 10 steps."""
     stop_factor: float = 4.0
     """The test ends where the averaged loss is this many times its lowest value."""
     seeds: int = 3

@@ -87,17 +87,17 @@ class Options(cli.Options):
     scale: str = "small"
     """small (minutes on two cores) or full (the networks and data of the literature)."""
     methods: str | None = None
-    """Comma-separated; the first one sets the target and the time. Default: all that suit."""
+    """Separated by commas; the first one sets the target and the time. Default: all that suit."""
     steps: int | None = None
-    """Steps a run; default: those of the problem."""
+    """Steps per run; default: those of the problem."""
     settings: int | None = None
-    """Settings that each method is tuned on, of the six it has; default: all."""
+    """How many of its six settings each method is tuned on; default: all."""
     time_factor: float = 4.0
     """A run may take this many times the time of the median run of the first method."""
     data_dir: Path | None = None
     """Folder with the data files; default: OPTAX_ACCEL_DATA. Digits needs none."""
     seed: int = 0
-    """Of initial weights and batches."""
+    """Seed of the initial weights and of the order of the batches."""
     name: str | None = None
     """Name of the run's folder; default: natural-gradient-<problem>-<scale>."""
     runs_dir: Path = Path("runs")

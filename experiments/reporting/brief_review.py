@@ -16,7 +16,15 @@ Record = dict[str, Any]
 
 
 def summarize(records: Sequence[Record]) -> list[Record]:
-    """For each model and variant: medians and means over the seeds, and ratios to the baseline."""
+    """Summarizes the runs of each model and variant.
+
+    Args:
+      records: one per run: `model`, `variant`, `seed`, `examples_per_second`, `bytes`, `accuracy`.
+
+    Returns:
+      One row per model and variant: the median speed, the memory, the mean accuracy (None if a run
+      diverged) with its standard error, and the ratios of speed and memory to the baseline.
+    """
     rows: list[Record] = []
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:

@@ -19,7 +19,7 @@ COLORS = dict(zip(("single", "independent", "snapshot"), figures.COLORS, strict=
 
 
 def _values(record: Record, key: str, what: str, place: int | None = None) -> list[float]:
-    """A test score of each seed: of one member or average, or the mean over them."""
+    """A test score of each seed: that of one member or average, or by default their mean."""
     by_seed = [[row[key] for row in seed["test"][what]] for seed in record["seeds"]]
     return [statistics.fmean(values) if place is None else values[place] for values in by_seed]
 
@@ -36,7 +36,15 @@ def _percent(values: Sequence[float]) -> str:
 
 
 def tables(records: Sequence[Record], rates: Sequence[float]) -> list[Table]:
-    """The kinds side by side, on the test split; then member by member."""
+    """The kinds one below the other, on the test split, and the ensembles member by member.
+
+    Args:
+      records: one per kind, as the command `ensembles` stores them.
+      rates: the learning rates that were tried.
+
+    Returns:
+      One table, or two where there are several members.
+    """
     view = table(
         [
             *("kind", "rate", "steps", "gradients", "member's\naccuracy %", "average's"),

@@ -36,7 +36,7 @@ def reached(curve: Curve, target: float) -> tuple[int, float] | None:
 
 
 def conclusion(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What the numbers say, in sentences."""
+    """What the numbers say, in sentences, with the first method as the base."""
     base, target = rows[0], rows[0]["curve"]["train"][-1]
     steps, seconds = base["reached"]
     name = base["method"]

@@ -38,9 +38,9 @@ class Claim:
     Attributes:
       name: short.
       paper: who makes it.
-      quality: ``accuracy``, ``speed``, ``member_accuracy`` or ``calibration``, of the contestants.
+      quality: what is compared: ``accuracy``, ``speed`` or ``calibration``.
       better: the contestant that should have more of it.
-      worse: the one that should have less; for ``of_members`` the same ensemble's members.
+      worse: the one that should have less; with `of_members` the same ensemble again.
       of_members: whether `better`, an ensemble, is held against its own members.
     """
 
@@ -154,7 +154,15 @@ def ensemble(
 
 
 def draw(seeds: int, draws: int = DRAWS) -> np.ndarray:
-    """Seeds drawn with replacement, `(draws, seeds)`: the same ones in every run."""
+    """Draws seeds with replacement, the same ones in every call.
+
+    Args:
+      seeds: number of seeds.
+      draws: number of draws.
+
+    Returns:
+      Numbers of seeds, `(draws, seeds)`.
+    """
     return np.random.default_rng(0).integers(0, seeds, (draws, seeds))
 
 
@@ -172,7 +180,7 @@ def ranks(values: Any, drawn: np.ndarray) -> list[dict[str, float]]:
 
     Args:
       values: `(contestants, seeds)`, more is better.
-      drawn: the bootstrap's choices of seeds, from `draw`.
+      drawn: the seeds that the bootstrap chose, from `draw`.
 
     Returns:
       For each contestant `rank`, of the mean over all seeds, and `low`, `high`, the ends of the
@@ -193,7 +201,7 @@ def judge(claim: Claim, rows: Mapping[str, Mapping[str, Any]], drawn: np.ndarray
     Args:
       claim: the claim.
       rows: the contestants by name.
-      drawn: the bootstrap's choices of seeds, from `draw`.
+      drawn: the seeds that the bootstrap chose, from `draw`.
 
     Returns:
       The claim with its `difference`, the mean over the seeds, the ends `low` and `high` of the

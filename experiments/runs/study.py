@@ -30,7 +30,7 @@ from experiments.runs.records import (
 
 @dataclasses.dataclass(frozen=True)
 class StudyFolder:
-    """Work that is kept piece by piece in one folder.
+    """A study whose finished pieces of work are kept in one folder.
 
     Attributes:
       folder: where it is kept.

@@ -44,12 +44,12 @@ class Problem:
     Attributes:
       objective: the training loss; takes ``x``, ``y`` and, of a network that has other variables
         than parameters, ``rest`` by name.
-      params: the start.
-      train: ``(x, y)``.
-      test: ``(x, y)``.
-      batch_size: of all methods but Hessian-free's gradients.
-      steps: of a run.
-      likelihood: what the outputs are parameters of, for K-FAC.
+      params: initial parameters.
+      train: inputs and labels ``(x, y)`` to train on.
+      test: inputs and labels ``(x, y)`` to report.
+      batch_size: examples per batch.
+      steps: number of steps of a run.
+      likelihood: the distribution whose parameters the outputs are, for K-FAC.
       unit: size of the loss, which the rates of SGD are relative to.
       rest: the network's other variables at the start.
     """
