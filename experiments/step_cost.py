@@ -182,7 +182,8 @@ def run(options: Options) -> dict[str, Cost]:
     cli.check_known("precision", options.precision, tuple(PRECISIONS))
     if options.batch_size % options.accumulate:
         raise cli.UsageError(
-            f"--batch-size {options.batch_size} is not a multiple of --accumulate {options.accumulate}"
+            f"--batch-size {options.batch_size} is not a multiple of --accumulate "
+            f"{options.accumulate}"
         )
     shape = (options.image_size, options.image_size, 3)
     own = read_model_options(options.model_options) or {}

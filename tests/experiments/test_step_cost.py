@@ -50,7 +50,7 @@ def test_command(capsys):
     [
         ("--model foo", "unknown model 'foo'"),
         ("--precision f8", "unknown precision 'f8'"),
-        ("--batch-size 15", "--batch-size 15 is no multiple of --accumulate 4"),
+        ("--batch-size 15", "--batch-size 15 is not a multiple of --accumulate 4"),
         ("--only foo", "unknown way 'foo'; valid: plain, whole, loop"),
         (
             "--image-size 9000 --batch-size 2000000",
