@@ -1,4 +1,4 @@
-"""Which dtypes a network computes in: the policies of mixed precision."""
+"""The policies of mixed precision: which dtypes a network computes in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """Which dtypes a network trains in: policy of mixed precision.
+    """A policy of mixed precision: the dtypes that a network trains in.
 
     Parameters, and with them gradients and the state of the optimizer, are float32; the network
     casts them, and its inputs, to ``compute``; its outputs are cast to float32, in which the loss

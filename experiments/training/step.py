@@ -53,7 +53,7 @@ class StepOptions:
       skip_non_finite: whether a step that is not finite leaves everything but ``step`` as it was.
       ema: decay of the moving averages, for a state that has them: after step t they are the means
         of parameters and other variables after the steps up to t, with weights that fall by this
-        factor a step. ``None``: no averages.
+        factor a step. ``None``: the state has none.
       value_fn: the objective on which the optimizer evaluates the loss itself, and products with
         its curvature, e.g. that of the same model computing in float32. ``None``: the objective
         that is differentiated.
@@ -135,18 +135,20 @@ def train_step(
 
     Args:
       tx: the optimizer.
-      objective: the training loss. It takes the entries of ``batch`` by name, and ``rest``, the
-        model's other variables, if it has an auxiliary output, which is ``rest`` after the pass.
+      objective: the training loss (`networks.objective`, or any other). It takes the entries of
+        ``batch`` by name. If the model has other variables, it also takes them as ``rest`` and
+        returns them, as the pass leaves them, as its auxiliary output.
       state: the state before the step.
       batch: arrays with a leading axis of examples, by name, such as ``x`` and ``y``; under
         ``axis_name`` this replica's part.
-      curvature: the batch on which curvature is estimated, if it is another one.
+      curvature: the batch on which curvature is estimated, with the entries of ``batch``.
+        ``None``: ``batch`` itself.
       refresh: static; what the optimizer does about its curvature estimate in this step
         (``Method.refresh``). ``None`` for methods without curvature or to decide in the graph.
       axis_name: axis over which replicas are averaged (``pmap``, ``shard_map``). Batch
         normalization uses the statistics of each replica's own batch, and its running statistics
         are averaged.
-      options: what else the step does.
+      options: static; micro-batches, workers, skipped steps, averages, another ``value_fn``.
 
     Returns:
       The new state and scalar metrics, the same on all replicas: ``loss``, the training loss at
@@ -176,8 +178,8 @@ def train_step(
         "value_fn": loss_on(evaluated, batch, options.accumulate),
     }
     if curvature is not None:
-        times = math.ceil(options.accumulate * _num_examples(curvature) / _num_examples(batch))
-        extra_args["curvature_value_fn"] = loss_on(evaluated, curvature, times)
+        number = math.ceil(options.accumulate * _num_examples(curvature) / _num_examples(batch))
+        extra_args["curvature_value_fn"] = loss_on(evaluated, curvature, number)
     if refresh is not None:
         extra_args["refresh"] = refresh
     updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra_args)
@@ -200,14 +202,14 @@ def train_step(
 def _metrics(
     value: jax.Array, before: TrainState, after: TrainState, axis_name: str | None
 ) -> dict[str, jax.Array]:
-    """``loss`` and ``finite`` of a step from one state to the next, the mean over workers."""
+    """``loss`` and ``finite`` of a step; over the workers of an axis, if one is named."""
     # A method that evaluates the loss elsewhere keeps that value in its state. Reporting it lets
     # XLA drop the pass at the current parameters where the method has no use for it.
     evaluated = find_in_state(after.opt_state, "objective_value")
     loss = value if evaluated is None else evaluated
     alarming = loss
     scale = find_in_state(before.opt_state, "loss_scale")
-    if scale is not None:  # a lower scale may help, and where it is at its lowest, nothing does
+    if scale is not None:  # an overflow is no alarm as long as a lower scale may help
         left_out = ~find_in_state(after.opt_state, "gradient_finite")
         fell = find_in_state(after.opt_state, "loss_scale") < scale
         alarming = jnp.where(left_out & fell, 0, loss)
@@ -238,8 +240,8 @@ def _total(tree: PyTree) -> jax.Array:
 
 
 def _moving_average(state: TrainState, decay: float) -> PyTree:
-    """The averages behind a step, of what the state has and those before."""
-    # So that the weights add up to one from the first step on, and the start counts nothing.
+    """The averages after a step, of its parameters and variables and the averages before it."""
+    # The weights add up to one from the first step on, and the initial values do not count.
     steps = state.step.astype(jnp.float32)
     weight = (1 - decay) / -jnp.expm1(steps * math.log(decay))
 
