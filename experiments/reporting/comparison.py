@@ -60,7 +60,7 @@ def cells(row: Row, config: dict[str, Any]) -> list[str]:
         row["method"],
         _rate(row),
         _accuracy(row, config),
-        f"{100 * row['validation_accuracy']:.2f}",
+        percent(row["validation_accuracy"]),
         _to_target(row, "steps_to_target", config),
         _to_target(row, "gradient_evaluations_to_target", config),
         _time(row),

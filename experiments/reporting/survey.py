@@ -262,7 +262,7 @@ def table(results: Mapping[str, Any]) -> Table:
     columns += ["speed", "rank [95 %]", f"steps to {target}"]
     view = tables.table(columns, left=2)
     for row in results["rows"]:
-        speed = "" if row["speed"] is None else f"{100 * np.mean(row['speed']):.2f}"
+        speed = "" if row["speed"] is None else tables.percent(float(np.mean(row["speed"])))
         steps = row["steps_to_target"]
         view.add_row(
             row["name"],
