@@ -3,18 +3,19 @@
     python -m experiments.launch --processes 2 -- train --task digits --method demon_sgd
     python -m experiments.launch --processes 2 --devices 8 -- train --task digits --parallel fsdp
 
-What stands behind ``--`` is a command that knows ``--coordinator``, ``--processes`` and
-``--process-id``, with its own options; every process gets all of them. The processes run on virtual
-CPU devices unless JAX_PLATFORMS says otherwise (GPUs have to be shared out between them). Process 0
-is seen as if it ran alone, and what the others print follows their number.
+What follows ``--`` is a command that knows ``--coordinator``, ``--processes`` and ``--process-id``,
+and its own options, all of which every process gets. The processes run on virtual CPU devices
+unless JAX_PLATFORMS says otherwise (GPUs have to be divided between them). Process 0 prints as if
+it ran alone; each line of the others starts with their number.
 
-Ctrl-C and SIGTERM reach all processes; the second one ends them at once. Where one process fails,
-the others get `GRACE` seconds to end. If the launcher itself is killed, its processes get a SIGTERM
-(on Linux), upon which they save and end. The exit code is that of the first process that failed.
+Ctrl-C and SIGTERM are passed on to all processes; the second one ends them at once. If one process
+fails, the others have `GRACE` seconds to end. If the launcher itself is killed, its processes
+receive SIGTERM (on Linux), upon which they save and end. The exit code is that of the first process
+that failed.
 
-JAX's coordination service listens on the loopback interface alone, so that nobody else on the
-network can join. (Where Gloo, which carries the collectives on CPUs, listens is decided by the
-address that this machine's name stands for.)
+JAX's coordination service listens on the loopback interface only, so that nobody else on the
+network can join. (Gloo, which carries the collectives on CPUs, listens at the address that this
+machine's name resolves to.)
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ _PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 
 @dataclasses.dataclass(frozen=True)
 class Options(cli.Options):
-    """Start a run of several processes on this machine; behind -- follows what each one runs."""
+    """Start a run of several processes on this machine; what each one runs follows --."""
 
     limits: ClassVar = {"processes": cli.Range(1, 256)}
 
     processes: int = 2
-    """How many processes."""
+    """Number of processes."""
     devices: int | None = None
-    """Virtual CPU devices, over all processes; default: one each."""
+    """Number of virtual CPU devices over all processes; default: one for each."""
 
 
 def run(command: Sequence[str], processes: int) -> int:
@@ -61,10 +62,10 @@ def run(command: Sequence[str], processes: int) -> int:
     Args:
       command: program and arguments; each copy gets ``--coordinator``, ``--processes`` and
         ``--process-id`` in addition.
-      processes: how many.
+      processes: number of copies.
 
     Returns:
-      The exit code of the first process that failed (128 + signal where one ended it), or 0.
+      The exit code of the first process that failed (128 + signal if a signal ended it), or 0.
     """
     received: list[int] = []
     previous = {
@@ -94,7 +95,7 @@ def run(command: Sequence[str], processes: int) -> int:
                 output.close()  # the process has it, and the prefixes end with the process
         return _wait(running, received)
     finally:
-        for process in running.values():  # none, unless something went wrong here
+        for process in running.values():  # there are none unless something went wrong here
             process.kill()
             process.wait()
         for prefix in prefixes:
@@ -104,7 +105,7 @@ def run(command: Sequence[str], processes: int) -> int:
 
 
 def _wait(running: dict[int, subprocess.Popen[bytes]], received: list[int]) -> int:
-    """Takes the processes that end from a dictionary; returns the first exit code that is not 0."""
+    """Waits for all processes, which it removes as they end; returns the first code but 0."""
     code = forwarded = 0
     deadline = float("inf")
     while running:
@@ -131,8 +132,8 @@ def _wait(running: dict[int, subprocess.Popen[bytes]], received: list[int]) -> i
     return code
 
 
-# Puts a number before each line. It outlives the launcher: a process whose output nobody reads any
-# more would die of its next line, before it has saved.
+# Puts a number before each line. It outlives the launcher: a process whose output nobody reads
+# would be killed by printing its next line, before it has saved.
 _PREFIX = """if True:
     import signal, sys
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -158,7 +159,7 @@ def _prefix(number: int) -> subprocess.Popen[bytes]:
 def _end_with_parent(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it was killed before
+        if os.getppid() != parent:  # the parent was killed before
             os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -179,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         cluster.check_processes(options.processes, options.devices)
         if not command:
-            raise UsageError(f"no command; give one behind --, e.g. {PROG} -- {COMMANDS[0]}")
+            raise UsageError(f"no command; give one after --, e.g. {PROG} -- {COMMANDS[0]}")
         cli.check_known("command", command[0], COMMANDS)
     except UsageError as error:
         return cli.fail(error)

@@ -144,7 +144,7 @@ def test_signal_handlers_are_restored():
     [
         (
             "--processes 2",
-            "no command; give one behind --, e.g. python -m experiments.launch -- train",
+            "no command; give one after --, e.g. python -m experiments.launch -- train",
         ),
         ("--processes 2 --", "no command"),
         ("-- trian --steps 3", "unknown command 'trian'; valid: train"),
