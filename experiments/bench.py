@@ -36,9 +36,9 @@ class Options(cli.Options):
     """Time every method of the catalogue against its Optax base."""
 
     methods: str | None = None
-    """Methods, separated by commas, timed with their bases; default: all."""
+    """Methods to time beside their bases, separated by commas; default: all."""
     repeats: int = 40
-    """Rounds; each one times every method once beside its base."""
+    """Number of rounds, each of which times every method once beside its base."""
     parameters: int = 10_000_000
     """Parameters of the tree that is updated, in ten square float32 matrices."""
     json: Path | None = None

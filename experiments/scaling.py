@@ -4,13 +4,13 @@
 
 1. Every method's training step is compiled for virtual devices, and its collectives are counted:
    in a step and, for methods that follow the Hessian's dominant subspace, in a refresh of it.
-2. From those counts: how much a worker sends in a step among 1 to 1024 workers, and in how many
-   messages one after the other, by the usual models of cost.
-3. Steps are timed on 1, 2, 4, ... of the devices, the global batch being the same. Virtual devices
-   share the cores of the machine, so this measures what the devices cost, not what they gain.
+2. From those counts and the usual models of cost it computes how much a worker sends in a step
+   among 1 to 1024 workers, and in how many messages one after the other.
+3. Steps are timed on 1, 2, 4, ... of the devices with the same global batch. Virtual devices share
+   the cores of the machine, so this measures what the devices cost, not what they gain.
 
-The metrics of a run (loss and finiteness, a few bytes) are not among the counts: the steps here
-return none, so that what only they need falls away.
+The counts do not contain the metrics of a run (loss and finiteness, a few bytes): the steps here
+return none, so that the compiler removes what only they need.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ class Options(cli.Options):
     data_dir: Path | None = None
     """Folder with the data files; default: OPTAX_ACCEL_DATA. Digits needs none."""
     model: str | None = None
-    """Model; default: the task's own. An unknown name lists all."""
+    """Model; default: the task's. An unknown name lists all."""
     methods: str | None = None
     """Methods to count, separated by commas; default: all."""
     modes: str = "jit,fsdp,shard_map"
     """Parallel modes, separated by commas."""
     batch_size: int = 64
-    """Examples per step, over all devices."""
+    """Examples per step over all devices."""
     devices: int = 8
-    """Devices, a power of two; on a CPU, so many virtual ones are made."""
+    """Number of devices, a power of two; on a CPU they are virtual."""
     timed: str = "sgd,bulk_sgd_gradient,decentlam"
     """Methods to time, separated by commas."""
     rounds: int = 20
-    """Rounds of the timing; 0: no timing."""
+    """Rounds of the timing; 0 for no timing."""
     json: Path | None = None
     """Also write the numbers to this file."""
 

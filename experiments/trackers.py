@@ -2,10 +2,10 @@
 
     python -m experiments.trackers --task mnist5k --data-dir data
 
-Plain SGD trains the task's network with the squared error of Song et al., "Does SGD really happen
-in tiny subspaces?" (2024). Every tracker follows the same path. At ten checkpoints ARPACK
+Plain SGD trains the task's network on the squared error, as Song et al., "Does SGD really happen in
+tiny subspaces?" (2024). Every tracker follows the same path. At ten checkpoints ARPACK
 (`scipy.sparse.linalg.eigsh`, largest algebraic eigenvalues, relative accuracy 1e-6) solves for the
-Hessian of the whole training split, and what a Bulk-SGD step would use there is compared with it:
+Hessian of the whole training split, with which the basis of a Bulk-SGD step there is compared:
 
 * `chi`: |chi_k of the tracked basis - chi_k of the exact one|, of the gradient of the whole split
   and of the mini-batch;
@@ -15,9 +15,9 @@ Hessian of the whole training split, and what a Bulk-SGD step would use there is
 `used` is the basis that the step at the checkpoint projects with. `before` is the one before that
 step's refresh: where a refresh falls on the checkpoint, the oldest that any step projects with.
 
-Then Bulk-SGD steps are timed beside plain SGD steps, both as a user runs them: compiled, buffers
-donated, the batch gathered by index, refreshes driven from the host at their usual rhythm, the cold
-start left out.
+Then Bulk-SGD steps are timed beside plain SGD steps, both as a user runs them: compiled, with
+donated buffers, the batch gathered by index, refreshes driven from the host at their usual rhythm.
+The cold start is left out.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ class Options(cli.Options):
     batch_size: int = 50
     """Examples in a mini-batch."""
     curvature_batch: int = 500
-    """Examples, fixed, for curvature products."""
+    """Number of fixed examples for curvature products."""
     directions: int | None = None
     """Dimension of the subspace; default: the number of classes."""
     repeats: int = 20
-    """Rounds of the timing; 0: no timing."""
+    """Rounds of the timing; 0 for no timing."""
     seed: int = 0
-    """Of the weights, the batches and the curvature examples."""
+    """Seed of the weights, the batches and the fixed examples."""
     name: str | None = None
     """Name of the folder for results; default: trackers, task and learning rate."""
     runs_dir: Path = Path("runs")
-    """Where that folder is made."""
+    """Folder in which that folder is made."""
 
 
 def _check(options: Options) -> tuple[data.Task, dict[str, Entry]]:
