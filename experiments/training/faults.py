@@ -37,7 +37,7 @@ class Survived:
     detail: str = ""
 
 
-# killed and interrupted -----------------------------------------------------------------
+# Killed and interrupted -------------------------------------------------------------------------
 
 
 def killed(ground: Ground, times: int) -> Survived:
@@ -108,7 +108,7 @@ def interrupted(ground: Ground, signum: int, code: int) -> Survived:
     return Survived([lost], f"saved within {seconds:.1f} s")
 
 
-# files ----------------------------------------------------------------------------------
+# Files ------------------------------------------------------------------------------------------
 
 
 SMALL_FILES = f"""
@@ -229,7 +229,7 @@ def second_run(ground: Ground) -> Survived:
     return Survived([0, 0])
 
 
-# numbers --------------------------------------------------------------------------------
+# Numbers ----------------------------------------------------------------------------------------
 
 # A row of the data that is NaN, so that one batch of every epoch has a gradient of NaN.
 BROKEN_ROW = 6
@@ -296,7 +296,7 @@ def _expect_finite(run: Run) -> None:
         expect(bool(np.isfinite(leaf.astype(float)).all()), f"{name} is not finite")
 
 
-# processes ------------------------------------------------------------------------------
+# Processes --------------------------------------------------------------------------------------
 
 
 def lost_worker(ground: Ground, number: int) -> Survived:
@@ -336,7 +336,7 @@ def _worker(launcher: int, number: int) -> int:
     raise Failed(f"there is no process {number}")
 
 
-# All of them
+# All of them ------------------------------------------------------------------------------------
 
 Fault = Callable[[Ground], Survived]
 # By name: the fault, how often it is injected, and how often with --quick.
