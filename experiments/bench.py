@@ -26,7 +26,7 @@ from rich.table import Table
 from experiments import cli, timing
 from experiments.methods import METHODS, Method, get_methods
 from experiments.reporting import tables
-from experiments.training import method_cost
+from experiments.training.studies import method_cost
 
 COMPILE_REPEATS = 5  # at most: a compilation takes a second
 

@@ -50,7 +50,7 @@ from experiments.runs.records import RESULTS, read_json, read_record, write_reco
 from experiments.runs.study import check_same_settings, kept
 from experiments.training.options import Options as TrainingOptions
 from experiments.training.plan import Plan, prepare
-from experiments.training.throughput import WARM_UP, measure
+from experiments.training.studies.throughput import WARM_UP, measure
 
 PROG = "python -m experiments.brief_review"
 PICTURE = "brief_review.png"

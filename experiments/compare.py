@@ -33,8 +33,8 @@ from experiments.reporting import comparison, figures
 from experiments.reporting.summary import COMPARISON, summarize
 from experiments.runs import folders
 from experiments.runs.records import RESULTS
-from experiments.training import comparison as training
 from experiments.training.replicas import Plan, Trainer
+from experiments.training.studies import comparison as training
 
 PROG = "python -m experiments.compare"
 

@@ -18,8 +18,8 @@ then holds
     results.json            the settings and all numbers, for each kind, seed, split and member
     ensembles.png           accuracy and calibration error over the number of members averaged
 
-What the calibration error is, and the papers: `experiments.training.calibration` and
-`experiments.training.ensembles`.
+What the calibration error is, and the papers: `experiments.training.studies.calibration` and
+`experiments.training.studies.ensembles`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ from experiments.reporting.ensembles import Record
 from experiments.runs import folders
 from experiments.runs.records import number
 from experiments.runs.study import claim_results, write_results
-from experiments.training import comparison
-from experiments.training.calibration import BINS
-from experiments.training.ensembles import (
+from experiments.training.replicas import Plan
+from experiments.training.studies import comparison
+from experiments.training.studies.calibration import BINS
+from experiments.training.studies.ensembles import (
     KINDS,
     SCHEDULES,
     best_rate,
@@ -49,7 +50,6 @@ from experiments.training.ensembles import (
     train_kind,
     validate,
 )
-from experiments.training.replicas import Plan
 
 PROG = "python -m experiments.ensembles"
 

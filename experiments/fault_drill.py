@@ -27,8 +27,8 @@ import tyro
 
 from experiments import cli
 from experiments.reporting import tables
-from experiments.training.drill import Ground
-from experiments.training.faults import FAULTS
+from experiments.training.studies.drill import Ground
+from experiments.training.studies.faults import FAULTS
 
 PROG = "python -m experiments.fault_drill"
 

@@ -28,9 +28,9 @@ from typing import Any, ClassVar
 from experiments import cli
 from experiments.reporting import tables
 from experiments.training.options import Options as TrainingOptions
-from experiments.training.overlap import Overlap, measure, trace
 from experiments.training.plan import prepare
 from experiments.training.program import build
+from experiments.training.studies.overlap import Overlap, measure, trace
 
 PROG = "python -m experiments.input_overlap"
 

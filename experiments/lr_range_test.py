@@ -10,7 +10,7 @@ the peak of a cycle. `runs/<name>/` then holds
     results.json            the settings, the losses and what they suggest, for each seed
     range.png               the losses over the rates
 
-The papers, and how the test ends and suggests: `experiments.training.range_test`.
+The papers, and how the test ends and suggests: `experiments.training.studies.range_test`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from experiments.cli import UsageError
 from experiments.reporting import figures, tables
 from experiments.runs import folders
 from experiments.runs.study import claim_results, write_results
-from experiments.training import comparison
-from experiments.training.range_test import RangeTest, range_test
 from experiments.training.replicas import Plan, Trainer
+from experiments.training.studies import comparison
+from experiments.training.studies.range_test import RangeTest, range_test
 
 PROG = "python -m experiments.lr_range_test"
 SPACINGS = ("exponential", "linear")

@@ -15,7 +15,7 @@ Hessian-free takes gradients of four batches a step and curvature of the first o
 steps use four times the examples of others. It is left out of the convolutional problem on a CPU,
 where XLA runs convolutions in a loop many times slower (jax#12868), unless `--methods` names it.
 
-The problems are described in `experiments.training.problems`.
+The problems are described in `experiments.training.studies.problems`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from experiments.reporting import figures
 from experiments.reporting import natural_gradient as report
 from experiments.runs import folders
 from experiments.runs.study import claim_results, write_results
-from experiments.training.problems import PROBLEMS, Problem
-from experiments.training.tuning import Candidate, Trainer, final_loss, grid, train
+from experiments.training.studies.problems import PROBLEMS, Problem
+from experiments.training.studies.tuning import Candidate, Trainer, final_loss, grid, train
 
 PROG = "python -m experiments.natural_gradient"
 SCALES = ("small", "full")

@@ -30,8 +30,9 @@ from experiments import cli, data, timing
 from experiments.methods import METHODS, Method, get_methods
 from experiments.reporting import scaling as report
 from experiments.runs.records import plain_options
-from experiments.training import cluster, communication, parallel
-from experiments.training.communication import MODES, Programs
+from experiments.training import cluster, parallel
+from experiments.training.studies import communication
+from experiments.training.studies.communication import MODES, Programs
 
 PROG = "python -m experiments.scaling"
 WORKERS = tuple(2**k for k in range(11))

@@ -29,7 +29,7 @@ from experiments.reporting import solvers as report
 from experiments.runs import folders
 from experiments.runs.records import to_csv
 from experiments.runs.study import claim_results, write_results
-from experiments.training import eigensolvers, hessians
+from experiments.training.studies import eigensolvers, hessians
 from optax_accel.curvature import blocks
 
 PROG = "python -m experiments.solvers"

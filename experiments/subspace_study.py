@@ -59,8 +59,8 @@ from experiments.runs import folders
 from experiments.runs.records import environment
 from experiments.runs.study import StudyFolder
 from experiments.runs.units import Rows, Store
-from experiments.training import subspace_panels
-from experiments.training.subspace_runs import Plan, Scale, Study
+from experiments.training.studies import subspace_panels
+from experiments.training.studies.subspace_runs import Plan, Scale, Study
 
 PROG = "python -m experiments.subspace_study"
 

@@ -37,9 +37,9 @@ from experiments.reporting.survey import BN
 from experiments.runs import folders
 from experiments.runs.records import RESULTS, read_record, write_record
 from experiments.runs.study import kept
-from experiments.training import comparison as training
-from experiments.training import ensembles
 from experiments.training.replicas import Plan, Trainer
+from experiments.training.studies import comparison as training
+from experiments.training.studies import ensembles
 
 PROG = "python -m experiments.survey"
 MODELS = ("mlp", "cnn")  # those with and without batch normalization

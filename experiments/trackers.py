@@ -36,8 +36,8 @@ from experiments.reporting import trackers as report
 from experiments.runs import folders
 from experiments.runs.records import to_csv
 from experiments.runs.study import claim_results, write_results
-from experiments.training import tracking
-from experiments.training.tracking import CHECKPOINTS, ENTRIES, Entry
+from experiments.training.studies import tracking
+from experiments.training.studies.tracking import CHECKPOINTS, ENTRIES, Entry
 
 PROG = "python -m experiments.trackers"
 

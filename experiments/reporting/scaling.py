@@ -32,7 +32,7 @@ def counts_table(
     """The counts, and notes on the methods that have the same ones in all modes.
 
     Args:
-      rows: the rows of `experiments.training.communication.counts` of all methods.
+      rows: the rows of `experiments.training.studies.communication.counts` of all methods.
       num_devices: number of devices that they are for.
       copy_bytes: size of a copy of the parameters, in which amounts are shown.
     """
@@ -85,7 +85,7 @@ def timing_table(rows: Sequence[dict[str, Any]]) -> Table:
 
     Args:
       rows: method, mode, and under ``"devices"`` the rows of
-        `experiments.training.communication.time_steps`.
+        `experiments.training.studies.communication.time_steps`.
     """
     numbers = [case["name"] for case in rows[0]["devices"]][1:]
     columns = ["method", "mode", "1 device", *(f"{number} devices" for number in numbers)]

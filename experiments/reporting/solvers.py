@@ -16,7 +16,7 @@ def table(rows: Sequence[dict[str, Any]], product_milliseconds: float) -> Table:
     """Medians, with quartiles in brackets.
 
     Args:
-      rows: one row per solver, as `experiments.training.eigensolvers.measure` returns them.
+      rows: one row per solver, as `experiments.training.studies.eigensolvers.measure` returns them.
       product_milliseconds: time of one product; the table shows what share of a solver's time is
         spent outside its products.
     """
@@ -46,7 +46,7 @@ def medians(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of results.csv: one per solver, with the medians of what has quartiles.
 
     Args:
-      rows: one row per solver, as `experiments.training.eigensolvers.measure` returns them.
+      rows: one row per solver, as `experiments.training.studies.eigensolvers.measure` returns them.
     """
     lines = ({name: row.get(name) for name in (*COLUMNS, "note")} for row in rows)
     return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from experiments import subspace_study
-from experiments.training.subspace_runs import Study
+from experiments.training.studies.subspace_runs import Study
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,8 @@ import pytest
 from experiments import compare, methods
 from experiments.reporting.summary import COMPARISON
 from experiments.runs import folders
-from experiments.training import comparison, networks, replicas
+from experiments.training import networks, replicas
+from experiments.training.studies import comparison
 from tests.experiments.data.files import write_sst2
 
 TINY = ["--task", "digits", "--methods", "sgd,adam", "--seeds", "2", "--steps", "12"]

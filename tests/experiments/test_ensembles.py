@@ -10,9 +10,9 @@ import pytest
 
 from experiments import ensembles as command
 from experiments import methods
-from experiments.training import comparison
-from experiments.training.ensembles import train_members, train_snapshots
 from experiments.training.replicas import Plan
+from experiments.training.studies import comparison
+from experiments.training.studies.ensembles import train_members, train_snapshots
 
 SGD = methods.METHODS["sgd"]
 TINY = ["--steps", "12", "--members", "3", "--seeds", "2", "--learning-rates", "0.1,0.3"]

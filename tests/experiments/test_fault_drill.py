@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from experiments import fault_drill
-from experiments.training.drill import Failed, Ground
-from experiments.training.faults import Survived
+from experiments.training.studies.drill import Failed, Ground
+from experiments.training.studies.faults import Survived
 
 
 def test_drill_tells_what_was_not_survived(monkeypatch, capsys):

@@ -57,3 +57,42 @@ def test_tools_import_nothing_of_the_project(name: str) -> None:
 def test_arrows_point_down(name: str) -> None:
     for path in (EXPERIMENTS / name).rglob("*.py"):
         assert imported(path) <= ROOMS[name] | TOOLS | {name}, path.relative_to(ROOT)
+
+
+def test_what_all_training_shares_imports_no_study() -> None:
+    for path in (EXPERIMENTS / "training").glob("*.py"):
+        assert "experiments.training.studies" not in path.read_text(encoding="utf-8"), path.name
+
+
+# The map ----------------------------------------------------------------------------------------
+
+
+def first_line(path: Path) -> str:
+    """The first line of a module's docstring, as a sentence."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n")[0].rstrip(".") + "."
+
+
+def map_of_the_house() -> str:
+    """The tables of rooms and of commands in CONTRIBUTING.md."""
+    rows = ["| room | what is in it | modules |", "|---|---|---|"]
+    packages = [ROOT / "optax_accel", *sorted((ROOT / "optax_accel").iterdir())]
+    packages += [EXPERIMENTS / name for name in ROOMS]
+    packages += [path.parent for path in EXPERIMENTS.glob("*/*/__init__.py")]
+    for package in sorted(packages):
+        if not (package / "__init__.py").exists():
+            continue
+        modules = sorted(path.stem for path in package.glob("*.py") if path.stem != "__init__")
+        names = ", ".join(f"`{name}`" for name in modules)
+        folder = package.relative_to(ROOT)
+        rows.append(f"| `{folder}/` | {first_line(package / '__init__.py')} | {names} |")
+    rows += ["", "| command | what it does |", "|---|---|"]
+    rows += [
+        f"| `{name}` | {first_line(EXPERIMENTS / f'{name}.py')} |" for name in sorted(COMMANDS)
+    ]
+    return "\n".join(rows)
+
+
+def test_the_map_is_that_of_the_house() -> None:
+    """Where this fails, put the tables that `map_of_the_house` returns into CONTRIBUTING.md."""
+    assert map_of_the_house() in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments import solvers
-from experiments.training import eigensolvers
+from experiments.training.studies import eigensolvers
 
 TINY = ["--task", "digits", "--examples", "200", "--chunk", "100", "--steps", "10"]
 

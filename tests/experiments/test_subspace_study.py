@@ -11,7 +11,7 @@ import pytest
 from experiments import subspace_study
 from experiments.reporting.subspace.claims import CLAIMS
 from experiments.reporting.subspace.report import PANELS
-from experiments.training.subspace_runs import Study
+from experiments.training.studies.subspace_runs import Study
 
 TINY = ["--scale", "tiny", "--panels", "switch"]
 

@@ -15,7 +15,7 @@ from experiments.reporting.subspace.claims import CLAIMS, judge, number
 from experiments.reporting.subspace.report import PANELS, methods_table, write_all
 from experiments.reporting.subspace.rows import highest_stable, pick
 from experiments.runs.units import Rows
-from experiments.training.subspace_panels import ALPHAS, LINES, METHODS
+from experiments.training.studies.subspace_panels import ALPHAS, LINES, METHODS
 
 STEPS = range(10)
 

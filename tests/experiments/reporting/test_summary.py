@@ -7,7 +7,8 @@ import json
 import pytest
 
 from experiments.reporting.summary import summarize_method
-from experiments.training import comparison, replicas
+from experiments.training import replicas
+from experiments.training.studies import comparison
 
 
 def record(rate: float, seed: int, step: int, **values: float | None) -> replicas.Record:

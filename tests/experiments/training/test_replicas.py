@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from experiments import methods
-from experiments.training import comparison, replicas
+from experiments.training import replicas
+from experiments.training.studies import comparison
 
 
 def test_memory_limits_how_many_train_together() -> None:

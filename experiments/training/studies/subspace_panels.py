@@ -1,6 +1,6 @@
 """The units of work behind the six panels of the subspace study.
 
-Every unit trains one or several runs of `experiments.training.subspace_runs` and returns rows of
+Every unit trains one or several runs of the module `subspace_runs` and returns rows of
 plain numbers. The units of the panel `alignment` come first: they find the step at which the other
 runs leave SGD, and keep the parameters there.
 """
@@ -19,7 +19,7 @@ from experiments.cli import UsageError
 from experiments.runs.units import Rows, Store, Unit
 from experiments.training.optimizers import find_in_state
 from experiments.training.step import TrainState
-from experiments.training.subspace_runs import (
+from experiments.training.studies.subspace_runs import (
     Plan,
     PyTree,
     Run,

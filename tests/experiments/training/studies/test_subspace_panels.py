@@ -12,9 +12,9 @@ import pytest
 
 from experiments.cli import UsageError
 from experiments.runs.units import Store
-from experiments.training import subspace_panels
 from experiments.training.step import TrainState
-from experiments.training.subspace_runs import Run, Study, alignment, update_products
+from experiments.training.studies import subspace_panels
+from experiments.training.studies.subspace_runs import Run, Study, alignment, update_products
 
 
 def test_ablations_change_one_thing_at_a_time(study: Study) -> None:

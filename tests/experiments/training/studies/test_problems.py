@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import optax_accel as oa
-from experiments.training import problems
+from experiments.training.studies import problems
 
 
 def test_autoencoder_has_a_linear_code() -> None:

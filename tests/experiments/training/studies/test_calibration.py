@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from sklearn.calibration import calibration_curve
 
-from experiments.training.calibration import average, calibration_error, scores
+from experiments.training.studies.calibration import average, calibration_error, scores
 
 
 def random_probabilities(*shape: int, seed: int = 0) -> np.ndarray:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from experiments import data
-from experiments.training import eigensolvers
-from experiments.training.eigensolvers import Search, Skipped, Tool
-from experiments.training.hessians import ChunkedHessian, trained_hessian
+from experiments.training.studies import eigensolvers
+from experiments.training.studies.eigensolvers import Search, Skipped, Tool
+from experiments.training.studies.hessians import ChunkedHessian, trained_hessian
 from optax_accel.curvature import blocks
 
 

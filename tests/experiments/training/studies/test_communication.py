@@ -8,7 +8,13 @@ import pytest
 from experiments import data
 from experiments.hlo import Cost, split, total_cost
 from experiments.methods import METHODS
-from experiments.training.communication import TOPOLOGIES, Programs, counts, entries, on_paper
+from experiments.training.studies.communication import (
+    TOPOLOGIES,
+    Programs,
+    counts,
+    entries,
+    on_paper,
+)
 
 DEVICES = 8
 

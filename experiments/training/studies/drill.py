@@ -24,7 +24,7 @@ from experiments.training.options import Options
 from experiments.training.plan import prepare
 from experiments.training.program import build
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # A method with random keys in its state. Saving every five steps, a run saves nearly all the time.
 STEPS = 400
 RUN: tuple[str, ...] = ("--task", "digits", "--method", "stoch_grad_adam", "--eval-every", "50")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import data
-from experiments.training import overlap
+from experiments.training.studies import overlap
 
 SPLIT = data.Split(np.arange(8), np.zeros(8, np.int32))
 

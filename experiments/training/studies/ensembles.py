@@ -23,8 +23,8 @@ from flax import nnx
 
 import optax_accel as oa
 from experiments.methods import Method
-from experiments.training.calibration import BINS, average, scores
 from experiments.training.replicas import FETCH_EVERY, Plan, Replica, Trainer
+from experiments.training.studies.calibration import BINS, average, scores
 
 KINDS = ("single", "independent", "snapshot")
 # The schedules of members that are not snapshots, made from the rate and the number of steps.

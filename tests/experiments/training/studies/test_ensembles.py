@@ -16,10 +16,11 @@ from flax import nnx
 import models
 import optax_accel as oa
 from experiments import data, methods
-from experiments.training import comparison, ensembles, networks
-from experiments.training.ensembles import train_members, train_snapshots
+from experiments.training import networks
 from experiments.training.replicas import Plan
 from experiments.training.step import init_state, train_step
+from experiments.training.studies import comparison, ensembles
+from experiments.training.studies.ensembles import train_members, train_snapshots
 
 SGD = methods.METHODS["sgd"]
 

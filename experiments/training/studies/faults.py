@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments import data
-from experiments.training.drill import Failed, Ground, Run, expect
+from experiments.training.studies.drill import Failed, Ground, Run, expect
 
 # Seconds between SIGTERM and SIGKILL that Kubernetes and Google Cloud's spot machines allow.
 GRACE = 30

@@ -18,7 +18,7 @@ import models
 import optax_accel as oa
 from experiments import data, timing
 from experiments.training import networks
-from experiments.training.hessians import Reference, arpack
+from experiments.training.studies.hessians import Reference, arpack
 from optax_accel import curvature
 
 LOSS = "mse"

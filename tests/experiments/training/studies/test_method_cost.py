@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from experiments import timing
 from experiments.methods import METHODS
-from experiments.training import method_cost
+from experiments.training.studies import method_cost
 
 
 def test_curvature_methods_only_project_in_the_update() -> None:

@@ -17,8 +17,8 @@ import optax
 
 import optax_accel as oa
 from experiments.methods import Method
-from experiments.training.problems import Problem
 from experiments.training.step import TrainState, init_state, train_step
+from experiments.training.studies.problems import Problem
 
 PyTree = Any
 Setting = dict[str, float]

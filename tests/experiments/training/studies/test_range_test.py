@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.training.range_test import range_test
+from experiments.training.studies.range_test import range_test
 
 
 def replay(losses: Any) -> Any:

@@ -15,7 +15,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from experiments import timing
-from experiments.training.hessians import (
+from experiments.training.studies.hessians import (
     MAX_PRODUCTS,
     WARM_STEPS,
     ChunkedHessian,

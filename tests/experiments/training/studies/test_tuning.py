@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from experiments.training.tuning import batches, final_loss
+from experiments.training.studies.tuning import batches, final_loss
 
 
 def test_batches_are_epochs_of_all_rows() -> None:

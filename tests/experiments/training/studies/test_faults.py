@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.training.drill import Ground
-from experiments.training.faults import FAULTS, cut_in_half, flip_a_bit
+from experiments.training.studies.drill import Ground
+from experiments.training.studies.faults import FAULTS, cut_in_half, flip_a_bit
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""What single studies train and measure, beyond what all training shares."""
