@@ -86,7 +86,7 @@ class Options(cli.Options):
 
 
 def resolve(options: Options) -> Plan:
-    """Checks the options; returns the training of the contestants that are no ensembles.
+    """Checks the options; returns the training of the contestants that are not ensembles.
 
     Raises:
       UsageError, data.DataError, ValueError: with one line that says what is allowed.

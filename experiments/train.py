@@ -65,8 +65,8 @@ def check_same_data(task: data.Task) -> None:
     ]
     numbers = [number for split in task.checksums.values() for number in split.values()]
     everywhere = cluster.gather(np.array(numbers, np.uint32))
-    for process, found in enumerate(everywhere):
-        for name, differs in zip(names, found != everywhere[0], strict=True):
+    for process, checksums in enumerate(everywhere):
+        for name, differs in zip(names, checksums != everywhere[0], strict=True):
             if differs:
                 raise UsageError(
                     f"process {process} has other {name} than process 0; give all processes a "
@@ -74,14 +74,14 @@ def check_same_data(task: data.Task) -> None:
                 )
 
 
-def read_folder(given: Options, stack: contextlib.ExitStack) -> dict[str, Any] | None:
+def read_folder(typed: Options, stack: contextlib.ExitStack) -> dict[str, Any] | None:
     """The record of the run to resume, whose folder is locked from then on; None for a new run.
 
     Raises:
       UsageError: there is no run to resume, one that would be overwritten, or one under way.
     """
-    folder = given.folder
-    if given.resume:
+    folder = typed.folder
+    if typed.resume:
         record = read_config(folder)
         stack.callback(folders.lock(folder).release)
         return record
@@ -95,28 +95,28 @@ def read_folder(given: Options, stack: contextlib.ExitStack) -> dict[str, Any] |
     return None
 
 
-def read_options(argv: Sequence[str] | None, given: Options, record: Any) -> Options:
-    """The options given, over those of the run to resume.
+def read_options(argv: Sequence[str] | None, typed: Options, record: Any) -> Options:
+    """The options typed, over those of the run to resume.
 
     Raises:
       UsageError: the record is not one of these options.
     """
     if record is None:
-        return given
+        return typed
     saved = dict(record["options"])
     try:
         for name in ("data_dir", "runs_dir"):
             saved[name] = None if saved[name] is None else Path(saved[name])
-        saved |= {"name": given.name, "runs_dir": given.runs_dir}
+        saved |= {"name": typed.name, "runs_dir": typed.runs_dir}
         default = Options(**saved)
         default.check()
     except (KeyError, TypeError):
         raise UsageError(
-            f"{given.folder / CONFIG} is of another version of this command; give another --name"
+            f"{typed.folder / CONFIG} is of another version of this command; give another --name"
         ) from None
     except UsageError as error:
         raise UsageError(
-            f"{given.folder / CONFIG} is damaged: {error}; give another --name"
+            f"{typed.folder / CONFIG} is damaged: {error}; give another --name"
         ) from None
     return cli.parse(default, argv, PROG)
 
@@ -163,18 +163,18 @@ def open_folder(
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    given = cli.parse(Options(), argv, PROG)
+    typed = cli.parse(Options(), argv, PROG)
     with contextlib.ExitStack() as stack:
         try:
             cluster.initialize(
-                distributed=given.distributed,
-                coordinator=given.coordinator,
-                processes=given.processes,
-                process_id=given.process_id,
-                devices=given.devices,
+                distributed=typed.distributed,
+                coordinator=typed.coordinator,
+                processes=typed.processes,
+                process_id=typed.process_id,
+                devices=typed.devices,
             )
-            record = cluster.from_main(lambda: read_folder(given, stack))
-            options = read_options(argv, given, record)
+            record = cluster.from_main(lambda: read_folder(typed, stack))
+            options = read_options(argv, typed, record)
             plan = prepare(options)
             check_same_data(plan.task)
             program = build(plan)
@@ -212,7 +212,7 @@ def run_and_report(plan: Plan, program: Program, console: Console) -> int:
     if stopped_by is None:
         return 0
     print(cli.printable(to_continue), file=sys.stderr)
-    # A machine that is taken back is no failure.
+    # A machine that is taken back is not a failure.
     return 0 if stopped_by == signal.SIGTERM else 128 + stopped_by
 
 

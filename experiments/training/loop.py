@@ -46,7 +46,7 @@ class Run:
     worse: int = 0
 
     def note(self, validation_loss: float) -> None:
-        """Counts a validation; NaN is no improvement."""
+        """Counts a validation; NaN does not count as an improvement."""
         self.worse = 0 if validation_loss < self.best else self.worse + 1
         self.best = min(validation_loss, self.best)  # never NaN
 

@@ -62,7 +62,7 @@ def check_memory(need: float, what: str, devices: Sequence[jax.Device]) -> None:
       devices: the devices; virtual ones share the memory of the machine.
     """
     statistics = [] if devices[0].platform == "cpu" else [d.memory_stats() for d in devices]
-    limits = [found["bytes_limit"] for found in statistics if found]
+    limits = [memory["bytes_limit"] for memory in statistics if memory]
     available = sum(limits) if limits else cli.host_memory() * jax.process_count()
     cli.check_memory(need, what, available)
 
@@ -104,10 +104,11 @@ class Parallel:
         of all of them, the same in each process.
       step: the step. It is given ``axis_name="batch"`` in the modes where it sees one device's
         part of the batch, and has to return the same state and metrics on all of them.
-      workers: ``None``: all devices compute one state. A number: so many workers with a state of
-        their own; the step sees one worker's state and part of the batch, with ``axis_name``, and
-        returns that worker's state. As many as devices (``shard_map``, ``pmap``) or a multiple
-        (``jit``, which maps over the workers, so that one device can simulate any number).
+      workers: number of workers with a state of their own; ``None`` if all devices compute one
+        state. The step sees one worker's state and part of the batch, with ``axis_name``, and
+        returns that worker's state. Equal to the number of devices (``shard_map``, ``pmap``) or a
+        multiple of it (``jit``, which maps over the workers, so that one device can simulate any
+        number).
       min_sharded_size: for ``fsdp``: parameters with fewer elements are replicated.
 
     Raises:
@@ -278,21 +279,21 @@ class Parallel:
         return self._compiled[refresh]
 
     def _compile(self, refresh: bool | str | None, state: PyTree) -> Any:
-        own_state = self.workers is not None
-        axis_name = None if self.mode in ("jit", "fsdp") and not own_state else AXIS
+        per_worker = self.workers is not None
+        axis_name = None if self.mode in ("jit", "fsdp") and not per_worker else AXIS
 
         def step(state: PyTree, batch: PyTree, curvature: PyTree) -> Any:
             state, metrics = self._step(
                 state, batch, curvature, refresh=refresh, axis_name=axis_name
             )
-            if own_state:
+            if per_worker:
                 metrics = jax.tree.map(self._agreed, metrics)
             return state, metrics
 
         def one_worker(state: PyTree, batch: PyTree, curvature: PyTree) -> Any:
-            own = jax.tree.map(lambda a: lax.squeeze(a, (0,)), state)
-            own, metrics = step(own, batch, curvature)
-            return jax.tree.map(lambda a: lax.expand_dims(a, (0,)), own), metrics
+            worker = jax.tree.map(lambda a: lax.squeeze(a, (0,)), state)
+            worker, metrics = step(worker, batch, curvature)
+            return jax.tree.map(lambda a: lax.expand_dims(a, (0,)), worker), metrics
 
         def all_workers(state: PyTree, batch: PyTree, curvature: PyTree) -> Any:
             parts = _split((batch, curvature), self.workers)
@@ -308,16 +309,16 @@ class Parallel:
                 devices=list(np.ravel(self.mesh.devices)),
             )
         if self.mode == "shard_map":
-            own = jax.P(AXIS) if own_state else jax.P()
+            spec = jax.P(AXIS) if per_worker else jax.P()
             mapped = jax.shard_map(
-                one_worker if own_state else step,
+                one_worker if per_worker else step,
                 mesh=self.mesh,
-                in_specs=(own, jax.P(AXIS), jax.P(AXIS)),
-                out_specs=(own, jax.P()),
+                in_specs=(spec, jax.P(AXIS), jax.P(AXIS)),
+                out_specs=(spec, jax.P()),
             )
             return jax.jit(mapped, donate_argnums=0)
         return jax.jit(
-            all_workers if own_state else step,
+            all_workers if per_worker else step,
             donate_argnums=0,
             out_shardings=(self._placement(state), self.replicated),
         )
@@ -395,7 +396,7 @@ def _put(leaf: Any, sharding: jax.NamedSharding) -> jax.Array:
     """A copy of an array on the devices; each receives its own part only."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.jit(jnp.copy, out_shardings=sharding)(leaf)
-    # Random keys are no arrays that NumPy knows.
+    # NumPy does not know random keys.
     is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     value = leaf if is_key else np.asarray(leaf)
     # Copied, because the step is given these buffers to overwrite, and two leaves of the state

@@ -226,7 +226,7 @@ def resolve(options: Options, task: data.Task, devices: Sequence[jax.Device]) ->
         checkpoint_every=options.checkpoint_every or eval_every,
     )
     cli.enforce(SIZES, plan)
-    if plan.augment:  # refuses examples that are no images
+    if plan.augment:  # refuses examples that are not images
         augmentation.Augmentation(
             task.train, plan.augment, seed=options.seed, num_classes=task.num_classes
         )
