@@ -252,7 +252,8 @@ def test_a_device_holds_an_eighth():
 def test_a_step_on_few_examples_gathers_no_eigenbasis(refresh):
     """With more examples XLA prefers to gather parameters, and what multiplies their inputs."""
     parallel, _, state = wide_state()
-    batch = parallel.put_batch((np.ones((16, 48), np.float32), np.zeros(16, np.int32)))
+    examples = {"x": np.ones((16, 48), np.float32), "y": np.zeros(16, np.int32)}
+    batch = parallel.put_batch(examples)
     compiled = parallel.lower(state, batch, batch if refresh else None, refresh).compile()
     # Shapes in the compiled program are those of one device.
     shapes = set(re.findall(r"f32\[([\d,]+)\]", compiled.as_text()))
@@ -321,8 +322,8 @@ def test_batch_statistics_are_averaged(mode):
     _, losses, state = worker.train("sgd", mode, 4, model=WithNorm)
     assert np.all(np.isfinite(losses))
     mean, variance = np.zeros(6), np.ones(6)
-    for x, _ in worker.batches():
-        parts = x.reshape(4, -1, 6)
+    for batch in worker.batches():
+        parts = batch["x"].reshape(4, -1, 6)
         mean = 0.9 * mean + 0.1 * parts.mean(1).mean(0)
         variance = 0.9 * variance + 0.1 * parts.var(1).mean(0)
     np.testing.assert_allclose(state.rest["norm"]["mean"], mean, rtol=1e-4, atol=1e-6)
