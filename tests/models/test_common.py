@@ -76,7 +76,7 @@ def test_no_normalization_is_the_identity_and_unknown_ones_are_refused():
     np.testing.assert_array_equal(make(None, 6)(x), x)
     with pytest.raises(ValueError, match="unknown norm 'mean'; valid: batch, layer, group, inst"):
         make("mean", 6)
-    with pytest.raises(ValueError, match="Mlp has none"):
+    with pytest.raises(ValueError, match="which Mlp does not have"):
         models.create("mlp", input_shape=(4,), num_classes=2, norm="instance")
     with pytest.raises(ValueError, match=r"dropout_rate must be at least 0 and below 1, got 1\.5"):
         _common.Layers().dropout(1.5)

@@ -270,7 +270,7 @@ def test_token_ids_and_images_are_told_apart():
     with pytest.raises(ValueError, match=r"needs vocabulary_size, the number of different token"):
         models.create("transformer", input_shape=(6,), num_classes=2)
     with pytest.raises(
-        ValueError, match=r"'mlp' has no vocabulary_size .*that have it: transformer"
+        ValueError, match=r"'mlp' has no vocabulary_size, got 11; models that have it: transformer"
     ):
         models.create("mlp", input_shape=(6,), num_classes=2, vocabulary_size=11)
     with pytest.raises(ValueError, match="'mlp' needs num_classes, the number of outputs"):
