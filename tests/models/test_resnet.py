@@ -183,7 +183,7 @@ def test_options_without_batch_statistics():
         model = nnx.eval_shape(lambda norm=norm: cifar(norm=norm))
         assert len(jax.tree.leaves(nnx.state(model, nnx.BatchStat))) == 0
         assert (model.conv.bias is None) == (norm is not None)
-    with pytest.raises(ValueError, match="needs a norm, .* got norm=None"):
+    with pytest.raises(ValueError, match=r"needs a norm, .* got norm=None"):
         models.create("resnet18", **CIFAR, norm=None, zero_init_residual=True)
     with pytest.raises(ValueError, match=r"depth must be one of 10, 14, 18, .*, got 20"):
         models.ResNet(**CIFAR, depth=20)
