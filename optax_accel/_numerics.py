@@ -32,6 +32,11 @@ def norm(tree: chex.ArrayTree) -> jax.Array:
     return scale * jnp.sqrt(total)
 
 
+def divided(tree: chex.ArrayTree, unit: jax.Array) -> chex.ArrayTree:
+    """All leaves divided by a scalar, in the dtypes of the leaves."""
+    return jax.tree.map(lambda leaf: leaf / unit.astype(leaf.dtype), tree)
+
+
 def power_of_two(number: jax.Array) -> jax.Array:
     """The largest power of two up to a positive number; 1 for 0 and what is not finite."""
     usable = (number > 0) & jnp.isfinite(number)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_accel._arguments import check_integer
+from optax_accel._numerics import divided, max_norm, norm, power_of_two
 from optax_accel.curvature import blocks
 from optax_accel.curvature.eigensolvers import (
     Eigenpairs,
@@ -81,15 +82,18 @@ def _rayleigh_ritz(
 def _power(
     basis: chex.ArrayTree, images: chex.ArrayTree, values: jax.Array, shift: jax.Array
 ) -> chex.ArrayTree:
-    """``(H + shift) U``, with a little more of the old basis.
+    """``(H + shift) U``, with a little more of the old basis, up to a power of two.
 
-    That keeps directions that the operator annihilates: a singular operator leaves them where they
-    were instead of mapping them to noise.
+    A little of the old basis keeps directions that the operator annihilates: a singular operator
+    leaves them where they were instead of mapping them to noise. The power of two keeps the squares
+    of the entries, which orthonormalization takes, from overflow and underflow.
     """
     magnitude = jnp.max(jnp.abs(values), initial=0)
     magnitude = jnp.where(magnitude > 0, magnitude, 1)
     keep = shift + jnp.sqrt(jnp.finfo(values.dtype).eps) * magnitude
-    return jax.tree.map(lambda w, u: w + keep.astype(u.dtype) * u, images, basis)
+    unit = power_of_two(jnp.maximum(max_norm(images).astype(keep.dtype), jnp.abs(keep)))
+    keep = keep / unit
+    return jax.tree.map(lambda w, u: w + keep.astype(u.dtype) * u, divided(images, unit), basis)
 
 
 class _Sweep(NamedTuple):
@@ -130,11 +134,10 @@ def _assess(
     values, vectors = _rayleigh_ritz(basis, images, order)
     basis, images = (blocks.combine(vectors.T, block) for block in (basis, images))
 
-    def squares(u: jax.Array, w: jax.Array) -> jax.Array:
-        theta = values.reshape(-1, *(1,) * (u.ndim - 1))
-        return jnp.sum((w.astype(theta.dtype) - theta * u) ** 2, axis=tuple(range(1, u.ndim)))
+    def residual_norm(theta: jax.Array, u: chex.ArrayTree, w: chex.ArrayTree) -> jax.Array:
+        return norm(jax.tree.map(lambda u, w: w.astype(theta.dtype) - theta * u, u, w))
 
-    residuals = jnp.sqrt(sum(jax.tree.leaves(jax.tree.map(squares, basis, images))))
+    residuals = jax.vmap(residual_norm)(values, basis, images)
     # Eigenvalues outside the block lie, as far as the block can tell, beyond its last Ritz value.
     scores = score(values, order)
     gap = scores - scores[-1]
@@ -153,7 +156,10 @@ def _assess(
 
 
 def _filter_interval(sweep: _Sweep, order: Order) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Centre and half width of the unwanted interval, and sigma, which sets the scaling."""
+    """Centre and half width of the unwanted interval, and the distance of the top from the centre.
+
+    The ratio of the half width to the distance, sigma, sets the scaling.
+    """
     values = sweep.eigenvalues
     if order == "algebraic":
         low, high = sweep.smallest, values[-1]
@@ -164,7 +170,7 @@ def _filter_interval(sweep: _Sweep, order: Order) -> tuple[jax.Array, jax.Array,
     radius = jnp.maximum(radius, jnp.sqrt(jnp.finfo(values.dtype).eps) * scale)
     radius = jnp.where(radius > 0, radius, 1)
     distance = values[0] - centre
-    return centre, radius, radius / jnp.where(jnp.abs(distance) > radius, distance, radius)
+    return centre, radius, jnp.where(jnp.abs(distance) > radius, distance, radius)
 
 
 @functools.partial(jax.jit, static_argnames="order")
@@ -172,13 +178,15 @@ def _filter_start(
     sweep: _Sweep, *, order: Order
 ) -> tuple[chex.ArrayTree, chex.ArrayTree, jax.Array]:
     """The filter's first two polynomials, the second from the products at hand, and sigma."""
-    centre, radius, sigma = _filter_interval(sweep, order)
+    centre, radius, distance = _filter_interval(sweep, order)
+    # Not sigma / radius, which XLA computes as radius / (distance * radius).
+    factor = 1 / distance
     first = jax.tree.map(
-        lambda w, u: (w - centre.astype(u.dtype) * u) * (sigma / radius).astype(u.dtype),
+        lambda w, u: (w - centre.astype(u.dtype) * u) * factor.astype(u.dtype),
         sweep.images,
         sweep.basis,
     )
-    return sweep.basis, first, sigma
+    return sweep.basis, first, radius / distance
 
 
 @functools.partial(jax.jit, static_argnames="order")
@@ -190,9 +198,9 @@ def _filter_step(
     order: Order,
 ) -> tuple[chex.ArrayTree, chex.ArrayTree, jax.Array]:
     """One degree of the three-term recurrence, scaled to stay of order one at the top."""
-    centre, radius, first_sigma = _filter_interval(sweep, order)
+    centre, radius, distance = _filter_interval(sweep, order)
     before, block, sigma = state
-    following = 1 / (2 / first_sigma - sigma)
+    following = 1 / (2 * (distance / radius) - sigma)
 
     def leaf(w: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
         factor, weight = 2 * following / radius, sigma * following
@@ -345,4 +353,6 @@ def _check_rows(rows: int, like: chex.ArrayTree, num_directions: int, num_produc
         )
 
 
-_orthonormalize = jax.jit(blocks.orthonormalize)
+@jax.jit
+def _orthonormalize(block: chex.ArrayTree) -> chex.ArrayTree:
+    return blocks.orthonormalize(divided(block, power_of_two(max_norm(block))))

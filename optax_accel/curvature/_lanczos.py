@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optax_accel._numerics import divided, max_norm, norm, power_of_two
 from optax_accel._random import as_key
 from optax_accel.curvature import blocks
 from optax_accel.curvature.eigensolvers import (
@@ -98,7 +99,10 @@ def _unit(vector: chex.ArrayTree, norm: jax.Array) -> chex.ArrayTree:
 def _orthogonalize(
     vector: chex.ArrayTree, basis: chex.ArrayTree, newest: chex.ArrayTree, index: jax.Array
 ) -> tuple[chex.ArrayTree, jax.Array, jax.Array]:
-    """The part of a vector orthogonal to a basis, the coefficients of the rest, and its norm.
+    """The direction orthogonal to a basis, the coefficients of the rest, and the length left.
+
+    The direction has length 1; the length left is that of the vector's part orthogonal to the
+    basis.
 
     ``newest`` counts as the row ``index`` of the basis, which is zero: XLA copies a block that is
     changed before it is read.
@@ -116,19 +120,23 @@ def _orthogonalize(
         vector = jax.tree.map(rest, vector, blocks.combine(coefficients, basis), newest)
         return vector, total + coefficients.at[index].set(of_newest), _norm(vector)
 
+    # Squares neither overflow nor underflow beside a unit, which costs no digit.
+    unit = power_of_two(max_norm(vector))
+    vector = divided(vector, unit)
     # Classical Gram-Schmidt, again where it took away much of the vector: "twice is enough"
     # (Giraud et al., 2005), and once where little was taken (Daniel et al., 1976).
     before = _norm(vector)
     zeros = jnp.zeros((jax.tree.leaves(basis)[0].shape[0],), before.dtype)
-    vector, total, norm = once(vector, zeros)
-    return lax.cond(
-        norm < 0.7 * before,
-        lambda vector, total, norm: once(vector, total),
+    vector, total, length = once(vector, zeros)
+    vector, total, length = lax.cond(
+        length < 0.7 * before,
+        lambda vector, total, length: once(vector, total),
         lambda *same: same,
         vector,
         total,
-        norm,
+        length,
     )
+    return _unit(vector, length), unit * total, unit * length
 
 
 def _ritz(process: _Process, order: Order) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -150,7 +158,8 @@ def _ritz(process: _Process, order: Order) -> tuple[jax.Array, jax.Array, jax.Ar
     # coefficients alpha and beta, that would be the continued fraction below.
     centre = jnp.abs(values - projected[last, last])
     inside = centre <= 2 * beta
-    root = jnp.sqrt(jnp.where(inside, 0, centre**2 - 4 * beta**2))
+    below, above = jnp.where(inside, 0, centre - 2 * beta), centre + 2 * beta
+    root = jnp.sqrt(below) * jnp.sqrt(above)  # of centre**2 - 4 * beta**2, which might overflow
     gap = jnp.where(inside, residuals, (centre + root) / 2)
     errors = residuals * jnp.minimum(1, residuals / jnp.where(gap > 0, gap, 1))
     # What earlier sequences left out: residuals add up by the triangle inequality, and errors are
@@ -210,7 +219,7 @@ def _begin(vector: chex.ArrayTree, basis: chex.ArrayTree, *, num_directions: int
     no = jnp.zeros((), bool)
     return _Process(
         basis=basis,
-        vector=_unit(vector, _norm(vector)),
+        vector=_unit(vector, norm(vector)),
         previous=jax.tree.map(jnp.zeros_like, vector),
         projected=jnp.zeros((capacity, capacity), dtype),
         origin=jnp.zeros((capacity,), dtype).at[0].set(1),
@@ -255,7 +264,7 @@ def _absorb(
         return w - alpha.astype(w.dtype) * x - process.beta.astype(w.dtype) * previous
 
     residual = jax.tree.map(recur, image, vector, process.previous)
-    residual, coefficients, beta = _orthogonalize(residual, basis, vector, length)
+    following, coefficients, beta = _orthogonalize(residual, basis, vector, length)
     # Coefficients of a whole row, not just three: after a restart the first row couples to all.
     coefficients = coefficients + local
     projected = process.projected.at[length].set(coefficients).at[:, length].set(coefficients)
@@ -264,7 +273,7 @@ def _absorb(
     exhausted = beta <= rounding
     new = process._replace(
         basis=None,
-        vector=_unit(residual, beta),
+        vector=following,
         previous=vector,
         projected=projected,
         length=length + 1,
@@ -328,8 +337,7 @@ def _compress(
     def start() -> chex.ArrayTree:
         fresh = blocks.random(jax.random.fold_in(key, process.num_products), process.vector)
         zero = jax.tree.map(jnp.zeros_like, fresh)
-        fresh, _, norm = _orthogonalize(_unit(fresh, _norm(fresh)), basis, zero, length)
-        return _unit(fresh, norm)
+        return _orthogonalize(fresh, basis, zero, length)[0]
 
     # In a sequence that goes on, the next product tells what is missing.
     left_out = jnp.abs(vectors.T) @ process.residuals, vectors.T**2 @ process.errors
@@ -481,7 +489,7 @@ def lanczos(
     start_key, key = jax.random.split(as_key(key))
     vector = blocks.random(start_key, like)
     if start is not None:
-        usable = _norm(start) > 0
+        usable = max_norm(start) > 0
         vector = jax.tree.map(lambda s, x: jnp.where(usable, s, x).astype(x.dtype), start, vector)
     vector, basis = blocks.place(vector, like), blocks.zeros(capacity, like)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_accel._arguments import check_choice, check_integer, check_number
-from optax_accel._numerics import max_norm, power_of_two
+from optax_accel._numerics import divided, max_norm, power_of_two
 from optax_accel._random import as_key
 from optax_accel.curvature import blocks
 from optax_accel.curvature.estimates import (
@@ -274,7 +274,7 @@ def _recur(
     off: jax.Array,
     unit: jax.Array,
 ) -> tuple[chex.ArrayTree, jax.Array]:
-    image = jax.tree.map(lambda w: w / unit.astype(w.dtype), image)
+    image = divided(image, unit)
     value = dot(vector, image)
     residual = jax.tree.map(
         lambda w, q, p: w - value.astype(w.dtype) * q - off.astype(w.dtype) * p,

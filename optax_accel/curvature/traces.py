@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_accel._arguments import check_choice, check_integer
-from optax_accel._numerics import max_norm, power_of_two
+from optax_accel._numerics import divided, max_norm, power_of_two
 from optax_accel._random import as_key
 from optax_accel.curvature import blocks
 from optax_accel.curvature.estimates import (
@@ -245,7 +245,7 @@ def _diagonals(left: chex.ArrayTree, images: chex.ArrayTree) -> tuple[jax.Array,
     with them.
     """
     largest = max_norm(images)
-    images = _divided(images, power_of_two(largest))
+    images = divided(images, power_of_two(largest))
     return jax.vmap(lambda z, w: jnp.stack([dot(z, w), dot(w, w)]))(left, images), largest
 
 
@@ -262,10 +262,6 @@ def _in_one_unit(
     return [convert(*each) for each in diagonals], unit
 
 
-def _divided(block: chex.ArrayTree, unit: jax.Array) -> chex.ArrayTree:
-    return jax.tree.map(lambda x: x / unit.astype(x.dtype), block)
-
-
 @jax.jit
 def _complement(block: chex.ArrayTree, basis: chex.ArrayTree) -> chex.ArrayTree:
     """The rows of a block without their parts in the span of an orthonormal basis."""
@@ -280,7 +276,7 @@ def _orthonormal(block: chex.ArrayTree) -> chex.ArrayTree:
     Unlike Cholesky QR it drops the directions of a rank-deficient block that are rounding errors:
     the rest of Hutch++ is exact for any orthonormal rows, but not for nearly orthonormal ones.
     """
-    block = _divided(block, power_of_two(max_norm(block)))
+    block = divided(block, power_of_two(max_norm(block)))
     for round_ in range(2):
         gram = blocks.inner(block, block)
         values, vectors = jnp.linalg.eigh(gram)

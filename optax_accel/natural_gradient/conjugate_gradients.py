@@ -13,7 +13,7 @@ from jax import lax
 from jax.scipy.sparse.linalg import cg
 
 from optax_accel._derivatives import LinearFunction
-from optax_accel._numerics import max_norm, power_of_two
+from optax_accel._numerics import divided, max_norm, power_of_two
 
 # Iterations in the first window (Martens, 2010, section 4.4), and the growth of later ones.
 _FIRST_WINDOW, _GROWTH = 10, 0.5
@@ -68,11 +68,11 @@ def solve(
         below which the iterations end.
     """
     of_gradient = power_of_two(max_norm(gradient))
-    gradient = _divide(gradient, of_gradient)
+    gradient = divided(gradient, of_gradient)
     # The product with the warm start is needed anyway; a cold start has no use for it.
     warm = max_norm(start) > 0
     of_start = power_of_two(max_norm(start))
-    probe = jax.tree.map(lambda s, g: jnp.where(warm, s, g), _divide(start, of_start), gradient)
+    probe = jax.tree.map(lambda s, g: jnp.where(warm, s, g), divided(start, of_start), gradient)
     image = curvature(probe)
     bounded = jnp.isfinite(max_norm(image))
     of_curvature = power_of_two(max_norm(image) + damping.astype(of_start.dtype))
@@ -83,17 +83,17 @@ def solve(
     if diagonal is not None:
         preconditioner = jax.tree.map(
             lambda d: jnp.maximum(d + damping.astype(d.dtype), jnp.finfo(d.dtype).tiny) ** _POWER,
-            _divide(diagonal, of_curvature),
+            divided(diagonal, of_curvature),
         )
 
     def scaled(vector: chex.ArrayTree) -> chex.ArrayTree:
-        return _divide(curvature(vector), of_curvature)
+        return divided(curvature(vector), of_curvature)
 
     system = _System(scaled, damping, gradient, preconditioner)
     relative = of_start / of_direction
     start = jax.tree.map(lambda p: jnp.where(warm, p * relative.astype(p.dtype), 0), probe)
     image = jax.tree.map(
-        lambda i: jnp.where(warm, i * relative.astype(i.dtype), 0), _divide(image, of_curvature)
+        lambda i: jnp.where(warm, i * relative.astype(i.dtype), 0), divided(image, of_curvature)
     )
     first = _first_point(system, start, image, bounded)
     last = _iterate(system, first, max_iterations, tolerance)
@@ -202,7 +202,3 @@ def _iterate(system: _System, first: _Point, max_iterations: int, tolerance: Any
         )
 
     return lax.while_loop(going_on, window, first)
-
-
-def _divide(tree: chex.ArrayTree, scale: jax.Array) -> chex.ArrayTree:
-    return jax.tree.map(lambda leaf: leaf / scale.astype(leaf.dtype), tree)

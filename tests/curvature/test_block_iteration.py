@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from optax_accel.curvature import block_iteration, blocks, subspace_sweep
@@ -86,6 +87,41 @@ def test_block_iteration_ends_when_a_product_is_not_finite():
     pairs = block_iteration(lambda u: diagonal[None] * u, start, num_products=90, tolerance=1e-3)
     assert pairs.num_products == 2
     assert not pairs.converged.any()
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e20])
+@pytest.mark.parametrize("degree", [0, 4])
+def test_squares_neither_overflow_nor_underflow(degree, size):
+    """In float32, from a start as large or small as the operator."""
+    matrix, start = jnp.float32(dense("outliers")), optax.tree.cast(random_block(5), jnp.float32)
+    settings = {"num_products": 600, "tolerance": 1e-3, "chebyshev_degree": degree, "loop": "host"}
+    small, large = (
+        block_iteration(
+            functools.partial(multiply_block, factor * matrix),
+            optax.tree.scale(factor, start),
+            3,
+            smallest=-factor,
+            **settings,
+        )
+        for factor in (jnp.float32(1), jnp.float32(size))
+    )
+    assert large.converged.all()
+    assert large.num_products == small.num_products
+    np.testing.assert_allclose(large.eigenvalues / size, [50, 20, 10], rtol=1e-3)
+    np.testing.assert_allclose(large.residual_norms / size, small.residual_norms, 0.01, 1e-3)
+    overlap = as_matrix(large.basis) @ as_matrix(small.basis).T
+    np.testing.assert_allclose(np.abs(overlap), np.eye(3), atol=1e-3)
+
+
+def test_a_sweep_is_scaled_by_what_it_adds_up():
+    """Not by Ritz values, which may vanish beside the products or beside a shift from before."""
+    products = jax.vmap(lambda u: jnp.array([1e-30 * u[0] + u[1], u[0]]))
+    _, basis, _ = subspace_sweep(products, jnp.array([[1.0, 0.0]]), shift=jnp.array(0.0))
+    np.testing.assert_allclose(basis, [[0.0, 1.0]], atol=1e-6)
+    _, basis, _ = subspace_sweep(
+        lambda u: 1e-30 * products(u), jnp.array([[0.6, 0.8]]), shift=jnp.array(1.0)
+    )
+    np.testing.assert_allclose(basis, [[0.6, 0.8]], atol=1e-6)
 
 
 @pytest.mark.parametrize(

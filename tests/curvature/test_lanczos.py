@@ -7,11 +7,22 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.sparse.linalg
 
 from optax_accel.curvature import _lanczos, lanczos
-from tests.curvature.eigenproblems import SIZE, SPECTRA, as_matrix, check, dense, like, operator
+from tests.curvature.eigenproblems import (
+    SIZE,
+    SPECTRA,
+    as_matrix,
+    check,
+    dense,
+    leading,
+    like,
+    multiply,
+    operator,
+)
 
 
 def solve(spectrum, *, order="algebraic", num_products=40, **options):
@@ -173,6 +184,31 @@ def test_lanczos_returns_all_there_is(x64, k):
     assert pairs.num_products == min(k, 4)
     assert pairs.converged.shape == (min(k, 4),)
     assert pairs.converged.all()
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e20])
+@pytest.mark.parametrize("spectrum", ["outliers", "rank 2"])
+def test_squares_neither_overflow_nor_underflow(spectrum, size):
+    """In float32, with restarts and from a start as large or small as the operator."""
+    matrix, example = jnp.float32(dense(spectrum)), optax.tree.cast(like(), jnp.float32)
+    start = jax.tree.map(jnp.ones_like, example)
+    settings = {"key": 0, "num_products": 80, "tolerance": 1e-4, "max_basis": 10, "loop": "host"}
+    small, large = (
+        lanczos(
+            functools.partial(multiply, factor * matrix),
+            example,
+            2,
+            start=optax.tree.scale(factor, start),
+            **settings,
+        )
+        for factor in (jnp.float32(1), jnp.float32(size))
+    )
+    assert large.converged.all()
+    assert large.num_products == small.num_products
+    np.testing.assert_allclose(large.eigenvalues / size, leading(spectrum, "algebraic")[:2], 1e-4)
+    np.testing.assert_allclose(large.smallest / size, small.smallest, rtol=1e-3, atol=1e-4)
+    overlap = as_matrix(large.basis) @ as_matrix(small.basis).T
+    np.testing.assert_allclose(np.abs(overlap), np.eye(2), atol=1e-3)
 
 
 @pytest.mark.parametrize("loop", ["graph", "host"])

@@ -134,6 +134,31 @@ def test_a_poisoned_step_is_rejected_and_survived(tracker: oa.Tracker, driven: b
     assert np.all(np.isfinite(as_matrix(space.basis)))
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e20])
+@pytest.mark.parametrize("name", ["block", "round_robin", "gradient", "exact"])
+def test_squares_neither_overflow_nor_underflow(name: str, size: float) -> None:
+    """Except for rows of gradients, whose energies are squares themselves."""
+    tracker, plain = TRACKERS[name], objective()
+
+    @functools.partial(jax.jit, static_argnames="cold")
+    def refresh(space: Any, factor: jax.Array, cold: bool) -> Any:
+        scaled = plain.scaled(factor)
+        return tracker.refresh(space, scaled, PARAMS, scaled.grad(PARAMS), cold=cold)
+
+    spaces = []
+    for factor in (jnp.float32(1), jnp.float32(size)):
+        space = tracker.init(PARAMS, K)
+        for i in range(7):
+            space = refresh(space, factor, cold=i == 0)
+            assert space.accepted
+        spaces.append(space)
+    small, large = spaces
+    unit = 1 if name == "gradient" else size
+    np.testing.assert_allclose(large.eigenvalues / unit, small.eigenvalues, rtol=1e-3)
+    overlap = as_matrix(large.basis) @ as_matrix(small.basis).T
+    np.testing.assert_allclose(np.abs(overlap), np.eye(K), atol=5e-3)
+
+
 @each_tracker
 def test_bfloat16_storage(tracker: Any) -> None:
     """Basis and images take half of the memory; the linear algebra stays in float32."""
