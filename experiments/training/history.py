@@ -106,7 +106,6 @@ class History:
         self._bar = self._progress.add_task("", total=steps, metrics="compiling")
 
     def __enter__(self) -> History:
-        self._progress.start()
         return self
 
     def __exit__(
@@ -132,6 +131,7 @@ class History:
         self._rows.clear()
         cluster.from_main(lambda: self._open(step))
         self._began = self._fetched = time.monotonic()
+        self._progress.start()  # if it has not started yet: what cannot be resumed shows no bar
         self._progress.update(self._bar, completed=step)
 
     def _open(self, step: int) -> None:

@@ -150,10 +150,12 @@ def _no_more_than_examples(name: str) -> cli.Rule[Plan]:
     )
 
 
-# What they can be wrong in for these data and devices.
+# What they can be wrong in for these data, and for these devices.
 SIZES: tuple[cli.Rule[Plan], ...] = (
     _no_more_than_examples("batch_size"),
     _no_more_than_examples("curvature_batch_size"),
+)
+SHARES: tuple[cli.Rule[Plan], ...] = (
     cli.Rule(
         lambda p: p.options.accumulate <= _share(p),
         lambda p: (
@@ -235,6 +237,7 @@ def resolve(options: Options, task: data.Task, devices: Sequence[jax.Device]) ->
         parallel.check_divisible(curvature, len(devices), "--curvature-batch-size")
     if plan.workers is not None:
         parallel.check_divisible(batch_size, plan.workers, "--batch-size", "workers")
+    cli.enforce(SHARES, plan)
     return plan
 
 

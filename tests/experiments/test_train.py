@@ -812,6 +812,7 @@ def test_statistics_of_the_optimizer(method, names):
         ("--steps 3 --epochs 1", "--epochs and --steps exclude each other"),
         ("--batch-size 1078", "--batch-size 1078 is more than the 1077 training examples"),
         ("--devices 3", "--batch-size 64 does not split evenly over 3 devices; use e.g. 63 or 66"),
+        ("--devices 2 --batch-size 1", "--batch-size 1 does not split evenly over 2 devices"),
         ("--devices 9", "--devices 9: there are only 8 of kind cpu"),
         (
             "--devices 4 --method bulk_sgd --curvature-batch-size 30",
@@ -955,9 +956,10 @@ def test_damaged_run_is_refused(finished, capsys):
         (finished / name).unlink()
         (finished / name).mkdir() if content is None else (finished / name).write_bytes(content)
         assert train.main(resume) == 2
-        error = capsys.readouterr().err
+        out, error = capsys.readouterr()
         assert message in error
         assert error.count("\n") == 1
+        assert "compiling" not in out
         if content is None:
             (finished / name).rmdir()
             (finished / name).touch()
