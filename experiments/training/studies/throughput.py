@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
 from typing import Any
 
-import grain
 import jax
 
-from experiments import data, hlo
+from experiments import hlo
 from experiments.runs.records import number
 from experiments.training import parallel
+from experiments.training.loop import open_batches
 from experiments.training.plan import Plan
 from experiments.training.program import build
 
@@ -31,20 +30,9 @@ def measure(plan: Plan) -> dict[str, Any]:
     """
     program = build(plan)
     runner = program.runner
-    dataset = data.batches(
-        plan.task.train,
-        batch_size=plan.batch_size,
-        seed=plan.options.seed,
-        shard=grain.sharding.ShardByJaxProcess(),
-        augment=plan.augment,
-        num_classes=plan.task.num_classes,
-        workers=plan.options.data_workers,
-    )
     state = runner.init(program.make_state)
     windows = []
-    with contextlib.closing(
-        data.prefetch_to_device(iter(dataset), runner.put_batch, plan.options.prefetch)
-    ) as batches:
+    with open_batches(plan, program) as batches:
         timed, began = 0, time.perf_counter()
         for done, batch in enumerate(batches, start=1):
             if done == 1:
