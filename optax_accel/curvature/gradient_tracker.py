@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_accel._arguments import check_choice, check_integer, check_number
-from optax_accel._numerics import max_norm
 from optax_accel.curvature import blocks
 from optax_accel.curvature.tracking import (
     BasisTracker,
@@ -167,7 +166,8 @@ class GradientTracker(BasisTracker):
     ) -> Eigenspace:
         memory = space.memory
         gradient = load(self, gradient, params)
-        valid = jnp.isfinite(max_norm(gradient))
+        # Energies are squares, so a gradient whose square overflows must not reach mean and buffer.
+        valid = jnp.all(jnp.isfinite(blocks.inner(*[blocks.as_block(gradient)] * 2)))
         # The first deviation is zero, because the average starts at the first gradient.
         rate = jnp.where(memory.seen > 0, 1 - self.decay, 1)
 

@@ -20,7 +20,7 @@ from tests.curvature.outlier_network import (
     as_matrix,
     objective,
 )
-from tests.helpers import tree_allclose
+from tests.helpers import tree_allclose, tree_equal
 
 
 def test_gradient_rows_find_the_noise_of_gradients() -> None:
@@ -86,3 +86,20 @@ def test_a_basis_without_gradients_is_zero_not_noise() -> None:
     gram = blocks.inner(space.basis, space.basis)
     np.testing.assert_allclose(gram, [[1, 0], [0, 0]], atol=1e-6)
     assert space.eigenvalues[1] == 0
+
+
+def test_a_gradient_whose_energy_overflows_is_rejected_alone() -> None:
+    """It reaches neither the buffer nor the mean, so the estimate is the one without it."""
+    tracker = oa.GradientTracker(rows="gradient", refresh_every=1, buffer=4, decay=0.9)
+    refresh = jax.jit(
+        lambda space, factor: tracker.refresh(space, None, PARAMS, optax.tree.scale(factor, PARAMS))
+    )
+    spaces = []
+    for spike in ([], [1e20]):
+        space = tracker.init(PARAMS, K)
+        for factor in (1.0, 0.5, *spike, 0.7, -0.2, 0.9, 0.1):
+            space = refresh(space, jnp.float32(factor))
+            assert space.accepted == (factor < 1e20)
+        assert space.rejected == len(spike)
+        spaces.append(space)
+    tree_equal(*((space.basis, space.eigenvalues, space.memory) for space in spaces))
