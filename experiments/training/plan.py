@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ class Plan:
     eval_every: int
     checkpoint_every: int
 
-    @property
+    @functools.cached_property
     def folder(self) -> Path:
         """The run's folder."""
         return self.options.folder
@@ -68,7 +69,7 @@ class Plan:
         """Steps of a pass over the training split."""
         return len(self.task.train) // self.batch_size
 
-    @property
+    @functools.cached_property
     def loops_convolutions_slowly(self) -> bool:
         """Whether XLA would run convolutions in a loop, many times slower (jax#12868)."""
         return self.devices[0].platform == "cpu" and models.is_convolutional(self.model)
