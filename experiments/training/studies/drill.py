@@ -54,6 +54,17 @@ class Process(subprocess.Popen[str]):
     output = ""
     errors = ""
 
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stops the process for the length of the block: from its start on, nothing is written."""
+        self.send_signal(signal.SIGSTOP)
+        try:
+            # The signal is only sent by now. Threads may still finish what they write.
+            os.waitpid(self.pid, os.WUNTRACED)
+            yield
+        finally:
+            self.send_signal(signal.SIGCONT)
+
 
 class Ground:
     """A folder with training runs, each in a process of its own.

@@ -216,14 +216,11 @@ def second_run(ground: Ground) -> Survived:
     run = ground.new("second")
     with run.going() as process:
         run.wait(process, run.steps_written, 20)
-        process.send_signal(signal.SIGSTOP)  # or it might end before the others have started
-        before = run.files()
-        try:
+        with process.stopped():  # or it might end before the others have started
+            before = run.files()
             run.refused(f"is in use by process {process.pid} on ")
             run.refused(f"is in use by process {process.pid} on ", resume=False)
             expect(run.files() == before, "the folder has changed")
-        finally:
-            process.send_signal(signal.SIGCONT)
     expect(process.returncode == 0, f"the first one: exit code {process.returncode}")
     run.expect_same(ground.reference)
     return Survived([0, 0])
