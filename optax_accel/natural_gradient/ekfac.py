@@ -18,8 +18,9 @@ import optax
 
 from optax_accel._masking import Mask
 from optax_accel.natural_gradient._transformation import kl_bound, transformation, with_momentum
-from optax_accel.natural_gradient.estimators import Estimator, Likelihood
+from optax_accel.natural_gradient.estimators import Estimator
 from optax_accel.natural_gradient.finding import Example
+from optax_accel.natural_gradient.likelihoods import Likelihood
 from optax_accel.natural_gradient.options import Options
 from optax_accel.objective import Objective
 
@@ -66,7 +67,9 @@ def scale_by_ekfac(
         ``"empirical"`` from the gradients of the loss. :func:`scale_by_kfac` compares them.
       likelihood: the distribution that the outputs parametrize: ``"categorical"`` (logits),
         ``"bernoulli"`` (logits; the loss sums over the outputs) or ``"gaussian"`` (means with unit
-        variance). ``None`` (default) works for any loss, with up to 256 outputs per example.
+        variance). ``None`` (default) takes it from the program of the loss, where that shows
+        softmax cross entropy or squared error, with any targets, masks and weights; other losses
+        work, too, with up to 256 outputs per example.
       norm_constraint: c, float or schedule: the update V is multiplied by :math:`\min(1, \sqrt{c /
         \langle V, G \rangle})`. ``None`` (default) leaves its length as it is.
       max_size: a factor with more rows than this is approximated by its diagonal.
@@ -160,7 +163,9 @@ def ekfac(
         ``"empirical"`` from the gradients of the loss. :func:`scale_by_kfac` compares them.
       likelihood: the distribution that the outputs parametrize: ``"categorical"`` (logits),
         ``"bernoulli"`` (logits; the loss sums over the outputs) or ``"gaussian"`` (means with unit
-        variance). ``None`` (default) works for any loss, with up to 256 outputs per example.
+        variance). ``None`` (default) takes it from the program of the loss, where that shows
+        softmax cross entropy or squared error, with any targets, masks and weights; other losses
+        work, too, with up to 256 outputs per example.
       max_size: a factor with more rows than this is approximated by its diagonal.
       key: PRNG key or integer seed of the random vectors.
       mask: pytree of booleans like the parameters (or a prefix of it), or a function from the

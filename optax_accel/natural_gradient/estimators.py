@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_accel._random import hash_bits
+from optax_accel.natural_gradient.likelihoods import Likelihood, recognize
 from optax_accel.objective import Objective
 
 Estimator = Literal["fisher", "ggn", "empirical"]
-Likelihood = Literal["categorical", "bernoulli", "gaussian"]
 # Outputs of an example up to which a root of its loss Hessian is computed.
 _MOST_OUTPUTS = 256
 _Sampler = Callable[[jax.Array, Any], jax.Array]
@@ -63,7 +63,8 @@ def output_gradients(
       outputs: of the network.
       estimator: ``"fisher"``: one random vector an example; ``"ggn"``: as many as an example has
         outputs, with random signs; ``"empirical"``: the gradient of the loss.
-      likelihood: the distribution that the outputs parametrize; None: the loss decides.
+      likelihood: the distribution that the outputs parametrize; None: that which the program of the
+        loss shows (:mod:`~optax_accel.natural_gradient.likelihoods`), else roots of its Hessian.
       key: of the random vectors. Replicas and devices draw those of their examples.
       step: integer scalar; each step has vectors of its own.
       num_examples: the leading axis of the outputs.
@@ -80,8 +81,11 @@ def output_gradients(
     batch = _Batch(objective, outputs, num_examples, dtype, *_share(objective, dtype), key, step)
     if estimator == "empirical":
         return _from_gradients(batch)
+    unknown = ""
     if likelihood is None:
-        return _from_loss_hessian(batch, estimator)
+        likelihood, unknown = recognize(objective, outputs)
+    if likelihood is None:
+        return _from_loss_hessian(batch, estimator, unknown)
     return _from_likelihood(batch, estimator, likelihood)
 
 
@@ -135,9 +139,27 @@ def _from_gradients(batch: _Batch) -> Samples:
     return Samples(vectors, _present(vectors, batch.num_examples, batch.dtype))
 
 
-def _from_loss_hessian(batch: _Batch, estimator: Estimator) -> Samples:
-    """Roots of the Hessian of each example's loss, or random vectors times these."""
+def _from_loss_hessian(batch: _Batch, estimator: Estimator, unknown: str) -> Samples:
+    """Roots of the Hessian of each example's loss, or random vectors times these.
+
+    Args:
+      batch: the outputs for a batch.
+      estimator: ``"fisher"`` or ``"ggn"``.
+      unknown: why the loss shows no likelihood.
+
+    Raises:
+      ValueError: an example has too many outputs.
+    """
     flat, restore = _flatten(batch.outputs, batch.num_examples, batch.dtype)
+    if flat.shape[1] > _MOST_OUTPUTS:
+        raise ValueError(
+            "K-FAC takes a likelihood from the program of the loss where that is a sum of softmax "
+            "cross entropies or of squared errors, with any targets, masks and weights. This loss "
+            f"is not: {unknown}. Then it takes a root of the loss Hessian of each example, of at "
+            f"most {_MOST_OUTPUTS} outputs; this network has {flat.shape[1]}. Name what the "
+            "outputs are, as likelihood='categorical' (logits), 'bernoulli' (logits) or 'gaussian' "
+            "(means), or take estimator='empirical'."
+        )
     root = _loss_root(batch.objective, batch.outputs, flat, restore)
     if estimator == "fisher":
         normal = batch.draw(_normal, flat.shape[1:])
@@ -301,13 +323,6 @@ def _loss_root(
 ) -> jax.Array:
     r"""A root of each example's loss Hessian :math:`L L^\top`, ``(examples, outputs, outputs)``."""
     num_examples, size = flat.shape
-    if size > _MOST_OUTPUTS:
-        raise ValueError(
-            f"K-FAC without a likelihood takes a root of the loss Hessian of each example, at most "
-            f"{_MOST_OUTPUTS} outputs; this network has {size}. Name what the outputs are, as "
-            "likelihood='categorical' (logits), 'bernoulli' (logits) or 'gaussian' (means), or "
-            "take estimator='empirical'."
-        )
     product = objective.loss_hessian(outputs)
 
     def column(unit: jax.Array) -> jax.Array:

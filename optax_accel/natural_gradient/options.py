@@ -11,9 +11,10 @@ import optax
 
 from optax_accel._arguments import check_choice, check_count, check_number
 from optax_accel._masking import Mask
-from optax_accel.natural_gradient.estimators import Estimator, Likelihood
+from optax_accel.natural_gradient.estimators import Estimator
 from optax_accel.natural_gradient.finding import Example, check_example, find
 from optax_accel.natural_gradient.layers import Network
+from optax_accel.natural_gradient.likelihoods import Likelihood
 from optax_accel.objective import Objective
 from optax_accel.refresh import check_factor_periods
 
