@@ -32,6 +32,8 @@ from optax_accel.extrapolation import extra_adam, extrap_sgd
 
 # Natural gradient
 from optax_accel.natural_gradient import HessianFreeState, ScaleByKFACState, describe_layers
+from optax_accel.natural_gradient import LevenbergMarquardt, QuadraticModelState, TrustRegion
+from optax_accel.natural_gradient import quadratic_model
 from optax_accel.natural_gradient import ekfac, hessian_free, kfac, scale_by_ekfac, scale_by_kfac
 
 # Gradient norm penalty
@@ -72,9 +74,11 @@ __all__ = [
     "GradientTracker",
     "HessianFreeState",
     "InterpolateSubspacesState",
+    "LevenbergMarquardt",
     "Objective",
     "OneCycle",
     "PostLocalSGDState",
+    "QuadraticModelState",
     "Refresh",
     "Reparametrization",
     "ReparametrizeState",
@@ -84,6 +88,7 @@ __all__ = [
     "ScaleByDemonAdamState",
     "ScaleByKFACState",
     "Tracker",
+    "TrustRegion",
     "WithSchedulesState",
     "adabound",
     "bernoulli_per_element",
@@ -116,6 +121,7 @@ __all__ = [
     "powerprop",
     "project_to_bulk",
     "project_to_dominant",
+    "quadratic_model",
     "refresh_at",
     "reparametrize",
     "sample_gradients",

@@ -7,18 +7,19 @@ conditionals: required for speed with convolutions on a CPU, and under ``vmap``,
 runs both its branches.  The argument reaches every element of a chain; this is what it means to
 each:
 
-===============  ==============================  =================================================
-``refresh``      trackers of an eigenspace       K-FAC and EKFAC
-===============  ==============================  =================================================
-``None``         decide in the graph             decide in the graph
-``False``        nothing                         nothing
-``True``         refresh (the tracker says how)  factors and inverses
-``"cold"``       start anew                      factors and inverses
-``"warm"``       refresh the current basis       factors and inverses
-``"factors"``    nothing                         factors
-``"inverses"``   refresh (the tracker says how)  factors and inverses
-:class:`Refresh`  its ``eigenspace``              its ``factors`` and ``inverses``
-===============  ==============================  =================================================
+===============  ==============================  ====================  ====================
+``refresh``      trackers of an eigenspace       K-FAC and EKFAC       damping that adapts
+===============  ==============================  ====================  ====================
+``None``         decide in the graph             decide in the graph   decide in the graph
+``False``        nothing                         nothing               nothing
+``True``         refresh (the tracker says how)  factors and inverses  adapt
+``"cold"``       start anew                      factors and inverses  adapt
+``"warm"``       refresh the current basis       factors and inverses  adapt
+``"factors"``    nothing                         factors               nothing
+``"inverses"``   refresh (the tracker says how)  factors and inverses  adapt
+:class:`Refresh`  its ``eigenspace``              its ``factors`` and   its ``damping``
+                                                 ``inverses``
+===============  ==============================  ====================  ====================
 
 :func:`refresh_at` gives the value for each step of a whole chain.
 """
@@ -55,16 +56,19 @@ class Refresh(NamedTuple):
       factors: whether K-FAC refreshes its factors, default False; None lets it decide in the graph,
         about the inverses too.
       inverses: whether K-FAC refreshes factors and inverses, default False.
+      damping: whether damping and trust region adapt, default False; None lets them decide in the
+        graph.
 
     Example:
       >>> import optax_accel as oa
       >>> oa.Refresh(eigenspace="warm", factors=True)
-      Refresh(eigenspace='warm', factors=True, inverses=False)
+      Refresh(eigenspace='warm', factors=True, inverses=False, damping=False)
     """
 
     eigenspace: EigenspaceRefresh = False
     factors: bool | None = False
     inverses: bool = False
+    damping: bool | None = False
 
 
 RefreshLike: TypeAlias = bool | str | Refresh | None
@@ -90,6 +94,14 @@ def of_factors(refresh: Any) -> FactorsRefresh:
     return "factors" if refresh == "factors" else "inverses"
 
 
+def of_damping(refresh: Any) -> bool | None:
+    """The meaning of the argument ``refresh`` for damping that adapts."""
+    _check(refresh)
+    if isinstance(refresh, Refresh):
+        return refresh.damping
+    return None if refresh is None else refresh not in (False, "factors")
+
+
 def _check(refresh: Any) -> None:
     values = refresh if isinstance(refresh, Refresh) else (refresh,)
     if any(isinstance(value, jax.Array | np.ndarray | np.generic) for value in values):
@@ -98,7 +110,8 @@ def _check(refresh: Any) -> None:
             'jax.jit(step, static_argnames="refresh").'
         )
     if isinstance(refresh, Refresh):
-        flags = refresh.factors in (None, False, True) and isinstance(refresh.inverses, bool)
+        flags = all(flag in (None, False, True) for flag in (refresh.factors, refresh.damping))
+        flags = flags and isinstance(refresh.inverses, bool)
         if flags and _is_one_of(refresh.eigenspace, ("cold", "warm")):
             return
     elif _is_one_of(refresh, _WORDS):
@@ -126,7 +139,11 @@ class _FactorsPeriods(NamedTuple):
     inverses_every: int
 
 
-_Periods: TypeAlias = _EigenspacePeriods | _FactorsPeriods
+class _DampingPeriod(NamedTuple):
+    every: int
+
+
+_Periods: TypeAlias = _EigenspacePeriods | _FactorsPeriods | _DampingPeriod
 # The periods that methods announce while `refresh_at` calls the `init` of an optimizer.
 _announced: contextvars.ContextVar[list[_Periods] | None] = contextvars.ContextVar(
     "announced", default=None
@@ -149,6 +166,13 @@ def announce_factors(factors_every: int, inverses_every: int) -> None:
         announced.append(
             _FactorsPeriods(*(static_integer(name, value, 1) for name, value in periods.items()))
         )
+
+
+def announce_damping(every: int) -> None:
+    """Called by ``init`` of a method whose damping adapts every few steps."""
+    announced = _announced.get()
+    if announced is not None:
+        announced.append(_DampingPeriod(static_integer("every", every, 1)))
 
 
 @overload
@@ -192,8 +216,8 @@ def refresh_at(
     Returns:
       For trackers ``"cold"`` at the first step, ``"warm"`` when a refresh is due, else False; for
       K-FAC ``"inverses"`` when factors and inverses are due, ``"factors"`` when only these are,
-      else False; for a chain of both a :class:`Refresh`; None if no element of ``tx`` keeps an
-      estimate of the curvature.
+      else False; for damping that adapts whether it does; for a chain of several of these a
+      :class:`Refresh`; None if ``tx`` has none of them.
 
     Raises:
       ValueError: ``step`` below 0; ``tx`` has two trackers, or K-FAC twice, at different periods or
@@ -227,16 +251,23 @@ def refresh_at(
         )
     eigenspace: Any = None
     factors: Any = None
+    damping: Any = None
     for periods in _periods_of(tx):
         if isinstance(periods, _EigenspacePeriods):
             eigenspace = _eigenspace_at(step, periods, cold_start)
-        else:
+        elif isinstance(periods, _FactorsPeriods):
             factors = _factors_at(step, periods)
-    if factors is None:
-        return eigenspace
-    if eigenspace is None:
-        return factors
-    return Refresh(eigenspace, factors=bool(factors), inverses=factors == "inverses")
+        else:
+            damping = step % periods.every == 0
+    present = [value for value in (eigenspace, factors, damping) if value is not None]
+    if len(present) < 2:
+        return present[0] if present else None
+    return Refresh(
+        False if eigenspace is None else eigenspace,
+        factors=bool(factors),
+        inverses=factors == "inverses",
+        damping=bool(damping),
+    )
 
 
 def _eigenspace_at(

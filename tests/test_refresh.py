@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import optax_accel as oa
-from optax_accel.refresh import of_eigenspace, of_factors
+from optax_accel.refresh import of_damping, of_eigenspace, of_factors
 from tests.helpers import least_squares, tree_allclose, tree_equal
 
 PROBLEM = least_squares()
@@ -29,24 +29,28 @@ def both() -> optax.GradientTransformationExtraArgs:
 
 
 @pytest.mark.parametrize(
-    ("refresh", "eigenspace", "factors"),
+    ("refresh", "eigenspace", "factors", "damping"),
     [
-        (None, None, None),
-        (False, False, False),
-        (True, True, "inverses"),
-        ("cold", "cold", "inverses"),
-        ("warm", "warm", "inverses"),
-        ("factors", False, "factors"),
-        ("inverses", True, "inverses"),
-        (oa.Refresh(), False, False),
-        (oa.Refresh("cold", factors=True), "cold", "factors"),
-        (oa.Refresh(True, inverses=True), True, "inverses"),
-        (oa.Refresh(None, factors=None), None, None),
+        (None, None, None, None),
+        (False, False, False, False),
+        (True, True, "inverses", True),
+        ("cold", "cold", "inverses", True),
+        ("warm", "warm", "inverses", True),
+        ("factors", False, "factors", False),
+        ("inverses", True, "inverses", True),
+        (oa.Refresh(), False, False, False),
+        (oa.Refresh("cold", factors=True), "cold", "factors", False),
+        (oa.Refresh(True, inverses=True), True, "inverses", False),
+        (oa.Refresh(None, factors=None, damping=None), None, None, None),
+        (oa.Refresh(damping=True), False, False, True),
     ],
 )
-def test_each_takes_what_concerns_it(refresh: Any, eigenspace: Any, factors: Any) -> None:
+def test_each_takes_what_concerns_it(
+    refresh: Any, eigenspace: Any, factors: Any, damping: Any
+) -> None:
     assert of_eigenspace(refresh) is eigenspace
     assert of_factors(refresh) is factors or of_factors(refresh) == factors
+    assert of_damping(refresh) is damping
     hash(refresh)
 
 

@@ -4,15 +4,21 @@ from optax_accel.natural_gradient.ekfac import ekfac, scale_by_ekfac
 from optax_accel.natural_gradient.finding import describe_layers
 from optax_accel.natural_gradient.hessian_free import HessianFreeState, hessian_free
 from optax_accel.natural_gradient.kfac import kfac, scale_by_kfac
+from optax_accel.natural_gradient.levenberg_marquardt import LevenbergMarquardt, TrustRegion
+from optax_accel.natural_gradient.quadratic_model import QuadraticModelState, quadratic_model
 from optax_accel.natural_gradient.state import ScaleByKFACState
 
 __all__ = [
     "HessianFreeState",
+    "LevenbergMarquardt",
+    "QuadraticModelState",
     "ScaleByKFACState",
+    "TrustRegion",
     "describe_layers",
     "ekfac",
     "hessian_free",
     "kfac",
+    "quadratic_model",
     "scale_by_ekfac",
     "scale_by_kfac",
 ]

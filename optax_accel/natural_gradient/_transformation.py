@@ -19,7 +19,14 @@ from optax_accel._random import as_key
 from optax_accel.natural_gradient import factors as stats
 from optax_accel.natural_gradient.finding import warn_of_diagonals
 from optax_accel.natural_gradient.layers import Block
+from optax_accel.natural_gradient.levenberg_marquardt import LevenbergMarquardt, TrustRegion
 from optax_accel.natural_gradient.options import Options
+from optax_accel.natural_gradient.quadratic_model import (
+    Damping,
+    Exact,
+    check_rate,
+    quadratic_model,
+)
 from optax_accel.natural_gradient.refreshing import measure, update_curvature
 from optax_accel.natural_gradient.state import ScaleByKFACState, corrected, initial_state
 from optax_accel.refresh import RefreshLike, announce_factors, of_factors
@@ -54,13 +61,15 @@ def transformation(options: Options) -> optax.GradientTransformationExtraArgs:
         value_fn: Any = None,
         curvature_value_fn: Any = None,
         refresh: RefreshLike = None,
+        damping: Any = None,
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, ScaleByKFACState]:
         due = of_factors(refresh)
         check_params(params, options.method, "tx.update(grads, state, params, value_fn=objective)")
         treedef, leaves = _structure(params)
         blocks, count = find_blocks(treedef, leaves), state.count
-        damping = value_of(options.damping, count)
+        if damping is None:
+            damping = value_of(options.damping, count)
 
         def refreshed(state: ScaleByKFACState, invert: bool | jax.Array) -> ScaleByKFACState:
             apart = curvature_value_fn is not None
@@ -168,23 +177,45 @@ def _precondition(
 # -- the optimizers -------------------------------------------------------------------------------
 
 
-def kl_bound(kl_clip: Any, learning_rate: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule | None:
-    """The ``norm_constraint`` of a KL clip at a learning rate."""
-    check_number("learning_rate", learning_rate, 0, allow_schedule=True)
+def kl_bound(
+    kl_clip: Any, learning_rate: optax.ScalarOrSchedule | Exact
+) -> optax.ScalarOrSchedule | None:
+    """The ``norm_constraint`` of a KL clip at a learning rate; None at an exact one."""
+    check_rate("learning_rate", learning_rate)
     if kl_clip is None:
         return None
     check_number("kl_clip", kl_clip, 0, open_low=True)
+    if isinstance(learning_rate, str):
+        return None
     return lambda count: kl_clip / jnp.asarray(value_of(learning_rate, count)) ** 2
+
+
+def initial_damping(damping: Damping) -> optax.ScalarOrSchedule:
+    """The damping before it adapts, if it does."""
+    return damping.initial if isinstance(damping, LevenbergMarquardt) else damping
 
 
 def with_momentum(
     preconditioner: optax.GradientTransformationExtraArgs,
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule | Exact,
     momentum: Any,
     mask: Mask,
+    *,
+    damping: Damping,
+    trust_region: TrustRegion | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation followed by momentum and the learning rate."""
-    check_number("momentum", momentum, 0, 1, open_high=True)
+    """A transformation followed by momentum and the learning rate, given or of the model."""
+    check_rate("momentum", momentum, 1)
+    adapts = isinstance(damping, LevenbergMarquardt) or trust_region is not None
+    if adapts or isinstance(learning_rate, str) or isinstance(momentum, str):
+        return quadratic_model(
+            preconditioner,
+            learning_rate,
+            momentum,
+            damping=damping,
+            trust_region=trust_region,
+            mask=mask,
+        )
     return optax.chain(
         preconditioner,
         with_fixed_leaves(lambda _: optax.trace(momentum), mask),

@@ -17,11 +17,18 @@ import chex
 import optax
 
 from optax_accel._masking import Mask
-from optax_accel.natural_gradient._transformation import kl_bound, transformation, with_momentum
+from optax_accel.natural_gradient._transformation import (
+    initial_damping,
+    kl_bound,
+    transformation,
+    with_momentum,
+)
 from optax_accel.natural_gradient.estimators import Estimator
 from optax_accel.natural_gradient.finding import Example
+from optax_accel.natural_gradient.levenberg_marquardt import TrustRegion
 from optax_accel.natural_gradient.likelihoods import Likelihood
 from optax_accel.natural_gradient.options import Options
+from optax_accel.natural_gradient.quadratic_model import Damping, Exact
 from optax_accel.objective import Objective
 
 
@@ -120,18 +127,19 @@ def scale_by_ekfac(
 
 
 def ekfac(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule | Exact,
     objective: Objective,
     example: Example = None,
     *,
-    momentum: float = 0.9,
+    momentum: float | Exact = 0.9,
     kl_clip: float | None = 1e-3,
-    damping: optax.ScalarOrSchedule = 1e-3,
+    damping: Damping = 1e-3,
     decay: float = 0.95,
     factors_every: int = 1,
     inverses_every: int = 10,
     estimator: Estimator = "fisher",
     likelihood: Likelihood | None = None,
+    trust_region: TrustRegion | None = None,
     max_size: int = 4096,
     key: chex.PRNGKey | int = 0,
     mask: Mask = None,
@@ -141,20 +149,24 @@ def ekfac(
     It is :func:`kfac` with the curvature of :func:`scale_by_ekfac`.
 
     Args:
-      learning_rate: float or schedule, at least 0.
+      learning_rate: float or schedule, at least 0; or ``"exact"``, the minimum of the quadratic
+        model with the exact Gauss-Newton matrix of the batch (:func:`quadratic_model`), at the
+        price of two products a step.
       objective: an :class:`~optax_accel.Objective` of the network. Only the program of its
         ``predict`` is read, to find the layers. Parameters alone do not tell how they are used, and
         the state holds a matrix for each side of a layer.
       example: keyword arguments of ``predict``, a dictionary of arrays or ``jax.ShapeDtypeStruct``,
         of which only shapes and dtypes matter. ``None`` (default) for an objective that holds its
         batch.
-      momentum: decay rate of the running sum of natural gradients, in [0, 1); default 0.9.
+      momentum: decay rate of the running sum of natural gradients, in [0, 1), default 0.9; or
+        ``"exact"``, the multiple of the previous update at the minimum of the quadratic model.
       kl_clip: :math:`\kappa`: natural gradients are multiplied by :math:`\min(1, \sqrt{\kappa /
         (\eta^2 \langle V, G \rangle)})` with the learning rate :math:`\eta`, which keeps the first
         steps, in which the curvature is small, from diverging. Default 1e-3, as in Pauloski et al.;
-        ``None`` turns it off.
+        ``None`` turns it off. With an exact learning rate there is no KL clip.
       damping: :math:`\lambda > 0`, float or schedule, relative to the curvature of the loss; it is
-        added to the second moments S.
+        added to the second moments S. Or a :class:`LevenbergMarquardt`, which adapts it to how well
+        the quadratic model predicts.
       decay: decay rate of the moving averages of the factors and of S, in [0, 1); default 0.95.
       factors_every: steps between refreshes of the factors and of S.
       inverses_every: steps between refreshes of the eigenbasis, a multiple of ``factors_every``.
@@ -166,6 +178,8 @@ def ekfac(
         variance). ``None`` (default) takes it from the program of the loss, where that shows
         softmax cross entropy or squared error, with any targets, masks and weights; other losses
         work, too, with up to 256 outputs per example.
+      trust_region: a :class:`TrustRegion`, which bounds the length of steps in the metric of the
+        Gauss-Newton matrix, at the price of two products a step; ``None`` (default) for none.
       max_size: a factor with more rows than this is approximated by its diagonal.
       key: PRNG key or integer seed of the random vectors.
       mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
@@ -198,7 +212,7 @@ def ekfac(
     preconditioner = scale_by_ekfac(
         objective,
         example=example,
-        damping=damping,
+        damping=initial_damping(damping),
         decay=decay,
         factors_every=factors_every,
         inverses_every=inverses_every,
@@ -209,4 +223,11 @@ def ekfac(
         key=key,
         mask=mask,
     )
-    return with_momentum(preconditioner, learning_rate, momentum, mask)
+    return with_momentum(
+        preconditioner,
+        learning_rate,
+        momentum,
+        mask,
+        damping=damping,
+        trust_region=trust_region,
+    )

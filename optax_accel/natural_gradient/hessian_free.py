@@ -53,6 +53,11 @@ from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select
 from optax_accel._numerics import max_norm
 from optax_accel.natural_gradient.conjugate_gradients import Solution, solve
+from optax_accel.natural_gradient.levenberg_marquardt import (
+    Reduction,
+    damping_factor,
+    reduction_of,
+)
 from optax_accel.objective import Objective
 
 _NAME = "hessian_free"
@@ -294,7 +299,9 @@ def _step(
     rate = value_of(settings.learning_rate, state.count)
     line = _Line(loss, position, solution.direction, incoming)
     reduction = _measure(line, solution, rate, gradient)
-    factor = _damping_factor(settings.damping_factor, reduction, solution.broken)
+    factor = damping_factor(settings.damping_factor, reduction)
+    failed = reduction.usable & (solution.broken > 0)
+    factor = jnp.where(failed, settings.damping_factor, factor)
     size = _halved(settings.max_halvings, line, reduction, rate)
     step = line.step(size)
     finite = jnp.isfinite(max_norm(solution.direction))
@@ -365,42 +372,16 @@ class _Line(NamedTuple):
         return _widen(self.loss(self.end(size)))
 
 
-class _Reduction(NamedTuple):
+def _measure(line: _Line, solution: Solution, rate: Any, gradient: chex.ArrayTree) -> Reduction:
     """The loss before and after a whole step, and what the model had predicted."""
-
-    predicted: jax.Array
-    before: jax.Array
-    after: jax.Array
-    ratio: jax.Array
-    usable: jax.Array  # whether loss and gradient are finite
-    telling: jax.Array  # whether the loss says something about the model
-
-
-def _measure(line: _Line, solution: Solution, rate: Any, gradient: chex.ArrayTree) -> _Reduction:
     # In units that neither overflow nor underflow before they are multiplied.
     predicted = rate * solution.slope + rate**2 * solution.bending / 2
     predicted = predicted * solution.scale[0] * solution.scale[1]
-    exact = line.loss(line.position)
-    before, after = _widen(exact), line.loss_after(rate)
-    usable = jnp.isfinite(before) & jnp.isfinite(max_norm(gradient))
-    ratio = jnp.where(predicted < 0, (after - before) / predicted, 1)
-    ratio = jnp.where(usable & jnp.isnan(ratio), -jnp.inf, ratio)
-    # What is lost in rounding, or is not a number from the start, says nothing on the model.
-    telling = -predicted > 8 * jnp.finfo(exact.dtype).eps * jnp.abs(before)
-    telling &= _differ(line.end(rate), line.position)
-    telling |= usable & ~jnp.isfinite(after)
-    return _Reduction(predicted, before, after, ratio, usable, telling)
+    before, moved = line.loss(line.position), _differ(line.end(rate), line.position)
+    return reduction_of(before, line.loss_after(rate), predicted, gradient, moved)
 
 
-def _damping_factor(rise: Any, reduction: _Reduction, broken: jax.Array) -> jax.Array:
-    """What the damping is multiplied with: the rule of Levenberg and Marquardt."""
-    factor = jnp.where(reduction.ratio > 0.75, 1 / rise, 1)
-    factor = jnp.where(reduction.ratio >= 0.25, factor, rise)  # also if it is not a number
-    factor = jnp.where(reduction.telling, factor, 1)
-    return jnp.where(reduction.usable & (broken > 0), rise, factor)
-
-
-def _halved(max_halvings: Any, line: _Line, reduction: _Reduction, rate: Any) -> jax.Array:
+def _halved(max_halvings: Any, line: _Line, reduction: Reduction, rate: Any) -> jax.Array:
     """The size of the step: the rate, halved as long as the loss rises; 0 where it still does."""
     telling = reduction.telling
 

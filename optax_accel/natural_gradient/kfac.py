@@ -22,8 +22,9 @@ Fisher matrix for convolution layers <https://arxiv.org/abs/1602.01407>`_, 2016;
 Ours: layers are found in the program of ``predict`` instead of being registered
 (:mod:`~optax_accel.natural_gradient.finding`); factors start from zero and are corrected for it, as
 Adam's moments are; a batch with numbers that are not finite leaves the curvature as it was, and the
-state counts it.  Left out: the rescaling of the step by the quadratic model and the adaption of the
-damping to it (Martens, Grosse, sections 6.4 to 7).
+state counts it.  The rescaling of the step by the quadratic model and the adaption of the damping
+to it (Martens, Grosse, sections 6.4, 6.5 and 7) are options of :func:`kfac`, and of any chain by
+:func:`quadratic_model`.  Left out: the separate adaption of the factored damping (section 6.6).
 """
 
 from __future__ import annotations
@@ -35,14 +36,21 @@ import optax
 
 from optax_accel._arguments import check_choice
 from optax_accel._masking import Mask
-from optax_accel.natural_gradient._transformation import kl_bound, transformation, with_momentum
+from optax_accel.natural_gradient._transformation import (
+    initial_damping,
+    kl_bound,
+    transformation,
+    with_momentum,
+)
 from optax_accel.natural_gradient.estimators import Estimator
 from optax_accel.natural_gradient.finding import Example
+from optax_accel.natural_gradient.levenberg_marquardt import TrustRegion
 from optax_accel.natural_gradient.likelihoods import Likelihood
 from optax_accel.natural_gradient.options import Options
+from optax_accel.natural_gradient.quadratic_model import Damping, Exact
 from optax_accel.objective import Objective
 
-Damping = Literal["factored", "eigen"]
+DampingKind = Literal["factored", "eigen"]
 
 
 def scale_by_kfac(
@@ -50,7 +58,7 @@ def scale_by_kfac(
     example: Example = None,
     *,
     damping: optax.ScalarOrSchedule = 1e-3,
-    damping_kind: Damping = "factored",
+    damping_kind: DampingKind = "factored",
     decay: float = 0.95,
     factors_every: int = 1,
     inverses_every: int = 10,
@@ -77,6 +85,8 @@ def scale_by_kfac(
       ``"cold"`` and ``"warm"``, the words for trackers) both; :func:`~optax_accel.refresh_at` gives
       the value for a step.  The first step needs ``"inverses"``: before it there is no curvature,
       and gradients pass (divided by 1 + damping in the eigenbasis).
+    * ``damping``: takes the place of the argument of that name in this step, as
+      :func:`quadratic_model` gives it; default None.
 
     The loss must be a mean over the examples, which are counted along the leading axis of the
     outputs, or a weighted mean, as with a mask.  With a ``likelihood`` the factors are exactly
@@ -180,7 +190,7 @@ def scale_by_kfac(
       >>> [round(float(p), 2) for p in params["w"][:, 0]]
       [0.1, 1.0, 10.0]
     """
-    check_choice("damping_kind", damping_kind, get_args(Damping))
+    check_choice("damping_kind", damping_kind, get_args(DampingKind))
     options = Options(
         method="scale_by_kfac",
         kind=damping_kind,
@@ -201,19 +211,20 @@ def scale_by_kfac(
 
 
 def kfac(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule | Exact,
     objective: Objective,
     example: Example = None,
     *,
-    momentum: float = 0.9,
+    momentum: float | Exact = 0.9,
     kl_clip: float | None = 1e-3,
-    damping: optax.ScalarOrSchedule = 1e-3,
-    damping_kind: Damping = "factored",
+    damping: Damping = 1e-3,
+    damping_kind: DampingKind = "factored",
     decay: float = 0.95,
     factors_every: int = 1,
     inverses_every: int = 10,
     estimator: Estimator = "fisher",
     likelihood: Likelihood | None = None,
+    trust_region: TrustRegion | None = None,
     max_size: int = 4096,
     key: chex.PRNGKey | int = 0,
     mask: Mask = None,
@@ -221,20 +232,24 @@ def kfac(
     r"""K-FAC with momentum and a KL clip.
 
     Args:
-      learning_rate: float or schedule, at least 0.
+      learning_rate: float or schedule, at least 0; or ``"exact"``, the minimum of the quadratic
+        model with the exact Gauss-Newton matrix of the batch (:func:`quadratic_model`), at the
+        price of two products a step.
       objective: an :class:`~optax_accel.Objective` of the network. Only the program of its
         ``predict`` is read, to find the layers. Parameters alone do not tell how they are used, and
         the state holds a matrix for each side of a layer.
       example: keyword arguments of ``predict``, a dictionary of arrays or ``jax.ShapeDtypeStruct``,
         of which only shapes and dtypes matter. ``None`` (default) for an objective that holds its
         batch.
-      momentum: decay rate of the running sum of natural gradients, in [0, 1); default 0.9.
+      momentum: decay rate of the running sum of natural gradients, in [0, 1), default 0.9; or
+        ``"exact"``, the multiple of the previous update at the minimum of the quadratic model.
       kl_clip: :math:`\kappa`: natural gradients are multiplied by :math:`\min(1, \sqrt{\kappa /
         (\eta^2 \langle V, G \rangle)})` with the learning rate :math:`\eta`, which keeps the first
         steps, in which the curvature is small, from diverging. Default 1e-3, as in Pauloski et al.;
-        ``None`` turns it off.
+        ``None`` turns it off. With an exact learning rate there is no KL clip.
       damping: :math:`\lambda > 0`, float or schedule; default 1e-3, as in Pauloski et al. It is
-        relative to the curvature of the loss: tune it together with the learning rate.
+        relative to the curvature of the loss: tune it together with the learning rate. Or a
+        :class:`LevenbergMarquardt`, which adapts it to how well the quadratic model predicts.
       damping_kind: where the damping is added: ``"factored"`` (default) to each factor, with
         inverses by Cholesky decomposition; ``"eigen"`` to the eigenvalues of the Kronecker product,
         which is exact and about ten times as expensive.
@@ -250,6 +265,8 @@ def kfac(
         variance). ``None`` (default) takes it from the program of the loss, where that shows
         softmax cross entropy or squared error, with any targets, masks and weights; other losses
         work, too, with up to 256 outputs per example.
+      trust_region: a :class:`TrustRegion`, which bounds the length of steps in the metric of the
+        Gauss-Newton matrix, at the price of two products a step; ``None`` (default) for none.
       max_size: a factor with more rows than this is approximated by its diagonal.
       key: PRNG key or integer seed of the random vectors.
       mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
@@ -287,7 +304,7 @@ def kfac(
     preconditioner = scale_by_kfac(
         objective,
         example=example,
-        damping=damping,
+        damping=initial_damping(damping),
         damping_kind=damping_kind,
         decay=decay,
         factors_every=factors_every,
@@ -299,4 +316,11 @@ def kfac(
         key=key,
         mask=mask,
     )
-    return with_momentum(preconditioner, learning_rate, momentum, mask)
+    return with_momentum(
+        preconditioner,
+        learning_rate,
+        momentum,
+        mask,
+        damping=damping,
+        trust_region=trust_region,
+    )
