@@ -35,7 +35,8 @@ from optax_accel.refresh import RefreshLike, announce_factors, of_factors
 def transformation(options: Options) -> optax.GradientTransformationExtraArgs:
     """Multiplies gradients by the inverse of a curvature matrix with a block for each layer."""
     key = as_key(options.key)
-    # Remembered, because every trace of a step asks again; it depends on nothing else.
+    # Remembered, because every trace of a step asks again; it depends on nothing else. So what it
+    # warns of is said once.
     find_blocks = functools.cache(functools.partial(_find_blocks, options))
 
     def init_fn(params: chex.ArrayTree) -> ScaleByKFACState:
@@ -50,7 +51,6 @@ def transformation(options: Options) -> optax.GradientTransformationExtraArgs:
         check_selected(params, options.mask, options.method)
         treedef, leaves = _structure(params)
         blocks = find_blocks(treedef, leaves)
-        warn_of_diagonals(options.method, blocks)
         return initial_state(options, key, blocks, [dtype for _, dtype in leaves])
 
     def update_fn(
@@ -110,7 +110,9 @@ def _find_blocks(
     options: Options, treedef: Any, leaves: Sequence[tuple[Any, Any]]
 ) -> tuple[Block, ...]:
     abstract = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
-    return options.find(options.objective, abstract, options.example).blocks
+    blocks = options.find(options.objective, abstract, options.example).blocks
+    warn_of_diagonals(options.method, blocks)
+    return blocks
 
 
 def _refresh_when_due(

@@ -9,6 +9,7 @@ that use it (:mod:`~optax_accel.natural_gradient.matching`); what is found is gr
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -43,7 +44,8 @@ def describe_layers(
 
     Returns:
       A table: the names of the parameters, the kind of layer, how its curvature is approximated
-      (and, where that is by a diagonal of batch gradients, why).
+      (and, where that is by a diagonal of batch gradients, why); below it the share of the
+      parameters whose curvature has Kronecker structure.
 
     Raises:
       ValueError: the objective was built from a value function, or its outputs have no leading
@@ -61,12 +63,22 @@ def describe_layers(
       parameters       kind     approximation
       ['temperature']  generic  diagonal of batch gradients: is used by `exp`
       ['w'], ['b']     dense    4 x 2 Kronecker
+      8 of 9 parameters (88.9 %) have Kronecker structure.
     """
     blocks = find(objective, params, example, mask, method="describe_layers").blocks
     lines = [("parameters", "kind", "approximation")]
     lines += [(", ".join(block.names), block.kind, _approximation(block)) for block in blocks]
     widths = [max(len(line[i]) for line in lines) for i in range(2)]
-    return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in lines)
+    table = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in lines]
+    return "\n".join([*table, f"{_coverage(blocks)[1]} have Kronecker structure."])
+
+
+def _coverage(blocks: Sequence[Block]) -> tuple[float, str]:
+    """The share of the parameters with Kronecker structure, and in words."""
+    sizes = [sum(map(math.prod, block.shapes)) for block in blocks]
+    structured = sum(n for n, block in zip(sizes, blocks, strict=True) if block.kronecker)
+    share = structured / max(1, sum(sizes))
+    return share, f"{structured:,} of {sum(sizes):,} parameters ({100 * share:.1f} %)"
 
 
 def _approximation(block: Block) -> str:
@@ -162,20 +174,29 @@ def check_example(method: str, objective: Objective, example: Example) -> None:
 
 
 def warn_of_diagonals(method: str, blocks: Sequence[Block]) -> None:
-    """Says to the caller of ``init`` which matrices have no Kronecker block, and why."""
-    plain = [b for b in blocks if b.kind == "generic" and b.reason not in UNUSED]
-    if any(block.kronecker for block in blocks):
-        plain = [block for block in plain if len(block.shapes[0]) > 1]
-    if not plain:
+    """Says to the caller of ``init`` what has no Kronecker block, and why.
+
+    That is matrices whose curvature is a diagonal of batch gradients; and, where less than half of
+    the parameters have Kronecker structure, everything that has none.
+    """
+    share, coverage = _coverage(blocks)
+    others = [b for b in blocks if not b.kronecker and b.reason not in UNUSED]
+    if share >= 0.5:
+        others = [b for b in others if b.kind == "generic" and len(b.shapes[0]) > 1]
+    if not others:
         return
-    reasons = "".join(f"\n  {block.names[0]} {block.reason}" for block in plain)
+    reasons = "".join(
+        f"\n  {b.names[0]} {b.reason or 'is a scale or shift: its diagonal is exact'}"
+        for b in others
+    )
     warnings.warn(
-        f"{method} takes the curvature of {len(plain)} of {len(blocks)} blocks of parameters for "
-        "diagonal, estimated from gradients of whole batches, where a layer would have a Kronecker "
-        "product: a layer is a parameter that one matmul, convolution or look-up takes as a whole, "
-        "outside of loops and of functions with a derivative rule of their own."
-        f"{reasons}\nSee optax_accel.describe_layers for all blocks.",
-        stacklevel=3,
+        f"{method} takes the curvature of {len(others)} of {len(blocks)} blocks of parameters for "
+        "diagonal, that of matrices estimated from gradients of whole batches, where a layer would "
+        "have a Kronecker product: a layer is a parameter that one matmul, convolution or look-up "
+        "takes as a whole, outside of loops and of functions with a derivative rule of their own. "
+        f"{coverage} have Kronecker structure.{reasons}\nSee optax_accel.describe_layers for all "
+        "blocks.",
+        stacklevel=4,
     )
 
 

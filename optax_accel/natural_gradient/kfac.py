@@ -168,7 +168,8 @@ def scale_by_kfac(
       TypeError: an argument of another kind; parameters that are not real floating point.
 
     Warns:
-      UserWarning: a matrix of parameters has no Kronecker block, for the reasons listed.
+      UserWarning: a matrix of parameters has no Kronecker block, or less than half of the
+        parameters have one, for the reasons listed; once for each network.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

@@ -528,7 +528,26 @@ def test_masked_parameters_have_no_block():
     text = oa.describe_layers(
         oa.Objective(predict, loss), tree(**shapes), mask={"w": True, "b": False}
     )
-    assert text.splitlines()[1:] == ["['w']       dense  3 x 2 Kronecker"]
+    assert text.splitlines()[1:] == [
+        "['w']       dense  3 x 2 Kronecker",
+        "6 of 6 parameters (100.0 %) have Kronecker structure.",
+    ]
+
+
+@pytest.mark.parametrize(("size", "count"), [(4, 1), (12, 2)])
+def test_what_is_said_of_diagonals(size, count):
+    """Of matrices always; of all else where less than half of the parameters have structure."""
+
+    def predict(p: Any) -> Any:
+        return X @ p["w"] * p["scale"].sum() + jnp.exp(p["v"]).sum()
+
+    params = jax.tree.map(jnp.asarray, tree(w=(3, 4), v=(2, 2), scale=(size,)))
+    tx = oa.scale_by_kfac(oa.Objective(predict, loss))
+    pattern = rf"{count} of 3 blocks.* 12 of {16 + size} parameters"
+    with pytest.warns(UserWarning, match=pattern) as caught:
+        tx.init(params)
+    tx.init(params)  # said once
+    assert ("['scale']" in str(caught[0].message)) == (count == 2)
 
 
 def test_outputs_without_examples():
