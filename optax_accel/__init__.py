@@ -34,6 +34,8 @@ from optax_accel.extrapolation import extra_adam, extrap_sgd
 from optax_accel.natural_gradient import HessianFreeState, ScaleByKFACState, describe_layers
 from optax_accel.natural_gradient import LevenbergMarquardt, QuadraticModelState, TrustRegion
 from optax_accel.natural_gradient import quadratic_model
+from optax_accel.natural_gradient import ScaleByBatchGaussNewtonState, batch_gauss_newton
+from optax_accel.natural_gradient import scale_by_batch_gauss_newton
 from optax_accel.natural_gradient import ekfac, hessian_free, kfac, scale_by_ekfac, scale_by_kfac
 
 # Gradient norm penalty
@@ -85,12 +87,14 @@ __all__ = [
     "RoundRobinTracker",
     "SampleGradientsState",
     "ScaleByAdaBoundState",
+    "ScaleByBatchGaussNewtonState",
     "ScaleByDemonAdamState",
     "ScaleByKFACState",
     "Tracker",
     "TrustRegion",
     "WithSchedulesState",
     "adabound",
+    "batch_gauss_newton",
     "bernoulli_per_element",
     "bernoulli_per_tensor",
     "bulk_sgd",
@@ -126,6 +130,7 @@ __all__ = [
     "reparametrize",
     "sample_gradients",
     "scale_by_adabound",
+    "scale_by_batch_gauss_newton",
     "scale_by_demon",
     "scale_by_demon_adam",
     "scale_by_ekfac",

@@ -142,6 +142,11 @@ OPTIMIZERS = (
         lambda rate: oa.hessian_free(rate, max_iterations=10),
         (0.03, 0.1, 0.3, 0.5, 1.0),
     ),
+    Case(
+        "batch_gauss_newton",
+        lambda rate: oa.batch_gauss_newton(rate, damping=1e-3, max_iterations=10),
+        (0.03, 0.1, 0.3, 0.5, 1.0),
+    ),
 )
 
 # Methods whose workers keep a state of their own; built from a learning rate, the name of the axis

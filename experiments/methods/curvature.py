@@ -138,4 +138,17 @@ NATURAL_GRADIENT = (
         factory=functools.partial(oa.hessian_free, max_iterations=10),
         gradients_per_step=30,
     ),
+    Method(
+        name="batch_gauss_newton",
+        family="natural gradient",
+        summary="Gauss-Newton in the space of the batch's outputs, up to ten iterations of CG",
+        paper=Paper("Ren and Goldfarb, 2019", "https://arxiv.org/abs/1906.02353"),
+        fidelity="our reading",
+        base="sgd",
+        learning_rates=HESSIAN_FREE_RATES,
+        factory=functools.partial(oa.batch_gauss_newton, max_iterations=10),
+        from_context=lambda context: {"likelihood": context.likelihood},
+        gradients_per_step=25,
+        period=oa.LevenbergMarquardt(1.0).every,
+    ),
 )

@@ -151,15 +151,7 @@ def _from_loss_hessian(batch: _Batch, estimator: Estimator, unknown: str) -> Sam
       ValueError: an example has too many outputs.
     """
     flat, restore = _flatten(batch.outputs, batch.num_examples, batch.dtype)
-    if flat.shape[1] > _MOST_OUTPUTS:
-        raise ValueError(
-            "K-FAC takes a likelihood from the program of the loss where that is a sum of softmax "
-            "cross entropies or of squared errors, with any targets, masks and weights. This loss "
-            f"is not: {unknown}. Then it takes a root of the loss Hessian of each example, of at "
-            f"most {_MOST_OUTPUTS} outputs; this network has {flat.shape[1]}. Name what the "
-            "outputs are, as likelihood='categorical' (logits), 'bernoulli' (logits) or 'gaussian' "
-            "(means), or take estimator='empirical'."
-        )
+    _check_size(flat.shape[1], unknown, ", or take estimator='empirical'")
     root = _loss_root(batch.objective, batch.outputs, flat, restore)
     if estimator == "fisher":
         normal = batch.draw(_normal, flat.shape[1:])
@@ -171,24 +163,23 @@ def _from_loss_hessian(batch: _Batch, estimator: Estimator, unknown: str) -> Sam
     return Samples(vectors, _present(vectors, batch.num_examples, batch.dtype))
 
 
+def _check_size(size: int, unknown: str, alternative: str) -> None:
+    """Raises if an example has too many outputs for a root of its loss Hessian."""
+    if size > _MOST_OUTPUTS:
+        raise ValueError(
+            "the likelihood is taken from the program of the loss where that is a sum of softmax "
+            "cross entropies or of squared errors, with any targets, masks and weights. This loss "
+            f"is not: {unknown}. Then a root of the loss Hessian of each example is taken, of at "
+            f"most {_MOST_OUTPUTS} outputs; this network has {size}. Name what the outputs are, as "
+            "likelihood='categorical' (logits), 'bernoulli' (logits) or 'gaussian' (means)"
+            f"{alternative}."
+        )
+
+
 def _from_likelihood(batch: _Batch, estimator: Estimator, likelihood: Likelihood) -> Samples:
     """Roots of a known Fisher matrix, or gradients for targets that are sampled from the model."""
-    leaves, treedef = jax.tree.flatten(batch.outputs)
-    if len(leaves) != 1 or leaves[0].ndim < (2 if likelihood == "categorical" else 1):
-        shapes = [leaf.shape for leaf in leaves]
-        raise ValueError(
-            f"likelihood {likelihood!r} needs outputs that are one array, (examples, ..., classes) "
-            f"for 'categorical'; `predict` returns the shapes {shapes}. Leave `likelihood` out: "
-            "the loss then decides."
-        )
-    (out,) = leaves
+    slope, out = _slope(batch.objective, batch.outputs, likelihood)
     wide = out.astype(batch.dtype)
-
-    def slope(point: jax.Array) -> jax.Array:
-        point = batch.objective.vary(jnp.broadcast_to(point, out.shape))
-        gradient = jax.grad(batch.objective.loss_of_outputs)(jax.tree.unflatten(treedef, [point]))
-        return jax.tree.leaves(gradient)[0]
-
     weights = batch.counted(jnp.maximum(_WEIGHTS[likelihood](slope, wide), 0))
     scale = jnp.sqrt(batch.num_examples * weights)
     if likelihood == "categorical":
@@ -197,7 +188,33 @@ def _from_likelihood(batch: _Batch, estimator: Estimator, likelihood: Likelihood
         samples = _independent(wide, scale, estimator, likelihood, batch.draw)
         weights = weights.mean(axis=-1) if weights.ndim > 1 else weights
     samples = samples.astype(out.dtype)
-    return Samples(jax.tree.unflatten(treedef, [samples]), weights)
+    return Samples(jax.tree.unflatten(jax.tree.structure(batch.outputs), [samples]), weights)
+
+
+def _slope(
+    objective: Objective, outputs: chex.ArrayTree, likelihood: Likelihood
+) -> tuple[_Slope, jax.Array]:
+    """The gradient of the loss as a function of the outputs, and these as one array.
+
+    Raises:
+      ValueError: they are not one array.
+    """
+    leaves, treedef = jax.tree.flatten(outputs)
+    if len(leaves) != 1 or leaves[0].ndim < (2 if likelihood == "categorical" else 1):
+        shapes = [leaf.shape for leaf in leaves]
+        raise ValueError(
+            f"likelihood {likelihood!r} needs outputs that are one array, (examples, ..., classes) "
+            f"for 'categorical'; `predict` returns the shapes {shapes}. Leave `likelihood` out: "
+            "the loss then decides."
+        )
+    (out,) = leaves
+
+    def slope(point: jax.Array) -> jax.Array:
+        point = objective.vary(jnp.broadcast_to(point, out.shape))
+        gradient = jax.grad(objective.loss_of_outputs)(jax.tree.unflatten(treedef, [point]))
+        return jax.tree.leaves(gradient)[0]
+
+    return slope, out
 
 
 def _present(vectors: chex.ArrayTree, num_examples: int, dtype: Any) -> jax.Array:
@@ -349,3 +366,106 @@ def _loss_root(
 
     (_, root), _ = lax.scan(eliminate, (hessians, jnp.zeros_like(hessians)), jnp.arange(size))
     return root
+
+
+# -- roots as linear functions --------------------------------------------------------------------
+
+
+class LossRoot(NamedTuple):
+    r"""A root R of the Hessian of the loss at the outputs, :math:`R R^\top = \nabla_f^2 \ell`.
+
+    Attributes:
+      times: R times a vector, an array ``(examples, outputs)``; the result is like the outputs.
+      transposed: R transposed times a vector like the outputs.
+      solve: the z with R z = u, for u in the range of R; otherwise a z that comes close.
+    """
+
+    times: Callable[[jax.Array], chex.ArrayTree]
+    transposed: Callable[[chex.ArrayTree], jax.Array]
+    solve: Callable[[chex.ArrayTree], jax.Array]
+
+
+def loss_root(
+    objective: Objective, outputs: chex.ArrayTree, likelihood: Likelihood | None, num_examples: int
+) -> LossRoot:
+    """The root, of this replica's loss.
+
+    Args:
+      objective: of the parameters alone.
+      outputs: of the network.
+      likelihood: the distribution that the outputs parametrize; None: that which the program of the
+        loss shows, else roots of its Hessian for each example.
+      num_examples: the leading axis of the outputs.
+
+    Raises:
+      ValueError: the outputs are not one array, though a likelihood is given; or the loss shows no
+        likelihood, and an example has too many outputs to do without one.
+    """
+    unknown = ""
+    if likelihood is None:
+        likelihood, unknown = recognize(objective, outputs)
+    dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(outputs)), jnp.float32)
+    flat, restore = _flatten(outputs, num_examples, dtype)
+
+    def flatten(tree: chex.ArrayTree) -> jax.Array:
+        return _flatten(tree, num_examples, dtype)[0]
+
+    if likelihood is None:
+        _check_size(flat.shape[1], unknown, "")
+        root = _loss_root(objective, outputs, flat, restore) / math.sqrt(num_examples)
+        return LossRoot(
+            lambda y: restore(jnp.einsum("nfc,nc->nf", root, y)),
+            lambda tree: jnp.einsum("nfc,nf->nc", root, flatten(tree)),
+            lambda tree: _substituted(root, flatten(tree)),
+        )
+    slope, out = _slope(objective, outputs, likelihood)
+    wide = out.astype(dtype)
+    weights = jnp.sqrt(jnp.maximum(_WEIGHTS[likelihood](slope, wide), 0))
+    # What is smaller than this next to the largest curvature is rounding.
+    least = jnp.finfo(dtype).eps * jnp.max(weights)
+
+    def over(scale: jax.Array, tree: chex.ArrayTree) -> jax.Array:
+        used = scale > least
+        return jnp.where(used, flatten(tree) / jnp.where(used, scale, 1), 0)
+
+    if likelihood != "categorical":
+        scale = jnp.ones_like(wide)
+        if likelihood == "bernoulli":
+            scale = jnp.sqrt(jax.nn.sigmoid(wide) * jax.nn.sigmoid(-wide))
+        scale = (weights * scale).reshape(flat.shape)
+        return LossRoot(
+            lambda y: restore(scale * y),
+            lambda tree: scale * flatten(tree),
+            lambda tree: over(scale, tree),
+        )
+    # diag(p) - p p^T = R R^T with R = diag(sqrt(p)) - p sqrt(p)^T.
+    logs, weights = jax.nn.log_softmax(wide, axis=-1), weights[..., None]
+    p, root_p = jnp.exp(logs), jnp.exp(logs / 2)
+
+    def times(y: jax.Array) -> chex.ArrayTree:
+        y = y.reshape(wide.shape)
+        along = jnp.sum(root_p * y, axis=-1, keepdims=True)
+        return restore((weights * (root_p * y - p * along)).reshape(flat.shape))
+
+    def transposed(tree: chex.ArrayTree) -> jax.Array:
+        tangent = flatten(tree).reshape(wide.shape)
+        mean = jnp.sum(p * tangent, axis=-1, keepdims=True)
+        return (weights * root_p * (tangent - mean)).reshape(flat.shape)
+
+    def solve(tree: chex.ArrayTree) -> jax.Array:
+        # The gradient of a cross entropy sums to 0 over the classes, so that p drops out.
+        return over((weights * root_p).reshape(flat.shape), tree)
+
+    return LossRoot(times, transposed, solve)
+
+
+def _substituted(root: jax.Array, right: jax.Array) -> jax.Array:
+    """Solutions of lower triangular systems, 0 where a pivot was left out."""
+
+    def eliminate(rest: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array]:
+        pivot = root[:, j, j]
+        value = jnp.where(pivot > 0, rest[:, j] / jnp.where(pivot > 0, pivot, 1), 0)
+        return rest - root[:, :, j] * value[:, None], value
+
+    _, values = lax.scan(eliminate, right, jnp.arange(right.shape[1]))
+    return values.T

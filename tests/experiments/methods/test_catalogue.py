@@ -62,7 +62,9 @@ def test_the_forms_of_the_step_repeat_after_a_period(name: str) -> None:
         assert fresh.refresh(0) == method.refresh(0)
     forms = [method.refresh(step) for step in range(1, 2 * method.period + 1)]
     assert forms[: method.period] == forms[method.period :]
-    assert (method.refresh(0) is None) == (method.tracker is None and not method.needs_objective)
+    adapts = name == "batch_gauss_newton"  # its damping
+    nothing = method.tracker is None and not method.needs_objective and not adapts
+    assert (method.refresh(0) is None) == nothing
 
 
 def test_settings_replace_the_catalogues() -> None:

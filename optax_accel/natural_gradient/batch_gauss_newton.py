@@ -1,0 +1,470 @@
+r"""Gauss-Newton steps that are solved for in the space of the batch's outputs.
+
+For n examples with c outputs each, J the Jacobian of all outputs (n c rows, a column for each
+parameter) and R a root of the Hessian of the loss at the outputs, :math:`R R^\top = \nabla_f^2
+\ell`, which contains the 1/n of a mean, the damped Gauss-Newton system has two forms:
+
+.. math::
+  (J^\top R R^\top J + \lambda I)\, d = g
+  \quad\Longleftrightarrow\quad
+  d = J^\top R\, y, \quad (R^\top J J^\top R + \lambda I)\, y = z
+  \quad \text{for } g = J^\top R\, z .
+
+The right one has n c unknowns: it is the smaller one where the parameters outnumber the outputs of
+the batch.  With squared error :math:`R = I / \sqrt n`, and the matrix is :math:`J J^\top / n +
+\lambda I`.  Where the loss is a negative log-likelihood with natural parameters, as softmax cross
+entropy of logits, d is the exact natural gradient of the batch.
+
+Ren, Goldfarb, `Efficient subsampled Gauss-Newton and natural gradient methods for training neural
+networks <https://arxiv.org/abs/1906.02353>`_, 2019; Cai et al., `Gram-Gauss-Newton method
+<https://arxiv.org/abs/1905.11675>`_, 2019; Korbit et al., `Exact Gauss-Newton optimization for
+training deep neural networks <https://arxiv.org/abs/2405.14402>`_, 2024.
+
+Ours: roots of the loss Hessian, which make the system symmetric for any convex loss, so that it can
+be solved by conjugate gradients and by Cholesky decomposition.  Gradients need not lie in the row
+space (weight decay, another batch): for a remainder :math:`r = g - J^\top R z`
+
+.. math::
+  d = J^\top R\, y + r / \lambda, \qquad
+  (R^\top J J^\top R + \lambda I)\, y = z - R^\top J r / \lambda ,
+
+which is the Sherman-Morrison-Woodbury formula for r alone.  For the gradient of the batch itself r
+is rounding error, and d free of the cancellation of that formula.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_accel._arguments import (
+    as_arrays,
+    check_choice,
+    check_count,
+    check_number,
+    static_integer,
+    value_of,
+)
+from optax_accel._extra_args import as_objective, check_params
+from optax_accel._masking import Mask, check_selected, merge, resolve, select
+from optax_accel._means import shares_of, vary_over
+from optax_accel.natural_gradient._transformation import initial_damping, with_momentum
+from optax_accel.natural_gradient.estimators import loss_root
+from optax_accel.natural_gradient.levenberg_marquardt import LevenbergMarquardt, TrustRegion
+from optax_accel.natural_gradient.likelihoods import Likelihood
+from optax_accel.natural_gradient.quadratic_model import Damping, Exact, check_rate
+from optax_accel.objective import Objective
+
+Solver = Literal["cg", "cholesky"]
+_NAME = "scale_by_batch_gauss_newton"
+
+
+class ScaleByBatchGaussNewtonState(NamedTuple):
+    """State of :func:`scale_by_batch_gauss_newton`.
+
+    Attributes:
+      count: number of updates made; int32 scalar.
+      solver_iterations: iterations of CG in the last step, 0 with Cholesky; int32 scalar.
+      solver_residual: norm of the residual of the last step's system over that of its right side;
+        float32 scalar.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count
+    solver_iterations: jax.Array
+    solver_residual: jax.Array
+
+
+def scale_by_batch_gauss_newton(
+    *,
+    damping: optax.ScalarOrSchedule = 1e-2,
+    solver: Solver = "cg",
+    max_iterations: int = 50,
+    tolerance: float = 1e-4,
+    block_size: int = 32,
+    likelihood: Likelihood | None = None,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Multiplies gradients by the inverse of the batch's damped Gauss-Newton matrix.
+
+    ``update`` takes these extra arguments:
+
+    * ``value_fn``: the :class:`~optax_accel.Objective` of this step's batch, built from ``predict``
+      and ``loss``; required.  An example's loss must depend on its own outputs only, which are
+      counted along the leading axis; weights and masks in the loss are allowed.
+    * ``curvature_value_fn``: another objective, whose Gauss-Newton matrix is used; default
+      ``value_fn``.
+    * ``damping``: takes the place of the argument of that name in this step, as
+      :func:`quadratic_model` gives it; default None.
+
+    Cost of a step: 3 Jacobian products at the start and end; with ``"cg"`` two more an iteration
+    (one forward, one backward), and no more memory than a gradient; with ``"cholesky"`` two for
+    each of the n c outputs, a third of :math:`(n c)^3` flops, the kernel's :math:`(n c)^2` numbers
+    and ``block_size`` copies of the parameters.  Both are loops in the compiled step, in which XLA
+    runs convolutions 6 to 300 times slower on CPU (jax#12868).
+
+    With an ``axis_name`` of the objective each replica holds the rows of its own examples.  CG
+    sends a gradient an iteration; Cholesky sends one for each output of the whole batch, and every
+    replica decomposes the whole kernel.
+
+    Args:
+      damping: :math:`\lambda > 0`, float or schedule; default 1e-2, for losses of about 1 that are
+        means over examples.
+      solver: ``"cg"`` (default), conjugate gradients, never forms the Jacobian; ``"cholesky"``
+        forms the matrix of the system, for a few hundred outputs in all.
+      max_iterations: the most iterations of CG, at least 1; default 50.
+      tolerance: CG stops where the residual is below this fraction of the right side, at least 0;
+        default 1e-4.
+      block_size: rows of the Jacobian that Cholesky's kernel is formed from at a time, at least 1;
+        default 32. It does nothing with CG.
+      likelihood: the distribution that the outputs parametrize: ``"categorical"`` (logits),
+        ``"bernoulli"`` (logits; the loss sums over the outputs) or ``"gaussian"`` (means with unit
+        variance). ``None`` (default) takes it from the program of the loss, where that shows
+        softmax cross entropy or squared error; other convex losses work, too, with up to 256
+        outputs per example.
+      mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
+        parameters to one: the leaves to precondition. Updates of the others pass through unchanged.
+        ``None`` (default) selects all leaves.
+
+    Returns:
+      A transformation with state :class:`ScaleByBatchGaussNewtonState`.
+
+    Raises:
+      ValueError: an argument outside its range, here; in ``update``: missing ``value_fn`` or
+        ``params``, an objective without ``predict``, or more outputs than can do without a
+        likelihood.
+      TypeError: an argument of another kind; parameters that are not real floating point.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import optax_accel as oa
+      >>> x, y = jnp.array([[2.0, 0.0, 1.0], [0.0, 1.0, 1.0]]), jnp.array([1.0, 2.0])
+      >>> objective = oa.Objective(lambda w: x @ w, lambda out: 0.5 * jnp.mean((out - y) ** 2))
+      >>> tx = oa.scale_by_batch_gauss_newton(damping=0.5)
+      >>> w = jnp.zeros(3)
+      >>> grads = objective.grad(w)
+      >>> d, state = tx.update(grads, tx.init(w), w, value_fn=objective)
+      >>> dense = jnp.linalg.solve(x.T @ x / 2 + 0.5 * jnp.eye(3), grads)
+      >>> bool(jnp.allclose(d, dense, atol=1e-5)), int(state.solver_iterations)
+      (True, 2)
+    """
+    settings = _Settings(
+        damping=damping,
+        solver=solver,
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+        block_size=block_size,
+        likelihood=likelihood,
+    )
+
+    def init_fn(params: chex.ArrayTree) -> ScaleByBatchGaussNewtonState:
+        check_params(params, _NAME)
+        check_selected(params, mask, _NAME)
+        zero = jnp.zeros((), jnp.int32)
+        return ScaleByBatchGaussNewtonState(zero, jnp.copy(zero), jnp.zeros((), jnp.float32))
+
+    def update_fn(
+        updates: chex.ArrayTree,
+        state: ScaleByBatchGaussNewtonState,
+        params: chex.ArrayTree | None = None,
+        *,
+        value_fn: Any = None,
+        curvature_value_fn: Any = None,
+        damping: Any = None,
+        **extra_args: Any,
+    ) -> tuple[chex.ArrayTree, ScaleByBatchGaussNewtonState]:
+        apart = curvature_value_fn is not None
+        params = None if params is None else as_arrays(params)
+        objective = as_objective(
+            curvature_value_fn if apart else value_fn,
+            extra_args,
+            method=_NAME,
+            params=params,
+            why="take the Jacobian of its outputs",
+            argument="curvature_value_fn" if apart else "value_fn",
+            needs_outputs=True,
+        )
+        chosen = resolve(params, mask)
+        objective = objective.precompose(lambda part: merge(part, params, chosen))
+        position, incoming = select(params, chosen), select(updates, chosen)
+        count = optax.safe_increment(state.count)
+        if not jax.tree.leaves(incoming):  # nothing to move
+            return updates, state._replace(count=count)
+        if damping is None:
+            damping = value_of(settings.damping, state.count)
+        rows = _Rows.at(objective, position, settings.likelihood)
+        direction, iterations, residual = _solve(settings, rows, incoming, damping)
+        direction = jax.tree.map(lambda d, u: d.astype(u.dtype), direction, incoming)
+        return merge(direction, updates, chosen), ScaleByBatchGaussNewtonState(
+            count, iterations, residual.astype(jnp.float32)
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def batch_gauss_newton(
+    learning_rate: optax.ScalarOrSchedule | Exact = 1.0,
+    *,
+    momentum: float | Exact = 0.0,
+    damping: Damping | None = None,
+    trust_region: TrustRegion | None = None,
+    solver: Solver = "cg",
+    max_iterations: int = 50,
+    tolerance: float = 1e-4,
+    block_size: int = 32,
+    likelihood: Likelihood | None = None,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Gauss-Newton steps, exact for their batch, solved for in the space of its outputs.
+
+    Args:
+      learning_rate: float or schedule, at least 0, default 1, a whole Gauss-Newton step; or
+        ``"exact"``, the minimum of the quadratic model, which differs where CG stops early.
+      momentum: decay rate of the running sum of steps, in [0, 1), default 0; or ``"exact"``, the
+        multiple of the previous update at the minimum of the quadratic model.
+      damping: :math:`\lambda > 0`, float or schedule; or a :class:`LevenbergMarquardt`, which
+        adapts it to how well the quadratic model predicts the loss. ``None`` (default) is
+        ``LevenbergMarquardt(1.0)``, at the price of two losses and a product every five steps.
+      trust_region: a :class:`TrustRegion`, which bounds the length of steps in the metric of the
+        Gauss-Newton matrix; ``None`` (default) for none.
+      solver: ``"cg"`` (default), conjugate gradients, never forms the Jacobian; ``"cholesky"``
+        forms the matrix of the system, for a few hundred outputs in all.
+      max_iterations: the most iterations of CG, at least 1; default 50.
+      tolerance: CG stops where the residual is below this fraction of the right side, at least 0;
+        default 1e-4.
+      block_size: rows of the Jacobian that Cholesky's kernel is formed from at a time, at least 1;
+        default 32. It does nothing with CG.
+      likelihood: the distribution that the outputs parametrize: ``"categorical"`` (logits),
+        ``"bernoulli"`` (logits; the loss sums over the outputs) or ``"gaussian"`` (means with unit
+        variance). ``None`` (default) takes it from the program of the loss, where that shows
+        softmax cross entropy or squared error; other convex losses work, too, with up to 256
+        outputs per example.
+      mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
+        parameters to one: the leaves to optimize. Updates of the others pass through unchanged.
+        ``None`` (default) selects all leaves.
+
+    Returns:
+      The optimizer; its ``update`` takes the extra arguments of
+      :func:`scale_by_batch_gauss_newton`.
+
+    Raises:
+      ValueError, TypeError: as :func:`scale_by_batch_gauss_newton`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import optax_accel as oa
+      >>> x, y = jnp.array([[2.0, 0.0, 1.0], [0.0, 1.0, 1.0]]), jnp.array([1.0, 2.0])
+      >>> objective = oa.Objective(lambda w: x @ w, lambda out: 0.5 * jnp.mean((out - y) ** 2))
+      >>> tx = oa.batch_gauss_newton(1.0, damping=1e-4, solver="cholesky")
+      >>> w = jnp.zeros(3)
+      >>> updates, _ = tx.update(objective.grad(w), tx.init(w), w, value_fn=objective)
+      >>> bool(objective(optax.apply_updates(w, updates)) < 1e-6)  # 1.25 at the start
+      True
+    """
+    check_rate("learning_rate", learning_rate)
+    if damping is None:
+        damping = LevenbergMarquardt(1.0)
+    preconditioner = scale_by_batch_gauss_newton(
+        damping=initial_damping(damping),
+        solver=solver,
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+        block_size=block_size,
+        likelihood=likelihood,
+        mask=mask,
+    )
+    return with_momentum(
+        preconditioner,
+        learning_rate,
+        momentum,
+        mask,
+        damping=damping,
+        trust_region=trust_region,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """The arguments of :func:`scale_by_batch_gauss_newton`, checked."""
+
+    damping: optax.ScalarOrSchedule
+    solver: Solver
+    max_iterations: int
+    tolerance: float
+    block_size: int
+    likelihood: Likelihood | None
+
+    def __post_init__(self) -> None:
+        check_number("damping", self.damping, 0, open_low=True, allow_schedule=True)
+        check_choice("solver", self.solver, get_args(Solver))
+        check_count("max_iterations", self.max_iterations, 1)
+        check_number("tolerance", self.tolerance, 0)
+        check_count("block_size", self.block_size, 1)
+        if self.likelihood is not None:
+            check_choice("likelihood", self.likelihood, get_args(Likelihood))
+
+
+class _Rows(NamedTuple):
+    r"""The linear map :math:`B = J^\top R` of the whole batch, whose rows the replicas share.
+
+    Attributes:
+      times: B times a vector ``(examples, outputs)`` of each replica, summed over them.
+      transposed: this replica's rows of B transposed times a vector like the parameters.
+      start: z with ``B z = g`` for the gradient g of the batch, of this replica.
+      axis_name: of the replicas, or None.
+    """
+
+    times: Callable[[jax.Array], chex.ArrayTree]
+    transposed: Callable[[chex.ArrayTree], jax.Array]
+    start: jax.Array
+    axis_name: str | None
+
+    @classmethod
+    def at(
+        cls, objective: Objective, position: chex.ArrayTree, likelihood: Likelihood | None
+    ) -> _Rows:
+        """The map at some parameters."""
+        axis = objective.axis_name
+        outputs, push, pull = objective.jacobian(position)
+        shapes = [leaf.shape for leaf in jax.tree.leaves(outputs)]
+        leading = {shape[:1] for shape in shapes}
+        num_examples = shapes[0][0] if len(leading) == 1 and shapes[0] else 1
+        root = loss_root(objective, outputs, likelihood, num_examples)
+        share: Any = 1.0  # what this replica's loss counts in the mean, and its root
+        if axis is not None:
+            weight = objective.batch_weight()
+            weight = jnp.ones(()) if weight is None else weight
+            weight = vary_over(weight, axis)
+            share = shares_of(weight, lax.psum(weight, axis), lax.axis_size(axis))
+        slope = jax.grad(objective.loss_of_outputs)(outputs)
+
+        def part(y: jax.Array) -> jax.Array:
+            root_share = jnp.sqrt(jnp.asarray(share, y.dtype))
+            return jnp.where(root_share > 0, root_share * y, 0)  # else it may be NaN
+
+        def times(y: jax.Array) -> chex.ArrayTree:
+            pulled = jax.tree.map(_widen, pull(root.times(part(y))))
+            return _sum(jax.tree.map(lambda leaf: jnp.where(share > 0, leaf, 0), pulled), axis)
+
+        def transposed(vector: chex.ArrayTree) -> jax.Array:
+            tangent = jax.tree.map(lambda v, p: v.astype(p.dtype), vector, position)
+            return part(root.transposed(push(vary_over(tangent, axis))))
+
+        return cls(times, transposed, part(root.solve(slope)), axis)
+
+    def dot(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """The inner product of two vectors of outputs, over all replicas."""
+        return _sum(jnp.sum(a * b), self.axis_name)
+
+
+def _solve(
+    settings: _Settings, rows: _Rows, incoming: chex.ArrayTree, damping: Any
+) -> tuple[chex.ArrayTree, jax.Array, jax.Array]:
+    """The direction, the iterations made and the relative residual."""
+    gradient = jax.tree.map(_widen, incoming)
+    rest = jax.tree.map(
+        lambda g, b: (g - b) / jnp.asarray(damping, g.dtype), gradient, rows.times(rows.start)
+    )
+    right = rows.start - rows.transposed(rest)
+    strength = jnp.asarray(damping, right.dtype)
+
+    def matrix(y: jax.Array) -> jax.Array:
+        return rows.transposed(rows.times(y)) + strength * y
+
+    iterations = jnp.zeros((), jnp.int32)
+    if settings.solver == "cg":
+        y, residual, iterations = _conjugate_gradients(settings, rows, matrix, right)
+    else:
+        y = _cholesky(settings, rows, right, strength)
+        left = right - matrix(y)
+        residual = rows.dot(left, left)
+    norm = rows.dot(right, right)
+    direction = jax.tree.map(jnp.add, rows.times(y), rest)
+    relative = jnp.sqrt(residual / jnp.where(norm > 0, norm, 1))
+    return direction, iterations, relative
+
+
+class _Point(NamedTuple):
+    """Where CG is."""
+
+    solution: jax.Array
+    residual: jax.Array
+    search: jax.Array
+    squared: jax.Array  # norm of the residual
+    iterations: jax.Array
+
+
+def _conjugate_gradients(
+    settings: _Settings,
+    rows: _Rows,
+    matrix: Callable[[jax.Array], jax.Array],
+    right: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The solution, the squared norm of the residual, and the number of iterations."""
+    # JAX's own CG takes inner products of what one replica holds.
+    right = vary_over(right, rows.axis_name)
+    squared = rows.dot(right, right)
+    # Below its rounding error a residual falls no more.
+    goal = jnp.maximum(settings.tolerance, jnp.finfo(right.dtype).eps) ** 2 * squared
+
+    def going_on(point: _Point) -> jax.Array:
+        return (point.squared > goal) & (point.iterations < settings.max_iterations)
+
+    def iterate(point: _Point) -> _Point:
+        image = matrix(point.search)
+        size = point.squared / rows.dot(point.search, image)
+        residual = point.residual - size * image
+        squared = rows.dot(residual, residual)
+        return _Point(
+            point.solution + size * point.search,
+            residual,
+            residual + squared / point.squared * point.search,
+            squared,
+            point.iterations + 1,
+        )
+
+    start = _Point(jnp.zeros_like(right), right, right, squared, jnp.zeros((), jnp.int32))
+    last = lax.while_loop(going_on, iterate, start)
+    # A right side that is not finite must show.
+    usable = jnp.isfinite(squared)
+    return jnp.where(usable, last.solution, right), last.squared, last.iterations
+
+
+def _cholesky(settings: _Settings, rows: _Rows, right: jax.Array, strength: jax.Array) -> jax.Array:
+    """The solution from the matrix of the system, which all replicas form and decompose."""
+    axis, size = rows.axis_name, right.size
+    replicas, first = (1, 0) if axis is None else (lax.axis_size(axis), lax.axis_index(axis) * size)
+
+    def row(index: jax.Array) -> jax.Array:
+        unit = jax.nn.one_hot(index - first, size, dtype=right.dtype)  # 0 on other replicas
+        return rows.transposed(rows.times(unit.reshape(right.shape))).ravel()
+
+    block = min(static_integer("block_size", settings.block_size, 1), replicas * size)
+    kernel = lax.map(row, vary_over(jnp.arange(replicas * size), axis), batch_size=block)
+    whole = right.ravel()
+    if axis is not None:
+        kernel = lax.all_gather(kernel, axis, axis=1, tiled=True)
+        whole = lax.all_gather(whole, axis, tiled=True)
+    kernel = (kernel + kernel.T) / 2
+    # Less damping than this would be lost in the rounding errors of the decomposition.
+    least = 8 * jnp.finfo(kernel.dtype).eps * jnp.trace(kernel)
+    diagonal = jnp.maximum(strength, least) * jnp.eye(len(kernel), dtype=kernel.dtype)
+    factor = jax.scipy.linalg.cho_factor(kernel + diagonal)
+    solution = jax.scipy.linalg.cho_solve(factor, whole)
+    return lax.dynamic_slice_in_dim(solution, first, size).reshape(right.shape)
+
+
+def _sum(tree: chex.ArrayTree, axis_name: str | None) -> chex.ArrayTree:
+    if axis_name is None:
+        return tree
+    return lax.psum(vary_over(tree, axis_name), axis_name)
+
+
+def _widen(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
