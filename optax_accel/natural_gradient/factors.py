@@ -178,6 +178,71 @@ def kronecker_statistics(
     return Kronecker(total_inputs / num_rows, total_outputs / num_examples)
 
 
+def tied_statistics(
+    block: Block,
+    values: Values,
+    gradients: Values,
+    weights: jax.Array,
+    shapes: Kronecker,
+    dtype: Any,
+) -> tuple[Kronecker, ...]:
+    """A and B of one batch for each way in which a tied matrix is used; arguments as above."""
+    results = []
+    for part, turned in block.parts():
+        own = Kronecker(*reversed(shapes)) if turned else shapes
+        if table := part.kind == "embedding":
+            own = own._replace(inputs=own.inputs[:1])
+        factors = kronecker_statistics(part, values, gradients, weights, own, dtype)
+        if table and len(shapes.inputs) == 2:
+            factors = factors._replace(inputs=jnp.diag(factors.inputs))
+        results.append(Kronecker(*reversed(factors)) if turned else factors)
+    return tuple(results)
+
+
+def nearest_kronecker(terms: Sequence[Kronecker]) -> Kronecker:
+    r"""The Kronecker product nearest to a sum of such, in the Frobenius norm.
+
+    With :math:`\sum_i A_i \otimes B_i` rearranged to :math:`\sum_i \mathrm{vec}(A_i)\,
+    \mathrm{vec}(B_i)^\top` it is the largest singular triple of that matrix (Van Loan, Pitsianis,
+    `Approximation with Kronecker products
+    <https://doi.org/10.1007/978-94-015-8196-7_17>`_, 1993, section 2), which lies in the span of
+    the terms: the powers of a matrix with as many rows as there are terms lead to it.  Inner
+    products of positive semidefinite matrices are not negative, so that both factors are
+    semidefinite again.
+
+    Args:
+      terms: with factors of the same shapes.
+
+    Returns:
+      The factors; A has the norm 1.
+    """
+
+    def normalized(sides: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        stack = jnp.stack(sides).reshape(len(sides), -1)
+        norms = jnp.linalg.norm(stack, axis=1)
+        unit = stack / jnp.where(norms > 0, norms, 1)[:, None]
+        return unit, norms, _matmul(unit, unit.T)
+
+    left, left_norms, left_products = normalized([term.inputs for term in terms])
+    right, right_norms, right_products = normalized([term.outputs for term in terms])
+    sizes = left_norms * right_norms
+    largest = jnp.max(sizes)
+    sizes = sizes / jnp.where(largest > 0, largest, 1)
+    # u = sum_i c_i A_i is the eigenvector of M M^T where c is that of this matrix.
+    step = sizes[:, None] * _matmul(right_products * sizes[None], left_products)
+    for _ in range(10):  # the power 1024
+        step = _matmul(step, step)
+        step = step / jnp.where(jnp.max(step) > 0, jnp.max(step), 1)
+    weights = jnp.sum(step, axis=1)
+    norm = jnp.sqrt(_matmul(weights, _matmul(left_products, weights)))
+    weights = weights / jnp.where(norm > 0, norm, 1)
+    others = largest * sizes * _matmul(left_products, weights)
+    return Kronecker(
+        _matmul(weights, left).reshape(terms[0].inputs.shape),
+        _matmul(others, right).reshape(terms[0].outputs.shape),
+    )
+
+
 def _weights_of_rows(weights: jax.Array, num_positions: int) -> jax.Array:
     """Weights for the positions of a layer: those of the outputs, where there are as many."""
     weights = weights.reshape(len(weights), -1)
@@ -271,6 +336,47 @@ def eigen_statistics(
 
     examples = [(a, jnp.moveaxis(g, 1, 0)) for a, g in rotated]
     total, _ = lax.scan(add, vary(jnp.zeros(block.matrix_shape, dtype)), examples)
+    return total / num_examples
+
+
+def tied_eigen_statistics(
+    block: Block,
+    values: Values,
+    gradients: Values,
+    num_examples: int,
+    basis: Kronecker,
+    dtype: Any,
+    vary: Vary,
+) -> jax.Array:
+    """As above of a tied matrix, whose gradient for an example is the sum over its uses."""
+    rows, columns = basis.inputs.eigenvectors, basis.outputs.eigenvectors
+    turns, uses = [], []
+    for part, turned in block.parts():
+        for use in part.uses:
+            a = inputs_of(part, use, values, num_examples, dtype)
+            g = jnp.moveaxis(gradients_of(use, gradients, num_examples, dtype), 1, 0)
+            if turned:
+                a, g = _rotate(a, columns), _rotate(g, rows)
+            else:
+                g = _rotate(g, columns)
+                a = _rotate(a, rows) if part.kind == "dense" else a
+            turns.append((part.kind, turned))
+            uses.append((a, g))
+
+    def gradient_of(kind: str, turned: bool, a: jax.Array, g: jax.Array) -> jax.Array:
+        if kind == "dense":
+            return _einsum("ti,sto->soi" if turned else "ti,sto->sio", a, g)
+        index = _as_index(a, block.matrix_shape[0])
+        zeros = jnp.zeros((len(g), *block.matrix_shape), dtype)
+        added = zeros.at[:, index].add(g, mode="drop")
+        return added if rows is None else _einsum("vi,svo->sio", rows, added)
+
+    def add(total: jax.Array, example: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, None]:
+        parts = zip(turns, example, strict=True)
+        gradient = sum(gradient_of(*turn, *arrays) for turn, arrays in parts)
+        return total + jnp.sum(gradient**2, axis=0), None
+
+    total, _ = lax.scan(add, vary(jnp.zeros(block.matrix_shape, dtype)), uses)
     return total / num_examples
 
 

@@ -2,7 +2,8 @@
 
 A vector added to the output of a dense layer or a convolution is its bias, one block with it.  A
 parameter used several times in the same way (over time, over branches) has one block, the sum over
-its uses.  Uses from which no gradient comes back (``stop_gradient``, rounding) do not count.
+its uses; so has a matrix that is used transposed as well, or both as a table and as a weight (tied
+embeddings).  Uses from which no gradient comes back (``stop_gradient``, rounding) do not count.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from optax_accel.natural_gradient.following import Follower
-from optax_accel.natural_gradient.layers import Block
-from optax_accel.natural_gradient.layouts import Ops
+from optax_accel.natural_gradient.layers import Block, Use
+from optax_accel.natural_gradient.layouts import Ops, simplified
 
 # What is said of parameters that no layer could have.
 UNUSED = ("has no entries", "has no gradient", "is not used")
@@ -42,17 +43,38 @@ class Grouping:
                 reasons.setdefault(refusal.leaf, refusal.reason)
         seen = {refusal.leaf for refusal in follower.refusals} | {u.leaf for u in follower.uses}
         for leaf, indices in self._uses.items():
-            kinds = sorted({follower.uses[i].kind for i in indices})
-            layouts = {follower.uses[i].ops for i in indices}
+            uses = [follower.uses[i] for i in indices]
+            kinds = sorted({use.kind for use in uses})
+            layouts = {use.ops for use in uses}
             if 0 in self._shapes[leaf]:
                 reasons[leaf] = "has no entries"
             elif not indices:
                 reasons.setdefault(leaf, "has no gradient" if leaf in seen else "is not used")
+            elif self._tied(uses):
+                pass
             elif len(kinds) > 1:
                 reasons.setdefault(leaf, f"is used as {' and as '.join(kinds)}")
             elif kinds != ["scale-shift"] and len(layouts) > 1:
                 reasons.setdefault(leaf, "is used in several layouts")
         return reasons
+
+    def _tied(self, uses: Sequence[Use]) -> tuple[Use, ...]:
+        """Different uses of one matrix, as a table, as a weight or as its transpose; or none."""
+        kinds = {use.kind for use in uses}
+        if not kinds <= {"dense", "embedding"} or len({(u.kind, u.ops) for u in uses}) < 2:
+            return ()
+        shape = self._shapes[uses[0].leaf]
+        first = next((use for use in uses if use.kind == "embedding"), uses[0])
+        plain = simplified(first.ops, shape)
+        turned = simplified((*first.ops, ("transpose", (1, 0))), shape)
+        tied = []
+        for use in uses:
+            own = simplified(use.ops, shape)
+            if len(use.ops[-1][1]) != 2 or own not in (plain, turned):
+                return ()
+            tied.append(dataclasses.replace(use, transposed=own != plain))
+        # The first use gives the layout of the block.
+        return tuple(sorted(tied, key=lambda use: (use.transposed, use.kind != "embedding")))
 
     def blocks(self, names: Sequence[str], selected: Sequence[bool]) -> Iterator[Block]:
         """The blocks, in the order of the parameters.
@@ -80,8 +102,12 @@ class Grouping:
                 leaves += (partner,)
                 uses = tuple(dataclasses.replace(use, bias_ops=ops) for use in uses)
             reason = self._reasons.get(leaf, "")
+            kind = "generic" if reason else uses[0].kind
+            if kind != "generic" and (tied := self._tied(uses)):
+                ways = {(use.kind, use.transposed) for use in tied}
+                uses, kind = tied, "tied" if len(ways) > 1 else kind
             yield Block(
-                "generic" if reason else uses[0].kind,
+                kind,
                 leaves,
                 tuple(names[i] for i in leaves),
                 tuple(self._shapes[i] for i in leaves),
@@ -100,7 +126,7 @@ class Grouping:
             ]
             for i in indices
         ]
-        if any(len(shifts) != 1 for shifts in candidates):
+        if any(len(shifts) != 1 for shifts in candidates) or self._tied([uses[i] for i in indices]):
             return None
         partners = {(uses[shift].leaf, ops) for ((shift, ops),) in candidates}
         if len(partners) != 1:

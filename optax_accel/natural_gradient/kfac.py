@@ -106,6 +106,10 @@ def scale_by_kfac(
     inverses and ten times that for eigendecompositions, and :math:`2 n m (n + m)` to apply them
     (twice that in the eigenbasis).  Memory: :math:`2 (n^2 + m^2)` numbers.
 
+    A matrix that is used in two ways, as the table of an embedding and as the projection to the
+    outputs (tied embeddings), or also transposed, has the Kronecker product nearest to the sum of
+    those of its uses.  For two blocks instead, give ``predict`` two parameters.
+
     On a CPU, jaxlib 0.10 can hang when several batched decompositions run at once, as they do under
     ``vmap``.
 

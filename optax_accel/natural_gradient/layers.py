@@ -6,6 +6,7 @@ A block is of one of these kinds:
 ``dense``          ``dot_general`` with an activation, any number of contracted and kept axes
 ``convolution``    ``conv_general_dilated`` in one group: any stride, padding and dilation
 ``embedding``      ``gather`` of whole slices along one axis
+``tied``           a matrix used as embedding and as (transposed) weight, or also transposed
 ``scale-shift``    a product or a sum that repeats the parameter over the examples (normalization)
 ``generic``        everything else: the parameter is used in other ways, or inside a loop
 =================  ==============================================================================
@@ -47,6 +48,7 @@ class Use:
       coefficient: a further factor of a scale or shift, or None.
       sign: of a shift.
       bias_ops: from the bias to a vector of outputs, if there is a bias.
+      transposed: whether its matrix is that of the block with inputs and outputs exchanged.
     """
 
     kind: str
@@ -63,6 +65,7 @@ class Use:
     coefficient: int | None = None
     sign: int = 1
     bias_ops: Ops = ()
+    transposed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Block:
     @property
     def kronecker(self) -> bool:
         """Whether the block is a matrix with an input and an output side."""
-        return self.kind in ("dense", "convolution", "embedding")
+        return self.kind in ("dense", "convolution", "embedding", "tied")
 
     @property
     def has_bias(self) -> bool:
@@ -106,6 +109,21 @@ class Block:
         """What a state depends on."""
         layout = (self.uses[0].ops, self.uses[0].bias_ops) if self.kronecker else ()
         return self.kind, self.names, self.shapes, layout
+
+    def parts(self) -> list[tuple[Block, bool]]:
+        """A block for each way of using a tied matrix, and whether it is transposed there."""
+        ways = {(use.kind, use.transposed): None for use in self.uses}
+        return [
+            (
+                dataclasses.replace(
+                    self,
+                    kind=kind,
+                    uses=tuple(u for u in self.uses if (u.kind, u.transposed) == (kind, turned)),
+                ),
+                turned,
+            )
+            for kind, turned in ways
+        ]
 
     def to_matrix(self, leaves: Mapping[int, Any]) -> jax.Array:
         """The block's part of a tree like the parameters as a matrix (inputs, outputs)."""

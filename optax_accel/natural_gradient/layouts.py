@@ -42,6 +42,23 @@ def inverse(ops: Ops, shape: Shape) -> Ops:
     return tuple(reversed(undo))
 
 
+def simplified(ops: Ops, shape: Shape) -> Ops:
+    """The same operations on an array of a shape, without those that change nothing."""
+    kept: list[tuple[str, Shape]] = []
+    for name, argument in ops:
+        if name == "reshape":
+            if argument != shape:
+                kept.append((name, argument))
+            shape = argument
+            continue
+        shape = tuple(shape[i] for i in argument)
+        if kept and kept[-1][0] == "transpose":
+            argument = tuple(kept.pop()[1][i] for i in argument)
+        if argument != tuple(range(len(argument))):
+            kept.append((name, argument))
+    return tuple(kept)
+
+
 @dataclasses.dataclass(frozen=True)
 class View:
     """A value that is a parameter in another layout, repeated along some axes.

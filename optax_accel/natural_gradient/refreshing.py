@@ -161,16 +161,20 @@ def _mean_factors(state: ScaleByKFACState, batch: Batch) -> list[Any]:
         dtype = jax.tree.leaves(old)[0].dtype
         if block.kronecker:
             shapes = Kronecker(*(side.shape for side in old))
+            tied = block.kind == "tied"
+            statistics: Any = stats.tied_statistics if tied else stats.kronecker_statistics
             means.append(
-                stats.kronecker_statistics(
-                    block, batch.values, batch.gradients, batch.weights, shapes, dtype
-                )
+                statistics(block, batch.values, batch.gradients, batch.weights, shapes, dtype)
             )
         elif block.kind == "generic":
             means.append(batch.generic[block.leaves[0]].astype(dtype) / n)
         else:
             means.append(stats.diagonal_statistics(block, batch.values, batch.gradients, n, dtype))
     means = batch.objective.mean_of_replicas(means)
+    means = [
+        stats.nearest_kronecker(mean) if block.kind == "tied" else mean
+        for block, mean in zip(batch.blocks, means, strict=True)
+    ]
     # The squared mean gradient of n independent examples, times n.
     total = n * (1 if axis is None else lax.axis_size(axis))
     return [
@@ -228,7 +232,7 @@ def _average_moments(
     new = tuple(
         None
         if old is None
-        else stats.eigen_statistics(
+        else (stats.tied_eigen_statistics if block.kind == "tied" else stats.eigen_statistics)(
             block,
             batch.values,
             batch.gradients,

@@ -13,7 +13,7 @@ from jax import lax
 import optax_accel as oa
 from optax_accel._means import vary_over
 from optax_accel.natural_gradient import factors as stats
-from tests.helpers import over_workers
+from tests.helpers import over_workers, tree_allclose
 from tests.natural_gradient.test_finding import (
     CASES,
     IMAGES,
@@ -50,9 +50,9 @@ def test_second_moments_of_each_example(x64, name):
             basis = stats.Kronecker(
                 *(stats.Eigen(jnp.ones(n), jnp.eye(n)) for n in block.matrix_shape)
             )
-            got = stats.eigen_statistics(
-                block, values, gradients, N, basis, jnp.float64, lambda t: t
-            )
+            tied = block.kind == "tied"
+            statistics = stats.tied_eigen_statistics if tied else stats.eigen_statistics
+            got = statistics(block, values, gradients, N, basis, jnp.float64, lambda t: t)
             np.testing.assert_allclose(got, block.to_matrix(leaves), rtol=1e-10, atol=1e-12)
 
 
@@ -92,6 +92,43 @@ def test_factors_of_an_embedding(x64):
     np.testing.assert_allclose(got.inputs, np.bincount(TOKENS.ravel()) / TOKENS.size)
     slopes = N * jax.grad(loss)(outputs).reshape(-1, 3)
     np.testing.assert_allclose(got.outputs, slopes.T @ slopes / N, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["tied embedding", "tied autoencoder"])
+def test_factors_of_a_tied_matrix(x64, name):
+    """The best Kronecker product for the sum of those of the uses, by a decomposition."""
+    _, network, _, values, gradients, _ = captured_case(name)
+    (block,) = (block for block in network.blocks if block.kind == "tied")
+    (rows, columns), weights = block.matrix_shape, jnp.ones(N)
+    terms = stats.tied_statistics(
+        block, values, gradients, weights, stats.side_shapes(block, 99), jnp.float64
+    )
+    total = np.zeros((rows, rows, columns, columns))
+    for (part, turned), term in zip(block.parts(), terms, strict=True):
+        shapes = stats.side_shapes(part, 99)
+        alone = stats.kronecker_statistics(part, values, gradients, weights, shapes, jnp.float64)
+        left, right = reversed(alone) if turned else alone
+        left = np.diag(left) if left.ndim == 1 else left
+        tree_allclose(term, stats.Kronecker(left, right), rtol=1e-12)
+        total += np.einsum("ij,kl->ijkl", left, right)
+    matrix = total.reshape(rows**2, columns**2)
+    u, s, v = np.linalg.svd(matrix)
+    assert s[1] > 1e-3 * s[0]
+    got = stats.nearest_kronecker(terms)
+    product = np.outer(got.inputs, got.outputs)
+    np.testing.assert_allclose(product, s[0] * np.outer(u[:, 0], v[0]), atol=1e-12 * s[0])
+    assert min(np.linalg.eigvalsh(side).min() for side in got) > -1e-12
+
+
+def test_nearest_kronecker_product_of_diagonal_and_empty_terms():
+    """Diagonals of large factors, terms of very different sizes, and no curvature at all."""
+    big = stats.Kronecker(1e9 * jnp.array([1.0, 2.0]), jnp.eye(2))
+    small = stats.Kronecker(1e-9 * jnp.array([1.0, 0.0]), jnp.ones((2, 2)))
+    got = stats.nearest_kronecker([big, small])
+    want = np.outer(big.inputs, big.outputs)
+    np.testing.assert_allclose(np.outer(got.inputs, got.outputs), want, rtol=1e-6, atol=1)
+    zero = jax.tree.map(jnp.zeros_like, big)
+    tree_allclose(stats.nearest_kronecker([zero, zero]), zero)
 
 
 def test_indices_too_narrow_for_their_table():

@@ -216,6 +216,21 @@ CASES: dict[str, Case] = {
         {"w": (3, 5)},
         {"w": "embedding"},
     ),
+    "tied embedding": (
+        lambda p: jnp.tanh(p["w"][TOKENS]) @ p["w"].T + p["b"][None, None],
+        {"w": (5, 3), "b": (5,)},
+        {"w": "tied", "b": "scale-shift"},
+    ),
+    "tied autoencoder": (
+        lambda p: jnp.tanh(jnp.tanh(X @ p["w"]) @ p["w"].T) @ p["w"],
+        {"w": (3, 2)},
+        {"w": "tied"},
+    ),
+    "transposed twice": (
+        lambda p: jnp.tanh(X @ p["w"].T) @ p["w"].reshape(3, 3, 1).squeeze(2).T,
+        {"w": (3, 3)},
+        {"w": "dense"},
+    ),
     "layer norm": (
         lambda p: layer_norm(p, X @ p["w"]),
         {"w": (3, 4), "scale": (4,), "shift": (4,)},
@@ -360,16 +375,6 @@ GENERIC: dict[str, tuple[Callable[[Any], Any], dict[str, tuple[int, ...]], str]]
         {"w": (3, 3)},
         "is used by `cond`, whose inside is not looked into",
     ),
-    "tied": (
-        lambda p: p["w"][TOKENS] @ p["w"].T,
-        {"w": (5, 3)},
-        "is used as dense and as embedding",
-    ),
-    "autoencoder": (
-        lambda p: jnp.tanh(X @ p["w"]) @ p["w"].T,
-        {"w": (3, 2)},
-        "is used in several layouts",
-    ),
     "groups": (
         lambda p: conv(p, IMAGES, feature_group_count=3),
         {"w": (3, 3, 1, 3)},
@@ -379,6 +384,11 @@ GENERIC: dict[str, tuple[Callable[[Any], Any], dict[str, tuple[int, ...]], str]]
         lambda p: X @ p["w"][:, :2],
         {"w": (3, 3)},
         "is used by `slice`, which takes a part of it",
+    ),
+    "tied by halves": (
+        lambda p: p["w"][TOKENS] @ p["w"].reshape(3, 4),
+        {"w": (4, 3)},
+        "is used as dense and as embedding",
     ),
     "function": (lambda p: X * jnp.exp(p["w"])[None], {"w": (3,)}, "is used by `exp`"),
     "two parameters": (lambda p: X @ (p["w"] @ p["w"]), {"w": (3, 3)}, "is used by `dot_general`"),
@@ -426,12 +436,14 @@ def gradients_of(block: Any, values: Any, gradients: Any, generic: Any) -> dict[
         each = stats.example_gradients(block, values, gradients, N, jnp.float64)
         return {block.leaves[0]: each[0].mean(0)}
     matrix = 0
-    for use in block.uses:
-        a = stats.inputs_of(block, use, values, N, jnp.float64)
-        if block.kind == "embedding":
-            a = jax.nn.one_hot(a, block.matrix_shape[0])
-        g = stats.gradients_of(use, gradients, N, jnp.float64)[0]
-        matrix = matrix + jnp.einsum("nti,nto->io", a, g) / N
+    for part, turned in block.parts():
+        for use in part.uses:
+            a = stats.inputs_of(part, use, values, N, jnp.float64)
+            if part.kind == "embedding":
+                a = jax.nn.one_hot(a, part.matrix_shape[0])
+            g = stats.gradients_of(use, gradients, N, jnp.float64)[0]
+            product = jnp.einsum("nti,nto->io", a, g) / N
+            matrix = matrix + (product.T if turned else product)
     return dict(zip(block.leaves, block.from_matrix(matrix), strict=True))
 
 

@@ -245,6 +245,25 @@ def test_ekfac_is_closer_than_kfac(x64):
         assert errors[0] < errors[1] * (1 - 1e-3)
 
 
+def test_ekfac_of_a_tied_embedding(x64):
+    """A table that is also the projection to the outputs: in the basis of both of its uses."""
+    rng = np.random.default_rng(0)
+    tokens, y = rng.integers(0, 5, (6, 3)), rng.normal(size=(6, 3, 5))
+    objective = oa.Objective(
+        lambda p: jnp.tanh(p["w"][tokens]) @ p["w"].T, lambda out: squares(out, y)
+    )
+    params = double({"w": rng.normal(size=(5, 2))})
+    tx = oa.scale_by_ekfac(objective, estimator="ggn", damping=0.1)
+    updates, state = first_update(tx, objective, params)
+    dense = curvature.gauss_newton(objective, params).dense()
+    (basis,), (moments,) = state.inverses, state.moments
+    both = np.kron(basis.inputs.eigenvectors, basis.outputs.eigenvectors)
+    want = np.diagonal(both.T @ dense @ both)
+    np.testing.assert_allclose(np.ravel(moments / state.factor_weight), want, atol=1e-12)
+    want = both @ ((both.T @ ravel(objective.grad(params))) / (want + 0.1))
+    np.testing.assert_allclose(ravel(updates), want, rtol=1e-10)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_curvature_gradients_pass(kind):
     """A = B = I: divided by 1 + damping in the eigenbasis."""
