@@ -156,14 +156,16 @@ def _precondition(
             new[i] = wide[i] / (corrected(factors, state.factor_weight, 1) + strength)
             product += jnp.sum(new[i] * wide[i])
             continue
-        gradient = block.to_matrix(wide)
+        gradient, each = block.to_matrix(wide), stats.on_slices(block)
         if isinstance(inverses.inputs, stats.Eigen):
-            values = stats.kronecker_eigenvalues(inverses)
+            values = each(stats.kronecker_eigenvalues)(inverses)
             if moments is not None:
                 values = corrected(moments, state.factor_weight, 1)
-            result = stats.apply_in_basis(inverses, values, strength, gradient)
+            result = each(functools.partial(stats.apply_in_basis, damping=strength))(
+                inverses, values, gradient=gradient
+            )
         else:
-            result = stats.apply_inverses(inverses, gradient)
+            result = each(stats.apply_inverses)(inverses, gradient)
         product += jnp.sum(result * gradient)
         new.update(zip(block.leaves, block.from_matrix(result), strict=True))
     scale = jnp.ones((), jnp.float32)

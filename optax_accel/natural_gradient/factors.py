@@ -18,6 +18,7 @@ of positions is T times an expectation over one.  (KFC's :math:`\Omega` is T A, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -44,8 +45,8 @@ class Kronecker(NamedTuple):
     """A matrix for each side of a layer; a vector stands for a diagonal matrix.
 
     Attributes:
-      inputs: A, ``(inputs, inputs)`` or ``(inputs,)``.
-      outputs: B, ``(outputs, outputs)`` or ``(outputs,)``.
+      inputs: A, ``(inputs, inputs)`` or ``(inputs,)``; of a stack with its slices in front.
+      outputs: B, ``(outputs, outputs)`` or ``(outputs,)``; likewise.
     """
 
     inputs: Any
@@ -68,40 +69,98 @@ class Eigen(NamedTuple):
 
 
 def side_shapes(block: Block, max_size: int) -> Kronecker:
-    """Shapes of the factors: of a matrix, or of a vector where the factor is diagonal."""
+    """Shapes of the factors: of a matrix, or of a vector where the factor is diagonal.
+
+    Those of a stack have its slices in front.
+    """
     rows, columns = block.matrix_shape
+    slices = () if block.num_slices is None else (block.num_slices,)
     full = rows <= max_size and block.kind != "embedding"
     return Kronecker(
-        (rows, rows) if full else (rows,), (columns,) * 2 if columns <= max_size else (columns,)
+        (*slices, rows, rows) if full else (*slices, rows),
+        (*slices, columns, columns) if columns <= max_size else (*slices, columns),
     )
 
 
 def inputs_of(block: Block, use: Use, values: Values, num_examples: int, dtype: Any) -> jax.Array:
-    """The inputs of a layer, ``(examples, positions, inputs)``; of an embedding the indices."""
+    """The inputs of a layer, ``(*slices, examples, positions, inputs)``; of an embedding indices.
+
+    There is an axis of slices where the parameter is a stack.
+    """
     x = values[use.input]  # type: ignore[index]
     if use.kind == "convolution":
-        x = patches(x, **dict(use.geometry))
+        x = _patches_of(use, x)
     else:
-        x = x.transpose(*use.rows, *use.columns)
+        x = x.transpose(*use.stack, *use.rows, *use.columns)
+    slices = (math.prod(x.shape[: len(use.stack)]),) if use.stacked else ()
     if use.kind == "embedding":
-        x = x.reshape(num_examples, -1)
+        x = x.reshape(*slices, num_examples, -1)
         if x.dtype.itemsize < 4:  # perhaps too narrow for the size of the table
             x = x.astype(jnp.int32)
         return jnp.clip(x, 0, block.matrix_shape[0] - 1) if dict(use.geometry)["clip"] else x
     features = block.matrix_shape[0] - block.has_bias
-    x = x.reshape(num_examples, -1, features).astype(dtype)
+    x = x.reshape(*slices, num_examples, -1, features * use.groups).astype(dtype)
+    if use.groups > 1:  # of each place in the window the channels of all groups
+        channels = features // math.prod(dict(use.geometry)["window"])
+        by_group = x.reshape(*x.shape[:-1], -1, use.groups, channels)
+        x = jnp.moveaxis(by_group, -2, 1).reshape(-1, *x.shape[1:-1], features)
     if block.has_bias:
         x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
     return x
 
 
 def gradients_of(use: Use, gradients: Values, num_examples: int, dtype: Any) -> jax.Array:
-    """The gradients at a layer's output, ``(samples, examples, positions, outputs)``."""
+    """The gradients at a layer's output, ``(*slices, samples, examples, positions, outputs)``."""
     g = gradients[use.output]
-    axes = [i + 1 for i in (*use.output_rows, *use.channels)]
+    axes = [i + 1 for i in (*use.output_stack, *use.output_rows, *use.channels)]
     g = g.transpose(0, *axes).astype(dtype)
-    outputs = math.prod(g.shape[len(use.output_rows) + 1 :])
-    return g.reshape(g.shape[0], num_examples, -1, outputs)
+    stack = len(use.output_stack)
+    outputs = math.prod(g.shape[stack + len(use.output_rows) + 1 :])
+    if not use.stacked:
+        return g.reshape(g.shape[0], num_examples, -1, outputs)
+    slices = math.prod(g.shape[1 : stack + 1])
+    g = g.reshape(g.shape[0], slices, num_examples, -1, use.groups, outputs // use.groups)
+    g = jnp.moveaxis(g, (1, 4), (0, 1))
+    return g.reshape(-1, *g.shape[2:])
+
+
+def places_of(use: Use, values: Values, num_slices: int) -> np.ndarray | jax.Array | None:
+    """Which slices of a stack those of a use are; None if they are all, in their order.
+
+    Args:
+      use: of the stack.
+      values: among them computed positions.
+      num_slices: of the stack.
+    """
+    if use.slot is None:
+        return None
+    size = use.slot.size
+    rest = np.arange(num_slices // size)
+    if use.slot.position is not None:
+        return use.slot.position * len(rest) + rest
+    positions = values[use.slot.number]  # type: ignore[index]
+    first = jnp.clip(positions.ravel(), 0, size - 1)  # as `dynamic_slice` does
+    return (first[:, None] * len(rest) + rest[None]).ravel()
+
+
+def _add_slices(total: jax.Array, slices: jax.Array, places: Any) -> jax.Array:
+    return total + slices if places is None else total.at[places].add(slices)
+
+
+def _patches_of(use: Use, x: jax.Array) -> jax.Array:
+    """The patches of a convolution, ``(*slices, examples, *positions, window size * channels)``.
+
+    Positions are those of the window, and iterations that share the parameter.
+    """
+    geometry, ahead = dict(use.geometry), (*use.stack, *use.rows)
+    if not ahead:
+        return patches(x, **geometry)
+    x = x.transpose(*ahead, *(i for i in range(x.ndim) if i not in ahead))
+    sizes = x.shape[: len(ahead)]
+    x = jax.vmap(lambda x: patches(x, **geometry))(x.reshape(-1, *x.shape[len(ahead) :]))
+    x = x.reshape(*sizes, *x.shape[1:])
+    last = range(x.ndim - 1 - len(use.rows), x.ndim - 1)
+    return jnp.moveaxis(x, range(len(use.stack), len(ahead)), last)
 
 
 def patches(
@@ -158,24 +217,40 @@ def kronecker_statistics(
       shapes: of A and B.
       dtype: of A and B.
     """
-    num_examples = len(weights)
-    total_inputs: Any = 0.0
-    total_outputs: Any = 0.0
-    num_rows = 0
+    num_examples, slices = len(weights), block.num_slices
+    totals = Kronecker(*(jnp.zeros(shape, dtype) for shape in shapes))
+    num_rows: Any = 0 if slices is None else jnp.zeros(slices, dtype)
     for use in block.uses:
         a = inputs_of(block, use, values, num_examples, dtype)
-        counts = _weights_of_rows(weights, a.shape[1]).astype(dtype)
-        num_rows += a.shape[0] * a.shape[1]
-        if block.kind == "embedding":
-            zeros = jnp.zeros(shapes.inputs, dtype)
-            index = _as_index(a.ravel(), len(zeros))
-            total_inputs += zeros.at[index].add(counts.ravel(), mode="drop")
-        else:
-            total_inputs += gram(_rows(a * jnp.sqrt(counts)[..., None]), shapes.inputs)
-        total_outputs += gram(
-            _rows(gradients_of(use, gradients, num_examples, dtype)), shapes.outputs
-        )
-    return Kronecker(total_inputs / num_rows, total_outputs / num_examples)
+        g = gradients_of(use, gradients, num_examples, dtype)
+        num_positions = a.shape[1 if slices is None else 2]
+        counts = _weights_of_rows(weights, num_positions).astype(dtype)
+        if slices is None:
+            sums = _sums_of_products(block, counts, shapes, a, g)
+            totals = jax.tree.map(jnp.add, totals, sums)
+            num_rows += num_examples * num_positions
+            continue
+        one = Kronecker(*(shape[1:] for shape in shapes))
+        places = places_of(use, values, slices)
+        sums = jax.vmap(functools.partial(_sums_of_products, block, counts, one))(a, g)
+        totals = jax.tree.map(lambda t, s, p=places: _add_slices(t, s, p), totals, sums)
+        rows = jnp.full(len(a), num_examples * num_positions, dtype)
+        num_rows = _add_slices(num_rows, rows, places)
+    if slices is not None:  # a slice may be in no use
+        num_rows = jnp.maximum(num_rows, 1).reshape(-1, *(1 for _ in shapes.inputs[1:]))
+    return Kronecker(totals.inputs / num_rows, totals.outputs / num_examples)
+
+
+def _sums_of_products(
+    block: Block, counts: jax.Array, shapes: Kronecker, a: jax.Array, g: jax.Array
+) -> Kronecker:
+    """Sums over examples and positions of one use of a matrix."""
+    outputs = gram(_rows(g), shapes.outputs)
+    if block.kind == "embedding":
+        zeros = jnp.zeros(shapes.inputs, g.dtype)
+        index = _as_index(a.ravel(), len(zeros))
+        return Kronecker(zeros.at[index].add(counts.ravel(), mode="drop"), outputs)
+    return Kronecker(gram(_rows(a * jnp.sqrt(counts)[..., None]), shapes.inputs), outputs)
 
 
 def tied_statistics(
@@ -280,11 +355,18 @@ def example_gradients(
         g = gradients[use.output].astype(dtype)
         for factor in (use.input, use.coefficient):
             if factor is not None:
-                g = g * jnp.broadcast_to(values[factor], g.shape[1:]).astype(dtype)[None]
-        axes = [i + 1 for i in (*use.output_rows, *use.channels)]
+                value = values[factor]  # of a scalar in a loop one for each iteration
+                value = value.reshape(value.shape + (1,) * (g.ndim - 1 - value.ndim))
+                g = g * jnp.broadcast_to(value, g.shape[1:]).astype(dtype)[None]
+        axes = [i + 1 for i in (*use.output_rows, *use.output_stack, *use.channels)]
         g = g.transpose(0, *axes)
         channels = g.shape[1 + len(use.output_rows) :]
         g = g.reshape(g.shape[0], num_examples, -1, *channels).sum(axis=2)
+        if use.slot is not None:
+            g = g.reshape(*g.shape[:2], -1, *channels[len(use.output_stack) :])
+            zeros = jnp.zeros((*g.shape[:2], use.slot.size, *g.shape[3:]), dtype)
+            g = zeros.at[:, :, places_of(use, values, use.slot.size)].add(g)
+            use = dataclasses.replace(use, core_axes=(use.slot.axis, *use.core_axes))
         total += use.sign * jax.vmap(jax.vmap(lambda core, use=use: _to_leaf(core, use, block)))(g)
     return total
 
@@ -312,31 +394,76 @@ def eigen_statistics(
     vary: Vary,
 ) -> jax.Array:
     """Mean squares of the per-example gradients in the Kronecker basis, ``(inputs, outputs)``."""
-    rotated = []
+    slices = block.num_slices
+    rotate = functools.partial(_rotate_use, block.kind)
+    rotated: list[Any] = []
+    places: list[Any] = []
     for use in block.uses:
         a = inputs_of(block, use, values, num_examples, dtype)
-        if block.kind != "embedding":
-            a = _rotate(a, basis.inputs.eigenvectors)
-        g = _rotate(gradients_of(use, gradients, num_examples, dtype), basis.outputs.eigenvectors)
-        rotated.append((a, g))
-    if block.kind == "embedding":
-        # Each position of an example counts as an example.
-        total = jnp.zeros(block.matrix_shape, dtype)
-        for a, g in rotated:
-            squares = jnp.sum(g**2, axis=0).reshape(a.size, -1)
-            total = total.at[_as_index(a.ravel(), len(total))].add(squares, mode="drop")
-        return total / num_examples
-    if len(rotated) == 1 and rotated[0][0].shape[1] == 1:
-        ((a, g),) = rotated
-        return _matmul(_rows(a**2).T, _rows(jnp.sum(g**2, axis=0))) / num_examples
+        g = gradients_of(use, gradients, num_examples, dtype)
+        if slices is None:
+            rotated.append(rotate(basis, a, g))
+            places.append(None)
+        else:
+            places.append(where := places_of(use, values, slices))
+            own = basis if where is None else jax.tree.map(lambda u, w=where: u[w], basis)
+            rotated.append(jax.vmap(rotate)(own, a, g))
+    shape = block.matrix_shape
+    zeros = jnp.zeros(shape if slices is None else (slices, *shape), dtype)
+    each = on_slices(block)
+    if block.kind == "embedding" or _uses_apart(rotated, places, block.stacked):
+        # In an embedding each position of an example counts as an example.
+        squares = each(functools.partial(_squares_of_positions, block.kind, shape))
+        for (a, g), where in zip(rotated, places, strict=True):
+            zeros = _add_slices(zeros, squares(a, g), where)
+        return zeros / num_examples
+    products = each(functools.partial(_einsum, "ti,sto->sio"))
 
     def add(total: jax.Array, example: list[tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, None]:
-        gradient = sum(_einsum("ti,sto->sio", a, g) for a, g in example)
-        return total + jnp.sum(gradient**2, axis=0), None
+        samples = example[0][1].shape[int(block.stacked)]
+        gradient = jnp.zeros((*total.shape[:-2], samples, *shape), dtype)
+        for (a, g), where in zip(example, places, strict=True):
+            gradient = _add_slices(gradient, products(a, g), where)
+        return total + jnp.sum(gradient**2, axis=-3), None
 
-    examples = [(a, jnp.moveaxis(g, 1, 0)) for a, g in rotated]
-    total, _ = lax.scan(add, vary(jnp.zeros(block.matrix_shape, dtype)), examples)
+    ahead = int(block.stacked)
+    examples = [(jnp.moveaxis(a, ahead, 0), jnp.moveaxis(g, ahead + 1, 0)) for a, g in rotated]
+    total, _ = lax.scan(add, vary(zeros), examples)
     return total / num_examples
+
+
+def on_slices(block: Block) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Maps a function of one matrix' arrays to one of those of the block."""
+    return jax.vmap if block.stacked else lambda function: function
+
+
+def _rotate_use(
+    kind: str, basis: Kronecker, a: jax.Array, g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    a = a if kind == "embedding" else _rotate(a, basis.inputs.eigenvectors)
+    return a, _rotate(g, basis.outputs.eigenvectors)
+
+
+def _uses_apart(rotated: Sequence[Any], places: Sequence[Any], stacked: bool) -> bool:
+    """Whether no matrix is used at two positions of an example."""
+    if any(a.shape[1 + stacked] > 1 for a, _ in rotated):
+        return False
+    if len(rotated) == 1 and places[0] is None:
+        return True
+    if not all(isinstance(where, np.ndarray) for where in places):
+        return False
+    return len(np.unique(used := np.concatenate(places))) == len(used)
+
+
+def _squares_of_positions(
+    kind: str, shape: tuple[int, int], a: jax.Array, g: jax.Array
+) -> jax.Array:
+    """Sums of squares of the gradients of single positions."""
+    if kind != "embedding":
+        return _matmul(_rows(a**2).T, _rows(jnp.sum(g**2, axis=0)))
+    squares = jnp.sum(g**2, axis=0).reshape(a.size, -1)
+    zeros = jnp.zeros(shape, g.dtype)
+    return zeros.at[_as_index(a.ravel(), shape[0])].add(squares, mode="drop")
 
 
 def tied_eigen_statistics(
@@ -433,43 +560,97 @@ def share(
     arguments: Sequence[tuple[jax.Array, ...]],
     axis_name: str | None,
     vary: Vary,
+    stacked: Sequence[bool],
 ) -> list[chex.ArrayTree]:
     """Results of a function of factors, each computed by one replica of an axis and sent to all.
 
-    Matrices are assigned so that the sums of their cubed sizes are about the same on all replicas.
-    (Stacking those of one size instead takes longer on a CPU, to compile and to run.)
+    Matrices are assigned so that the sums of their cubed sizes are about the same on all replicas;
+    a stack is cut into equal parts.  (Stacking those of one size instead takes longer on a CPU, to
+    compile and to run.)
 
     Args:
       function: of a factor and scalars.
-      arguments: what it is called with.
+      arguments: what it is called with; for a stack these have a leading axis of slices.
       axis_name: of the replicas; None: there is one.
       vary: marks what differs between replicas.
+      stacked: which of the factors are stacks.
     """
+    functions = [functools.partial(_each_slice, function) if s else function for s in stacked]
     if axis_name is None:
-        return [function(*args) for args in arguments]
+        return [f(*args) for f, args in zip(functions, arguments, strict=True)]
+    load = [0] * lax.axis_size(axis_name)
+    results: list[chex.ArrayTree] = [None] * len(arguments)
+    sent: dict[int, chex.ArrayTree] = {}
+    for i in sorted(range(len(arguments)), key=lambda i: -arguments[i][0].shape[-1]):
+        factor = arguments[i][0]
+        if factor.ndim - stacked[i] == 1:
+            results[i] = functions[i](*arguments[i])
+            continue
+        # Each of these replicas computes so many slices.
+        slices = len(factor) if stacked[i] else 1
+        per_owner = -(-slices // len(load))
+        owners = sorted(range(len(load)), key=lambda r: load[r])[: -(-slices // per_owner)]
+        first = np.full(len(load), -1)
+        for part, owner in enumerate(owners):
+            first[owner] = part * per_owner
+            load[owner] += per_owner * factor.shape[-1] ** 3
+        start = jnp.asarray(first)[lax.axis_index(axis_name)]
+        count = per_owner if stacked[i] else None
+        sent[i] = _part(functions[i], count, vary, start, *vary(arguments[i]))
+    for i, result in lax.psum(sent, axis_name).items():
+        results[i] = result
+    return results
 
-    def compute(*args: jax.Array) -> chex.ArrayTree:
-        return vary(function(*args))
+
+def _part(
+    function: Callable[..., chex.ArrayTree],
+    count: int | None,
+    vary: Vary,
+    start: jax.Array,
+    *arguments: jax.Array,
+) -> chex.ArrayTree:
+    """The results of this replica, among zeros.
+
+    Args:
+      function: of a factor and scalars, or of slices of such.
+      count: of slices that are computed; None: there is a single matrix.
+      vary: marks what differs between replicas.
+      start: of these slices; negative: there are none.
+      *arguments: of the function.
+    """
 
     def zeros(*args: jax.Array) -> chex.ArrayTree:
         shapes = jax.eval_shape(function, *args)
         return vary(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
 
-    load = [0] * lax.axis_size(axis_name)
-    results: list[chex.ArrayTree] = [None] * len(arguments)
-    sent: dict[int, chex.ArrayTree] = {}
-    for i in sorted(range(len(arguments)), key=lambda i: -len(arguments[i][0])):
-        factor = arguments[i][0]
-        if factor.ndim == 1:
-            results[i] = function(*arguments[i])
-            continue
-        owner = load.index(min(load))
-        load[owner] += len(factor) ** 3
-        mine = lax.axis_index(axis_name) == owner
-        sent[i] = lax.cond(mine, compute, zeros, *vary(arguments[i]))
-    for i, result in lax.psum(sent, axis_name).items():
-        results[i] = result
-    return results
+    def compute(*args: jax.Array) -> chex.ArrayTree:
+        if count is None:
+            return vary(function(*args))
+        slices = len(args[0])
+        # The last part may be smaller: what it has in common with another is counted once.
+        first = jnp.minimum(start, slices - count)
+        part = function(*(lax.dynamic_slice_in_dim(arg, first, count) for arg in args))
+        fresh = first + jnp.arange(count) >= start
+
+        def put(leaf: jax.Array, empty: jax.Array) -> jax.Array:
+            mine = jnp.where(fresh.reshape(-1, *(1 for _ in leaf.shape[1:])), leaf, 0)
+            return lax.dynamic_update_slice_in_dim(empty, mine, first, 0)
+
+        return vary(jax.tree.map(put, part, zeros(*args)))
+
+    return lax.cond(start >= 0, compute, zeros, *arguments)
+
+
+def _each_slice(function: Callable[..., chex.ArrayTree], *arguments: jax.Array) -> chex.ArrayTree:
+    """A function of matrices on every slice of stacks of them.
+
+    On a CPU one after the other: jaxlib's batched decompositions can hang there.
+    """
+
+    def in_turn(*arguments: jax.Array) -> chex.ArrayTree:
+        return lax.map(lambda slices: function(*slices), arguments)
+
+    return lax.platform_dependent(*arguments, cpu=in_turn, default=jax.vmap(function))
 
 
 # -- preconditioning ------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from optax_accel._masking import Mask, resolve
-from optax_accel.natural_gradient.following import Follower
+from optax_accel.natural_gradient.following import follow
 from optax_accel.natural_gradient.grouping import UNUSED, Grouping
 from optax_accel.natural_gradient.layers import Block, Network
 from optax_accel.objective import Objective
@@ -91,7 +91,8 @@ def _approximation(block: Block) -> str:
     if block.kind == "tied":
         ways = [part.kind + (" transposed" if turned else "") for part, turned in block.parts()]
         uses = f", nearest to the sum over its uses as {' and as '.join(ways)}"
-    return f"{rows} x {columns} Kronecker{uses}"
+    slices = f" for each of {block.num_slices} slices" if block.stacked else ""
+    return f"{rows} x {columns} Kronecker{slices}{uses}"
 
 
 def find(
@@ -145,7 +146,7 @@ def find(
     names = [jax.tree_util.keystr(path) or "params" for path, _ in paths]
     selected = [True] * len(names) if mask is None else jax.tree.leaves(resolve(params, mask))
     num_examples = _count_examples(outputs)
-    follower = Follower(closed, len(names), num_examples)
+    follower = follow(closed, len(names), num_examples)
     blocks = tuple(Grouping(follower).blocks(names, selected))
     return Network(blocks, num_examples, follower.program, jax.tree.structure(outputs))
 
@@ -196,9 +197,9 @@ def warn_of_diagonals(method: str, blocks: Sequence[Block]) -> None:
         f"{method} takes the curvature of {len(others)} of {len(blocks)} blocks of parameters for "
         "diagonal, that of matrices estimated from gradients of whole batches, where a layer would "
         "have a Kronecker product: a layer is a parameter that one matmul, convolution or look-up "
-        "takes as a whole, outside of loops and of functions with a derivative rule of their own. "
-        f"{coverage} have Kronecker structure.{reasons}\nSee optax_accel.describe_layers for all "
-        "blocks.",
+        "takes as a whole or slice by slice, outside of `while` loops, conditionals and functions "
+        f"with a derivative rule of their own. {coverage} have Kronecker structure.{reasons}\nSee "
+        "optax_accel.describe_layers for all blocks.",
         stacklevel=4,
     )
 

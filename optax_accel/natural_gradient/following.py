@@ -1,11 +1,14 @@
 """Parameters followed through a program, to the layers that use them.
 
 A parameter is followed through operations that only lay it out (reshape, transpose, broadcast,
-casts) to what uses it.  What is jitted or checkpointed is looked into where a parameter enters it;
-loops and conditionals are not, nor is what has a derivative rule of the user's
-(``jax.custom_jvp``, ``jax.custom_vjp``): what is inside says nothing about the derivative.  A rule
-that passes the gradient to the parameter as it is (a straight-through estimator) is followed as a
-layout is.
+casts, one slice) to what uses it.  What is jitted, checkpointed or scanned is looked into where a
+parameter enters it; ``while`` loops and conditionals are not, nor is what has a derivative rule of
+the user's (``jax.custom_jvp``, ``jax.custom_vjp``): what is inside says nothing about the
+derivative.  A rule that passes the gradient to the parameter as it is (a straight-through
+estimator) is followed as a layout is.
+
+In ``lax.scan`` a parameter is either the same in all iterations, which then are further positions
+of its layer, or scanned, so that each iteration uses a slice of it.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from optax_accel.natural_gradient.layers import Use
 from optax_accel.natural_gradient.layouts import Ops, Shape, View
+from optax_accel.natural_gradient.lifting import lift
 from optax_accel.natural_gradient.matching import RULES, Values
-from optax_accel.natural_gradient.program import Program
+from optax_accel.natural_gradient.program import Loop, Program
 
 # Call-like primitives, which have the derivative of the program they run, and the parameter that
 # holds it.
@@ -35,9 +39,13 @@ _CALLS = {
 _DERIVATIVE_RULES = ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin")
 # Why a parameter that enters one of these operations has no layer there.
 _REASONS = {
-    **dict.fromkeys(("scan", "while", "cond"), "whose inside is not looked into"),
+    **dict.fromkeys(("while", "cond"), "whose inside is not looked into"),
+    "scan": "which changes it from one iteration to the next",
     **dict.fromkeys(_DERIVATIVE_RULES, "which has a derivative rule of its own"),
-    **dict.fromkeys(("slice", "dynamic_slice", "split"), "which takes a part of it"),
+    **dict.fromkeys(
+        ("slice", "dynamic_slice", "split", "unstack"),
+        "which takes a part of it that is not one slice",
+    ),
 }
 
 
@@ -68,30 +76,34 @@ class Follower:
       refusals: what is not a layer.
     """
 
-    def __init__(self, closed: ClosedJaxpr, num_parameters: int, num_examples: int):
+    def __init__(
+        self,
+        closed: ClosedJaxpr,
+        program: Program,
+        views: dict[int, View],
+        num_examples: int,
+        depth: int = 0,
+    ):
         """Follows all parameters to the end.
 
         Args:
           closed: the program.
-          num_parameters: how many of its first arguments are parameters.
-          num_examples: the leading axis of its outputs.
+          program: the flat one, which has no steps yet.
+          views: those of its inputs that are parameters, or parts of them.
+          num_examples: the leading axis of the outputs of the network.
+          depth: how many loops there are around the program.
         """
-        avals = [var.aval for var in closed.jaxpr.invars]
-        self.program = program = Program(avals[:num_parameters], avals[num_parameters:])
+        self.program = program
         self.uses: list[Use] = []
         self.biases: dict[int, list[tuple[int, Ops]]] = {}
         self.outputs: dict[int, tuple[int, tuple[int | None, ...]]] = {}
         self.refusals: list[Refusal] = []
-        self._views = {
-            number: _whole(i, program.shape(number)) for i, number in enumerate(program.inputs)
-        }
-        self._values = Values(program, num_examples, self._views)
+        self._views, self._depth = views, depth
+        self._values = Values(program, num_examples, views)
         constants = program.add_constants(closed.consts)
         program.outputs = self._inline(
             closed.jaxpr, constants, (*program.inputs, *program.arguments)
         )
-        for number in program.outputs:
-            self._refuse(number, (number,), "is an output itself")
 
     def _inline(
         self, jaxpr: Jaxpr, constants: Sequence[int], arguments: Sequence[int]
@@ -111,6 +123,8 @@ class Follower:
                 if isinstance(inner, ClosedJaxpr):
                     inner_constants, inner = self.program.add_constants(inner.consts), inner.jaxpr
                 results = self._inline(inner, inner_constants, operands)
+            elif eqn.primitive.name == "scan" and any(n in self._views for n in operands):
+                results = self._follow_loop(eqn, operands)
             else:
                 results = self.program.add_equation(eqn, jaxpr, operands)
                 self._follow(eqn, operands, results)
@@ -126,20 +140,24 @@ class Follower:
         views = [number for number in operands if number in self._views]
         if len(views) == 1:
             if name in RULES:
-                followed = self._add_layer(RULES[name](self._values, eqn, operands, result))
+                use = RULES[name](self._values, eqn, operands, result)
+                followed = self._add_layer(use, self._views[views[0]])
             elif name in ("mul", "add", "add_any", "sub"):
                 followed = self._follow_elementwise(eqn, operands, result)
             elif name in _DERIVATIVE_RULES:
                 followed = self._follow_rule(eqn, views[0], result)
+            elif name in ("dynamic_slice", "unstack", "split"):
+                followed = self._follow_slices(eqn, operands, results)
             else:
                 followed = len(operands) == 1 and self._follow_layout(eqn, views[0], result)
             if followed:
                 return
         reason = f", {_REASONS[name]}" if name in _REASONS else ""
         for number in views:
-            self._refuse(number, results, f"is used by `{name}`{reason}")
+            self.refuse(number, results, f"is used by `{name}`{reason}")
 
-    def _refuse(self, number: int, results: tuple[int, ...], reason: str) -> None:
+    def refuse(self, number: int, results: tuple[int, ...], reason: str) -> None:
+        """Notes that a value, if it is a parameter, is used in another way than by a layer."""
         if number in self._views:
             self.refusals.append(Refusal(self._views[number].leaf, results, reason))
 
@@ -176,6 +194,113 @@ class Follower:
         self._views[result] = view
         return True
 
+    def _follow_slices(
+        self, eqn: JaxprEqn, operands: tuple[int, ...], results: tuple[int, ...]
+    ) -> bool:
+        """Follows a parameter to its slices along one axis."""
+        (number, *starts), program = operands, self.program
+        view, old, new = self._views[number], program.shape(number), program.shape(results[0])
+        if eqn.primitive.name == "dynamic_slice":
+            part = [i for i in range(len(old)) if old[i] != new[i]]
+            if len(part) != 1 or new[part[0]] != 1:
+                return False
+            axis, start = part[0], starts[part[0]]
+            position = program.known_integer(start)
+            if position is not None:
+                position = min(max(position, 0), old[axis] - 1)
+            slices = [view.slice(axis, position, None if position is not None else start)]
+        else:
+            axis = eqn.params["axis"]
+            if len(results) != old[axis]:
+                return False
+            slices = [view.slice(axis, position) for position in range(old[axis])]
+        for result, one in zip(results, slices, strict=True):
+            if one is None:
+                return False
+            removed = len(new) < len(old)
+            axes = (*one.axes[:axis], *one.axes[axis + removed :])
+            self._views[result] = dataclasses.replace(one, axes=axes)
+        return True
+
+    # -- loops ------------------------------------------------------------------------------------
+
+    def _follow_loop(self, eqn: JaxprEqn, operands: tuple[int, ...]) -> tuple[int, ...]:
+        """Follows parameters through a ``scan``; returns the numbers of its results."""
+        program, params, closed = self.program, eqn.params, eqn.params["jaxpr"]
+        first, count = params["num_consts"], params["num_carry"]
+        views: dict[int, View] = {}
+        refused = []
+        for i, number in enumerate(operands):
+            if (view := self._views.get(number)) is None:
+                continue
+            if first <= i < first + count or view.coefficient is not None:
+                refused.append(number)
+            else:
+                views[i] = view if i < first else view.iteration(self._depth + 1)
+        inner = self._follow_body(closed, operands, views, first, count)
+        settings = {name: params[name] for name in ("reverse", "unroll")}
+        loop = Loop(inner.program, first, count, params["length"], settings)
+        results = program.add_loop(loop, operands, [var.aval for var in eqn.outvars])
+        for number in refused:
+            self.refuse(number, results, f"is used by `scan`, {_REASONS['scan']}")
+        self._take_over(inner, loop)
+        return results
+
+    def _follow_body(
+        self,
+        closed: ClosedJaxpr,
+        operands: tuple[int, ...],
+        views: dict[int, View],
+        num_constants: int,
+        num_carries: int,
+    ) -> Follower:
+        """Follows parameters through one iteration, as it is after many."""
+        outer, avals = self.program, [var.aval for var in closed.jaxpr.invars]
+        trained = {i for i, number in enumerate(operands) if number in outer.trained}
+        data = {i for i, number in enumerate(operands) if number in outer.data}
+        known = {
+            i: outer.constants[n]
+            for i, n in enumerate(operands[:num_constants])
+            if outer.known_integer(n) is not None
+        }
+        while True:
+            body = Program(avals, ())
+            body.trained, body.data = set(trained), set(data)
+            body.constants.update(known)
+            depth = self._depth + 1
+            inner = Follower(closed, body, dict(views), self._values.num_examples, depth)
+            # A carry depends on what it depended on in the iteration before.
+            carries = list(enumerate(body.outputs[:num_carries], num_constants))
+            found = [{i for i, n in carries if n in some} for some in (body.trained, body.data)]
+            if found[0] <= trained and found[1] <= data:
+                break
+            trained |= found[0]
+            data |= found[1]
+        for number in body.outputs:
+            inner.refuse(number, (number,), "leaves a `scan` as it is")
+        return inner
+
+    def _take_over(self, inner: Follower, loop: Loop) -> None:
+        """Adds what is found in the body of a loop, as seen from around it."""
+        program, offset = self.program, len(self.uses)
+        for use in inner.uses:
+            lifted = lift(use, program, loop, self._depth + 1)
+            if lifted is None:
+                reason = "is indexed by a number that changes in the loop that scans it"
+                inner.refusals.append(Refusal(use.leaf, (use.output,), reason))
+                output = program.of_all_iterations(loop, use.output)
+                lifted = dataclasses.replace(use, output=output)
+            self.uses.append(lifted)
+        for index, shifts in inner.biases.items():
+            self.biases[offset + index] = [(offset + shift, ops) for shift, ops in shifts]
+        for number, (index, _) in inner.outputs.items():
+            self.outputs[program.of_all_iterations(loop, number)] = offset + index, ()
+        for refusal in inner.refusals:
+            numbers = tuple(program.of_all_iterations(loop, n) for n in refusal.results)
+            self.refusals.append(refusal._replace(results=numbers))
+
+    # -- layers -----------------------------------------------------------------------------------
+
     def _follow_output(self, eqn: JaxprEqn, number: int, result: int) -> None:
         """Follows the output of a layer, which a bias may be added to, through layouts."""
         if number not in self.outputs:
@@ -186,11 +311,12 @@ class Follower:
         if moved is not None and not moved.ops and math.prod(old) == math.prod(new):
             self.outputs[result] = index, tuple(None if i is None else axes[i] for i in moved.axes)
 
-    def _add_layer(self, use: Use | None) -> bool:
+    def _add_layer(self, use: Use | None, view: View) -> bool:
         if use is None:
             return False
+        use = dataclasses.replace(use, slot=view.slot, loops=view.loops)
         rank = len(self.program.shape(use.output))
-        order = {axis: i for i, axis in enumerate(use.channels)}
+        order = {axis: i for i, axis in enumerate((*use.output_stack, *use.channels))}
         self.outputs[use.output] = len(self.uses), tuple(order.get(i) for i in range(rank))
         self.uses.append(use)
         self.program.data.add(use.output)
@@ -229,6 +355,8 @@ class Follower:
                 core_axes=tuple(view.axes[i] for i in shown),  # type: ignore[misc]
                 coefficient=view.coefficient,
                 sign=sign,
+                slot=view.slot,
+                loops=view.loops,
             )
         )
         return True
@@ -250,11 +378,46 @@ class Follower:
             return
         if any(channels[i] is None and shape[i] > 1 for i in shown):
             return
+        if not self._same_slices(view, layer):
+            return
         order = sorted((c, i) for i, c in enumerate(channels) if c is not None)
         axes = tuple(axis if i in shown else None for i, axis in enumerate(view.axes))
-        ops = dataclasses.replace(view, axes=axes).order([i for _, i in order])
-        if ops[-1][1] == layer.ops[-1][1][1:]:
+        stack = [i for c, i in order if c < len(layer.output_stack)]
+        ops = dataclasses.replace(view, axes=axes).order(
+            [i for c, i in order if c >= len(layer.output_stack)], stack=stack
+        )
+        *slices, _, outputs = layer.ops[-1][1]
+        if math.prod(ops[-1][1]) == math.prod((*slices, outputs)):
+            ops = (*ops[:-1], ("reshape", (*slices, outputs)))  # the groups of a convolution apart
             self.biases.setdefault(index, []).append((len(self.uses), ops))
+
+    def _same_slices(self, view: View, layer: Use) -> bool:
+        """Whether a vector is the slice of a stack that belongs to a layer's matrix."""
+        if [depth for _, depth in view.loops] != [depth for _, depth in layer.loops]:
+            return False
+        one, other = view.slot, layer.slot
+        if one is None or other is None or one.size != other.size:
+            return one is other
+        if one.number is None or other.number is None:
+            return one.position == other.position and one.number == other.number
+        return self.program.same_integer(one.number, other.number)
+
+
+def follow(closed: ClosedJaxpr, num_parameters: int, num_examples: int) -> Follower:
+    """Follows the parameters through the program of a network.
+
+    Args:
+      closed: the program.
+      num_parameters: how many of its first arguments are parameters.
+      num_examples: the leading axis of its outputs.
+    """
+    avals = [var.aval for var in closed.jaxpr.invars]
+    program = Program(avals[:num_parameters], avals[num_parameters:])
+    views = {number: _whole(i, program.shape(number)) for i, number in enumerate(program.inputs)}
+    follower = Follower(closed, program, views, num_examples)
+    for number in program.outputs:
+        follower.refuse(number, (number,), "is an output itself")
+    return follower
 
 
 def _whole(leaf: int, shape: Shape) -> View:

@@ -110,8 +110,13 @@ def scale_by_kfac(
     outputs (tied embeddings), or also transposed, has the Kronecker product nearest to the sum of
     those of its uses.  For two blocks instead, give ``predict`` two parameters.
 
+    Layers stacked on an axis, which a loop scans or indexes, have factors of their own, as have the
+    heads of a batched matmul and the groups of a convolution: the state holds them with a leading
+    axis of slices. Parameters that all iterations of a loop share (over time) have one block, the
+    iterations being positions of the layer.
+
     On a CPU, jaxlib 0.10 can hang when several batched decompositions run at once, as they do under
-    ``vmap``.
+    ``vmap``; those of a stack run one after the other there.
 
     With an ``axis_name`` of the objective (``shard_map``, ``pmap``) factors are means over the
     replicas, each factor is inverted by one replica, and the inverses are exchanged: beside the

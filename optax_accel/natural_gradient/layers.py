@@ -3,13 +3,17 @@
 A block is of one of these kinds:
 
 =================  ==============================================================================
-``dense``          ``dot_general`` with an activation, any number of contracted and kept axes
-``convolution``    ``conv_general_dilated`` in one group: any stride, padding and dilation
+``dense``          ``dot_general`` with an activation, any number of contracted, kept and batch axes
+``convolution``    ``conv_general_dilated``: any stride, padding, dilation and number of groups
 ``embedding``      ``gather`` of whole slices along one axis
 ``tied``           a matrix used as embedding and as (transposed) weight, or also transposed
 ``scale-shift``    a product or a sum that repeats the parameter over the examples (normalization)
-``generic``        everything else: the parameter is used in other ways, or inside a loop
+``generic``        everything else: the parameter is used in other ways
 =================  ==============================================================================
+
+A parameter may be a stack of matrices: scanned by a loop or indexed (layers), numbered by a batch
+axis of the ``dot_general`` (heads, experts), or the groups of a convolution.  Its block then has a
+matrix for each slice, with factors of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from optax_accel.natural_gradient.layouts import Ops, Shape, inverse, lay_out
+from optax_accel.natural_gradient.layouts import Ops, Shape, Slot, inverse, lay_out
 from optax_accel.natural_gradient.program import Program
 
 
@@ -33,11 +37,12 @@ class Use:
     Attributes:
       kind: of the layer, every one in the table above but ``generic``.
       leaf: index of the parameter.
-      ops: from the parameter to a matrix (inputs, outputs), or to the core of a scale or shift.
+      ops: from the parameter to a matrix (inputs, outputs) or a stack of them, or to the core of a
+        scale or shift.
       output: the value at which the gradient is taken.
       input: the activation; None for a shift.
       columns: axes of the activation (dense) that are contracted, in the order of the matrix' rows.
-      rows: its other axes.
+      rows: its other axes; of a convolution those over iterations that share the parameter.
       output_rows: the axes of ``output`` that correspond to ``rows``, the one over the examples
         first.
       channels: the other axes of ``output``, in the order of the matrix' columns; for a scale or
@@ -47,8 +52,16 @@ class Use:
         clipped (else they are dropped).
       coefficient: a further factor of a scale or shift, or None.
       sign: of a shift.
-      bias_ops: from the bias to a vector of outputs, if there is a bias.
+      bias_ops: from the bias to a vector of outputs, or a stack of them, if there is a bias.
       transposed: whether its matrix is that of the block with inputs and outputs exchanged.
+      stack: axes of the activation that number the slices of the parameter; first those that
+        ``slot`` numbers.
+      output_stack: the same axes of ``output``.
+      groups: of a convolution.
+      slot: which slice of the parameter this is, or which slices the first axes of the stack are,
+        if it is not all of them.
+      loops: of the parameter's slice in a loop the axis of the core, and the depth of the loop;
+        empty outside of loops.
     """
 
     kind: str
@@ -66,6 +79,21 @@ class Use:
     sign: int = 1
     bias_ops: Ops = ()
     transposed: bool = False
+    stack: tuple[int, ...] = ()
+    output_stack: tuple[int, ...] = ()
+    groups: int = 1
+    slot: Slot | None = None
+    loops: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the parameter is a stack of matrices."""
+        return self.kind != "scale-shift" and len(self.ops[-1][1]) == 3
+
+    def read(self) -> list[int]:
+        """The values that are needed of an evaluation."""
+        numbers = self.input, self.coefficient, self.slot and self.slot.number
+        return [number for number in numbers if number is not None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +129,18 @@ class Block:
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """Inputs (with the bias) and outputs."""
-        _, (rows, columns) = self.uses[0].ops[-1]
+        *_, rows, columns = self.uses[0].ops[-1][1]
         return rows + self.has_bias, columns
+
+    @property
+    def num_slices(self) -> int | None:
+        """How many matrices are stacked; None for a single one."""
+        return self.uses[0].ops[-1][1][0] if self.stacked else None
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is a stack of matrices, which the factors have a leading axis for."""
+        return self.kronecker and self.uses[0].stacked
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -126,20 +164,21 @@ class Block:
         ]
 
     def to_matrix(self, leaves: Mapping[int, Any]) -> jax.Array:
-        """The block's part of a tree like the parameters as a matrix (inputs, outputs)."""
+        """The block's part of a tree like the parameters: ``(*slices, inputs, outputs)``."""
         use = self.uses[0]
         matrix = lay_out(leaves[self.leaves[0]], use.ops)
         if self.has_bias:
             bias = lay_out(leaves[self.leaves[1]], use.bias_ops)
-            matrix = jnp.concatenate([matrix, bias.astype(matrix.dtype)[None]])
+            bias = bias.astype(matrix.dtype)[..., None, :]
+            matrix = jnp.concatenate([matrix, bias], axis=-2)
         return matrix
 
     def from_matrix(self, matrix: jax.Array) -> list[jax.Array]:
         """The inverse of :meth:`to_matrix`: one array for each of the block's leaves."""
         use, rows = self.uses[0], self.matrix_shape[0] - self.has_bias
-        parts = [lay_out(matrix[:rows], inverse(use.ops, self.shapes[0]))]
+        parts = [lay_out(matrix[..., :rows, :], inverse(use.ops, self.shapes[0]))]
         if self.has_bias:
-            parts.append(lay_out(matrix[rows], inverse(use.bias_ops, self.shapes[1])))
+            parts.append(lay_out(matrix[..., rows, :], inverse(use.bias_ops, self.shapes[1])))
         return parts
 
 
@@ -178,7 +217,7 @@ class Network:
           the uses name, by number.
         """
         uses = [use for block in self.blocks for use in block.uses]
-        read = {n for use in uses for n in (use.input, use.coefficient) if n is not None}
+        read = {n for use in uses for n in use.read()}
 
         def evaluate(taps: dict[int, jax.Array], generic: dict[int, jax.Array]) -> Any:
             tapped = [generic.get(index, leaf) for index, leaf in enumerate(leaves)]

@@ -1,18 +1,18 @@
-"""Parameters in another layout: reshaped, transposed, repeated along some axes."""
+"""Parameters in another layout: reshaped, transposed, sliced, repeated along some axes."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
 
 Shape: TypeAlias = tuple[int, ...]
-# Reshapes and transpositions, applied in this order.
+# Reshapes, transpositions and reversals of axes, applied in this order.
 Ops: TypeAlias = tuple[tuple[str, Shape], ...]
 
 # Primitives whose result is their operand, as far as shapes and derivatives are concerned.
@@ -23,9 +23,12 @@ _IDENTITIES = {
 
 
 def lay_out(x: Any, ops: Ops) -> Any:
-    """Applies reshapes and transpositions to an array."""
+    """Applies reshapes, transpositions and reversals to an array."""
     for name, argument in ops:
-        x = x.reshape(argument) if name == "reshape" else x.transpose(argument)
+        if name == "rev":
+            x = jnp.flip(x, argument)
+        else:
+            x = x.reshape(argument) if name == "reshape" else x.transpose(argument)
     return x
 
 
@@ -36,6 +39,8 @@ def inverse(ops: Ops, shape: Shape) -> Ops:
         if name == "reshape":
             undo.append(("reshape", shape))
             shape = argument
+        elif name == "rev":
+            undo.append((name, argument))
         else:
             undo.append(("transpose", tuple(int(i) for i in np.argsort(argument))))
             shape = tuple(shape[i] for i in argument)
@@ -51,6 +56,9 @@ def simplified(ops: Ops, shape: Shape) -> Ops:
                 kept.append((name, argument))
             shape = argument
             continue
+        if name == "rev":
+            kept.append((name, argument))
+            continue
         shape = tuple(shape[i] for i in argument)
         if kept and kept[-1][0] == "transpose":
             argument = tuple(kept.pop()[1][i] for i in argument)
@@ -59,9 +67,25 @@ def simplified(ops: Ops, shape: Shape) -> Ops:
     return tuple(kept)
 
 
+class Slot(NamedTuple):
+    """Which slice of a stack a value is.
+
+    Attributes:
+      axis: of the core, along which the slices lie.
+      size: how many there are.
+      position: of the slice, where it is known; else None.
+      number: of the value that holds the position, where it is computed; else None.
+    """
+
+    axis: int
+    size: int
+    position: int | None
+    number: int | None
+
+
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A value that is a parameter in another layout, repeated along some axes.
+    """A value that is a parameter in another layout, or a slice of it, repeated along some axes.
 
     Attributes:
       leaf: index of the parameter.
@@ -69,6 +93,9 @@ class View:
       core: the core's shape.
       axes: for each axis of the value the axis of the core that it shows, or None.
       coefficient: the number of the value by which the entries are multiplied, if there is one.
+      slot: which slice the value is, where it was taken by its position.
+      loops: the axes of the core of which the value is the slice of one iteration, each with the
+        depth of the loop that scans it; the outermost first.
     """
 
     leaf: int
@@ -76,21 +103,80 @@ class View:
     core: Shape
     axes: tuple[int | None, ...]
     coefficient: int | None = None
+    slot: Slot | None = None
+    loops: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def sliced(self) -> tuple[int, ...]:
+        """The axes of the core of which the value is one slice."""
+        return (
+            *(() if self.slot is None else (self.slot.axis,)),
+            *(axis for axis, _ in self.loops),
+        )
 
     def repeats(self, shape: Shape) -> bool:
         """Whether the value, of the given shape, shows entries of the parameter several times."""
-        return math.prod(shape) != math.prod(self.core)
+        entries = math.prod(n for i, n in enumerate(self.core) if i not in self.sliced)
+        return math.prod(shape) != entries
 
-    def order(self, *groups: Sequence[int]) -> Ops:
-        """From the parameter to an array with one axis for each group of the value's axes."""
+    def order(self, *groups: Sequence[int], stack: Sequence[int] = ()) -> Ops:
+        """From the parameter to an array with one axis for each group of the value's axes.
+
+        Args:
+          groups: of axes.
+          stack: axes that number matrices. In front of the groups there is one axis for these and
+            those of which the value is a slice, if there are any.
+        """
+        ops, sizes = self._order((stack, *groups))
+        count = len(self.sliced)
+        stacked = (math.prod(sizes[: count + 1]),) if count or len(stack) else ()
+        return (*ops, ("reshape", (*stacked, *sizes[count + 1 :])))
+
+    def _order(self, groups: Sequence[Sequence[int]]) -> tuple[Ops, Shape]:
+        """To an array whose axes are sliced ones, then those of the groups; and their sizes."""
         shown = [self.axes[i] for group in groups for i in group]
-        order = [axis for axis in shown if axis is not None]
+        order = [*self.sliced, *(axis for axis in shown if axis is not None)]
         order += [i for i in range(len(self.core)) if i not in order]  # of size 1
-        sizes = [
+        sizes = [self.core[axis] for axis in self.sliced]
+        sizes += [
             math.prod(self.core[a] for i in group if (a := self.axes[i]) is not None)
             for group in groups
         ]
-        return (*self.ops, ("transpose", tuple(order)), ("reshape", tuple(sizes)))
+        return (*self.ops, ("transpose", tuple(order))), tuple(sizes)
+
+    def slice(self, axis: int, position: int | None, number: int | None = None) -> View | None:
+        """The view of one slice along an axis of the value, which then has the size 1.
+
+        Args:
+          axis: of the value.
+          position: of the slice, if it is known.
+          number: of the value that holds it, if it is computed.
+        """
+        shown = self.axes[axis]
+        axes = (*self.axes[:axis], None, *self.axes[axis + 1 :])
+        if shown is None:
+            return dataclasses.replace(self, axes=axes)
+        if self.slot is not None or self.coefficient is not None:
+            return None
+        slot = Slot(shown, self.core[shown], position, number)
+        return dataclasses.replace(self, axes=axes, slot=slot)
+
+    def split(self, axis: int, count: int, shape: Shape) -> View:
+        """The view of the value with one axis as two, the first of this size.
+
+        Args:
+          axis: of the value.
+          count: size of the first of the two.
+          shape: of the value, which repeats nothing.
+        """
+        two = count, shape[axis] // count
+        return self._reshaped(shape, (*shape[:axis], *two, *shape[axis + 1 :]))
+
+    def iteration(self, depth: int) -> View:
+        """The view of what one iteration of a loop sees of a value scanned along its first axis."""
+        shown, *axes = self.axes
+        loops = self.loops if shown is None else (*self.loops, (shown, depth))
+        return dataclasses.replace(self, axes=tuple(axes), loops=loops)
 
     def follow(self, eqn: JaxprEqn, old: Shape, new: Shape) -> View | None:
         """The view of the result of an operation on the value; None if it is not a layout."""
@@ -113,11 +199,30 @@ class View:
             if (kept := _same_but_ones(old, new)) is not None:
                 return self._with_axes(kept)
             if not self.repeats(old):
-                ops = self.order(*((i,) for i in range(len(old))))
-                return dataclasses.replace(
-                    self, ops=(*ops[:-1], ("reshape", new)), core=new, axes=tuple(range(len(new)))
-                )
+                return self._reshaped(old, new)
+        if name == "rev":
+            reversed_ = tuple(a for i in params["dimensions"] if (a := self.axes[i]) is not None)
+            return dataclasses.replace(self, ops=(*self.ops, ("rev", reversed_)))
+        if name == "slice":
+            part = [i for i in range(len(old)) if old[i] != new[i]]
+            if len(part) == 1 and new[part[0]] == 1:
+                return self.slice(part[0], params["start_indices"][part[0]])
+            return None if part else self
         return None
+
+    def _reshaped(self, old: Shape, new: Shape) -> View:
+        """The view after a reshape: of a new core, whose first axes are the sliced ones."""
+        ops, sizes = self._order([(i,) for i in range(len(old))])
+        sliced, count = sizes[: len(self.sliced)], len(self.sliced)
+        first = int(self.slot is not None)
+        return dataclasses.replace(
+            self,
+            ops=(*ops, ("reshape", (*sliced, *new))),
+            core=(*sliced, *new),
+            axes=tuple(range(count, count + len(new))),
+            slot=None if self.slot is None else self.slot._replace(axis=0),
+            loops=tuple((first + i, depth) for i, (_, depth) in enumerate(self.loops)),
+        )
 
     def _with_axes(self, sources: Sequence[int | None]) -> View:
         """The view whose axes are these axes of the value, or new ones (None)."""

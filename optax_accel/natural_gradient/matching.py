@@ -56,40 +56,43 @@ def match_dense(
     side = int(operands[1] in values.views)
     weight, activation = operands[side], operands[1 - side]
     contracted, batch = eqn.params["dimension_numbers"]
-    if (view := values.weight(weight)) is None or batch[0] or not values.per_example(activation):
+    if (view := values.weight(weight)) is None or not values.per_example(activation):
         return None
     inputs, columns = (tuple(map(int, contracted[i])) for i in (side, 1 - side))
-    outputs = [i for i in range(len(view.axes)) if i not in inputs]
+    slices, stack = (tuple(map(int, batch[i])) for i in (side, 1 - side))
+    outputs = [i for i in range(len(view.axes)) if i not in (*inputs, *slices)]
     shape = values.program.shape(activation)
-    rows = [i for i in range(len(shape)) if i not in columns]
-    first = len(outputs) if side == 0 else 0
+    rows = [i for i in range(len(shape)) if i not in (*columns, *stack)]
+    first = len(stack) + (len(outputs) if side == 0 else 0)
     output_rows = dict(zip(rows, range(first, first + len(rows)), strict=True))
     if (leading := values.example_axis(shape, rows)) is None:
         return None
     rows = [leading, *(i for i in rows if i != leading)]
-    first = 0 if side == 0 else len(rows)
+    first = len(stack) + (0 if side == 0 else len(rows))
     return Use(
         "dense",
         view.leaf,
-        view.order(inputs, outputs),
+        view.order(inputs, outputs, stack=slices),
         result,
         activation,
         columns=columns,
         rows=tuple(rows),
         output_rows=tuple(output_rows[i] for i in rows),
         channels=tuple(range(first, first + len(outputs))),
+        stack=stack,
+        output_stack=tuple(range(len(stack))),
     )
 
 
 def match_convolution(
     values: Values, eqn: JaxprEqn, operands: tuple[int, ...], result: int
 ) -> Use | None:
-    """``conv_general_dilated`` of an activation with a parameter, in one group."""
+    """``conv_general_dilated`` of an activation with a parameter."""
     activation, weight = operands
     params, numbers = eqn.params, eqn.params["dimension_numbers"]
     if (view := values.weight(weight)) is None or not values.per_example(activation):
         return None
-    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
+    if params["batch_group_count"] != 1:
         return None
     if values.example_axis(values.program.shape(activation), numbers.lhs_spec[:1]) is None:
         return None
@@ -103,15 +106,21 @@ def match_convolution(
         "dilation": params["rhs_dilation"],
         "input_dilation": params["lhs_dilation"],
     }
+    groups, stack = params["feature_group_count"], []
+    if groups > 1:  # outputs as (groups, outputs of a group)
+        view = view.split(output, groups, shape)
+        stack, output = [output], output + 1
+        input_, *window = (i + (i >= output) for i in (input_, *window))
     return Use(
         "convolution",
         view.leaf,
-        view.order((*window, input_), (output,)),
+        view.order((*window, input_), (output,), stack=stack),
         result,
         activation,
         output_rows=(numbers.out_spec[0], *numbers.out_spec[2:]),
         channels=(numbers.out_spec[1],),
         geometry=tuple((name, tuple(value)) for name, value in geometry.items()),
+        groups=groups,
     )
 
 

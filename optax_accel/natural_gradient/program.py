@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from optax_accel.natural_gradient.layouts import Shape
@@ -26,6 +28,7 @@ class Program:
     Attributes:
       avals: what is known of the values' shapes and dtypes, by number.
       steps: the program.
+      loops: steps that are loops which are looked into, by their index.
       constants: values that are known, by number.
       inputs: numbers of the parameters.
       outputs: numbers of the outputs' leaves, once the program is whole.
@@ -42,11 +45,15 @@ class Program:
         """
         self.avals: list[Any] = []
         self.steps: list[Step] = []
+        self.loops: dict[int, Loop] = {}
         self.constants: dict[int, Any] = {}
         self.inputs, self.arguments = self._new(trained), self._new(data)
         self.outputs: tuple[int, ...] = ()
         self.trained, self.data = set(self.inputs), set(self.arguments)
         self._without_gradient: set[int] = set()  # indices of steps
+        # Integers that are computed alike have one number (the first), by how they are computed.
+        self._first: dict[int, int] = {}
+        self._integers: dict[tuple[Any, ...], int] = {}
 
     def shape(self, number: int) -> Shape:
         """The shape of a value."""
@@ -87,7 +94,64 @@ class Program:
         for dependent in (self.data, self.trained):
             if not dependent.isdisjoint(operands):
                 dependent.update(results)
+        if all(map(self._is_integer, results)):
+            self._note_integers(eqn, operands, results)
         return results
+
+    def _is_integer(self, number: int) -> bool:
+        dtype = getattr(self.avals[number], "dtype", np.float32)
+        integer = any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.bool_))
+        return integer and self.shape(number) == ()
+
+    def _note_integers(
+        self, eqn: JaxprEqn, operands: tuple[int, ...], results: tuple[int, ...]
+    ) -> None:
+        """Remembers how integers, of which indices are made, are computed; and known ones."""
+        how = eqn.primitive.name, str(eqn.params), tuple(map(self._identity, operands))
+        for i, number in enumerate(results):
+            self._first[number] = self._integers.setdefault((*how, i), number)
+        function, arguments, _ = self.steps[-1]
+        known = [self.known_integer(number) for number in arguments]
+        if None not in known:
+            with jax.ensure_compile_time_eval():
+                dtypes = [self.avals[number].dtype for number in arguments]
+                values = function(*map(jnp.asarray, known, dtypes))
+            self.constants.update(zip(results, values, strict=True))
+
+    def _identity(self, number: int) -> tuple[str, int]:
+        known = self.known_integer(number)
+        return ("", self._first.get(number, number)) if known is None else ("known", known)
+
+    def same_integer(self, one: int, other: int) -> bool:
+        """Whether two scalars are the same number, or are computed in the same way."""
+        return self._identity(one) == self._identity(other)
+
+    def known_integer(self, number: int) -> int | None:
+        """An integer scalar or a flag, where it does not depend on arguments; else None."""
+        value = self.constants.get(number)
+        if value is None or isinstance(value, jax.core.Tracer) or not self._is_integer(number):
+            return None
+        return int(value)
+
+    def add_loop(
+        self, loop: Loop, operands: tuple[int, ...], avals: Sequence[Any]
+    ) -> tuple[int, ...]:
+        """Adds a loop as a step."""
+        results = self._new(avals)
+        self.loops[len(self.steps)] = loop
+        self.steps.append((loop.run, operands, results))
+        for inside, dependent in ((loop.body.data, self.data), (loop.body.trained, self.trained)):
+            computed = zip(results, loop.body.outputs, strict=True)
+            dependent.update(number for number, inner in computed if inner in inside)
+        return results
+
+    def of_all_iterations(self, loop: Loop, number: int) -> int:
+        """The number of an array of what a value in a loop is in every iteration."""
+        if number not in loop.stacked:
+            aval = loop.body.avals[number]
+            shape = (loop.length, *aval.shape)
+            (loop.stacked[number],) = self._new([jax.ShapeDtypeStruct(shape, aval.dtype)])
+        return loop.stacked[number]
 
     def add_step(
         self, function: Callable[..., Sequence[Any]], operands: tuple[int, ...], aval: Any
@@ -101,12 +165,23 @@ class Program:
         self.avals.extend(avals)
         return tuple(range(len(self.avals) - len(avals), len(self.avals)))
 
-    def readers(self) -> collections.Counter[int]:
-        """How often each value is read on a way by which a gradient comes back from the outputs."""
-        counts = collections.Counter(self.outputs)
+    def readers(self, outputs: Sequence[int] | None = None) -> collections.Counter[int]:
+        """How often each value is read on a way by which a gradient comes back from the outputs.
+
+        Args:
+          outputs: numbers of those that count; None for all of the program's.
+        """
+        counts = collections.Counter(self.outputs if outputs is None else outputs)
         for index, (_, operands, results) in reversed(list(enumerate(self.steps))):
-            if index not in self._without_gradient and any(number in counts for number in results):
+            if index in self._without_gradient or not any(number in counts for number in results):
+                continue
+            if (loop := self.loops.get(index)) is None:
                 counts.update(operands)
+                continue
+            inside = loop.readers([i for i, number in enumerate(results) if number in counts])
+            pairs = zip(operands, loop.body.inputs, strict=True)
+            counts.update(number for number, inner in pairs if inner in inside)
+            counts.update({n: inside[i] for i, n in loop.stacked.items() if i in inside})
         return counts
 
     def evaluate(
@@ -127,8 +202,13 @@ class Program:
         """
         values = dict(self.constants)
         values.update(zip(self.inputs, leaves, strict=True))
-        for function, operands, results in self.steps:
-            computed = function(*(values[number] for number in operands))
+        for index, (function, operands, results) in enumerate(self.steps):
+            arguments = [values[number] for number in operands]
+            if index in self.loops:
+                computed, inside = self.loops[index].evaluate(arguments, taps, read)
+                values.update(inside)
+            else:
+                computed = list(function(*arguments))
             for number, value in zip(results, computed, strict=True):
                 values[number] = _tap(value, taps[number]) if number in taps else value
         return [values[n] for n in self.outputs], {number: values[number] for number in read}
@@ -136,6 +216,71 @@ class Program:
     def zeros(self, number: int) -> jax.Array:
         """Zeros in the shape of a value."""
         return jnp.zeros(self.shape(number), self.avals[number].dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A ``lax.scan`` that is looked into.
+
+    Attributes:
+      body: the program of one iteration; its inputs are constants, carries and slices of what is
+        scanned, its outputs carries and slices of what is stacked.
+      num_constants: how many of the inputs are the same in all iterations.
+      num_carries: how many are handed on from one iteration to the next.
+      length: the number of iterations.
+      settings: further arguments of ``lax.scan``.
+      stacked: for numbers of values in the body the numbers, in the program around the loop, of the
+        arrays of their values in all iterations.
+    """
+
+    body: Program
+    num_constants: int
+    num_carries: int
+    length: int
+    settings: dict[str, Any]
+    stacked: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    def run(self, *arguments: Any) -> list[Any]:
+        """The results of the loop alone."""
+        return self.evaluate(arguments, {}, ())[0]
+
+    def evaluate(
+        self, arguments: Sequence[Any], taps: dict[int, jax.Array], read: Collection[int]
+    ) -> tuple[list[Any], dict[int, Any]]:
+        """Runs the loop; arguments and results are those of :meth:`Program.evaluate`.
+
+        Taps and values to read are numbered as around the loop, and have a leading axis of
+        iterations: they are scanned, as the loop's own inputs and outputs are.
+        """
+        inner_taps = {i: taps[n] for i, n in self.stacked.items() if n in taps}
+        inner_read = [i for i, n in self.stacked.items() if n in read]
+        first, last = self.num_constants, self.num_constants + self.num_carries
+        constants, carries, scanned = arguments[:first], arguments[first:last], arguments[last:]
+
+        def body(carries: Any, slices: Any) -> tuple[Any, Any]:
+            scanned, taps = slices
+            results, values = self.body.evaluate([*constants, *carries, *scanned], taps, inner_read)
+            return results[: self.num_carries], (results[self.num_carries :], values)
+
+        start = [
+            value if isinstance(value, jax.Array) else jnp.asarray(value, self.body.avals[n].dtype)
+            for value, n in zip(carries, self.body.inputs[first:last], strict=True)
+        ]
+        carries, (results, values) = lax.scan(
+            body, start, (list(scanned), inner_taps), self.length, **self.settings
+        )
+        return [*carries, *results], {self.stacked[i]: value for i, value in values.items()}
+
+    def readers(self, results: Sequence[int]) -> collections.Counter[int]:
+        """How often values of the body are read on the way to results of the loop."""
+        read = set(results)
+        while True:
+            inside = self.body.readers([self.body.outputs[i] for i in sorted(read)])
+            carries = self.body.inputs[self.num_constants :][: self.num_carries]
+            before = {i for i, number in enumerate(carries) if number in inside}
+            if before <= read:
+                return inside
+            read |= before
 
 
 def _has_derivative(var: Any) -> bool:

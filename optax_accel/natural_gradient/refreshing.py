@@ -136,8 +136,8 @@ def _average_factors(state: ScaleByKFACState, batch: Batch, decay: Any) -> Scale
     means = _mean_factors(state, batch)
     # A matrix of sums of products with entries that are not finite has such a diagonal.
     leaves = [
-        leaf if isinstance(m, Kronecker) else leaf.ravel()
-        for m in means
+        leaf if isinstance(m, Kronecker) and not block.stacked else leaf.ravel()
+        for block, m in zip(batch.blocks, means, strict=True)
         for leaf in jax.tree.leaves(m)
     ]
     finite = jnp.isfinite(sum(stats.traces(leaves)))
@@ -194,21 +194,25 @@ def _invert(state: ScaleByKFACState, batch: Batch, damping: Any, kind: Kind) -> 
     arguments: list[tuple[jax.Array, ...]] = [
         (scale.astype(factor.dtype) * factor,) for factor in factors
     ]
+    both = [batch.blocks[i].stacked for i in chosen for _ in range(2)]
     function: Any = stats.eigendecomposition
     if kind == "factored":
-        function, strengths = stats.damped_inverse, stats.split_damping(factors, damping)
+        function = stats.damped_inverse
+        strengths = _split_damping(factors, damping, both)
         arguments = [(*args, s) for args, s in zip(arguments, strengths, strict=True)]
-    results = stats.share(function, arguments, batch.objective.axis_name, batch.objective.vary)
+    results = stats.share(
+        function, arguments, batch.objective.axis_name, batch.objective.vary, both
+    )
     inverses, moments = list(state.inverses), list(state.moments)
     failed = jnp.zeros((), jnp.int32)
+    usable = state.factor_weight > 0
     for i, inputs, outputs in zip(chosen, results[::2], results[1::2], strict=True):
-        new, old = Kronecker(inputs, outputs), state.inverses[i]
-        # A decomposition that fails is NaN everywhere; diagonal factors cannot fail.
-        finite = jnp.isfinite(sum(leaf[(0,) * leaf.ndim] for leaf in jax.tree.leaves(new)))
-        new = _choose(finite & (state.factor_weight > 0), new, old)
-        failed += ~finite & (state.factor_weight > 0)
+        accept = _accept if not batch.blocks[i].stacked else jax.vmap(_accept, in_axes=(None, 0, 0))
+        old = state.inverses[i]
+        new, is_refused = accept(usable, Kronecker(inputs, outputs), old)
+        failed += jnp.sum(is_refused, dtype=jnp.int32)
         if kind == "ekfac":
-            moments[i] = stats.change_basis(moments[i], old, new)
+            moments[i] = stats.on_slices(batch.blocks[i])(stats.change_basis)(moments[i], old, new)
         inverses[i] = new
     return state._replace(
         accepted=state.accepted & (failed == 0),
@@ -216,6 +220,26 @@ def _invert(state: ScaleByKFACState, batch: Batch, damping: Any, kind: Kind) -> 
         inverses=tuple(inverses),
         moments=tuple(moments),
     )
+
+
+def _split_damping(factors: list[jax.Array], damping: Any, stacked: list[bool]) -> list[jax.Array]:
+    """Damping of each factor, and of each slice of a stack, with a pi of its own."""
+    single = [f for f, is_stack in zip(factors, stacked, strict=True) if not is_stack]
+    of_single = iter(stats.split_damping(single, damping))
+    strengths: list[jax.Array] = []
+    for a, b, is_stack in zip(factors[::2], factors[1::2], stacked[::2], strict=True):
+        if is_stack:
+            strengths += jax.vmap(lambda *pair: stats.split_damping(pair, damping))(a, b)
+        else:
+            strengths += [next(of_single), next(of_single)]
+    return strengths
+
+
+def _accept(usable: jax.Array, new: Kronecker, old: Kronecker) -> tuple[Kronecker, jax.Array]:
+    """New inverses of one matrix if they are finite, else the old ones; and whether they failed."""
+    # A decomposition that fails is NaN everywhere; diagonal factors cannot fail.
+    finite = jnp.isfinite(sum(leaf[(0,) * leaf.ndim] for leaf in jax.tree.leaves(new)))
+    return _choose(finite & usable, new, old), ~finite & usable
 
 
 def _average_moments(

@@ -32,7 +32,8 @@ class ScaleByKFACState(NamedTuple):
       factor_weight: 1 - decay ** (number of accepted batches), by which factors and moments are
         divided to correct them for their start at 0.
       factors: for a layer its ``inputs`` A and ``outputs`` B, for other parameters their second
-        moments; moving averages that start at 0.
+        moments; moving averages that start at 0. What belongs to a stack of matrices (layers that a
+        loop scans, say) has a leading axis of slices, here and below.
       inverses: for a layer what its gradient is multiplied with: the damped inverses of A and B, or
         their eigendecompositions (``eigenvalues`` and ``eigenvectors``); else None.
       moments: of EKFAC, for a layer the second moments S in the eigenbasis; else None.
@@ -74,8 +75,11 @@ def initial_state(
             continue
         shapes = side_shapes(block, limit)
         factors.append(Kronecker(*(jnp.zeros(shape, dtype) for shape in shapes)))
-        inverses.append(Kronecker(*(_identity(shape, dtype, options.kind) for shape in shapes)))
-        moments.append(jnp.zeros(block.matrix_shape, dtype) if options.kind == "ekfac" else None)
+        inverses.append(
+            Kronecker(*(_identity(block, shape, dtype, options.kind) for shape in shapes))
+        )
+        shape = (*shapes.inputs[: block.stacked], *block.matrix_shape)
+        moments.append(jnp.zeros(shape, dtype) if options.kind == "ekfac" else None)
     used = {dtypes[i] for block in blocks for i in block.leaves}
     return ScaleByKFACState(
         count=jnp.zeros((), jnp.int32),
@@ -91,12 +95,13 @@ def initial_state(
     )
 
 
-def _identity(shape: tuple[int, ...], dtype: Any, kind: Kind) -> Any:
-    """The inverse or the eigendecomposition of an identity matrix."""
-    ones = jnp.ones(shape[:1], dtype)
-    if len(shape) == 1:
+def _identity(block: Block, shape: tuple[int, ...], dtype: Any, kind: Kind) -> Any:
+    """The inverse or the eigendecomposition of an identity matrix, or of a stack of them."""
+    size = shape[-1]
+    ones = jnp.ones((*shape[: block.stacked], size), dtype)
+    if len(shape) - block.stacked == 1:
         return ones if kind == "factored" else Eigen(ones, None)
-    identity = jnp.eye(shape[0], dtype=dtype)
+    identity = jnp.broadcast_to(jnp.eye(size, dtype=dtype), shape)
     return identity if kind == "factored" else Eigen(ones, identity)
 
 

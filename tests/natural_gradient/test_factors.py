@@ -47,8 +47,14 @@ def test_second_moments_of_each_example(x64, name):
             got = stats.diagonal_statistics(block, values, gradients, N, jnp.float64)
             np.testing.assert_allclose(got, leaves[i], rtol=1e-10)
         elif block.kind != "embedding":
+            slices = (block.num_slices,) if block.stacked else ()
             basis = stats.Kronecker(
-                *(stats.Eigen(jnp.ones(n), jnp.eye(n)) for n in block.matrix_shape)
+                *(
+                    stats.Eigen(
+                        jnp.ones((*slices, n)), jnp.broadcast_to(jnp.eye(n), (*slices, n, n))
+                    )
+                    for n in block.matrix_shape
+                )
             )
             tied = block.kind == "tied"
             statistics = stats.tied_eigen_statistics if tied else stats.eigen_statistics
@@ -203,7 +209,9 @@ def test_each_inverse_is_computed_once():
 
     def worker(_: Any) -> Any:
         factors = [(jnp.full((n, n), float(n)),) for n in (5, 1, 4, 2, 3)]
-        return stats.share(function, factors, "workers", lambda tree: vary_over(tree, "workers"))
+        return stats.share(
+            function, factors, "workers", lambda tree: vary_over(tree, "workers"), [False] * 5
+        )
 
     results = over_workers("shard_map", worker, 4)(jnp.zeros((4, 1)))
     jax.effects_barrier()

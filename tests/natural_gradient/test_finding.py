@@ -37,6 +37,7 @@ def tree(**shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
 
 
 X, SEQUENCE, IMAGES = normal(N, 3), normal(N, T, 3), normal(N, 7, 6, 3)
+HEADS = normal(N, T, 2, 5)
 TOKENS = np.random.default_rng(0).integers(0, 5, (N, T))
 PATCHES = ("NHWC", "HWIO", "NHWC")
 
@@ -64,8 +65,27 @@ def recurrent(p: Any) -> Any:
     return h
 
 
-def stacked(p: Any) -> Any:
-    return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), X, p["w"])[0]
+def layer(h: Any, p: Any) -> Any:
+    return jnp.tanh(h @ p["w"] + p["b"][None])
+
+
+def scanned(function: Any, p: Any, x: Any = X) -> Any:
+    """Applies a function of an activation and of parameters once for each slice of these."""
+    return lax.scan(lambda h, p: (function(h, p), None), x, p)[0]
+
+
+def counted(function: Any, p: Any, x: Any = X) -> Any:
+    """Likewise, in a loop over positions."""
+    num = len(jax.tree.leaves(p)[0])
+    return lax.fori_loop(0, num, lambda i, h: function(h, jax.tree.map(lambda leaf: leaf[i], p)), x)
+
+
+def over_time(p: Any) -> Any:
+    def step(h: Any, x: Any) -> Any:
+        h = jnp.tanh(x @ p["w"] + h @ p["v"] + p["b"][None])
+        return h, h * p["scale"][None]
+
+    return lax.scan(step, jnp.zeros((N, 4)), SEQUENCE.swapaxes(0, 1))[1].swapaxes(0, 1)
 
 
 # -- functions with derivative rules of their own, none of which is the derivative of what is inside
@@ -258,6 +278,136 @@ CASES: dict[str, Case] = {
         {"scale": "scale-shift"},
     ),
 }
+# One parameter for several layers, or several steps of time.
+STACKED: dict[str, Case] = {
+    "scanned": (lambda p: scanned(layer, p), {"w": (2, 3, 3), "b": (2, 3)}, DENSE),
+    "scanned backwards, checkpointed, last axis": (
+        lambda p: lax.scan(
+            lambda h, p: (jax.checkpoint(layer)(h, p), None),
+            X,
+            {"w": jnp.moveaxis(p["w"], -1, 0), "b": p["b"]},
+            reverse=True,
+        )[0],
+        {"w": (3, 3, 2), "b": (2, 3)},
+        DENSE,
+    ),
+    "scanned in groups": (
+        lambda p: scanned(lambda h, p: scanned(layer, p, h), p),
+        {"w": (3, 2, 3, 3), "b": (3, 2, 3)},
+        DENSE,
+    ),
+    "scanned pairs": (
+        lambda p: scanned(
+            lambda h, p: layer(
+                layer(h, {k: v[1] for k, v in p.items()}), {k: v[0] for k, v in p.items()}
+            ),
+            {k: v.reshape(2, 2, *v.shape[1:]) for k, v in p.items()},
+        ),
+        {"w": (4, 3, 3), "b": (4, 3)},
+        DENSE,
+    ),
+    "numbered": (
+        lambda p: layer(
+            layer(X, {"w": p["w"][0], "b": p["b"][0]}),
+            {"w": lax.dynamic_index_in_dim(p["w"], 2, keepdims=False), "b": p["b"][-1]},
+        ),
+        {"w": (3, 3, 3), "b": (3, 3)},
+        DENSE,
+    ),
+    "numbered twice": (
+        lambda p: jnp.tanh(SEQUENCE @ p["w"][1] + SEQUENCE) @ p["w"][1] + SEQUENCE @ p["w"][0],
+        {"w": (2, 3, 3)},
+        {"w": "dense"},
+    ),
+    "counted": (lambda p: counted(layer, p), {"w": (2, 3, 3), "b": (2, 3)}, DENSE),
+    "unstacked": (
+        lambda p: functools.reduce(jnp.matmul, [*jnp.unstack(p["w"]), *jnp.split(p["v"], 1)], X)[0],
+        {"w": (2, 3, 3), "v": (1, 3, 3)},
+        {"w": "dense", "v": "dense"},
+    ),
+    "over time": (
+        over_time,
+        {"w": (3, 4), "v": (4, 4), "b": (4,), "scale": (4,)},
+        {"w": "dense", "v": "dense", "b": "scale-shift", "scale": "scale-shift"},
+    ),
+    "constant first state": (
+        lambda p: lax.scan(lambda h, _: (layer(h, p), None), jnp.ones((N, 3)), length=2)[0],
+        {"w": (3, 3), "b": (3,)},
+        DENSE,
+    ),
+    "over time in scanned layers": (
+        lambda p: scanned(
+            lambda x, p: lax.scan(lambda h, x: (layer(h + x, p),) * 2, x[0], x)[1],
+            p,
+            SEQUENCE.swapaxes(0, 1),
+        ).swapaxes(0, 1),
+        {"w": (2, 3, 3), "b": (2, 3)},
+        DENSE,
+    ),
+    "scanned norms": (
+        lambda p: scanned(lambda h, p: layer_norm(p, jnp.tanh(h)), p),
+        {"scale": (2, 3), "shift": (2, 3)},
+        {"scale": "scale-shift", "shift": "scale-shift"},
+    ),
+    "counted norms": (
+        lambda p: counted(lambda h, p: layer_norm(p, jnp.tanh(h)) * p["gain"], p),
+        {"scale": (2, 3), "shift": (2, 3), "gain": (2,)},
+        {"scale": "scale-shift", "shift": "scale-shift", "gain": "scale-shift"},
+    ),
+    "numbered norms": (
+        lambda p: layer_norm({k: v[1] for k, v in p.items()}, X) * p["scale"][0][None],
+        {"scale": (2, 3), "shift": (2, 3)},
+        {"scale": "scale-shift", "shift": "scale-shift"},
+    ),
+    "scanned convolutions": (
+        lambda p: scanned(lambda h, p: jnp.tanh(conv(p, h) + p["b"][None, None, None]), p, IMAGES),
+        {"w": (2, 3, 3, 3, 3), "b": (2, 3)},
+        CONV,
+    ),
+    "convolutions over time": (
+        lambda p: lax.scan(lambda h, _: (jnp.tanh(conv(p, h)), None), IMAGES, length=2)[0],
+        {"w": (3, 2, 3, 3)},
+        {"w": "convolution"},
+    ),
+    "heads": (
+        lambda p: jnp.einsum("nthd,hde->nthe", HEADS, p["w"]) + p["b"][None, None],
+        {"w": (2, 5, 3), "b": (2, 3)},
+        DENSE,
+    ),
+    "scanned heads": (
+        lambda p: scanned(
+            lambda h, p: jnp.tanh(jnp.einsum("hed,nthd->nthe", p["w"], h) + p["b"][None, None]),
+            p,
+            HEADS,
+        ),
+        {"w": (3, 2, 5, 5), "b": (3, 2, 5)},
+        DENSE,
+    ),
+    "groups": (
+        lambda p: conv(p, IMAGES, feature_group_count=3) + p["b"][None, None, None],
+        {"w": (3, 3, 1, 6), "b": (6,)},
+        CONV,
+    ),
+    "scanned groups": (
+        lambda p: scanned(lambda h, p: jnp.tanh(conv(p, h, feature_group_count=3)), p, IMAGES),
+        {"w": (2, 2, 3, 1, 3)},
+        {"w": "convolution"},
+    ),
+    "transposed kernel": (
+        lambda p: (
+            lax.conv_transpose(IMAGES, p["w"], (2, 1), "SAME", transpose_kernel=True)
+            + p["b"][None, None, None]
+        ),
+        {"w": (3, 2, 4, 3), "b": (4,)},
+        CONV,
+    ),
+    "scanned tables": (
+        lambda p: scanned(lambda h, p: h + jnp.tanh(h) * p["w"][TOKENS], p, SEQUENCE),
+        {"w": (2, 5, 3)},
+        {"w": "embedding"},
+    ),
+}
+CASES |= {f"stacked: {name}": case for name, case in STACKED.items()}
 # Derivative rules where parameters pass, or behind layers.
 RULES: dict[str, Case] = {
     "rounded weight": (
@@ -353,37 +503,37 @@ COUPLED: dict[str, Case] = {
     ),
 }
 GENERIC: dict[str, tuple[Callable[[Any], Any], dict[str, tuple[int, ...]], str]] = {
-    "loop": (
-        lambda p: lax.scan(lambda h, _: (jnp.tanh(h @ p["w"]), None), jnp.ones((N, 3)), length=2)[
+    "changing carry": (
+        lambda p: lax.scan(lambda h, _: ((h[0] @ h[1], 2 * h[1]), None), (X, p["w"]), length=2)[0][
             0
         ],
         {"w": (3, 3)},
-        "is used by `scan`, whose inside is not looked into",
+        "is used by `scan`, which changes it from one iteration to the next",
     ),
-    "stacked layers": (
-        stacked,
+    "inside a loop": (
+        lambda p: scanned(lambda h, p: h @ jnp.exp(p["w"]), p),
         {"w": (2, 3, 3)},
-        "is used by `scan`, whose inside is not looked into",
+        "is used by `exp`",
     ),
-    "numbered layers": (
-        lambda p: jnp.tanh(X @ p["w"][0]) @ p["w"][1],
-        {"w": (2, 3, 3)},
-        "is used by `slice`, which takes a part of it",
+    "scanned and counted in one": (
+        lambda p: scanned(lambda h, p: counted(lambda h, p: h @ p["w"], p, h), p),
+        {"w": (2, 2, 3, 3)},
+        "is indexed by a number that changes in the loop that scans it",
+    ),
+    "slices of slices": (
+        lambda p: X @ p["w"][0][1],
+        {"w": (2, 2, 3, 3)},
+        "is used by `slice`, which takes a part of it that is not one slice",
     ),
     "conditional": (
         lambda p: lax.cond(X[0, 0] > 0, lambda: X @ p["w"], lambda: X),
         {"w": (3, 3)},
         "is used by `cond`, whose inside is not looked into",
     ),
-    "groups": (
-        lambda p: conv(p, IMAGES, feature_group_count=3),
-        {"w": (3, 3, 1, 3)},
-        "is used by `conv_general_dilated`",
-    ),
     "part": (
         lambda p: X @ p["w"][:, :2],
         {"w": (3, 3)},
-        "is used by `slice`, which takes a part of it",
+        "is used by `slice`, which takes a part of it that is not one slice",
     ),
     "tied by halves": (
         lambda p: p["w"][TOKENS] @ p["w"].reshape(3, 4),
@@ -435,15 +585,21 @@ def gradients_of(block: Any, values: Any, gradients: Any, generic: Any) -> dict[
     if not block.kronecker:
         each = stats.example_gradients(block, values, gradients, N, jnp.float64)
         return {block.leaves[0]: each[0].mean(0)}
-    matrix = 0
+    num = (block.num_slices,) if block.stacked else ()
+    matrix = jnp.zeros((*num, *block.matrix_shape))
     for part, turned in block.parts():
         for use in part.uses:
             a = stats.inputs_of(part, use, values, N, jnp.float64)
             if part.kind == "embedding":
                 a = jax.nn.one_hot(a, part.matrix_shape[0])
-            g = stats.gradients_of(use, gradients, N, jnp.float64)[0]
-            product = jnp.einsum("nti,nto->io", a, g) / N
-            matrix = matrix + (product.T if turned else product)
+            g = stats.gradients_of(use, gradients, N, jnp.float64)
+            if block.stacked:
+                places = stats.places_of(use, values, block.num_slices)
+                places = np.arange(block.num_slices) if places is None else places
+                matrix = matrix.at[places].add(jnp.einsum("lnti,lnto->lio", a, g[:, 0]) / N)
+            else:
+                product = jnp.einsum("nti,nto->io", a, g[0]) / N
+                matrix = matrix + (product.T if turned else product)
     return dict(zip(block.leaves, block.from_matrix(matrix), strict=True))
 
 

@@ -1,0 +1,202 @@
+"""Stacked layers: K-FAC and EKFAC do to them what they do to the same layers one by one."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import optax_accel as oa
+from optax_accel._means import vary_over
+from optax_accel.natural_gradient import factors as stats
+from tests.helpers import over_workers, tree_allclose, tree_equal
+from tests.natural_gradient.test_kfac import double, first_update, masked_cross_entropy, scale_by
+
+DEPTH, WIDTH, HEADS, CONTEXT, VOCABULARY = 2, 4, 2, 3, 5
+TOKENS, LABELS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 4, CONTEXT))
+MASK = np.float64(np.random.default_rng(1).uniform(size=LABELS.shape) < 0.7)
+HEAD = WIDTH // HEADS
+
+
+def normalized(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return x * lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6) * scale[None, None]
+
+
+def block(x: jax.Array, p: Any) -> jax.Array:
+    """A block of a transformer, causal."""
+    h = normalized(x, p["norm"])
+    q, k, v = jnp.moveaxis(jnp.einsum("ntd,dche->nthec", h, p["qkv"]), -1, 0)
+    scores = jnp.einsum("nthe,nshe->nhts", q, k) / np.sqrt(HEAD)
+    causal = np.tril(np.ones((CONTEXT, CONTEXT)))
+    weights = jax.nn.softmax(jnp.where(causal[None, None], scores, -1e9))
+    mixed = jnp.einsum("nhts,nshe->nthe", weights, v)
+    x = x + jnp.einsum("nthe,hed->ntd", mixed, p["out"])
+    hidden = jnp.tanh(x @ p["up"] + p["bias"][None, None])
+    return x + hidden @ p["down"]
+
+
+def in_turn(p: Any, x: jax.Array) -> jax.Array:
+    for layer in p["layers"]:
+        x = block(x, layer)
+    return x
+
+
+def scanned(p: Any, x: jax.Array) -> jax.Array:
+    return lax.scan(lambda x, p: (jax.checkpoint(block)(x, p), None), x, p["layers"])[0]
+
+
+def counted(p: Any, x: jax.Array) -> jax.Array:
+    def body(i: Any, x: jax.Array) -> jax.Array:
+        return block(x, jax.tree.map(lambda leaf: leaf[i], p["layers"]))
+
+    return lax.fori_loop(0, len(p["layers"]["norm"]), body, x)
+
+
+def numbered(p: Any, x: jax.Array) -> jax.Array:
+    for i in range(DEPTH):
+        x = block(x, jax.tree.map(lambda leaf, i=i: leaf[i], p["layers"]))
+    return x
+
+
+def gpt(layers: Any) -> oa.Objective:
+    def predict(p: Any) -> jax.Array:
+        x = layers(p, p["tokens"][TOKENS])
+        return normalized(x, p["norm"]) @ p["unembed"]
+
+    return oa.Objective(predict, lambda out: masked_cross_entropy(out, LABELS, MASK))
+
+
+def stack(layers: Any) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
+def weights(depth: int = DEPTH) -> Any:
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape) / np.sqrt(shape[0])
+
+    def layer() -> Any:
+        heads = {"qkv": normal(WIDTH, 3, HEADS, HEAD), "out": normal(HEADS, HEAD, WIDTH)}
+        mlp = {"up": normal(WIDTH, 6), "bias": normal(6), "down": normal(6, WIDTH)}
+        return heads | mlp | {"norm": np.ones(WIDTH)}
+
+    return {
+        "layers": [layer() for _ in range(depth)],
+        "tokens": normal(VOCABULARY, WIDTH),
+        "norm": np.ones(WIDTH),
+        "unembed": normal(WIDTH, VOCABULARY),
+    }
+
+
+def stacked(params: Any) -> Any:
+    return params | {"layers": stack(params["layers"])}
+
+
+def two_updates(tx: Any, objective: oa.Objective, params: Any) -> Any:
+    """Updates, then those of the next step, with new inverses; and how much was refused."""
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        grads, extra = objective.grad(params), {"value_fn": objective, "refresh": "inverses"}
+        return tx.update(grads, state, params, **extra)
+
+    state = tx.init(params)
+    first, state = step(params, state)
+    second, state = step(optax.apply_updates(params, optax.tree.scale(-0.1, first)), state)
+    return [first, second], (state.rejected, state.rejected_inverses)
+
+
+SETTINGS = {
+    "factored": {"estimator": "fisher", "norm_constraint": 1e-3},
+    "eigen": {"estimator": "empirical", "max_size": 5},
+    "ekfac": {"estimator": "fisher"},
+}
+
+
+@functools.cache
+def one_by_one(kind: str) -> Any:
+    objective, params = gpt(in_turn), double(weights())
+    return two_updates(build(kind, objective), objective, params)
+
+
+def build(kind: str, objective: oa.Objective) -> Any:
+    return scale_by(kind, objective, damping=0.01, likelihood="categorical", **SETTINGS[kind])
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"), [("ekfac", scanned), ("factored", counted), ("eigen", numbered)]
+)
+def test_a_stack_is_its_layers(x64, kind, layers):
+    """A GPT whose blocks are scanned, counted or numbered, and one that has a list of them."""
+    objective, params = gpt(layers), double(stacked(weights()))
+    text = oa.describe_layers(objective, params)
+    assert text.count("for each of 2 slices") == 4
+    assert "['layers']['bias'], " not in text
+    assert "generic" not in text
+    got, refused = two_updates(build(kind, objective), objective, params)
+    assert refused == (0, 0)
+    want = [stacked(updates) for updates in one_by_one(kind)[0]]
+    tree_allclose(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_programs_do_not_grow_with_depth():
+    """Neither what is traced for a step nor what is for its start."""
+    lengths = []
+    for depth in (2, 6):
+        objective, params = gpt(scanned), double(stacked(weights(depth)))
+        tx = build("ekfac", objective)
+        update = functools.partial(tx.update, value_fn=objective, refresh="inverses")
+        state = jax.eval_shape(tx.init, params)
+        text = jax.jit(update).lower(params, state, params).as_text()
+        lengths.append(text.count("\n"))
+    assert lengths[0] == lengths[1]
+
+
+def test_slices_are_shared_among_replicas():
+    """Each is inverted by one of them; a stack is cut into parts of equal size."""
+    calls = []
+
+    def function(factor: jax.Array, scale: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda index: calls.append(int(index)), lax.axis_index("workers"))
+        return scale * factor
+
+    stack = jnp.arange(5 * 3 * 3.0).reshape(5, 3, 3)
+    small = stack[:2, :2, :2]
+
+    def worker(_: Any) -> Any:
+        arguments = [(stack, jnp.arange(5.0)), (stack[0], jnp.ones(())), (small, jnp.ones(2))]
+        vary = functools.partial(vary_over, axis_name="workers")
+        arguments.append((stack[:, 0], jnp.ones(5)))  # diagonal: by all
+        stacks = [True, False, True, True]
+        return stats.share(function, arguments, "workers", vary, stacks)[:3]
+
+    results = over_workers("shard_map", worker, 4)(jnp.zeros((4, 1)))
+    jax.effects_barrier()
+    want = [jnp.arange(5.0)[:, None, None] * stack, stack[0], small]
+    for result, expected in zip(results, want, strict=True):
+        np.testing.assert_array_equal(result, np.broadcast_to(expected, (4, *expected.shape)))
+    # Five diagonals each; three parts of two slices, the matrix, and the small slices.
+    assert len(calls) == 4 * 5 + 6 + 1 + 2
+
+
+def test_a_slice_whose_inverse_fails_keeps_its_own():
+    objective, params = gpt(scanned), stacked(weights())
+    params = jax.tree.map(jnp.float32, params)
+    tx = build("factored", objective)
+    _, state = first_update(tx, objective, params)
+    index = next(i for i, f in enumerate(state.factors) if not hasattr(f, "ndim"))
+    broken = state.factors[index]
+    broken = broken._replace(inputs=broken.inputs.at[1].multiply(-100))
+    factors = (*state.factors[:index], broken, *state.factors[index + 1 :])
+    update = jax.jit(functools.partial(tx.update, value_fn=objective, refresh="inverses"))
+    _, new = update(objective.grad(params), state._replace(factors=factors), params)
+    tree_equal(new.inverses[index].inputs[1], state.inverses[index].inputs[1])
+    assert jnp.any(new.inverses[index].inputs[0] != state.inverses[index].inputs[0])
+    assert (new.accepted, new.rejected, new.rejected_inverses) == (False, 0, 1)
