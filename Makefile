@@ -17,16 +17,19 @@ PYTHON ?= $(call find_python,python3.13 python3.12 python3.11 python3,sys.versio
 PYTHON313 ?= $(call find_python,python3.13 $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python),\
 	sys.version_info[:2] == (3$(comma) 13))
 
-.PHONY: help demo test test-slow test-lowest test-latest lint bench lock clean
+.PHONY: help demo test test-slow test-lowest test-latest lint bench accelerator-report lock clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-19s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/demo.stamp  ## Train and compare the methods on the digits, with a table and a picture
 	$(BIN)/python -m experiments.compare --task digits --name demo
 
 bench: $(VENV)/demo.stamp  ## Time every method against its Optax base
 	$(BIN)/python -m experiments.bench
+
+accelerator-report: $(VENV)/demo.stamp  ## Measure the methods on this machine's GPU or TPU, in 8 minutes
+	$(BIN)/python -m experiments.accelerator_report
 
 test: $(VENV)/dev.stamp  ## Run the tests, the slow ones left out
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
