@@ -99,7 +99,13 @@ def inputs_of(block: Block, use: Use, values: Values, num_examples: int, dtype: 
             x = x.astype(jnp.int32)
         return jnp.clip(x, 0, block.matrix_shape[0] - 1) if dict(use.geometry)["clip"] else x
     features = block.matrix_shape[0] - block.has_bias
-    x = x.reshape(*slices, num_examples, -1, features * use.groups).astype(dtype)
+    left = [lay_out(values[number], ops).astype(dtype) for number, ops in use.left]
+    width = len(left[0]) if left else features * use.groups
+    x = x.reshape(*slices, num_examples, -1, width).astype(dtype)
+    for matrix in left:
+        x = _matmul(x, matrix)
+    if use.scales or use.sign < 0:
+        x = x * _scale_of(use, values, dtype)
     if use.groups > 1:  # of each place in the window the channels of all groups
         channels = features // math.prod(dict(use.geometry)["window"])
         by_group = x.reshape(*x.shape[:-1], -1, use.groups, channels)
@@ -109,15 +115,27 @@ def inputs_of(block: Block, use: Use, values: Values, num_examples: int, dtype: 
     return x
 
 
-def gradients_of(use: Use, gradients: Values, num_examples: int, dtype: Any) -> jax.Array:
+def _scale_of(use: Use, values: Values, dtype: Any) -> Any:
+    """By what the parameter is multiplied to give the layer's weight, or its part of that."""
+    return use.sign * math.prod(values[number].ravel()[0].astype(dtype) for number in use.scales)
+
+
+def gradients_of(
+    use: Use, values: Values, gradients: Values, num_examples: int, dtype: Any
+) -> jax.Array:
     """The gradients at a layer's output, ``(*slices, samples, examples, positions, outputs)``."""
     g = gradients[use.output]
     axes = [i + 1 for i in (*use.output_stack, *use.output_rows, *use.channels)]
     g = g.transpose(0, *axes).astype(dtype)
     stack = len(use.output_stack)
     outputs = math.prod(g.shape[stack + len(use.output_rows) + 1 :])
+    if use.kind == "embedding" and (use.scales or use.sign < 0):
+        g = g * _scale_of(use, values, dtype)
     if not use.stacked:
-        return g.reshape(g.shape[0], num_examples, -1, outputs)
+        g = g.reshape(g.shape[0], num_examples, -1, outputs)
+        for number, ops in use.right:
+            g = _matmul(g, lay_out(values[number], ops).astype(dtype).T)
+        return g
     slices = math.prod(g.shape[1 : stack + 1])
     g = g.reshape(g.shape[0], slices, num_examples, -1, use.groups, outputs // use.groups)
     g = jnp.moveaxis(g, (1, 4), (0, 1))
@@ -222,7 +240,7 @@ def kronecker_statistics(
     num_rows: Any = 0 if slices is None else jnp.zeros(slices, dtype)
     for use in block.uses:
         a = inputs_of(block, use, values, num_examples, dtype)
-        g = gradients_of(use, gradients, num_examples, dtype)
+        g = gradients_of(use, values, gradients, num_examples, dtype)
         num_positions = a.shape[1 if slices is None else 2]
         counts = _weights_of_rows(weights, num_positions).astype(dtype)
         if slices is None:
@@ -367,7 +385,8 @@ def example_gradients(
             zeros = jnp.zeros((*g.shape[:2], use.slot.size, *g.shape[3:]), dtype)
             g = zeros.at[:, :, places_of(use, values, use.slot.size)].add(g)
             use = dataclasses.replace(use, core_axes=(use.slot.axis, *use.core_axes))
-        total += use.sign * jax.vmap(jax.vmap(lambda core, use=use: _to_leaf(core, use, block)))(g)
+        scale = _scale_of(use, values, dtype)
+        total += scale * jax.vmap(jax.vmap(lambda core, use=use: _to_leaf(core, use, block)))(g)
     return total
 
 
@@ -400,7 +419,7 @@ def eigen_statistics(
     places: list[Any] = []
     for use in block.uses:
         a = inputs_of(block, use, values, num_examples, dtype)
-        g = gradients_of(use, gradients, num_examples, dtype)
+        g = gradients_of(use, values, gradients, num_examples, dtype)
         if slices is None:
             rotated.append(rotate(basis, a, g))
             places.append(None)
@@ -481,7 +500,7 @@ def tied_eigen_statistics(
     for part, turned in block.parts():
         for use in part.uses:
             a = inputs_of(part, use, values, num_examples, dtype)
-            g = jnp.moveaxis(gradients_of(use, gradients, num_examples, dtype), 1, 0)
+            g = jnp.moveaxis(gradients_of(use, values, gradients, num_examples, dtype), 1, 0)
             if turned:
                 a, g = _rotate(a, columns), _rotate(g, rows)
             else:

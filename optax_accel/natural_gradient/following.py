@@ -7,6 +7,9 @@ the user's (``jax.custom_jvp``, ``jax.custom_vjp``): what is inside says nothing
 derivative.  A rule that passes the gradient to the parameter as it is (a straight-through
 estimator) is followed as a layout is.
 
+Sums and matrix products of two parameters are followed as if they were parameters
+(:mod:`~optax_accel.natural_gradient.effective`).
+
 In ``lax.scan`` a parameter is either the same in all iterations, which then are further positions
 of its layer, or scanned, so that each iteration uses a slice of it.
 """
@@ -23,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
+from optax_accel.natural_gradient.effective import Product, Sum, Weight, expand
 from optax_accel.natural_gradient.layers import Use
 from optax_accel.natural_gradient.layouts import Ops, Shape, View
 from optax_accel.natural_gradient.lifting import lift
@@ -99,6 +103,7 @@ class Follower:
         self.outputs: dict[int, tuple[int, tuple[int | None, ...]]] = {}
         self.refusals: list[Refusal] = []
         self._views, self._depth = views, depth
+        self._weights: list[Weight] = []  # each counts as a parameter, after the true ones
         self._values = Values(program, num_examples, views)
         constants = program.add_constants(closed.consts)
         program.outputs = self._inline(
@@ -138,11 +143,13 @@ class Follower:
         if len(operands) == 1:
             self._follow_output(eqn, operands[0], result)
         views = [number for number in operands if number in self._views]
+        if len(views) == len(operands) == 2 and self._combine(eqn, operands, result):
+            return
         if len(views) == 1:
             if name in RULES:
                 use = RULES[name](self._values, eqn, operands, result)
                 followed = self._add_layer(use, self._views[views[0]])
-            elif name in ("mul", "add", "add_any", "sub"):
+            elif name in ("mul", "div", "add", "add_any", "sub"):
                 followed = self._follow_elementwise(eqn, operands, result)
             elif name in _DERIVATIVE_RULES:
                 followed = self._follow_rule(eqn, views[0], result)
@@ -312,9 +319,10 @@ class Follower:
             self.outputs[result] = index, tuple(None if i is None else axes[i] for i in moved.axes)
 
     def _add_layer(self, use: Use | None, view: View) -> bool:
-        if use is None:
+        if use is None or (view.coefficient is not None and self._depth):
             return False
-        use = dataclasses.replace(use, slot=view.slot, loops=view.loops)
+        scales = () if view.coefficient is None else (view.coefficient,)
+        use = dataclasses.replace(use, slot=view.slot, loops=view.loops, scales=scales)
         rank = len(self.program.shape(use.output))
         order = {axis: i for i, axis in enumerate((*use.output_stack, *use.channels))}
         self.outputs[use.output] = len(self.uses), tuple(order.get(i) for i in range(rank))
@@ -328,14 +336,19 @@ class Follower:
         number, other = operands[side], operands[1 - side]
         view = self._views[number]
         old, new = self.program.shape(number), self.program.shape(result)
-        product = eqn.primitive.name == "mul"
+        quotient = eqn.primitive.name == "div"
+        product = eqn.primitive.name == "mul" or quotient
         sign = -1 if eqn.primitive.name == "sub" and side == 1 else 1
         repeated = old != new or view.repeats(old) or self._values.num_examples == 1
         if other not in self.program.data or not repeated:
-            if old != new or sign < 0:
+            if old != new or sign < 0 or (quotient and side == 1):
                 return False
+            if quotient:
+                other = self.program.add_step(_reciprocal, (other,), self.program.avals[other])
             self._views[result] = self._scaled(view, other, result) if product else view
             return True
+        if quotient:
+            return False
         shown = [i for i, axis in enumerate(view.axes) if axis is not None and old[i] == new[i]]
         rows = [i for i in range(len(new)) if i not in shown]
         leading = self._values.example_axis(new, rows)
@@ -361,12 +374,74 @@ class Follower:
         )
         return True
 
+    def _combine(self, eqn: JaxprEqn, operands: tuple[int, ...], result: int) -> bool:
+        """A sum or a matrix product of two parameters, which then counts as a parameter."""
+        first, second = (self._views[number] for number in operands)
+        shapes = [self.program.shape(number) for number in operands]
+        name, shape = eqn.primitive.name, self.program.shape(result)
+        if (
+            self._depth
+            or first.leaf == second.leaf
+            or any(
+                view.repeats(old) or view.sliced or not view.uniform
+                for view, old in zip((first, second), shapes, strict=True)
+            )
+        ):
+            return False
+        if name in ("add", "add_any", "sub") and shapes == [shape, shape]:
+            sign = -1 if name == "sub" else 1
+            weight: Weight = Sum(((first, 1), (second, sign)))
+        elif name == "dot_general" and not eqn.params["dimension_numbers"][1][0]:
+            inner = [tuple(map(int, axes)) for axes in eqn.params["dimension_numbers"][0]]
+            outer = [
+                tuple(i for i in range(len(old)) if i not in axes)
+                for old, axes in zip(shapes, inner, strict=True)
+            ]
+            axes = (outer[0], inner[0]), (inner[1], outer[1])
+            plain = [_whole(-1, old) for old in shapes]
+            weight = Product(
+                shape,
+                first,
+                second,
+                first.order(*axes[0]),
+                second.order(*axes[1]),
+                (operands[0], plain[0].order(*axes[0])),
+                (operands[1], plain[1].order(*axes[1])),
+            )
+        else:
+            return False
+        self._views[result] = _whole(len(self.program.inputs) + len(self._weights), shape)
+        self._weights.append(weight)
+        return True
+
+    def expand(self) -> None:
+        """Replaces what is found of computed weights by what that means for their parameters."""
+        count = len(self.program.inputs)
+        for use in self.uses:  # which grows
+            if use.leaf < count:
+                continue
+            expanded = list(expand(use, self._weights[use.leaf - count]))
+            self.uses += expanded
+            if not expanded:
+                reason = "is multiplied by a parameter, and no layer takes the product as a whole"
+                self.refusals.append(Refusal(use.leaf, (use.output,), reason))
+        for refusal in self.refusals:
+            if refusal.leaf >= count:
+                weight = self._weights[refusal.leaf - count]
+                views = (
+                    [view for view, _ in weight.terms]
+                    if isinstance(weight, Sum)
+                    else [weight.left, weight.right]
+                )
+                self.refusals += [refusal._replace(leaf=view.leaf) for view in views]
+
     def _scaled(self, view: View, factor: int, result: int) -> View:
         """A view whose entries are multiplied, by the variance of a batch for instance."""
         factors = (factor, *(() if view.coefficient is None else (view.coefficient,)))
         multiply = functools.partial(_product, self.program.shape(result))
         coefficient = self.program.add_step(multiply, factors, self.program.avals[result])
-        return dataclasses.replace(view, coefficient=coefficient)
+        uniform = view.uniform and math.prod(self.program.shape(factor)) == 1
+        return dataclasses.replace(view, coefficient=coefficient, uniform=uniform)
 
     def _note_bias(self, view: View, shown: list[int], number: int, shape: Shape) -> None:
         """Notes that the use which follows may be the bias of the layer that gives a value."""
@@ -417,12 +492,17 @@ def follow(closed: ClosedJaxpr, num_parameters: int, num_examples: int) -> Follo
     follower = Follower(closed, program, views, num_examples)
     for number in program.outputs:
         follower.refuse(number, (number,), "is an output itself")
+    follower.expand()
     return follower
 
 
 def _whole(leaf: int, shape: Shape) -> View:
     """An array as it is."""
     return View(leaf, (), shape, tuple(range(len(shape))))
+
+
+def _reciprocal(factor: jax.Array) -> tuple[jax.Array]:
+    return (1 / factor,)
 
 
 def _product(shape: Shape, *factors: jax.Array) -> tuple[jax.Array]:

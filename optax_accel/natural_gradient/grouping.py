@@ -31,7 +31,7 @@ class Grouping:
         # Indices of the uses of each parameter, and why a parameter cannot have a layer.
         self._uses: dict[int, list[int]] = {leaf: [] for leaf in range(len(self._shapes))}
         for index, use in enumerate(follower.uses):
-            if use.output in self._readers:
+            if use.output in self._readers and use.leaf in self._uses:
                 self._uses[use.leaf].append(index)
         self._reasons = self._why_generic()
 

@@ -51,7 +51,7 @@ class Use:
       geometry: parameters of a convolution; of an embedding whether indices out of bounds are
         clipped (else they are dropped).
       coefficient: a further factor of a scale or shift, or None.
-      sign: of a shift.
+      sign: of a shift, or of a term of the layer's weight.
       bias_ops: from the bias to a vector of outputs, or a stack of them, if there is a bias.
       transposed: whether its matrix is that of the block with inputs and outputs exchanged.
       stack: axes of the activation that number the slices of the parameter; first those that
@@ -62,6 +62,11 @@ class Use:
         if it is not all of them.
       loops: of the parameter's slice in a loop the axis of the core, and the depth of the loop;
         empty outside of loops.
+      scales: values with equal entries by which the weight is multiplied.
+      left: of a factor of the layer's weight (:mod:`~optax_accel.natural_gradient.effective`) the
+        matrices that stand on its left, each the number of a value and operations on it, in the
+        order in which inputs meet them.
+      right: those on its right, in the order in which gradients meet them.
     """
 
     kind: str
@@ -84,6 +89,9 @@ class Use:
     groups: int = 1
     slot: Slot | None = None
     loops: tuple[tuple[int, int], ...] = ()
+    scales: tuple[int, ...] = ()
+    left: tuple[tuple[int, Ops], ...] = ()
+    right: tuple[tuple[int, Ops], ...] = ()
 
     @property
     def stacked(self) -> bool:
@@ -92,7 +100,8 @@ class Use:
 
     def read(self) -> list[int]:
         """The values that are needed of an evaluation."""
-        numbers = self.input, self.coefficient, self.slot and self.slot.number
+        numbers = [self.input, self.coefficient, self.slot and self.slot.number, *self.scales]
+        numbers += [number for number, _ in (*self.left, *self.right)]
         return [number for number in numbers if number is not None]
 
 

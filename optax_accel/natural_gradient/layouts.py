@@ -50,20 +50,22 @@ def inverse(ops: Ops, shape: Shape) -> Ops:
 def simplified(ops: Ops, shape: Shape) -> Ops:
     """The same operations on an array of a shape, without those that change nothing."""
     kept: list[tuple[str, Shape]] = []
+    shapes = [shape]  # in front of each of them, and behind the last
     for name, argument in ops:
+        if kept and kept[-1][0] == name != "rev":  # two in one
+            _, last = kept.pop()
+            shapes.pop()
+            if name == "transpose":
+                argument = tuple(last[i] for i in argument)
+        before, after, changes = shapes[-1], shapes[-1], True
         if name == "reshape":
-            if argument != shape:
-                kept.append((name, argument))
-            shape = argument
-            continue
-        if name == "rev":
+            after, changes = argument, argument != before
+        elif name == "transpose":
+            after = tuple(before[i] for i in argument)
+            changes = argument != tuple(range(len(before)))
+        if changes:
             kept.append((name, argument))
-            continue
-        shape = tuple(shape[i] for i in argument)
-        if kept and kept[-1][0] == "transpose":
-            argument = tuple(kept.pop()[1][i] for i in argument)
-        if argument != tuple(range(len(argument))):
-            kept.append((name, argument))
+            shapes.append(after)
     return tuple(kept)
 
 
@@ -93,6 +95,7 @@ class View:
       core: the core's shape.
       axes: for each axis of the value the axis of the core that it shows, or None.
       coefficient: the number of the value by which the entries are multiplied, if there is one.
+      uniform: whether all entries of the coefficient are the same.
       slot: which slice the value is, where it was taken by its position.
       loops: the axes of the core of which the value is the slice of one iteration, each with the
         depth of the loop that scans it; the outermost first.
@@ -103,6 +106,7 @@ class View:
     core: Shape
     axes: tuple[int | None, ...]
     coefficient: int | None = None
+    uniform: bool = True
     slot: Slot | None = None
     loops: tuple[tuple[int, int], ...] = ()
 

@@ -31,7 +31,7 @@ class Values:
     def weight(self, number: int) -> View | None:
         """The view of a parameter that a layer can have for its matrix."""
         view = self.views.get(number)
-        if view is None or view.coefficient is not None:
+        if view is None or not view.uniform:
             return None
         return None if view.repeats(self.program.shape(number)) else view
 

@@ -116,6 +116,25 @@ def test_natural_gradient_of_a_linear_layer(x64, kind, likelihood):
     np.testing.assert_allclose(ravel(updates), want, rtol=1e-10)
 
 
+def test_natural_gradient_of_a_low_rank_adapter(x64):
+    """Each of its matrices has the Kronecker product that is the Fisher matrix of it alone."""
+    rng = np.random.default_rng(0)
+    x, w, y = rng.normal(size=(7, 3)), rng.normal(size=(3, 4)), rng.normal(size=(7, 4))
+    objective = oa.Objective(
+        lambda p: x @ (w + 0.5 * (p["left"] @ p["right"])), lambda out: squares(out, y)
+    )
+    params = double({"left": rng.normal(size=(3, 2)), "right": rng.normal(size=(2, 4))})
+    tx = oa.scale_by_kfac(objective, damping=0.1, damping_kind="eigen", estimator="ggn")
+    updates, _ = first_update(tx, objective, params)
+    fisher = np.asarray(curvature.gauss_newton(objective, params).dense())
+    gradient = ravel(objective.grad(params))
+    for one, update in zip(
+        (slice(6), slice(6, 14)), (updates["left"], updates["right"]), strict=True
+    ):
+        want = np.linalg.solve(fisher[one, one] + 0.1 * np.eye(update.size), gradient[one])
+        np.testing.assert_allclose(np.ravel(update), want, rtol=1e-10)
+
+
 def test_weights_of_positions(x64):
     """With weights in the loss, too, A kron B is the curvature of a linear layer."""
     rng = np.random.default_rng(0)
