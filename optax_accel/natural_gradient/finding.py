@@ -55,13 +55,13 @@ def describe_layers(
       >>> import jax.numpy as jnp
       >>> import optax_accel as oa
       >>> objective = oa.Objective(
-      ...     predict=lambda p, x: (x @ p["w"] + p["b"][None]) / jnp.exp(p["temperature"]),
+      ...     predict=lambda p, x: (x @ p["w"] + p["b"][None]) / p["temperature"],
       ...     loss=lambda outputs, y: jnp.mean((outputs - y) ** 2),
       ... )
-      >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2), "temperature": jnp.zeros(())}
+      >>> params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2), "temperature": jnp.ones(())}
       >>> print(oa.describe_layers(objective, params, {"x": jnp.ones((4, 3))}))
       parameters       kind     approximation
-      ['temperature']  generic  diagonal of batch gradients: is used by `exp`
+      ['temperature']  generic  diagonal of batch gradients: is combined with activations by `div`
       ['w'], ['b']     dense    4 x 2 Kronecker
       8 of 9 parameters (88.9 %) have Kronecker structure.
     """

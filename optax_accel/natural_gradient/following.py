@@ -51,6 +51,7 @@ _REASONS = {
         "which takes a part of it that is not one slice",
     ),
 }
+_UNUSED_PRODUCT = "is multiplied by a parameter, and no layer takes the product as a whole"
 
 
 class Refusal(NamedTuple):
@@ -145,10 +146,15 @@ class Follower:
         views = [number for number in operands if number in self._views]
         if len(views) == len(operands) == 2 and self._combine(eqn, operands, result):
             return
+        condition = self._condition(name, views, results)
         if len(views) == 1:
             if name in RULES:
                 use = RULES[name](self._values, eqn, operands, result)
-                followed = self._add_layer(use, self._views[views[0]])
+                view = self._views[views[0]]
+                if view.coefficient is not None and self._depth:
+                    use = "is scaled inside of a loop"
+                condition = use if isinstance(use, str) else condition
+                followed = not isinstance(use, str) and self._add_layer(use, view)
             elif name in ("mul", "div", "add", "add_any", "sub"):
                 followed = self._follow_elementwise(eqn, operands, result)
             elif name in _DERIVATIVE_RULES:
@@ -159,9 +165,25 @@ class Follower:
                 followed = len(operands) == 1 and self._follow_layout(eqn, views[0], result)
             if followed:
                 return
-        reason = f", {_REASONS[name]}" if name in _REASONS else ""
         for number in views:
-            self.refuse(number, results, f"is used by `{name}`{reason}")
+            self.refuse(number, results, condition)
+
+    def _condition(self, name: str, views: Sequence[int], results: tuple[int, ...]) -> str:
+        """What is said of parameters that an operation takes in another way than a layer."""
+        if name in _REASONS:
+            return f"is used by `{name}`, {_REASONS[name]}"
+        if len(views) > 1 and len({self._views[number].leaf for number in views}) == 1:
+            return "is combined with itself"
+        if name == "dot_general" and len(views) > 1:
+            return _UNUSED_PRODUCT
+        if any(number in self.program.data for number in results):
+            return f"is combined with activations by `{name}`"
+        if name in ("mul", "div") and len(views) > 1:
+            return "is multiplied or divided entry by entry by a parameter"
+        return (
+            f"is changed by `{name}`, but only layouts, sums, matrix products and scalar factors "
+            "of parameters are followed"
+        )
 
     def refuse(self, number: int, results: tuple[int, ...], reason: str) -> None:
         """Notes that a value, if it is a parameter, is used in another way than by a layer."""
@@ -318,8 +340,8 @@ class Follower:
         if moved is not None and not moved.ops and math.prod(old) == math.prod(new):
             self.outputs[result] = index, tuple(None if i is None else axes[i] for i in moved.axes)
 
-    def _add_layer(self, use: Use | None, view: View) -> bool:
-        if use is None or (view.coefficient is not None and self._depth):
+    def _add_layer(self, use: Use, view: View) -> bool:
+        if view.coefficient is not None and self._depth:
             return False
         scales = () if view.coefficient is None else (view.coefficient,)
         use = dataclasses.replace(use, slot=view.slot, loops=view.loops, scales=scales)
@@ -423,8 +445,7 @@ class Follower:
             expanded = list(expand(use, self._weights[use.leaf - count]))
             self.uses += expanded
             if not expanded:
-                reason = "is multiplied by a parameter, and no layer takes the product as a whole"
-                self.refusals.append(Refusal(use.leaf, (use.output,), reason))
+                self.refusals.append(Refusal(use.leaf, (use.output,), _UNUSED_PRODUCT))
         for refusal in self.refusals:
             if refusal.leaf >= count:
                 weight = self._weights[refusal.leaf - count]

@@ -28,12 +28,18 @@ class Values:
     num_examples: int
     views: dict[int, View]
 
-    def weight(self, number: int) -> View | None:
-        """The view of a parameter that a layer can have for its matrix."""
-        view = self.views.get(number)
-        if view is None or not view.uniform:
-            return None
-        return None if view.repeats(self.program.shape(number)) else view
+    def not_a_layer(self, weight: int, activation: int) -> str:
+        """Why a layer cannot have one value for its whole matrix and the other for its inputs."""
+        view = self.views.get(weight)
+        if view is None:
+            return "is an input of a layer instead of its weight"
+        if not view.uniform:
+            return "is multiplied by different numbers before a layer takes it"
+        if view.repeats(self.program.shape(weight)):
+            return "is repeated before a layer takes it"
+        if not self.per_example(activation):
+            return "has inputs that depend on parameters alone"
+        return ""
 
     def per_example(self, number: int) -> bool:
         """Whether a value can be an activation, also a constant one: the first state of a loop."""
@@ -45,19 +51,18 @@ class Values:
 
 
 # The use that an equation makes of a parameter, from the numbers of its operands and its result;
-# None where it is not a layer.
-Rule: TypeAlias = Callable[[Values, JaxprEqn, tuple[int, ...], int], Use | None]
+# where it is not a layer, the condition that failed.
+Rule: TypeAlias = Callable[[Values, JaxprEqn, tuple[int, ...], int], Use | str]
 
 
-def match_dense(
-    values: Values, eqn: JaxprEqn, operands: tuple[int, ...], result: int
-) -> Use | None:
+def match_dense(values: Values, eqn: JaxprEqn, operands: tuple[int, ...], result: int) -> Use | str:
     """``dot_general`` of a parameter with an activation."""
     side = int(operands[1] in values.views)
     weight, activation = operands[side], operands[1 - side]
     contracted, batch = eqn.params["dimension_numbers"]
-    if (view := values.weight(weight)) is None or not values.per_example(activation):
-        return None
+    if reason := values.not_a_layer(weight, activation):
+        return reason
+    view = values.views[weight]
     inputs, columns = (tuple(map(int, contracted[i])) for i in (side, 1 - side))
     slices, stack = (tuple(map(int, batch[i])) for i in (side, 1 - side))
     outputs = [i for i in range(len(view.axes)) if i not in (*inputs, *slices)]
@@ -66,7 +71,7 @@ def match_dense(
     first = len(stack) + (len(outputs) if side == 0 else 0)
     output_rows = dict(zip(rows, range(first, first + len(rows)), strict=True))
     if (leading := values.example_axis(shape, rows)) is None:
-        return None
+        return f"has inputs {shape} without an axis over the {values.num_examples} examples"
     rows = [leading, *(i for i in rows if i != leading)]
     first = len(stack) + (0 if side == 0 else len(rows))
     return Use(
@@ -86,16 +91,17 @@ def match_dense(
 
 def match_convolution(
     values: Values, eqn: JaxprEqn, operands: tuple[int, ...], result: int
-) -> Use | None:
+) -> Use | str:
     """``conv_general_dilated`` of an activation with a parameter."""
     activation, weight = operands
     params, numbers = eqn.params, eqn.params["dimension_numbers"]
-    if (view := values.weight(weight)) is None or not values.per_example(activation):
-        return None
+    if reason := values.not_a_layer(weight, activation):
+        return reason
+    view, inputs = values.views[weight], values.program.shape(activation)
     if params["batch_group_count"] != 1:
-        return None
-    if values.example_axis(values.program.shape(activation), numbers.lhs_spec[:1]) is None:
-        return None
+        return "is in a convolution with groups of examples"
+    if values.example_axis(inputs, numbers.lhs_spec[:1]) is None:
+        return f"has inputs {inputs} without an axis over the {values.num_examples} examples"
     output, input_, *window = numbers.rhs_spec
     shape = values.program.shape(weight)
     geometry = {
@@ -126,23 +132,25 @@ def match_convolution(
 
 def match_embedding(
     values: Values, eqn: JaxprEqn, operands: tuple[int, ...], result: int
-) -> Use | None:
+) -> Use | str:
     """``gather`` of whole slices of a parameter along one axis."""
     table, indices = operands
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    if (view := values.weight(table)) is None or not values.per_example(indices):
-        return None
+    if reason := values.not_a_layer(table, indices):
+        return reason
+    view = values.views[table]
     if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
-        return None
+        return "is looked up along several axes at once"
     (axis,), shape = numbers.start_index_map, values.program.shape(table)
     whole = tuple(1 if i == axis else size for i, size in enumerate(shape))
     if tuple(numbers.collapsed_slice_dims) != (axis,) or tuple(sizes) != whole:
-        return None
+        return "is looked up in parts that are not whole slices"
     channels = tuple(map(int, numbers.offset_dims))
     output_rows = [i for i in range(len(values.program.shape(result))) if i not in channels]
     leading = values.example_axis(values.program.shape(indices), range(len(output_rows)))
     if leading is None:
-        return None
+        shape = values.program.shape(indices)
+        return f"has indices {shape} without an axis over the {values.num_examples} examples"
     rows = [leading, *(i for i in range(len(output_rows)) if i != leading)]
     return Use(
         "embedding",

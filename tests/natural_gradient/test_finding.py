@@ -533,6 +533,7 @@ COUPLED: dict[str, Case] = {
         {"w": "dense", "scale": "scale-shift", "shift": "scale-shift"},
     ),
 }
+FOLLOWED = "but only layouts, sums, matrix products and scalar factors of parameters are followed"
 GENERIC: dict[str, tuple[Callable[[Any], Any], dict[str, tuple[int, ...]], str]] = {
     "changing carry": (
         lambda p: lax.scan(lambda h, _: ((h[0] @ h[1], 2 * h[1]), None), (X, p["w"]), length=2)[0][
@@ -544,7 +545,7 @@ GENERIC: dict[str, tuple[Callable[[Any], Any], dict[str, tuple[int, ...]], str]]
     "inside a loop": (
         lambda p: scanned(lambda h, p: h @ jnp.exp(p["w"]), p),
         {"w": (2, 3, 3)},
-        "is used by `exp`",
+        f"is changed by `exp`, {FOLLOWED}",
     ),
     "scanned and counted in one": (
         lambda p: scanned(lambda h, p: counted(lambda h, p: h @ p["w"], p, h), p),
@@ -571,8 +572,42 @@ GENERIC: dict[str, tuple[Callable[[Any], Any], dict[str, tuple[int, ...]], str]]
         {"w": (4, 3)},
         "is used as dense and as embedding",
     ),
-    "function": (lambda p: X * jnp.exp(p["w"])[None], {"w": (3,)}, "is used by `exp`"),
-    "two parameters": (lambda p: X @ (p["w"] @ p["w"]), {"w": (3, 3)}, "is used by `dot_general`"),
+    "function": (
+        lambda p: X * jnp.exp(p["w"])[None],
+        {"w": (3,)},
+        f"is changed by `exp`, {FOLLOWED}",
+    ),
+    "with activations": (
+        lambda p: jnp.arctan2(X, p["w"][None]),
+        {"w": (3,)},
+        "is combined with activations by `atan2`",
+    ),
+    "repeated": (
+        lambda p: X @ jnp.broadcast_to(p["w"][:, None], (3, 2)),
+        {"w": (3,)},
+        "is repeated before a layer takes it",
+    ),
+    "different factors": (
+        lambda p: X @ (np.arange(6.0).reshape(3, 2) * p["w"]),
+        {"w": (3, 2)},
+        "is multiplied by different numbers before a layer takes it",
+    ),
+    "scaled in a loop": (
+        lambda p: scanned(lambda h, p: h @ (2 * p["w"]), p),
+        {"w": (2, 3, 3)},
+        "is scaled inside of a loop",
+    ),
+    "product of another kind": (
+        lambda p: X @ (p["w"] * p["v"]),
+        {"w": (3, 3), "v": (3, 3)},
+        "is multiplied or divided entry by entry by a parameter",
+    ),
+    "two parameters": (lambda p: X @ (p["w"] @ p["w"]), {"w": (3, 3)}, "is combined with itself"),
+    "product added": (
+        lambda p: X + (p["w"] @ p["v"])[None],
+        {"w": (3, 3), "v": (3,)},
+        "is multiplied by a parameter, and no layer takes the product as a whole",
+    ),
     "part of a product": (
         lambda p: X @ (p["w"] @ p["v"])[:, :2],
         {"w": (3, 3), "v": (3, 3)},
@@ -581,7 +616,7 @@ GENERIC: dict[str, tuple[Callable[[Any], Any], dict[str, tuple[int, ...]], str]]
     "no examples": (
         lambda p: X + (jnp.ones((5, 3)) @ p["w"]).sum(0)[None],
         {"w": (3, 3)},
-        "is used by `dot_general`",
+        "has inputs (5, 3) without an axis over the 6 examples",
     ),
     "unused": (lambda p: X, {"w": (3,)}, "is not used"),
     "empty": (lambda p: X @ p["w"], {"w": (3, 0)}, "has no entries"),

@@ -219,7 +219,7 @@ def test_no_layer_at_all():
     objective = oa.Objective(predict, lambda out: squares(out, X))
     params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 2)), jnp.float32)}
     tx = oa.scale_by_kfac(objective, damping=0.1, estimator="empirical")
-    with pytest.warns(UserWarning, match=r"1 of 1 blocks(.|\n)*'w'.*is used by `exp`"):
+    with pytest.warns(UserWarning, match=r"1 of 1 blocks(.|\n)*'w'.*is changed by `exp`"):
         state = tx.init(params)
     grads = objective.grad(params)
     updates, _ = tx.update(grads, state, params, value_fn=objective)
