@@ -68,7 +68,7 @@ class Options(cli.Options):
     methods: str | None = None
     """Methods to measure beside Adam, separated by commas; default: all."""
     budget_seconds: float | None = None
-    """When to end; default: 460, with --quick 110, so that nothing exceeds 8 and 2 minutes."""
+    """When to end; default: 460, with --quick 100, to stay below 8 and 2 minutes."""
     name: str | None = None
     """Name of the folder; default: accelerator-<device>, with -quick."""
     runs_dir: Path = Path("runs")
@@ -121,16 +121,19 @@ def run(rows: Sequence[Row], store: Store, call: Call, end: float, console: Cons
     todo = [row for row in rows if before.get(row.key, {}).get("status") not in FINAL]
     # Those that went wrong before come last, so that they do not hold up the others again.
     todo.sort(key=lambda row: row.key in before)
-    left_out = []
+    left_out, compiled = [], None  # the network and precision whose base is compiled now
     for row in todo:
-        expected = row.estimate * statistics.median(factors.get(row.group, [1.0]))
+        estimate = row.estimate + (row.base_estimate if row.place != compiled else 0.0)
+        expected = estimate * statistics.median(factors.get(row.group, [1.0]))
         left = end - time.monotonic()
         if expected > left:
             left_out.append(row)
             continue
         patience = max(PATIENCE * expected, LEAST_PATIENCE)
         outcome = call(row.key, min(left, patience))
-        record = outcome.value or {"status": outcome.status, "reason": outcome.reason}
+        compiled = row.place if outcome.status == "done" else None
+        failure = {"status": outcome.status, "reason": outcome.reason}
+        record = {**(outcome.value or failure), "estimate": estimate}
         store.save(row, [record])
         _learn(factors, row, record)
         shown = f"{record['seconds']:.1f} s" if "seconds" in record else record["reason"]
@@ -140,7 +143,7 @@ def run(rows: Sequence[Row], store: Store, call: Call, end: float, console: Cons
 
 def _learn(factors: dict[str, list[float]], row: Row, record: Record) -> None:
     if record.get("status") == "measured":
-        factors.setdefault(row.group, []).append(record["seconds"] / row.estimate)
+        factors.setdefault(row.group, []).append(record["seconds"] / record["estimate"])
 
 
 def write(
@@ -196,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         machine: Record = opened.value | {
             "base": accelerator.BASE,
             "parameters": scale.parameters,
+            "curvature_share": accelerator.CURVATURE_SHARE,
             "matmul_precision": accelerator.F32_MATMUL_PRECISION,
         }
         study = folder_of(options, machine)
@@ -226,7 +230,11 @@ def folder_of(options: Options, machine: Record) -> StudyFolder:
     default = f"accelerator-{device}" + ("-quick" if options.quick else "")
     return StudyFolder(
         folders.locate(options.runs_dir, options.name, default),
-        {"accelerator": machine, "scale": "quick" if options.quick else "full"},
+        {
+            "accelerator": machine["device"],
+            **machine,
+            "scale": "quick" if options.quick else "full",
+        },
         "an accelerator report",
         "accelerator",
         files=(RESULTS, REPORT),

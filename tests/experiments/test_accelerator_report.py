@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from experiments import accelerator_report
+from experiments import accelerator_report, cli
+from experiments.runs.units import Store
+from experiments.training.studies import accelerator
 from experiments.training.studies.isolation import Outcome
 
 MACHINE = {
@@ -76,7 +78,8 @@ def test_one_row_out_of_memory_costs_no_other(tmp_path: Path, device: dict[str, 
     assert command(tmp_path) == 0
     assert device["calls"] == ["update/adam", "update/muon", "update/sgd", "update/lamb"]
     records = {record["method"]: record for record in results(tmp_path)["records"]["update"]}
-    assert records["sgd"] == {"method": "sgd", "status": "out of memory", "reason": "5 GiB"}
+    assert records["sgd"]["status"] == "out of memory"
+    assert records["sgd"]["reason"] == "5 GiB"
     assert records["lamb"]["milliseconds"] == [1.0, 2.0, 3.0]
     # What is finished stays; what went wrong is tried again.
     device["calls"].clear()
@@ -128,6 +131,36 @@ def test_rows_begin_only_if_there_is_time(
     assert found["left_out"] == {"update": [{"method": "sgd"}, {"method": "lamb"}]}
 
 
+def test_a_row_may_have_to_compile_its_base_first(
+    tmp_path: Path, device: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    quick = accelerator_report.QUICK
+    rows = [row for row in accelerator.rows(quick, ["step", "input"]) if row.place][:3]
+    assert [row.key for row in rows] == [
+        "step/small_gpt-bf16-adam",
+        "input/small_gpt-bf16",
+        "step/small_gpt-bf16-muon",
+    ]
+    base, extra = quick.estimates["step"], quick.estimates["input"]
+    store = Store(tmp_path)
+
+    def run(seconds: float) -> list[str]:
+        calls: list[str] = []
+
+        def call(name: str, seconds: float) -> Outcome:
+            calls.append(name)
+            return Outcome("done", {"status": "measured", "seconds": 0.0})
+
+        accelerator_report.run(rows[1:], store, call, seconds, cli.console(80, quiet=True))
+        return calls
+
+    # The base is compiled by whichever of its rows comes first, and once.
+    assert run(base + extra - 1) == []
+    assert run(base + extra) == ["input/small_gpt-bf16", "step/small_gpt-bf16-muon"]
+
+
 def _machine_or(call: Callable[[str, float], Outcome]) -> Callable[..., Outcome]:
     def either(self: Any, name: str, seconds: float) -> Outcome:
         return Outcome("done", MACHINE) if name == "machine" else call(name, seconds)
@@ -156,7 +189,7 @@ def test_other_versions_are_not_mixed(
     assert command(tmp_path) == 0
     monkeypatch.setitem(MACHINE, "jax", "2.0")
     assert command(tmp_path) == 2
-    assert "holds an accelerator report with accelerator" in capsys.readouterr().err
+    assert "holds an accelerator report with jax 1.0, now 2.0" in capsys.readouterr().err
     device["calls"].clear()
     assert command(tmp_path, "sgd", "--overwrite") == 0
     assert device["calls"] == ["update/adam", "update/sgd"]

@@ -39,6 +39,10 @@ BASE = "adam"
 STEP_METHODS = (BASE, "muon", "stoch_grad_adam", "extrap_sgd", "gnp_sgd", "kfac", "bulk_sgd")
 # Of the subspace methods, on any network: as many as they have for ten classes.
 DIRECTIONS = 10
+# They take their products on this share of a batch: ten directions side by side on a whole batch
+# need ten times the memory of a gradient, and `experiments.trackers` finds the subspace followed
+# well on a tenth of the examples.
+CURVATURE_SHARE = 1 / 8
 # A GPU multiplies float32 matrices in TF32 under "high", a TPU in three passes of bfloat16; the
 # default of a TPU is a single pass, which is bfloat16 under another name.
 F32_MATMUL_PRECISION = "high"
@@ -187,7 +191,7 @@ QUICK = Scale(
     calls=2,
     micro_batches=2,
     input_steps=5,
-    seconds=110,
+    seconds=100,
     estimates={"update": 2, "step": 6, "micro-batches": 4, "input": 2},
 )
 
@@ -202,9 +206,14 @@ class Row(Unit):
 
     Attributes:
       estimate: seconds that it takes, a first guess.
+      place: the network and the precision whose base has to be compiled for it; None for one that
+        needs none.
+      base_estimate: seconds that this takes, a first guess.
     """
 
     estimate: float
+    place: tuple[str, str] | None = None
+    base_estimate: float = 0.0
 
     @property
     def key(self) -> str:
@@ -238,8 +247,14 @@ def rows(scale: Scale, sections: Sequence[str], methods: Sequence[str] | None = 
         def compute() -> list[Record]:
             return [work(**identity)]
 
-        weight = _WEIGHTS.get(identity.get("method", ""), 1.0) if section == "step" else 1.0
-        return Row(section, identity, compute, weight * scale.estimates[section])
+        estimate, method = scale.estimates[section], identity.get("method")
+        if section == "update":
+            return Row(section, identity, compute, estimate)
+        if section == "step":
+            estimate *= _WEIGHTS.get(method or "", 1.0)
+        base = 0.0 if section == "step" and method == BASE else scale.estimates["step"]
+        place = identity["network"], identity["precision"]
+        return Row(section, identity, compute, estimate, place, base)
 
     def updates(names: Sequence[str]) -> list[Row]:
         return [row("update", measure.update, method=name) for name in names]
@@ -416,6 +431,8 @@ class Network:
         self.examples = workload.split()
         first = self.examples[: workload.batch_size]
         self.batch = {"x": jnp.asarray(first.x), "y": jnp.asarray(first.y)}
+        number = max(1, round(CURVATURE_SHARE * workload.batch_size))
+        self.curvature = {name: array[:number] for name, array in self.batch.items()}
 
     def build(self, method: Method) -> optax.GradientTransformationExtraArgs:
         """The optimizer of a method for this network.
@@ -453,6 +470,7 @@ class Program:
     def __init__(self, network: Network, method: Method, *, accumulate: int = 1):
         self.method = method
         self._batch = network.batch
+        self._curvature = None if method.tracker is None else network.curvature
         tx = network.build(method)
         objective, options = network.objective, StepOptions(accumulate=accumulate)
 
@@ -462,8 +480,10 @@ class Program:
             return init_state(tx, *jax.tree.map(jnp.copy, (params, rest)))
 
         @functools.partial(jax.jit, static_argnames="refresh", donate_argnames="state")
-        def step(state: Any, batch: Any, refresh: Any) -> Any:
-            return train_step(tx, objective, state, batch, refresh=refresh, options=options)
+        def step(state: Any, batch: Any, curvature: Any, refresh: Any) -> Any:
+            return train_step(
+                tx, objective, state, batch, curvature, refresh=refresh, options=options
+            )
 
         self._step, self._compiled = step, dict[Any, Any]()
         start = network.params, network.rest
@@ -486,7 +506,7 @@ class Program:
     def _form(self, refresh: Any) -> Any:
         """The compiled step with this static argument."""
         if refresh not in self._compiled:
-            lowered = self._step.lower(self._state, self._batch, refresh=refresh)
+            lowered = self._step.lower(self._state, self._batch, self._curvature, refresh=refresh)
             compiled = lowered.compile()
             planned = hlo.memory(compiled).total
             check_fits("the compiled step", planned, self._limit)
@@ -505,7 +525,8 @@ class Program:
           The metrics.
         """
         form = self._form(refresh)
-        self._state, metrics = form(self._state, self._batch if batch is None else batch)
+        batch = self._batch if batch is None else batch
+        self._state, metrics = form(self._state, batch, self._curvature)
         return metrics
 
     def case(self, calls: int) -> timing.Case:
