@@ -17,7 +17,7 @@ step's refresh: where a refresh falls on the checkpoint, the oldest that any ste
 
 Then Bulk-SGD steps are timed beside plain SGD steps, both as a user runs them: compiled, with
 donated buffers, the batch gathered by index, refreshes driven from the host at their usual rhythm.
-The cold start is left out.
+The cold start is left out. A tracker that chooses its periods is timed at their mean.
 """
 
 from __future__ import annotations
@@ -126,14 +126,17 @@ def run(
         f"{path.dimension:,} parameters, squared error, SGD {options.learning_rate:g}, "
         f"batch {options.batch_size}, k = {path.k}; subset of {options.curvature_batch} examples"
     )
-    rows, references = tracking.accuracy(path, entries, console.print)
+    rows, references, refreshes = tracking.accuracy(path, entries, console.print)
     arpack_seconds = float(np.median([reference.seconds for reference in references]))
     cost = []
     if options.repeats:
-        cost = tracking.costs(path, entries, arpack_seconds, options.repeats)
+        cost = tracking.costs(path, entries, refreshes, arpack_seconds, options.repeats)
     summary = {name: report.summarize(rows, name) for name in entries}
     checks = report.checks(summary, cost)
-    trackers = {name: (e.examples, e.tracker.refresh_every) for name, e in entries.items()}
+    trackers = {
+        name: (entry.examples, entry.tracker.refresh_every, refreshes[name])
+        for name, entry in entries.items()
+    }
     for table in (*report.checkpoint_tables(rows), report.summary_table(trackers, summary, cost)):
         console.print()
         console.print(table)
@@ -146,6 +149,7 @@ def run(
             "products": [reference.products for reference in references],
         },
         "summary": summary,
+        "refreshes": refreshes,
         "cost": cost,
         "checks": [check._asdict() for check in checks],
     }

@@ -15,7 +15,7 @@ from optax_accel.subspace import project_to_bulk, project_to_dominant
 from optax_accel.subspace import bulk_sgd, dom_sgd, interpolated_sgd
 
 # Curvature refreshed from the host
-from optax_accel.refresh import Refresh, refresh_at
+from optax_accel.refresh import Refresh, RefreshSchedule, refresh_at
 
 # Momentum decay
 from optax_accel.momentum import ScaleByDemonAdamState, scale_by_demon, scale_by_demon_adam
@@ -82,6 +82,7 @@ __all__ = [
     "PostLocalSGDState",
     "QuadraticModelState",
     "Refresh",
+    "RefreshSchedule",
     "Reparametrization",
     "ReparametrizeState",
     "RoundRobinTracker",

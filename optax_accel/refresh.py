@@ -21,15 +21,18 @@ each:
                                                  ``inverses``
 ===============  ==============================  ====================  ====================
 
-:func:`refresh_at` gives the value for each step of a whole chain.
+:func:`refresh_at` gives the value for each step of a whole chain; :class:`RefreshSchedule` does so
+where a tracker chooses its period on the way.
 """
 
 from __future__ import annotations
 
 import contextvars
 import weakref
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
+import chex
 import jax
 import numpy as np
 import optax
@@ -130,7 +133,7 @@ def _is_one_of(value: Any, words: tuple[str, ...]) -> bool:
 
 
 class _EigenspacePeriods(NamedTuple):
-    refresh_every: int
+    refresh_every: int | Literal["adaptive"]
     start_step: int
 
 
@@ -151,7 +154,7 @@ _announced: contextvars.ContextVar[list[_Periods] | None] = contextvars.ContextV
 _known: weakref.WeakKeyDictionary[Any, tuple[_Periods, ...]] = weakref.WeakKeyDictionary()
 
 
-def announce_eigenspace(refresh_every: int, start_step: Any) -> None:
+def announce_eigenspace(refresh_every: int | Literal["adaptive"], start_step: Any) -> None:
     """Called by ``init`` of a method that follows an eigenspace."""
     announced = _announced.get()
     if announced is not None:
@@ -221,7 +224,9 @@ def refresh_at(
 
     Raises:
       ValueError: ``step`` below 0; ``tx`` has two trackers, or K-FAC twice, at different periods or
-        start steps, which one value cannot drive; its ``init`` does not accept a placeholder.
+        start steps, which one value cannot drive; a tracker of ``tx`` has
+        ``refresh_every="adaptive"``, which takes a :class:`RefreshSchedule`; its ``init`` does not
+        accept a placeholder.
 
     Example:
       >>> import optax, optax_accel as oa
@@ -249,12 +254,21 @@ def refresh_at(
             "give refresh_at either the optimizer or `refresh_every` and `start_step`: they are "
             "read from the optimizer."
         )
+    return _joined(step, _periods_of(tx), lambda periods: _eigenspace_at(step, periods, cold_start))
+
+
+def _joined(
+    step: int,
+    all_periods: tuple[_Periods, ...],
+    eigenspace_at: Callable[[_EigenspacePeriods], EigenspaceRefresh],
+) -> RefreshLike:
+    """One value for all that an optimizer keeps; None if that is nothing."""
     eigenspace: Any = None
     factors: Any = None
     damping: Any = None
-    for periods in _periods_of(tx):
+    for periods in all_periods:
         if isinstance(periods, _EigenspacePeriods):
-            eigenspace = _eigenspace_at(step, periods, cold_start)
+            eigenspace = eigenspace_at(periods)
         elif isinstance(periods, _FactorsPeriods):
             factors = _factors_at(step, periods)
         else:
@@ -270,9 +284,113 @@ def refresh_at(
     )
 
 
+class RefreshSchedule:
+    """The ``refresh`` argument for a loop whose tracker chooses its period on the way.
+
+    A tracker with ``refresh_every="adaptive"`` writes the step of its next refresh into the state.
+    The schedule reads it once after each refresh, which waits for that step to end; the steps
+    between are queued without waiting. For an optimizer without such a tracker it gives what
+    :func:`refresh_at` gives, and reads nothing.
+
+    It keeps no more than what it read: made anew, as after a checkpoint was restored, or asked for
+    another step than the one that follows, it reads again.
+
+    Args:
+      tx: the optimizer, chained, masked or wrapped in any way, as for :func:`refresh_at`.
+      cold_start: whether the estimate starts with Lanczos; default True.  With False it grows from
+        a random basis by a sweep in each of the first ten steps: for convolutional networks on a
+        CPU, where the loop of Lanczos runs many times slower (jax#12868).
+
+    Raises:
+      ValueError: ``tx`` has two trackers, or K-FAC twice, at different periods or start steps, or
+        its ``init`` does not accept a placeholder.
+
+    Example:
+      >>> import functools, jax, jax.numpy as jnp, optax
+      >>> import optax_accel as oa
+      >>> loss = lambda p: 0.5 * jnp.sum(jnp.array([10.0, 1.0, 0.1]) * p**2)
+      >>> tx = oa.bulk_sgd(0.1, 1, tracker=oa.BlockTracker(refresh_every="adaptive"))
+      >>> @functools.partial(jax.jit, static_argnames="refresh")
+      ... def train_step(params, state, refresh):
+      ...     updates, state = tx.update(
+      ...         jax.grad(loss)(params), state, params, value_fn=loss, refresh=refresh)
+      ...     return optax.apply_updates(params, updates), state
+      >>> params = jnp.ones(3)
+      >>> state, schedule, refreshed = tx.init(params), oa.RefreshSchedule(tx), []
+      >>> for step in range(40):
+      ...     if refresh := schedule(step, state):
+      ...         refreshed.append(step)
+      ...     params, state = train_step(params, state, refresh)
+      >>> refreshed  # the Hessian is constant, so the periods double
+      [0, 5, 15, 35]
+    """
+
+    def __init__(
+        self, tx: optax.GradientTransformation | optax.MultiSteps, *, cold_start: bool = True
+    ):
+        check_flag("cold_start", cold_start)
+        self._cold_start = cold_start
+        self._periods = _periods_of(tx)
+        self._next_refresh = 0
+        self._stale = True  # what was read is not of the state at hand
+        self._expected_step = -1
+
+    def __call__(self, step: int, state: chex.ArrayTree) -> RefreshLike:
+        """The value for a step.
+
+        Args:
+          step: zero-based count of updates, a Python integer.
+          state: the optimizer's state before the step, or any pytree that contains it.
+
+        Returns:
+          The argument ``refresh`` of the step's ``update``; see :func:`refresh_at`.
+
+        Raises:
+          ValueError: ``step`` below 0, or ``state`` holds no step of a next refresh.
+        """
+        step = static_integer("step", step, 0)
+        return _joined(
+            step, self._periods, lambda periods: self._eigenspace_at(step, periods, state)
+        )
+
+    def _eigenspace_at(
+        self, step: int, periods: _EigenspacePeriods, state: chex.ArrayTree
+    ) -> bool | Literal["cold", "warm"]:
+        if periods.refresh_every != "adaptive":
+            return _eigenspace_at(step, periods, self._cold_start)
+        start_step = periods.start_step
+        known = step == self._expected_step and not self._stale
+        self._expected_step = step + 1
+        elapsed = step - start_step
+        if elapsed < 0:
+            return False
+        if elapsed == 0 or (elapsed < 10 and not self._cold_start):
+            self._stale = True
+            return "cold" if self._cold_start else "warm"
+        if not known:
+            found = optax.tree.get_all_with_path(state, "next_refresh")
+            if not found:
+                raise ValueError(
+                    "RefreshSchedule found no `next_refresh` in `state`: pass the state of the "
+                    "optimizer that it was made for."
+                )
+            values = jax.device_get([value for _, value in found])  # explicit: guards allow it
+            self._next_refresh = min(int(np.min(value)) for value in values)
+        due = step >= self._next_refresh
+        self._stale = due
+        return "warm" if due else False
+
+
 def _eigenspace_at(
     step: int, periods: _EigenspacePeriods, cold_start: bool
 ) -> bool | Literal["cold", "warm"]:
+    if periods.refresh_every == "adaptive":
+        raise ValueError(
+            "the step alone does not tell when a tracker with `refresh_every='adaptive'` is due: "
+            "make schedule = optax_accel.RefreshSchedule(tx) before the loop and pass "
+            "refresh=schedule(step, state), or leave `refresh` out, so that it is decided in the "
+            "graph."
+        )
     elapsed = step - periods.start_step
     if cold_start and elapsed == 0:
         return "cold"

@@ -64,6 +64,7 @@ class InterpolateSubspacesState(NamedTuple):
       alignment: chi_k of the last incoming update, ``|P d| / |d|`` in [0, 1] (0 for ``d = 0``).
       alignment_ema: its exponential moving average, started at the first value.
       active: whether the projection has been switched on; boolean scalar.
+      next_refresh: the ``count`` at which the next refresh is due; int32 scalar.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
@@ -71,6 +72,7 @@ class InterpolateSubspacesState(NamedTuple):
     alignment: jax.Array
     alignment_ema: jax.Array
     active: jax.Array
+    next_refresh: jax.Array
 
 
 def interpolate_subspaces(
@@ -103,7 +105,8 @@ def interpolate_subspaces(
       CPU, and under ``vmap``, where a conditional runs both its branches): ``False`` keeps the
       basis, ``True`` refreshes it, ``"cold"`` and ``"warm"`` also say how; of the words for K-FAC,
       ``"factors"`` keeps the basis and ``"inverses"`` refreshes it.
-      :func:`~optax_accel.refresh_at` gives the value for a step.
+      :func:`~optax_accel.refresh_at` gives the value for a step, and for a tracker that chooses its
+      period :class:`~optax_accel.RefreshSchedule`.
 
     * ``grad``: the gradient, for trackers that follow gradients; default: the incoming updates.
 
@@ -219,6 +222,7 @@ class _Interpolation:
             alignment=alignment,
             alignment_ema=alignment_ema,
             active=jnp.zeros((), bool),
+            next_refresh=jnp.array(self.start_step, jnp.int32),
         )
 
     def update(
@@ -234,7 +238,7 @@ class _Interpolation:
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, InterpolateSubspacesState]:
         refresh = of_eigenspace(refresh)
-        count, space = state.count, state.space
+        count, space, next_refresh = state.count, state.space, state.next_refresh
         params = None if params is None else as_arrays(params)
         chosen = resolve(updates if params is None else params, self.mask)
         k = space.eigenvalues.shape[0]
@@ -254,11 +258,16 @@ class _Interpolation:
                 return self.tracker.refresh(old, objective, selected, gradient, cold=cold)
 
             every = self.tracker.refresh_every
+            due = jnp.ones((), bool)
             if refresh is not None or (every == 1 and known_integer(self.start_step) == 0):
                 space = refreshed(space)
             else:
-                due = started & ((count - self.start_step) % every == 0)
+                if every == "adaptive":
+                    due = started & (count >= next_refresh)
+                else:
+                    due = started & ((count - self.start_step) % every == 0)
                 space = lax.cond(due, refreshed, lambda old: old, space)
+            next_refresh = jnp.where(due, count + self.tracker.next_period(space), next_refresh)
 
         vector = select(updates, chosen)
         everything = k == blocks.dimension(vector)
@@ -277,6 +286,7 @@ class _Interpolation:
             alignment=alignment,
             alignment_ema=alignment_ema,
             active=active,
+            next_refresh=next_refresh,
         )
         return merge(weighted, updates, chosen), new_state
 
@@ -665,6 +675,19 @@ def _check_trains(k: int, size: int, dominant_weight: Any, bulk_weight: Any) -> 
         )
 
 
+def _coefficients(basis: chex.ArrayTree, vector: chex.ArrayTree, dtype: Any) -> jax.Array:
+    """The inner products of a vector with the rows of a basis: ``(k,)``."""
+
+    def leaf(b: jax.Array, v: jax.Array) -> jax.Array:
+        if b.dtype == v.dtype:
+            return blocks.inner([b], [v[None]])[:, 0]
+        # A dot product would first write a wide copy of a narrow basis, a fused sum does not.
+        return jnp.sum(b.astype(v.dtype) * v, axis=tuple(range(1, b.ndim)))
+
+    products = jax.tree.leaves(jax.tree.map(leaf, basis, vector))
+    return functools.reduce(jnp.add, products, jnp.zeros((), dtype)).astype(dtype)
+
+
 def _dominant_component(
     vector: chex.ArrayTree, space: Eigenspace, everything: bool
 ) -> tuple[chex.ArrayTree, jax.Array]:
@@ -679,7 +702,7 @@ def _dominant_component(
     if k == 0:
         return jax.tree.map(jnp.zeros_like, wide), jnp.zeros((), dtype)
     squared = blocks.inner(block, block)[0, 0]
-    coefficients = blocks.inner(space.basis, block)[:, 0]
+    coefficients = _coefficients(space.basis, wide, dtype)
     ratio = jnp.sum(coefficients**2) / jnp.where(squared > 0, squared, 1)
     alignment = jnp.sqrt(jnp.minimum(ratio, 1)).astype(dtype)
     if everything:

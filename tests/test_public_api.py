@@ -205,6 +205,18 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: oa.Objective.from_value_fn(LOSS).ggn_vp(X, X), r"Objective\(predict, loss\)"),
     # Hessian subspace
     (lambda: oa.BlockTracker(refresh_every=0), "`refresh_every` must be at least 1"),
+    (lambda: oa.BlockTracker(refresh_every="often"), "`refresh_every` must be an integer"),
+    (lambda: oa.BlockTracker(tolerance=0.1), "`tolerance` is for `refresh_every=.adaptive"),
+    (lambda: oa.BlockTracker(max_refresh_every=9), "`max_refresh_every` is for .*20 steps leave"),
+    (
+        lambda: oa.BlockTracker(refresh_every="adaptive", tolerance=0),
+        r"`tolerance` must lie in \(0, 1\]",
+    ),
+    (
+        lambda: oa.BlockTracker(refresh_every="adaptive", max_refresh_every=4),
+        "`max_refresh_every` must be at least 5, got 4",
+    ),
+    (lambda: oa.ExactTracker(refresh_every="adaptive"), "is for BlockTracker.*ExactTracker needs"),
     (lambda: oa.BlockTracker(power_iterations=0), "`power_iterations` must be at least 1"),
     (lambda: oa.BlockTracker(oversampling=-1), "`oversampling` must be at least 0"),
     (lambda: oa.BlockTracker(cold_start_products=0), "`cold_start_products` must be at least 1"),

@@ -32,6 +32,7 @@ def _subspace_method(
     paper: Paper = _SONG,
 ) -> Method:
     """SGD with momentum whose steps are changed in the dominant subspace that a tracker follows."""
+    assert tracker.refresh_every != "adaptive"  # the forms of a step have a period
     return Method(
         name=name,
         family="Hessian subspace",

@@ -124,7 +124,10 @@ class Method:
     @property
     def refresh_every(self) -> int | None:
         """Steps between refreshes of the dominant subspace; None without one."""
-        return None if self.tracker is None else self.tracker.refresh_every
+        if self.tracker is None:
+            return None
+        assert self.tracker.refresh_every != "adaptive"  # as no entry's is
+        return self.tracker.refresh_every
 
     @property
     def evaluates_network(self) -> bool:

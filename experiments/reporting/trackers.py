@@ -117,25 +117,27 @@ def checkpoint_tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
 
 
 def summary_table(
-    trackers: Mapping[str, tuple[str, int]],
+    trackers: Mapping[str, tuple[str, int | str, int]],
     summary: Mapping[str, Mapping[str, float]],
     cost: Sequence[dict[str, Any]],
 ) -> Table:
     """One line per tracker.
 
     Args:
-      trackers: by name, the examples that refreshes see and the steps between two refreshes.
+      trackers: by name, the examples that refreshes see, the steps between two refreshes, and the
+        number of refreshes behind the cold start.
       summary: by tracker, what `summarize` returns.
       cost: one row per tracker that was timed.
     """
-    columns = ["tracker", "examples", "every", "chi full", "chi batch", "cos2", "lowest"]
-    columns += ["eigenvalues", "|UU'-I|", "products/step", "step / SGD step", "ARPACK / step"]
+    columns = ["tracker", "examples", "every", "refreshes", "chi full", "chi batch", "cos2"]
+    columns += ["lowest", "eigenvalues", "|UU'-I|", "products/step", "step / SGD step"]
+    columns += ["ARPACK / step"]
     title = "worst checkpoint after the first (cos2: mean, lowest), and cost"
     view = tables.table([*columns, "linear algebra"], title)
     timed = {row["tracker"]: row for row in cost}
-    for name, (examples, every) in trackers.items():
+    for name, (examples, every, refreshes) in trackers.items():
         errors = summary[name]
-        line = [name, examples, str(every)]
+        line = [name, examples, str(every), str(refreshes)]
         line += [f"{errors[key]:.4f}" for key in ("chi full", "chi batch", "mean cos2", "cos2")]
         line += [f"{errors['eigenvalues']:.3f}", f"{errors['orthogonality']:.0e}"]
         if name in timed:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_accel._arguments import check_integer
+from optax_accel._arguments import check_integer, check_number
 from optax_accel.curvature import blocks
 from optax_accel.curvature._block_iteration import subspace_sweep
 from optax_accel.curvature.tracking import (
@@ -28,6 +28,27 @@ from optax_accel.curvature.tracking import (
 )
 from optax_accel.objective import Objective
 
+# Steps between two refreshes of an adaptive tracker, at least. On MNIST-5k at rate 0.1 a basis of
+# two steps ago is no nearer to the exact one than a basis of twenty steps ago.
+SHORTEST_PERIOD = 5
+
+
+class AdaptivePeriod(NamedTuple):
+    """How a :class:`BlockTracker` with ``refresh_every="adaptive"`` finds its period.
+
+    Attributes:
+      period: steps from the last accepted refresh to the next one; int32 scalar.
+      drift: mean squared sine of the angles between the bases before and after the last accepted
+        warm refresh, in [0, 1]; 0 before the first one.
+      drift_floor: the part of ``drift`` that does not depend on the period; 0 at first.
+      refreshes: number of accepted refreshes, the cold start included; int32 scalar.
+    """
+
+    period: jax.Array
+    drift: jax.Array
+    drift_floor: jax.Array
+    refreshes: jax.Array
+
 
 class BlockMemory(NamedTuple):
     """What :class:`BlockTracker` keeps besides the basis.
@@ -36,10 +57,12 @@ class BlockMemory(NamedTuple):
       guard: the oversampled directions, leaves ``(oversampling, *leaf.shape)``; None if there are
         none.
       shift: scalar added to the spectrum so that its algebraic top leads.
+      adaptive: the :class:`AdaptivePeriod`; None for a fixed period.
     """
 
     guard: chex.ArrayTree
     shift: jax.Array
+    adaptive: AdaptivePeriod | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,13 +78,29 @@ class BlockTracker(CurvatureTracker):
     missing at first and accurate to 1e-4 after 20 sweeps. :class:`ExactTracker` counts copies at
     every solve.
 
+    With ``refresh_every="adaptive"`` it refreshes when the eigenspace has moved. Each refresh tells
+    how far: its drift is the mean squared sine of the angles between the bases before and after,
+    which takes no product. The next period is the last one, P, times ``tolerance / (drift -
+    floor)``, but at least halved and at most doubled, as the step of an ODE solver is chosen
+    (Hairer, Norsett, Wanner, *Solving Ordinary Differential Equations I*, section II.4; the
+    exponent 1 is for a random walk, whose squared distance grows with time). The floor is what the
+    shortest period, 5 steps, drifts as well: the noise of mini-batches moves the parameters to and
+    fro along the steepest directions, and the eigenspace with them, from step to step, and no
+    period of several steps follows that. Curvature batches that change have such a floor too; give
+    a fixed one (``curvature_value_fn=``).
+
     Args:
       refresh_every: steps between refreshes; default 20. With it and 500 of 5,000 MNIST images,
         k = 10, along 500 steps of SGD at rates 0.01 and 0.1 on a tanh network with 199,210
         parameters, the alignment chi_k stayed within 0.01 of the one that ARPACK finds on all
         images, the mean squared cosine of the subspaces at 0.997 and 0.99; 5 and 10 were hardly
         better. At rate 0.1 mini-batch noise moves the exact subspace itself by a squared cosine of
-        0.98 in 5 steps.
+        0.98 in 5 steps.  ``"adaptive"``: refresh when the eigenspace has moved; the state shows
+        ``drift``, ``period`` and ``refreshes``.
+      tolerance: with ``refresh_every="adaptive"``, the drift beyond its floor that a period may
+        bring, in (0, 1]; ``None`` (default): 0.005.
+      max_refresh_every: with ``refresh_every="adaptive"``, the longest period in steps, at least 5;
+        ``None`` (default): 50.
       power_iterations: block products of a warm refresh; default 1.
       oversampling: directions tracked beyond the ones asked for, default 0. They guard the last
         direction against a small gap behind it, at one more product each per refresh.
@@ -81,7 +120,9 @@ class BlockTracker(CurvatureTracker):
       ValueError, TypeError: an argument outside its range.
     """
 
-    refresh_every: int = 20
+    refresh_every: int | Literal["adaptive"] = 20
+    tolerance: float | None = None
+    max_refresh_every: int | None = None
     power_iterations: int = 1
     oversampling: int = 0
 
@@ -89,6 +130,20 @@ class BlockTracker(CurvatureTracker):
         super().__post_init__()
         check_integer("power_iterations", self.power_iterations, 1)
         check_integer("oversampling", self.oversampling, 0)
+
+    def _check_period(self) -> None:
+        if self.refresh_every != "adaptive":
+            check_integer("refresh_every", self.refresh_every, 1)
+        for name in ("tolerance", "max_refresh_every"):
+            if getattr(self, name) is not None and self.refresh_every != "adaptive":
+                raise ValueError(
+                    f'`{name}` is for `refresh_every="adaptive"`; with a period of '
+                    f"{self.refresh_every} steps leave it out."
+                )
+        if self.tolerance is not None:
+            check_number("tolerance", self.tolerance, 0, 1, open_low=True)
+        if self.max_refresh_every is not None:
+            check_integer("max_refresh_every", self.max_refresh_every, SHORTEST_PERIOD)
 
     def _sizes(self, params: chex.ArrayTree, num_directions: int) -> tuple[int, int]:
         """Tracked directions without and with the guard, cut to the dimension."""
@@ -105,16 +160,34 @@ class BlockTracker(CurvatureTracker):
     def init(self, params: chex.ArrayTree, num_directions: int) -> Eigenspace:
         k, tracked = self._sizes(params, num_directions)
         basis = random_basis(self, params, tracked)
-        memory = self._memory(basis, k, jnp.zeros(()))
+        adaptive = None
+        if self.refresh_every == "adaptive":
+            # Arrays of their own, because one can be donated only once.
+            adaptive = AdaptivePeriod(
+                period=jnp.full((), SHORTEST_PERIOD, jnp.int32),
+                drift=jnp.zeros(()),
+                drift_floor=jnp.zeros(()),
+                refreshes=jnp.zeros((), jnp.int32),
+            )
+        memory = self._memory(basis, k, jnp.zeros(()), adaptive)
         if self.oversampling and num_directions and not jax.tree.leaves(params):
             memory = memory._replace(guard=basis)  # a placeholder for what states usually have
         return new_space(self, params, basis, k, memory)
 
-    def _memory(self, basis: chex.ArrayTree, k: int, shift: jax.Array) -> BlockMemory:
+    def _memory(
+        self, basis: chex.ArrayTree, k: int, shift: jax.Array, adaptive: AdaptivePeriod | None
+    ) -> BlockMemory:
         tracked = jax.tree.leaves(basis)[0].shape[0] if jax.tree.leaves(basis) else 0
         # Not a block of no rows: Orbax cannot save arrays of size zero.
         guard = store(self, blocks.rows(basis, k, tracked)) if tracked > k else None
-        return BlockMemory(guard, shift.astype(blocks.scalar_dtype(basis)))
+        return BlockMemory(guard, shift.astype(blocks.scalar_dtype(basis)), adaptive)
+
+    def next_period(self, space: Eigenspace) -> int | jax.Array:
+        adaptive = space.memory.adaptive
+        if adaptive is None:
+            return super().next_period(space)
+        # Whoever projects waits for an accepted refresh.
+        return jnp.where(space.accepted, adaptive.period, SHORTEST_PERIOD)
 
     def refresh(
         self,
@@ -147,7 +220,13 @@ class BlockTracker(CurvatureTracker):
             tracked,
             num_products=cold_start_products(self, params, tracked),
         )
-        return self._finish(space, values, basis, spectrum_shift(self, smallest))
+        adaptive = space.memory.adaptive
+        if adaptive is not None:
+            adaptive = adaptive._replace(
+                period=jnp.full_like(adaptive.period, SHORTEST_PERIOD),
+                refreshes=adaptive.refreshes + 1,
+            )
+        return self._finish(space, values, basis, spectrum_shift(self, smallest), adaptive)
 
     def _sweep(
         self, space: Eigenspace, objective: Objective | None, params: chex.ArrayTree
@@ -159,18 +238,47 @@ class BlockTracker(CurvatureTracker):
         basis = load(self, basis, params)
         if self.storage_dtype is not None:  # storage has rounded it
             basis = blocks.orthonormalize(basis)
+        before = basis
         shift, values = space.memory.shift, space.eigenvalues
         for _ in range(self.power_iterations):
             values, basis, smallest = subspace_sweep(products, basis, shift=shift, order=self.order)
             # Negative curvature seen before is forgotten slowly: the sweep damps what it shifts
             # away, so a direction gone from the block may still be there in the spectrum.
             shift = jnp.maximum(0.9 * shift, spectrum_shift(self, smallest))
-        return self._finish(space, values, basis, shift)
+        adaptive = space.memory.adaptive
+        if adaptive is not None:
+            k = space.eigenvalues.shape[0]
+            cosines = blocks.inner(*(blocks.rows(block, 0, k) for block in (before, basis)))
+            drift = jnp.clip(1 - jnp.sum(jnp.square(cosines)) / max(k, 1), 0, 1)
+            adaptive = self._adapted(adaptive, drift.astype(adaptive.drift.dtype))
+        return self._finish(space, values, basis, shift, adaptive)
+
+    def _adapted(self, old: AdaptivePeriod, drift: jax.Array) -> AdaptivePeriod:
+        """The period after a refresh that found this drift."""
+        tolerance = 0.005 if self.tolerance is None else self.tolerance
+        longest = 50 if self.max_refresh_every is None else self.max_refresh_every
+        # Half of the way, because one drift says little; up only where the floor can be seen.
+        seen = (drift < old.drift_floor) | (old.period <= SHORTEST_PERIOD)
+        floor = jnp.where(seen, (old.drift_floor + drift) / 2, old.drift_floor)
+        excess = jnp.maximum(drift - floor, tolerance / 2)
+        factor = jnp.maximum(tolerance / excess, 0.5)
+        period = jnp.round(factor * old.period).astype(jnp.int32)
+        return AdaptivePeriod(
+            period=jnp.clip(period, SHORTEST_PERIOD, longest),
+            drift=drift,
+            drift_floor=floor,
+            refreshes=old.refreshes + 1,
+        )
 
     def _finish(
-        self, old: Eigenspace, values: jax.Array, basis: chex.ArrayTree, shift: jax.Array
+        self,
+        old: Eigenspace,
+        values: jax.Array,
+        basis: chex.ArrayTree,
+        shift: jax.Array,
+        adaptive: AdaptivePeriod | None,
     ) -> Eigenspace:
         k = old.eigenvalues.shape[0]
-        memory = self._memory(basis, k, shift)
+        memory = self._memory(basis, k, shift, adaptive)
         basis = blocks.rows(basis, 0, k)
         return accept(self, old, values[:k], basis, memory, jnp.isfinite(shift))

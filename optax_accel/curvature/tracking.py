@@ -63,10 +63,10 @@ class Tracker(abc.ABC):
     A tracker is a frozen dataclass; all that changes is in the :class:`Eigenspace`.
 
     Attributes:
-      refresh_every: steps between refreshes.
+      refresh_every: steps between refreshes; ``"adaptive"`` if the eigenspace decides.
     """
 
-    refresh_every: int
+    refresh_every: int | Literal["adaptive"]
 
     @property
     def needs_objective(self) -> bool:
@@ -109,6 +109,19 @@ class Tracker(abc.ABC):
           The new eigenspace; the old one, not accepted, where numbers were not finite.
         """
 
+    def next_period(self, space: Eigenspace) -> int | jax.Array:
+        """Steps from a refresh to the next one.
+
+        Args:
+          space: the eigenspace after the refresh.
+
+        Returns:
+          Their number, an int32 scalar if the eigenspace decides.
+        """
+        del space
+        assert self.refresh_every != "adaptive"
+        return self.refresh_every
+
     def num_products(self, params: chex.ArrayTree, num_directions: int, *, cold: bool) -> int:
         """Curvature-vector products of one refresh.
 
@@ -133,12 +146,20 @@ class BasisTracker(Tracker):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_integer("refresh_every", self.refresh_every, 1)
+        self._check_period()
         check_integer("seed", self.seed, 0)
         for name in ("accumulator_dtype", "storage_dtype"):
             dtype = getattr(self, name)
             if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
                 raise ValueError(f"`{name}` must be a real floating-point dtype, got {dtype!r}.")
+
+    def _check_period(self) -> None:
+        if self.refresh_every == "adaptive":
+            raise ValueError(
+                '`refresh_every="adaptive"` is for BlockTracker, which sees how far a refresh '
+                f"turns the basis; {type(self).__name__} needs a number of steps."
+            )
+        check_integer("refresh_every", self.refresh_every, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,13 @@ TINY = ["--task", "digits", "--steps", "20", "--learning-rate", "0.1", "--direct
 @pytest.mark.slow
 def test_a_tiny_run(tmp_path: Path) -> None:
     """One test, so that only one process has to compile the run."""
-    arguments = [*TINY, "--trackers", "block,gradient_every_10,exact", "--repeats", "1"]
+    arguments = [
+        *TINY,
+        "--trackers",
+        "block,block_adaptive,gradient_every_10,exact",
+        "--repeats",
+        "1",
+    ]
     assert trackers.main([*arguments, "--runs-dir", str(tmp_path), "--name", "tiny"]) == 0
     with (tmp_path / "tiny" / "accuracy.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -30,11 +36,15 @@ def test_a_tiny_run(tmp_path: Path) -> None:
 def check_every_tracker_is_compared_at_every_checkpoint(
     results: dict[str, Any], rows: list[dict[str, str]]
 ) -> None:
-    names = ("block", "gradient_every_10", "exact")
+    names = ("block", "block_adaptive", "gradient_every_10", "exact")
     assert [(row["tracker"], int(row["step"])) for row in rows] == [
         (name, step) for step in range(2, 21, 2) for name in names
     ]
     assert list(results["summary"]) == list(names)
+    # Behind the cold start at 0: at 20; when it is due; at 10 and 20; at the checkpoints.
+    block, adaptive, gradient, exact = results["refreshes"].values()
+    assert (block, gradient, exact) == (1, 2, trackers.CHECKPOINTS)
+    assert 1 <= adaptive <= 4
     assert len(results["arpack"]["products"]) == trackers.CHECKPOINTS
 
 
@@ -43,15 +53,17 @@ def check_exact_is_exact_and_the_others_are_near(summary: dict[str, Any]) -> Non
     assert exact["cos2"] > 0.999
     assert exact["chi full"] < 1e-3
     assert exact["eigenvalues"] < 1e-3
-    for name in ("block", "gradient_every_10"):
+    for name in ("block", "block_adaptive", "gradient_every_10"):
         assert summary[name]["mean cos2"] > 0.8
         assert summary[name]["orthogonality"] < 1e-4
 
 
 def check_costs(results: dict[str, Any]) -> None:
-    block, gradient = results["cost"]
+    block, adaptive, gradient = results["cost"]
     assert (block["tracker"], gradient["tracker"]) == ("block", "gradient_every_10")
     assert block["products per step"] == 4 / 20
+    refreshes = results["refreshes"]["block_adaptive"]
+    assert adaptive["products per step"] == 4 / round(20 / refreshes)
     assert gradient["products per step"] == 0
     assert gradient["linear algebra"] is None
     assert block["linear algebra"] < 1

@@ -47,6 +47,9 @@ ENTRIES: Mapping[str, Entry] = {
         oa.BlockTracker(storage_dtype=jnp.bfloat16), "subset", "basis kept in bfloat16"
     ),
     "block_every_5": Entry(oa.BlockTracker(refresh_every=5), "subset", "refreshed more often"),
+    "block_adaptive": Entry(
+        oa.BlockTracker(refresh_every="adaptive"), "subset", "refreshed when the subspace has moved"
+    ),
     "round_robin": Entry(oa.RoundRobinTracker(), "subset", "one product a step"),
     "gradient": Entry(oa.GradientTracker(), "batch", "gradients of the mean outputs"),
     "gradient_every_10": Entry(
@@ -215,7 +218,7 @@ def solve(path: SgdPath, params: Any, gradient: Any) -> Checkpoint:
 
 def accuracy(
     path: SgdPath, entries: Mapping[str, Entry], say: Callable[[str], None]
-) -> tuple[list[dict[str, Any]], list[Reference]]:
+) -> tuple[list[dict[str, Any]], list[Reference], dict[str, int]]:
     """Follows SGD with every tracker and compares them at the checkpoints.
 
     Args:
@@ -224,7 +227,8 @@ def accuracy(
       say: prints a line of progress.
 
     Returns:
-      One row per checkpoint and tracker, and the references.
+      One row per checkpoint and tracker; the references; and by tracker, the number of refreshes
+      behind the cold start.
     """
 
     def refreshed(
@@ -240,6 +244,8 @@ def accuracy(
     every = path.steps // CHECKPOINTS
     params, rows, references = path.params, [], []
     spaces = {name: entry.tracker.init(params, path.k) for name, entry in entries.items()}
+    next_refresh = dict.fromkeys(entries, 0)
+    refreshes = dict.fromkeys(entries, 0)
     for step in range(path.steps + 1):
         batch = path.batches[step]
         gradient = path.gradient(params, batch)
@@ -252,12 +258,13 @@ def accuracy(
         for name, entry in entries.items():
             exact = entry.examples == "whole"
             before = None if checkpoint is None or exact else checkpoint.errors(spaces[name])
-            due = checkpoint if exact else oa.refresh_at(step, entry.tracker.refresh_every)
-            if due:
-                cold = exact or due == "cold"
+            if checkpoint if exact else step == next_refresh[name]:
+                cold = exact or step == 0
                 spaces[name] = refresh(
                     spaces[name], params, gradient, batch, entry=entry, cold=cold
                 )
+                next_refresh[name] = step + int(entry.tracker.next_period(spaces[name]))
+                refreshes[name] += exact or not cold
             if checkpoint is not None:
                 used = checkpoint.errors(spaces[name])
                 row: dict[str, Any] = {"tracker": name, "step": step}
@@ -265,20 +272,26 @@ def accuracy(
                 row |= used | {f"before {key}": error for key, error in (before or used).items()}
                 rows.append(row)
         params = descend(params, gradient)
-    return rows, references
+    return rows, references, refreshes
 
 
 # Cost -------------------------------------------------------------------------------------------
 
 
 def costs(
-    path: SgdPath, entries: Mapping[str, Entry], arpack_seconds: float, repeats: int
+    path: SgdPath,
+    entries: Mapping[str, Entry],
+    refreshes: Mapping[str, int],
+    arpack_seconds: float,
+    repeats: int,
 ) -> list[dict[str, Any]]:
     """Times Bulk-SGD steps beside plain SGD steps, and what a refresh is made of.
 
     Args:
       path: the network and its data.
       entries: the trackers by name; those that solve on the whole split are left out.
+      refreshes: how often each tracker refreshed along the path; one that chose its periods is
+        timed at the mean of these.
       arpack_seconds: time of one reference solve.
       repeats: number of rounds.
 
@@ -287,7 +300,8 @@ def costs(
     """
     entries = {name: entry for name, entry in entries.items() if entry.examples != "whole"}
     cases = [step_case(path, "sgd", None)]
-    cases += [step_case(path, name, entry) for name, entry in entries.items()]
+    periods = {name: _period(path, entry, refreshes[name]) for name, entry in entries.items()}
+    cases += [step_case(path, name, entry, periods[name]) for name, entry in entries.items()]
     parts = [refresh_parts(path, entry) for entry in entries.values()]
     base, *timed = timing.measure(cases, repeats)
     sgd = base["milliseconds"][1]
@@ -305,7 +319,7 @@ def costs(
                 "sgd milliseconds": sgd,
                 "milliseconds": row["milliseconds"],
                 "ratio": row["ratio"],
-                "products per step": warm / tracker.refresh_every,
+                "products per step": warm / periods[row["name"]],
                 "against ARPACK": (1000 * arpack_seconds + sgd) / row["milliseconds"][1],
                 "linear algebra": share,
                 "steps timed": case.period * repeats,
@@ -314,19 +328,25 @@ def costs(
     return rows
 
 
-def step_case(path: SgdPath, name: str, entry: Entry | None) -> timing.Case:
+def _period(path: SgdPath, entry: Entry, refreshes: int) -> int:
+    """Steps between two refreshes, the mean where the tracker chose them."""
+    every = entry.tracker.refresh_every
+    return round(path.steps / max(refreshes, 1)) if every == "adaptive" else every
+
+
+def step_case(path: SgdPath, name: str, entry: Entry | None, every: int = 1) -> timing.Case:
     """A training step as a user writes it.
 
     Args:
       path: the network and its data.
       name: name of the case.
       entry: the tracker of Bulk-SGD; None for plain SGD.
+      every: steps between two refreshes.
     """
     tx: Any = optax.sgd(path.learning_rate)
     period = 20
     if entry is not None:
         tx = oa.bulk_sgd(path.learning_rate, path.k, tracker=entry.tracker)
-        every = entry.tracker.refresh_every
         # Round robin and gradient rows have another rhythm besides that of the refreshes.
         period = math.lcm(every, 10 if every == 1 else every) * (2 if every <= 10 else 1)
     tx = optax.with_extra_args_support(tx)
@@ -347,7 +367,7 @@ def step_case(path: SgdPath, name: str, entry: Entry | None) -> timing.Case:
         return optax.apply_updates(params, updates), state
 
     def call(i: int, carry: Any) -> Any:
-        refresh = None if entry is None else oa.refresh_at(i, entry.tracker.refresh_every)
+        refresh = None if entry is None else oa.refresh_at(i, every)
         index = path.batches[i % len(path.batches)]
         return step(*carry, index, path.subset, path.x, path.y, refresh=refresh)
 
