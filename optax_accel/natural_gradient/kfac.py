@@ -134,7 +134,7 @@ def scale_by_kfac(
       damping: :math:`\lambda > 0`, float or schedule; default 1e-3, as in Pauloski et al. It is
         relative to the curvature of the loss: tune it together with the learning rate.
       damping_kind: where the damping is added: ``"factored"`` (default) to each factor, as above,
-        with inverses by Cholesky decomposition; a new value acts when inverses are refreshed.
+        with inverses of the damped factors; a new value acts when inverses are refreshed.
         ``"eigen"`` to the eigenvalues of the Kronecker product, which is exact and about ten times
         as expensive.
       decay: decay rate of the moving averages of the factors, in [0, 1); default 0.95, as in
@@ -260,8 +260,8 @@ def kfac(
       damping: :math:`\lambda > 0`, float or schedule; default 1e-3, as in Pauloski et al. It is
         relative to the curvature of the loss: tune it together with the learning rate. Or a
         :class:`LevenbergMarquardt`, which adapts it to how well the quadratic model predicts.
-      damping_kind: where the damping is added: ``"factored"`` (default) to each factor, with
-        inverses by Cholesky decomposition; ``"eigen"`` to the eigenvalues of the Kronecker product,
+      damping_kind: where the damping is added: ``"factored"`` (default) to each factor, which is
+        then inverted; ``"eigen"`` to the eigenvalues of the Kronecker product,
         which is exact and about ten times as expensive.
       decay: decay rate of the moving averages of the factors, in [0, 1); default 0.95, as in
         Martens, Grosse (2015, section 5).
