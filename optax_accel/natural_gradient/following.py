@@ -155,6 +155,8 @@ class Follower:
                     use = "is scaled inside of a loop"
                 condition = use if isinstance(use, str) else condition
                 followed = not isinstance(use, str) and self._add_layer(use, view)
+                if not followed and name == "gather":
+                    followed = self._follow_gather(eqn, operands, result)
             elif name in ("mul", "div", "add", "add_any", "sub"):
                 followed = self._follow_elementwise(eqn, operands, result)
             elif name in _DERIVATIVE_RULES:
@@ -233,23 +235,43 @@ class Follower:
             part = [i for i in range(len(old)) if old[i] != new[i]]
             if len(part) != 1 or new[part[0]] != 1:
                 return False
-            axis, start = part[0], starts[part[0]]
-            position = program.known_integer(start)
-            if position is not None:
-                position = min(max(position, 0), old[axis] - 1)
-            slices = [view.slice(axis, position, None if position is not None else start)]
+            slices = [self._slice(view, part[0], starts[part[0]])]
         else:
             axis = eqn.params["axis"]
             if len(results) != old[axis]:
                 return False
             slices = [view.slice(axis, position) for position in range(old[axis])]
+            if len(new) < len(old):
+                slices = [one and one.without(axis) for one in slices]
         for result, one in zip(results, slices, strict=True):
             if one is None:
                 return False
-            removed = len(new) < len(old)
-            axes = (*one.axes[:axis], *one.axes[axis + removed :])
-            self._views[result] = dataclasses.replace(one, axes=axes)
+            self._views[result] = one
         return True
+
+    def _follow_gather(self, eqn: JaxprEqn, operands: tuple[int, ...], result: int) -> bool:
+        """Follows a parameter to the slice at one position."""
+        number, position = operands
+        numbers, old = eqn.params["dimension_numbers"], self.program.shape(number)
+        if self.program.shape(position) != (1,) or len(numbers.collapsed_slice_dims) != 1:
+            return False
+        (axis,) = numbers.collapsed_slice_dims
+        whole = tuple(1 if i == axis else size for i, size in enumerate(old))
+        if tuple(numbers.start_index_map) != (axis,) or tuple(eqn.params["slice_sizes"]) != whole:
+            return False
+        if (view := self._slice(self._views[number], axis, position)) is None:
+            return False
+        self._views[result] = view.without(axis)
+        return True
+
+    def _slice(self, view: View, axis: int, number: int) -> View | None:
+        """The view of the slice whose position is a value."""
+        position = self.program.known_integer(number)
+        if position is None:
+            return view.slice(axis, None, number)
+        shown = view.axes[axis]
+        size = 1 if shown is None else view.core[shown]
+        return view.slice(axis, min(max(position, 0), size - 1))
 
     # -- loops ------------------------------------------------------------------------------------
 
@@ -262,18 +284,38 @@ class Follower:
         for i, number in enumerate(operands):
             if (view := self._views.get(number)) is None:
                 continue
-            if first <= i < first + count or view.coefficient is not None:
-                refused.append(number)
+            if first <= i < first + count:
+                refused.append((number, f"is used by `scan`, {_REASONS['scan']}"))
+            elif view.coefficient is not None:
+                refused.append((number, "is scaled before a `scan` takes it"))
             else:
                 views[i] = view if i < first else view.iteration(self._depth + 1)
         inner = self._follow_body(closed, operands, views, first, count)
         settings = {name: params[name] for name in ("reverse", "unroll")}
         loop = Loop(inner.program, first, count, params["length"], settings)
         results = program.add_loop(loop, operands, [var.aval for var in eqn.outvars])
-        for number in refused:
-            self.refuse(number, results, f"is used by `scan`, {_REASONS['scan']}")
+        for number, reason in refused:
+            self.refuse(number, results, reason)
         self._take_over(inner, loop)
+        self._follow_results(inner, loop, operands, results)
         return results
+
+    def _follow_results(
+        self, inner: Follower, loop: Loop, operands: tuple[int, ...], results: tuple[int, ...]
+    ) -> None:
+        """Follows parameters that a loop gives back, as modules do with all of their state."""
+        body, carries = loop.body, loop.num_constants + loop.num_carries
+        for i, (number, result) in enumerate(zip(body.outputs, results, strict=True)):
+            if number in body.inputs[carries:] and i >= loop.num_carries:
+                if (view := self._views.get(operands[body.inputs.index(number)])) is not None:
+                    self._views[result] = view
+            elif number in inner._views:
+                read = [result]
+                if i < loop.num_carries:  # perhaps by the next iteration alone
+                    before = body.inputs[loop.num_constants + i]
+                    read.append(self.program.of_all_iterations(loop, before))
+                reason = "is given back by a `scan` in another layout"
+                self.refusals.append(Refusal(inner._views[number].leaf, tuple(read), reason))
 
     def _follow_body(
         self,
@@ -305,8 +347,6 @@ class Follower:
                 break
             trained |= found[0]
             data |= found[1]
-        for number in body.outputs:
-            inner.refuse(number, (number,), "leaves a `scan` as it is")
         return inner
 
     def _take_over(self, inner: Follower, loop: Loop) -> None:

@@ -165,6 +165,10 @@ class View:
         slot = Slot(shown, self.core[shown], position, number)
         return dataclasses.replace(self, axes=axes, slot=slot)
 
+    def without(self, axis: int) -> View:
+        """The view of the value without an axis of size 1."""
+        return dataclasses.replace(self, axes=(*self.axes[:axis], *self.axes[axis + 1 :]))
+
     def split(self, axis: int, count: int, shape: Shape) -> View:
         """The view of the value with one axis as two, the first of this size.
 

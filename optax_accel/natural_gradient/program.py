@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeAlias
 
@@ -101,7 +102,7 @@ class Program:
     def _is_integer(self, number: int) -> bool:
         dtype = getattr(self.avals[number], "dtype", np.float32)
         integer = any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.bool_))
-        return integer and self.shape(number) == ()
+        return integer and math.prod(self.shape(number)) == 1
 
     def _note_integers(
         self, eqn: JaxprEqn, operands: tuple[int, ...], results: tuple[int, ...]
@@ -111,11 +112,12 @@ class Program:
         for i, number in enumerate(results):
             self._first[number] = self._integers.setdefault((*how, i), number)
         function, arguments, _ = self.steps[-1]
-        known = [self.known_integer(number) for number in arguments]
+        known: list[Any] = [self.known_integer(number) for number in arguments]
         if None not in known:
             with jax.ensure_compile_time_eval():
-                dtypes = [self.avals[number].dtype for number in arguments]
-                values = function(*map(jnp.asarray, known, dtypes))
+                avals = [self.avals[number] for number in arguments]
+                pairs = zip(known, avals, strict=True)
+                values = function(*(jnp.full(aval.shape, n, aval.dtype) for n, aval in pairs))
             self.constants.update(zip(results, values, strict=True))
 
     def _identity(self, number: int) -> tuple[str, int]:
@@ -123,15 +125,15 @@ class Program:
         return ("", self._first.get(number, number)) if known is None else ("known", known)
 
     def same_integer(self, one: int, other: int) -> bool:
-        """Whether two scalars are the same number, or are computed in the same way."""
+        """Whether two single integers are the same number, or are computed in the same way."""
         return self._identity(one) == self._identity(other)
 
     def known_integer(self, number: int) -> int | None:
-        """An integer scalar or a flag, where it does not depend on arguments; else None."""
+        """A single integer or flag, where it does not depend on arguments; else None."""
         value = self.constants.get(number)
         if value is None or isinstance(value, jax.core.Tracer) or not self._is_integer(number):
             return None
-        return int(value)
+        return int(np.asarray(value).item())
 
     def add_loop(
         self, loop: Loop, operands: tuple[int, ...], avals: Sequence[Any]

@@ -352,9 +352,11 @@ STACKED: dict[str, Case] = {
     ),
     "counted": (lambda p: counted(layer, p), {"w": (2, 3, 3), "b": (2, 3)}, DENSE),
     "unstacked": (
-        lambda p: functools.reduce(jnp.matmul, [*jnp.unstack(p["w"]), *jnp.split(p["v"], 1)], X)[0],
-        {"w": (2, 3, 3), "v": (1, 3, 3)},
-        {"w": "dense", "v": "dense"},
+        lambda p: functools.reduce(
+            jnp.matmul, [*jnp.unstack(p["w"]), jnp.take(p["v"], 1, axis=1), *p["u"]], X
+        ),
+        {"w": (2, 3, 3), "v": (3, 2, 3), "u": (2, 3, 3)},
+        dict.fromkeys("wvu", "dense"),
     ),
     "over time": (
         over_time,
@@ -365,6 +367,14 @@ STACKED: dict[str, Case] = {
         lambda p: lax.scan(lambda h, _: (layer(h, p), None), jnp.ones((N, 3)), length=2)[0],
         {"w": (3, 3), "b": (3,)},
         DENSE,
+    ),
+    "given back": (
+        lambda p: (
+            (loop := lambda h, w: lax.scan(lambda h, w: (jnp.tanh(h @ w), w), h, w))
+            and loop(*loop(X, p["w"]))[0]
+        ),
+        {"w": (2, 3, 3)},
+        {"w": "dense"},
     ),
     "over time in scanned layers": (
         lambda p: scanned(
@@ -541,6 +551,18 @@ GENERIC: dict[str, tuple[Callable[[Any], Any], dict[str, tuple[int, ...]], str]]
         ],
         {"w": (3, 3)},
         "is used by `scan`, which changes it from one iteration to the next",
+    ),
+    "scaled before a loop": (
+        lambda p: scanned(lambda h, p: h @ p["w"], {"w": 2 * p["w"]}),
+        {"w": (2, 3, 3)},
+        "is scaled before a `scan` takes it",
+    ),
+    "given back by one iteration to the next": (
+        lambda p: lax.scan(
+            lambda h, _: ((h[0] @ h[1], p["w"]), None), (X, jnp.ones((3, 3))), length=2
+        )[0][0],
+        {"w": (3, 3)},
+        "is given back by a `scan` in another layout",
     ),
     "inside a loop": (
         lambda p: scanned(lambda h, p: h @ jnp.exp(p["w"]), p),
@@ -745,12 +767,32 @@ def nnx_attention() -> Any:
     return lambda p: nnx.merge(graphdef, p, rest)(x), params
 
 
+class Repeated(nnx.Module):
+    """Two layers of one stack, scanned."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        make = nnx.vmap(lambda rngs: nnx.Linear(3, 3, rngs=rngs), in_axes=0, out_axes=0)
+        self.layers = nnx.split_rngs(splits=2)(make)(rngs)
+
+    def __call__(self, x: Any) -> Any:
+        carry = nnx.Carry
+        return nnx.scan(lambda layer, x: nnx.remat(layer)(x), in_axes=(0, carry), out_axes=carry)(
+            self.layers, x
+        )
+
+
+def nnx_scan() -> Any:
+    graphdef, params = nnx.split(Repeated(nnx.Rngs(0)))
+    return lambda p: nnx.merge(graphdef, p)(jnp.asarray(X, jnp.float32)), nnx.as_pure(params)
+
+
 @pytest.mark.parametrize(
     ("build", "counts"),
     [
         (linen_model, {"convolution": 1, "dense": 5, "scale-shift": 2}),
         (equinox_model, {"convolution": 1, "dense": 2, "scale-shift": 2}),
         (nnx_attention, {"dense": 4}),
+        (nnx_scan, {"dense": 1}),
     ],
 )
 def test_libraries(build, counts):
