@@ -3,11 +3,12 @@
     python -m experiments.bench
 
 What does a method's `update` cost on a tree of 10 million parameters, where there is nothing but
-the optimizer; what does it cost in a whole training step of a dense model; how long does that step
-take to compile; and for K-FAC, at twice the batch, what do its whole cycle and a step between
-refreshes cost? Method and base run side by side (A B, B A, A B, ...), compiled, with donated
-buffers, waiting for every result, so that a busy moment of the machine hits both. A ratio is the
-median of the ratios of such pairs; the quartiles beside it say how far to trust it.
+the optimizer, and which multiple is that of the time that its bytes, read and written once, need at
+the bandwidth of a copy; what does it cost in a whole training step of a dense model; how long does
+that step take to compile; and for K-FAC, at twice the batch, what do its whole cycle and a step
+between refreshes cost? Method and base run side by side (A B, B A, A B, ...), compiled, with
+donated buffers, waiting for every result, so that a busy moment of the machine hits both. A ratio
+is the median of the ratios of such pairs; the quartiles beside it say how far to trust it.
 """
 
 from __future__ import annotations
@@ -61,17 +62,46 @@ def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
 
     Args:
       title: what was timed.
-      rows: the rows of `timing.measure`.
+      rows: the rows of `timing.measure`, those of updates with what `update_rows` adds.
     """
-    view = tables.table(["method", "milliseconds", "ratio to base", "target"], title)
+    columns = ["method", "milliseconds", "ratio to base", "target"]
+    limited = "of_limit" in rows[0]
+    view = tables.table(columns + ["of the limit"] * limited, title)
     for row in rows:
         time = tables.quartiles(row["milliseconds"], tables.short)
+        limit = [f"{row['of_limit']:.2f}"] if limited else []
         if row["base"] is None:
-            view.add_row(row["name"], time, "", "", style="bold")
+            view.add_row(row["name"], time, "", "", *limit, style="bold")
         else:
             ratio = tables.quartiles(row["ratio"], "{:.2f}".format, "{:.3f}".format)
-            view.add_row(f"  {row['name']}", time, ratio, verdict(row))
+            view.add_row(f"  {row['name']}", time, ratio, verdict(row), *limit)
     return view
+
+
+def update_rows(
+    cases: Sequence[timing.Case], parameters: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Times updates beside a copy, whose bandwidth is the limit of what they can reach.
+
+    Args:
+      cases: the base, then its methods, with their bytes.
+      parameters: size of the array that is copied.
+      repeats: number of rounds.
+
+    Returns:
+      The rows of `timing.measure`, with the `bytes` of each; the `bandwidth` of the copy in bytes a
+      second; and `of_limit`, the median time over that of the bytes at that bandwidth.
+    """
+    copy = dataclasses.replace(method_cost.copy_case(parameters), base=cases[0].name)
+    *rows, copied = timing.measure([*cases, copy], repeats)
+    assert copy.bytes is not None
+    bandwidth = 1e3 * copy.bytes / copied["milliseconds"][1]
+    for row, case in zip(rows, cases, strict=True):
+        assert case.bytes is not None
+        seconds = row["milliseconds"][1] / 1e3
+        row |= {"bytes": case.bytes, "bandwidth": bandwidth}
+        row["of_limit"] = seconds * bandwidth / case.bytes
+    return rows
 
 
 def grouped(names: str | None) -> dict[str, list[Method]]:
@@ -135,11 +165,23 @@ def run(options: Options, groups: dict[str, list[Method]], console: Console) -> 
             row
             for base, group in groups.items()
             if (cases := make(base, group))
-            for row in timing.measure(cases, repeats, warm_ups)
+            for row in (
+                update_rows(cases, options.parameters, repeats)
+                if key == "update"
+                else timing.measure(cases, repeats, warm_ups)
+            )
         ]
         if results[key]:
             console.print()
             console.print(table(title, results[key]))
+        if key == "update" and results[key]:
+            bandwidths = ", ".join(
+                dict.fromkeys(f"{row['bandwidth'] / 1e9:.1f}" for row in results[key])
+            )
+            console.print(
+                f"bandwidth of a copy, beside each base: {bandwidths} GB/s; of the limit: the time "
+                "over that of the bytes that an update has to read and write once"
+            )
     console.print(
         f"\nMedians (quartiles) of {options.repeats} rounds, of compilations {compilations}. "
         "Updates of subspace methods project without refreshing; their steps refresh at the usual "

@@ -86,6 +86,7 @@ class Case:
       period: calls per timing, a multiple of the method's refresh period.
       target: highest acceptable ratio to the base; None for no target.
       step: number of calls so far.
+      bytes: bytes that a call has to read and write; None where they are not counted.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Case:
     period: int
     target: float | None = None
     step: int = 0
+    bytes: int | None = None
 
     def time(self) -> float:
         """Seconds per call, over one period."""

@@ -17,12 +17,20 @@ def test_ratios_and_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     out = capsys.readouterr().out
     assert "jax" in out
     assert "update + apply, 1,000 parameters" in out
+    assert "of the limit" in out
+    assert "bandwidth of a copy, beside each base: " in out
     assert "<= 1.05" in out
     assert "<= 1.10" in out
 
     results = json.loads(path.read_text())
     # Extragradient evaluates gradients inside its update: only its whole step is timed.
     assert [row["name"] for row in results["update"]] == ["sgd", "demon_sgd"]
+    for row in results["update"]:
+        # Gradient, parameters and momentum are read, the last two written; and a few scalars.
+        assert 5 * 4000 <= row["bytes"] < 5 * 4000 + 100
+        assert row["bandwidth"] > 0
+        time = row["milliseconds"][1] / 1e3
+        assert row["of_limit"] == pytest.approx(time * row["bandwidth"] / row["bytes"])
     names = [row["name"] for row in results["step"]]
     assert names == ["sgd", "demon_sgd", "nesterov_sgd", "extrap_sgd_past"]
     assert [row["name"] for row in results["compile"]] == names

@@ -366,45 +366,6 @@ def check_fits(what: str, need: float, limit: float | None = None) -> None:
         raise DoesNotFit(f"{what} takes {need / 2**30:.2f} GiB, free are {limit / 2**30:.2f}")
 
 
-# Updates ---------------------------------------------------------------------------------------
-
-
-def moved_bytes(update: Callable[..., PyTree], *args: PyTree) -> int:
-    """Bytes that a function has to read and write once, however it is compiled.
-
-    These are its arguments, as far as it uses them, and its results, but for those that are an
-    argument passed on: a donated buffer stays where it is.
-
-    Args:
-      update: a pure function.
-      *args: its arguments, or their shapes.
-
-    Returns:
-      The bytes.
-
-    Example:
-      >>> x = jnp.zeros(10)
-      >>> moved_bytes(lambda x, kept, unused: (x + kept, kept), x, x, x)  # read two, write one
-      120
-    """
-    jaxpr = jax.make_jaxpr(update)(*args).jaxpr
-    used = {var for eqn in jaxpr.eqns for var in eqn.invars if not hasattr(var, "val")}
-    passed_on = set(jaxpr.invars)
-    read = [var for var in jaxpr.invars if var in used]
-    written = [var for var in jaxpr.outvars if not hasattr(var, "val") and var not in passed_on]
-    return _bytes([var.aval for var in read + written])
-
-
-def copy_case(number: int) -> timing.Case:
-    """A pass over an array that reads and writes every entry once: the bandwidth of the device.
-
-    Args:
-      number: of float32 entries.
-    """
-    add = jax.jit(lambda x: x + 1, donate_argnums=0)
-    return timing.Case("copy", None, lambda step, x: add(x), jnp.zeros(number), period=1)
-
-
 # Steps -----------------------------------------------------------------------------------------
 
 
@@ -576,18 +537,13 @@ class Measurements:
             (2 + 2 * 2) * _bytes(params) + _bytes(states),
         )
         cases = method_cost.update_cases(BASE, group, self.scale.parameters)
-        copy = copy_case(sum(x.size for x in jax.tree.leaves(params)))
+        copy = method_cost.copy_case(sum(x.size for x in jax.tree.leaves(params)))
         timers = [dataclasses.replace(case, period=self.scale.calls) for case in [copy, *cases]]
         for timer in timers * 2:
             timer.time()
         seconds = timing.interleave([timer.time for timer in timers], self.scale.repeats)
-        extra = {} if chosen.tracker is None else {"refresh": False, "value_fn": _no_loss}
-
-        def update(grads: PyTree, params: PyTree, state: PyTree) -> PyTree:
-            updates, state = optimizers[-1].update(grads, state, params, **extra)
-            return optax.apply_updates(params, updates), state
-
-        moved = moved_bytes(update, params, params, states[-1])
+        moved = cases[-1].bytes
+        assert moved is not None
         copied = 2 * _bytes(params)
         return {
             "milliseconds": timing.quartiles(1e3 * seconds[-1]),
@@ -731,7 +687,3 @@ def _tree(parameters: int) -> dict[str, jax.ShapeDtypeStruct]:
     return {
         f"matrix_{i}": jax.ShapeDtypeStruct((side, side), jnp.dtype("float32")) for i in range(10)
     }
-
-
-def _no_loss(params: PyTree) -> Any:
-    raise AssertionError("an update without refresh evaluates no loss")

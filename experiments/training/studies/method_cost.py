@@ -33,6 +33,10 @@ def update_cases(base: str, group: Sequence[Method], parameters: int) -> list[Ca
     Methods whose update evaluates the network have no cost of their own here and are left out;
     those with a tracker only project, they do not refresh.
 
+    The bytes of a case are those that have to be read and written once: gradient, parameters and
+    state. A basis counts once too, although no program can project with fewer than two passes over
+    it, because all inner products have to be known before any direction is taken away.
+
     Args:
       base: name of the base.
       group: the base, then its methods.
@@ -62,17 +66,55 @@ def update_cases(base: str, group: Sequence[Method], parameters: int) -> list[Ca
             return optax.apply_updates(params, updates), state
 
         params = jax.tree.map(jnp.zeros_like, grads)
+        state = jax.jit(tx.init)(params)
         cases.append(
             Case(
                 name=method.name,
                 base=None if method.name == base else base,
                 call=functools.partial(call, update=jax.jit(update, donate_argnums=(1, 2))),
-                carry=(params, jax.jit(tx.init)(params)),
+                carry=(params, state),
                 period=1,
                 target=method.time_targets.get("update"),
+                bytes=moved_bytes(update, grads, params, state),
             )
         )
     return cases if len(cases) > 1 else []
+
+
+def moved_bytes(update: Callable[..., Any], *args: Any) -> int:
+    """Bytes that a function has to read and write once, however it is compiled.
+
+    These are its arguments, as far as it uses them, and its results, but for those that are an
+    argument passed on: a donated buffer stays where it is.
+
+    Args:
+      update: a pure function.
+      *args: its arguments, or their shapes.
+
+    Returns:
+      The bytes.
+
+    Example:
+      >>> x = jnp.zeros(10)
+      >>> moved_bytes(lambda x, kept, unused: (x + kept, kept), x, x, x)  # read two, write one
+      120
+    """
+    jaxpr = jax.make_jaxpr(update)(*args).jaxpr
+    used = {var for eqn in jaxpr.eqns for var in eqn.invars if not hasattr(var, "val")}
+    passed_on = set(jaxpr.invars)
+    read = [var for var in jaxpr.invars if var in used]
+    written = [var for var in jaxpr.outvars if not hasattr(var, "val") and var not in passed_on]
+    return sum(math.prod(var.aval.shape) * var.aval.dtype.itemsize for var in read + written)
+
+
+def copy_case(number: int) -> Case:
+    """A pass over an array that reads and writes every entry once: the bandwidth of the device.
+
+    Args:
+      number: of float32 entries.
+    """
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    return Case("copy", None, lambda step, x: add(x), jnp.zeros(number), period=1, bytes=8 * number)
 
 
 def _no_loss(params: Any) -> Any:

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from experiments.methods import METHODS
-from experiments.training.studies import accelerator
+from experiments.training.studies import accelerator, method_cost
 from experiments.training.studies.accelerator import FULL, QUICK
 
 TINY = dataclasses.replace(
@@ -56,7 +56,7 @@ def test_bytes_of_updates() -> None:
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
-        moved = accelerator.moved_bytes(update, params, params, jax.eval_shape(tx.init, params))
+        moved = method_cost.moved_bytes(update, params, params, jax.eval_shape(tx.init, params))
         assert moved == arrays * 400
 
 
