@@ -29,7 +29,10 @@ space (weight decay, another batch): for a remainder :math:`r = g - J^\top R z`
   (R^\top J J^\top R + \lambda I)\, y = z - R^\top J r / \lambda ,
 
 which is the Sherman-Morrison-Woodbury formula for r alone.  For the gradient of the batch itself r
-is rounding error, and d free of the cancellation of that formula.
+is rounding error, and d free of the cancellation of that formula.  Conjugate gradients run in the
+inner product of :math:`R^\top J J^\top R`: their iterates d are those of conjugate gradients on the
+system of the parameters, which minimize the damped quadratic model on a Krylov space, so that
+stopping early costs no more than it does there.
 """
 
 from __future__ import annotations
@@ -72,8 +75,8 @@ class ScaleByBatchGaussNewtonState(NamedTuple):
     Attributes:
       count: number of updates made; int32 scalar.
       solver_iterations: iterations of CG in the last step, 0 with Cholesky; int32 scalar.
-      solver_residual: norm of the residual of the last step's system over that of its right side;
-        float32 scalar.
+      solver_residual: norm of the residual ``g - (G + damping I) d`` of the last step over that of
+        g, both without the remainder r; float32 scalar.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
@@ -103,7 +106,7 @@ def scale_by_batch_gauss_newton(
     * ``damping``: takes the place of the argument of that name in this step, as
       :func:`quadratic_model` gives it; default None.
 
-    Cost of a step: 3 Jacobian products at the start and end; with ``"cg"`` two more an iteration
+    Cost of a step: 5 Jacobian products at the start and end; with ``"cg"`` two more an iteration
     (one forward, one backward), and no more memory than a gradient; with ``"cholesky"`` two for
     each of the n c outputs, a third of :math:`(n c)^3` flops, the kernel's :math:`(n c)^2` numbers
     and ``block_size`` copies of the parameters.  Both are loops in the compiled step, in which XLA
@@ -119,7 +122,7 @@ def scale_by_batch_gauss_newton(
       solver: ``"cg"`` (default), conjugate gradients, never forms the Jacobian; ``"cholesky"``
         forms the matrix of the system, for a few hundred outputs in all.
       max_iterations: the most iterations of CG, at least 1; default 50.
-      tolerance: CG stops where the residual is below this fraction of the right side, at least 0;
+      tolerance: CG stops where the residual is below this fraction of the gradient, at least 0;
         default 1e-4.
       block_size: rows of the Jacobian that Cholesky's kernel is formed from at a time, at least 1;
         default 32. It does nothing with CG.
@@ -230,13 +233,15 @@ def batch_gauss_newton(
         multiple of the previous update at the minimum of the quadratic model.
       damping: :math:`\lambda > 0`, float or schedule; or a :class:`LevenbergMarquardt`, which
         adapts it to how well the quadratic model predicts the loss. ``None`` (default) is
-        ``LevenbergMarquardt(1.0)``, at the price of two losses and a product every five steps.
+        ``LevenbergMarquardt(1.0, minimum=1e-3)``, at the price of two losses and a product every
+        five steps. The model is always right about the batch that a step is fitted to: on small
+        batches the minimum is what keeps steps from following the noise, and has to be tuned.
       trust_region: a :class:`TrustRegion`, which bounds the length of steps in the metric of the
         Gauss-Newton matrix; ``None`` (default) for none.
       solver: ``"cg"`` (default), conjugate gradients, never forms the Jacobian; ``"cholesky"``
         forms the matrix of the system, for a few hundred outputs in all.
       max_iterations: the most iterations of CG, at least 1; default 50.
-      tolerance: CG stops where the residual is below this fraction of the right side, at least 0;
+      tolerance: CG stops where the residual is below this fraction of the gradient, at least 0;
         default 1e-4.
       block_size: rows of the Jacobian that Cholesky's kernel is formed from at a time, at least 1;
         default 32. It does nothing with CG.
@@ -269,7 +274,7 @@ def batch_gauss_newton(
     """
     check_rate("learning_rate", learning_rate)
     if damping is None:
-        damping = LevenbergMarquardt(1.0)
+        damping = LevenbergMarquardt(1.0, minimum=1e-3)
     preconditioner = scale_by_batch_gauss_newton(
         damping=initial_damping(damping),
         solver=solver,
@@ -358,6 +363,10 @@ class _Rows(NamedTuple):
 
         return cls(times, transposed, part(root.solve(slope)), axis)
 
+    def product(self, y: jax.Array) -> jax.Array:
+        """This replica's part of B transposed B times y."""
+        return vary_over(self.transposed(self.times(y)), self.axis_name)
+
     def dot(self, a: jax.Array, b: jax.Array) -> jax.Array:
         """The inner product of two vectors of outputs, over all replicas."""
         return _sum(jnp.sum(a * b), self.axis_name)
@@ -373,43 +382,37 @@ def _solve(
     )
     right = rows.start - rows.transposed(rest)
     strength = jnp.asarray(damping, right.dtype)
-
-    def matrix(y: jax.Array) -> jax.Array:
-        return rows.transposed(rows.times(y)) + strength * y
-
-    iterations = jnp.zeros((), jnp.int32)
     if settings.solver == "cg":
-        y, residual, iterations = _conjugate_gradients(settings, rows, matrix, right)
+        y, residual, iterations = _conjugate_gradients(settings, rows, right, strength)
     else:
-        y = _cholesky(settings, rows, right, strength)
-        left = right - matrix(y)
-        residual = rows.dot(left, left)
-    norm = rows.dot(right, right)
+        y, iterations = _cholesky(settings, rows, right, strength), jnp.zeros((), jnp.int32)
+        left = right - rows.product(y) - strength * y
+        residual = rows.dot(left, rows.product(left))
+    squared = rows.dot(right, rows.product(right))
     direction = jax.tree.map(jnp.add, rows.times(y), rest)
-    relative = jnp.sqrt(residual / jnp.where(norm > 0, norm, 1))
+    relative = jnp.sqrt(jnp.maximum(residual, 0) / jnp.where(squared > 0, squared, 1))
     return direction, iterations, relative
 
 
 class _Point(NamedTuple):
-    """Where CG is."""
+    """Where CG is; N is the product of the rows with each other."""
 
     solution: jax.Array
     residual: jax.Array
+    image: jax.Array  # N times the residual
     search: jax.Array
-    squared: jax.Array  # norm of the residual
+    search_image: jax.Array  # N times the search direction
+    squared: jax.Array  # of the residual, in the inner product of N
     iterations: jax.Array
 
 
 def _conjugate_gradients(
-    settings: _Settings,
-    rows: _Rows,
-    matrix: Callable[[jax.Array], jax.Array],
-    right: jax.Array,
+    settings: _Settings, rows: _Rows, right: jax.Array, strength: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The solution, the squared norm of the residual, and the number of iterations."""
-    # JAX's own CG takes inner products of what one replica holds.
     right = vary_over(right, rows.axis_name)
-    squared = rows.dot(right, right)
+    image = rows.product(right)
+    squared = rows.dot(right, image)
     # Below its rounding error a residual falls no more.
     goal = jnp.maximum(settings.tolerance, jnp.finfo(right.dtype).eps) ** 2 * squared
 
@@ -417,19 +420,25 @@ def _conjugate_gradients(
         return (point.squared > goal) & (point.iterations < settings.max_iterations)
 
     def iterate(point: _Point) -> _Point:
-        image = matrix(point.search)
-        size = point.squared / rows.dot(point.search, image)
-        residual = point.residual - size * image
-        squared = rows.dot(residual, residual)
+        # The matrix is N + strength I. In the inner product of N one product serves all.
+        moved = point.search_image + strength * point.search
+        size = point.squared / rows.dot(point.search_image, moved)
+        residual = point.residual - size * moved
+        image = rows.product(residual)
+        squared = rows.dot(residual, image)
+        kept = squared / point.squared
         return _Point(
             point.solution + size * point.search,
             residual,
-            residual + squared / point.squared * point.search,
+            image,
+            residual + kept * point.search,
+            image + kept * point.search_image,
             squared,
             point.iterations + 1,
         )
 
-    start = _Point(jnp.zeros_like(right), right, right, squared, jnp.zeros((), jnp.int32))
+    zero = jnp.zeros((), jnp.int32)
+    start = _Point(jnp.zeros_like(right), right, image, right, image, squared, zero)
     last = lax.while_loop(going_on, iterate, start)
     # A right side that is not finite must show.
     usable = jnp.isfinite(squared)
@@ -443,7 +452,7 @@ def _cholesky(settings: _Settings, rows: _Rows, right: jax.Array, strength: jax.
 
     def row(index: jax.Array) -> jax.Array:
         unit = jax.nn.one_hot(index - first, size, dtype=right.dtype)  # 0 on other replicas
-        return rows.transposed(rows.times(unit.reshape(right.shape))).ravel()
+        return rows.product(unit.reshape(right.shape)).ravel()
 
     block = min(static_integer("block_size", settings.block_size, 1), replicas * size)
     kernel = lax.map(row, vary_over(jnp.arange(replicas * size), axis), batch_size=block)

@@ -42,8 +42,9 @@ class LevenbergMarquardt:
         should be a multiple or a divisor of it.
       decay: in (0, 1]: the factor per step by which the damping falls, or rises by the reciprocal;
         default 19/20. 1 keeps it constant.
-      minimum: the least damping, at least 0; default 1e-8. With inexact (factored) inverses and
-        noisy losses a larger one, 1e-4 say, keeps steps from becoming wild.
+      minimum: the least damping, at least 0; default 1e-8. The ratio is measured on the batch that
+        the step was made for, which it fits better than others: with small batches, or inverses
+        that are far from exact, the damping falls too far without a larger minimum, 1e-3 say.
 
     Raises:
       ValueError: an argument outside its range.
