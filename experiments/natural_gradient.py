@@ -2,18 +2,25 @@
 
     python -m experiments.natural_gradient --problem mnist_autoencoder --scale small
 
-SGD with momentum, Adam, K-FAC, EKFAC and Hessian-free train one network from the same start on the
-same batches. Each is tuned on the same number of settings. A run of any of them ends after the
-steps of SGD or, except for very short ones, four times its time (`--time-factor`); what is chosen
-and shown is the setting with the lowest training loss at the end. Times are those of the steps:
-without compilation, without evaluation. `runs/<name>/` then holds
+SGD with momentum, Adam, Muon, schedule-free AdamW, K-FAC, EKFAC, Hessian-free and Gauss-Newton in
+batch space train one network from the same start on the same batches; kfac-jax joins the comparison
+on the digits and the autoencoder where it is installed. Each is tuned on the same number of
+settings, with one seed. A run of any of them ends after the steps of SGD or, except for very short
+ones, four times its time (`--time-factor`); what is chosen is the setting with the lowest training
+loss at the end. It is run again with other seeds (`--seeds`), which change the initial weights and
+the order of the batches, the same for all methods; medians and ranges over all seeds are shown. The
+target is the loss that SGD gets to with every seed. Times are those of the steps: without
+compilation, without evaluation. Beside them stands what the steps were worth in gradients of one
+batch: a product with a Gauss-Newton matrix, or an iteration of conjugate gradients, counts as two,
+a loss as a third, K-FAC's factors as one. `runs/<name>/` then holds
 
     results.json            settings, final losses of all runs, curves of the chosen ones
     curves.png              training loss over steps and over seconds
 
 Hessian-free takes gradients of four batches a step and curvature of the first one of them, so its
-steps use four times the examples of others. It is left out of the convolutional problem on a CPU,
-where XLA runs convolutions in a loop many times slower (jax#12868), unless `--methods` names it.
+steps use four times the examples of others. The methods that iterate in the compiled step are left
+out of the convolutional problem on a CPU, where XLA runs convolutions in a loop many times slower
+(jax#12868), unless `--methods` names them.
 
 The problems are described in `experiments.training.studies.problems`.
 """
@@ -21,6 +28,7 @@ The problems are described in `experiments.training.studies.problems`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Sequence
@@ -29,13 +37,17 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
+import optax_accel as oa
 from experiments import cli, timing
 from experiments.methods import METHODS
+from experiments.methods.method import Method, Paper
 from experiments.reporting import figures
 from experiments.reporting import natural_gradient as report
 from experiments.runs import folders
 from experiments.runs.study import claim_results, write_results
+from experiments.training.studies import kfac_jax_rival
 from experiments.training.studies.problems import PROBLEMS, Problem
 from experiments.training.studies.tuning import Candidate, Trainer, final_loss, grid, train
 
@@ -44,12 +56,99 @@ SCALES = ("small", "full")
 # A run of another method than the first may always take this many seconds.
 LEAST_SECONDS = 3.0
 
+HESSIAN_FREE_BATCHES = 4
+
 # The KL clip is what sets the length of nearly all steps; the rate with the momentum of 0.9 adds up
 # to 1, the length of a Newton step.
 _KFAC: dict[str, Any] = {
     "settings": grid(kl_clip=(0.001, 0.003, 0.01), damping=(0.003, 0.03)),
     "fixed": {"rate": 0.1},
 }
+_ADAM_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03)
+
+
+def _matrices(params: Any) -> Any:
+    """Muon's matrices: all but the embeddings and the last layer of a language model."""
+
+    def of(path: Any, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path)
+        first = int("stacked" in name)  # the axis of the layers
+        if any(word in name for word in ("embedding", "positions", "head")):
+            return None
+        if leaf.ndim - first < 2:
+            return None
+        inputs = tuple(range(first, leaf.ndim - 1))
+        return optax.contrib.MuonDimensionNumbers(inputs, leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+MUON = Method(
+    name="muon",
+    family="Optax",
+    summary="momentum orthogonalized layer by layer; Adam for what is not a matrix",
+    paper=Paper("Jordan et al., 2024", "https://kellerjordan.github.io/posts/muon/"),
+    fidelity="Optax",
+    learning_rates=_ADAM_RATES,
+    # Steps as long as Adam's (Liu et al., 2025, section 2.2), so that they share a rate.
+    factory=functools.partial(
+        optax.contrib.muon, consistent_rms=0.2, muon_weight_dimension_numbers=_matrices
+    ),
+)
+SCHEDULE_FREE = Method(
+    name="schedule_free_adamw",
+    family="Optax",
+    summary="Adam at an average of its iterates, without a schedule",
+    paper=Paper("Defazio et al., 2024", "https://arxiv.org/abs/2405.15682"),
+    fidelity="Optax",
+    learning_rates=_ADAM_RATES,
+    factory=optax.contrib.schedule_free_adamw,
+)
+
+
+def adaptive_kfac(
+    learning_rate: Any, objective: Any, *, damping: Any = 1.0, minimum: Any = 1e-3, **settings: Any
+) -> optax.GradientTransformationExtraArgs:
+    """K-FAC with damping that adapts, rate (times a number) and momentum from the model."""
+    del learning_rate
+    rule = oa.LevenbergMarquardt(damping, minimum=minimum)
+    return oa.kfac("exact", objective, momentum="exact", damping=rule, **settings)
+
+
+KFAC_ADAPTIVE = dataclasses.replace(
+    METHODS["kfac"],
+    name="kfac_adaptive",
+    summary="K-FAC, rate and momentum of the quadratic model, damping that adapts",
+    factory=functools.partial(adaptive_kfac, inverses_every=5),
+    period=5,
+)
+
+
+def adaptive_gauss_newton(
+    learning_rate: Any, *, minimum: Any = 1e-2, tolerance: float = 1e-2, likelihood: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """Gauss-Newton in batch space with damping that adapts, down to a minimum."""
+    rule = oa.LevenbergMarquardt(0.3, minimum=minimum)
+    return oa.batch_gauss_newton(
+        learning_rate, damping=rule, tolerance=tolerance, max_iterations=250, likelihood=likelihood
+    )
+
+
+def _iterations(opt_state: Any) -> float:
+    """What a step of Hessian-free is worth in gradients of one batch."""
+    made, windows = int(optax.tree.get(opt_state, "num_iterations")), 0
+    total = 0
+    while total < made:  # each window of CG takes two products more
+        total, windows = total + max(10, total // 2), windows + 1
+    losses = 2 * HESSIAN_FREE_BATCHES / 3
+    return HESSIAN_FREE_BATCHES + losses + 2 * (1 + made + 2 * windows)
+
+
+def _batch_iterations(opt_state: Any) -> float:
+    """What a step of Gauss-Newton in batch space is worth, its adaption every 5 steps included."""
+    return 1 + 5 + 2 * int(optax.tree.get(opt_state, "solver_iterations")) + (2 + 2 / 3) / 5
+
+
 CANDIDATES = {
     "sgd": Candidate(
         method=METHODS["sgd"],
@@ -57,25 +156,52 @@ CANDIDATES = {
         settings=grid(rate=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0)),
         relative_rate=True,
     ),
-    "adam": Candidate(
-        method=METHODS["adam"],
-        summary="Adam",
-        settings=grid(rate=(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03)),
+    "adam": Candidate(method=METHODS["adam"], summary="Adam", settings=grid(rate=_ADAM_RATES)),
+    "muon": Candidate(
+        method=MUON,
+        summary="Muon, with steps as long as Adam's, Adam for vectors, embeddings and the head",
+        settings=grid(rate=_ADAM_RATES),
+    ),
+    "schedule_free_adamw": Candidate(
+        method=SCHEDULE_FREE,
+        summary="schedule-free AdamW, evaluated at its average",
+        settings=grid(rate=_ADAM_RATES),
+        evaluated=lambda params, opt_state: optax.contrib.schedule_free_eval_params(
+            opt_state, params
+        ),
     ),
     "kfac": Candidate(
         method=METHODS["kfac"],
         summary="K-FAC with rate 0.1, momentum 0.9, factors every step, inverses every 10",
         **_KFAC,
     ),
+    "kfac_adaptive": Candidate(
+        method=KFAC_ADAPTIVE,
+        summary="K-FAC, rate and momentum of the quadratic model, damping adapted every 5 steps",
+        settings=grid(damping=(0.1, 1.0, 10.0), minimum=(1e-3, 3e-2)),
+        fixed={"rate": 1.0},
+        # Its gradient and factors, two products, and every 5 steps two losses.
+        gradients=lambda opt_state: 2 + 4 + 2 / 3 / 5,
+    ),
     "ekfac": Candidate(method=METHODS["ekfac"], summary="EKFAC, as K-FAC", **_KFAC),
+    "kfac_jax": Candidate(method=METHODS["kfac"], summary="kfac-jax, as K-FAC", **_KFAC),
     "hessian_free": Candidate(
         method=METHODS["hessian_free"],
         summary="Hessian-free, gradients of four batches, curvature of one",
         settings=grid(rate=(0.5, 1.0), damping=(0.1, 1.0, 10.0)),
         fixed={"max_iterations": 250},  # Martens, 2010
-        gradient_batches=4,
+        gradient_batches=HESSIAN_FREE_BATCHES,
+        gradients=_iterations,
+    ),
+    "batch_gauss_newton": Candidate(
+        method=dataclasses.replace(METHODS["batch_gauss_newton"], factory=adaptive_gauss_newton),
+        summary="Gauss-Newton in batch space by CG, damping adapted every 5 steps",
+        settings=grid(rate=(0.3, 1.0), minimum=(1e-3, 1e-2, 1e-1)),
+        gradients=_batch_iterations,
     ),
 }
+# What kfac-jax is asked to find the layers of.
+_FOR_KFAC_JAX = ("digits_mlp", "mnist_autoencoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +209,8 @@ class Options(cli.Options):
     """Compare natural-gradient methods with SGD and Adam: loss over steps and over time."""
 
     problem: str = "digits_mlp"
-    """digits_mlp, mnist_autoencoder, cifar10_5k_cnn or shakespeare_transformer."""
+    """digits_mlp, mnist_autoencoder, cifar10_5k_cnn, shakespeare_transformer or
+    shakespeare_scanned."""
     scale: str = "small"
     """small (minutes on two cores) or full (the networks and data of the literature)."""
     methods: str | None = None
@@ -97,7 +224,9 @@ class Options(cli.Options):
     data_dir: Path | None = None
     """Folder with the data files; default: OPTAX_ACCEL_DATA. Digits needs none."""
     seed: int = 0
-    """Seed of the initial weights and of the order of the batches."""
+    """Seed of the initial weights and of the order of the batches, with which all are tuned."""
+    seeds: int = 3
+    """How many seeds, counted from that one, the chosen settings are run with."""
     name: str | None = None
     """Name of the run's folder; default: natural-gradient-<problem>-<scale>."""
     runs_dir: Path = Path("runs")
@@ -112,22 +241,30 @@ def run(options: Options, problem: Problem, names: Sequence[str]) -> list[dict[s
     """
     rows: list[dict[str, Any]] = []
     steps, seconds = options.steps or problem.steps, math.inf
+    make = PROBLEMS[options.problem]
+    starts = {
+        seed: make(options.scale == "full", options.data_dir, seed).params
+        for seed in range(options.seed + 1, options.seed + options.seeds)
+    }
     for name in names:
         candidate = CANDIDATES[name]
-        trainer = Trainer(candidate, problem)
+        trainer: Any = Trainer(candidate, problem) if name != "kfac_jax" else rival(problem)
         settings = candidate.middle(options.settings)
         curves = [train(trainer, setting, steps, seconds, options.seed) for setting in settings]
         finals = [final_loss(curve, steps, seconds) for curve in curves]
         best = int(np.argmin(finals))
         if math.isinf(finals[best]):
             raise ValueError(f"{name} diverged with all of its settings")
-        curve = curves[best]
         if not rows:
             # Runs that diverged early say nothing about the time.
             whole = [
                 c["seconds"][-1] for c, loss in zip(curves, finals, strict=True) if loss < 1e30
             ]
             seconds = max(options.time_factor * float(np.median(whole)), LEAST_SECONDS)
+        chosen = [curves[best]]
+        for seed, params in starts.items():
+            chosen.append(train(trainer, settings[best], steps, seconds, seed, params))
+        curve = chosen[0]
         rows.append(
             {
                 "method": name,
@@ -137,19 +274,28 @@ def run(options: Options, problem: Problem, names: Sequence[str]) -> list[dict[s
                 "chosen": settings[best],
                 "compile_seconds": trainer.compile_seconds,
                 "milliseconds_per_step": 1000 * curve["seconds"][-1] / max(curve["step"][-1], 1),
-                "curve": curve,
+                "curves": chosen,
             }
         )
-    target = rows[0]["curve"]["train"][-1]
+    target = report.target(rows)
     for row in rows:
-        row["reached"] = report.reached(row["curve"], target)
+        row["reached"] = [report.reached(curve, target) for curve in row["curves"]]
     return rows
 
 
+def rival(problem: Problem) -> kfac_jax_rival.KFACJaxTrainer:
+    """Runs of kfac-jax."""
+    return kfac_jax_rival.KFACJaxTrainer(CANDIDATES["kfac_jax"], problem)
+
+
 def default_methods(problem: str) -> tuple[str, ...]:
-    """All methods that suit the problem on this kind of device."""
-    loops = problem != "cifar10_5k_cnn" or jax.default_backend() != "cpu"
-    return tuple(name for name in CANDIDATES if name != "hessian_free" or loops)
+    """All methods that suit the problem on this kind of device, and that are installed."""
+    left_out = set()
+    if problem == "cifar10_5k_cnn" and jax.default_backend() == "cpu":
+        left_out |= {"hessian_free", "batch_gauss_newton"}
+    if problem not in _FOR_KFAC_JAX or not kfac_jax_rival.installed():
+        left_out.add("kfac_jax")
+    return tuple(name for name in CANDIDATES if name not in left_out)
 
 
 def resolve(options: Options) -> tuple[Problem, tuple[str, ...]]:
@@ -166,6 +312,10 @@ def resolve(options: Options) -> tuple[Problem, tuple[str, ...]]:
         names = tuple(dict.fromkeys(name.strip() for name in options.methods.split(",")))
     for name in names:
         cli.check_known("method", name, tuple(CANDIDATES))
+    if "kfac_jax" in names and not kfac_jax_rival.installed():
+        raise ValueError("kfac_jax is not installed: pip install kfac-jax, or leave it out")
+    if "kfac_jax" in names and options.problem not in _FOR_KFAC_JAX:
+        raise ValueError(f"kfac_jax runs on {' and '.join(_FOR_KFAC_JAX)} only; leave it out")
     make = PROBLEMS[options.problem]
     return make(options.scale == "full", options.data_dir, options.seed), names
 
@@ -178,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem, names = resolve(options)
     default = f"natural-gradient-{options.problem}-{options.scale}"
     folder = folders.locate(options.runs_dir, options.name, default)
-    console = cli.console(130)
+    console = cli.console(170)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(problem.params))
     title = (
         f"{options.problem}, {options.scale}: {parameters:,} parameters, "

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import optax
 import pytest
 
 from experiments import natural_gradient as study
@@ -26,35 +28,58 @@ def test_all_methods_are_tuned_on_the_same_number_of_settings() -> None:
 
 @pytest.mark.slow
 def test_compares_on_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--steps", "12", "--settings", "1", "--runs-dir", str(tmp_path), "--name", "tiny"]
-    assert run(*arguments) == 0
+    sizes = ["--steps", "12", "--settings", "1", "--seeds", "2"]
+    assert run(*sizes, "--runs-dir", str(tmp_path), "--name", "tiny") == 0
     out = capsys.readouterr().out
-    for name in study.CANDIDATES:
+    methods = list(study.default_methods("digits_mlp"))
+    assert set(methods) | {"kfac_jax"} == set(study.CANDIDATES)
+    for name in methods:
         assert name in out
     assert "fewest steps: " in out
     folder = tmp_path / "tiny"
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((folder / "results.json").read_text())
-    assert [entry["method"] for entry in results["methods"]] == list(study.CANDIDATES)
+    assert [entry["method"] for entry in results["methods"]] == methods
     assert all(line in out.replace("\n", " ") for line in results["conclusion"][-1:])
     for entry in results["methods"]:
-        curve = entry["curve"]
+        curve, other = entry["curves"]  # of two seeds
+        assert curve["train"][0] != other["train"][0]
         assert len({len(values) for values in curve.values()}) == 1
         assert curve["step"] == sorted(curve["step"])
         assert curve["seconds"] == sorted(curve["seconds"])
+        assert curve["gradients"] == sorted(curve["gradients"])
         assert curve["train"][-1] < curve["train"][0]
         assert entry["compile_seconds"] > 0
         assert len(entry["settings"]) == len(entry["final_losses"]) == 1
-    by_name = {entry["method"]: entry["curve"] for entry in results["methods"]}
+    by_name = {entry["method"]: entry["curves"][0] for entry in results["methods"]}
+    assert by_name["sgd"]["gradients"] == by_name["sgd"]["step"]
+    assert by_name["kfac"]["gradients"][-1] == 2 * 12
+    assert by_name["batch_gauss_newton"]["gradients"][-1] > 12 * (4 + 2)
     assert {curve["train"][0] for curve in by_name.values()} == {by_name["sgd"]["train"][0]}
     # A step of second order is worth several of first order here.
     assert by_name["hessian_free"]["train"][1] < by_name["sgd"]["train"][1]
 
 
-def test_hessian_free_is_left_out_of_convolutions_in_a_loop() -> None:
+def test_what_does_not_suit_a_problem_is_left_out() -> None:
     left_out = set(study.CANDIDATES) - set(study.default_methods("cifar10_5k_cnn"))
-    assert left_out == ({"hessian_free"} if jax.default_backend() == "cpu" else set())
-    assert set(study.default_methods("digits_mlp")) == set(study.CANDIDATES)
+    loops = {"hessian_free", "batch_gauss_newton"} if jax.default_backend() == "cpu" else set()
+    assert left_out == {"kfac_jax"} | loops
+    left_out = set(study.CANDIDATES) - set(study.default_methods("digits_mlp"))
+    assert left_out == (set() if study.kfac_jax_rival.installed() else {"kfac_jax"})
+
+
+def test_muon_takes_the_matrices_of_the_layers() -> None:
+    params = {
+        "embedding": jnp.zeros((5, 4)),
+        "stacked": {"w": jnp.zeros((2, 4, 6)), "b": jnp.zeros((2, 6))},
+        "layer": {"w": jnp.zeros((4, 4)), "kernel": jnp.zeros((3, 3, 4, 8)), "b": jnp.zeros(4)},
+    }
+    matrix = optax.contrib.MuonDimensionNumbers
+    assert study.MUON.factory.keywords["muon_weight_dimension_numbers"](params) == {
+        "embedding": None,
+        "stacked": {"w": matrix((1,), 2), "b": None},
+        "layer": {"w": matrix((0,), 1), "kernel": matrix((0, 1, 2), 3), "b": None},
+    }
 
 
 @pytest.mark.parametrize(
@@ -62,8 +87,10 @@ def test_hessian_free_is_left_out_of_convolutions_in_a_loop() -> None:
     [
         (["--problem", "imagenet"], "unknown problem 'imagenet'; valid: digits_mlp"),
         (["--scale", "huge"], "unknown scale 'huge'; valid: small, full"),
-        (["--methods", "sgd,lion"], "unknown method 'lion'; valid: sgd, adam, kfac"),
+        (["--methods", "sgd,lion"], "unknown method 'lion'; valid: sgd, adam, muon"),
         (["--steps", "0"], "--steps must be at least 1"),
+        (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--problem", "cifar10_5k_cnn", "--methods", "sgd,kfac_jax"], "kfac_jax "),
         (["--settings", "7"], "--settings must be at most 6, got 7"),
         (["--time-factor", "0"], "--time-factor must be positive and finite, got 0"),
         (["--name", "a/b"], "--name must be a plain folder name"),

@@ -6,6 +6,7 @@
                             sigmoid outputs, summed over the pixels
     cifar10_5k_cnn          two convolutions and a linear layer
     shakespeare_transformer next characters, a causal pre-norm Transformer
+    shakespeare_scanned     the same network, the parameters of its layers stacked for `lax.scan`
 
 References:
   Hinton, Salakhutdinov, `Reducing the dimensionality of data with neural networks
@@ -25,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 import models
 import optax_accel as oa
@@ -173,7 +175,8 @@ def transformer_outputs(params: PyTree, x: jax.Array, *, num_heads: int) -> jax.
     length, width = params["positions"].shape
     h = params["embedding"][x] + params["positions"][None]
     past = jnp.tril(jnp.ones((length, length), bool))[None, None]
-    for layer in params["layers"]:
+
+    def block(h: jax.Array, layer: PyTree) -> tuple[jax.Array, None]:
         q, k, v = (
             _linear(layer[name], _normalized(layer["norm1"], h)).reshape(
                 len(x), length, num_heads, width // num_heads
@@ -185,6 +188,13 @@ def transformer_outputs(params: PyTree, x: jax.Array, *, num_heads: int) -> jax.
         h = h + _linear(
             layer["down"], jax.nn.gelu(_linear(layer["up"], _normalized(layer["norm2"], h)))
         )
+        return h, None
+
+    if "stacked" in params:
+        h, _ = lax.scan(block, h, params["stacked"])
+    else:
+        for layer in params["layers"]:
+            h, _ = block(h, layer)
     return _linear(params["head"], _normalized(params["norm"], h))
 
 
@@ -214,6 +224,12 @@ def _transformer_init(key: jax.Array, vocabulary: int, length: int, width: int, 
         "norm": norm(),
         "head": linear(width, vocabulary),
     }
+
+
+def stacked(params: PyTree) -> PyTree:
+    """Parameters of the Transformer with one array for all layers, for `lax.scan`."""
+    rest = {name: value for name, value in params.items() if name != "layers"}
+    return rest | {"stacked": jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"])}
 
 
 def _shakespeare_transformer(full: bool, data_dir: Path | None, seed: int) -> Problem:
@@ -249,10 +265,16 @@ def _shakespeare_transformer(full: bool, data_dir: Path | None, seed: int) -> Pr
     )
 
 
+def _shakespeare_scanned(full: bool, data_dir: Path | None, seed: int) -> Problem:
+    problem = _shakespeare_transformer(full, data_dir, seed)
+    return dataclasses.replace(problem, params=stacked(problem.params))
+
+
 PROBLEMS: dict[str, Callable[[bool, Path | None, int], Problem]] = {
     "digits_mlp": _digits_mlp,
     "mnist_autoencoder": _mnist_autoencoder,
     "cifar10_5k_cnn": _cifar10_5k_cnn,
     "shakespeare_transformer": _shakespeare_transformer,
+    "shakespeare_scanned": _shakespeare_scanned,
 }
 SCALES = ("small", "full")

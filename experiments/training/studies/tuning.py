@@ -7,8 +7,8 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,9 @@ class Candidate:
       relative_rate: whether rates are for losses of about 1, and so divided by `Problem.unit`.
       gradient_batches: number of batches whose mean gradient makes a step; curvature is taken on
         the first one.
+      gradients: what a step takes, in gradients of one batch, from the optimizer's state behind it;
+        None for the number in the catalogue.
+      evaluated: the parameters to evaluate, from those of a step and the optimizer's state.
     """
 
     method: Method
@@ -48,6 +51,14 @@ class Candidate:
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     relative_rate: bool = False
     gradient_batches: int = 1
+    gradients: Callable[[PyTree], float] | None = None
+    evaluated: Callable[[PyTree, PyTree], PyTree] | None = None
+
+    def work(self, opt_state: PyTree) -> float:
+        """The gradients of one batch that the step before this state was worth."""
+        if self.gradients is None:
+            return self.method.gradients_per_step
+        return self.gradients(opt_state)
 
     def build(
         self, problem: Problem, setting: Mapping[str, Any]
@@ -98,6 +109,26 @@ def grid(**values: Sequence[float]) -> tuple[Setting, ...]:
     )
 
 
+class Runs(Protocol):
+    """What :func:`train` needs of a method on a problem; :class:`Trainer` is one."""
+
+    problem: Problem
+    batch_size: int
+
+    def start(self, setting: PyTree, params: PyTree = None) -> Any:
+        """The state before the first step, from the problem's parameters or given ones."""
+
+    def step(self, number: int, state: Any, setting: PyTree, rows: jax.Array) -> Any:
+        """One step, whose state is donated."""
+
+    def evaluated(self, state: Any) -> PyTree:
+        """The parameters to evaluate."""
+
+    def work(self, state: Any) -> float:
+        """The gradients of one batch that the step before this state was worth."""
+        ...
+
+
 class Trainer:
     """The compiled steps of one method on one problem, for any of its settings.
 
@@ -114,7 +145,8 @@ class Trainer:
         self.batch_size = problem.batch_size * candidate.gradient_batches
         setting = jax.tree.map(jnp.float32, candidate.settings[0])
         rows = jnp.zeros(self.batch_size, jnp.int32)
-        refreshes = dict.fromkeys(candidate.method.refresh(step) for step in range(20))
+        self._built = candidate.build(problem, candidate.settings[0])
+        refreshes = dict.fromkeys(oa.refresh_at(step, self._built) for step in range(20))
         state = self.start(setting)
         begin = time.perf_counter()
         self._steps = {
@@ -127,9 +159,20 @@ class Trainer:
         for step in self._steps.values():  # the first call sets up what later ones find
             state = jax.block_until_ready(step(state, setting, rows))
 
-    def start(self, setting: PyTree) -> TrainState:
-        """The state before the first step."""
-        return self._start(setting, jax.tree.map(jnp.copy, self.problem.params))
+    def start(self, setting: PyTree, params: PyTree = None) -> TrainState:
+        """The state before the first step, from the problem's parameters or given ones."""
+        params = self.problem.params if params is None else params
+        return self._start(setting, jax.tree.map(jnp.copy, params))
+
+    def evaluated(self, state: TrainState) -> PyTree:
+        """The parameters to evaluate."""
+        if self.candidate.evaluated is None:
+            return state.params
+        return self.candidate.evaluated(state.params, state.opt_state)
+
+    def work(self, state: TrainState) -> float:
+        """The gradients of one batch that the step before this state was worth."""
+        return self.candidate.work(state.opt_state)
 
     @functools.cached_property
     def _start(self) -> Any:
@@ -151,7 +194,7 @@ class Trainer:
         Returns:
           The state after it.
         """
-        return self._steps[self.candidate.method.refresh(number)](state, setting, rows)
+        return self._steps[oa.refresh_at(number, self._built)](state, setting, rows)
 
     def _step(self, state: TrainState, setting: PyTree, rows: jax.Array, *, refresh: Any) -> Any:
         problem, several = self.problem, self.candidate.gradient_batches > 1
@@ -184,7 +227,14 @@ def batches(examples: int, size: int, seed: int) -> Iterator[np.ndarray]:
             yield order[start : start + size]
 
 
-def train(trainer: Trainer, setting: Setting, steps: int, seconds: float, seed: int) -> Curve:
+def train(
+    trainer: Runs,
+    setting: Setting,
+    steps: int,
+    seconds: float,
+    seed: int,
+    params: PyTree = None,
+) -> Curve:
     """Makes one run, which ends early where the loss is not finite or the time is up.
 
     Args:
@@ -193,25 +243,28 @@ def train(trainer: Trainer, setting: Setting, steps: int, seconds: float, seed: 
       steps: number of steps.
       seconds: time that the steps may take, evaluations not counted.
       seed: seed of the batches.
+      params: where to start; None for the problem's own parameters.
 
     Returns:
-      The curve: steps made, seconds they took, training and test loss then.
+      The curve: steps made, seconds they took, what they were worth in gradients of one batch,
+      training and test loss then.
     """
     problem = trainer.problem
     values = jax.tree.map(jnp.float32, setting)
-    state = trainer.start(values)
+    state = trainer.start(values, params)
     parts = [tuple(a[:EVALUATED] for a in split) for split in (problem.train, problem.test)]
-    curve: Curve = {key: [] for key in ("step", "seconds", "train", "test")}
-    elapsed, shown = 0.0, -math.inf
+    curve: Curve = {key: [] for key in ("step", "seconds", "gradients", "train", "test")}
+    elapsed, shown, gradients = 0.0, -math.inf, 0.0
     rows = batches(len(problem.train[1]), trainer.batch_size, seed)
     for step in range(steps + 1):
         last = step == steps or elapsed >= seconds
         if last or step % max(1, steps // POINTS) == 0 or elapsed - shown > seconds / POINTS:
-            losses = [float(_evaluate(problem.evaluated, state.params, *part)) for part in parts]
+            at = trainer.evaluated(state)
+            losses = [float(_evaluate(problem.evaluated, at, *part)) for part in parts]
             if not all(map(math.isfinite, losses)):
                 break
             shown = elapsed
-            for key, value in zip(curve, (step, elapsed, *losses), strict=True):
+            for key, value in zip(curve, (step, elapsed, gradients, *losses), strict=True):
                 curve[key].append(value)
         if last:
             break
@@ -219,6 +272,7 @@ def train(trainer: Trainer, setting: Setting, steps: int, seconds: float, seed: 
         begin = time.perf_counter()
         state = jax.block_until_ready(trainer.step(step, state, values, batch))
         elapsed += time.perf_counter() - begin
+        gradients += trainer.work(state)
     return curve
 
 

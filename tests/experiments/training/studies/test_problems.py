@@ -53,6 +53,19 @@ def test_transformer_does_not_see_the_future(shakespeare: Path) -> None:
     assert text.count("dense") >= 6 * 2 + 1, text
 
 
+def test_scanned_transformer_is_its_twin(shakespeare: Path) -> None:
+    listed, scanned = (
+        problems.PROBLEMS[name](False, shakespeare, 0)
+        for name in ("shakespeare_transformer", "shakespeare_scanned")
+    )
+    x = listed.train[0][:2]
+    want = listed.objective.outputs(listed.params, x=x)
+    np.testing.assert_allclose(
+        scanned.objective.outputs(scanned.params, x=x), want, rtol=1e-5, atol=1e-5
+    )
+    assert scanned.params["stacked"]["up"]["w"].shape == (2, 48, 192)
+
+
 def test_digits_have_labels_and_all_examples() -> None:
     problem = problems.PROBLEMS["digits_mlp"](False, None, 0)
     assert problem.train[0].shape == (1077, 8, 8, 1)
