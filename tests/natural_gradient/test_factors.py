@@ -23,11 +23,12 @@ from tests.natural_gradient.test_finding import (
     captured,
     captured_case,
     loss,
+    marked,
     tree,
 )
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "time first"])
+@pytest.mark.parametrize("name", marked(name for name in CASES if name != "time first"))
 def test_second_moments_of_each_example(x64, name):
     """Of scales and shifts, and EKFAC's in the standard basis: those of separate gradients."""
     predict, _, _ = CASES[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import equinox as eqx
@@ -449,6 +449,21 @@ STACKED: dict[str, Case] = {
     ),
 }
 CASES |= {f"stacked: {name}": case for name, case in STACKED.items()}
+# What others contain in part.
+SLOW = {
+    f"stacked: {name}"
+    for name in (
+        *("scanned in groups", "scanned pairs", "scanned heads", "scanned groups"),
+        *("counted norms", "convolutions over time", "over time in scanned layers", "unstacked"),
+        *("scanned norms", "constant first state"),
+    )
+}
+
+
+def marked(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in names]
+
+
 # Derivative rules where parameters pass, or behind layers.
 RULES: dict[str, Case] = {
     "rounded weight": (
@@ -696,7 +711,7 @@ def gradients_of(block: Any, values: Any, gradients: Any, generic: Any) -> dict[
     return dict(zip(block.leaves, block.from_matrix(matrix), strict=True))
 
 
-@pytest.mark.parametrize("name", [*CASES, *RULES, *COUPLED])
+@pytest.mark.parametrize("name", marked([*CASES, *RULES, *COUPLED]))
 def test_what_is_found(x64, name):
     """The kinds; for every block the gradient that `jax.grad` gives, from inputs and outputs."""
     predict, _, expected = (CASES | RULES | COUPLED)[name]

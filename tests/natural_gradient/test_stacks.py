@@ -138,7 +138,12 @@ def build(kind: str, objective: oa.Objective) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kind", "layers"), [("ekfac", scanned), ("factored", counted), ("eigen", numbered)]
+    ("kind", "layers"),
+    [
+        ("factored", scanned),
+        pytest.param("ekfac", counted, marks=[pytest.mark.slow]),
+        pytest.param("eigen", numbered, marks=[pytest.mark.slow]),
+    ],
 )
 def test_a_stack_is_its_layers(x64, kind, layers):
     """A GPT whose blocks are scanned, counted or numbered, and one that has a list of them."""
