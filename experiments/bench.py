@@ -6,9 +6,10 @@ What does a method's `update` cost on a tree of 10 million parameters, where the
 the optimizer, and which multiple is that of the time that its bytes, read and written once, need at
 the bandwidth of a copy; what does it cost in a whole training step of a dense model; how long does
 that step take to compile; and for K-FAC, at twice the batch, what do its whole cycle and a step
-between refreshes cost? Method and base run side by side (A B, B A, A B, ...), compiled, with
-donated buffers, waiting for every result, so that a busy moment of the machine hits both. A ratio
-is the median of the ratios of such pairs; the quartiles beside it say how far to trust it.
+between refreshes cost (beside the package `kfac_jax`, where that is installed)? Method and base run
+side by side (A B, B A, A B, ...), compiled, with donated buffers, waiting for every result, so that
+a busy moment of the machine hits both. A ratio is the median of the ratios of such pairs; the
+quartiles beside it say how far to trust it.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -203,6 +204,9 @@ def step_cases(base: str, group: Sequence[Method]) -> list[Case]:
 def natural_cases(base: str, group: Sequence[Method]) -> list[Case]:
     """Steps of K-FAC and EKFAC at batch 256: whole cycles, and steps that refresh nothing.
 
+    Where the package `kfac_jax` is installed, its cycle stands beside that of `kfac`, with the same
+    settings.
+
     Args:
       base: name of the base.
       group: the base, then its methods.
@@ -223,7 +227,54 @@ def natural_cases(base: str, group: Sequence[Method]) -> list[Case]:
                 base, method, lambda step: False, target=targets.get("between")
             )
             cases += [cycle, dataclasses.replace(between, name=f"{method.name}, between", period=1)]
+            if method.name == "kfac" and (reference := _kfac_jax_case(network, base, method)):
+                cases.append(reference)
     return cases if len(cases) > 1 else []
+
+
+def _kfac_jax_case(network: Network, base: str, method: Method) -> Case | None:
+    """The steps of the package `kfac_jax` with the defaults of `kfac`; None without the package.
+
+    Args:
+      network: what is trained.
+      base: name of the base.
+      method: `kfac`, for its period.
+    """
+    try:
+        kfac_jax = importlib.import_module("kfac_jax")
+    except ImportError:
+        return None
+
+    def loss(params: Any, batch: dict[str, Any]) -> Any:
+        objective = network.objective.bind(rest=network.rest, **batch)
+        logits = objective.outputs(params)  # once: it registers the layers of every evaluation
+        kfac_jax.register_softmax_cross_entropy_loss(logits, batch["y"])
+        return objective.loss_of_outputs(logits)
+
+    optimizer = kfac_jax.Optimizer(
+        value_and_grad_func=jax.value_and_grad(loss),
+        l2_reg=0.0,
+        norm_constraint=1e-3,
+        estimation_mode="fisher_gradients",
+        curvature_ema=0.95,
+        inverse_update_period=method.period,
+        num_burnin_steps=0,
+    )
+    rates = {
+        name: jnp.asarray(rate)
+        for name, rate in (("learning_rate", LEARNING_RATE), ("momentum", 0.9), ("damping", 1e-3))
+    }
+    key = jax.random.key(0)
+    params = jax.tree.map(jnp.copy, network.params)  # a step donates them
+
+    def call(step: int, carry: Any) -> Any:
+        params, state, _ = optimizer.step(
+            *carry, jax.random.fold_in(key, step), batch=network.batch, **rates
+        )
+        return params, state
+
+    carry = params, optimizer.init(params, key, network.batch)
+    return Case("kfac-jax", base, call, carry, method.period)
 
 
 def compile_cases(base: str, group: Sequence[Method]) -> list[Case]:
