@@ -93,7 +93,8 @@ def transformation(options: Options) -> optax.GradientTransformationExtraArgs:
         if options.norm_constraint is not None:
             bound = value_of(options.norm_constraint, count)
         # Integers and keys that are masked out may have no update at all, None.
-        new, scale = _precondition(treedef.flatten_up_to(updates), state, blocks, damping, bound)
+        gradient = treedef.flatten_up_to(updates)
+        new, scale = _precondition(gradient, jax.tree.leaves(params), state, blocks, damping, bound)
         state = state._replace(count=optax.safe_increment(count), step_scale=scale)
         return jax.tree.unflatten(treedef, new), state
 
@@ -137,6 +138,7 @@ def _refresh_when_due(
 
 def _precondition(
     leaves: list[Any],
+    params: list[Any],
     state: ScaleByKFACState,
     blocks: tuple[Block, ...],
     damping: Any,
@@ -156,7 +158,7 @@ def _precondition(
             new[i] = wide[i] / (corrected(factors, state.factor_weight, 1) + strength)
             product += jnp.sum(new[i] * wide[i])
             continue
-        gradient, each = block.to_matrix(wide), stats.on_slices(block)
+        gradient, each = block.to_matrix(wide, params), stats.on_slices(block)
         if isinstance(inverses.inputs, stats.Eigen):
             values = each(stats.kronecker_eigenvalues)(inverses)
             if moments is not None:
@@ -167,7 +169,7 @@ def _precondition(
         else:
             result = each(stats.apply_inverses)(inverses, gradient)
         product += jnp.sum(result * gradient)
-        new.update(zip(block.leaves, block.from_matrix(result), strict=True))
+        new.update(zip(block.leaves, block.from_matrix(result, params), strict=True))
     scale = jnp.ones((), jnp.float32)
     if bound is not None:
         ratio = bound / jnp.where(product > 0, product, 1)

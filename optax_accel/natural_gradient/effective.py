@@ -12,6 +12,15 @@ are
 
 as those of layers with the weights W, L and R.  So a sum or a product counts as one more parameter
 while it is followed through the program, and its uses are then those of its terms or factors.
+
+Of another function of parameters, :math:`w = f(\theta)` with the Jacobian J (weight normalization),
+the factors belong to w, and with the matrix C that they stand for the natural gradient is
+
+.. math::
+  (J^\top C J)^+ \nabla_\theta = J^+\, C^{-1} (J^\top)^+ \nabla_\theta ,
+
+which holds where J has full row rank.  Damping is that of w.  J is the derivative of the user's own
+function; its pseudoinverse is applied by iteration.
 """
 
 from __future__ import annotations
@@ -56,7 +65,28 @@ class Product(NamedTuple):
     right_matrix: tuple[int, Ops]
 
 
-Weight: TypeAlias = Sum | Product
+class Computed(NamedTuple):
+    """Another function of parameters: a normalized weight, for instance.
+
+    Attributes:
+      views: of the parameters, or of what is computed from them.
+      number: of the value.
+      reason: what is said of the parameters where no layer takes it.
+    """
+
+    views: tuple[View, ...]
+    number: int
+    reason: str
+
+
+Weight: TypeAlias = Sum | Product | Computed
+
+
+def views_of(weight: Weight) -> list[View]:
+    """What a weight is computed from."""
+    if isinstance(weight, Sum):
+        return [view for view, _ in weight.terms]
+    return [weight.left, weight.right] if isinstance(weight, Product) else list(weight.views)
 
 
 def expand(use: Use, weight: Weight) -> Iterator[Use]:
@@ -72,7 +102,7 @@ def expand(use: Use, weight: Weight) -> Iterator[Use]:
                 sign=sign * use.sign,
             )
         return
-    if use.kind not in ("dense", "convolution") or use.stacked or use.slot is not None:
+    if use.kind not in ("dense", "convolution") or use.stacked or isinstance(weight, Computed):
         return
     plain = (("reshape", (weight.left_ops[-1][1][0], weight.right_ops[-1][1][1])),)
     turn = ("transpose", (1, 0))

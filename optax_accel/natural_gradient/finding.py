@@ -88,6 +88,8 @@ def _approximation(block: Block) -> str:
         return "exact diagonal"
     rows, columns = block.matrix_shape
     uses = f", {len(block.uses)} uses" if len(block.uses) > 1 else ""
+    if block.function is not None:
+        uses += ", of the weight computed from them"
     if block.kind == "tied":
         ways = [part.kind + (" transposed" if turned else "") for part, turned in block.parts()]
         uses = f", nearest to the sum over its uses as {' and as '.join(ways)}"

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from optax_accel.natural_gradient.effective import Product, Sum, Weight, expand
+from optax_accel.natural_gradient.effective import Computed, Product, Sum, Weight, expand, views_of
 from optax_accel.natural_gradient.layers import Use
 from optax_accel.natural_gradient.layouts import Ops, Shape, View
 from optax_accel.natural_gradient.lifting import lift
@@ -79,6 +79,7 @@ class Follower:
       outputs: values that are the output of a layer, or that in another layout: the index of its
         use, and for each axis its place among the layer's channels, or None.
       refusals: what is not a layer.
+      weights: what is computed from parameters and counts as further ones.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Follower:
         self.outputs: dict[int, tuple[int, tuple[int | None, ...]]] = {}
         self.refusals: list[Refusal] = []
         self._views, self._depth = views, depth
-        self._weights: list[Weight] = []  # each counts as a parameter, after the true ones
+        self.weights: list[Weight] = []
         self._values = Values(program, num_examples, views)
         constants = program.add_constants(closed.consts)
         program.outputs = self._inline(
@@ -167,8 +168,36 @@ class Follower:
                 followed = len(operands) == 1 and self._follow_layout(eqn, views[0], result)
             if followed:
                 return
-        for number in views:
-            self.refuse(number, results, condition)
+        if self._compute(name, views, results, condition):
+            return
+        for number in views:  # without a derivative nothing is used
+            self.refuse(number, results if self.program.last_has_derivative() else (), condition)
+
+    def _compute(
+        self, name: str, views: Sequence[int], results: tuple[int, ...], condition: str
+    ) -> bool:
+        """Another function of parameters alone, which then counts as a parameter."""
+        program = self.program
+        if not views or self._depth or len(results) != 1 or name in _REASONS:
+            return False
+        if not program.last_has_derivative():
+            return False
+        (result,) = results
+        if result in program.data:
+            return False
+        inputs = tuple(self._views[number] for number in views)
+        leaf = len(program.inputs) + len(self.weights)
+        self.weights.append(Computed(inputs, result, condition))
+        self._views[result] = _whole(leaf, program.shape(result))
+        return True
+
+    def parameters_of(self, leaf: int) -> set[int]:
+        """Indices of the parameters that one is computed from."""
+        count = len(self.program.inputs)
+        if leaf < count:
+            return {leaf}
+        views = views_of(self.weights[leaf - count])
+        return set().union(*(self.parameters_of(view.leaf) for view in views))
 
     def _condition(self, name: str, views: Sequence[int], results: tuple[int, ...]) -> str:
         """What is said of parameters that an operation takes in another way than a layer."""
@@ -472,8 +501,8 @@ class Follower:
             )
         else:
             return False
-        self._views[result] = _whole(len(self.program.inputs) + len(self._weights), shape)
-        self._weights.append(weight)
+        self._views[result] = _whole(len(self.program.inputs) + len(self.weights), shape)
+        self.weights.append(weight)
         return True
 
     def expand(self) -> None:
@@ -482,19 +511,22 @@ class Follower:
         for use in self.uses:  # which grows
             if use.leaf < count:
                 continue
-            expanded = list(expand(use, self._weights[use.leaf - count]))
+            weight = self.weights[use.leaf - count]
+            if isinstance(weight, Computed):
+                alone = not (use.stacked or use.left or use.right)
+                if use.kind not in ("dense", "convolution") or not alone:
+                    self.refusals.append(Refusal(use.leaf, (use.output,), weight.reason))
+                continue
+            expanded = list(expand(use, weight))
             self.uses += expanded
             if not expanded:
                 self.refusals.append(Refusal(use.leaf, (use.output,), _UNUSED_PRODUCT))
         for refusal in self.refusals:
             if refusal.leaf >= count:
-                weight = self._weights[refusal.leaf - count]
-                views = (
-                    [view for view, _ in weight.terms]
-                    if isinstance(weight, Sum)
-                    else [weight.left, weight.right]
-                )
-                self.refusals += [refusal._replace(leaf=view.leaf) for view in views]
+                weight = self.weights[refusal.leaf - count]
+                if isinstance(weight, Computed):
+                    refusal = refusal._replace(reason=weight.reason)
+                self.refusals += [refusal._replace(leaf=v.leaf) for v in views_of(weight)]
 
     def _scaled(self, view: View, factor: int, result: int) -> View:
         """A view whose entries are multiplied, by the variance of a batch for instance."""

@@ -8,9 +8,11 @@ embeddings).  Uses from which no gradient comes back (``stop_gradient``, roundin
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+from optax_accel.natural_gradient.effective import Computed, views_of
 from optax_accel.natural_gradient.following import Follower
 from optax_accel.natural_gradient.layers import Block, Use
 from optax_accel.natural_gradient.layouts import Ops, simplified
@@ -30,9 +32,16 @@ class Grouping:
         self._readers = program.readers()
         # Indices of the uses of each parameter, and why a parameter cannot have a layer.
         self._uses: dict[int, list[int]] = {leaf: [] for leaf in range(len(self._shapes))}
+        self._computed: dict[int, list[int]] = {}  # likewise, of weights computed from parameters
         for index, use in enumerate(follower.uses):
-            if use.output in self._readers and use.leaf in self._uses:
+            if use.output not in self._readers:
+                continue
+            if use.leaf in self._uses:
                 self._uses[use.leaf].append(index)
+            elif isinstance(follower.weights[use.leaf - len(self._uses)], Computed):
+                self._computed.setdefault(use.leaf, []).append(index)
+        # Of each parameter of such a weight that has a layer, the weight.
+        self._weight_of: dict[int, int] = {}
         self._reasons = self._why_generic()
 
     def _why_generic(self) -> dict[int, str]:
@@ -41,8 +50,13 @@ class Grouping:
         for refusal in follower.refusals:
             if any(number in self._readers for number in refusal.results):
                 reasons.setdefault(refusal.leaf, refusal.reason)
+        self._note_computed(reasons)
         seen = {refusal.leaf for refusal in follower.refusals} | {u.leaf for u in follower.uses}
+        for weight in follower.weights:
+            seen |= {view.leaf for view in views_of(weight)}
         for leaf, indices in self._uses.items():
+            if leaf in self._weight_of:
+                continue
             uses = [follower.uses[i] for i in indices]
             kinds = sorted({use.kind for use in uses})
             layouts = {use.ops for use in uses}
@@ -57,6 +71,47 @@ class Grouping:
             elif kinds != ["scale-shift"] and len(layouts) > 1:
                 reasons.setdefault(leaf, "is used in several layouts")
         return reasons
+
+    def _note_computed(self, reasons: dict[int, str]) -> None:
+        """Finds the weights whose parameters are used in nothing else; adds reasons for others."""
+        follower = self._follower
+        leaves = {weight: follower.parameters_of(weight) for weight in self._computed}
+        counts = collections.Counter(leaf for some in leaves.values() for leaf in some)
+        for weight, indices in self._computed.items():
+            layouts = {(use.kind, use.ops) for use in (follower.uses[i] for i in indices)}
+            own = leaves[weight]
+            free = all(
+                counts[i] == 1
+                and not self._uses[i]
+                and i not in reasons
+                and 0 not in self._shapes[i]
+                for i in own
+            )
+            if free and len(layouts) == 1:
+                self._weight_of.update(dict.fromkeys(own, weight))
+                continue
+            computed = follower.weights[weight - len(self._uses)]
+            assert isinstance(computed, Computed)
+            for i in own:
+                reasons.setdefault(i, computed.reason)
+
+    def _block_of_weight(
+        self, weight: int, names: Sequence[str], selected: Sequence[bool]
+    ) -> Block:
+        """The block of a weight that is computed, with all of its parameters that take part."""
+        own = [i for i, of in self._weight_of.items() if of == weight and selected[i]]
+        leaves = tuple(sorted(own))
+        uses = tuple(self._follower.uses[i] for i in self._computed[weight])
+        computed = self._follower.weights[weight - len(self._uses)]
+        assert isinstance(computed, Computed)
+        return Block(
+            uses[0].kind,
+            leaves,
+            tuple(names[i] for i in leaves),
+            tuple(self._shapes[i] for i in leaves),
+            uses,
+            function=self._follower.program.function_of_inputs(computed.number),
+        )
 
     def _tied(self, uses: Sequence[Use]) -> tuple[Use, ...]:
         """Different uses of one matrix, as a table, as a weight or as its transpose; or none."""
@@ -87,6 +142,7 @@ class Grouping:
             leaf: bias
             for leaf in self._uses
             if leaf not in self._reasons
+            and leaf not in self._weight_of
             and selected[leaf]
             and (bias := self._bias_of(leaf)) is not None
             and selected[bias[0]]
@@ -94,6 +150,11 @@ class Grouping:
         joined = {leaf for leaf, _ in biases.values()}
         for leaf, indices in self._uses.items():
             if leaf in joined or not selected[leaf]:
+                continue
+            if leaf in self._weight_of:
+                block = self._block_of_weight(self._weight_of[leaf], names, selected)
+                if leaf == block.leaves[0]:
+                    yield block
                 continue
             leaves: tuple[int, ...] = (leaf,)
             uses = tuple(self._follower.uses[i] for i in indices)

@@ -26,6 +26,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from optax_accel.natural_gradient._least_squares import pseudoinverse
 from optax_accel.natural_gradient.layouts import Ops, Shape, Slot, inverse, lay_out
 from optax_accel.natural_gradient.program import Program
 
@@ -116,6 +117,8 @@ class Block:
       shapes: their shapes.
       uses: what the curvature is the sum of; empty for a generic block.
       reason: why a block is generic.
+      function: of all parameters, where the layer's weight is computed from those of the block: the
+        weight.
     """
 
     kind: str
@@ -124,6 +127,7 @@ class Block:
     shapes: tuple[Shape, ...]
     uses: tuple[Use, ...] = ()
     reason: str = ""
+    function: Callable[[Sequence[Any]], Any] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def kronecker(self) -> bool:
@@ -133,7 +137,7 @@ class Block:
     @property
     def has_bias(self) -> bool:
         """Whether its last row is a bias."""
-        return len(self.leaves) > 1
+        return bool(self.uses) and bool(self.uses[0].bias_ops)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -155,7 +159,7 @@ class Block:
     def signature(self) -> tuple[Any, ...]:
         """What a state depends on."""
         layout = (self.uses[0].ops, self.uses[0].bias_ops) if self.kronecker else ()
-        return self.kind, self.names, self.shapes, layout
+        return self.kind, self.names, self.shapes, layout, self.function is not None
 
     def parts(self) -> list[tuple[Block, bool]]:
         """A block for each way of using a tied matrix, and whether it is transposed there."""
@@ -172,9 +176,18 @@ class Block:
             for kind, turned in ways
         ]
 
-    def to_matrix(self, leaves: Mapping[int, Any]) -> jax.Array:
-        """The block's part of a tree like the parameters: ``(*slices, inputs, outputs)``."""
+    def to_matrix(self, leaves: Mapping[int, Any], params: Sequence[Any] = ()) -> jax.Array:
+        """The block's part of a tree like the gradient: ``(*slices, inputs, outputs)``.
+
+        Args:
+          leaves: of the tree, by index.
+          params: all parameters; only for a weight that is computed from them.
+        """
         use = self.uses[0]
+        if self.function is not None:
+            push, pull = self._derivatives(params)
+            gradient = {i: leaves[i] for i in self.leaves}
+            return lay_out(pseudoinverse(pull, push, gradient), use.ops)
         matrix = lay_out(leaves[self.leaves[0]], use.ops)
         if self.has_bias:
             bias = lay_out(leaves[self.leaves[1]], use.bias_ops)
@@ -182,13 +195,40 @@ class Block:
             matrix = jnp.concatenate([matrix, bias], axis=-2)
         return matrix
 
-    def from_matrix(self, matrix: jax.Array) -> list[jax.Array]:
-        """The inverse of :meth:`to_matrix`: one array for each of the block's leaves."""
+    def from_matrix(self, matrix: jax.Array, params: Sequence[Any] = ()) -> list[jax.Array]:
+        """From a change of the matrix to one of each of the block's leaves; arguments as above."""
         use, rows = self.uses[0], self.matrix_shape[0] - self.has_bias
+        if self.function is not None:
+            push, pull = self._derivatives(params)
+            shape = jax.eval_shape(self.function, params).shape
+            change = pseudoinverse(push, pull, lay_out(matrix, inverse(use.ops, shape)))
+            return [change[i] for i in self.leaves]
         parts = [lay_out(matrix[..., :rows, :], inverse(use.ops, self.shapes[0]))]
         if self.has_bias:
             parts.append(lay_out(matrix[..., rows, :], inverse(use.bias_ops, self.shapes[1])))
         return parts
+
+    def _derivatives(self, params: Sequence[Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The derivative of the weight with respect to the block's leaves, and its transpose."""
+        function = self.function
+        assert function is not None
+
+        def weight(chosen: dict[int, Any]) -> Any:
+            return function([chosen.get(i, leaf) for i, leaf in enumerate(params)])
+
+        point = {i: jnp.asarray(params[i]) for i in self.leaves}
+        value, linear = jax.linearize(weight, point)
+        transposed = jax.linear_transpose(linear, point)
+
+        def push(change: dict[int, jax.Array]) -> jax.Array:
+            narrow = {i: leaf.astype(point[i].dtype) for i, leaf in change.items()}
+            return linear(narrow).astype(jnp.result_type(*change.values()))
+
+        def pull(gradient: jax.Array) -> dict[int, jax.Array]:
+            (leaves,) = transposed(gradient.astype(value.dtype))
+            return jax.tree.map(lambda leaf: leaf.astype(gradient.dtype), leaves)
+
+        return push, pull
 
 
 @dataclasses.dataclass(frozen=True)

@@ -167,6 +167,10 @@ class Program:
         self.avals.extend(avals)
         return tuple(range(len(self.avals) - len(avals), len(self.avals)))
 
+    def last_has_derivative(self) -> bool:
+        """Whether a gradient comes back through the last step."""
+        return len(self.steps) - 1 not in self._without_gradient
+
     def readers(self, outputs: Sequence[int] | None = None) -> collections.Counter[int]:
         """How often each value is read on a way by which a gradient comes back from the outputs.
 
@@ -214,6 +218,24 @@ class Program:
             for number, value in zip(results, computed, strict=True):
                 values[number] = _tap(value, taps[number]) if number in taps else value
         return [values[n] for n in self.outputs], {number: values[number] for number in read}
+
+    def function_of_inputs(self, number: int) -> Callable[[Sequence[Any]], Any]:
+        """A value that depends on parameters alone, as a function of all of them."""
+        needed, steps = {number}, list[Step]()
+        for step in reversed(self.steps):
+            if not needed.isdisjoint(step[2]):
+                needed.update(step[1])
+                steps.insert(0, step)
+        constants = {n: value for n, value in self.constants.items() if n in needed}
+        inputs = self.inputs
+
+        def function(leaves: Sequence[Any]) -> Any:
+            values = constants | dict(zip(inputs, leaves, strict=True))
+            for compute, operands, results in steps:
+                values.update(zip(results, compute(*(values[n] for n in operands)), strict=True))
+            return values[number]
+
+        return function
 
     def zeros(self, number: int) -> jax.Array:
         """Zeros in the shape of a value."""

@@ -634,16 +634,20 @@ GENERIC: dict[str, tuple[Callable[[Any], Any], dict[str, tuple[int, ...]], str]]
         {"w": (2, 3, 3)},
         "is scaled inside of a loop",
     ),
-    "product of another kind": (
-        lambda p: X @ (p["w"] * p["v"]),
-        {"w": (3, 3), "v": (3, 3)},
-        "is multiplied or divided entry by entry by a parameter",
-    ),
-    "two parameters": (lambda p: X @ (p["w"] @ p["w"]), {"w": (3, 3)}, "is combined with itself"),
     "product added": (
         lambda p: X + (p["w"] @ p["v"])[None],
         {"w": (3, 3), "v": (3,)},
         "is multiplied by a parameter, and no layer takes the product as a whole",
+    ),
+    "used in two weights": (
+        lambda p: jnp.tanh(X @ jnp.exp(p["w"])) @ jnp.sin(p["w"]),
+        {"w": (3, 3)},
+        f"is changed by `exp`, {FOLLOWED}",
+    ),
+    "used in a weight and as one": (
+        lambda p: jnp.tanh(X @ jnp.exp(p["w"])) @ p["w"],
+        {"w": (3, 3)},
+        f"is changed by `exp`, {FOLLOWED}",
     ),
     "part of a product": (
         lambda p: X @ (p["w"] @ p["v"])[:, :2],

@@ -135,6 +135,35 @@ def test_natural_gradient_of_a_low_rank_adapter(x64):
         np.testing.assert_allclose(np.ravel(update), want, rtol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("weight", "shapes"),
+    [
+        (oa.weight_norm().forward, {"directions": (3, 2), "lengths": (2,)}),
+        (lambda p: jnp.sinh(p["w"].T), {"w": (2, 3)}),
+        (lambda p: (p["u"] * p["v"]).reshape(3, 2), {"u": (6,), "v": (6,)}),
+    ],
+    ids=["normalized", "one parameter", "product of entries"],
+)
+def test_weights_that_are_computed_from_parameters(x64, weight, shapes):
+    """The factors are those of the weight; the rest is the derivative of the user's function."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(7, 3)), rng.normal(size=(7, 2))
+    objective = oa.Objective(lambda p: jnp.tanh(x @ weight(p)), lambda out: squares(out, y))
+    params = double({name: rng.normal(size=shape) for name, shape in shapes.items()})
+    tx = oa.scale_by_kfac(objective, estimator="ggn", damping=0.1)
+    updates, state = first_update(tx, objective, params)
+    plain = oa.Objective(lambda w: jnp.tanh(x @ w), lambda out: squares(out, y))
+    plain_tx = oa.scale_by_kfac(plain, estimator="ggn", damping=0.1)
+    _, expected = first_update(plain_tx, plain, weight(params))
+    tree_allclose(state.inverses, expected.inverses, rtol=1e-10)
+    jacobian = jax.jacobian(lambda p: weight(p).ravel())(params)
+    jacobian = np.hstack([np.reshape(leaf, (6, -1)) for leaf in jax.tree.leaves(jacobian)])
+    curvature_of_weight = np.linalg.inv(np.kron(*state.inverses[0]))
+    curvature_of_params = jacobian.T @ curvature_of_weight @ jacobian
+    want = np.linalg.pinv(curvature_of_params, 1e-10) @ ravel(objective.grad(params))
+    np.testing.assert_allclose(ravel(updates), want, rtol=1e-8, atol=1e-12)
+
+
 def test_weights_of_positions(x64):
     """With weights in the loss, too, A kron B is the curvature of a linear layer."""
     rng = np.random.default_rng(0)
