@@ -108,7 +108,11 @@ def scale_by_kfac(
 
     A matrix that is used in two ways, as the table of an embedding and as the projection to the
     outputs (tied embeddings), or also transposed, has the Kronecker product nearest to the sum of
-    those of its uses.  For two blocks instead, give ``predict`` two parameters.
+    those of its uses.  For two blocks instead, give ``predict`` two parameters.  Where a layer's
+    weight is a sum or a matrix product of parameters (low-rank adapters), each of them has a block;
+    where it is another function of parameters that are used in nothing else (normalized weights),
+    the block is that of the weight, damping included, and pseudoinverses of the function's
+    derivative lead from and to the parameters (:mod:`~optax_accel.natural_gradient.effective`).
 
     Layers stacked on an axis, which a loop scans or indexes, have factors of their own, as have the
     heads of a batched matmul and the groups of a convolution: the state holds them with a leading

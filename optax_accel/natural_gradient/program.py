@@ -113,7 +113,10 @@ class Program:
             self._first[number] = self._integers.setdefault((*how, i), number)
         function, arguments, _ = self.steps[-1]
         known: list[Any] = [self.known_integer(number) for number in arguments]
-        if None not in known:
+        if eqn.primitive.name in ("pvary", "pcast"):  # the same number, on every replica
+            same = zip(results, map(self.known_integer, operands), strict=True)
+            self.constants.update((n, value) for n, value in same if value is not None)
+        elif None not in known and eqn.primitive.name != "axis_index":
             with jax.ensure_compile_time_eval():
                 avals = [self.avals[number] for number in arguments]
                 pairs = zip(known, avals, strict=True)

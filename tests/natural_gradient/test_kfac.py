@@ -312,6 +312,35 @@ def test_ekfac_of_a_tied_embedding(x64):
     np.testing.assert_allclose(ravel(updates), want, rtol=1e-10)
 
 
+def test_weights_of_several_kinds_on_replicas():
+    """Tied, adapted and computed ones, with indices that are numbers: as on one device."""
+    rng = np.random.default_rng(0)
+    shapes = {"w": (5, 3), "left": (3, 1), "right": (1, 2), "v": (3, 2), "u": (2, 3)}
+    params = {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
+    tokens, y = rng.integers(0, 5, 8), np.float32(rng.normal(size=(8, 5)))
+
+    def predict(p: Any, tokens: Any) -> jax.Array:
+        h = jnp.tanh(p["w"][tokens])
+        return jnp.tanh(h @ (jnp.sinh(p["v"]) + p["left"] @ p["right"])) @ p["u"] @ p["w"].T
+
+    def update(axis_name: str | None, params: Any, tokens: Any, y: Any) -> Any:
+        objective = oa.Objective(predict, squares, axis_name)
+        tx = oa.scale_by_ekfac(objective, {"tokens": tokens}, estimator="ggn", damping=0.1)
+        grads = objective.grad(params, tokens=tokens, targets=y)
+        batch = {"value_fn": objective, "tokens": tokens, "targets": y}
+        return tx.update(grads, tx.init(params), params, **batch)[0]
+
+    mesh = jax.make_mesh((2,), ("workers",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.shard_map(
+        functools.partial(update, "workers"),
+        mesh=mesh,
+        in_specs=(jax.P(), jax.P("workers"), jax.P("workers")),
+        out_specs=jax.P(),
+    )
+    want = jax.jit(functools.partial(update, None))(params, tokens, y)
+    tree_allclose(jax.jit(sharded)(params, tokens, y), want, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_curvature_gradients_pass(kind):
     """A = B = I: divided by 1 + damping in the eigenbasis."""
