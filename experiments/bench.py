@@ -5,11 +5,13 @@
 What does a method's `update` cost on a tree of 10 million parameters, where there is nothing but
 the optimizer, and which multiple is that of the time that its bytes, read and written once, need at
 the bandwidth of a copy; what does it cost in a whole training step of a dense model; how long does
-that step take to compile; and for K-FAC, at twice the batch, what do its whole cycle and a step
-between refreshes cost (beside the package `kfac_jax`, where that is installed)? Method and base run
-side by side (A B, B A, A B, ...), compiled, with donated buffers, waiting for every result, so that
-a busy moment of the machine hits both. A ratio is the median of the ratios of such pairs; the
-quartiles beside it say how far to trust it.
+that step take to compile; for K-FAC, at twice the batch, what do its whole cycle and a step between
+refreshes cost (beside the package `kfac_jax`, where that is installed); and how long does a person
+wait for the first step, compilation included, of a GPT, of the dense model and of a small
+convolutional network? Method and base run side by side (A B, B A, A B, ...), compiled, with donated
+buffers, waiting for every result, so that a busy moment of the machine hits both. A ratio is the
+median of the ratios of such pairs; the quartiles beside it say how far to trust it. First steps
+start from empty caches, in rounds that each begin with Adam.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +30,7 @@ from rich.table import Table
 from experiments import cli, timing
 from experiments.methods import METHODS, Method, get_methods
 from experiments.reporting import tables
-from experiments.training.studies import method_cost
+from experiments.training.studies import first_step, method_cost
 
 COMPILE_REPEATS = 5  # at most: a compilation takes a second
 
@@ -37,12 +39,16 @@ COMPILE_REPEATS = 5  # at most: a compilation takes a second
 class Options(cli.Options):
     """Time every method of the catalogue against its Optax base."""
 
+    limits: ClassVar = {"first_steps": cli.Range(0, 100)}
+
     methods: str | None = None
     """Methods to time beside their bases, separated by commas; default: all."""
     repeats: int = 40
     """Number of rounds, each of which times every method once beside its base."""
     parameters: int = 10_000_000
     """Parameters of the tree that is updated, in ten square float32 matrices."""
+    first_steps: int = 1
+    """Rounds of the tables "time to the first step", each from empty caches; 0 for none."""
     json: Path | None = None
     """Also write the numbers to this file."""
 
@@ -103,6 +109,24 @@ def update_rows(
         row |= {"bytes": case.bytes, "bandwidth": bandwidth}
         row["of_limit"] = seconds * bandwidth / case.bytes
     return rows
+
+
+def first_step_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """Seconds before training goes on, and the ratio to Adam's first step.
+
+    Args:
+      title: what was timed.
+      rows: the rows of `first_step.rows`.
+    """
+    columns = ["method", "init", "first step", "its run", "products", "ratio to Adam", "target"]
+    view = tables.table(columns, title)
+    limits = f"<= {first_step.STEP_TARGET:g}, init <= {first_step.INIT_TARGET:g} s"
+    for row in rows:
+        seconds = [f"{row[key]:.2f} s" for key in ("init", "step", "run")]
+        ratio = tables.quartiles(row["ratio"], "{:.2f}".format, "{:.3f}".format)
+        passes = f"{limits} {'pass' if row['passes'] else 'FAIL'}"
+        view.add_row(row["name"], *seconds, str(row["products"] or ""), ratio, passes)
+    return view
 
 
 def grouped(names: str | None) -> dict[str, list[Method]]:
@@ -183,10 +207,18 @@ def run(options: Options, groups: dict[str, list[Method]], console: Console) -> 
                 f"bandwidth of a copy, beside each base: {bandwidths} GB/s; of the limit: the time "
                 "over that of the bytes that an update has to read and write once"
             )
+    if options.first_steps:
+        timed = dict.fromkeys(method for group in groups.values() for method in group)
+        results["first_step"] = {}
+        for name, network in first_step.NETWORKS.items():
+            rows = first_step.rows(network(), list(timed), options.first_steps)
+            results["first_step"][name] = rows
+            console.print()
+            console.print(first_step_table(f"time to the first step, {name}", rows))
     console.print(
         f"\nMedians (quartiles) of {options.repeats} rounds, of compilations {compilations}. "
         "Updates of subspace methods project without refreshing; their steps refresh at the usual "
-        "rhythm, the cold start left out."
+        "rhythm, the cold start left out; it is part of their first step."
     )
     return results
 

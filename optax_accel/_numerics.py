@@ -1,10 +1,36 @@
-"""Norms of pytrees that neither overflow nor underflow in between."""
+"""Norms of pytrees that neither overflow nor underflow in between, and constants for states."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+# Larger constants are made on the device: a program is compiled sooner than they are sent.
+_SENT = 2**20
+
+
+def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Zeros for a state, without a program of its own for each shape where nothing is traced."""
+    if math.prod(shape) > _SENT or _is_tracing():
+        return jnp.zeros(shape, dtype)
+    return jnp.array(np.zeros(shape, dtype))
+
+
+def identity(size: int, dtype: Any) -> jax.Array:
+    """An identity matrix for a state, made as :func:`zeros` are."""
+    if size**2 > _SENT or _is_tracing():
+        return jnp.eye(size, dtype=dtype)
+    return jnp.array(np.eye(size, dtype=dtype))
+
+
+def _is_tracing() -> bool:
+    """Whether constants become part of a program, in which arrays of NumPy would be stored."""
+    return isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
 def max_norm(tree: chex.ArrayTree) -> jax.Array:

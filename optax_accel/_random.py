@@ -53,7 +53,10 @@ def map_with_keys(
 
 
 def hash_bits(
-    key: chex.PRNGKey, shape: tuple[int, ...], step: jax.Array | None = None
+    key: chex.PRNGKey,
+    shape: tuple[int, ...],
+    step: jax.Array | None = None,
+    first: chex.Numeric = 0,
 ) -> jax.Array:
     """32 pseudo-random bits for every index of an array: uint32 of the given shape.
 
@@ -70,6 +73,8 @@ def hash_bits(
       shape: shape of the result.
       step: integer scalar that is hashed with the key, in place of ``fold_in``, whose loop of
         rounds would compile longer than everything else here.
+      first: integer scalar, the number of the array's first entry: with a multiple of a row's size
+        the rows of a longer array from there on.
     """
     if step is None:
         words: Any = jax.random.bits(key, (2,), jnp.uint32)
@@ -78,7 +83,7 @@ def hash_bits(
         for part in jax.random.key_data(key):
             word = _mix(word ^ part) + np.uint32(0x9E3779B9)  # 2**32 over the golden ratio
         words = (_mix(word), _mix(word + np.uint32(0x9E3779B9)))
-    index = jnp.zeros(shape, jnp.uint32)
+    index = jnp.broadcast_to(jnp.asarray(first, jnp.uint32), shape)
     stride = 1
     for axis in reversed(range(len(shape))):
         position = lax.broadcasted_iota(jnp.uint32, shape, axis)

@@ -50,6 +50,8 @@ from optax_accel.refresh import RefreshLike, announce_eigenspace, of_eigenspace
 _NAME = "interpolate_subspaces"
 # Combinations of at most this many directions are written out as a sum.
 _UNROLLED = 32
+# Arrays of at most this many entries are packed: copying them costs less than compiling for each.
+_PACKED = 4096
 BaseOptimizer = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
 
 
@@ -697,12 +699,15 @@ def _dominant_component(
         return v.astype(jnp.promote_types(b.dtype, jnp.float32))
 
     wide = jax.tree.map(widen, vector, space.basis)
-    block = blocks.as_block(wide)
     k, dtype = space.eigenvalues.shape[0], space.eigenvalues.dtype
     if k == 0:
         return jax.tree.map(jnp.zeros_like, wide), jnp.zeros((), dtype)
+    # The biases and scales of a deep network are many small arrays of few shapes.
+    packing = blocks.Packing(wide, largest=_PACKED)
+    packed, basis = packing.pack(wide), packing.pack(space.basis, axis=1)
+    block = blocks.as_block(packed)
     squared = blocks.inner(block, block)[0, 0]
-    coefficients = _coefficients(space.basis, wide, dtype)
+    coefficients = _coefficients(basis, packed, dtype)
     ratio = jnp.sum(coefficients**2) / jnp.where(squared > 0, squared, 1)
     alignment = jnp.sqrt(jnp.minimum(ratio, 1)).astype(dtype)
     if everything:
@@ -715,4 +720,4 @@ def _dominant_component(
         weights = coefficients.astype(v.dtype)
         return functools.reduce(jnp.add, (weights[i] * b[i].astype(v.dtype) for i in range(k)))
 
-    return jax.tree.map(combination, space.basis, wide), alignment
+    return packing.unpack(jax.tree.map(combination, basis, packed)), alignment

@@ -30,6 +30,7 @@ def _subspace_method(
     tracker: oa.Tracker,
     fidelity: str,
     paper: Paper = _SONG,
+    first_step: float | None = None,
 ) -> Method:
     """SGD with momentum whose steps are changed in the dominant subspace that a tracker follows."""
     assert tracker.refresh_every != "adaptive"  # the forms of a step have a period
@@ -45,6 +46,7 @@ def _subspace_method(
         from_context=lambda context: {"num_directions": context.num_classes},
         tracker=tracker,
         period=tracker.refresh_every,
+        first_step=first_step,
     )
 
 
@@ -54,6 +56,7 @@ HESSIAN_SUBSPACE = (
         "SGD outside the dominant Hessian subspace",
         oa.bulk_sgd,
         tracker=oa.BlockTracker(),
+        first_step=8.0,
         fidelity="faithful",
     ),
     _subspace_method(
@@ -61,6 +64,7 @@ HESSIAN_SUBSPACE = (
         "SGD inside the dominant Hessian subspace (diagnostic)",
         oa.dom_sgd,
         tracker=oa.BlockTracker(),
+        first_step=8.0,
         fidelity="faithful",
     ),
     _subspace_method(
@@ -68,6 +72,7 @@ HESSIAN_SUBSPACE = (
         "SGD with the dominant component halved",
         functools.partial(oa.interpolated_sgd, dominant_weight=0.5, bulk_weight=1.0),
         tracker=oa.BlockTracker(),
+        first_step=8.0,
         fidelity="our reading",
         paper=Paper("Zakarin and Singh, 2025", "https://arxiv.org/abs/2505.11972"),
     ),
@@ -83,6 +88,7 @@ HESSIAN_SUBSPACE = (
         "Bulk-SGD, the subspace from gradients of the mean outputs",
         oa.bulk_sgd,
         tracker=oa.GradientTracker(),
+        first_step=3.0,
         fidelity="our reading",
     ),
 )
@@ -109,6 +115,7 @@ NATURAL_GRADIENT = (
         from_context=_network,
         gradients_per_step=2,
         period=KFAC_PERIOD,
+        first_step=3.0,
         needs_objective=True,
         time_targets={"cycle": 5.0, "between": 2.0},
     ),

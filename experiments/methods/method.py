@@ -103,6 +103,8 @@ class Method:
       time_targets: highest ratios to the base's time that this project accepts, by what is timed:
         ``"update"``, a training ``"step"``, a ``"cycle"`` of steps with one refresh of everything
         (K-FAC), a step ``"between"`` refreshes.
+      first_step: what the first step takes, compilation and cold start included, in first steps of
+        Adam: measured (`experiments.bench`), for methods that are far from 1; else None.
     """
 
     name: str
@@ -120,6 +122,7 @@ class Method:
     per_worker: bool = False
     needs_objective: bool = False
     time_targets: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
+    first_step: float | None = None
 
     @property
     def refresh_every(self) -> int | None:
@@ -261,12 +264,14 @@ class Method:
         """What a step takes besides one gradient of its batch, in words.
 
         Returns:
-          Further gradients, Hessian-vector products of a (warm) refresh with ten classes, and the
-          size of the optimizer's state in copies of the parameters.
+          Further gradients, Hessian-vector products of a (warm) refresh with ten classes, the size
+          of the optimizer's state in copies of the parameters, and what the first step takes.
         """
         shapes = jax.eval_shape(self._on_a_linear_layer.init, _LAYER)
         state = sum(leaf.size for leaf in jax.tree.leaves(shapes)) / _LAYER["w"].size
         costs = [f"state {state:.3g} x the parameters"]
+        if self.first_step is not None:
+            costs.append(f"the first step {self.first_step:g} x that of Adam")
         if self.gradients_per_step > 1:
             costs.insert(0, f"{self.gradients_per_step} gradients a step")
         if products := self.products("warm", _LAYER, _CLASSES):

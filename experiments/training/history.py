@@ -139,6 +139,10 @@ class History:
             self._files.close()
         self._files = MetricFiles(self._folder, self._columns, step)
 
+    def tell(self, activity: str) -> None:
+        """Shows what a step is busy with, until the next metrics are shown."""
+        self._progress.update(self._bar, metrics=activity)
+
     def add(self, step: int, metrics: Mapping[str, jax.Array], position: Any) -> None:
         """Adds a step that was started.
 

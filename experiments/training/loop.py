@@ -87,10 +87,16 @@ def train(plan: Plan, program: Program, console: Console) -> int | None:
         if run.step:
             console.print(f"resuming at step {run.step}")
         stopped_by = None
+        compiled: set[Any] = set()  # the forms of the step that have been called
         while run.step < plan.steps and stopped_by is None and not run.stops_early:
             batch, refresh = next(batches), plan.refresh_at(run.step)
+            if refresh not in compiled:
+                compiled.add(refresh)
+                history.tell("compiling")
             with trace.step():
                 run.state, metrics = program.step(run.state, batch, curvature, refresh)
+            if activity := program.cold_start(refresh):
+                history.tell(activity)  # the step is under way, and waited for below
             if trace.done(metrics):
                 console.print(f"profile: {trace.file}", soft_wrap=True)
             run.step += 1

@@ -75,6 +75,15 @@ class Program:
         """One step of a placed state on a placed batch; see `parallel.Parallel.step`."""
         return self.runner.step(state, batch, curvature if refresh else None, refresh)
 
+    def cold_start(self, refresh: bool | str | None) -> str | None:
+        """What a compiled step is busy with where it solves for a subspace; None where not."""
+        if refresh != "cold":
+            return None
+        plan = self.plan
+        directions = plan.task.num_classes or DIRECTIONS
+        products = plan.method.products(refresh, self.shapes.params, directions)
+        return f"finding the subspace ({products} products)"
+
     def evaluate(self, state: TrainState, split: data.Split) -> dict[str, float]:
         """Scores of a split, read batch by batch; of several workers, of their mean parameters.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
@@ -21,10 +21,12 @@ from optax_accel.curvature.tracking import (
     curvature_operator,
     load,
     new_space,
-    random_basis,
+    no_basis,
+    or_random,
     solve,
     spectrum_shift,
     store,
+    vector_like,
 )
 from optax_accel.objective import Objective
 
@@ -159,7 +161,6 @@ class BlockTracker(CurvatureTracker):
 
     def init(self, params: chex.ArrayTree, num_directions: int) -> Eigenspace:
         k, tracked = self._sizes(params, num_directions)
-        basis = random_basis(self, params, tracked)
         adaptive = None
         if self.refresh_every == "adaptive":
             # Arrays of their own, because one can be donated only once.
@@ -169,18 +170,12 @@ class BlockTracker(CurvatureTracker):
                 drift_floor=jnp.zeros(()),
                 refreshes=jnp.zeros((), jnp.int32),
             )
-        memory = self._memory(basis, k, jnp.zeros(()), adaptive)
-        if self.oversampling and num_directions and not jax.tree.leaves(params):
-            memory = memory._replace(guard=basis)  # a placeholder for what states usually have
-        return new_space(self, params, basis, k, memory)
-
-    def _memory(
-        self, basis: chex.ArrayTree, k: int, shift: jax.Array, adaptive: AdaptivePeriod | None
-    ) -> BlockMemory:
-        tracked = jax.tree.leaves(basis)[0].shape[0] if jax.tree.leaves(basis) else 0
         # Not a block of no rows: Orbax cannot save arrays of size zero.
-        guard = store(self, blocks.rows(basis, k, tracked)) if tracked > k else None
-        return BlockMemory(guard, shift.astype(blocks.scalar_dtype(basis)), adaptive)
+        guard = no_basis(self, params, tracked - k) if tracked > k else None
+        if self.oversampling and num_directions and not jax.tree.leaves(params):
+            guard = no_basis(self, params, 0)  # a placeholder for what states usually have
+        shift = jnp.zeros((), blocks.scalar_dtype(vector_like(self, params)))
+        return new_space(self, params, k, BlockMemory(guard, shift, adaptive))
 
     def next_period(self, space: Eigenspace) -> int | jax.Array:
         adaptive = space.memory.adaptive
@@ -198,24 +193,25 @@ class BlockTracker(CurvatureTracker):
         *,
         cold: bool | None = None,
     ) -> Eigenspace:
+        # Linearized here, once for both branches of the conditional.
+        product = curvature_operator(self, objective, params)
+
         def start(old: Eigenspace) -> Eigenspace:
-            return self._start(old, objective, params)
+            return self._start(old, product, params)
 
         def sweep(old: Eigenspace) -> Eigenspace:
-            return self._sweep(old, objective, params)
+            return self._sweep(old, product, params)
 
         if cold is None:
             return lax.cond(space.ready, sweep, start, space)
         return start(space) if cold else sweep(space)
 
-    def _start(
-        self, space: Eigenspace, objective: Objective | None, params: chex.ArrayTree
-    ) -> Eigenspace:
+    def _start(self, space: Eigenspace, product: Any, params: chex.ArrayTree) -> Eigenspace:
         k = space.eigenvalues.shape[0]
         _, tracked = self._sizes(params, k)
         values, basis, smallest, _ = solve(
             self,
-            objective,
+            product,
             params,
             tracked,
             num_products=cold_start_products(self, params, tracked),
@@ -228,14 +224,18 @@ class BlockTracker(CurvatureTracker):
             )
         return self._finish(space, values, basis, spectrum_shift(self, smallest), adaptive)
 
-    def _sweep(
-        self, space: Eigenspace, objective: Objective | None, params: chex.ArrayTree
-    ) -> Eigenspace:
-        products = jax.vmap(curvature_operator(self, objective, params))
+    def _sweep(self, space: Eigenspace, product: Any, params: chex.ArrayTree) -> Eigenspace:
         basis = space.basis
         if space.memory.guard is not None:
             basis = blocks.concatenate(basis, space.memory.guard)
         basis = load(self, basis, params)
+        basis = or_random(self, space.ready, basis, params)
+        packing = blocks.Packing(params)
+        basis = packing.pack(basis, axis=1)
+
+        def products(packed: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            return packing.pack(jax.vmap(product)(packing.unpack(packed, axis=1)), axis=1)
+
         if self.storage_dtype is not None:  # storage has rounded it
             basis = blocks.orthonormalize(basis)
         before = basis
@@ -251,7 +251,7 @@ class BlockTracker(CurvatureTracker):
             cosines = blocks.inner(*(blocks.rows(block, 0, k) for block in (before, basis)))
             drift = jnp.clip(1 - jnp.sum(jnp.square(cosines)) / max(k, 1), 0, 1)
             adaptive = self._adapted(adaptive, drift.astype(adaptive.drift.dtype))
-        return self._finish(space, values, basis, shift, adaptive)
+        return self._finish(space, values, packing.unpack(basis, axis=1), shift, adaptive)
 
     def _adapted(self, old: AdaptivePeriod, drift: jax.Array) -> AdaptivePeriod:
         """The period after a refresh that found this drift."""
@@ -279,6 +279,9 @@ class BlockTracker(CurvatureTracker):
         adaptive: AdaptivePeriod | None,
     ) -> Eigenspace:
         k = old.eigenvalues.shape[0]
-        memory = self._memory(basis, k, shift, adaptive)
-        basis = blocks.rows(basis, 0, k)
+        guard = old.memory.guard
+        if guard is not None:
+            guard = store(self, jax.tree.map(lambda b: b[k:], basis))
+            basis = blocks.rows(basis, 0, k)
+        memory = BlockMemory(guard, shift.astype(old.memory.shift.dtype), adaptive)
         return accept(self, old, values[:k], basis, memory, jnp.isfinite(shift))

@@ -15,8 +15,8 @@ from optax_accel.curvature.tracking import (
     CurvatureTracker,
     Eigenspace,
     accept,
+    curvature_operator,
     new_space,
-    random_basis,
     solve,
 )
 from optax_accel.objective import Objective
@@ -69,7 +69,7 @@ class ExactTracker(CurvatureTracker):
     def init(self, params: chex.ArrayTree, num_directions: int) -> Eigenspace:
         k = min(num_directions, blocks.dimension(params))
         memory = ExactMemory(jnp.zeros((), jnp.int32))
-        return new_space(self, params, random_basis(self, params, k), k, memory)
+        return new_space(self, params, k, memory)
 
     def refresh(
         self,
@@ -83,7 +83,7 @@ class ExactTracker(CurvatureTracker):
         k = space.eigenvalues.shape[0]
         values, basis, _, used = solve(
             self,
-            objective,
+            curvature_operator(self, objective, params),
             params,
             k,
             num_products=self.num_products(params, k, cold=True),

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_accel._arguments import check_choice, check_integer, check_number
+from optax_accel._numerics import zeros
 from optax_accel.curvature import blocks
 from optax_accel.curvature.tracking import (
     BasisTracker,
     Eigenspace,
     load,
     new_space,
-    random_basis,
     store,
     vector_like,
 )
@@ -112,12 +112,12 @@ class GradientTracker(BasisTracker):
             like = vector_like(self, params)
             num = max(self.buffer, k)
             memory = GradientMemory(
-                rows=store(self, jax.tree.map(lambda x: jnp.zeros((num, *x.shape), x.dtype), like)),
+                rows=store(self, jax.tree.map(lambda x: zeros((num, *x.shape), x.dtype), like)),
                 position=jnp.zeros((), jnp.int32),
-                mean=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like),
+                mean=jax.tree.map(lambda x: zeros(x.shape, x.dtype), like),
                 seen=jnp.zeros((), jnp.int32),
             )
-        return new_space(self, params, random_basis(self, params, k), k, memory)
+        return new_space(self, params, k, memory)
 
     def refresh(
         self,

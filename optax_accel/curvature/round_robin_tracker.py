@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -21,10 +21,11 @@ from optax_accel.curvature.tracking import (
     curvature_operator,
     load,
     new_space,
-    random_basis,
+    no_basis,
+    or_random,
     solve,
     spectrum_shift,
-    store,
+    vector_like,
 )
 from optax_accel.objective import Objective
 
@@ -80,13 +81,12 @@ class RoundRobinTracker(CurvatureTracker):
 
     def init(self, params: chex.ArrayTree, num_directions: int) -> Eigenspace:
         k = min(num_directions, blocks.dimension(params))
-        basis = random_basis(self, params, k)
         memory = RoundRobinMemory(
-            images=store(self, jax.tree.map(jnp.zeros_like, basis)),
+            images=no_basis(self, params, k),
             position=jnp.zeros((), jnp.int32),
-            shift=jnp.zeros((), blocks.scalar_dtype(basis)),
+            shift=jnp.zeros((), blocks.scalar_dtype(vector_like(self, params))),
         )
-        return new_space(self, params, basis, k, memory)
+        return new_space(self, params, k, memory)
 
     def refresh(
         self,
@@ -97,10 +97,13 @@ class RoundRobinTracker(CurvatureTracker):
         *,
         cold: bool | None = None,
     ) -> Eigenspace:
+        # Linearized once, for the cold start and for the product of this step.
+        product = curvature_operator(self, objective, params)
+
         def start(old: Eigenspace) -> Eigenspace:
             k = old.eigenvalues.shape[0]
             values, basis, smallest, _ = solve(
-                self, objective, params, k, num_products=cold_start_products(self, params, k)
+                self, product, params, k, num_products=cold_start_products(self, params, k)
             )
             shift = spectrum_shift(self, smallest)
             memory = old.memory._replace(position=jnp.zeros((), jnp.int32), shift=shift)
@@ -110,17 +113,20 @@ class RoundRobinTracker(CurvatureTracker):
             space = start(space)
         elif cold is None:
             space = lax.cond(space.ready, lambda old: old, start, space)
-        return self._advance(space, objective, params)
+        return self._advance(space, product, params)
 
-    def _advance(
-        self, space: Eigenspace, objective: Objective | None, params: chex.ArrayTree
-    ) -> Eigenspace:
+    def _advance(self, space: Eigenspace, product: Any, params: chex.ArrayTree) -> Eigenspace:
         k = space.eigenvalues.shape[0]
         images, position, shift = space.memory
         row = jax.tree.map(
             lambda b: lax.dynamic_index_in_dim(b, position, keepdims=False), space.basis
         )
-        image = curvature_operator(self, objective, params)(load(self, row, params))
+        row = or_random(self, space.ready, blocks.as_block(row), params, position)
+        basis = jax.tree.map(
+            lambda b, new: lax.dynamic_update_slice_in_dim(b, new, position, 0), space.basis, row
+        )
+        row = jax.tree.map(lambda x: x[0], load(self, row, params))
+        image = product(row)
         valid = jnp.isfinite(max_norm(image))
 
         def put(block: jax.Array, new: jax.Array) -> jax.Array:
@@ -129,6 +135,7 @@ class RoundRobinTracker(CurvatureTracker):
 
         position_after = position + valid
         space = space._replace(
+            basis=basis,
             accepted=valid,
             rejected=space.rejected + ~valid,
             memory=RoundRobinMemory(jax.tree.map(put, images, image), position_after, shift),

@@ -16,14 +16,18 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from optax_accel._arguments import check_choice, check_integer
+from optax_accel._numerics import zeros
 from optax_accel.curvature import blocks
 from optax_accel.curvature._block_iteration import subspace_sweep
 from optax_accel.curvature._lanczos import lanczos
@@ -35,7 +39,8 @@ class Eigenspace(NamedTuple):
     """An estimate of the leading eigenspace, and whether it can be relied on.
 
     Attributes:
-      basis: orthonormal block, leaves ``(k, *leaf.shape)``, leading direction first.
+      basis: orthonormal block, leaves ``(k, *leaf.shape)``, leading direction first; zeros before
+        the first refresh.
       eigenvalues: ``(k,)``, of the last refresh.
       ready: whether the basis holds an estimate yet; boolean scalar.
       accepted: whether the last refresh was accepted; boolean scalar. A refresh that met numbers
@@ -75,7 +80,7 @@ class Tracker(abc.ABC):
 
     @abc.abstractmethod
     def init(self, params: chex.ArrayTree, num_directions: int) -> Eigenspace:
-        """An eigenspace without an estimate: a random orthonormal basis, not ready.
+        """An eigenspace without an estimate: a basis of zeros, not ready.
 
         Args:
           params: the parameters (or their shapes).
@@ -198,20 +203,39 @@ def store(tracker: BasisTracker, block: chex.ArrayTree) -> chex.ArrayTree:
     return block if tracker.storage_dtype is None else optax.tree.cast(block, tracker.storage_dtype)
 
 
-def random_basis(tracker: BasisTracker, params: chex.ArrayTree, num: int) -> chex.ArrayTree:
-    """A random orthonormal block of ``num`` rows, drawn from the tracker's seed."""
+def no_basis(tracker: BasisTracker, params: chex.ArrayTree, num: int) -> chex.ArrayTree:
+    """A block of ``num`` rows of zeros, as it is stored."""
     like = vector_like(tracker, params)
-    if not num:
-        return jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), like)
-    return blocks.random_basis(jax.random.key(tracker.seed), like, num)
+    return jax.tree.map(lambda x: zeros((num, *x.shape), tracker.storage_dtype or x.dtype), like)
 
 
-def new_space(
-    tracker: BasisTracker, params: chex.ArrayTree, basis: chex.ArrayTree, k: int, memory: Any
-) -> Eigenspace:
-    """An eigenspace without an estimate: the first ``k`` rows of a random basis, not ready."""
+def or_random(
+    tracker: BasisTracker,
+    ready: jax.Array,
+    rows: chex.ArrayTree,
+    params: chex.ArrayTree,
+    first: chex.Numeric = 0,
+) -> chex.ArrayTree:
+    """The rows of a basis from number ``first`` on, or before there is an estimate random ones.
+
+    Their length is about 1, and they are as orthogonal as random vectors of this dimension are.
+    """
+    like = vector_like(tracker, params)
+    leaves = jax.tree.leaves(rows)
+    num = leaves[0].shape[0] if leaves else 0
+    length = math.sqrt(max(blocks.dimension(like), 1) / 3)  # of uniform entries in [-1, 1)
+
+    def drawn() -> chex.ArrayTree:
+        random = blocks.random_block(jax.random.key(tracker.seed), like, num, first)
+        return jax.tree.map(lambda x, row: (x / length).astype(row.dtype), random, rows)
+
+    return lax.cond(ready, lambda: rows, drawn)
+
+
+def new_space(tracker: BasisTracker, params: chex.ArrayTree, k: int, memory: Any) -> Eigenspace:
+    """An eigenspace of ``k`` directions without an estimate: a basis of zeros, not ready."""
     return Eigenspace(
-        basis=store(tracker, blocks.rows(basis, 0, k)),
+        basis=no_basis(tracker, params, k),
         eigenvalues=jnp.zeros((k,), blocks.scalar_dtype(vector_like(tracker, params))),
         ready=jnp.zeros((), bool),
         accepted=jnp.ones((), bool),
@@ -265,13 +289,12 @@ def cold_start_products(tracker: CurvatureTracker, params: chex.ArrayTree, track
 
 def solve(
     tracker: CurvatureTracker,
-    objective: Objective | None,
+    product: Callable[[chex.ArrayTree], chex.ArrayTree],
     params: chex.ArrayTree,
     num: int,
     **options: Any,
 ) -> tuple[jax.Array, chex.ArrayTree, jax.Array, jax.Array]:
     """Solves from scratch: leading Ritz values and vectors, the smallest value, products used."""
-    product = curvature_operator(tracker, objective, params)
     like = vector_like(tracker, params)
     if num == blocks.dimension(params):  # the whole space: exact
         zero = jnp.zeros((), blocks.scalar_dtype(like))
@@ -280,5 +303,19 @@ def solve(
         )
         return values, basis, smallest, jnp.asarray(num, jnp.int32)
     key = jax.random.key(tracker.seed)
-    pairs = lanczos(product, like, num, key=key, order=tracker.order, **options)
-    return pairs.eigenvalues, pairs.basis, pairs.smallest, pairs.num_products
+    packing = blocks.Packing(params)
+
+    def packed_product(packed: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return packing.pack(product(packing.unpack(packed)))
+
+    pairs = lanczos(
+        packed_product,
+        jax.eval_shape(packing.pack, like),
+        num,
+        key=key,
+        order=tracker.order,
+        start=packing.pack(jax.tree.map(lambda x: x[0], blocks.random_block(key, like, 1))),
+        **options,
+    )
+    basis = packing.unpack(pairs.basis, axis=1)
+    return pairs.eigenvalues, basis, pairs.smallest, pairs.num_products

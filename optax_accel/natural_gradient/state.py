@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_accel._arguments import static_integer
+from optax_accel._numerics import identity, zeros
 from optax_accel.natural_gradient.factors import Eigen, Kronecker, side_shapes
 from optax_accel.natural_gradient.layers import Block
 from optax_accel.natural_gradient.options import Kind, Options
@@ -69,17 +70,17 @@ def initial_state(
     for block in blocks:
         dtype = jnp.result_type(jnp.float32, *(dtypes[i] for i in block.leaves))
         if not block.kronecker:
-            factors.append(jnp.zeros(block.shapes[0], dtype))
+            factors.append(zeros(block.shapes[0], dtype))
             inverses.append(None)
             moments.append(None)
             continue
         shapes = side_shapes(block, limit)
-        factors.append(Kronecker(*(jnp.zeros(shape, dtype) for shape in shapes)))
+        factors.append(Kronecker(*(zeros(shape, dtype) for shape in shapes)))
         inverses.append(
             Kronecker(*(_identity(block, shape, dtype, options.kind) for shape in shapes))
         )
         shape = (*shapes.inputs[: block.stacked], *block.matrix_shape)
-        moments.append(jnp.zeros(shape, dtype) if options.kind == "ekfac" else None)
+        moments.append(zeros(shape, dtype) if options.kind == "ekfac" else None)
     used = {dtypes[i] for block in blocks for i in block.leaves}
     return ScaleByKFACState(
         count=jnp.zeros((), jnp.int32),
@@ -101,8 +102,8 @@ def _identity(block: Block, shape: tuple[int, ...], dtype: Any, kind: Kind) -> A
     ones = jnp.ones((*shape[: block.stacked], size), dtype)
     if len(shape) - block.stacked == 1:
         return ones if kind == "factored" else Eigen(ones, None)
-    identity = jnp.broadcast_to(jnp.eye(size, dtype=dtype), shape)
-    return identity if kind == "factored" else Eigen(ones, identity)
+    matrix = jnp.broadcast_to(identity(size, dtype), shape)
+    return matrix if kind == "factored" else Eigen(ones, matrix)
 
 
 def corrected(average: jax.Array, weight: jax.Array, otherwise: Any = 0) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +91,24 @@ def test_random_basis_and_zeros():
     assert jax.tree.map(jnp.shape, basis) == jax.tree.map(lambda x: (4, *x.shape), like)
     np.testing.assert_allclose(as_matrix(basis) @ as_matrix(basis).T, np.eye(4), atol=1e-6)
     np.testing.assert_array_equal(as_matrix(blocks.zeros(2, like)), np.zeros((2, 20)))
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_packing_keeps_the_numbers(block, merge):
+    packing = blocks.Packing(jax.tree.map(lambda x: x[0], block), merge=merge)
+    packed = packing.pack(block, axis=1)
+    assert len(packed) == (1 if merge else 3)
+    chex.assert_trees_all_equal(packing.unpack(packed, axis=1), block)
+    np.testing.assert_allclose(blocks.inner(packed, packed), blocks.inner(block, block), rtol=1e-12)
+    row = jax.tree.map(lambda x: x[1], block)
+    chex.assert_trees_all_equal(packing.unpack(packing.pack(row)), row)
+
+
+def test_small_arrays_are_packed_alone():
+    vector = {"a": jnp.ones(2), "b": jnp.ones((2, 3)), "c": jnp.zeros(2), "d": jnp.ones(4)}
+    for merge, shapes in ((False, [(2, 2), (2, 3), (4,)]), (True, [(8,), (2, 3)])):
+        packed = blocks.Packing(vector, largest=4, merge=merge).pack(vector)
+        assert [x.shape for x in packed] == shapes
 
 
 def test_sharded_blocks_are_not_gathered():

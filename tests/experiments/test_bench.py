@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from experiments import bench
+from experiments.methods import METHODS
+from experiments.training.studies import first_step
+from experiments.training.studies.method_cost import Network
 
 
 def test_ratios_and_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "numbers/bench.json"
     arguments = ["--repeats", "2", "--parameters", "1000", "--json", str(path)]
+    arguments += ["--first-steps", "0"]
     assert bench.main([*arguments, "--methods", "demon_sgd,extrap_sgd_past"]) == 0
     out = capsys.readouterr().out
     assert "jax" in out
@@ -39,6 +45,27 @@ def test_ratios_and_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         low, median, high = row["milliseconds"]
         assert 0 < low <= median <= high
         assert (row["ratio"] is None) == (row["base"] is None)
+
+
+def test_time_to_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    cleared: list[int] = []
+    monkeypatch.setattr("jax.clear_caches", lambda: cleared.append(1))  # other tests need them
+    network = Network(8, "mlp", (3, 3, 1), hidden_sizes=(4,))
+    rows = first_step.rows(network, [METHODS["sgd"], METHODS["bulk_sgd"]], repeats=1)
+    assert [row["name"] for row in rows] == ["adam", "sgd", "bulk_sgd"]
+    assert [row["products"] for row in rows] == [0, 0, 30]  # the cold start
+    assert len(cleared) == 3
+    for row in rows:
+        assert 0 < row["run"] < row["step"]
+        assert row["passes"] == (row["ratio"][1] <= 3 and row["init"] <= 0.5)
+    assert rows[0]["ratio"] == [1, 1, 1]
+
+    rows[1]["passes"], rows[2]["passes"] = True, False
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(bench.first_step_table("time to the first step, tiny", rows))
+    text = console.export_text()
+    assert "init <= 0.5 s pass" in text
+    assert "init <= 0.5 s FAIL" in text
 
 
 @pytest.mark.parametrize(

@@ -123,20 +123,37 @@ def _no_loss(params: Any) -> Any:
 
 
 class Network:
-    """A dense model and a batch of images of MNIST's shape.
+    """A model and a random batch; by default a dense one and images of MNIST's shape.
 
     Args:
-      batch_size: number of images.
+      batch_size: number of examples.
+      model: a name of `models.create`.
+      input_shape: shape of an example.
+      vocabulary_size: number of different tokens, each of which has a target; None for images,
+        which have one label each.
+      **options: of the model.
     """
 
-    def __init__(self, batch_size: int = BATCH_SIZE):
-        model = models.create("mlp", input_shape=(28, 28, 1), num_classes=NUM_CLASSES, rngs=0)
-        graphdef, self.params, self.rest = networks.split(model)
+    def __init__(
+        self,
+        batch_size: int = BATCH_SIZE,
+        model: str = "mlp",
+        input_shape: tuple[int, ...] = (28, 28, 1),
+        vocabulary_size: int | None = None,
+        **options: Any,
+    ):
         random = np.random.default_rng(0)
-        self.batch = {
-            "x": jnp.asarray(random.random((batch_size, 28, 28, 1), np.float32)),
-            "y": jnp.asarray(random.integers(0, NUM_CLASSES, batch_size, np.int32)),
-        }
+        self.model, shape = model, (batch_size, *input_shape)
+        if vocabulary_size is None:
+            sizes: dict[str, Any] = {"num_classes": NUM_CLASSES}
+            x = random.random(shape, np.float32)
+            y = random.integers(0, NUM_CLASSES, batch_size, np.int32)
+        else:
+            sizes = {"vocabulary_size": vocabulary_size}
+            x, y = (random.integers(0, vocabulary_size, shape, np.int32) for _ in range(2))
+        self.batch = {"x": jnp.asarray(x), "y": jnp.asarray(y)}
+        network = models.create(model, input_shape=input_shape, rngs=0, **sizes, **options)
+        graphdef, self.params, self.rest = networks.split(network)
         self.objective = networks.objective(graphdef)
 
     def build(self, method: Method) -> optax.GradientTransformationExtraArgs:

@@ -1,0 +1,52 @@
+"""The progress display says what a step is busy with."""
+
+from __future__ import annotations
+
+import io
+import types
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from experiments.methods import METHODS
+from experiments.training.history import History
+from experiments.training.program import Program
+
+
+def test_activities_are_shown_until_there_are_metrics(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=150)
+    columns = ["step", "epoch", "loss", "seconds"]
+    with History(
+        tmp_path, columns, steps=3, steps_per_epoch=3, title="sgd", console=console
+    ) as history:
+        history.begin(0)
+        history.tell("finding the subspace (30 products)")
+        history.add(1, {"loss": jnp.array(0.25), "finite": jnp.array(True)}, None)
+        history._progress.refresh()
+        assert "finding the subspace (30 products)" in shown.getvalue()
+        history.fetch()
+        history.write()
+        shown.truncate(0)
+        history._progress.refresh()
+        assert "loss 0.25" in shown.getvalue()
+        assert "finding" not in shown.getvalue()
+
+
+def test_a_cold_start_names_its_products() -> None:
+    def program(method: str, num_classes: int | None) -> Any:
+        plan = types.SimpleNamespace(
+            task=types.SimpleNamespace(num_classes=num_classes), method=METHODS[method]
+        )
+        params = {"w": jax.ShapeDtypeStruct((40, 40), jnp.float32)}
+        shapes = types.SimpleNamespace(params=params)
+        names = Program.__dataclass_fields__
+        return Program(**dict.fromkeys(names) | {"plan": plan, "shapes": shapes})
+
+    assert program("bulk_sgd", 3).cold_start("cold") == "finding the subspace (20 products)"
+    assert program("bulk_sgd", None).cold_start("cold") == "finding the subspace (30 products)"
+    assert program("bulk_sgd", 3).cold_start("warm") is None
+    assert program("sgd", 3).cold_start(None) is None
