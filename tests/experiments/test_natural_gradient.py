@@ -55,7 +55,8 @@ def test_compares_on_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert by_name["sgd"]["gradients"] == by_name["sgd"]["step"]
     assert by_name["kfac"]["gradients"][-1] == 2 * 12
     assert by_name["batch_gauss_newton"]["gradients"][-1] > 12 * (4 + 2)
-    assert {curve["train"][0] for curve in by_name.values()} == {by_name["sgd"]["train"][0]}
+    starts = [curve["train"][0] for curve in by_name.values()]
+    assert starts == pytest.approx([starts[0]] * len(starts), rel=1e-6)  # averages are rounded
     # A step of second order is worth several of first order here.
     assert by_name["hessian_free"]["train"][1] < by_name["sgd"]["train"][1]
 
