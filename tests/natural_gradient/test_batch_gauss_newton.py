@@ -75,7 +75,10 @@ def settings_of(solver: str) -> dict[str, Any]:
     return {"solver": solver, "tolerance": 0.0, "max_iterations": 60, "block_size": 7}
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "loss",
+    [pytest.param(n, marks=[pytest.mark.slow] if n == "bernoulli" else []) for n in LOSSES],
+)
 def test_is_the_dense_solution(x64, loss):
     """For the gradient of the batch and, with weight decay, one that is not in its row space."""
     objective, params = objective_of(loss), double(PARAMS)
@@ -102,7 +105,9 @@ def test_is_the_dense_solution(x64, loss):
         assert (state.solver_iterations > 0) == (solver == "cg")
 
 
-@pytest.mark.parametrize("loss", ["squares", "masked cross entropy"])
+@pytest.mark.parametrize(
+    "loss", [pytest.param("squares", marks=[pytest.mark.slow]), "masked cross entropy"]
+)
 def test_replicas_share_the_rows(x64, loss):
     """Examples of different weights on two replicas are one batch, to both solvers."""
 

@@ -64,7 +64,13 @@ def steps(tx: Any, params: Any, objective: Any, number: int, refresh: Any = None
 
 
 @pytest.mark.parametrize(
-    ("rate", "momentum"), [("exact", "exact"), ("exact", 0.3), ("exact", 0.0), (0.2, "exact")]
+    ("rate", "momentum"),
+    [
+        ("exact", "exact"),
+        ("exact", 0.3),
+        pytest.param("exact", 0.0, marks=[pytest.mark.slow]),
+        pytest.param(0.2, "exact", marks=[pytest.mark.slow]),
+    ],
 )
 def test_rate_and_momentum_are_the_minimum_of_the_dense_model(x64, rate, momentum):
     objective, params, damping = mlp(), double(PARAMS), 1 / 16
@@ -126,6 +132,7 @@ def test_curvature_of_another_batch_and_a_mask(x64):
     )
 
 
+@pytest.mark.slow
 def test_given_numbers_are_those_of_kfac(x64):
     """With damping that stays, the options change nothing but the form of the program."""
     objective, params = mlp(), double(PARAMS)
