@@ -535,6 +535,14 @@ FACTORIES: dict[Callable[..., optax.GradientTransformationExtraArgs], dict[str, 
     },
     oa.ekfac: {"learning_rate": 0.1, "objective": PROBLEM.objective(), "damping": 1.0},
     oa.hessian_free: {"max_iterations": 5},
+    oa.scale_by_batch_gauss_newton: {"damping": 1.0},
+    oa.batch_gauss_newton: {"learning_rate": 0.1, "damping": 1.0},
+    oa.quadratic_model: {
+        "preconditioner": oa.scale_by_batch_gauss_newton(),  # which takes the damping
+        "learning_rate": 0.1,
+        "momentum": 0.5,
+        "damping": 1.0,
+    },
     oa.reparametrize: {"inner": SGD, "reparametrization": oa.weight_norm()},
     # Bounds that act on the gradients of the problem, so that they matter.
     oa.scale_by_adabound: {"final_scale": 1.0, "gamma": 0.5},
@@ -732,5 +740,7 @@ def test_the_gauntlet_covers_every_factory() -> None:
     }
     assert returns == set(FACTORIES)
     run = {case.name.split()[0] for case in CASES}
-    # `adabound` is nothing but `scale_by_adabound`; loss scales have tests of their own.
-    assert {f.__name__ for f in returns} - run == {"scale_by_adabound", "dynamic_loss_scale"}
+    # Some optimizers are nothing but their `scale_by_*`; the others have tests of their own.
+    nothing_but = {"scale_by_adabound", "scale_by_batch_gauss_newton"}
+    apart = {"dynamic_loss_scale", "quadratic_model"}
+    assert {f.__name__ for f in returns} - run == nothing_but | apart

@@ -62,7 +62,7 @@ from optax_accel.natural_gradient._transformation import initial_damping, with_m
 from optax_accel.natural_gradient.estimators import loss_root
 from optax_accel.natural_gradient.levenberg_marquardt import LevenbergMarquardt, TrustRegion
 from optax_accel.natural_gradient.likelihoods import Likelihood
-from optax_accel.natural_gradient.quadratic_model import Damping, Exact, check_rate
+from optax_accel.natural_gradient.quadratic_model import Exact, check_rate
 from optax_accel.objective import Objective
 
 Solver = Literal["cg", "cholesky"]
@@ -215,7 +215,7 @@ def batch_gauss_newton(
     learning_rate: optax.ScalarOrSchedule | Exact = 1.0,
     *,
     momentum: float | Exact = 0.0,
-    damping: Damping | None = None,
+    damping: optax.ScalarOrSchedule | LevenbergMarquardt | None = None,
     trust_region: TrustRegion | None = None,
     solver: Solver = "cg",
     max_iterations: int = 50,

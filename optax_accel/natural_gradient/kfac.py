@@ -44,10 +44,10 @@ from optax_accel.natural_gradient._transformation import (
 )
 from optax_accel.natural_gradient.estimators import Estimator
 from optax_accel.natural_gradient.finding import Example
-from optax_accel.natural_gradient.levenberg_marquardt import TrustRegion
+from optax_accel.natural_gradient.levenberg_marquardt import LevenbergMarquardt, TrustRegion
 from optax_accel.natural_gradient.likelihoods import Likelihood
 from optax_accel.natural_gradient.options import Options
-from optax_accel.natural_gradient.quadratic_model import Damping, Exact
+from optax_accel.natural_gradient.quadratic_model import Exact
 from optax_accel.objective import Objective
 
 DampingKind = Literal["factored", "eigen"]
@@ -231,7 +231,7 @@ def kfac(
     *,
     momentum: float | Exact = 0.9,
     kl_clip: float | None = 1e-3,
-    damping: Damping = 1e-3,
+    damping: optax.ScalarOrSchedule | LevenbergMarquardt = 1e-3,
     damping_kind: DampingKind = "factored",
     decay: float = 0.95,
     factors_every: int = 1,

@@ -84,7 +84,7 @@ def quadratic_model(
     learning_rate: optax.ScalarOrSchedule | Exact = "exact",
     momentum: optax.ScalarOrSchedule | Exact = "exact",
     *,
-    damping: Damping,
+    damping: optax.ScalarOrSchedule | LevenbergMarquardt,
     trust_region: TrustRegion | None = None,
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
