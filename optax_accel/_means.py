@@ -1,4 +1,4 @@
-"""Means over what is computed in parts: weights of micro-batches, and means over replicas."""
+"""What is computed in parts: weights of micro-batches; means and joined arrays of replicas."""
 
 from __future__ import annotations
 
@@ -112,6 +112,11 @@ def mean_over(
     return jax.tree.unflatten(
         treedef, [next(means) if c else x for c, x in zip(chosen, leaves, strict=True)]
     )
+
+
+def joined_over(x: jax.Array, axis_name: str | None, axis: int = 0) -> jax.Array:
+    """The arrays of all replicas, joined along one of their axes in the order of the replicas."""
+    return x if axis_name is None else lax.all_gather(x, axis_name, axis=axis, tiled=True)
 
 
 def fixed_if_unused(tree: chex.ArrayTree, weight: jax.Array | None) -> chex.ArrayTree:

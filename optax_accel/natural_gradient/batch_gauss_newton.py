@@ -57,7 +57,7 @@ from optax_accel._arguments import (
 )
 from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select
-from optax_accel._means import shares_of, vary_over
+from optax_accel._means import joined_over, shares_of, vary_over
 from optax_accel.natural_gradient._transformation import initial_damping, with_momentum
 from optax_accel.natural_gradient.estimators import loss_root
 from optax_accel.natural_gradient.levenberg_marquardt import LevenbergMarquardt, TrustRegion
@@ -456,16 +456,13 @@ def _cholesky(settings: _Settings, rows: _Rows, right: jax.Array, strength: jax.
 
     block = min(static_integer("block_size", settings.block_size, 1), replicas * size)
     kernel = lax.map(row, vary_over(jnp.arange(replicas * size), axis), batch_size=block)
-    whole = right.ravel()
-    if axis is not None:
-        kernel = lax.all_gather(kernel, axis, axis=1, tiled=True)
-        whole = lax.all_gather(whole, axis, tiled=True)
+    kernel = joined_over(kernel, axis, axis=1)
     kernel = (kernel + kernel.T) / 2
     # Less damping than this would be lost in the rounding errors of the decomposition.
     least = 8 * jnp.finfo(kernel.dtype).eps * jnp.trace(kernel)
     diagonal = jnp.maximum(strength, least) * jnp.eye(len(kernel), dtype=kernel.dtype)
     factor = jax.scipy.linalg.cho_factor(kernel + diagonal)
-    solution = jax.scipy.linalg.cho_solve(factor, whole)
+    solution = jax.scipy.linalg.cho_solve(factor, joined_over(right.ravel(), axis))
     return lax.dynamic_slice_in_dim(solution, first, size).reshape(right.shape)
 
 
