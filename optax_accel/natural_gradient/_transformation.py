@@ -18,6 +18,12 @@ from optax_accel._masking import Mask, check_selected, with_fixed_leaves
 from optax_accel._random import as_key
 from optax_accel.natural_gradient import factors as stats
 from optax_accel.natural_gradient.finding import warn_of_diagonals
+from optax_accel.natural_gradient.inverses import (
+    Eigen,
+    apply_in_basis,
+    apply_inverses,
+    kronecker_eigenvalues,
+)
 from optax_accel.natural_gradient.layers import Block
 from optax_accel.natural_gradient.levenberg_marquardt import LevenbergMarquardt, TrustRegion
 from optax_accel.natural_gradient.options import Options
@@ -159,15 +165,15 @@ def _precondition(
             product += jnp.sum(new[i] * wide[i])
             continue
         gradient, each = block.to_matrix(wide, params), stats.on_slices(block)
-        if isinstance(inverses.inputs, stats.Eigen):
-            values = each(stats.kronecker_eigenvalues)(inverses)
+        if isinstance(inverses.inputs, Eigen):
+            values = each(kronecker_eigenvalues)(inverses)
             if moments is not None:
                 values = corrected(moments, state.factor_weight, 1)
-            result = each(functools.partial(stats.apply_in_basis, damping=strength))(
+            result = each(functools.partial(apply_in_basis, damping=strength))(
                 inverses, values, gradient=gradient
             )
         else:
-            result = each(stats.apply_inverses)(inverses, gradient)
+            result = each(apply_inverses)(inverses, gradient)
         product += jnp.sum(result * gradient)
         new.update(zip(block.leaves, block.from_matrix(result, params), strict=True))
     scale = jnp.ones((), jnp.float32)

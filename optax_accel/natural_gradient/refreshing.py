@@ -13,6 +13,14 @@ from jax import lax
 from optax_accel.natural_gradient import factors as stats
 from optax_accel.natural_gradient.estimators import output_gradients
 from optax_accel.natural_gradient.factors import Kronecker
+from optax_accel.natural_gradient.inverses import (
+    change_basis,
+    damped_inverse,
+    eigendecomposition,
+    share,
+    split_damping,
+    traces,
+)
 from optax_accel.natural_gradient.layers import Block, Network
 from optax_accel.natural_gradient.options import Kind, Options
 from optax_accel.natural_gradient.state import ScaleByKFACState, corrected
@@ -140,7 +148,7 @@ def _average_factors(state: ScaleByKFACState, batch: Batch, decay: Any) -> Scale
         for block, m in zip(batch.blocks, means, strict=True)
         for leaf in jax.tree.leaves(m)
     ]
-    finite = jnp.isfinite(sum(stats.traces(leaves)))
+    finite = jnp.isfinite(sum(traces(leaves)))
 
     def average(old: jax.Array, new: jax.Array) -> jax.Array:
         kept = jnp.asarray(decay, old.dtype)
@@ -195,14 +203,12 @@ def _invert(state: ScaleByKFACState, batch: Batch, damping: Any, kind: Kind) -> 
         (scale.astype(factor.dtype) * factor,) for factor in factors
     ]
     both = [batch.blocks[i].stacked for i in chosen for _ in range(2)]
-    function: Any = stats.eigendecomposition
+    function: Any = eigendecomposition
     if kind == "factored":
-        function = stats.damped_inverse
+        function = damped_inverse
         strengths = _split_damping(factors, damping, both)
         arguments = [(*args, s) for args, s in zip(arguments, strengths, strict=True)]
-    results = stats.share(
-        function, arguments, batch.objective.axis_name, batch.objective.vary, both
-    )
+    results = share(function, arguments, batch.objective.axis_name, batch.objective.vary, both)
     inverses, moments = list(state.inverses), list(state.moments)
     failed = jnp.zeros((), jnp.int32)
     usable = state.factor_weight > 0
@@ -212,7 +218,7 @@ def _invert(state: ScaleByKFACState, batch: Batch, damping: Any, kind: Kind) -> 
         new, is_refused = accept(usable, Kronecker(inputs, outputs), old)
         failed += jnp.sum(is_refused, dtype=jnp.int32)
         if kind == "ekfac":
-            moments[i] = stats.on_slices(batch.blocks[i])(stats.change_basis)(moments[i], old, new)
+            moments[i] = stats.on_slices(batch.blocks[i])(change_basis)(moments[i], old, new)
         inverses[i] = new
     return state._replace(
         accepted=state.accepted & (failed == 0),
@@ -225,11 +231,11 @@ def _invert(state: ScaleByKFACState, batch: Batch, damping: Any, kind: Kind) -> 
 def _split_damping(factors: list[jax.Array], damping: Any, stacked: list[bool]) -> list[jax.Array]:
     """Damping of each factor, and of each slice of a stack, with a pi of its own."""
     single = [f for f, is_stack in zip(factors, stacked, strict=True) if not is_stack]
-    of_single = iter(stats.split_damping(single, damping))
+    of_single = iter(split_damping(single, damping))
     strengths: list[jax.Array] = []
     for a, b, is_stack in zip(factors[::2], factors[1::2], stacked[::2], strict=True):
         if is_stack:
-            strengths += jax.vmap(lambda *pair: stats.split_damping(pair, damping))(a, b)
+            strengths += jax.vmap(lambda *pair: split_damping(pair, damping))(a, b)
         else:
             strengths += [next(of_single), next(of_single)]
     return strengths

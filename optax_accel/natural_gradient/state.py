@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from optax_accel._arguments import static_integer
 from optax_accel._numerics import identity, zeros
-from optax_accel.natural_gradient.factors import Eigen, Kronecker, side_shapes
+from optax_accel.natural_gradient.factors import Kronecker, side_shapes
+from optax_accel.natural_gradient.inverses import Eigen
 from optax_accel.natural_gradient.layers import Block
 from optax_accel.natural_gradient.options import Kind, Options
 

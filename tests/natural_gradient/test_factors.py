@@ -1,4 +1,4 @@
-"""Statistics of layers, and what is made of them, against explicit matrices."""
+"""Statistics of layers against explicit matrices."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 from jax import lax
 
 import optax_accel as oa
-from optax_accel._means import vary_over
 from optax_accel.natural_gradient import factors as stats
-from tests.helpers import over_workers, tree_allclose
+from optax_accel.natural_gradient.inverses import Eigen
+from tests.helpers import tree_allclose
 from tests.natural_gradient.test_finding import (
     CASES,
     IMAGES,
@@ -51,9 +51,7 @@ def test_second_moments_of_each_example(x64, name):
             slices = (block.num_slices,) if block.stacked else ()
             basis = stats.Kronecker(
                 *(
-                    stats.Eigen(
-                        jnp.ones((*slices, n)), jnp.broadcast_to(jnp.eye(n), (*slices, n, n))
-                    )
+                    Eigen(jnp.ones((*slices, n)), jnp.broadcast_to(jnp.eye(n), (*slices, n, n)))
                     for n in block.matrix_shape
                 )
             )
@@ -151,89 +149,3 @@ def test_indices_too_narrow_for_their_table():
     _, state = transform.update(table, transform.init(table), table, value_fn=objective)
     want = np.bincount(tokens.ravel(), minlength=200) / tokens.size
     np.testing.assert_allclose(state.factors[0].inputs, want, rtol=1e-6)
-
-
-@pytest.mark.parametrize("size", [3, 401])
-def test_wide_factors(x64, size):
-    rows = jnp.asarray(np.random.default_rng(0).normal(size=(2 * size, size)))
-    gram = stats.gram(rows, (size, size)) / len(rows)
-    want = np.asarray(rows).T @ np.asarray(rows) / len(rows)
-    np.testing.assert_allclose(gram, want, rtol=1e-12, atol=1e-12)
-    inverse = stats.damped_inverse(gram, jnp.asarray(0.1))
-    np.testing.assert_allclose(inverse @ (want + 0.1 * np.eye(size)), np.eye(size), atol=1e-12)
-
-
-@pytest.mark.parametrize("size", [1, 4, 5, 8, 75])
-def test_inverses_by_sweeps(x64, size, monkeypatch):
-    """Row by row, in blocks, and in blocks of blocks with rows to fill the last one."""
-    monkeypatch.setattr(stats, "_SWEPT_BY_ROWS", 4)
-    root = np.random.default_rng(0).normal(size=(size, size))
-    matrix = root @ root.T + 0.1 * np.eye(size)
-    inverse = jax.jit(stats.inverse_by_sweeps)
-    np.testing.assert_allclose(inverse(matrix), np.linalg.inv(matrix), rtol=1e-9, atol=1e-11)
-    cholesky = stats.inverse_by_cholesky(jnp.asarray(matrix))
-    np.testing.assert_allclose(cholesky, np.linalg.inv(matrix), rtol=1e-9, atol=1e-11)
-    # A matrix that only its last pivot, or its first one, shows not to be definite.
-    for index in (-1, 0):
-        broken = np.copy(matrix)
-        broken[index, index] = -1.0
-        assert np.all(np.isnan(inverse(broken)))
-
-
-def test_diagonal_factors_and_split_damping(x64):
-    values = np.array([1.0, 3.0])
-    got = stats.damped_inverse(jnp.asarray(values), jnp.asarray(0.1, jnp.float32))
-    np.testing.assert_allclose(got, 1 / (values + np.float32(0.1)), rtol=1e-12)
-    # Mean eigenvalues 4 and 1, 2 and 0 (nothing to go by): pi is 2 and 1.
-    factors = [4 * np.eye(3), np.ones(2), np.diag([1.0, 2.0, 3.0]), np.zeros((2, 2))]
-    strengths = stats.split_damping([jnp.asarray(f) for f in factors], 0.01)
-    np.testing.assert_allclose(strengths, [0.2, 0.05, 0.1, 0.1], rtol=1e-6)
-
-
-def test_traces():
-    """Of square matrices the diagonal, of all else everything."""
-    shapes = [(3, 3), (2, 5), (4,), (5, 5), (), (2, 2, 2)]
-    arrays = [np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in shapes]
-    want = [np.trace(a) if a.shape in ((3, 3), (5, 5)) else a.sum() for a in arrays]
-    np.testing.assert_allclose(stats.traces([jnp.asarray(a) for a in arrays]), want, rtol=1e-5)
-    assert stats.traces([]) == []
-
-
-def test_second_moments_follow_the_basis(x64):
-    rng = np.random.default_rng(0)
-
-    def basis(*sizes: int) -> stats.Kronecker:
-        return stats.Kronecker(
-            *(
-                stats.Eigen(jnp.ones(n), jnp.asarray(np.linalg.qr(rng.normal(size=(n, n)))[0]))
-                for n in sizes
-            )
-        )
-
-    old, new, moments = basis(3, 2), basis(3, 2), rng.uniform(size=(3, 2))
-    u, v = (np.kron(b.inputs.eigenvectors, b.outputs.eigenvectors) for b in (old, new))
-    matrix = (u * np.ravel(moments)) @ u.T
-    got = stats.change_basis(jnp.asarray(moments), old, new)
-    np.testing.assert_allclose(np.ravel(got), np.diagonal(v.T @ matrix @ v), rtol=1e-12)
-
-
-def test_each_inverse_is_computed_once():
-    """By one device of the axis; and sent to the others in one all-reduce with the others."""
-    calls = []
-
-    def function(factor: jax.Array) -> jax.Array:
-        jax.debug.callback(lambda index: calls.append(int(index)), jax.lax.axis_index("workers"))
-        return 2 * factor
-
-    def worker(_: Any) -> Any:
-        factors = [(jnp.full((n, n), float(n)),) for n in (5, 1, 4, 2, 3)]
-        return stats.share(
-            function, factors, "workers", lambda tree: vary_over(tree, "workers"), [False] * 5
-        )
-
-    results = over_workers("shard_map", worker, 4)(jnp.zeros((4, 1)))
-    jax.effects_barrier()
-    for n, result in zip((5, 1, 4, 2, 3), results, strict=True):
-        np.testing.assert_array_equal(result, np.full((4, n, n), 2.0 * n))
-    # The largest alone, the smallest two together.
-    assert sorted(calls) == [0, 1, 2, 3, 3]

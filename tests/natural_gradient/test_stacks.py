@@ -15,7 +15,7 @@ from jax import lax
 import optax_accel as oa
 from optax_accel import curvature
 from optax_accel._means import vary_over
-from optax_accel.natural_gradient import factors as stats
+from optax_accel.natural_gradient.inverses import share
 from tests.helpers import over_workers, tree_allclose, tree_equal
 from tests.natural_gradient.test_kfac import (
     double,
@@ -232,7 +232,7 @@ def test_slices_are_shared_among_replicas():
         vary = functools.partial(vary_over, axis_name="workers")
         arguments.append((stack[:, 0], jnp.ones(5)))  # diagonal: by all
         stacks = [True, False, True, True]
-        return stats.share(function, arguments, "workers", vary, stacks)[:3]
+        return share(function, arguments, "workers", vary, stacks)[:3]
 
     results = over_workers("shard_map", worker, 4)(jnp.zeros((4, 1)))
     jax.effects_barrier()
