@@ -16,8 +16,6 @@ from optax_accel.natural_gradient.factors import Kronecker, Vary
 
 # Nothing here tolerates the three digits of TF32 or bfloat16 products.
 _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-# Rows of a matrix up to which it is inverted row by row, in the first caches of a processor.
-_SWEPT_BY_ROWS = 104
 
 
 class Eigen(NamedTuple):
@@ -58,64 +56,14 @@ def damped_inverse(factor: jax.Array, damping: jax.Array) -> jax.Array:
     damping = damping.astype(factor.dtype)
     if factor.ndim == 1:
         return 1 / (factor + damping)
-    damped = factor + damping * jnp.eye(len(factor), dtype=factor.dtype)
-    # On a CPU the threads of LAPACK compete with those of XLA for the cores: one thread takes the
-    # same time for both, two on busy cores several times longer for LAPACK's.
-    return lax.platform_dependent(damped, cpu=inverse_by_sweeps, default=inverse_by_cholesky)
-
-
-def inverse_by_cholesky(matrix: jax.Array) -> jax.Array:
-    """The inverse of a symmetric positive definite matrix by Cholesky decomposition."""
-    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
+    identity = jnp.eye(len(factor), dtype=factor.dtype)
+    damped = factor + damping * identity
     # LAPACK's matrices lie column by column: transposed, which for these changes nothing, none is
     # copied. Two solves: the product of half with itself would be less accurate.
-    root = lax.linalg.cholesky(matrix.T, symmetrize_input=False)
+    root = lax.linalg.cholesky(damped.T, symmetrize_input=False)
     half = lax.linalg.triangular_solve(root, identity, left_side=True, lower=True)
     whole = lax.linalg.triangular_solve(root, half, left_side=True, lower=True, transpose_a=True)
     return whole.T
-
-
-def inverse_by_sweeps(matrix: jax.Array) -> jax.Array:
-    """The inverse of a symmetric positive definite matrix by Gauss-Jordan elimination in blocks.
-
-    All but rows of the pivots are matrix products, which XLA's threads compute, and a loop's body
-    is compiled once.  Without pivoting the method is stable for these matrices (Higham, Accuracy
-    and Stability of Numerical Algorithms, 2nd edition, 2002, section 14.4).
-
-    Args:
-      matrix: symmetric; without the positive pivots of a definite one the result is NaN everywhere.
-    """
-    size = len(matrix)
-    if size <= _SWEPT_BY_ROWS:
-        return lax.fori_loop(0, size, _sweep_row, matrix)
-    # Of few blocks, because each of them takes a pass over the whole matrix.
-    num_blocks = min(8, -(-size // _SWEPT_BY_ROWS))
-    width = -(-size // num_blocks)
-    inside = jnp.arange(num_blocks * width) < size
-    padded = jnp.pad(matrix, (0, num_blocks * width - size)) + jnp.diag(
-        jnp.where(inside, 0, jnp.ones((), matrix.dtype))
-    )
-
-    def sweep(block: jax.Array, matrix: jax.Array) -> jax.Array:
-        start = block * width
-        columns = lax.dynamic_slice_in_dim(matrix, start, width, axis=1)
-        rows = lax.dynamic_slice_in_dim(matrix, start, width)
-        pivot = inverse_by_sweeps(lax.dynamic_slice_in_dim(rows, start, width, axis=1))
-        rows = lax.dynamic_update_slice_in_dim(_matmul(pivot, rows), pivot, start, axis=1)
-        others = lax.dynamic_update_slice_in_dim(matrix, jnp.zeros_like(columns), start, axis=1)
-        others = others - _matmul(columns, rows)
-        return lax.dynamic_update_slice_in_dim(others, rows, start, axis=0)
-
-    return lax.fori_loop(0, num_blocks, sweep, padded)[:size, :size]
-
-
-def _sweep_row(index: jax.Array, matrix: jax.Array) -> jax.Array:
-    """One step of Gauss-Jordan elimination, with the pivot at an index of the diagonal."""
-    here = jnp.arange(len(matrix)) == index
-    pivot = matrix[index, index]
-    row = jnp.where(here, 1, matrix[index]) / jnp.where(pivot > 0, pivot, jnp.nan)
-    others = jnp.where(here[None], 0, matrix) - matrix[:, index, None] * row[None]
-    return jnp.where(here[:, None], row[None], others)
 
 
 def eigendecomposition(factor: jax.Array) -> Eigen:
