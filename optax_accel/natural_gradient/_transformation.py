@@ -217,6 +217,8 @@ def with_momentum(
     trust_region: TrustRegion | None,
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation followed by momentum and the learning rate, given or of the model."""
+    if momentum is None:
+        momentum = "exact" if isinstance(learning_rate, str) else 0.9
     check_rate("momentum", momentum, 1)
     adapts = isinstance(damping, LevenbergMarquardt) or trust_region is not None
     if adapts or isinstance(learning_rate, str) or isinstance(momentum, str):
