@@ -684,7 +684,7 @@ def _coefficients(basis: chex.ArrayTree, vector: chex.ArrayTree, dtype: Any) -> 
         if b.dtype == v.dtype:
             return blocks.inner([b], [v[None]])[:, 0]
         # A dot product would first write a wide copy of a narrow basis, a fused sum does not.
-        return jnp.sum(b.astype(v.dtype) * v, axis=tuple(range(1, b.ndim)))
+        return jnp.sum(b.astype(v.dtype) * v[None], axis=tuple(range(1, b.ndim)))
 
     products = jax.tree.leaves(jax.tree.map(leaf, basis, vector))
     return functools.reduce(jnp.add, products, jnp.zeros((), dtype)).astype(dtype)
