@@ -91,7 +91,7 @@ def interrupted(ground: Ground, signum: int, code: int) -> Survived:
     """
     run = ground.new("interrupted")
     with run.going() as process:
-        run.wait(process, run.steps_written, int(ground.rng.integers(1, 100)))
+        run.wait(process, run.steps_written, int(ground.rng.integers(1, ground.steps // 5)))
         process.send_signal(signum)
         began = time.monotonic()
     seconds = time.monotonic() - began
@@ -314,10 +314,13 @@ def lost_worker(ground: Ground, number: int) -> Survived:
         os.kill(_worker(launcher.pid, number), signal.SIGKILL)
         began = time.monotonic()
     seconds = time.monotonic() - began
-    err = launcher.errors
-    expect(launcher.returncode not in (0, None), "the run ended as if nothing had happened")
+    code, err = launcher.returncode, launcher.errors
+    expect(code == 128 + signal.SIGKILL, f"exit code {code}, not that of the killed process")
     expect(seconds < BOUND, f"the survivor took {seconds:.0f} seconds to end")
-    expect("error: " in err and "to continue: " in err, f"the loss is not reported: {err[-500:]}")
+    said = [line for line in err.splitlines() if f"error: process {1 - number} of 2 " in line]
+    clear = bool(said) and f"--name {run.folder.name} --resume" in said[0]
+    expect(clear, f"the survivor does not say how to go on: {err[-500:]}")
+    expect(run.steps_written() < 100, "the run ended before it could lose a process")
     lost = run.lost()
     run.finish()
     run.expect_same(expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -31,6 +32,10 @@ BOUNDS = {"float32": 1e-5, "float64": 1e-10}
 EKFAC_BOUNDS = {"float32": 1e-4, "float64": 1e-9}
 # The other methods run in the slow tests.
 QUICK = ("sgd", "stoch_grad_adam", "bulk_sgd", "extrap_sgd_past", "decentlam")
+# Families whose updates take each number of an averaged gradient by itself: what a mode does to
+# one of them it does to SGD, which runs in every mode. Only LAMB compares norms.
+ELEMENTWISE = ("base", "adaptive rates", "momentum decay", "cyclical schedules")
+TOGETHER = [n for n, m in METHODS.items() if m.family not in ELEMENTWISE or n == "lamb"]
 
 
 def num_workers(name):
@@ -53,14 +58,18 @@ def check_equal(name, dtype, vector, losses):
 
 
 def cases():
+    """Every method; in every mode where modes can differ, mostly in the dtype that shows more."""
+    every = list(itertools.product(MODES, BOUNDS))
+    turns = itertools.cycle(every)
     for name, method in METHODS.items():
-        for mode in MODES:
-            for dtype in BOUNDS:
-                if mode != "fsdp" or not method.per_worker:
-                    quick = name == "sgd" or (name in QUICK and dtype == "float32")
-                    # Its programs take seconds to compile.
-                    quick &= name != "bulk_sgd" or mode == "shard_map"
-                    yield pytest.param(name, mode, dtype, marks=[] if quick else pytest.mark.slow)
+        alike = name not in TOGETHER and name != "sgd"
+        for mode, dtype in [next(turns)] if alike else every:
+            # Eigensolvers take seconds to compile.
+            quick = name in QUICK and (name != "bulk_sgd" or mode == "shard_map")
+            quick &= name == "sgd" or dtype == "float32"
+            if (mode == "fsdp" and method.per_worker) or not (quick or alike or dtype == "float64"):
+                continue
+            yield pytest.param(name, mode, dtype, marks=[] if quick else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("name", "mode", "dtype"), list(cases()))
@@ -136,8 +145,8 @@ def test_two_processes_equal_one_device_and_share_a_nan(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_method_in_two_processes(tmp_path):
-    runs = [make_run(name, "jit", dtype) for name in METHODS for dtype in BOUNDS]
+def test_methods_in_two_processes(tmp_path):
+    runs = [make_run(name, "jit") for name in TOGETHER]
     for mode in ("fsdp", "pmap", "shard_map"):
         runs += [make_run(name, mode) for name in ("adam", "bulk_sgd", "extrap_sgd_past")]
     for mode in ("pmap", "shard_map"):
@@ -258,7 +267,8 @@ def test_a_step_on_few_examples_gathers_no_eigenbasis(refresh):
     # Shapes in the compiled program are those of one device.
     shapes = set(re.findall(r"f32\[([\d,]+)\]", compiled.as_text()))
     assert any(shape.endswith(",48,20") for shape in shapes)
-    assert not any(shape.endswith(",48,160") for shape in shapes), shapes
+    # A single random direction may be drawn whole.
+    assert not any(shape.endswith(",48,160") for shape in shapes - {"1,48,160"}), shapes
     # The state is updated in place.
     assert compiled.memory_analysis().alias_size_in_bytes > 0.95 * bytes_per_device(state)[0]
 

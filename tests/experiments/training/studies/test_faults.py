@@ -7,23 +7,27 @@ from pathlib import Path
 import pytest
 
 from experiments.training.studies.drill import Ground
-from experiments.training.studies.faults import FAULTS, cut_in_half, flip_a_bit
+from experiments.training.studies.faults import FAULTS, cut_in_half, flip_a_bit, killed
+
+# Shorter runs than those of a drill, killed less often.
+STEPS, KILLS = 250, 6
+NAMED = {name: fault for name, (fault, times, _) in FAULTS.items() if times}
+NAMED["SIGKILL"] = lambda ground: killed(ground, KILLS)
 
 
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory):
-    return Ground(Path(tmp_path_factory.mktemp("faults")))
+    return Ground(Path(tmp_path_factory.mktemp("faults")), steps=STEPS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, (_, times, _) in FAULTS.items() if times])
+@pytest.mark.parametrize("name", NAMED)
 def test_fault_is_survived(ground, name):
-    fault, _, _ = FAULTS[name]
-    outcome = fault(ground)
+    outcome = NAMED[name](ground)
     assert outcome.lost
     assert min(outcome.lost) >= 0
     if name == "SIGKILL":
-        assert len(outcome.lost) == 20
+        assert len(outcome.lost) == KILLS
         # Checkpoints are five steps apart, and one is under way while the next steps are done.
         assert max(outcome.lost) <= 20
 
