@@ -43,6 +43,7 @@ import optax_accel as oa
 from experiments import cli, timing
 from experiments.methods import METHODS
 from experiments.methods.method import Method, Paper
+from experiments.methods.optax_methods import MUON
 from experiments.reporting import figures
 from experiments.reporting import natural_gradient as report
 from experiments.runs import folders
@@ -65,36 +66,6 @@ _KFAC: dict[str, Any] = {
     "fixed": {"rate": 0.1},
 }
 _ADAM_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03)
-
-
-def _matrices(params: Any) -> Any:
-    """Muon's matrices: all but the embeddings and the last layer of a language model."""
-
-    def of(path: Any, leaf: Any) -> Any:
-        name = jax.tree_util.keystr(path)
-        first = int("stacked" in name)  # the axis of the layers
-        if any(word in name for word in ("embedding", "positions", "head")):
-            return None
-        if leaf.ndim - first < 2:
-            return None
-        inputs = tuple(range(first, leaf.ndim - 1))
-        return optax.contrib.MuonDimensionNumbers(inputs, leaf.ndim - 1)
-
-    return jax.tree_util.tree_map_with_path(of, params)
-
-
-MUON = Method(
-    name="muon",
-    family="Optax",
-    summary="momentum orthogonalized layer by layer; Adam for what is not a matrix",
-    paper=Paper("Jordan et al., 2024", "https://kellerjordan.github.io/posts/muon/"),
-    fidelity="Optax",
-    learning_rates=_ADAM_RATES,
-    # Steps as long as Adam's (Liu et al., 2025, section 2.2), so that they share a rate.
-    factory=functools.partial(
-        optax.contrib.muon, consistent_rms=0.2, muon_weight_dimension_numbers=_matrices
-    ),
-)
 SCHEDULE_FREE = Method(
     name="schedule_free_adamw",
     family="Optax",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
+import jax
 import optax
 
 from experiments.methods.method import Method, Paper
@@ -18,6 +20,38 @@ ADAGRAD_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 ADADELTA_RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
 
 momentum_sgd = functools.partial(optax.sgd, momentum=0.9)
+
+
+def _muon_matrices(params: Any) -> Any:
+    """Muon's matrices: all but the embeddings and the last layer of a language model."""
+
+    def of(path: Any, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path)
+        first = int("stacked" in name)  # the axis of the layers
+        if any(word in name for word in ("embedding", "positions", "head")):
+            return None
+        if leaf.ndim - first < 2:
+            return None
+        inputs = tuple(range(first, leaf.ndim - 1))
+        return optax.contrib.MuonDimensionNumbers(inputs, leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+# Not in the catalogue, whose methods are this project's and those that they modify.
+MUON = Method(
+    name="muon",
+    family="Optax",
+    summary="momentum orthogonalized layer by layer; Adam for what is not a matrix",
+    paper=Paper("Jordan et al., 2024", "https://kellerjordan.github.io/posts/muon/"),
+    fidelity="Optax",
+    base="adam",
+    learning_rates=ADAM_RATES,
+    # Steps as long as Adam's (Liu et al., 2025, section 2.2), so that they share a rate.
+    factory=functools.partial(
+        optax.contrib.muon, consistent_rms=0.2, muon_weight_dimension_numbers=_muon_matrices
+    ),
+)
 
 BASES = (
     Method(

@@ -21,8 +21,7 @@ import optax
 import models
 from experiments import cli, data, hlo, timing
 from experiments.methods import METHODS, Method
-from experiments.methods.method import Paper
-from experiments.methods.optax_methods import ADAM_RATES
+from experiments.methods.optax_methods import MUON
 from experiments.runs.records import versions
 from experiments.runs.units import Unit
 from experiments.training import losses, networks
@@ -46,39 +45,6 @@ CURVATURE_SHARE = 1 / 8
 # A GPU multiplies float32 matrices in TF32 under "high", a TPU in three passes of bfloat16; the
 # default of a TPU is a single pass, which is bfloat16 under another name.
 F32_MATMUL_PRECISION = "high"
-
-
-def _muon(learning_rate: Any) -> optax.GradientTransformation:
-    return optax.contrib.muon(learning_rate, muon_weight_dimension_numbers=_muon_weights)
-
-
-def _muon_weights(params: PyTree) -> PyTree:
-    """Which weights Muon takes: hidden matrices and convolutions, no tables of embeddings.
-
-    Jordan (2024) leaves embeddings to Adam and flattens the kernels of convolutions.
-    """
-
-    def numbers(path: Any, leaf: Any) -> Any:
-        if any(word in jax.tree_util.keystr(path) for word in ("embedding", "positions")):
-            return None
-        if leaf.ndim == 4:
-            return optax.contrib.MuonDimensionNumbers((0, 1, 2), (3,))
-        return optax.contrib.MuonDimensionNumbers() if leaf.ndim == 2 else None
-
-    return jax.tree_util.tree_map_with_path(numbers, params)
-
-
-# Not in the catalogue, whose methods are this project's and those that they modify.
-MUON = Method(
-    name="muon",
-    family="Optax",
-    summary="momentum whose matrices are orthogonalized by Newton-Schulz iterations",
-    paper=Paper("Jordan, 2024", "https://kellerjordan.github.io/posts/muon/"),
-    fidelity="Optax",
-    base=BASE,
-    learning_rates=ADAM_RATES,
-    factory=_muon,
-)
 
 
 def find_method(name: str) -> Method:
