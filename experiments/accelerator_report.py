@@ -30,7 +30,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import tyro
 from rich.console import Console
 
 from experiments import cli
@@ -61,7 +60,7 @@ class Options(cli.Options):
 
     limits: ClassVar = {"budget_seconds": cli.Range(1, 86_400)}
 
-    quick: tyro.conf.FlagCreatePairsOff[bool] = False
+    quick: bool = False
     """Small networks and a small tree, for a CPU and two minutes."""
     sections: str | None = None
     """Some of update,step,micro-batches,input; default: all four."""
@@ -73,7 +72,7 @@ class Options(cli.Options):
     """Name of the folder; default: accelerator-<device>, with -quick."""
     runs_dir: Path = Path("runs")
     """Where the folder is made."""
-    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    overwrite: bool = False
     """Replace an earlier report of the same name, rather than continue it."""
 
 

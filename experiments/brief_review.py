@@ -39,8 +39,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import tyro
-
 from experiments import cli, data, timing
 from experiments.cli import UsageError
 from experiments.reporting import brief_review as report
@@ -137,7 +135,7 @@ class Options(cli.Options):
     """Name of the run's folder; default: brief_review-<task>-<scale>."""
     runs_dir: Path = Path("runs")
     """Where the run's folder is made."""
-    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    overwrite: bool = False
     """Replace an earlier study of the same name, rather than continue it."""
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
+import difflib
 import functools
+import inspect
 import io
 import itertools
 import json
@@ -16,7 +19,7 @@ import textwrap
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import tyro
 from rich.console import Console
@@ -32,10 +35,39 @@ class Interrupted(Exception):
     """Ctrl-C: one line saying what is kept and how to go on."""
 
 
+def closest(value: str, valid: Sequence[str]) -> str | None:
+    """The valid name that somebody probably meant; ``None`` if none is like theirs.
+
+    >>> closest("sdg", ["adam", "sgd"]), closest("lr", ["learning-rate", "seed"])
+    ('sgd', 'learning-rate')
+
+    Args:
+      value: what was typed.
+      valid: the valid names.
+
+    Returns:
+      The most similar name, or the one whose words begin with the letters typed.
+    """
+    typed = value.lower().replace("-", "_")
+    names = {name.lower().replace("-", "_"): name for name in valid}
+    for spelled, name in names.items():
+        if len(typed) > 1 and "".join(word[:1] for word in spelled.split("_")) == typed:
+            return name
+    matches = difflib.get_close_matches(typed, names, n=1)
+    return names[matches[0]] if matches else None
+
+
+def unknown(kind: str, value: str, valid: Sequence[str]) -> str:
+    """The message about a name that is not valid: which one may be meant, which ones there are."""
+    guess = closest(value, valid)
+    meant = f" (did you mean {guess!r}?)" if guess else ""
+    return f"unknown {kind} {value!r}{meant}; valid: {', '.join(valid)}"
+
+
 def check_known(kind: str, value: str | None, valid: Sequence[str]) -> None:
     """Raises `UsageError`, listing the valid names, if a name is given and is none of them."""
     if value is not None and value not in valid:
-        raise UsageError(f"unknown {kind} {value!r}; valid: {', '.join(valid)}")
+        raise UsageError(unknown(kind, value, valid))
 
 
 S = TypeVar("S")
@@ -156,11 +188,68 @@ _KINDS: Mapping[type, str] = {
 }
 
 
+class Group(NamedTuple):
+    """A box of `--help`.
+
+    Attributes:
+      summary: what its options are about, in one line.
+      options: names of the options that belong to it in any command.
+    """
+
+    summary: str
+    options: tuple[str, ...]
+
+
+# The boxes of every command's `--help`, in their order. An option belongs to the group after which
+# the base class is named that has it (`DataOptions`), or else to the one that has its name here.
+GROUPS: Mapping[str, Group] = {
+    "data": Group(
+        "Data and how they are read.",
+        (
+            *("task", "problem", "data_dir", "image_size", "augment", "examples", "chunk"),
+            *("data_workers", "prefetch", "delay"),
+        ),
+    ),
+    "model": Group("The model and its loss.", ("model", "models", "model_options", "loss")),
+    "method": Group(
+        "The training method and its settings.",
+        (
+            *("method", "methods", "learning_rate", "learning_rates", "lowest", "highest"),
+            *("spacing", "settings", "schedule", "variants", "kind", "members", "trackers", "k"),
+            *("directions", "tolerance", "curvature_batch_size", "curvature_batch", "smoothing"),
+            *("stop_factor", "switch_step", "target", "only", "accumulate"),
+        ),
+    ),
+    "length": Group(
+        "How much is computed: steps, examples, repetitions.",
+        (
+            *("scale", "quick", "epochs", "steps", "batch_size", "seed", "seeds", "rounds"),
+            *("repeats", "first_steps", "timed", "parameters", "time_factor", "budget_seconds"),
+        ),
+    ),
+    "precision": Group("What the network computes in.", ("precision",)),
+    "parallel": Group(
+        "Devices, processes and memory.",
+        ("devices", "modes", "workers", "processes", "max_replicas", "memory_gib"),
+    ),
+    "faults": Group("What happens when something goes wrong.", ()),
+    "output": Group(
+        "What is measured, printed and written.",
+        (
+            *("eval_every", "panels", "sections", "bins", "name", "runs_dir", "overwrite", "json"),
+            *("trace", "list", "dry_run"),
+        ),
+    ),
+    "other": Group("Further options.", ()),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What the options of all commands have in common; the fields are the options.
 
-    A command with many of them divides them into base classes, one for each box of its `--help`.
+    A command with many of them divides them into base classes, one for each group of its `--help`;
+    see `GROUPS`.
     """
 
     limits: ClassVar[Mapping[str, Range]] = {}
@@ -301,49 +390,110 @@ def parse(default: T, argv: Sequence[str] | None, prog: str) -> T:
     """
     complaint = io.StringIO()
     grouped = _grouped(default)
+    names = [
+        f"--{field.name.replace('_', '-')}"
+        for group in dataclasses.fields(grouped)
+        for field in dataclasses.fields(getattr(grouped, group.name))
+    ]
+    words = _with_list(sys.argv[1:] if argv is None else argv)
     try:
         with contextlib.redirect_stderr(complaint):
             parsed = tyro.cli(
                 type(grouped),
-                args=argv,
+                args=words,
                 prog=prog,
                 default=grouped,
-                config=(tyro.conf.OmitArgPrefixes,),
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
             )
     except SystemExit as stop:
         if stop.code not in (0, None):
             reason = textwrap.shorten(_first_paragraph(complaint.getvalue()), 500)
-            names = (f"--{name.replace('_', '-')}" for name in _flat(grouped))
-            fail(f"{reason} Valid options: {' '.join(names)}")
+            fail(f"{reason}{_meant(words, names)} Valid options: {' '.join(names)}")
         raise
-    options = type(default)(**_flat(parsed))
+    values: dict[str, Any] = {}
+    for group in dataclasses.fields(parsed):
+        values |= vars(getattr(parsed, group.name))
+    options = type(default)(**values)
     options.check()
     return options
 
 
-def _grouped(default: T) -> Any:
-    """The options as `--help` shows them: those of each base class in a box of their own."""
-    kind = type(default)
-    groups = [base for base in kind.__bases__ if base is not Options]
-    if not groups or "__annotations__" in vars(kind):  # some options are in no base class
-        return default
+def _with_list(words: Sequence[str]) -> list[str]:
+    """The words of a command line in which `--list` alone stands for `--list all`."""
+    complete: list[str] = []
+    for word, following in itertools.zip_longest(words, words[1:], fillvalue="--"):
+        complete.append(word)
+        if word == "--list" and following.startswith("-"):
+            complete.append("all")
+    return complete
+
+
+def _meant(words: Sequence[str], names: Sequence[str]) -> str:
+    """Which options somebody who typed others probably meant."""
+    typed = [word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")]
+    bare = [name.removeprefix("--") for name in names]
+    guesses = [closest(word.removeprefix("--"), bare) for word in typed if word not in names]
+    meant = dict.fromkeys(f"--{guess}" for guess in guesses if guess)
+    return f"; did you mean {', '.join(meant)}?" if meant else ""
+
+
+def _grouped(default: Options) -> Any:
+    """The options as `--help` shows them: a field for each group, which becomes a box."""
+    kind: Any = type(default)
+    texts = _descriptions(kind)
+    hints = typing.get_type_hints(kind)
+    groups: dict[str, list[dataclasses.Field[Any]]] = {name: [] for name in GROUPS}
+    for field in dataclasses.fields(default):
+        groups[_group(kind, field.name)].append(field)
     members = []
-    for group in groups:
-        values = {field.name: getattr(default, field.name) for field in dataclasses.fields(group)}
-        title = group.__name__.removesuffix("Options").lower()
-        members.append((title, group, group(**values)))
+    for name, fields in groups.items():
+        if not fields:
+            continue
+        shown: list[Any] = [
+            (field.name, _shown(hints[field.name], getattr(default, field.name), texts[field.name]))
+            for field in fields
+        ]
+        group: Any = dataclasses.make_dataclass(name, shown, frozen=True)
+        group.__doc__ = GROUPS[name].summary
+        values = {field.name: getattr(default, field.name) for field in fields}
+        members.append((name, group, group(**values)))
     made: Any = dataclasses.make_dataclass(kind.__name__, members, frozen=True)
     made.__doc__ = kind.__doc__
     return made()
 
 
-def _flat(grouped: Any) -> dict[str, Any]:
-    """The values of all options by name, those of the groups in their order."""
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(grouped):
-        value = getattr(grouped, field.name)
-        values |= _flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
-    return values
+def _group(kind: type[Options], name: str) -> str:
+    """The group of an option: that of the base class that has it, else that of its name."""
+    for base in kind.__mro__:
+        title = base.__name__.removesuffix("Options").lower()
+        if name in vars(base).get("__annotations__", {}) and title in GROUPS:
+            return title
+    return next((group for group, entry in GROUPS.items() if name in entry.options), "other")
+
+
+def _shown(hint: Any, default: Any, text: str) -> Any:
+    """A type with what `--help` says of an option: the kind of value, and a default that is one."""
+    kinds = [k for k in typing.get_args(hint) if k is not type(None)] or [hint]
+    plain = kinds[0].__name__.upper() if isinstance(kinds[0], type) else None
+    flag = bool in (hint, *kinds)
+    told = "" if default is None or flag else f"(default: {default})"
+    argument = tyro.conf.arg(help=text, metavar=None if flag else plain, help_behavior_hint=told)
+    return Annotated[hint, argument]
+
+
+@functools.cache
+def _descriptions(kind: Any) -> dict[str, str]:
+    """What stands below each option where it is defined, by the option's name."""
+    texts: dict[str, str] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(body, ast.ClassDef)
+        for node, following in itertools.pairwise(body.body):
+            if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+                continue
+            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                texts[node.target.id] = " ".join(str(following.value.value).split())
+    return texts
 
 
 def _first_paragraph(box: str) -> str:

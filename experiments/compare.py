@@ -24,15 +24,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
-import models
 from experiments import cli, data, methods
 from experiments.cli import UsageError
 from experiments.reporting import comparison, figures
 from experiments.reporting.summary import COMPARISON, summarize
 from experiments.runs import folders
 from experiments.runs.records import RESULTS
+from experiments.training.options import listing
 from experiments.training.replicas import Plan, Trainer
 from experiments.training.studies import comparison as training
 
@@ -44,15 +42,15 @@ class Options(cli.Options):
     """Compare training methods on real data, each at the best learning rate of its own grid."""
 
     task: str = "digits"
-    """Data set; --list shows all."""
+    """Data set; --list tasks shows all."""
     data_dir: Path | None = None
     """Folder with the data files; default: OPTAX_ACCEL_DATA. Digits needs none."""
     model: str | None = None
-    """Model; default: the task's own. --list shows all."""
+    """Model; default: the task's own. --list models shows all."""
     loss: str = "cross_entropy"
     """Loss: cross_entropy, or mse (half the squared distance to the one-hot label)."""
     methods: str = ",".join(figures.PRINCIPAL)
-    """Methods, separated by commas; --list shows all."""
+    """Methods, separated by commas; --list methods shows all."""
     seeds: int = 3
     """Seeds per method and learning rate: initial weights and batch order."""
     epochs: int | None = None
@@ -71,14 +69,15 @@ class Options(cli.Options):
     """Name of the run's folder; default: the task and a hash of the settings."""
     runs_dir: Path = Path("runs")
     """Where the run's folder is made."""
-    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    overwrite: bool = False
     """Replace an earlier run of the same name."""
     max_replicas: int | None = None
     """Most runs to train together."""
     memory_gib: float | None = None
     """Memory that the runs trained together may take; default: half of what is free."""
-    list: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print the methods (paper, fidelity, learning rates), tasks and models, then stop."""
+    list: str | None = None
+    """tasks, models or methods: print all of them with a few words on each, then stop; without a
+    word all three."""
 
 
 def resolve(options: Options) -> Plan:
@@ -115,9 +114,8 @@ def resolve(options: Options) -> Plan:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
-    if options.list:
-        print(methods.describe(list(methods.METHODS.values())))
-        print(f"tasks: {', '.join(data.CLASSIFICATION)}\nmodels: {', '.join(models.list())}")
+    if options.list is not None:
+        print(listing(options.list, data.CLASSIFICATION))
         return 0
     with cli.usage():
         plan = resolve(options)

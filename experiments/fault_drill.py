@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 from experiments import cli
 from experiments.reporting import tables
@@ -37,7 +36,7 @@ PROG = "python -m experiments.fault_drill"
 class Options(cli.Options):
     """Do to training runs what machines and people do to them, and see what is lost."""
 
-    quick: tyro.conf.FlagCreatePairsOff[bool] = False
+    quick: bool = False
     """Each fault once, and three kills instead of twenty."""
     seed: int = 0
     """Decides when the faults happen."""

@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import tyro
 from rich.console import Console
 
 from experiments import cli, methods
@@ -81,7 +80,7 @@ class Options(cli.Options):
     """Name of the run's folder; default: survey-<task>-<scale>."""
     runs_dir: Path = Path("runs")
     """Where the run's folder is made."""
-    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False
+    overwrite: bool = False
     """Replace an earlier run of the same name."""
 
 

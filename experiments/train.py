@@ -39,11 +39,13 @@ from experiments.runs.records import CONFIG, check_same, read_config, versions, 
 from experiments.training import cluster
 from experiments.training.loop import train
 from experiments.training.non_finite import NonFiniteError
-from experiments.training.options import Options
+from experiments.training.options import Options, listing
 from experiments.training.plan import Plan, prepare
 from experiments.training.program import Program, build
 
 PROG = "python -m experiments.train"
+# Options that do not belong to a run, and so not into its folder.
+UNKEPT = ("resume", "distributed", "coordinator", "processes", "process_id", "list")
 
 
 # Options ----------------------------------------------------------------------------------------
@@ -142,7 +144,7 @@ def open_folder(
         kept = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in dataclasses.asdict(options).items()
-            if name not in ("resume", "distributed", "coordinator", "processes", "process_id")
+            if name not in UNKEPT
         }
         write_config(folder, kept, plan.config(), machine)
         return []
@@ -164,6 +166,9 @@ def open_folder(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     typed = cli.parse(Options(), argv, PROG)
+    if typed.list is not None:
+        print(listing(typed.list))
+        return 0
     with contextlib.ExitStack() as stack:
         try:
             cluster.initialize(

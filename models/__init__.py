@@ -9,7 +9,7 @@
 (4, 10)
 """
 
-from models._registry import create, is_convolutional, list
+from models._registry import create, describe, is_convolutional, list
 from models.capsnet import CapsNet
 from models.cnn import Cnn
 from models.efficientnet import EfficientNet
@@ -46,6 +46,7 @@ __all__ = [
     "Vit",
     "WideResNet",
     "create",
+    "describe",
     "is_convolutional",
     "list",
 ]

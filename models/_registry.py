@@ -105,6 +105,23 @@ def list() -> tuple[str, ...]:
     return tuple(MODELS)
 
 
+def describe() -> str:
+    """All models as text for the terminal.
+
+    Returns:
+        Two lines for each name: what the model is, and the options that `create` takes for it.
+    """
+    lines = []
+    for name, entry in MODELS.items():
+        summary = inspect.cleandoc(entry.model.__doc__ or "").partition("\n")[0]
+        fixed = ", ".join(f"{key} {value}" for key, value in entry.options.items())
+        lines += [
+            f"  {name}: {summary.rstrip('.')}" + (f" ({fixed})" if fixed else ""),
+            f"      options: {', '.join(_options(entry))}",
+        ]
+    return "\n".join(lines)
+
+
 def create(
     name: str,
     *,
@@ -148,7 +165,7 @@ def create(
             raise ValueError(
                 f"model {name!r} has no {size}, got {value}; models that have it: {with_it}"
             )
-    known = [argument for argument in valid if argument not in ("input_shape", "rngs", *sizes)]
+    known = _options(entry)
     for key in options:
         if key not in known:
             raise ValueError(f"model {name!r} has no option {key!r}; valid: {', '.join(known)}")
@@ -187,3 +204,9 @@ def _arguments(entry: Entry) -> tuple[str, ...]:
     """The arguments that the name does not fix, in the order of the signature."""
     parameters = inspect.signature(entry.model.__init__).parameters
     return tuple(name for name in parameters if name not in ("self", *entry.options))
+
+
+def _options(entry: Entry) -> Sequence[str]:
+    """The arguments that are left to whoever calls `create`."""
+    made_by_us = ("input_shape", "rngs", *_SIZES)
+    return [argument for argument in _arguments(entry) if argument not in made_by_us]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments import cli
 from experiments.data import images, language, segmentation, sentences, translation
 from experiments.data.readers.files import DataError
 from experiments.data.readers.hubs import hub_of
@@ -49,7 +50,7 @@ def load_task(
         `readers.files.limit` when unpacked, or a split has no example.
     """
     if name not in TASKS:
-        raise DataError(f"unknown task {name!r}; valid: {', '.join(TASKS)}")
+        raise DataError(cli.unknown("task", name, TASKS))
     if image_size is not None:
         _check_image_size(name, image_size)
     if name == "digits":

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import cli
 from experiments.data.readers.arrays import Arrays
 from experiments.data.readers.files import DataError
 from experiments.data.readers.pictures import ImageFiles
@@ -145,7 +146,7 @@ def check_classification(name: str) -> None:
       DataError: the task is unknown, or not one of `CLASSIFICATION`.
     """
     if name not in TASKS:
-        raise DataError(f"unknown task {name!r}; valid: {', '.join(CLASSIFICATION)}")
+        raise DataError(cli.unknown("task", name, CLASSIFICATION))
     if name not in CLASSIFICATION:
         raise DataError(
             f"task {name!r} is for `train` only: this command compares classifiers of examples in "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from experiments import cli
 from experiments.methods import (
     curvature,
     gradients,
@@ -54,10 +55,10 @@ def get_methods(names: Sequence[str], *, per_worker: bool = True) -> list[Method
       >>> [method.name for method in get_methods(["adam", "sgd", "adam"])]
       ['adam', 'sgd']
     """
-    unknown = [name for name in names if name not in METHODS]
-    if unknown or not names:
-        what = f"unknown method {unknown[0]!r}" if unknown else "no method given"
-        raise ValueError(f"{what}; valid methods are {', '.join(METHODS)}")
+    if not names:
+        raise ValueError(f"no method given; valid: {', '.join(METHODS)}")
+    for name in names:
+        cli.check_known("method", name, tuple(METHODS))
     chosen = [METHODS[name] for name in dict.fromkeys(names)]
     for method in chosen:
         if method.per_worker and not per_worker:

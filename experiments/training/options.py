@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 import models
 from experiments import cli, data, methods
 from experiments.cli import UsageError
@@ -25,7 +23,7 @@ class DataOptions(cli.Options):
     """Data and how they are read."""
 
     task: str = "digits"
-    """Data set; an unknown name lists all."""
+    """Data set; --list tasks shows all."""
     data_dir: Path | None = None
     """Folder with the data files, or a data set of Hugging Face (hf:...) or TensorFlow Datasets
     (tfds:...); default: OPTAX_ACCEL_DATA. The digits need none."""
@@ -46,7 +44,7 @@ class ModelOptions(cli.Options):
     """The model and its loss."""
 
     model: str | None = None
-    """Model; default: the one of the task. An unknown name lists all."""
+    """Model; default: the one of the task; --list models shows all."""
     model_options: str | None = None
     """Options of the model as JSON, e.g. '{"dropout_rate": 0.1}'; default: those of the task, if
     the model is the task's default too."""
@@ -55,12 +53,6 @@ class ModelOptions(cli.Options):
     variational autoencoder); default: the one of the task."""
     label_smoothing: float = 0.0
     """Share of each label that training spreads evenly over all classes; cross_entropy only."""
-    precision: str = "f32"
-    """Precision of the network's computations: f32, bf16, or f16, which adds a dynamic loss scale.
-    Parameters, loss and optimizer stay in float32."""
-    value_fn_precision: str = "f32"
-    """Precision where the method evaluates the network itself (gradients at other points,
-    curvature): f32 or bf16."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +60,7 @@ class MethodOptions(cli.Options):
     """The training method, and clipping, decay and averages around it."""
 
     method: str | None = None
-    """Training method; default: the one of the task, mostly sgd. An unknown name lists all."""
+    """Training method; default: the one of the task, mostly sgd; --list methods shows all."""
     learning_rate: float | None = None
     """Learning rate; default: the one of the task for its default method, otherwise the middle of
     the method's grid."""
@@ -105,8 +97,20 @@ class LengthOptions(cli.Options):
 
 
 @dataclasses.dataclass(frozen=True)
-class DeviceOptions(cli.Options):
-    """Devices, and how they share the work."""
+class PrecisionOptions(cli.Options):
+    """What the network computes in."""
+
+    precision: str = "f32"
+    """Precision of the network's computations: f32, bf16, or f16, which adds a dynamic loss scale.
+    Parameters, loss and optimizer stay in float32."""
+    value_fn_precision: str = "f32"
+    """Precision where the method evaluates the network itself (gradients at other points,
+    curvature): f32 or bf16."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelOptions(cli.Options):
+    """Devices, and how they share the work; processes, see `experiments.launch`."""
 
     parallel: str = "jit"
     """Parallel mode: jit (global view), fsdp (the same, with parameters and optimizer state sharded
@@ -117,36 +121,7 @@ class DeviceOptions(cli.Options):
     workers: int | None = None
     """Number of workers, for methods whose workers have their own parameters; default: one per
     device."""
-
-
-@dataclasses.dataclass(frozen=True)
-class FolderOptions(cli.Options):
-    """What is saved, when and where."""
-
-    eval_every: int | None = None
-    """Steps between validations; default: one epoch."""
-    checkpoint_every: int | None = None
-    """Steps between checkpoints; default: the value of --eval-every."""
-    keep: int = 3
-    """Number of latest checkpoints to keep."""
-    non_finite: str = "raise"
-    """What to do when loss, parameters or moments are not finite: raise (end the run), skip (undo
-    the step) or rollback (return to the latest checkpoint and continue after the bad batch)."""
-    profile: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Record a profile of a few steps, for TensorBoard and Perfetto, in the run's folder."""
-    name: str | None = None
-    """Name of the run's folder; default: train-<task>-<method>-<seed>."""
-    runs_dir: Path = Path("runs")
-    """Folder in which the run's folder is made."""
-    resume: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Continue the run in that folder, with its options unless others are given."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ProcessOptions(cli.Options):
-    """Runs of several processes; see `experiments.launch` for one machine."""
-
-    distributed: tyro.conf.FlagCreatePairsOff[bool] = False
+    distributed: bool = False
     """Join a run of several processes, detected from SLURM, Open MPI, Kubernetes or Cloud TPU."""
     coordinator: str | None = None
     """HOST:PORT of process 0, where the cluster cannot be detected."""
@@ -157,14 +132,47 @@ class ProcessOptions(cli.Options):
 
 
 @dataclasses.dataclass(frozen=True)
+class FaultsOptions(cli.Options):
+    """What is saved, when, and what happens when something goes wrong."""
+
+    resume: bool = False
+    """Continue the run in that folder, with its options unless others are given."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; default: the value of --eval-every."""
+    keep: int = 3
+    """Number of latest checkpoints to keep."""
+    non_finite: str = "raise"
+    """What to do when loss, parameters or moments are not finite: raise (end the run), skip (undo
+    the step) or rollback (return to the latest checkpoint and continue after the bad batch)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputOptions(cli.Options):
+    """What is measured, printed and written."""
+
+    eval_every: int | None = None
+    """Steps between validations; default: one epoch."""
+    profile: bool = False
+    """Record a profile of a few steps, for TensorBoard and Perfetto, in the run's folder."""
+    name: str | None = None
+    """Name of the run's folder; default: train-<task>-<method>-<seed>."""
+    runs_dir: Path = Path("runs")
+    """Folder in which the run's folder is made."""
+    list: str | None = None
+    """tasks, models or methods: print all of them with a few words on each, then stop; without a
+    word all three."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Options(
     DataOptions,
     ModelOptions,
     MethodOptions,
     LengthOptions,
-    DeviceOptions,
-    FolderOptions,
-    ProcessOptions,
+    PrecisionOptions,
+    ParallelOptions,
+    FaultsOptions,
+    OutputOptions,
 ):
     """Train one model on one task with one method."""
 
@@ -282,3 +290,34 @@ def read_model_options(text: str | None) -> dict[str, Any] | None:
     for name, value in (options or {}).items():
         check(name, value, MOST_PARTS if name in PARTS else LARGEST)
     return options
+
+
+LISTS = ("tasks", "models", "methods")
+
+
+def listing(what: str, tasks: Sequence[str] = data.TASKS) -> str:
+    """What `--list` prints.
+
+    Args:
+      what: one of `LISTS`, or ``"all"``.
+      tasks: the tasks that the command knows.
+
+    Returns:
+      Lines for the terminal.
+
+    Raises:
+      UsageError: there is no such list.
+    """
+    cli.check_known("list", what, (*LISTS, "all"))
+    texts = {
+        "tasks": "\n".join(
+            f"  {name}: {defaults.kind}, model {defaults.model}, method {defaults.method}"
+            for name, defaults in data.DEFAULTS.items()
+            if name in tasks
+        ),
+        "models": models.describe(),
+        "methods": methods.describe([*methods.METHODS.values()]),
+    }
+    if what != "all":
+        return texts[what]
+    return "\n".join(f"{name}\n{text}" for name, text in texts.items())

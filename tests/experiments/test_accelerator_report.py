@@ -198,8 +198,11 @@ def test_other_versions_are_not_mixed(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sections", "updates"], "unknown section 'updates'; valid: update, step"),
-        (["--methods", "demon"], "unknown method 'demon'; valid: adam"),
+        (
+            ["--sections", "updates"],
+            "unknown section 'updates' (did you mean 'update'?); valid: update, step",
+        ),
+        (["--methods", "foo"], "unknown method 'foo'; valid: adam"),
         (["--budget-seconds", "0"], "--budget-seconds must be at least 1"),
     ],
 )

@@ -5,17 +5,29 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import io
+import itertools
 import threading
 import typing
+from pathlib import Path
 
 import pytest
 
+import experiments.__main__
 from experiments import cli
 from experiments.cli import UsageError
 from experiments.reporting import tables
 
 COMMANDS = (
-    *("bench", "brief_review", "compare", "ensembles", "fault_drill", "input_overlap", "launch"),
+    *(
+        "accelerator_report",
+        "bench",
+        "brief_review",
+        "compare",
+        "ensembles",
+        "fault_drill",
+        "input_overlap",
+        "launch",
+    ),
     *("lr_range_test", "natural_gradient", "scaling", "solvers", "step_cost", "subspace_study"),
     *("survey", "trackers", "train"),
 )
@@ -65,36 +77,80 @@ class DataOptions(cli.Options):
 
     task: str = "digits"
     """Data set."""
+    data_dir: Path | None = None
+    """Folder with the files,
+    if there are any."""
 
 
 @dataclasses.dataclass(frozen=True)
-class LengthOptions(cli.Options):
-    """How many steps."""
+class GroupedOptions(DataOptions):
+    """Train."""
 
     steps: int = 3
     """Steps."""
+    learning_rate: float | None = None
+    """Learning rate; default: 0.1."""
+    overwrite: bool = False
+    """Replace what is there."""
 
 
-@dataclasses.dataclass(frozen=True)
-class GroupedOptions(DataOptions, LengthOptions):
-    """Train."""
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_shows_groups_and_values_but_no_types(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        cli.parse(GroupedOptions(steps=5), ["--help"], "p")
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= columns
+    words = [word for word in out.split() if word.strip("│|─-╭╮╰╯+")]  # without the boxes
+    text = " ".join(words)
+    titles = [before for before, word in itertools.pairwise(words) if word == "options"]
+    assert titles[1:] == ["data", "method", "length", "output"]
+    for part in (
+        "this help message and exit data options Data and how they are read. --task STR Data set.",
+        "--data-dir PATH Folder with the files, if there are any. method options",
+        "--learning-rate FLOAT Learning rate; default: 0.1. length options",
+        f"{cli.GROUPS['length'].summary} --steps INT Steps. (default: 5) output options",
+    ):
+        assert part in text
+    assert text.endswith("--overwrite Replace what is there.")
 
 
-def test_groups_of_options_are_boxes_of_the_help(capsys):
+def test_a_line_is_read_or_explained(capsys):
     default = GroupedOptions(steps=5)
     assert cli.parse(default, [], "p") == default
-    parsed = cli.parse(default, ["--task", "a", "--steps", "7"], "p")
-    assert parsed == GroupedOptions(task="a", steps=7)
+    words = ["--task", "a", "--steps", "7", "--learning-rate", "1", "--overwrite"]
+    assert cli.parse(default, words, "p") == GroupedOptions("a", None, 7, 1.0, True)
+    assert cli.parse(GroupedOptions(learning_rate=1.0), ["--learning-rate", "None"], "p") == (
+        GroupedOptions()
+    )
     with pytest.raises(SystemExit):
-        cli.parse(default, ["--help"], "p")
-    out = capsys.readouterr().out
-    for text in ("data options", "Data and how they are read.", "length options", "default: 5"):
-        assert text in out
-    with pytest.raises(SystemExit):
-        cli.parse(default, ["--stepz", "1"], "p")
-    assert capsys.readouterr().err.endswith("Valid options: --task --steps\n")
+        cli.parse(default, ["--stepz", "1", "--lr=0.1"], "p")
+    error = capsys.readouterr().err
+    assert "; did you mean --steps, --learning-rate? Valid options: --task --data-dir " in error
+    assert error.count("\n") == 1
     with pytest.raises(UsageError, match="--steps must be at least 1, got 0"):
         cli.parse(default, ["--steps", "0"], "p")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_explained_in_a_group(name):
+    options = importlib.import_module(f"experiments.{name}").Options
+    texts = cli._descriptions(options)
+    for field in dataclasses.fields(options):
+        assert texts[field.name]
+        assert cli._group(options, field.name) != "other", field.name
+
+
+def test_the_commands_are_listed(capsys):
+    assert experiments.__main__.main([]) == 0
+    out = capsys.readouterr().out
+    for name in COMMANDS:
+        assert f"\n{name} " in out
+    assert "\ntrain               Train one model on one task with one method. " in out
+    assert experiments.__main__.main(["tain"]) == 2
+    assert "unknown command 'tain' (did you mean 'train'?); valid: " in capsys.readouterr().err
+    assert experiments.__main__.main(["fault_drill", "--seed", "-1"]) == 2
+    assert "--seed must be at least 0, got -1" in capsys.readouterr().err
 
 
 def test_the_first_rule_that_does_not_hold_is_told():

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 
+import models
 from experiments import compare, methods
 from experiments.reporting.summary import COMPARISON
 from experiments.runs import folders
@@ -196,6 +197,16 @@ def test_catalogue(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert costs["bulk_sgd"].startswith("10 Hessian-vector products every 20 steps, state 11 x")
     assert costs["bulk_sgd_round_robin"].startswith("1 Hessian-vector product every step, ")
     assert all(f"cost: {cost}" in out for cost in costs.values())
+    assert run("--list", "methods") == 0
+    assert capsys.readouterr().out in out
+    assert run("--list", "tasks") == 0
+    tasks = capsys.readouterr().out
+    assert "  digits: classification, model mlp, method sgd\n" in tasks
+    assert "multi30k" not in tasks  # which `train` has
+    assert run("--list", "models") == 0
+    for name in models.list():
+        assert f"  {name}: " in out
+    assert "  resnet20: The CIFAR networks of He et al. (2015)" in capsys.readouterr().out
     assert list(here.iterdir()) == []
 
 

@@ -18,7 +18,7 @@ ROOMS = {
     "training": {"data", "methods", "runs", "models", "optax_accel"},
     "reporting": {"methods", "runs"},
 }
-COMMANDS = {path.stem for path in EXPERIMENTS.glob("*.py")} - TOOLS - {"__init__"}
+COMMANDS = {path.stem for path in EXPERIMENTS.glob("*.py")} - TOOLS - {"__init__", "__main__"}
 
 
 def imported(path: Path) -> set[str]:

@@ -794,7 +794,7 @@ def test_statistics_of_the_optimizer(method, names):
         ),
         ("--devices 4 --accumulate 17", "is more than the 16 examples of a step on one device"),
         ("--precision f8", "unknown precision 'f8'; valid: f32, bf16, f16"),
-        ("--value-fn-precision f16", "unknown --value-fn-precision 'f16'; valid: f32, bf16"),
+        ("--value-fn-precision f16", "(did you mean 'bf16'?); valid: f32, bf16"),
         (
             """--precision bf16 --model-options '{"dtype": "float16"}'""",
             "leave it out of --model-o",
@@ -802,7 +802,7 @@ def test_statistics_of_the_optimizer(method, names):
         ("--weight-decay -1", "--weight-decay must be at least 0 and at most 3e+38, got -1.0"),
         ("--clip 0", "--clip must be more than 0 and at most 3e+38, got 0.0"),
         ("--ema 1", "--ema must be more than 0 and below 1, got 1.0"),
-        ("--method foo", "unknown method 'foo'; valid methods are sgd, "),
+        ("--method foo", "unknown method 'foo'; valid: sgd, "),
         ("--parallel foo", "unknown parallel mode 'foo'; valid: jit, fsdp, pmap, shard_map"),
         ("--learning-rate 0", "--learning-rate must be more than 0 and at most 3e+38, got 0.0"),
         ("--learning-rate nan", "--learning-rate must be more than 0 and at most 3e+38, got nan"),
@@ -822,6 +822,8 @@ def test_statistics_of_the_optimizer(method, names):
         ("--name a/b", "--name must be a plain folder name, got 'a/b'"),
         ("--task mnist --data-dir nowhere", "nowhere"),
         ("--resume", "config.json; leave out --resume to start a run"),
+        ("--lr 1", "Unrecognized options: --lr, 1; did you mean --learning-rate? Valid options: "),
+        ("--list tusks", "unknown list 'tusks' (did you mean 'tasks'?); valid: tasks, models"),
         ("--bogus 1", "Unrecognized options: --bogus, 1 Valid options: --task "),
         ("--learning-rate fast", "Error parsing --learning-rate: "),
     ],
@@ -843,7 +845,7 @@ def test_wrong_option_is_one_clear_line(runs, arguments, message, capsys):
 def test_wrong_option_as_typed(tmp_path):
     code, out, err = finish(command(tmp_path, "--method", "sdg"))
     assert (code, out) == (2, "")
-    assert err.startswith("error: unknown method 'sdg'; valid methods are sgd, ")
+    assert err.startswith("error: unknown method 'sdg' (did you mean 'sgd'?); valid: sgd, ")
     assert list(tmp_path.iterdir()) == []
 
 

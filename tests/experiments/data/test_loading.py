@@ -35,7 +35,7 @@ def test_no_data_directory_or_an_empty_one(tmp_path, name, monkeypatch):
 
 
 def test_unknown_task():
-    assert_fails("unknown task 'imagenet'; valid: digits, mnist, mnist5k", "imagenet")
+    assert_fails("unknown task 'foo'; valid: digits, mnist, mnist5k", "foo")
 
 
 def test_number_of_rows(tmp_path):
