@@ -147,7 +147,7 @@ def test_signal_handlers_are_restored():
             "no command; give one after --, e.g. python -m experiments.launch -- train",
         ),
         ("--processes 2 --", "no command"),
-        ("-- trian --steps 3", "unknown command 'trian'; valid: train"),
+        ("-- trian --steps 3", "unknown command 'trian' (did you mean 'train'?); valid: train"),
         ("--processes 0 -- train", "--processes must be at least 1, got 0"),
         (
             "--processes 2 --devices 3 -- train",
