@@ -349,6 +349,41 @@ def read_json_object(option: str, text: str | None) -> dict[str, Any] | None:
     return value
 
 
+def read_rates(option: str, text: str | None) -> tuple[float, ...] | None:
+    """The learning rates that an option holds; ``None`` if it is not given.
+
+    >>> read_rates("--learning-rates", "0.1,0.01")
+    (0.01, 0.1)
+
+    Args:
+      option: its name, for messages.
+      text: its value, numbers separated by commas.
+
+    Returns:
+      The rates, the lowest one first.
+
+    Raises:
+      UsageError: one is no positive, finite number, or stands there twice.
+    """
+    if text is None:
+        return None
+    rates = []
+    for word in text.split(","):
+        try:
+            rate = float(word)
+        except ValueError:
+            rate = math.nan
+        if RATE.problem(rate):
+            raise UsageError(
+                f"{option} must be positive, finite numbers separated by commas, such as "
+                f"0.01,0.1, got {shortened(repr(word.strip()))} in {shortened(repr(text))}"
+            )
+        if rate in rates:
+            raise UsageError(f"{option} has {rate:g} more than once; give each rate once")
+        rates.append(rate)
+    return tuple(sorted(rates))
+
+
 def parse_json(text: str | bytes) -> Any:
     """Reads JSON in UTF-8.
 

@@ -51,6 +51,9 @@ class Options(cli.Options):
     """Loss: cross_entropy, or mse (half the squared distance to the one-hot label)."""
     methods: str = ",".join(figures.PRINCIPAL)
     """Methods, separated by commas; --list methods shows all."""
+    learning_rates: str | None = None
+    """Rates that every method is tuned on, separated by commas, such as 0.01,0.1; default: the grid
+    of each method."""
     seeds: int = 3
     """Seeds per method and learning rate: initial weights and batch order."""
     epochs: int | None = None
@@ -97,6 +100,7 @@ def resolve(options: Options) -> Plan:
     return training.plan(
         options.task,
         names,
+        learning_rates=cli.read_rates("--learning-rates", options.learning_rates),
         data_dir=options.data_dir,
         model=options.model,
         loss=options.loss,

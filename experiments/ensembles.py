@@ -69,7 +69,7 @@ class Options(cli.Options):
     method: str = "sgd"
     """Training method; an unknown name lists all."""
     learning_rates: str | None = None
-    """Rates to choose from, separated by commas; default: the method's grid."""
+    """Rates to choose from, separated by commas, such as 0.01,0.1; default: the method's grid."""
     schedule: str = "cosine"
     """Schedule of single and independent members: cosine (one cycle, down to 0) or constant."""
     members: int = 5
@@ -100,10 +100,10 @@ def resolve(options: Options) -> tuple[Plan, list[str], list[float]]:
     cli.check_known("kind", options.kind, (*KINDS, "all"))
     cli.check_known("method", options.method, tuple(methods.METHODS))
     cli.check_known("schedule", options.schedule, tuple(SCHEDULES))
-    rates = _rates(options)
     plan = comparison.plan(
         options.task,
         [options.method],
+        learning_rates=cli.read_rates("--learning-rates", options.learning_rates),
         data_dir=options.data_dir,
         model=options.model,
         seeds=options.seeds,
@@ -119,22 +119,7 @@ def resolve(options: Options) -> tuple[Plan, list[str], list[float]]:
         )
     if "snapshot" in kinds:
         snapshot_cycle(plan.steps, options.members)
-    return plan, kinds, rates
-
-
-def _rates(options: Options) -> list[float]:
-    if options.learning_rates is None:
-        return list(methods.METHODS[options.method].learning_rates)
-    try:
-        rates = [float(rate) for rate in options.learning_rates.split(",")]
-    except ValueError:
-        rates = []
-    if not rates or any(map(cli.RATE.problem, rates)):
-        raise UsageError(
-            "--learning-rates must be positive numbers separated by commas, got "
-            f"{options.learning_rates!r}"
-        )
-    return list(dict.fromkeys(rates))
+    return plan, kinds, [*plan.methods[0].learning_rates]
 
 
 def run(options: Options, plan: Plan, kind: str, rates: Sequence[float]) -> Record:

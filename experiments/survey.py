@@ -70,6 +70,9 @@ class Options(cli.Options):
     """Model: mlp or cnn; default: the task's own if it is one of them, else cnn."""
     scale: str = "small"
     """small (5 seeds, the task's usual number of passes) or full (10 seeds, three times that)."""
+    learning_rates: str | None = None
+    """Rates that every method is tuned on, separated by commas, such as 0.01,0.1; default: the grid
+    of each method."""
     seeds: int | None = None
     """Seeds, instead of the scale's."""
     steps: int | None = None
@@ -97,6 +100,7 @@ def resolve(options: Options) -> Plan:
     plan = training.plan(
         options.task,
         PLAIN,
+        learning_rates=cli.read_rates("--learning-rates", options.learning_rates),
         data_dir=options.data_dir,
         model=options.model,
         seeds=seeds if options.seeds is None else options.seeds,
@@ -137,9 +141,8 @@ def train(plan: Plan, folder: Path, console: Console) -> list[dict[str, Any]]:
 
 def panel_plans(plan: Plan) -> dict[str, Plan]:
     """The comparisons that a survey is made of, by the folder of each."""
-    batch_norm = dataclasses.replace(
-        plan, methods=methods.get_methods(BATCH_NORM), model_options={"norm": "batch"}
-    )
+    again = [method for method in plan.methods if method.name in BATCH_NORM]
+    batch_norm = dataclasses.replace(plan, methods=again, model_options={"norm": "batch"})
     return {"plain": plan, "batch_norm": batch_norm}
 
 
@@ -148,7 +151,7 @@ def train_ensembles(plan: Plan, path: Path, console: Console) -> list[dict[str, 
     if (record := read_record(path)) is not None:
         console.print("  already done")
         return record["rows"]
-    method = methods.METHODS["sgd"]
+    (method,) = (method for method in plan.methods if method.name == "sgd")
     rates = method.learning_rates
     rows = []
     for kind in ENSEMBLES:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from experiments.reporting import figures
-from experiments.reporting.statistics import mean_and_error
+from experiments.reporting.statistics import grid_edge, mean_and_error
 from experiments.reporting.tables import percent, table
 
 Record = dict[str, Any]
@@ -26,7 +26,7 @@ def _values(record: Record, key: str, what: str, place: int | None = None) -> li
 
 def on_edge(record: Record, rates: Sequence[float]) -> bool:
     """Whether the chosen rate is the lowest or the highest one that was tried."""
-    return len(rates) > 1 and record["learning_rate"] in (min(rates), max(rates))
+    return grid_edge(record["learning_rate"], rates) is not None
 
 
 def _percent(values: Sequence[float]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.methods import Method
 from experiments.reporting import comparison
-from experiments.reporting.statistics import mean_and_error
+from experiments.reporting.statistics import grid_edge, mean_and_error
 from experiments.runs.records import RESULTS, environment
 from experiments.runs.study import StudyFolder
 
@@ -95,7 +95,6 @@ def summarize_method(
         key: statistics.fmean(record[key] for record in hits) if len(hits) == seeds else None
         for key in ("step", "gradient_evaluations")
     }
-    grid = sorted(method.learning_rates)
     return {
         "method": method.name,
         "family": method.family,
@@ -105,7 +104,7 @@ def summarize_method(
         "fidelity": method.fidelity,
         "base": method.base,
         "learning_rate": rate,
-        "grid_edge": "lowest" if rate == grid[0] else "highest" if rate == grid[-1] else None,
+        "grid_edge": grid_edge(rate, method.learning_rates),
         "test_accuracy": test[0],
         "test_accuracy_error": test[1],
         "validation_accuracy": best["validation_accuracy"],

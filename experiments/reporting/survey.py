@@ -22,7 +22,7 @@ from scipy.stats import rankdata
 
 from experiments import cli
 from experiments.reporting import figures, tables
-from experiments.reporting.statistics import mean_and_error
+from experiments.reporting.statistics import grid_edge, mean_and_error
 from experiments.reporting.summary import Record, diverged
 from experiments.runs.records import environment
 
@@ -142,7 +142,7 @@ def ensemble(
         "name": name,
         "family": "ensembles",
         "learning_rate": rate,
-        "grid_edge": {min(rates): "lowest", max(rates): "highest"}.get(rate),
+        "grid_edge": grid_edge(rate, rates),
         "steps_to_target": None,
         "time_relative_to_base": None,
         "accuracy": [each["averages"][-1]["accuracy"] for each in scores],

@@ -74,7 +74,8 @@ def test_table_and_files(here: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_both_methods_start_alike_and_differ_by_seed(here: Path) -> None:
-    assert run(*TINY, "--name", "a", "--eval-every", "12") == 0
+    grid = ["--learning-rates", "0.1"]
+    assert run(*TINY, "--name", "a", "--eval-every", "12", *grid) == 0
 
     def starts(method: str) -> dict[int, float]:
         lines = (here / "runs/a/metrics" / f"{method}.jsonl").read_text().splitlines()
@@ -83,6 +84,10 @@ def test_both_methods_start_alike_and_differ_by_seed(here: Path) -> None:
 
     assert starts("sgd") == starts("adam")
     assert len(set(starts("sgd").values())) == 2
+    results = json.loads((here / "runs/a/results.json").read_text())
+    assert results["config"]["methods"] == {"sgd": [0.1], "adam": [0.1]}
+    chosen = [(row["learning_rate"], row["grid_edge"]) for row in results["rows"]]
+    assert chosen == [(0.1, None), (0.1, None)]  # the only one is on no edge
 
 
 @pytest.mark.slow
@@ -167,6 +172,8 @@ def test_token_ids_and_another_loss(here: Path, monkeypatch: pytest.MonkeyPatch)
         (["--seeds", "0"], ["--seeds must be at least 1, got 0"]),
         (["--seeds", "three"], ["--seeds", "three"]),
         (["--steps", "5", "--epochs", "1"], ["--epochs", "--steps"]),
+        (["--learning-rates", "0.1,0.01,0.1"], ["--learning-rates has 0.1 more than once"]),
+        (["--learning-rates", "0.1,-1"], ["positive, finite numbers", "'-1' in '0.1,-1'"]),
         (["--target", "95"], ["--target must be more than 0 and at most 1, got 95"]),
         (["--batch-size", "100000"], ["--batch-size 100000", "training examples"]),
         (["--name", "../x"], ["--name", "'../x'", "--runs-dir"]),

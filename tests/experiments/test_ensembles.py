@@ -110,7 +110,7 @@ def test_a_training_that_fails_is_shown(tmp_path: Path, capsys: pytest.CaptureFi
         (["--members", "9", "--steps", "8"], ["--members 9", "8 steps", "raise --steps"]),
         (["--members", "6", "--steps", "10"], ["5 cycles of 2, not 6", "take 12 steps"]),
         (["--learning-rates", "0.1,x"], ["--learning-rates", "'0.1,x'"]),
-        (["--learning-rates", "0"], ["must be positive numbers", "'0'"]),
+        (["--learning-rates", "0"], ["must be positive, finite numbers", "'0'"]),
         (["--seeds", "0"], ["--seeds must be at least 1, got 0"]),
         (["--name", "../x"], ["--name", "'../x'"]),
         (["--kinds", "single"], ["--kinds", "--members"]),

@@ -10,6 +10,7 @@ and what is finished there is not trained again.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -43,6 +44,7 @@ def plan(
     task_name: str,
     method_names: Sequence[str],
     *,
+    learning_rates: Sequence[float] | None = None,
     data_dir: Path | None = None,
     model: str | None = None,
     loss: str = "cross_entropy",
@@ -59,6 +61,8 @@ def plan(
     Args:
       task_name: data set to classify.
       method_names: entries of the catalogue.
+      learning_rates: the rates that each of them is tuned on; ``None`` for the grid that the
+        catalogue has for it.
       data_dir: folder with the data files; ``None`` for the one that OPTAX_ACCEL_DATA names.
       model: name of the model; ``None`` for the task's own.
       loss: name of the loss.
@@ -78,6 +82,8 @@ def plan(
       ValueError: one line that says which setting is wrong and what is allowed.
     """
     methods = get_methods(method_names, per_worker=False)
+    if learning_rates is not None:
+        methods = [dataclasses.replace(m, learning_rates=tuple(learning_rates)) for m in methods]
     data.check_classification(task_name)
     cli.check_known("model", model, models.list())
     cli.check_known("loss", loss, data.LOSSES["classification"])
