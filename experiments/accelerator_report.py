@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
-from experiments import cli
+from experiments import cli, progress
 from experiments.reporting import accelerator as report
 from experiments.runs import folders
 from experiments.runs.records import RESULTS
@@ -120,13 +120,16 @@ def run(rows: Sequence[Row], store: Store, call: Call, end: float, console: Cons
     todo = [row for row in rows if before.get(row.key, {}).get("status") not in FINAL]
     # Those that went wrong before come last, so that they do not hold up the others again.
     todo.sort(key=lambda row: row.key in before)
+    progress.expect(sum(row.estimate for row in todo))
     left_out, compiled = [], None  # the network and precision whose base is compiled now
     for row in todo:
         estimate = row.estimate + (row.base_estimate if row.place != compiled else 0.0)
         expected = estimate * statistics.median(factors.get(row.group, [1.0]))
         left = end - time.monotonic()
+        progress.tell(f"{row.group} {row.name}")
         if expected > left:
             left_out.append(row)
+            progress.advance(row.estimate)
             continue
         patience = max(PATIENCE * expected, LEAST_PATIENCE)
         outcome = call(row.key, min(left, patience))
@@ -134,6 +137,7 @@ def run(rows: Sequence[Row], store: Store, call: Call, end: float, console: Cons
         failure = {"status": outcome.status, "reason": outcome.reason}
         record = {**(outcome.value or failure), "estimate": estimate}
         store.save(row, [record])
+        progress.advance(row.estimate)
         _learn(factors, row, record)
         shown = f"{record['seconds']:.1f} s" if "seconds" in record else record["reason"]
         console.print(f"  {row.group} {row.name}: {record['status']}, {shown}", soft_wrap=True)
@@ -209,7 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             store = Store(study.folder)
             end = began + (options.budget_seconds or scale.seconds)
             try:
-                left_out = run(rows, store, isolated.call, end, console)
+                with progress.show(console, "accelerator_report"):
+                    left_out = run(rows, store, isolated.call, end, console)
             except KeyboardInterrupt:
                 left_out = [row for row in rows if store.load(row) is None]
                 write(rows, left_out, "interrupted", store, machine, console)

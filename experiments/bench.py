@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 from rich.console import Console
 from rich.table import Table
 
-from experiments import cli, timing
+from experiments import cli, progress, timing
 from experiments.methods import METHODS, Method, get_methods
 from experiments.reporting import tables
 from experiments.training.studies import first_step, method_cost
@@ -184,12 +184,16 @@ def run(options: Options, groups: dict[str, list[Method]], console: Console) -> 
     }
     compilations = min(options.repeats, COMPILE_REPEATS)
     results: dict[str, Any] = {"machine": machine, "repeats": options.repeats}
+    networks = [*first_step.NETWORKS] if options.first_steps else []
+    progress.expect(len(questions) * len(groups) + len(networks))
     for key, (title, make) in questions.items():
         repeats, warm_ups = (compilations, 1) if key == "compile" else (options.repeats, 2)
         results[key] = [
             row
-            for base, group in groups.items()
-            if (cases := make(base, group))
+            for base in progress.each(
+                [*groups], f"{key}: {{}} and its methods".format, expected=True
+            )
+            if (cases := make(base, groups[base]))
             for row in (
                 update_rows(cases, options.parameters, repeats)
                 if key == "update"
@@ -210,7 +214,8 @@ def run(options: Options, groups: dict[str, list[Method]], console: Console) -> 
     if options.first_steps:
         timed = dict.fromkeys(method for group in groups.values() for method in group)
         results["first_step"] = {}
-        for name, network in first_step.NETWORKS.items():
+        for name in progress.each(networks, "time to the first step, {}".format, expected=True):
+            network = first_step.NETWORKS[name]
             rows = first_step.rows(network(), list(timed), options.first_steps)
             results["first_step"][name] = rows
             console.print()
@@ -230,7 +235,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.check_file("--json", options.json)
     # The tree, its gradient, its update and a state of two trees for the method and its base each.
     cli.check_memory(4 * 8 * options.parameters, f"a tree of {options.parameters:,} parameters")
-    results = run(options, grouped(options.methods), cli.console(100))
+    groups, console = grouped(options.methods), cli.console(100)
+    with progress.show(console, "bench"):
+        results = run(options, groups, console)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         cli.write_atomic(options.json, cli.to_json(results))

@@ -39,7 +39,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from experiments import cli, data, timing
+from experiments import cli, data, progress, timing
 from experiments.cli import UsageError
 from experiments.reporting import brief_review as report
 from experiments.reporting import figures
@@ -269,18 +269,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         machine = timing.machine()
         done = {(record["model"], record["variant"], record["seed"]) for record in records}
-        for (model, variant, seed), plan in study.plans.items():
-            if (model, variant, seed) in done:
-                continue
-            began = time.perf_counter()
-            record = {"model": model, "variant": variant, "seed": seed} | measure(plan)
-            records.append(record)
-            result = {"machine": machine, "config": study.config, "records": records}
-            write_record(study.folder / RESULTS, {"command": PROG, **result})
-            console.print(
-                f"  {model} {variant}, seed {seed}: {record['examples_per_second']:.1f} "
-                f"examples / s; {time.perf_counter() - began:.0f} s with compilation"
-            )
+        todo = [key for key in study.plans if key not in done]
+        with progress.show(console, "brief_review"):
+            for model, variant, seed in progress.each(todo, "{0[0]} {0[1]}, seed {0[2]}".format):
+                began = time.perf_counter()
+                record = {"model": model, "variant": variant, "seed": seed}
+                record |= measure(study.plans[model, variant, seed])
+                records.append(record)
+                result = {"machine": machine, "config": study.config, "records": records}
+                write_record(study.folder / RESULTS, {"command": PROG, **result})
+                console.print(
+                    f"  {model} {variant}, seed {seed}: {record['examples_per_second']:.1f} "
+                    f"examples / s; {time.perf_counter() - began:.0f} s with compilation"
+                )
         order = {key: i for i, key in enumerate(study.plans)}
         records.sort(key=lambda record: order[record["model"], record["variant"], record["seed"]])
         rows = report.summarize(records)

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import cli, methods, timing
+from experiments import cli, methods, progress, timing
 from experiments.cli import UsageError
 from experiments.reporting import ensembles as reporting
 from experiments.reporting import figures
@@ -163,10 +163,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             soft_wrap=True,
         )
         records = []
-        for kind in kinds:
-            begin = time.perf_counter()
-            records.append(run(options, plan, kind, rates))
-            console.print(f"  {kind:<12} {time.perf_counter() - begin:.1f} s")
+        with progress.show(console, "ensembles"):
+            # Steps of one network; members of a kind share them.
+            progress.expect(len(kinds) * len(rates) * plan.seeds * plan.steps)
+            for kind in kinds:
+                begin = time.perf_counter()
+                records.append(run(options, plan, kind, rates))
+                console.print(f"  {kind:<12} {time.perf_counter() - begin:.1f} s")
         result = {"machine": timing.machine(), "kinds": records}
         write_results(folder, PROG, options, _plain(result))
         title = f"Ensembles on {options.task} with {options.method}, one budget"

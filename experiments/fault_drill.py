@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import cli
+from experiments import cli, progress
 from experiments.reporting import tables
 from experiments.training.studies.drill import Ground
 from experiments.training.studies.faults import FAULTS
@@ -50,20 +50,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     columns = ["fault", "what happened", "times", "survived", "lost: mean", "max", "seconds"]
     table = tables.table(columns, "Faults injected into training runs", left=2)
     problems = []
-    with tempfile.TemporaryDirectory(prefix="fault-drill-") as folder:
+    plan = {name: seldom if options.quick else often for name, (_, often, seldom) in FAULTS.items()}
+    plan = {name: times for name, times in plan.items() if times}
+    with (
+        tempfile.TemporaryDirectory(prefix="fault-drill-") as folder,
+        progress.show(console, "fault_drill", sum(plan.values()) + 1),
+    ):
         ground = Ground(Path(folder), options.seed)
         console.print(f"a run of {ground.steps} steps that nothing happens to")
+        progress.tell("the run that nothing happens to")
         ground.reference  # noqa: B018  (made here, so that no fault is charged with its time)
-        for name, (fault, often, seldom) in FAULTS.items():
-            times = seldom if options.quick else often
-            if not times:
-                continue
+        progress.advance()
+        for name, times in plan.items():
+            fault = FAULTS[name][0]
             outcomes, began = [], time.monotonic()
-            for _ in range(times):
+            for i in range(times):
+                progress.tell(f"{name}, {i + 1} of {times}")
                 try:
                     outcomes.append(fault(ground))
                 except Exception as failure:
                     problems.append(f"{name}: {type(failure).__name__}: {failure}")
+                progress.advance()
             console.print(f"{name}: survived {len(outcomes)} of {times}")
             lost = [steps for outcome in outcomes for steps in outcome.lost]
             failed = times - len(outcomes)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import cli, methods, timing
+from experiments import cli, methods, progress, timing
 from experiments.cli import UsageError
 from experiments.reporting import figures, tables
 from experiments.runs import folders
@@ -124,6 +124,7 @@ def run(options: Options, plan: Plan, rates: np.ndarray) -> list[RangeTest]:
 
         def advance(rate: float, runs: Any = runs, step: Any = step) -> Any:
             runs.rates = jnp.asarray(rate, jnp.float32)
+            progress.advance()
             return runs.advance(next(step))
 
         results.append(
@@ -184,7 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             soft_wrap=True,
         )
         try:
-            results = run(options, plan, rates)
+            with progress.show(console, "lr_range_test", plan.seeds * plan.steps):
+                results = run(options, plan, rates)
         except ValueError as error:
             return cli.fail(error, 1)
         suggestion = median([result.suggestion for result in results])

@@ -40,7 +40,7 @@ import numpy as np
 import optax
 
 import optax_accel as oa
-from experiments import cli, timing
+from experiments import cli, progress, timing
 from experiments.methods import METHODS
 from experiments.methods.method import Method, Paper
 from experiments.methods.optax_methods import MUON
@@ -217,11 +217,18 @@ def run(options: Options, problem: Problem, names: Sequence[str]) -> list[dict[s
         seed: make(options.scale == "full", options.data_dir, seed).params
         for seed in range(options.seed + 1, options.seed + options.seeds)
     }
+    progress.expect(sum(number_of_runs(options, name) for name in names))
     for name in names:
         candidate = CANDIDATES[name]
+        progress.tell(f"{name}: compiling")
         trainer: Any = Trainer(candidate, problem) if name != "kfac_jax" else rival(problem)
         settings = candidate.middle(options.settings)
-        curves = [train(trainer, setting, steps, seconds, options.seed) for setting in settings]
+        curves = []
+        for setting in settings:
+            values = ", ".join(f"{key} {value:g}" for key, value in setting.items())
+            progress.tell(f"{name}: {values}")
+            curves.append(train(trainer, setting, steps, seconds, options.seed))
+            progress.advance()
         finals = [final_loss(curve, steps, seconds) for curve in curves]
         best = int(np.argmin(finals))
         if math.isinf(finals[best]):
@@ -234,7 +241,9 @@ def run(options: Options, problem: Problem, names: Sequence[str]) -> list[dict[s
             seconds = max(options.time_factor * float(np.median(whole)), LEAST_SECONDS)
         chosen = [curves[best]]
         for seed, params in starts.items():
+            progress.tell(f"{name}: seed {seed}")
             chosen.append(train(trainer, settings[best], steps, seconds, seed, params))
+            progress.advance()
         curve = chosen[0]
         rows.append(
             {
@@ -252,6 +261,11 @@ def run(options: Options, problem: Problem, names: Sequence[str]) -> list[dict[s
     for row in rows:
         row["reached"] = [report.reached(curve, target) for curve in row["curves"]]
     return rows
+
+
+def number_of_runs(options: Options, name: str) -> int:
+    """How often a method is trained: with each of its settings, then with the other seeds."""
+    return len(CANDIDATES[name].middle(options.settings)) + options.seeds - 1
 
 
 def rival(problem: Problem) -> kfac_jax_rival.KFACJaxTrainer:
@@ -309,7 +323,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with claim_results(folder, PROG, ["curves.png"]):
         console.print(f"{title}, up to {steps} -> {folder}", soft_wrap=True)
         try:
-            rows = run(options, problem, names)
+            with progress.show(console, "natural_gradient"):
+                rows = run(options, problem, names)
         except ValueError as error:
             return cli.fail(error, 1)
         lines = report.conclusion(rows)

@@ -26,7 +26,7 @@ import jax
 from rich.console import Console
 
 import models
-from experiments import cli, data, timing
+from experiments import cli, data, progress, timing
 from experiments.methods import METHODS, Method, get_methods
 from experiments.reporting import scaling as report
 from experiments.runs.records import plain_options
@@ -120,6 +120,14 @@ def _with_modes(methods: Sequence[Method], modes: Sequence[str]) -> list[tuple[M
     ]
 
 
+def _counted(entry: tuple[Method, str]) -> str:
+    return f"counting {entry[0].name}, {entry[1]}"
+
+
+def _timed(entry: tuple[Method, str]) -> str:
+    return f"timing {entry[0].name}, {entry[1]}"
+
+
 def run(options: Options, console: Console) -> dict[str, Any]:
     """Counts, computes and times; prints the tables.
 
@@ -141,9 +149,12 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         f"{options.task}, batch {options.batch_size}; a copy of the parameters has "
         f"{copy:,} bytes, and all amounts are in such copies"
     )
+    counted = _with_modes(methods, modes)
+    compared = _with_modes(timed, modes) if options.rounds else []
+    progress.expect(len(counted) + len(compared))
     counts = [
         row
-        for method, mode in _with_modes(methods, modes)
+        for method, mode in progress.each(counted, _counted, expected=True)
         for row in communication.counts(programs, method, mode)
     ]
     view, notes = report.counts_table(counts, len(programs.devices), copy)
@@ -166,7 +177,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 
     times = []
     if options.rounds:
-        for method, mode in _with_modes(timed, modes):
+        for method, mode in progress.each(compared, _timed, expected=True):
             rows_by_devices = communication.time_steps(programs, method, mode, options.rounds)
             times.append({"method": method.name, "mode": mode, "devices": rows_by_devices})
         console.print()
@@ -192,7 +203,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
     try:
-        results = run(options, cli.console(150))
+        console = cli.console(150)
+        with progress.show(console, "scaling"):
+            results = run(options, console)
     except (cli.UsageError, data.DataError) as error:
         return cli.fail(error)
     if options.json is not None:

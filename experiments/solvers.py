@@ -24,7 +24,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from rich.console import Console
 
-from experiments import cli, data, timing
+from experiments import cli, data, progress, timing
 from experiments.reporting import solvers as report
 from experiments.runs import folders
 from experiments.runs.records import to_csv
@@ -82,6 +82,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
       The results as plain JSON.
     """
     task = data.load_task(options.task, data_dir=options.data_dir)
+    progress.tell(f"{options.steps} steps of SGD")
     hessian = hessians.trained_hessian(
         task,
         k=options.k,
@@ -103,6 +104,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         f"{1000 * product_seconds:.1f} ms; jax {jax.__version__}, {os.cpu_count()} cores, load "
         f"{os.getloadavg()[0] if hasattr(os, 'getloadavg') else 0:.1f}"
     )
+    progress.tell("ARPACK's eigenvalues, the reference")
     exact = hessians.arpack(
         lambda vector: hessians.ravel(hessian.product(unravel(vector))),
         size,
@@ -149,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         data.check_classification(options.task)
         folder = folders.locate(options.runs_dir, options.name, f"solvers-{options.task}")
         with claim_results(folder, PROG, ["results.csv"]):
-            results = run(options, console)
+            with progress.show(console, "solvers"):
+                results = run(options, console)
             write_results(folder, PROG, options, results)
             cli.write_atomic(folder / "results.csv", to_csv(report.medians(results["solvers"])))
     except data.DataError as error:

@@ -26,7 +26,7 @@ import optax
 from flax import nnx
 
 import models
-from experiments import cli, hlo, timing
+from experiments import cli, hlo, progress, timing
 from experiments.reporting import tables
 from experiments.training import networks
 from experiments.training.options import read_model_options
@@ -67,7 +67,11 @@ def measure(
     Returns:
       The cost of each function by its name.
     """
-    compiled = {name: jax.jit(fn).lower(*args).compile() for name, fn in programs.items()}
+    compiled = {
+        name: jax.jit(programs[name]).lower(*args).compile()
+        for name in progress.each([*programs], "compiling {}".format)
+    }
+    progress.tell("timing")
 
     def timer(program: Callable[..., Any]) -> Callable[[], float]:
         jax.block_until_ready(program(*args))
@@ -239,7 +243,8 @@ def run(options: Options) -> dict[str, Cost]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
-    with cli.usage():
+    console = cli.console(100)
+    with cli.usage(), progress.show(console, "step_cost"):
         costs = run(options)
     title = f"{options.model}, {options.batch_size} in {options.accumulate}"
     table = tables.table(["way", "temp MB", "of whole", "ms", "of whole"], title)
@@ -252,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{1e3 * cost.seconds:.1f}",
             f"{cost.seconds / whole.seconds:.2f}" if whole else "",
         )
-    cli.console(100).print(table)
+    console.print(table)
     return 0
 
 

@@ -42,7 +42,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import sys
 import time
@@ -51,14 +50,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments import cli, data
+from experiments import cli, data, progress
 from experiments.cli import UsageError
 from experiments.reporting.subspace import claims
 from experiments.reporting.subspace.report import PANELS, write_all
 from experiments.runs import folders
 from experiments.runs.records import environment
 from experiments.runs.study import StudyFolder
-from experiments.runs.units import Rows, Store
+from experiments.runs.units import Rows, Store, Unit
 from experiments.training.studies import subspace_panels
 from experiments.training.studies.subspace_runs import Plan, Scale, Study
 
@@ -176,14 +175,18 @@ def run(plan: Plan, folder: Path, panels: Sequence[str], console: Console) -> di
     rows: dict[str, Rows] = {}
     unfinished = set()
     begin, computed = time.perf_counter(), 0
-    units = (subspace_panels.units(study, store, seed) for seed in range(plan.scale.seeds))
-    for unit in itertools.chain.from_iterable(units):
+    units = all_units(study, store)
+    wanted = {*panels, "alignment"}
+    progress.expect(sum(unit.group in wanted and store.load(unit) is None for unit in units))
+    for unit in units:
         stored = store.load(unit)
-        if stored is None and (unit.group in panels or unit.group == "alignment"):
+        if stored is None and unit.group in wanted:
             start = time.perf_counter()
+            progress.tell(f"{unit.group} {unit.name}")
             store.save(unit, unit.work())
             stored = store.load(unit)
             computed += 1
+            progress.advance()
             console.print(f"  {unit.group} {unit.name}: {time.perf_counter() - start:.1f} s")
         if stored is None:
             unfinished.add(unit.group)
@@ -192,6 +195,12 @@ def run(plan: Plan, folder: Path, panels: Sequence[str], console: Console) -> di
         f"  {cli.plural(computed, 'unit')} computed in {time.perf_counter() - begin:.0f} s"
     )
     return {name: content for name, content in rows.items() if name not in unfinished}
+
+
+def all_units(study: Study, store: Store) -> list[Unit]:
+    """The units of all seeds."""
+    seeds = range(study.plan.scale.seeds)
+    return [unit for seed in seeds for unit in subspace_panels.units(study, store, seed)]
 
 
 @cli.command
@@ -211,7 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{plan.learning_rate:g}, {cli.plural(plan.scale.seeds, 'seed')} -> {folder}",
             soft_wrap=True,
         )
-        rows = run(plan, folder, panels, console)
+        with progress.show(console, "subspace_study"):
+            rows = run(plan, folder, panels, console)
         results = {"config": config, "environment": environment(), "rows": rows}
         verdicts = write_all(folder, results)
     console.print()

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
-from experiments import cli, methods
+from experiments import cli, methods, progress
 from experiments.cli import UsageError
 from experiments.reporting import comparison, figures
 from experiments.reporting import survey as report
@@ -156,7 +156,8 @@ def train_ensembles(plan: Plan, path: Path, console: Console) -> list[dict[str, 
     rows = []
     for kind in ENSEMBLES:
         begin = time.perf_counter()
-        trained = ensembles.train_kind(kind, plan, method, rates, MEMBERS)
+        with progress.show(console, kind, len(rates) * plan.seeds * plan.steps):
+            trained = ensembles.train_kind(kind, plan, method, rates, MEMBERS)
         best = ensembles.best_rate(trained)
         scores = [each.scores("test") for each in trained if each.learning_rate == best]
         rows.append(report.ensemble(kind, best, rates, scores))

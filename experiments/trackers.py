@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 import numpy as np
 from rich.console import Console
 
-from experiments import cli, data, timing
+from experiments import cli, data, progress, timing
 from experiments.reporting import trackers as report
 from experiments.runs import folders
 from experiments.runs.records import to_csv
@@ -126,11 +126,13 @@ def run(
         f"{path.dimension:,} parameters, squared error, SGD {options.learning_rate:g}, "
         f"batch {options.batch_size}, k = {path.k}; subset of {options.curvature_batch} examples"
     )
-    rows, references, refreshes = tracking.accuracy(path, entries, console.print)
+    with progress.show(console, "trackers", options.steps):
+        rows, references, refreshes = tracking.accuracy(path, entries, console.print)
     arpack_seconds = float(np.median([reference.seconds for reference in references]))
     cost = []
     if options.repeats:
-        cost = tracking.costs(path, entries, refreshes, arpack_seconds, options.repeats)
+        with progress.show(console, "timing"):
+            cost = tracking.costs(path, entries, refreshes, arpack_seconds, options.repeats)
     summary = {name: report.summarize(rows, name) for name in entries}
     checks = report.checks(summary, cost)
     trackers = {

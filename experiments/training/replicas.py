@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import models
-from experiments import data
+from experiments import data, progress
 from experiments.methods import Method
 from experiments.runs.records import number
 from experiments.training import losses, networks
@@ -173,6 +173,7 @@ class Trainer:
             ]
         )
         self._steps: dict[tuple[str, bool], Callable[..., Any]] = {}
+        self.called: set[tuple[str, bool, Any]] = set()  # the forms of steps that are compiled
         evaluate = functools.partial(networks.evaluate, self.graphdef, loss=plan.loss)
         self._evaluate = {
             True: jax.jit(jax.vmap(evaluate, in_axes=(0, 0, None))),
@@ -353,24 +354,23 @@ class Trainer:
         examples = sum(len(batch["y"]) for batch in self.held_out[split])
         return {f"{split}_{name}": value / examples for name, value in sums.items()}
 
-    def train(
-        self,
-        method: Method,
-        replicas: Sequence[Replica],
-        advance: Callable[[int], None] = lambda steps: None,
-    ) -> list[Record]:
-        """Trains runs together from start to end.
+    def work(self, method: Method, replicas: int) -> float:
+        """What `experiments.progress` counts for runs of a method: mini-batch gradients."""
+        return replicas * float(self.gradient_evaluations(method)[-1])
+
+    def train(self, method: Method, replicas: Sequence[Replica]) -> list[Record]:
+        """Trains runs together from start to end, and tells `experiments.progress` how far it is.
 
         Args:
           method: the method.
           replicas: (learning rate, seed) of each run.
-          advance: called with the number of steps done since the last call.
 
         Returns:
           One record per run and evaluation; the last of each run has the test results. Values that
           are not finite are None.
         """
         plan, cost = self.plan, self.gradient_evaluations(method)
+        work = len(replicas) * cost[-1] / plan.steps
         runs = self.start(method, replicas)
         records: list[Record] = []
         losses: list[np.ndarray] = []  # of the steps since the last evaluation
@@ -380,7 +380,8 @@ class Trainer:
             point = last or done % plan.eval_every == 0
             if point or len(queue) == FETCH_EVERY:
                 losses += [np.atleast_1d(loss) for loss in queue]
-                advance(len(queue))
+                progress.advance(len(queue) * work)
+                progress.tell(f"{method.name}: step {done} of {plan.steps}")
                 queue = []
             if point:
                 values = self.evaluate(runs, "validation")
@@ -435,7 +436,11 @@ class Runs:
         Returns:
           The losses, which are not waited for.
         """
-        trainer = self.trainer
+        trainer, name = self.trainer, self.method.name
+        refresh = trainer.refresh(self.method, step)
+        if (name, self.batched, refresh) not in trainer.called:
+            trainer.called.add((name, self.batched, refresh))
+            progress.tell(f"{name}: compiling")
         self.state, loss = trainer.step(self.method, self.batched)(
             self.rates,
             self.state,
@@ -443,6 +448,11 @@ class Runs:
             trainer.curvature[self.seeds],
             trainer.train_x,
             trainer.train_y,
-            refresh=trainer.refresh(self.method, step),
+            refresh=refresh,
         )
+        if refresh == "cold":
+            products = self.method.products(
+                refresh, trainer.weights[0][0], trainer.plan.task.num_classes
+            )
+            progress.tell(f"{name}: finding the subspace ({products} products)")
         return loss

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
-TOOLS = {"cli", "timing", "hlo"}
+TOOLS = {"cli", "hlo", "progress", "timing"}
 # What each room may import of the project, beside itself and the tools, which import nothing of it.
 ROOMS = {
     "data": set(),

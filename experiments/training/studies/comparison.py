@@ -23,10 +23,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import models
-from experiments import cli, data, timing
+from experiments import cli, data, progress, timing
 from experiments.cli import UsageError
 from experiments.methods import METHODS, Method, get_methods
 from experiments.runs.records import is_number, read_file, read_record, write_record
@@ -148,21 +147,19 @@ def train(plan: Plan, folder: Path, trainer: Trainer, console: Console) -> Outco
       The records of all runs, those that were finished before included, and the costs.
     """
     records: dict[str, list[Record]] = {}
-    columns = (
-        TextColumn("  {task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-    )
-    terminal = console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not terminal) as progress:
+    paths = {method.name: folder / "metrics" / f"{method.name}.jsonl" for method in plan.methods}
+    left = {
+        method.name: Missing.of(plan, method, paths[method.name], trainer)
+        for method in plan.methods
+    }
+    with progress.show(console, "compare", sum(missing.work for missing in left.values())):
         for method in plan.methods:
-            path = folder / "metrics" / f"{method.name}.jsonl"
-            records[method.name] = train_missing(plan, method, path, trainer, progress)
+            missing, path = left[method.name], paths[method.name]
+            records[method.name] = train_missing(plan, method, path, trainer, missing, console)
         path = folder / "timing.json"
         times = read_record(path)
         if times is None:
-            progress.add_task("time per step", total=None)
+            progress.tell("measuring the time per step of all methods")
             begin = time.perf_counter()
             times = measure_time(trainer)
             write_record(path, times)
@@ -180,35 +177,54 @@ def train(plan: Plan, folder: Path, trainer: Trainer, console: Console) -> Outco
     return Outcome(records, costs, {key: times[key] for key in ("runs_together", "rounds")})
 
 
+class Missing(NamedTuple):
+    """What there is of a method's runs, and what is to be done.
+
+    Attributes:
+      records: of the finished runs.
+      todo: the others.
+      size: how many of them are trained together.
+      work: what they take, in mini-batch gradients, see `Trainer.work`.
+    """
+
+    records: list[Record]
+    todo: list[Replica]
+    size: int
+    work: float
+
+    @classmethod
+    def of(cls, plan: Plan, method: Method, path: Path, trainer: Trainer) -> Missing:
+        """Reads the file of a method."""
+        records = read_records(plan, method, path)
+        finished = {(record["learning_rate"], record["seed"]) for record in records}
+        todo = [replica for replica in plan.replicas(method) if replica not in finished]
+        size = trainer.chunk_size(method, len(todo)) if todo else 1
+        whole_chunks = size * math.ceil(len(todo) / size)
+        return cls(records, todo, size, trainer.work(method, whole_chunks))
+
+
 def train_missing(
-    plan: Plan, method: Method, path: Path, trainer: Trainer, progress: Progress
+    plan: Plan, method: Method, path: Path, trainer: Trainer, missing: Missing, console: Console
 ) -> list[Record]:
     """Trains the runs of a method that its file lacks, a chunk at a time; returns all records."""
-    records = read_records(plan, method, path)
-    finished = {(record["learning_rate"], record["seed"]) for record in records}
-    todo = [replica for replica in plan.replicas(method) if replica not in finished]
+    records, todo, size, _ = missing
     if not todo:
-        progress.console.print(f"  {method.name:<18} already done")
+        console.print(f"  {method.name:<18} already done")
         return records
     if path.exists() and len(read_file(path).splitlines()) > len(records):
-        progress.console.print(f"  {method.name:<18} damaged runs in {path} are trained again")
-    size = trainer.chunk_size(method, len(todo))
-    bar = progress.add_task(
-        f"{method.name}: {len(todo)} runs", total=plan.steps * math.ceil(len(todo) / size)
-    )
+        console.print(f"  {method.name:<18} damaged runs in {path} are trained again")
     begin = time.perf_counter()
     for first in range(0, len(todo), size):
         chunk = todo[first : first + size]
         # The last chunk is filled up with copies, so that the compiled program fits.
         padded = chunk + [chunk[-1]] * (size - len(chunk))
-        new = trainer.train(method, padded, functools.partial(progress.advance, bar))
+        new = trainer.train(method, padded)
         records.extend({(r["learning_rate"], r["seed"], r["step"]): r for r in new}.values())
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
         cli.write_atomic(path, "".join(lines))
-    progress.remove_task(bar)
     together = "" if size == len(todo) else f", {size} at a time"
     seconds = time.perf_counter() - begin
-    progress.console.print(
+    console.print(
         f"  {method.name:<18} {cli.plural(len(todo), 'run')} of "
         f"{cli.plural(plan.steps, 'step')}{together}: {seconds:.1f} s"
     )

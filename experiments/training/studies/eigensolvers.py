@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from experiments import timing
+from experiments import progress, timing
 from experiments.training.studies.hessians import (
     MAX_PRODUCTS,
     WARM_STEPS,
@@ -412,21 +412,26 @@ def find_tools(search: Search) -> list[Tool | Skipped]:
     Returns:
       The solvers, our Lanczos iteration first, without those that were never accurate.
     """
+    progress.tell("lanczos: looking for the cheapest setting")
     lanczos, start = search.lanczos(), search.starts[0]
     first, second = (timing.timed(lambda: lanczos.run(start))[1] for _ in range(2))
     lanczos = dataclasses.replace(lanczos, compile_seconds=max(0.0, first - second))
     enough = max(int(lanczos.run(start)[1]) for start in search.starts)
-    tools = [
-        lanczos,
-        search.compiled_lanczos() if search.over_budget("", enough) is None else None,
-        search.lanczos_with_budget(enough),
-        search.lanczos_from_gradient(),
-        search.block_iteration(),
-        search.scipy(),
-        search.matfree(enough),
-        search.lobpcg(enough),
-    ]
-    return [tool for tool in tools if tool is not None]
+    searches: dict[str, Callable[[], Tool | Skipped | None]] = {
+        "lanczos with a budget": lambda: search.lanczos_with_budget(enough),
+        "lanczos from the gradient": search.lanczos_from_gradient,
+        "block iteration": search.block_iteration,
+        "SciPy": search.scipy,
+        "matfree": lambda: search.matfree(enough),
+        "LOBPCG": lambda: search.lobpcg(enough),
+    }
+    if search.over_budget("", enough) is None:
+        searches = {"compiled lanczos": search.compiled_lanczos} | searches
+    found = (
+        searches[name]()
+        for name in progress.each([*searches], "{}: looking for the cheapest setting".format)
+    )
+    return [lanczos, *(tool for tool in found if tool is not None)]
 
 
 def measure(tools: Sequence[Tool | Skipped], search: Search) -> list[dict[str, Any]]:
@@ -449,13 +454,16 @@ def measure(tools: Sequence[Tool | Skipped], search: Search) -> list[dict[str, A
 
         def run() -> float:
             start = next(starts)
+            progress.tell(f"timing {tool.name}")
             (values, count), seconds = timing.timed(lambda: tool.run(start))
             products[tool].append(int(count))
             errors[tool].append(search.error(values))
+            progress.advance()
             return seconds
 
         return run
 
+    progress.expect(len(running) * len(search.starts))
     seconds = timing.interleave([timer(tool) for tool in running], len(search.starts))
     times = dict(zip(running, seconds, strict=True))
     rows: list[dict[str, Any]] = []

@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 
 import optax_accel as oa
+from experiments import progress
 from experiments.methods import Method
 from experiments.training.replicas import FETCH_EVERY, Plan, Replica, Trainer
 from experiments.training.studies.calibration import BINS, average, scores
@@ -270,6 +271,8 @@ def _train(
             loss = runs.advance(done - 1)
             if done % FETCH_EVERY == 0:
                 jax.block_until_ready(loss)
+                progress.tell(f"{method.name}: step {done} of {trainer.plan.steps}")
+            progress.advance(len(chunk))
             if done in ends:
                 # Copies, since the next step donates its state.
                 state = (runs.state.params, runs.state.rest)

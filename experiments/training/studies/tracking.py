@@ -16,7 +16,7 @@ import optax
 
 import models
 import optax_accel as oa
-from experiments import data, timing
+from experiments import data, progress, timing
 from experiments.training import networks
 from experiments.training.studies.hessians import Reference, arpack
 from optax_accel import curvature
@@ -250,7 +250,9 @@ def accuracy(
         batch = path.batches[step]
         gradient = path.gradient(params, batch)
         checkpoint = None
+        progress.tell(f"step {step} of {path.steps}" if step else "compiling")
         if step > 0 and step % every == 0:
+            progress.tell(f"step {step}: ARPACK's eigenvalues of the whole split")
             checkpoint = solve(path, params, gradient)
             references.append(checkpoint.reference)
             cost = f"{references[-1].seconds:.1f} s, {references[-1].products} products"
@@ -272,6 +274,7 @@ def accuracy(
                 row |= used | {f"before {key}": error for key, error in (before or used).items()}
                 rows.append(row)
         params = descend(params, gradient)
+        progress.advance(step > 0)
     return rows, references, refreshes
 
 
