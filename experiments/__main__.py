@@ -14,8 +14,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.table import Table
-
 from experiments import cli
 
 FOLDER = Path(__file__).parent
@@ -38,13 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     known = commands()
     if not words or words[0] in ("-h", "--help", "--list"):
-        table = Table.grid("command", "what it does", padding=(0, 0, 0, 2))
-        for name, line in known.items():
-            table.add_row(name, line)
         console = cli.console(120)
         console.print("usage: python -m experiments COMMAND [OPTIONS]")
         console.print("COMMAND --help shows the options.\n")
-        console.print(table)
+        cli.print_pairs(console, known)
         return 0
     cli.check_known("command", words[0], tuple(known))
     code: int = importlib.import_module(f"experiments.{words[0]}").main(words[1:])

@@ -55,7 +55,7 @@ Record = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.Options):
+class Options(cli.DryRunOptions):
     """Measure what the methods cost on this machine's GPU or TPU."""
 
     limits: ClassVar = {"budget_seconds": cli.Range(1, 86_400)}
@@ -194,6 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = cli.parse(Options(), argv, PROG)
     scale, rows = resolve(options)
     console = cli.console(120)
+    if options.dry_run:
+        return dry_run(options, scale, rows, console)
     # This process leaves the device alone: only one at a time can have a TPU.
     with Isolated(accelerator.worker, scale) as isolated:
         opened = isolated.call("machine", START_SECONDS)
@@ -221,6 +223,22 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             write(rows, left_out, "no time left", store, machine, console)
     return 0
+
+
+def dry_run(options: Options, scale: Scale, rows: Sequence[Row], console: Console) -> int:
+    """Prints what the report would take, without opening the device; returns the exit code."""
+    sections = ", ".join(dict.fromkeys(row.group for row in rows))
+    estimate = sum(row.estimate for row in rows)
+    budget = options.budget_seconds or scale.seconds
+    lines = {
+        "plan": f"{sections} on the first device -> a folder with its name in {options.runs_dir}",
+        "runs": cli.plural(len(rows), "row"),
+        "parameters": f"{scale.parameters:,} of the tree that is updated",
+        "memory": "not known before the device is opened; a row that cannot fit is left out",
+        "time": f"at most {cli.duration(budget)}, the budget; the rows are expected to take "
+        f"{cli.duration(estimate)} on the machine they were estimated for",
+    }
+    return cli.print_forecast(console, lines)
 
 
 def folder_of(options: Options, machine: Record) -> StudyFolder:

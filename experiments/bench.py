@@ -36,7 +36,7 @@ COMPILE_REPEATS = 5  # at most: a compilation takes a second
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.Options):
+class Options(cli.DryRunOptions):
     """Time every method of the catalogue against its Optax base."""
 
     limits: ClassVar = {"first_steps": cli.Range(0, 100)}
@@ -236,6 +236,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The tree, its gradient, its update and a state of two trees for the method and its base each.
     cli.check_memory(4 * 8 * options.parameters, f"a tree of {options.parameters:,} parameters")
     groups, console = grouped(options.methods), cli.console(100)
+    if options.dry_run:
+        methods = sum(map(len, groups.values())) - len(groups)
+        lines = {
+            "plan": f"{cli.plural(methods, 'method')} beside {cli.plural(len(groups), 'base')}: "
+            "updates, steps, compilation, first steps",
+            "runs": f"{cli.plural(options.repeats, 'round')} of each, "
+            f"{cli.plural(options.first_steps, 'round')} of first steps",
+            "parameters": f"{options.parameters:,} of the tree that is updated",
+            "memory": f"up to {8 * 4 * options.parameters / 1e9:.3g} GB, from shapes: eight trees "
+            "of float32",
+            "time": cli.TIME_NOT_KNOWN,
+        }
+        return cli.print_forecast(console, lines)
     with progress.show(console, "bench"):
         results = run(options, groups, console)
     if options.json is not None:

@@ -39,6 +39,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from rich.console import Console
+
 from experiments import cli, data, progress, timing
 from experiments.cli import UsageError
 from experiments.reporting import brief_review as report
@@ -48,6 +50,8 @@ from experiments.runs.records import RESULTS, read_json, read_record, write_reco
 from experiments.runs.study import check_same_settings, kept
 from experiments.training.options import Options as TrainingOptions
 from experiments.training.plan import Plan, prepare
+from experiments.training.program import build
+from experiments.training.studies import forecast
 from experiments.training.studies.throughput import WARM_UP, measure
 
 PROG = "python -m experiments.brief_review"
@@ -104,7 +108,7 @@ SCALES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.Options):
+class Options(cli.DryRunOptions):
     """Train three networks with and without what makes training faster."""
 
     limits: ClassVar = {"accumulate": cli.Range(2, 10**6)}
@@ -250,6 +254,27 @@ def finished_records(study: Study, overwrite: bool) -> list[Record]:
     return records
 
 
+def dry_run(heading: str, study: Study, records: Sequence[Record], console: Console) -> int:
+    """Prints what the study would take; returns the exit code."""
+    done = {(record["model"], record["variant"], record["seed"]) for record in records}
+    todo = [key for key in study.plans if key not in done]
+    models = list(dict.fromkeys(model for model, _, _ in todo))
+    lines = {"plan": heading, "runs": f"{len(study.plans)}, of which {len(done)} are finished"}
+    seconds = 0.0
+    with progress.show(console, "brief_review"):
+        for model in progress.each(models, "{}: compiling".format):
+            runs = [study.plans[key] for key in todo if key[0] == model]
+            program = build(runs[0])
+            found, speed = forecast.of_run(runs[0], program)
+            seconds += sum(speed.seconds(plan.steps, 1) for plan in runs)
+            lines[model] = f"{found['parameters']} parameters; memory {found['memory']}"
+    lines["time"] = (
+        f"about {cli.duration(seconds)} if all variants of a network took as long as the first "
+        "one, of which a few steps were measured after compilation"
+    )
+    return cli.print_forecast(console, lines)
+
+
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
@@ -257,16 +282,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     with cli.usage():
         study = resolve(options)
     check = functools.partial(finished_records, study, options.overwrite)
+    plan = next(iter(study.plans.values()))
+    console = cli.console(100)
+    heading = (
+        f"{plan.task.name}: {cli.plural(len(study.plans), 'run')} of "
+        f"{cli.plural(plan.steps, 'step')} of {cli.plural(plan.batch_size, 'example')} "
+        f"-> {study.folder}"
+    )
+    if options.dry_run:
+        return dry_run(heading, study, check(), console)
     with folders.claim(study.folder, check), kept(study.folder):
         records = check()
-        console = cli.console(100)
-        plan = next(iter(study.plans.values()))
-        console.print(
-            f"{plan.task.name}: {cli.plural(len(study.plans), 'run')} of "
-            f"{cli.plural(plan.steps, 'step')} of {cli.plural(plan.batch_size, 'example')} "
-            f"-> {study.folder}",
-            soft_wrap=True,
-        )
+        console.print(heading, soft_wrap=True)
         machine = timing.machine()
         done = {(record["model"], record["variant"], record["seed"]) for record in records}
         todo = [key for key in study.plans if key not in done]

@@ -23,6 +23,8 @@ from typing import Annotated, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import tyro
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 T = TypeVar("T", bound="Options")
 
@@ -276,6 +278,62 @@ class Options:
                     raise UsageError(f"{option} must be {problem}, got {shortened(str(value))}")
             if field.name == "name":
                 check_folder_name(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class DryRunOptions(Options):
+    """The options of a command that can say beforehand what it would take."""
+
+    dry_run: bool = False
+    """Print the plan, the number of runs, parameters, memory and an estimate of the time; write
+    nothing."""
+
+
+def print_forecast(console: Console, lines: Mapping[str, str]) -> int:
+    """Prints what `--dry-run` has found out.
+
+    Args:
+      console: where.
+      lines: what the command would do and take, by what the line is about.
+
+    Returns:
+      The exit code.
+    """
+    print_pairs(console, lines)
+    console.print("dry run: nothing was written")
+    return 0
+
+
+def print_pairs(console: Console, lines: Mapping[str, str]) -> None:
+    """Prints names with a text each, side by side; in a file, a line for each."""
+    width = max(map(len, lines))
+    table = Table.grid("name", "text", padding=(0, 2, 0, 0))
+    for name, text in lines.items():
+        if console.is_terminal:
+            table.add_row(Text(name), Text(printable(text)))
+        else:
+            console.print(f"{name:<{width}}  {text}", soft_wrap=True)
+    if console.is_terminal:
+        console.print(table)
+
+
+# What `--dry-run` says where nobody has measured it.
+TIME_NOT_KNOWN = "not known beforehand"
+
+
+def duration(seconds: float) -> str:
+    """A time as somebody would say it.
+
+    >>> duration(3.2), duration(200), duration(5000)
+    ('4 s', '4 min', '1 h 24 min')
+
+    Args:
+      seconds: the time, which is rounded up.
+    """
+    if seconds <= 90:
+        return f"{math.ceil(seconds)} s"
+    hours, minutes = divmod(math.ceil(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def plural(number: int, noun: str) -> str:
@@ -569,6 +627,9 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
             return fail(error, 1)
         except Interrupted as stop:
             print(f"interrupted: {printable(str(stop))}", file=sys.stderr)
+            return 130
+        except KeyboardInterrupt:  # where there is nothing to keep
+            print("interrupted", file=sys.stderr)
             return 130
 
     return wrapped

@@ -24,21 +24,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import cli, data, methods
+from rich.console import Console
+
+from experiments import cli, data, methods, progress
 from experiments.cli import UsageError
-from experiments.reporting import comparison, figures
+from experiments.reporting import comparison, figures, tables
 from experiments.reporting.summary import COMPARISON, summarize
 from experiments.runs import folders
 from experiments.runs.records import RESULTS
 from experiments.training.options import listing
 from experiments.training.replicas import Plan, Trainer
 from experiments.training.studies import comparison as training
+from experiments.training.studies import forecast
 
 PROG = "python -m experiments.compare"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.Options):
+class Options(cli.DryRunOptions):
     """Compare training methods on real data, each at the best learning rate of its own grid."""
 
     task: str = "digits"
@@ -114,6 +117,41 @@ def resolve(options: Options) -> Plan:
     )
 
 
+def dry_run(heading: str, folder: Path | None, trainer: Trainer, console: Console) -> int:
+    """Prints what a comparison would take; returns the exit code.
+
+    Args:
+      heading: what is compared.
+      folder: where finished runs are; ``None`` if they do not count.
+      trainer: the trainer of the comparison.
+      console: where to print.
+    """
+    plan = trainer.plan
+    replicas = {method.name: plan.replicas(method) for method in plan.methods}
+    if folder is not None:
+        left = training.find_missing(plan, folder, trainer)
+        replicas = {name: missing.todo for name, missing in left.items()}
+    todo = [method for method in plan.methods if replicas[method.name]]
+    with progress.show(console, "compare"):
+        shares = [
+            forecast.of_method(trainer, method, replicas[method.name])
+            for method in progress.each(todo, "{0.name}: compiling".format)
+        ]
+    runs = sum(len(plan.replicas(method)) for method in plan.methods)
+    done = runs - sum(map(len, replicas.values()))
+    lines = {"plan": heading, "runs": f"{runs}, of which {done} are finished"}
+    if shares:
+        table = tables.table(["method", "runs", "together", "memory", "ms per step", "time"])
+        for share in shares:
+            numbers = (f"{share.runs}", f"{share.together}", forecast.size(share.bytes))
+            times = (tables.short(1e3 * share.step), cli.duration(share.seconds))
+            table.add_row(share.method, *numbers, *times)
+        console.print(table)
+        console.print()
+        lines |= forecast.of_shares(trainer, shares)
+    return cli.print_forecast(console, lines)
+
+
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
@@ -132,14 +170,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
     folder = folders.locate(options.runs_dir, options.name, f"{plan.task.name}-{digest}")
     console = cli.console(100)
-    with COMPARISON(folder, config, overwrite=options.overwrite).claim():
-        console.print(
-            f"{plan.task.name}, {plan.model}: {cli.plural(len(plan.methods), 'method')} x "
-            f"{len(plan.methods[0].learning_rates)} learning rates x "
-            f"{cli.plural(plan.seeds, 'seed')}, {cli.plural(plan.steps, 'step')} of "
-            f"{cli.plural(plan.batch_size, 'example')} -> {folder}",
-            soft_wrap=True,
-        )
+    heading = (
+        f"{plan.task.name}, {plan.model}: {cli.plural(len(plan.methods), 'method')} x "
+        f"{cli.plural(len(plan.methods[0].learning_rates), 'learning rate')} x "
+        f"{cli.plural(plan.seeds, 'seed')}, {cli.plural(plan.steps, 'step')} of "
+        f"{cli.plural(plan.batch_size, 'example')} -> {folder}"
+    )
+    study = COMPARISON(folder, config, overwrite=options.overwrite)
+    if options.dry_run:
+        study.check()
+        return dry_run(heading, None if options.overwrite else folder, trainer, console)
+    with study.claim():
+        console.print(heading, soft_wrap=True)
         outcome = training.train(plan, folder, trainer, console)
         results = summarize(config, plan.methods, *outcome)
         cli.write_atomic(folder / RESULTS, cli.to_json(results))

@@ -31,6 +31,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from experiments import cli, methods, progress, timing
 from experiments.cli import UsageError
 from experiments.reporting import ensembles as reporting
@@ -38,9 +40,9 @@ from experiments.reporting import figures
 from experiments.reporting.ensembles import Record
 from experiments.runs import folders
 from experiments.runs.records import number
-from experiments.runs.study import claim_results, write_results
-from experiments.training.replicas import Plan
-from experiments.training.studies import comparison
+from experiments.runs.study import check_results, claim_results, write_results
+from experiments.training.replicas import Plan, Trainer
+from experiments.training.studies import comparison, forecast
 from experiments.training.studies.calibration import BINS
 from experiments.training.studies.ensembles import (
     KINDS,
@@ -55,7 +57,7 @@ PROG = "python -m experiments.ensembles"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.Options):
+class Options(cli.DryRunOptions):
     """Train ensembles of each kind with one budget; compare accuracy and calibration."""
 
     task: str = "digits"
@@ -153,15 +155,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = f"ensembles-{options.task}-{options.method}"
     folder = folders.locate(options.runs_dir, options.name, default)
     console = cli.console(120)
+    heading = (
+        f"{plan.task.name}, {plan.model}, {options.method}: "
+        f"{cli.plural(options.members, 'member')}, {cli.plural(plan.steps, 'step')} of "
+        f"{cli.plural(plan.batch_size, 'example')} together, "
+        f"{cli.plural(len(rates), 'rate')} x {cli.plural(plan.seeds, 'seed')} -> {folder}"
+    )
+    if options.dry_run:
+        check_results(folder, PROG, ["ensembles.png"])
+        return dry_run(heading, plan, len(kinds), rates, console)
     with claim_results(folder, PROG, ["ensembles.png"]):
-        console.print(
-            f"{plan.task.name}, {plan.model}, {options.method}: "
-            f"{cli.plural(options.members, 'member')}, {cli.plural(plan.steps, 'step')} of "
-            f"{cli.plural(plan.batch_size, 'example')} together, "
-            f"{cli.plural(len(rates), 'rate')} x {cli.plural(plan.seeds, 'seed')} -> "
-            f"{folder}",
-            soft_wrap=True,
-        )
+        console.print(heading, soft_wrap=True)
         records = []
         with progress.show(console, "ensembles"):
             # Steps of one network; members of a kind share them.
@@ -183,6 +187,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print("* an end of the rates: beyond it may be a better one")
     console.print(f"picture: {folder / 'ensembles.png'}", soft_wrap=True)
     return 0
+
+
+def dry_run(heading: str, plan: Plan, kinds: int, rates: Sequence[float], console: Console) -> int:
+    """Prints what the ensembles would take; returns the exit code."""
+    (method,), trainer = plan.methods, Trainer(plan)
+    with progress.show(console, "ensembles"):
+        seconds = forecast.of_ensembles(trainer, method, kinds, rates)
+    ensembles = kinds * len(rates) * plan.seeds
+    lines = {
+        "plan": heading,
+        "runs": f"{ensembles} ensembles: {cli.plural(kinds, 'kind')} x "
+        f"{cli.plural(len(rates), 'rate')} x {cli.plural(plan.seeds, 'seed')}",
+        **forecast.of_shapes(plan.task, plan.model, plan.batch_size),
+        "time": f"about {cli.duration(seconds)}, from steps of runs together, measured after "
+        "compilation; without the predictions of the members",
+    }
+    return cli.print_forecast(console, lines)
 
 
 def _plain(value: Any) -> Any:

@@ -33,7 +33,7 @@ PROG = "python -m experiments.fault_drill"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.Options):
+class Options(cli.DryRunOptions):
     """Do to training runs what machines and people do to them, and see what is lost."""
 
     quick: bool = False
@@ -52,6 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     problems = []
     plan = {name: seldom if options.quick else often for name, (_, often, seldom) in FAULTS.items()}
     plan = {name: times for name, times in plan.items() if times}
+    if options.dry_run:
+        lines = {
+            "plan": f"{cli.plural(len(plan), 'fault')} in processes of their own, in a temporary "
+            "folder",
+            "runs": f"{sum(plan.values())} and one that nothing happens to",
+            "parameters": "those of the digits' network",
+            "memory": "one or two processes of `train` on the digits at a time",
+            "time": cli.TIME_NOT_KNOWN,
+        }
+        return cli.print_forecast(console, lines)
     with (
         tempfile.TemporaryDirectory(prefix="fault-drill-") as folder,
         progress.show(console, "fault_drill", sum(plan.values()) + 1),

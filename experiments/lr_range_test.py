@@ -30,9 +30,9 @@ from experiments import cli, methods, progress, timing
 from experiments.cli import UsageError
 from experiments.reporting import figures, tables
 from experiments.runs import folders
-from experiments.runs.study import claim_results, write_results
+from experiments.runs.study import check_results, claim_results, write_results
 from experiments.training.replicas import Plan, Trainer
-from experiments.training.studies import comparison
+from experiments.training.studies import comparison, forecast
 from experiments.training.studies.range_test import RangeTest, range_test
 
 PROG = "python -m experiments.lr_range_test"
@@ -42,7 +42,7 @@ MARGIN = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.Options):
+class Options(cli.DryRunOptions):
     """Find a learning rate: train for a short time while the rate rises."""
 
     limits: ClassVar = {"steps": cli.Range(2, 10**6)}
@@ -176,14 +176,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = f"lr-range-{options.task}-{options.method}"
     folder = folders.locate(options.runs_dir, options.name, default)
     console = cli.console(100)
+    heading = (
+        f"{plan.task.name}, {plan.model}, {options.method}: "
+        f"{cli.plural(plan.seeds, 'test')} of up to {cli.plural(plan.steps, 'step')} of "
+        f"{cli.plural(plan.batch_size, 'example')}, rates {rates[0]:g} to {rates[-1]:g} -> "
+        f"{folder}"
+    )
+    if options.dry_run:
+        check_results(folder, PROG, ["range.png"])
+        with progress.show(console, "lr_range_test"):
+            speed = forecast.of_runs(Trainer(plan), plan.methods[0], [(float(rates[0]), 0)])
+        seconds = speed.seconds(plan.steps, 0, plan.seeds)
+        lines = {
+            "plan": heading,
+            "runs": f"{plan.seeds}",
+            **forecast.of_shapes(plan.task, plan.model, plan.batch_size),
+            "time": f"at most about {cli.duration(seconds)}: {speed.source()}",
+        }
+        return cli.print_forecast(console, lines)
     with claim_results(folder, PROG, ["range.png"]):
-        console.print(
-            f"{plan.task.name}, {plan.model}, {options.method}: "
-            f"{cli.plural(plan.seeds, 'test')} of up to {cli.plural(plan.steps, 'step')} of "
-            f"{cli.plural(plan.batch_size, 'example')}, rates {rates[0]:g} to {rates[-1]:g} -> "
-            f"{folder}",
-            soft_wrap=True,
-        )
+        console.print(heading, soft_wrap=True)
         try:
             with progress.show(console, "lr_range_test", plan.seeds * plan.steps):
                 results = run(options, plan, rates)

@@ -38,6 +38,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from rich.console import Console
 
 import optax_accel as oa
 from experiments import cli, progress, timing
@@ -47,8 +48,8 @@ from experiments.methods.optax_methods import MUON
 from experiments.reporting import figures
 from experiments.reporting import natural_gradient as report
 from experiments.runs import folders
-from experiments.runs.study import claim_results, write_results
-from experiments.training.studies import kfac_jax_rival
+from experiments.runs.study import check_results, claim_results, write_results
+from experiments.training.studies import forecast, kfac_jax_rival
 from experiments.training.studies.problems import PROBLEMS, Problem
 from experiments.training.studies.tuning import Candidate, Trainer, final_loss, grid, train
 
@@ -176,7 +177,7 @@ _FOR_KFAC_JAX = ("digits_mlp", "mnist_autoencoder")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.Options):
+class Options(cli.DryRunOptions):
     """Compare natural-gradient methods with SGD and Adam: loss over steps and over time."""
 
     problem: str = "digits_mlp"
@@ -305,6 +306,35 @@ def resolve(options: Options) -> tuple[Problem, tuple[str, ...]]:
     return make(options.scale == "full", options.data_dir, options.seed), names
 
 
+def dry_run(
+    heading: str, options: Options, problem: Problem, names: Sequence[str], console: Console
+) -> int:
+    """Prints what the study would take; returns the exit code."""
+    first = CANDIDATES[names[0]]
+    with progress.show(console, "natural_gradient"):
+        progress.tell(f"{names[0]}: compiling and timing steps")
+        trainer: Any = Trainer(first, problem) if names[0] != "kfac_jax" else rival(problem)
+        steps = 20
+        seconds = train(trainer, first.settings[0], steps, math.inf, options.seed)["seconds"][-1]
+    whole = seconds / steps * (options.steps or problem.steps)
+    runs = [number_of_runs(options, name) for name in names]
+    longest = max(options.time_factor * whole, LEAST_SECONDS)
+    most = runs[0] * whole + sum(runs[1:]) * longest
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(problem.params))
+    batch = sum(array[: problem.batch_size].nbytes for array in problem.train)
+    lines = {
+        "plan": heading,
+        "runs": f"{sum(runs)} of {cli.plural(len(names), 'method')}: {', '.join(names)}",
+        "parameters": f"{sum(leaf.size for leaf in jax.tree.leaves(problem.params)):,}",
+        "memory": f"parameters {forecast.size(size)}, batch {forecast.size(batch)}, from shapes; "
+        "intermediate results are not counted",
+        "time": f"at most about {cli.duration(most)} without compilation and evaluations: a run of "
+        f"{names[0]} takes {cli.duration(whole)}, measured over {steps} steps after compilation, "
+        f"and no other run more than {options.time_factor:g} times that (or {LEAST_SECONDS:g} s)",
+    }
+    return cli.print_forecast(console, lines)
+
+
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
@@ -320,6 +350,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{len(problem.train[1]):,} examples, batches of {problem.batch_size}"
     )
     steps = cli.plural(options.steps or problem.steps, "step")
+    if options.dry_run:
+        check_results(folder, PROG, ["curves.png"])
+        return dry_run(f"{title}, up to {steps} -> {folder}", options, problem, names, console)
     with claim_results(folder, PROG, ["curves.png"]):
         console.print(f"{title}, up to {steps} -> {folder}", soft_wrap=True)
         try:

@@ -31,7 +31,7 @@ from experiments.methods import METHODS, Method, get_methods
 from experiments.reporting import scaling as report
 from experiments.runs.records import plain_options
 from experiments.training import cluster, parallel
-from experiments.training.studies import communication
+from experiments.training.studies import communication, forecast
 from experiments.training.studies.communication import MODES, Programs
 
 PROG = "python -m experiments.scaling"
@@ -39,7 +39,7 @@ WORKERS = tuple(2**k for k in range(11))
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.Options):
+class Options(cli.DryRunOptions):
     """Count what the methods send between devices, and time it."""
 
     limits: ClassVar = {"rounds": cli.Range(0, 10**6)}
@@ -198,12 +198,33 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     }
 
 
+def dry_run(options: Options, console: Console) -> int:
+    """Prints what the study would take; returns the exit code."""
+    programs, methods, modes, timed = _check(options)
+    counted = len(_with_modes(methods, modes))
+    compared = len(_with_modes(timed, modes)) if options.rounds else 0
+    batch = sum(part.nbytes for part in programs.batch.values())
+    lines = {
+        "plan": f"{options.task}: {cli.plural(len(methods), 'method')} in the modes "
+        f"{', '.join(modes)} on {len(programs.devices)} devices",
+        "runs": f"{cli.plural(counted, 'program')} counted, {compared} timed over "
+        f"{cli.plural(options.rounds, 'round')}",
+        "parameters": f"{forecast.parameters(programs.params):,}",
+        "memory": f"parameters {forecast.size(programs.copy)}, batch {forecast.size(batch)}, from "
+        "shapes; intermediate results are not counted",
+        "time": cli.TIME_NOT_KNOWN,
+    }
+    return cli.print_forecast(console, lines)
+
+
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
     try:
         console = cli.console(150)
+        if options.dry_run:
+            return dry_run(options, console)
         with progress.show(console, "scaling"):
             results = run(options, console)
     except (cli.UsageError, data.DataError) as error:

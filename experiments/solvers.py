@@ -28,15 +28,15 @@ from experiments import cli, data, progress, timing
 from experiments.reporting import solvers as report
 from experiments.runs import folders
 from experiments.runs.records import to_csv
-from experiments.runs.study import claim_results, write_results
-from experiments.training.studies import eigensolvers, hessians
+from experiments.runs.study import check_results, claim_results, write_results
+from experiments.training.studies import eigensolvers, forecast, hessians
 from optax_accel.curvature import blocks
 
 PROG = "python -m experiments.solvers"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.Options):
+class Options(cli.DryRunOptions):
     """Time the eigensolvers of this library beside SciPy's, matfree's and JAX's."""
 
     limits: ClassVar = {
@@ -142,6 +142,20 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     }
 
 
+def dry_run(options: Options, folder: Path, console: Console) -> int:
+    """Prints what the study would take; returns the exit code."""
+    task = data.load_task(options.task, data_dir=options.data_dir)
+    lines = {
+        "plan": f"{options.task}, {task.default_model}: {options.k} eigenvalues to "
+        f"{options.tolerance:g} after {options.steps} steps of SGD -> {folder}",
+        "runs": f"{cli.plural(options.rounds, 'round')} of every solver",
+        **forecast.of_shapes(task, task.default_model, options.chunk),
+        "time": f"{cli.TIME_NOT_KNOWN}; a solver whose single run would take more than "
+        f"{options.budget_seconds:g} s is left out",
+    }
+    return cli.print_forecast(console, lines)
+
+
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
@@ -150,6 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         data.check_classification(options.task)
         folder = folders.locate(options.runs_dir, options.name, f"solvers-{options.task}")
+        if options.dry_run:
+            check_results(folder, PROG, ["results.csv"])
+            return dry_run(options, folder, console)
         with claim_results(folder, PROG, ["results.csv"]):
             with progress.show(console, "solvers"):
                 results = run(options, console)

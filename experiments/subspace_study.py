@@ -58,7 +58,7 @@ from experiments.runs import folders
 from experiments.runs.records import environment
 from experiments.runs.study import StudyFolder
 from experiments.runs.units import Rows, Store, Unit
-from experiments.training.studies import subspace_panels
+from experiments.training.studies import forecast, subspace_panels
 from experiments.training.studies.subspace_runs import Plan, Scale, Study
 
 PROG = "python -m experiments.subspace_study"
@@ -79,7 +79,7 @@ SUBSPACES = functools.partial(
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.Options):
+class Options(cli.DryRunOptions):
     """Re-run the experiments on the dominant and the bulk subspace of the Hessian."""
 
     task: str = "digits"
@@ -176,11 +176,10 @@ def run(plan: Plan, folder: Path, panels: Sequence[str], console: Console) -> di
     unfinished = set()
     begin, computed = time.perf_counter(), 0
     units = all_units(study, store)
-    wanted = {*panels, "alignment"}
-    progress.expect(sum(unit.group in wanted and store.load(unit) is None for unit in units))
+    progress.expect(sum(is_wanted(unit, panels) and store.load(unit) is None for unit in units))
     for unit in units:
         stored = store.load(unit)
-        if stored is None and unit.group in wanted:
+        if stored is None and is_wanted(unit, panels):
             start = time.perf_counter()
             progress.tell(f"{unit.group} {unit.name}")
             store.save(unit, unit.work())
@@ -195,6 +194,11 @@ def run(plan: Plan, folder: Path, panels: Sequence[str], console: Console) -> di
         f"  {cli.plural(computed, 'unit')} computed in {time.perf_counter() - begin:.0f} s"
     )
     return {name: content for name, content in rows.items() if name not in unfinished}
+
+
+def is_wanted(unit: Unit, panels: Sequence[str]) -> bool:
+    """Whether a unit belongs to the panels, or to the one that the others start from."""
+    return unit.group in (*panels, "alignment")
 
 
 def all_units(study: Study, store: Store) -> list[Unit]:
@@ -214,12 +218,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = f"subspaces-{plan.task.name}-{plan.loss}-{digest}"
     folder = folders.locate(options.runs_dir, options.name, default)
     console = cli.console(100)
-    with SUBSPACES(folder, config).claim():
-        console.print(
-            f"{plan.task.name}, {plan.task.default_model}, {plan.loss}, learning rate "
-            f"{plan.learning_rate:g}, {cli.plural(plan.scale.seeds, 'seed')} -> {folder}",
-            soft_wrap=True,
-        )
+    heading = (
+        f"{plan.task.name}, {plan.task.default_model}, {plan.loss}, learning rate "
+        f"{plan.learning_rate:g}, {cli.plural(plan.scale.seeds, 'seed')} -> {folder}"
+    )
+    study = SUBSPACES(folder, config)
+    if options.dry_run:
+        study.check()
+        store = Store(folder)
+        units = [unit for unit in all_units(Study(plan), store) if is_wanted(unit, panels)]
+        done = sum(store.load(unit) is not None for unit in units)
+        lines = {
+            "plan": heading,
+            "runs": f"{cli.plural(len(units), 'unit')} of work, of which {done} are finished",
+            **forecast.of_shapes(plan.task, plan.task.default_model, plan.batch_size),
+            "time": cli.TIME_NOT_KNOWN,
+        }
+        return cli.print_forecast(console, lines)
+    with study.claim():
+        console.print(heading, soft_wrap=True)
         with progress.show(console, "subspace_study"):
             rows = run(plan, folder, panels, console)
         results = {"config": config, "environment": environment(), "rows": rows}

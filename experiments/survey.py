@@ -38,7 +38,7 @@ from experiments.runs.records import RESULTS, read_record, write_record
 from experiments.runs.study import kept
 from experiments.training.replicas import Plan, Trainer
 from experiments.training.studies import comparison as training
-from experiments.training.studies import ensembles
+from experiments.training.studies import ensembles, forecast
 
 PROG = "python -m experiments.survey"
 MODELS = ("mlp", "cnn")  # those with and without batch normalization
@@ -57,7 +57,7 @@ FILES, FOLDERS = ("ensembles.json", "survey.json", "survey.png"), ("plain", "bat
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.Options):
+class Options(cli.DryRunOptions):
     """Run the survey's comparison again: ranks with intervals, and what holds of its claims."""
 
     limits: ClassVar = {"seeds": cli.Range(2, 1_000)}  # one seed makes no interval
@@ -166,6 +166,32 @@ def train_ensembles(plan: Plan, path: Path, console: Console) -> list[dict[str, 
     return rows
 
 
+def dry_run(heading: str, plan: Plan, console: Console) -> int:
+    """Prints what a whole survey would take; returns the exit code."""
+    shares = []
+    with progress.show(console, "survey"):
+        for panel in panel_plans(plan).values():
+            trainer = Trainer(panel)
+            for method in progress.each(panel.methods, "{0.name}: compiling".format):
+                shares.append(forecast.of_method(trainer, method, panel.replicas(method)))
+        (sgd,) = (method for method in plan.methods if method.name == "sgd")
+        kinds, rates = len(ENSEMBLES), sgd.learning_rates
+        seconds = forecast.of_ensembles(Trainer(plan), sgd, kinds, rates)
+    runs = sum(share.runs for share in shares)
+    lines = {
+        "plan": heading,
+        "runs": f"{runs} of single networks, {kinds * len(rates) * plan.seeds} ensembles of "
+        f"{MEMBERS}; those that are finished are counted, too",
+        **forecast.of_shares(Trainer(plan), shares),
+    }
+    seconds += sum(share.seconds for share in shares)
+    lines["time"] = (
+        f"about {cli.duration(seconds)}, from steps measured after compilation, with compilation "
+        "and validations"
+    )
+    return cli.print_forecast(console, lines)
+
+
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
@@ -189,18 +215,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = cli.console(130)
     contestants = len(PLAIN) + len(BATCH_NORM) + len(ENSEMBLES)
     begin = time.perf_counter()
+    heading = (
+        f"{plan.task.name}, {plan.model}: {contestants} contestants x "
+        f"{len(plan.methods[0].learning_rates)} learning rates x "
+        f"{cli.plural(plan.seeds, 'seed')}, {cli.plural(plan.steps, 'step')} of "
+        f"{cli.plural(plan.batch_size, 'example')} -> {folder}"
+    )
+    if options.dry_run:
+        check()
+        return dry_run(heading, plan, console)
     with folders.claim(folder, check), kept(folder):
         if options.overwrite:
             (folder / "ensembles.json").unlink(missing_ok=True)
         for panel in panels:
             panel.open()
-        console.print(
-            f"{plan.task.name}, {plan.model}: {contestants} contestants x "
-            f"{len(plan.methods[0].learning_rates)} learning rates x "
-            f"{cli.plural(plan.seeds, 'seed')}, {cli.plural(plan.steps, 'step')} of "
-            f"{cli.plural(plan.batch_size, 'example')} -> {folder}",
-            soft_wrap=True,
-        )
+        console.print(heading, soft_wrap=True)
         results = report.conclude(plan.config(), train(plan, folder, console))
         cli.write_atomic(folder / "survey.json", cli.to_json(results))
         cli.write_atomic(folder / "survey.png", figures.png(report.picture(results)))

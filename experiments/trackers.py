@@ -35,15 +35,15 @@ from experiments import cli, data, progress, timing
 from experiments.reporting import trackers as report
 from experiments.runs import folders
 from experiments.runs.records import to_csv
-from experiments.runs.study import claim_results, write_results
-from experiments.training.studies import tracking
+from experiments.runs.study import check_results, claim_results, write_results
+from experiments.training.studies import forecast, tracking
 from experiments.training.studies.tracking import CHECKPOINTS, ENTRIES, Entry
 
 PROG = "python -m experiments.trackers"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.Options):
+class Options(cli.DryRunOptions):
     """Measure the trackers of the dominant Hessian subspace against ARPACK."""
 
     limits: ClassVar = {"steps": cli.Range(CHECKPOINTS, 10**6), "repeats": cli.Range(0, 10**6)}
@@ -169,6 +169,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = f"trackers-{options.task}-{options.learning_rate:g}"
     folder = folders.locate(options.runs_dir, options.name, default)
     console = cli.console(180)
+    if options.dry_run:
+        check_results(folder, PROG, ["accuracy.csv"])
+        steps, number = cli.plural(options.steps, "step"), cli.plural(len(entries), "tracker")
+        lines = {
+            "plan": f"{options.task}, {task.default_model}: {number} along {steps} of SGD, "
+            f"{CHECKPOINTS} checkpoints -> {folder}",
+            "runs": "1, which all trackers follow",
+            **forecast.of_shapes(task, task.default_model, options.batch_size),
+            "time": cli.TIME_NOT_KNOWN,
+        }
+        return cli.print_forecast(console, lines)
     with claim_results(folder, PROG, ["accuracy.csv"]):
         results, rows = run(options, task, entries, console)
         write_results(folder, PROG, options, results)

@@ -31,7 +31,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from experiments import cli, data
+from experiments import cli, data, progress
 from experiments.cli import UsageError
 from experiments.runs import folders
 from experiments.runs.checkpoints import CheckpointError
@@ -42,10 +42,11 @@ from experiments.training.non_finite import NonFiniteError
 from experiments.training.options import Options, listing
 from experiments.training.plan import Plan, prepare
 from experiments.training.program import Program, build
+from experiments.training.studies import forecast
 
 PROG = "python -m experiments.train"
 # Options that do not belong to a run, and so not into its folder.
-UNKEPT = ("resume", "distributed", "coordinator", "processes", "process_id", "list")
+UNKEPT = ("resume", "distributed", "coordinator", "processes", "process_id", "list", "dry_run")
 
 
 # Options ----------------------------------------------------------------------------------------
@@ -85,10 +86,12 @@ def read_folder(typed: Options, stack: contextlib.ExitStack) -> dict[str, Any] |
     folder = typed.folder
     if typed.resume:
         record = read_config(folder)
-        stack.callback(folders.lock(folder).release)
+        if not typed.dry_run:
+            stack.callback(folders.lock(folder).release)
         return record
     if (folder / CONFIG).exists():
-        folders.lock(folder).release()  # says so if it is under way
+        if not typed.dry_run:
+            folders.lock(folder).release()  # says so if it is under way
         raise UsageError(
             f"{folder} holds a run; add --resume to continue it, or give another --name"
         )
@@ -183,21 +186,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             plan = prepare(options)
             check_same_data(plan.task)
             program = build(plan)
+            if options.dry_run:
+                return dry_run(plan, program)
             notes = cluster.from_main(lambda: open_folder(options, plan, record, stack))
         except ValueError as error:
             return cli.fail(error)
         # Room for the metrics where the output goes to a file.
         console = cli.console(120, quiet=not cluster.is_main())
         cluster.advise(f"to continue: {resume_command(plan.folder)}")
-        console.print(
-            f"{plan.task.name}, {plan.model}, {plan.method.name} at learning rate "
-            f"{plan.learning_rate:g}: {plan.steps} steps of {plan.batch_size} examples on "
-            f"{len(plan.devices)} {plan.devices[0].platform} device(s) -> {plan.folder}",
-            *notes,
-            sep="\n",
-            soft_wrap=True,
-        )
+        console.print(heading(plan), *notes, sep="\n", soft_wrap=True)
         return run_and_report(plan, program, console)
+
+
+def heading(plan: Plan) -> str:
+    """What is run, in one line."""
+    return (
+        f"{plan.task.name}, {plan.model}, {plan.method.name} at learning rate "
+        f"{plan.learning_rate:g}: {plan.steps} steps of {plan.batch_size} examples on "
+        f"{len(plan.devices)} {plan.devices[0].platform} device(s) -> {plan.folder}"
+    )
+
+
+def dry_run(plan: Plan, program: Program) -> int:
+    """Prints what a run would take; returns the exit code."""
+    console = cli.console(120, quiet=not cluster.is_main())
+    with progress.show(console, "train"):
+        found, _ = forecast.of_run(plan, program)
+    return cli.print_forecast(console, {"plan": heading(plan), "runs": "1"} | found)
 
 
 def run_and_report(plan: Plan, program: Program, console: Console) -> int:

@@ -137,6 +137,26 @@ def kept(folder: Path) -> Iterator[None]:
         ) from None
 
 
+def check_results(folder: Path, command: str, files: Sequence[str]) -> None:
+    """Checks that a folder is new, or holds what the same command wrote, which it replaces.
+
+    Args:
+      folder: the command's folder, which need not exist.
+      command: its name; a `results.json` there has to have it as ``"command"``.
+      files: the names of the files that it writes besides `results.json`.
+
+    Raises:
+      UsageError: the folder holds something else.
+    """
+    if folders.is_new(folder):
+        return
+    path = folder / RESULTS
+    saved = read_json(path) if os.path.lexists(path) else None
+    if not isinstance(saved, dict) or saved.get("command") != command:
+        raise UsageError(f"{folder} holds something else than {command}; give another --name")
+    folders.check_files(folder, files)
+
+
 @contextlib.contextmanager
 def claim_results(folder: Path, command: str, files: Sequence[str]) -> Iterator[None]:
     """Keeps a folder while a block runs that writes all it has at its end, by `write_results`.
@@ -150,17 +170,7 @@ def claim_results(folder: Path, command: str, files: Sequence[str]) -> Iterator[
       UsageError: the folder holds something else, or another process has it.
       Interrupted: Ctrl-C.
     """
-
-    def check() -> None:
-        if folders.is_new(folder):
-            return
-        path = folder / RESULTS
-        saved = read_json(path) if os.path.lexists(path) else None
-        if not isinstance(saved, dict) or saved.get("command") != command:
-            raise UsageError(f"{folder} holds something else than {command}; give another --name")
-        folders.check_files(folder, files)
-
-    with folders.claim(folder, check):
+    with folders.claim(folder, lambda: check_results(folder, command, files)):
         try:
             yield
         except KeyboardInterrupt:

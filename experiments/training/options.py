@@ -147,7 +147,7 @@ class FaultsOptions(cli.Options):
 
 
 @dataclasses.dataclass(frozen=True)
-class OutputOptions(cli.Options):
+class OutputOptions(cli.DryRunOptions):
     """What is measured, printed and written."""
 
     eval_every: int | None = None

@@ -146,7 +146,7 @@ def test_the_commands_are_listed(capsys):
     out = capsys.readouterr().out
     for name in COMMANDS:
         assert f"\n{name} " in out
-    assert "\ntrain               Train one model on one task with one method. " in out
+    assert "\ntrain               Train one model on one task with one method.\n" in out
     assert experiments.__main__.main(["tain"]) == 2
     assert "unknown command 'tain' (did you mean 'train'?); valid: " in capsys.readouterr().err
     assert experiments.__main__.main(["fault_drill", "--seed", "-1"]) == 2

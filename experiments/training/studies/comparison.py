@@ -147,14 +147,11 @@ def train(plan: Plan, folder: Path, trainer: Trainer, console: Console) -> Outco
       The records of all runs, those that were finished before included, and the costs.
     """
     records: dict[str, list[Record]] = {}
-    paths = {method.name: folder / "metrics" / f"{method.name}.jsonl" for method in plan.methods}
-    left = {
-        method.name: Missing.of(plan, method, paths[method.name], trainer)
-        for method in plan.methods
-    }
+    left = find_missing(plan, folder, trainer)
     with progress.show(console, "compare", sum(missing.work for missing in left.values())):
         for method in plan.methods:
-            missing, path = left[method.name], paths[method.name]
+            path = records_file(folder, method)
+            missing = left[method.name]
             records[method.name] = train_missing(plan, method, path, trainer, missing, console)
         path = folder / "timing.json"
         times = read_record(path)
@@ -201,6 +198,19 @@ class Missing(NamedTuple):
         size = trainer.chunk_size(method, len(todo)) if todo else 1
         whole_chunks = size * math.ceil(len(todo) / size)
         return cls(records, todo, size, trainer.work(method, whole_chunks))
+
+
+def records_file(folder: Path, method: Method) -> Path:
+    """The file of a method's records in the folder of a comparison."""
+    return folder / "metrics" / f"{method.name}.jsonl"
+
+
+def find_missing(plan: Plan, folder: Path, trainer: Trainer) -> dict[str, Missing]:
+    """What there is of each method's runs in a folder, which need not exist, and what is to do."""
+    return {
+        method.name: Missing.of(plan, method, records_file(folder, method), trainer)
+        for method in plan.methods
+    }
 
 
 def train_missing(

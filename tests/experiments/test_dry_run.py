@@ -1,0 +1,85 @@
+"""`--dry-run` of `train`, `compare` and every study that takes minutes."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments.training.studies import forecast
+
+# Small, so that what is measured is measured fast.
+COMMANDS = {
+    "accelerator_report": "--quick",
+    "bench": "--methods demon_sgd",
+    "compare": "--methods sgd --learning-rates 0.1 --seeds 2 --steps 8",
+    "ensembles": "--kind single --learning-rates 0.1 --seeds 2 --steps 8",
+    "fault_drill": "--quick",
+    "lr_range_test": "--seeds 1 --steps 8",
+    "natural_gradient": "--methods sgd --steps 20 --seeds 1",
+    "scaling": "--devices 2 --methods sgd --modes jit --timed sgd",
+    "solvers": "--task digits --steps 50",
+    "subspace_study": "--scale tiny",
+    "survey": "--learning-rates 0.1 --seeds 2 --steps 10",
+    "trackers": "--task digits --batch-size 8",
+    "train": "--steps 6",
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_plan_is_printed_and_nothing_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = importlib.import_module(f"experiments.{name}")
+    if name == "survey":
+        monkeypatch.setattr(command, "PLAIN", ("sgd",))
+        monkeypatch.setattr(command, "BATCH_NORM", ("sgd",))
+    assert command.main(["--dry-run", *COMMANDS[name].split()]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[-1] == "dry run: nothing was written"
+    for about in ("plan", "runs", "parameters", "memory", "time"):
+        assert sum(bool(re.match(rf"{about} +\S", line)) for line in lines) == 1, out
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_what_is_finished_is_not_forecast_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare = importlib.import_module("experiments.compare")
+    monkeypatch.chdir(tmp_path)
+    arguments = [*COMMANDS["compare"].split(), "--name", "a"]
+    assert compare.main(arguments) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    capsys.readouterr()
+    assert compare.main([*arguments, "--dry-run"]) == 0
+    assert "\nruns  2, of which 2 are finished\n" in capsys.readouterr().out
+    # A plan that the folder refuses is refused before it is measured.
+    assert compare.main([*arguments, "--dry-run", "--batch-size", "32"]) == 2
+    assert "batch_size 64, now 32" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_every_form_of_a_step_counts_as_often_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"cold": 100.0, False: 1.0, "warm": 11.0}
+
+    def refresh(number: int) -> object:
+        return "cold" if number == 0 else "warm" if number % 10 == 0 else False
+
+    called: list[int] = []
+
+    def timed(call):  # type: ignore[no-untyped-def]
+        before = len(called)
+        call()
+        return None, sum(seconds[refresh(number)] for number in called[before:])
+
+    monkeypatch.setattr(forecast.timing, "timed", timed)
+    first, step = forecast.measure_steps(called.append, refresh, 10**9)
+    assert first == 112  # each form once
+    assert step == pytest.approx((180 * 1 + 19 * 11) / 200)
+    assert forecast.Speed(first, step, 0.5).seconds(100, 4, times=3) == pytest.approx(
+        first + 3 * (100 * step + 2)
+    )
