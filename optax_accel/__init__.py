@@ -17,9 +17,15 @@ from optax_accel.subspace import bulk_sgd, dom_sgd, interpolated_sgd
 # Curvature refreshed from the host
 from optax_accel.refresh import Refresh, RefreshSchedule, refresh_at
 
-# Momentum decay
+# Momentum: decaying, quasi-hyperbolic, aggregated, tuned by itself
 from optax_accel.momentum import ScaleByDemonAdamState, scale_by_demon, scale_by_demon_adam
 from optax_accel.momentum import demon_adam, demon_schedule, demon_sgd
+from optax_accel.momentum import ScaleByQHMState, ScaleByQHAdamState, qhm, qh_adam
+from optax_accel.momentum import scale_by_qhm, scale_by_qh_adam
+from optax_accel.momentum import QHMParameters, QHAdamParameters, qh_adam_from_nadam
+from optax_accel.momentum import qhm_from_accsgd, qhm_from_pid, qhm_from_synthesized_nesterov
+from optax_accel.momentum import ScaleByAggMoState, aggmo, aggmo_betas, scale_by_aggmo
+from optax_accel.momentum import ScaleByYellowFinState, scale_by_yellowfin, yellowfin
 
 # Gradient sampling
 from optax_accel.sampling import SampleGradientsState, sample_gradients
@@ -80,6 +86,8 @@ __all__ = [
     "Objective",
     "OneCycle",
     "PostLocalSGDState",
+    "QHAdamParameters",
+    "QHMParameters",
     "QuadraticModelState",
     "Refresh",
     "RefreshSchedule",
@@ -88,13 +96,19 @@ __all__ = [
     "RoundRobinTracker",
     "SampleGradientsState",
     "ScaleByAdaBoundState",
+    "ScaleByAggMoState",
     "ScaleByBatchGaussNewtonState",
     "ScaleByDemonAdamState",
     "ScaleByKFACState",
+    "ScaleByQHAdamState",
+    "ScaleByQHMState",
+    "ScaleByYellowFinState",
     "Tracker",
     "TrustRegion",
     "WithSchedulesState",
     "adabound",
+    "aggmo",
+    "aggmo_betas",
     "batch_gauss_newton",
     "bernoulli_per_element",
     "bernoulli_per_tensor",
@@ -126,16 +140,26 @@ __all__ = [
     "powerprop",
     "project_to_bulk",
     "project_to_dominant",
+    "qh_adam",
+    "qh_adam_from_nadam",
+    "qhm",
+    "qhm_from_accsgd",
+    "qhm_from_pid",
+    "qhm_from_synthesized_nesterov",
     "quadratic_model",
     "refresh_at",
     "reparametrize",
     "sample_gradients",
     "scale_by_adabound",
+    "scale_by_aggmo",
     "scale_by_batch_gauss_newton",
     "scale_by_demon",
     "scale_by_demon_adam",
     "scale_by_ekfac",
     "scale_by_kfac",
+    "scale_by_qh_adam",
+    "scale_by_qhm",
+    "scale_by_yellowfin",
     "snapshot_schedule",
     "state_shardings",
     "static_arguments",
@@ -144,4 +168,5 @@ __all__ = [
     "vtpc_schedule",
     "weight_norm",
     "with_schedules",
+    "yellowfin",
 ]

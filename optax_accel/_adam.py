@@ -88,6 +88,11 @@ def second_moment(updates: chex.ArrayTree, moment: chex.ArrayTree, decay: Any) -
     return optax.tree.update_moment_per_elem_norm(wide, moment, decay, 2)
 
 
+def squared_modulus(gradient: jax.Array) -> jax.Array:
+    """The squares of the absolute values, real and in at least float32."""
+    return optax.tree.update_moment_per_elem_norm(jnp.asarray(gradient, _wide(gradient)), 0, 0, 2)
+
+
 def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """The quotient in the wider of the two dtypes, 0 where the denominator is."""
     usable = denominator > 0

@@ -98,6 +98,10 @@ OPTIMIZERS = (
         lambda rate: oa.demon_adam(rate, decay_steps=NUM_STEPS, form="ema"),
         ADAM_RATES,
     ),
+    Case("qhm", lambda rate: oa.qhm(rate, beta=0.9), (0.03, 0.1, 0.3, 1.0, 3.0)),
+    Case("qh_adam", oa.qh_adam, ADAM_RATES),
+    Case("aggmo", oa.aggmo),
+    Case("yellowfin", oa.yellowfin, (0.1, 0.3, 1.0, 3.0, 10.0)),
     Case("stoch_grad_adam", lambda rate: oa.stoch_grad_adam(rate, rate=0.8, key=0), ADAM_RATES),
     subspace("bulk_sgd", oa.bulk_sgd, oa.BlockTracker(), optimizes="bulk"),
     subspace(

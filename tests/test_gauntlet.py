@@ -517,6 +517,14 @@ FACTORIES: dict[Callable[..., optax.GradientTransformationExtraArgs], dict[str, 
     oa.demon_sgd: {"learning_rate": 0.1, "decay_steps": 10},
     oa.scale_by_demon_adam: {"decay_steps": 10},
     oa.demon_adam: {"learning_rate": 0.1, "decay_steps": 10},
+    oa.scale_by_qhm: {},
+    oa.qhm: {"learning_rate": 0.1},
+    oa.scale_by_qh_adam: {},
+    oa.qh_adam: {"learning_rate": 0.1},
+    oa.scale_by_aggmo: {},
+    oa.aggmo: {"learning_rate": 0.1},
+    oa.scale_by_yellowfin: {},
+    oa.yellowfin: {},
     oa.sample_gradients: {"rescale": True},
     oa.stoch_grad_adam: {"learning_rate": 0.1},
     oa.extragradient: {"inner": SGD, "extrapolation_rate": 0.1, "direction": "gaussian"},
@@ -741,6 +749,7 @@ def test_the_gauntlet_covers_every_factory() -> None:
     assert returns == set(FACTORIES)
     run = {case.name.split()[0] for case in CASES}
     # Some optimizers are nothing but their `scale_by_*`; the others have tests of their own.
-    nothing_but = {"scale_by_adabound", "scale_by_batch_gauss_newton"}
+    nothing_but = {"scale_by_adabound", "scale_by_batch_gauss_newton", "scale_by_qhm"}
+    nothing_but |= {"scale_by_qh_adam", "scale_by_aggmo", "scale_by_yellowfin"}
     apart = {"dynamic_loss_scale", "quadratic_model"}
     assert {f.__name__ for f in returns} - run == nothing_but | apart

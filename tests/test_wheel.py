@@ -20,7 +20,7 @@ OTHERS = [TESTS / name for name in ("experiments", "models", "notebooks")]
 # A part of the library's tests that needs nothing but pytest beside its dependencies: doctests of
 # all its modules would compile for minutes. They run with all optimizations of XLA, as users do.
 OF_THE_WHEEL = [
-    *("test_public_api.py", "test_momentum.py", "test_adabound.py", "test_sharding.py"),
+    *("test_public_api.py", "momentum/test_demon.py", "test_adabound.py", "test_sharding.py"),
     *("curvature/test_blocks.py", "workers/test_post_local.py"),
 ]
 

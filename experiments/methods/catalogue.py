@@ -22,6 +22,7 @@ METHODS: dict[str, Method] = {
         *optax_methods.BASES,
         *optax_methods.ADAPTIVE_RATES,
         *momentum.MOMENTUM_DECAY,
+        *momentum.OTHER_MOMENTUM,
         *gradients.GRADIENT_SAMPLING,
         *curvature.HESSIAN_SUBSPACE,
         *gradients.EXTRAGRADIENT,

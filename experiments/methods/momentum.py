@@ -1,4 +1,4 @@
-"""Momentum that changes over the run: Demon and the schedules that its paper compares it with."""
+"""Momentum: Demon and the schedules that it is compared with, QHM, AggMo, YellowFin."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from experiments.methods.optax_methods import ADAM_RATES, SGD_RATES
 
 # Demon Adam in the paper's form takes steps about ten times Adam's at the same rate.
 DEMON_ADAM_RATES = (0.00003, 0.0001, 0.0003, 0.001, 0.003)
+# QHM's mean is dampened, SGD's momentum is not. YellowFin multiplies a rate that it tunes itself.
+QHM_RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
+YELLOWFIN_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
+_QUASI_HYPERBOLIC = Paper("Ma and Yarats, 2019", "https://arxiv.org/abs/1810.06801")
 _DEMON = Paper("Chen et al., 2022", "https://arxiv.org/abs/1910.04952")
 
 
@@ -97,5 +101,51 @@ MOMENTUM_DECAY = (
         "onecycle_momentum_sgd",
         "momentum 0.95, 0.85, 0.95",
         lambda steps: oa.momentum_onecycle_schedule(steps, rise_fraction=0.5, cycle_fraction=1.0),
+    ),
+)
+
+OTHER_MOMENTUM = (
+    Method(
+        name="qhm",
+        family="momentum",
+        summary="SGD with a mean of the gradient and its running mean of decay 0.999",
+        paper=_QUASI_HYPERBOLIC,
+        fidelity="faithful",
+        base="nesterov_sgd",  # which reads the gradient twice, too
+        learning_rates=QHM_RATES,
+        factory=oa.qhm,
+        time_targets={"update": 1.05},
+    ),
+    Method(
+        name="qh_adam",
+        family="momentum",
+        summary="Adam with a mean of the gradient and its first moment",
+        paper=_QUASI_HYPERBOLIC,
+        fidelity="faithful",
+        base="nadam",
+        learning_rates=ADAM_RATES,
+        factory=oa.qh_adam,
+        time_targets={"update": 1.05},
+    ),
+    Method(
+        name="aggmo",
+        family="momentum",
+        summary="SGD with the mean of three momenta, 0, 0.9 and 0.99",
+        paper=Paper("Lucas et al., 2019", "https://arxiv.org/abs/1804.00325"),
+        fidelity="faithful",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        factory=oa.aggmo,
+    ),
+    Method(
+        name="yellowfin",
+        family="momentum",
+        summary="SGD that tunes its learning rate and its momentum; the rate is a factor",
+        paper=Paper("Zhang and Mitliagkas, 2019", "https://arxiv.org/abs/1706.03471"),
+        fidelity="faithful",
+        base="sgd",
+        learning_rates=YELLOWFIN_FACTORS,
+        factory=oa.yellowfin,
+        time_targets={"step": 1.3},
     ),
 )
