@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,17 @@ def test_wheel_holds_the_library_only(wheel: Path) -> None:
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"optax_accel"}
     assert "optax_accel/py.typed" in names
     assert {"optax_accel/subspace.py", "optax_accel/curvature/blocks.py"} <= set(names)
+
+
+@pytest.mark.slow
+def test_readme_of_the_wheel_has_no_relative_links(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        text = archive.read(name).decode()
+    assert "```python" in text
+    links = re.findall(r"\]\(([^)]+)\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    assert links
+    assert all(link.startswith("https://") for link in links)
 
 
 @pytest.mark.slow
