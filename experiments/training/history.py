@@ -11,15 +11,8 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from experiments import progress
 from experiments.runs.metric_files import MetricFiles, Row
 from experiments.runs.records import number
 from experiments.training import cluster, parallel
@@ -94,16 +87,8 @@ class History:
         self._pending: list[tuple[Row, Mapping[str, jax.Array], Any]] = []
         self._rows: list[Row] = []  # finished and not yet written
         self._began = self._fetched = time.monotonic()
-        self._progress = Progress(
-            TextColumn(title, markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[metrics]}", markup=False),
-            console=console,
-        )
-        self._bar = self._progress.add_task("", total=steps, metrics="compiling")
+        self._line = progress.Line(console, title, steps, counted=True, hidden=console.quiet)
+        self._line.tell("compiling")
 
     def __enter__(self) -> History:
         return self
@@ -114,7 +99,7 @@ class History:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._progress.stop()
+        self._line.stop()
         if self._files is not None:
             self._files.close()
 
@@ -131,8 +116,7 @@ class History:
         self._rows.clear()
         cluster.from_main(lambda: self._open(step))
         self._began = self._fetched = time.monotonic()
-        self._progress.start()  # if it has not started yet: what cannot be resumed shows no bar
-        self._progress.update(self._bar, completed=step)
+        self._line.start(step)  # not before: what cannot be resumed shows no line
 
     def _open(self, step: int) -> None:
         if self._files is not None:
@@ -141,7 +125,7 @@ class History:
 
     def tell(self, activity: str) -> None:
         """Shows what a step is busy with, until the next metrics are shown."""
-        self._progress.update(self._bar, metrics=activity)
+        self._line.tell(activity)
 
     def add(self, step: int, metrics: Mapping[str, jax.Array], position: Any) -> None:
         """Adds a step that was started.
@@ -205,4 +189,5 @@ class History:
         shown = [
             f"{name} {rows[-1][name]:.4g}" for name in self._shown if rows[-1].get(name) is not None
         ]
-        self._progress.update(self._bar, completed=rows[-1]["step"], metrics="  ".join(shown))
+        self._line.complete(rows[-1]["step"] or 0)
+        self._line.tell("  ".join(shown))

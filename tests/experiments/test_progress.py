@@ -26,33 +26,52 @@ def test_work_time_and_activity_are_shown(
 ) -> None:
     now = [100.0]
     terminal.get_time = lambda: now[0]  # type: ignore[method-assign]
+
+    def refreshed() -> str:
+        before = len(written(terminal))
+        assert progress._shown is not None
+        progress._shown.refresh()
+        return written(terminal)[before:]
+
     with progress.show(terminal, "compare", 3):
-        shown, _ = progress._shown or pytest.fail("nothing is shown")
         with progress.show(terminal, "inside", 1):  # adds to what there is to do
             pass
         progress.tell("kfac: compiling")
-        shown.refresh()
-        assert "compare" in written(terminal)
-        assert "0:00:00 elapsed, time left not known yet kfac: compiling" in written(terminal)
+        assert "compare ────────────   0% 0:00, ? left  kfac: compiling" in refreshed()
         now[0] = 110.0
         progress.advance()
-        shown.refresh()
-        assert " 25% 0:00:10 elapsed, 0:00:30 left" in written(terminal)
+        assert "compare ━━━─────────  25% 0:10, 0:30 left" in refreshed()
         now[0] = 115.0  # runs down between two calls
-        progress.tell("seed [3]")
-        shown.refresh()
-        assert " 25% 0:00:15 elapsed, 0:00:25 left" in written(terminal)
-        assert "seed [3]" in written(terminal)
+        progress.tell(f"seed [3] {100 * '.'}")  # too long for the line, and no markup
+        assert "  25% 0:15, 0:25 left  seed [3] ..." in refreshed()
+        assert max(map(len, refreshed().splitlines())) <= 110  # 100 and control characters
+        now[0] = 7400.0
+        progress.advance(3)
+        assert " 100% 2:01:40, 0:00 left" in refreshed()
     assert progress._shown is None
     progress.advance()
     progress.tell("nobody shows this")
+
+
+def test_counted_work_is_timed_behind_the_first_piece(terminal: Console) -> None:
+    now = [0.0]
+    terminal.get_time = lambda: now[0]  # type: ignore[method-assign]
+    line = progress.Line(terminal, "sgd", 100, counted=True, hidden=False)
+    line.start(20)  # a run that is resumed
+    for seconds, done in ((50.0, 30), (60.0, 50)):
+        now[0] = seconds
+        line.complete(done)
+    line.refresh()
+    line.stop()
+    assert "sgd ━━━━━━────── 50/100 1:00, 0:25 left" in written(terminal)
 
 
 def test_each_item_is_a_piece_of_work(terminal: Console) -> None:
     with progress.show(terminal, "a"):
         seen = []
         for item in progress.each("xyz", "item {}".format):
-            state = (progress._shown or pytest.fail("nothing is shown"))[0].tasks[0]
+            assert progress._shown is not None
+            state = progress._shown.task
             seen.append((item, state.completed, state.total, state.fields["now"]))
     assert seen == [("x", 0, 3, "item x"), ("y", 1, 3, "item y"), ("z", 2, 3, "item z")]
     assert [*progress.each("xyz")] == [*"xyz"]
