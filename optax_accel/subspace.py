@@ -713,11 +713,13 @@ def _dominant_component(
     if everything:
         return wide, alignment
 
-    def combination(b: jax.Array, v: jax.Array) -> jax.Array:
-        if k > _UNROLLED:
+    def combination(b: jax.Array, v: jax.Array, joint: bool) -> jax.Array:
+        # A sum is fused with what is done to the update, a dot product is not. Of a joint array it
+        # would be fused anew for each array in it, and take long to compile.
+        if joint or k > _UNROLLED:
             return cast(jax.Array, blocks.combine(coefficients, b.astype(v.dtype)))
-        # As a sum it is fused with what is done to the update, a dot product is not.
         weights = coefficients.astype(v.dtype)
         return functools.reduce(jnp.add, (weights[i] * b[i].astype(v.dtype) for i in range(k)))
 
-    return packing.unpack(jax.tree.map(combination, basis, packed)), alignment
+    combined = tuple(map(combination, basis, packed, packing.joint))
+    return packing.unpack(combined), alignment

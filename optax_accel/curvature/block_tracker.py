@@ -209,10 +209,12 @@ class BlockTracker(CurvatureTracker):
     def _start(self, space: Eigenspace, product: Any, params: chex.ArrayTree) -> Eigenspace:
         k = space.eigenvalues.shape[0]
         _, tracked = self._sizes(params, k)
+        packing = blocks.Packing(params)
         values, basis, smallest, _ = solve(
             self,
             product,
             params,
+            packing,
             tracked,
             num_products=cold_start_products(self, params, tracked),
         )
@@ -222,16 +224,17 @@ class BlockTracker(CurvatureTracker):
                 period=jnp.full_like(adaptive.period, SHORTEST_PERIOD),
                 refreshes=adaptive.refreshes + 1,
             )
-        return self._finish(space, values, basis, spectrum_shift(self, smallest), adaptive)
+        shift = spectrum_shift(self, smallest)
+        return self._finish(space, values, basis, packing, shift, adaptive)
 
     def _sweep(self, space: Eigenspace, product: Any, params: chex.ArrayTree) -> Eigenspace:
         basis = space.basis
         if space.memory.guard is not None:
             basis = blocks.concatenate(basis, space.memory.guard)
         basis = load(self, basis, params)
-        basis = or_random(self, space.ready, basis, params)
         packing = blocks.Packing(params)
         basis = packing.pack(basis, axis=1)
+        basis = or_random(self, space.ready, basis, params, packing=packing)
 
         def products(packed: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             return packing.pack(jax.vmap(product)(packing.unpack(packed, axis=1)), axis=1)
@@ -251,7 +254,7 @@ class BlockTracker(CurvatureTracker):
             cosines = blocks.inner(*(blocks.rows(block, 0, k) for block in (before, basis)))
             drift = jnp.clip(1 - jnp.sum(jnp.square(cosines)) / max(k, 1), 0, 1)
             adaptive = self._adapted(adaptive, drift.astype(adaptive.drift.dtype))
-        return self._finish(space, values, packing.unpack(basis, axis=1), shift, adaptive)
+        return self._finish(space, values, basis, packing, shift, adaptive)
 
     def _adapted(self, old: AdaptivePeriod, drift: jax.Array) -> AdaptivePeriod:
         """The period after a refresh that found this drift."""
@@ -274,14 +277,16 @@ class BlockTracker(CurvatureTracker):
         self,
         old: Eigenspace,
         values: jax.Array,
-        basis: chex.ArrayTree,
+        basis: tuple[jax.Array, ...],
+        packing: blocks.Packing,
         shift: jax.Array,
         adaptive: AdaptivePeriod | None,
     ) -> Eigenspace:
         k = old.eigenvalues.shape[0]
         guard = old.memory.guard
         if guard is not None:
-            guard = store(self, jax.tree.map(lambda b: b[k:], basis))
+            rest = jax.tree.map(lambda b: b[k:], basis)
+            guard = store(self, packing.unpack(rest, axis=1))
             basis = blocks.rows(basis, 0, k)
         memory = BlockMemory(guard, shift.astype(old.memory.shift.dtype), adaptive)
-        return accept(self, old, values[:k], basis, memory, jnp.isfinite(shift))
+        return accept(self, old, values[:k], basis, memory, jnp.isfinite(shift), packing)

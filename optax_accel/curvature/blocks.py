@@ -117,16 +117,20 @@ def random_block(
 ) -> chex.ArrayTree:
     """The vectors ``first`` to ``first + num - 1`` of a sequence of uniform entries in [-1, 1).
 
+    The entries are numbered through the leaves, so that a vector in one array has the same ones.
     Compiled much sooner than :func:`random`, because no key is derived for each array.
     """
     leaves, treedef = jax.tree.flatten(like)
-
-    def draw(number: int, x: Any) -> jax.Array:
-        # The number of the leaf is hashed: a key for each would take most of the compilation.
-        offset = jnp.asarray(first, jnp.uint32) * np.uint32(math.prod(x.shape) % 2**32)
-        return _uniform(hash_bits(key, (num, *x.shape), jnp.uint32(number), offset), x.dtype)
-
-    return jax.tree.unflatten(treedef, [draw(i, x) for i, x in enumerate(leaves)])
+    size = np.uint32(dimension(like) % 2**32)
+    step = jnp.zeros((), jnp.uint32)  # the key is hashed, not split, which would compile longer
+    starts = (jnp.asarray(first).astype(jnp.uint32) + jnp.arange(num, dtype=jnp.uint32)) * size
+    drawn, offset = [], 0
+    for leaf in leaves:
+        bits = functools.partial(hash_bits, key, leaf.shape, step)
+        block = jax.vmap(bits)(starts + np.uint32(offset % 2**32))
+        drawn.append(_uniform(block, leaf.dtype))
+        offset += math.prod(leaf.shape)
+    return jax.tree.unflatten(treedef, drawn)
 
 
 def random_basis(key: chex.PRNGKey, like: chex.ArrayTree, num: int) -> chex.ArrayTree:
@@ -169,6 +173,9 @@ class Packing:
       merge: whether arrays are flattened into one instead of stacked; ``None`` (default): where
         there is one device.
 
+    Attributes:
+      joint: for each packed array, whether it holds several.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from optax_accel.curvature import blocks
@@ -196,6 +203,7 @@ class Packing:
             kind = jnp.dtype(leaf.dtype) if self._merge else jax.typeof(leaf)
             groups.setdefault(i if alone else kind, []).append(i)
         self._groups = list(groups.values())
+        self.joint = tuple(len(group) > 1 for group in self._groups)
 
     def pack(self, tree: chex.ArrayTree, *, axis: int = 0) -> tuple[jax.Array, ...]:
         """The arrays of a vector, or with ``axis=1`` of a block of vectors."""
@@ -225,6 +233,15 @@ class Packing:
                 for i, part in zip(group, jnp.split(array, ends[:-1], axis), strict=True):
                     leaves[i] = part.reshape(*part.shape[:axis], *self._shapes[i])
         return jax.tree.unflatten(self._treedef, [leaves[i] for i in range(len(leaves))])
+
+    def random_block(
+        self, key: chex.PRNGKey, like: chex.ArrayTree, num: int, first: chex.Numeric = 0
+    ) -> tuple[jax.Array, ...]:
+        """What :func:`random_block` gives, packed; a single array is drawn at once."""
+        arrays = jax.eval_shape(self.pack, like)
+        if len(arrays) == 1:
+            return random_block(key, arrays, num, first)
+        return self.pack(random_block(key, like, num, first), axis=1)
 
 
 def identity(like: chex.ArrayTree) -> chex.ArrayTree:

@@ -81,12 +81,15 @@ class ExactTracker(CurvatureTracker):
         cold: bool | None = None,
     ) -> Eigenspace:
         k = space.eigenvalues.shape[0]
+        packing = blocks.Packing(params)
         values, basis, _, used = solve(
             self,
             curvature_operator(self, objective, params),
             params,
+            packing,
             k,
             num_products=self.num_products(params, k, cold=True),
             tolerance=self.tolerance,
         )
-        return accept(self, space, values, basis, ExactMemory(used), jnp.ones((), bool))
+        memory, valid = ExactMemory(used), jnp.ones((), bool)
+        return accept(self, space, values, basis, memory, valid, packing)

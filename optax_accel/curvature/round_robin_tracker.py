@@ -101,13 +101,14 @@ class RoundRobinTracker(CurvatureTracker):
         product = curvature_operator(self, objective, params)
 
         def start(old: Eigenspace) -> Eigenspace:
-            k = old.eigenvalues.shape[0]
+            k, packing = old.eigenvalues.shape[0], blocks.Packing(params)
+            num_products = cold_start_products(self, params, k)
             values, basis, smallest, _ = solve(
-                self, product, params, k, num_products=cold_start_products(self, params, k)
+                self, product, params, packing, k, num_products=num_products
             )
             shift = spectrum_shift(self, smallest)
             memory = old.memory._replace(position=jnp.zeros((), jnp.int32), shift=shift)
-            return accept(self, old, values, basis, memory, jnp.isfinite(shift))
+            return accept(self, old, values, basis, memory, jnp.isfinite(shift), packing)
 
         if cold:
             space = start(space)

@@ -30,6 +30,7 @@ from optax_accel._arguments import check_choice, check_integer
 from optax_accel._numerics import zeros
 from optax_accel.curvature import blocks
 from optax_accel.curvature._block_iteration import subspace_sweep
+from optax_accel.curvature._krylov import ritz_pairs
 from optax_accel.curvature._lanczos import lanczos
 from optax_accel.curvature.eigensolvers import Order
 from optax_accel.objective import Objective
@@ -215,8 +216,11 @@ def or_random(
     rows: chex.ArrayTree,
     params: chex.ArrayTree,
     first: chex.Numeric = 0,
+    packing: blocks.Packing | None = None,
 ) -> chex.ArrayTree:
     """The rows of a basis from number ``first`` on, or before there is an estimate random ones.
+
+    With a ``packing``, rows are packed.
 
     Their length is about 1, and they are as orthogonal as random vectors of this dimension are.
     """
@@ -226,7 +230,8 @@ def or_random(
     length = math.sqrt(max(blocks.dimension(like), 1) / 3)  # of uniform entries in [-1, 1)
 
     def drawn() -> chex.ArrayTree:
-        random = blocks.random_block(jax.random.key(tracker.seed), like, num, first)
+        draw = blocks.random_block if packing is None else packing.random_block
+        random = draw(jax.random.key(tracker.seed), like, num, first)
         return jax.tree.map(lambda x, row: (x / length).astype(row.dtype), random, rows)
 
     return lax.cond(ready, lambda: rows, drawn)
@@ -251,16 +256,23 @@ def accept(
     basis: chex.ArrayTree,
     memory: Any,
     valid: jax.Array,
+    packing: blocks.Packing | None = None,
 ) -> Eigenspace:
-    """The new estimate if it is finite, else the old one."""
+    """The new estimate if it is finite, else the old one; with a ``packing``, basis is packed."""
     # The squared norms of the rows tell a basis from NaNs at the cost of a pass.
     norms = jax.tree.map(lambda b: jnp.sum(jnp.square(b), tuple(range(1, b.ndim))), basis)
     valid &= jnp.all(jnp.isfinite(sum(jax.tree.leaves(norms)))) & jnp.all(jnp.isfinite(values))
-    new = old._replace(
-        basis=store(tracker, basis), eigenvalues=values, ready=jnp.ones((), bool), memory=memory
-    )
-    return jax.tree.map(lambda n, o: jnp.where(valid, n, o), new, old)._replace(
-        accepted=valid, rejected=old.rejected + ~valid
+
+    def chosen() -> chex.ArrayTree:
+        return store(tracker, basis if packing is None else packing.unpack(basis, axis=1))
+
+    new = old._replace(basis=None, eigenvalues=values, ready=jnp.ones((), bool), memory=memory)
+    new = jax.tree.map(lambda n, o: jnp.where(valid, n, o), new, old._replace(basis=None))
+    return new._replace(
+        # A conditional, because what is selected would be fused with all that reads it.
+        basis=lax.cond(valid, chosen, lambda: old.basis),
+        accepted=valid,
+        rejected=old.rejected + ~valid,
     )
 
 
@@ -291,31 +303,46 @@ def solve(
     tracker: CurvatureTracker,
     product: Callable[[chex.ArrayTree], chex.ArrayTree],
     params: chex.ArrayTree,
+    packing: blocks.Packing,
     num: int,
-    **options: Any,
-) -> tuple[jax.Array, chex.ArrayTree, jax.Array, jax.Array]:
-    """Solves from scratch: leading Ritz values and vectors, the smallest value, products used."""
+    *,
+    num_products: int,
+    tolerance: float | None = None,
+) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array, jax.Array]:
+    """Solves from scratch: leading Ritz values and vectors, the smallest value, products used.
+
+    The Ritz vectors are packed.
+    """
     like = vector_like(tracker, params)
     if num == blocks.dimension(params):  # the whole space: exact
         zero = jnp.zeros((), blocks.scalar_dtype(like))
         values, basis, smallest = subspace_sweep(
             jax.vmap(product), blocks.identity(like), shift=zero, order=tracker.order
         )
-        return values, basis, smallest, jnp.asarray(num, jnp.int32)
+        return values, packing.pack(basis, axis=1), smallest, jnp.asarray(num, jnp.int32)
     key = jax.random.key(tracker.seed)
-    packing = blocks.Packing(params)
 
     def packed_product(packed: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         return packing.pack(product(packing.unpack(packed)))
 
-    pairs = lanczos(
-        packed_product,
-        jax.eval_shape(packing.pack, like),
-        num,
-        key=key,
-        order=tracker.order,
-        start=packing.pack(jax.tree.map(lambda x: x[0], blocks.random_block(key, like, 1))),
-        **options,
-    )
-    basis = packing.unpack(pairs.basis, axis=1)
-    return pairs.eigenvalues, basis, pairs.smallest, pairs.num_products
+    def draw(number: chex.Numeric) -> tuple[jax.Array, ...]:
+        return tuple(x[0] for x in packing.random_block(key, like, 1, number))
+
+    # Without a tolerance nothing is judged, so nothing that judges is compiled.
+    if tolerance is None and num_products <= 2 * num + 16:
+        values, basis, smallest = ritz_pairs(
+            packed_product, draw, num, num_products=num_products, order=tracker.order
+        )
+        used = jnp.asarray(num_products, jnp.int32)
+    else:
+        values, basis, _, used, _, smallest = lanczos(
+            packed_product,
+            jax.eval_shape(packing.pack, like),
+            num,
+            key=key,
+            num_products=num_products,
+            order=tracker.order,
+            tolerance=tolerance,
+            start=draw(0),
+        )
+    return values, basis, smallest, used

@@ -102,6 +102,9 @@ def test_packing_keeps_the_numbers(block, merge):
     np.testing.assert_allclose(blocks.inner(packed, packed), blocks.inner(block, block), rtol=1e-12)
     row = jax.tree.map(lambda x: x[1], block)
     chex.assert_trees_all_equal(packing.unpack(packing.pack(row)), row)
+    random = packing.random_block(jax.random.key(0), row, 2, 3)
+    expected = blocks.random_block(jax.random.key(0), row, 2, 3)
+    chex.assert_trees_all_equal(packing.unpack(random, axis=1), expected)
 
 
 def test_small_arrays_are_packed_alone():
