@@ -2,8 +2,8 @@
 
 ``python notebooks/store.py [NAME ...]`` does so for the notebooks named (by default all): it writes
 the badge under the title and the cell that installs, both made from ``Repository`` in
-``[project.urls]`` of ``pyproject.toml``; executes the notebook; and stores what it printed and drew. The tests hold the
-notebooks against it.
+``[project.urls]`` of ``pyproject.toml``; executes the notebook; and stores what it printed and
+drew. The tests hold the notebooks against it.
 """
 
 from __future__ import annotations
