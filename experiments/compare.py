@@ -42,7 +42,7 @@ PROG = "python -m experiments.compare"
 
 @dataclasses.dataclass(frozen=True)
 class Options(cli.DryRunOptions):
-    """Compare training methods on real data, each at the best learning rate of its own grid."""
+    """Compare training methods on real data, each at its own best learning rate."""
 
     task: str = "digits"
     """Data set; --list tasks shows all."""

@@ -178,7 +178,7 @@ _FOR_KFAC_JAX = ("digits_mlp", "mnist_autoencoder")
 
 @dataclasses.dataclass(frozen=True)
 class Options(cli.DryRunOptions):
-    """Compare natural-gradient methods with SGD and Adam: loss over steps and over time."""
+    """Compare natural-gradient methods with SGD and Adam, over steps and over time."""
 
     problem: str = "digits_mlp"
     """digits_mlp, mnist_autoencoder, cifar10_5k_cnn, shakespeare_transformer or

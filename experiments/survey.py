@@ -58,7 +58,7 @@ FILES, FOLDERS = ("ensembles.json", "survey.json", "survey.png"), ("plain", "bat
 
 @dataclasses.dataclass(frozen=True)
 class Options(cli.DryRunOptions):
-    """Run the survey's comparison again: ranks with intervals, and what holds of its claims."""
+    """Run the survey's comparison again: ranks with intervals, claims with verdicts."""
 
     limits: ClassVar = {"seeds": cli.Range(2, 1_000)}  # one seed makes no interval
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from experiments.training.studies import forecast
 COMMANDS = {
     "accelerator_report": "--quick",
     "bench": "--methods demon_sgd",
-    "compare": "--methods sgd --learning-rates 0.1 --seeds 2 --steps 8",
+    "brief_review": "--task digits --models mlp --variants baseline --steps 6 --batch-size 48",
     "ensembles": "--kind single --learning-rates 0.1 --seeds 2 --steps 8",
     "fault_drill": "--quick",
     "lr_range_test": "--seeds 1 --steps 8",
@@ -26,6 +27,7 @@ COMMANDS = {
     "trackers": "--task digits --batch-size 8",
     "train": "--steps 6",
 }
+COMPARE = "--methods sgd --learning-rates 0.1 --seeds 2 --steps 8"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -37,13 +39,22 @@ def test_a_plan_is_printed_and_nothing_written(
     if name == "survey":
         monkeypatch.setattr(command, "PLAIN", ("sgd",))
         monkeypatch.setattr(command, "BATCH_NORM", ("sgd",))
+    if name == "brief_review":
+        tiny = dataclasses.replace(command.SCALES["small"], models={"mlp": ("mlp", {})})
+        monkeypatch.setitem(command.SCALES, "small", tiny)
     assert command.main(["--dry-run", *COMMANDS[name].split()]) == 0
-    out = capsys.readouterr().out
+    check(capsys.readouterr().out)
+    assert [*tmp_path.iterdir()] == []
+
+
+def check(out: str) -> None:
+    """What every dry run says, each in a line."""
     lines = out.splitlines()
     assert lines[-1] == "dry run: nothing was written"
-    for about in ("plan", "runs", "parameters", "memory", "time"):
+    for about in ("plan", "runs", "time"):
         assert sum(bool(re.match(rf"{about} +\S", line)) for line in lines) == 1, out
-    assert [*tmp_path.iterdir()] == []
+    for about in ("parameters", "memory"):
+        assert about in out
 
 
 def test_what_is_finished_is_not_forecast_again(
@@ -51,7 +62,12 @@ def test_what_is_finished_is_not_forecast_again(
 ) -> None:
     compare = importlib.import_module("experiments.compare")
     monkeypatch.chdir(tmp_path)
-    arguments = [*COMMANDS["compare"].split(), "--name", "a"]
+    arguments = [*COMPARE.split(), "--name", "a"]
+    assert compare.main([*arguments, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    check(out)
+    assert "\nruns        2, of which 0 are finished\n" in out
+    assert [*tmp_path.iterdir()] == []
     assert compare.main(arguments) == 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     capsys.readouterr()

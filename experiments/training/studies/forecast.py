@@ -217,7 +217,7 @@ def of_shares(trainer: Trainer, shares: Sequence[Share]) -> dict[str, str]:
         "memory": f"{size(most.bytes)} for {cli.plural(most.together, 'run')} of {most.method} "
         f"together, estimated from shapes; a batch has {size(batch)}",
         "time": f"about {cli.duration(sum(share.seconds for share in shares))}, from steps "
-        "measured after compilation, with compilation and validations",
+        "measured after compilation, with compilation and validations, without the final timing",
     }
 
 
