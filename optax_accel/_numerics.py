@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 # Larger constants are made on the device: a program is compiled sooner than they are sent.
-_SENT = 2**20
+_SENT = 2**22
 
 
 def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -19,6 +19,13 @@ def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     if math.prod(shape) > _SENT or _is_tracing():
         return jnp.zeros(shape, dtype)
     return jnp.array(np.zeros(shape, dtype))
+
+
+def ones(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Ones for a state, made as :func:`zeros` are."""
+    if math.prod(shape) > _SENT or _is_tracing():
+        return jnp.ones(shape, dtype)
+    return jnp.array(np.ones(shape, dtype))
 
 
 def identity(size: int, dtype: Any) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_accel._arguments import static_integer
-from optax_accel._numerics import identity, zeros
+from optax_accel._numerics import identity, ones, zeros
 from optax_accel.natural_gradient.factors import Kronecker, side_shapes
 from optax_accel.natural_gradient.inverses import Eigen
 from optax_accel.natural_gradient.layers import Block
@@ -100,11 +100,11 @@ def initial_state(
 def _identity(block: Block, shape: tuple[int, ...], dtype: Any, kind: Kind) -> Any:
     """The inverse or the eigendecomposition of an identity matrix, or of a stack of them."""
     size = shape[-1]
-    ones = jnp.ones((*shape[: block.stacked], size), dtype)
+    eigenvalues = ones((*shape[: block.stacked], size), dtype)
     if len(shape) - block.stacked == 1:
-        return ones if kind == "factored" else Eigen(ones, None)
+        return eigenvalues if kind == "factored" else Eigen(eigenvalues, None)
     matrix = jnp.broadcast_to(identity(size, dtype), shape)
-    return matrix if kind == "factored" else Eigen(ones, matrix)
+    return matrix if kind == "factored" else Eigen(eigenvalues, matrix)
 
 
 def corrected(average: jax.Array, weight: jax.Array, otherwise: Any = 0) -> jax.Array:
