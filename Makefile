@@ -17,7 +17,7 @@ PYTHON ?= $(call find_python,python3.13 python3.12 python3.11 python3,sys.versio
 PYTHON313 ?= $(call find_python,python3.13 $(wildcard $(HOME)/.pyenv/versions/3.13.*/bin/python),\
 	sys.version_info[:2] == (3$(comma) 13))
 
-.PHONY: help demo test test-slow test-lowest test-latest lint bench accelerator-report lock clean
+.PHONY: help demo docs test test-slow test-lowest test-latest lint bench accelerator-report lock clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-19s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,9 @@ test-latest:  ## Run the tests on Python 3.13 with the newest versions of everyt
 		$(MAKE) test VENV=.venv-latest PYTHON="$(PYTHON313)" PINS=--upgrade; \
 	fi
 
+docs: $(VENV)/dev.stamp  ## Build the documentation into docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
 lint: $(VENV)/dev.stamp  ## Check style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -64,7 +67,7 @@ compile = printf '%s\n' uv hatchling editables | $(BIN)/uv pip compile pyproject
 	--output-file $(1)
 
 clean:  ## Remove environments, caches and builds (results in runs/ stay)
-	rm -rf .venv .venv-lowest .venv-latest build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-latest build dist docs/_build docs/api docs/methods docs/notebooks .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/uv:

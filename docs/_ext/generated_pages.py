@@ -1,0 +1,199 @@
+"""Pages that are made from the code: one for each method and public name, and the notebooks.
+
+They are written into folders that git ignores, before Sphinx reads the sources.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import optax_accel as oa
+from experiments.methods import METHODS, Method
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("methods", "api", "notebooks")
+
+# The function behind a method whose entry in the catalogue builds it by a function of its own.
+FUNCTIONS = {
+    "cosine_momentum_sgd": "with_schedules",
+    "linear_momentum_sgd": "with_schedules",
+    "exponential_momentum_sgd": "with_schedules",
+    "onecycle_momentum_sgd": "momentum_onecycle_schedule",
+    "cyclical_sgd": "cyclical_schedule",
+    "cyclical2_sgd": "cyclical_schedule",
+    "exp_range_sgd": "cyclical_schedule",
+    "onecycle_sgd": "onecycle",
+    "onecycle_cosine_sgd": "onecycle",
+    "vtpc_sgd": "vtpc_schedule",
+    "snapshot_sgd": "snapshot_schedule",
+    "weight_norm_sgd": "weight_norm",
+    "weight_norm_adam": "weight_norm",
+    "powerprop_sgd": "powerprop",
+    "gnp_sgd": "gnp",
+    "sam_sgd": "gnp",
+    "post_local_sgd": "post_local_sgd",
+}
+
+FIDELITY = {
+    "faithful": "faithful to the paper",
+    "as public code": "as the authors' public code has it, where paper and code differ",
+    "our reading": "our reading: the paper leaves open what the docstring names",
+}
+
+
+def write(docs: Path) -> None:
+    """Writes all pages anew.
+
+    Args:
+      docs: the folder of Sphinx's sources.
+    """
+    for name in FOLDERS:
+        shutil.rmtree(docs / name, ignore_errors=True)
+        (docs / name).mkdir()
+    _write_methods(docs)
+    _write_api(docs / "api")
+    _write_notebooks(docs / "notebooks")
+
+
+def is_a_field(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
+    """Whether autodoc should leave a member out; None leaves that to Sphinx."""
+    del app, options
+    if type(obj).__name__ == "_tuplegetter" or (name in ("count", "index") and what == "class"):
+        return True
+    return None
+
+
+# -- methods ---------------------------------------------------------------------------------------
+
+
+def methods() -> list[Method]:
+    """The methods that have a page: all but Optax's own."""
+    return [method for method in METHODS.values() if method.fidelity != "Optax"]
+
+
+def function_behind(method: Method) -> Callable[..., Any]:
+    """The public function whose docstring states the rule of a method.
+
+    Args:
+      method: an entry of the catalogue.
+    """
+    factory: Any = method.factory
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    name = FUNCTIONS.get(method.name, factory.__name__)
+    if name not in oa.__all__:
+        raise LookupError(f"name the public function of the method {method.name} in `FUNCTIONS`")
+    function: Callable[..., Any] = getattr(oa, name)
+    return function
+
+
+def slug(family: str) -> str:
+    """The name of a family in files."""
+    return re.sub(r"\W+", "_", family).lower()
+
+
+def _write_methods(docs: Path) -> None:
+    chapters = []
+    for family in dict.fromkeys(method.family for method in methods()):
+        members = [method for method in methods() if method.family == family]
+        for method in members:
+            page = _method_page(method, docs / "_families" / f"{slug(family)}.md")
+            (docs / "methods" / f"{method.name}.md").write_text(page, encoding="utf-8")
+        title = family[0].upper() + family[1:]
+        chapters.append(_chapter(title, (method.name for method in members)))
+    text = "# Methods\n\nOne page for each method of the catalogue, by family.\n\n"
+    (docs / "methods" / "index.md").write_text(text + "\n".join(chapters), encoding="utf-8")
+
+
+def _chapter(title: str, pages: Iterable[str]) -> str:
+    lines = "\n".join(pages)
+    return f"## {title}\n\n```{{toctree}}\n:maxdepth: 1\n\n{lines}\n```\n"
+
+
+def _method_page(method: Method, family: Path) -> str:
+    function = function_behind(method)
+    grid = ", ".join(f"{rate:g}" for rate in method.learning_rates)
+    base = f", compared with `{method.base}`" if method.base else ""
+    return f"""# {method.name}
+
+{method.summary[0].upper()}{method.summary[1:]}.
+
+| | |
+|---|---|
+| Paper | [{method.paper.authors}]({method.paper.link}) |
+| Fidelity | {FIDELITY[method.fidelity]} |
+| Cost of a step | {method.extra_cost()}{base} |
+| Learning rates it is tuned on | {grid} |
+| Function | [`{function.__name__}`](../api/generated/optax_accel.{function.__name__}.rst) |
+| Try it | `python -m experiments.compare --task digits --methods {_rivals(method)}` |
+
+## The rule
+
+```{{eval-rst}}
+.. automodule:: {function.__module__}
+   :no-members:
+   :no-index:
+```
+
+{family.read_text(encoding="utf-8")}"""
+
+
+def _rivals(method: Method) -> str:
+    names = dict.fromkeys([method.base or "sgd", "adam", method.name])
+    return ",".join(names)
+
+
+# -- public names ----------------------------------------------------------------------------------
+
+
+def families() -> dict[str, list[str]]:
+    """The public names by the headings of the library's `__init__`, each once."""
+    groups: dict[str, list[str]] = {}
+    heading = ""
+    source = (ROOT / "optax_accel" / "__init__.py").read_text(encoding="utf-8")
+    for line in source.partition("__all__")[0].splitlines():
+        if line.startswith("# ") and "ruff" not in line:
+            heading = line[2:]
+        elif heading and (names := re.fullmatch(r"from \S+ import (.+)", line)):
+            groups.setdefault(heading, []).extend(names[1].split(", "))
+    modules = [name for name in oa.__all__ if inspect.ismodule(getattr(oa, name))]
+    for name in modules:
+        taken = {member for members in groups.values() for member in members}
+        module = getattr(oa, name)
+        path = module.__name__.removeprefix("optax_accel.")
+        members = [f"{path}.{member}" for member in module.__all__ if member not in taken]
+        groups[module.__doc__.splitlines()[0].rstrip(".")] = members
+    missing = set(oa.__all__) - set(modules) - {n for names in groups.values() for n in names}
+    if missing:
+        raise LookupError(f"no heading in optax_accel/__init__.py for {sorted(missing)}")
+    return {
+        heading: [name for name in names if name not in modules]
+        for heading, names in groups.items()
+    }
+
+
+def _write_api(folder: Path) -> None:
+    parts = ["API", "===", "", "All public names, by family. ``import optax_accel as oa``.", ""]
+    for heading, names in families().items():
+        parts += [heading, "-" * len(heading), "", ".. autosummary::", "   :toctree: generated", ""]
+        parts += [f"   optax_accel.{name}" for name in names]
+        parts.append("")
+    (folder / "index.rst").write_text("\n".join(parts), encoding="utf-8")
+
+
+# -- notebooks -------------------------------------------------------------------------------------
+
+
+def _write_notebooks(folder: Path) -> None:
+    paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    for path in paths:
+        shutil.copy(path, folder)
+    pages = "\n".join(path.stem for path in paths)
+    text = f"# Notebooks\n\n```{{toctree}}\n:maxdepth: 1\n\n{pages}\n```\n"
+    (folder / "index.md").write_text(text, encoding="utf-8")
