@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments import hlo
+from experiments.training.options import Options
+from experiments.training.plan import prepare
+from experiments.training.program import build
 from experiments.training.studies import forecast
 
 # Small, so that what is measured is measured fast.
@@ -77,6 +81,28 @@ def test_what_is_finished_is_not_forecast_again(
     assert compare.main([*arguments, "--dry-run", "--batch-size", "32"]) == 2
     assert "batch_size 64, now 32" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_run_is_that_of_its_largest_step() -> None:
+    options = Options(
+        method="bulk_sgd", steps=21, devices=1, batch_size=8, curvature_batch_size=256
+    )
+    plan = prepare(dataclasses.replace(options, model_options='{"hidden_sizes": [8]}'))
+    program = build(plan)
+    lines, _ = forecast.of_run(plan, program)
+    runner, batches = program.runner, [plan.task.train.x[:n] for n in (8, 256)]
+    batch, curvature = (
+        runner.put_batch({"x": x, "y": plan.task.train.y[: len(x)]}) for x in batches
+    )
+    needed = {
+        form: hlo.memory(
+            runner.lower(program.shapes, batch, curvature if form else None, form).compile()
+        ).total
+        for form in (False, "warm", "cold")
+    }
+    assert max(needed.values()) > needed[False]
+    assert lines["memory"].startswith(f"{forecast.size(max(needed.values()))} on each device")
 
 
 def test_every_form_of_a_step_counts_as_often_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:

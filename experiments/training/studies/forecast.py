@@ -108,20 +108,23 @@ def of_run(plan: Plan, program: Program) -> tuple[dict[str, str], Speed]:
       Lines by what they are about, and what was measured.
     """
     runner, curvature = program.runner, curvature_batch(plan, program)
-    state = runner.init(program.make_state)
+    state, forms = runner.init(program.make_state), set[Any]()
     with open_batches(plan, program) as batches:
 
         def step(number: int) -> Any:
             nonlocal state
             refresh = plan.refresh_at(number)
+            forms.add(refresh)
             progress.tell("compiling and timing steps" if not refresh else "finding the subspace")
             state, metrics = program.step(state, next(batches), curvature, refresh)
             return metrics
 
         first, seconds = measure_steps(step, plan.refresh_at, plan.steps)
         batch = next(batches)
-    progress.tell("reading the memory of the compiled step")
-    memory = hlo.memory(runner.lower(state, batch, None, plan.refresh_at(plan.steps - 1)).compile())
+    memory = max(
+        hlo.memory(runner.lower(state, batch, curvature if form else None, form).compile()).total
+        for form in forms
+    )
     progress.tell("timing a validation")
     validation, at_once = plan.task.validation, evaluation_batch(plan.task)
     part = dataclasses.replace(validation, x=validation.x[:at_once], y=validation.y[:at_once])
@@ -135,7 +138,7 @@ def of_run(plan: Plan, program: Program) -> tuple[dict[str, str], Speed]:
         "parameters": f"{parameters(shapes.params):,}",
         "steps": f"{plan.steps} of {cli.plural(plan.batch_size, 'example')}, "
         f"{cli.plural(validations, 'validation')}",
-        "memory": f"{size(memory.total)} on each device, from the compiled step; from shapes: "
+        "memory": f"{size(memory)} on each device, from the compiled step; from shapes: "
         f"parameters {size(tree_bytes(shapes.params))}, optimizer "
         f"{size(tree_bytes(shapes.opt_state))}, batch {size(tree_bytes(batch))}",
         "time": f"about {cli.duration(speed.seconds(plan.steps, validations))}: {speed.source()}; "
