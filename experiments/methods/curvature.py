@@ -56,7 +56,7 @@ HESSIAN_SUBSPACE = (
         "SGD outside the dominant Hessian subspace",
         oa.bulk_sgd,
         tracker=oa.BlockTracker(),
-        first_step=8.0,
+        first_step=7.0,
         fidelity="faithful",
     ),
     _subspace_method(
@@ -64,7 +64,7 @@ HESSIAN_SUBSPACE = (
         "SGD inside the dominant Hessian subspace (diagnostic)",
         oa.dom_sgd,
         tracker=oa.BlockTracker(),
-        first_step=8.0,
+        first_step=7.0,
         fidelity="faithful",
     ),
     _subspace_method(
@@ -72,7 +72,7 @@ HESSIAN_SUBSPACE = (
         "SGD with the dominant component halved",
         functools.partial(oa.interpolated_sgd, dominant_weight=0.5, bulk_weight=1.0),
         tracker=oa.BlockTracker(),
-        first_step=8.0,
+        first_step=7.0,
         fidelity="our reading",
         paper=Paper("Zakarin and Singh, 2025", "https://arxiv.org/abs/2505.11972"),
     ),
@@ -88,7 +88,7 @@ HESSIAN_SUBSPACE = (
         "Bulk-SGD, the subspace from gradients of the mean outputs",
         oa.bulk_sgd,
         tracker=oa.GradientTracker(),
-        first_step=3.0,
+        first_step=5.0,
         fidelity="our reading",
     ),
 )

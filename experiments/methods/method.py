@@ -104,7 +104,8 @@ class Method:
         ``"update"``, a training ``"step"``, a ``"cycle"`` of steps with one refresh of everything
         (K-FAC), a step ``"between"`` refreshes.
       first_step: what the first step takes, compilation and cold start included, in first steps of
-        Adam: measured (`experiments.bench`), for methods that are far from 1; else None.
+        Adam: measured on the GPT of `experiments.bench`, for methods that are far from 1; else
+        None.
     """
 
     name: str
