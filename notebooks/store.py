@@ -139,7 +139,7 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 def execute(notebook: nbformat.NotebookNode) -> None:
     """Runs all cells in a kernel of their own; their outputs take the place of those stored."""
-    client = NotebookClient(notebook, timeout=600, record_timing=False)
+    client = NotebookClient(notebook, timeout=600, record_timing=False, coalesce_streams=True)
     with environment(ENVIRONMENT):
         client.execute()
 
