@@ -108,7 +108,7 @@ SCALES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.DryRunOptions):
+class Options(data.FilesOptions, cli.DryRunOptions):
     """Train three networks with and without what makes training faster."""
 
     limits: ClassVar = {"accumulate": cli.Range(2, 10**6)}
@@ -171,10 +171,10 @@ def resolve(options: Options) -> Study:
     variants = _chosen("variant", options.variants, VARIANTS)
     cli.check_known("precision", options.precision, ("bf16", "f16"))
     changes = variant_options(options.accumulate or scale.accumulate, options.precision)
-    task = data.load_task(options.task, data_dir=options.data_dir)
+    task = data.load_task(options.task, data_dir=options.data_dir, **options.files)
     if task.defaults.kind != "classification" or len(task.input_shape) != 3:
         raise UsageError(f"task {task.name} is not a classification of images")
-    default = f"brief_review-{options.task}-{options.scale}"
+    default = f"brief_review-{data.short_name(options.task, options.data_dir)}-{options.scale}"
     folder = folders.locate(options.runs_dir, options.name, default)
     plans = {}
     for key in models:
@@ -184,6 +184,7 @@ def resolve(options: Options) -> Study:
                 baseline = TrainingOptions(
                     task=options.task,
                     data_dir=options.data_dir,
+                    **options.files,
                     model=model,
                     model_options=json.dumps(model_options),
                     augment=options.augment or None,

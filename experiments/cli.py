@@ -167,7 +167,9 @@ LIMITS: Mapping[str, Range] = {
     **dict.fromkeys(("rounds", "repeats", "bins"), Range(1, 1_000_000)),
     **dict.fromkeys(("k", "directions", "image_size"), Range(1, 10_000)),
     **dict.fromkeys(("data_workers", "prefetch"), Range(0, 1_000)),
-    "seed": Range(0, 2**31 - 1),
+    **dict.fromkeys(("seed", "split_seed"), Range(0, 2**31 - 1)),
+    **dict.fromkeys(("validation_fraction", "test_fraction"), Range(0, 1, "()")),
+    "max_length": Range(1, 100_000),
     "process_id": Range(0, 2**16 - 1),
     "settings": Range(1, 6),
     **dict.fromkeys(("learning_rate", "lowest", "highest", "clip"), RATE),
@@ -212,6 +214,7 @@ GROUPS: Mapping[str, Group] = {
             *("data_workers", "prefetch", "delay"),
         ),
     ),
+    "files": Group("Files of your own: tasks image_folder, arrays, text, text_lm and table.", ()),
     "model": Group("The model and its loss.", ("model", "models", "model_options", "loss")),
     "method": Group(
         "The training method and its settings.",

@@ -41,7 +41,7 @@ PROG = "python -m experiments.compare"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.DryRunOptions):
+class Options(data.FilesOptions, cli.DryRunOptions):
     """Compare training methods on real data, each at its own best learning rate."""
 
     task: str = "digits"
@@ -105,6 +105,7 @@ def resolve(options: Options) -> Plan:
         names,
         learning_rates=cli.read_rates("--learning-rates", options.learning_rates),
         data_dir=options.data_dir,
+        files=options.files,
         model=options.model,
         loss=options.loss,
         seeds=options.seeds,
@@ -127,6 +128,7 @@ def dry_run(heading: str, folder: Path | None, trainer: Trainer, console: Consol
       console: where to print.
     """
     plan = trainer.plan
+    console.print(plan.task.describe(), soft_wrap=True)
     replicas = {method.name: plan.replicas(method) for method in plan.methods}
     if folder is not None:
         left = training.find_missing(plan, folder, trainer)
@@ -181,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         study.check()
         return dry_run(heading, None if options.overwrite else folder, trainer, console)
     with study.claim():
-        console.print(heading, soft_wrap=True)
+        console.print(heading, plan.task.describe(), sep="\n", soft_wrap=True)
         outcome = training.train(plan, folder, trainer, console)
         results = summarize(config, plan.methods, *outcome)
         cli.write_atomic(folder / RESULTS, cli.to_json(results))

@@ -33,7 +33,7 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments import cli, methods, progress, timing
+from experiments import cli, data, methods, progress, timing
 from experiments.cli import UsageError
 from experiments.reporting import ensembles as reporting
 from experiments.reporting import figures
@@ -57,7 +57,7 @@ PROG = "python -m experiments.ensembles"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.DryRunOptions):
+class Options(data.FilesOptions, cli.DryRunOptions):
     """Train ensembles of each kind with one budget; compare accuracy and calibration."""
 
     task: str = "digits"
@@ -107,6 +107,7 @@ def resolve(options: Options) -> tuple[Plan, list[str], list[float]]:
         [options.method],
         learning_rates=cli.read_rates("--learning-rates", options.learning_rates),
         data_dir=options.data_dir,
+        files=options.files,
         model=options.model,
         seeds=options.seeds,
         steps=options.steps,
@@ -152,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = cli.parse(Options(), argv, PROG)
     with cli.usage():
         plan, kinds, rates = resolve(options)
-    default = f"ensembles-{options.task}-{options.method}"
+    default = f"ensembles-{data.short_name(options.task, options.data_dir)}-{options.method}"
     folder = folders.locate(options.runs_dir, options.name, default)
     console = cli.console(120)
     heading = (

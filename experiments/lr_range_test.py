@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import cli, methods, progress, timing
+from experiments import cli, data, methods, progress, timing
 from experiments.cli import UsageError
 from experiments.reporting import figures, tables
 from experiments.runs import folders
@@ -42,7 +42,7 @@ MARGIN = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.DryRunOptions):
+class Options(data.FilesOptions, cli.DryRunOptions):
     """Find a learning rate: train for a short time while the rate rises."""
 
     limits: ClassVar = {"steps": cli.Range(2, 10**6)}
@@ -99,6 +99,7 @@ def resolve(options: Options) -> tuple[Plan, np.ndarray]:
         options.task,
         [options.method],
         data_dir=options.data_dir,
+        files=options.files,
         model=options.model,
         loss=options.loss,
         seeds=options.seeds,
@@ -173,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = cli.parse(Options(), argv, PROG)
     with cli.usage():
         plan, rates = resolve(options)
-    default = f"lr-range-{options.task}-{options.method}"
+    default = f"lr-range-{data.short_name(options.task, options.data_dir)}-{options.method}"
     folder = folders.locate(options.runs_dir, options.name, default)
     console = cli.console(100)
     heading = (

@@ -39,7 +39,7 @@ WORKERS = tuple(2**k for k in range(11))
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.DryRunOptions):
+class Options(data.FilesOptions, cli.DryRunOptions):
     """Count what the methods send between devices, and time it."""
 
     limits: ClassVar = {"rounds": cli.Range(0, 10**6)}
@@ -88,7 +88,7 @@ def _check(options: Options) -> tuple[Programs, list[Method], list[str], list[Me
         parallel.check_divisible(options.batch_size, options.devices, "--batch-size")
     except ValueError as error:
         raise cli.UsageError(str(error)) from None
-    task = data.load_task(options.task, data_dir=options.data_dir)
+    task = data.load_classification(options.task, data_dir=options.data_dir, **options.files)
     if not 1 <= options.batch_size <= len(task.train):
         raise cli.UsageError(
             f"--batch-size must be between 1 and the {len(task.train)} training examples, got "

@@ -36,7 +36,7 @@ PROG = "python -m experiments.solvers"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.DryRunOptions):
+class Options(data.FilesOptions, cli.DryRunOptions):
     """Time the eigensolvers of this library beside SciPy's, matfree's and JAX's."""
 
     limits: ClassVar = {
@@ -81,7 +81,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     Returns:
       The results as plain JSON.
     """
-    task = data.load_task(options.task, data_dir=options.data_dir)
+    task = data.load_classification(options.task, data_dir=options.data_dir, **options.files)
     progress.tell(f"{options.steps} steps of SGD")
     hessian = hessians.trained_hessian(
         task,
@@ -144,7 +144,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 
 def dry_run(options: Options, folder: Path, console: Console) -> int:
     """Prints what the study would take; returns the exit code."""
-    task = data.load_task(options.task, data_dir=options.data_dir)
+    task = data.load_classification(options.task, data_dir=options.data_dir, **options.files)
     lines = {
         "plan": f"{options.task}, {task.default_model}: {options.k} eigenvalues to "
         f"{options.tolerance:g} after {options.steps} steps of SGD -> {folder}",
@@ -163,7 +163,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = cli.console(120)
     try:
         data.check_classification(options.task)
-        folder = folders.locate(options.runs_dir, options.name, f"solvers-{options.task}")
+        folder = folders.locate(
+            options.runs_dir,
+            options.name,
+            f"solvers-{data.short_name(options.task, options.data_dir)}",
+        )
         if options.dry_run:
             check_results(folder, PROG, ["results.csv"])
             return dry_run(options, folder, console)

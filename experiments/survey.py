@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
-from experiments import cli, methods, progress
+from experiments import cli, data, methods, progress
 from experiments.cli import UsageError
 from experiments.reporting import comparison, figures
 from experiments.reporting import survey as report
@@ -57,7 +57,7 @@ FILES, FOLDERS = ("ensembles.json", "survey.json", "survey.png"), ("plain", "bat
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.DryRunOptions):
+class Options(data.FilesOptions, cli.DryRunOptions):
     """Run the survey's comparison again: ranks with intervals, claims with verdicts."""
 
     limits: ClassVar = {"seeds": cli.Range(2, 1_000)}  # one seed makes no interval
@@ -102,6 +102,7 @@ def resolve(options: Options) -> Plan:
         PLAIN,
         learning_rates=cli.read_rates("--learning-rates", options.learning_rates),
         data_dir=options.data_dir,
+        files=options.files,
         model=options.model,
         seeds=seeds if options.seeds is None else options.seeds,
         steps=options.steps,
@@ -198,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = cli.parse(Options(), argv, PROG)
     with cli.usage():
         plan = resolve(options)
-    default = f"survey-{options.task}-{options.scale}"
+    default = f"survey-{data.short_name(options.task, options.data_dir)}-{options.scale}"
     folder = folders.locate(options.runs_dir, options.name, default)
     panels = [
         COMPARISON(folder / name, panel_plan.config(), overwrite=options.overwrite)

@@ -43,7 +43,7 @@ PROG = "python -m experiments.trackers"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.DryRunOptions):
+class Options(data.FilesOptions, cli.DryRunOptions):
     """Measure the trackers of the dominant Hessian subspace against ARPACK."""
 
     limits: ClassVar = {"steps": cli.Range(CHECKPOINTS, 10**6), "repeats": cli.Range(0, 10**6)}
@@ -87,7 +87,7 @@ def _check(options: Options) -> tuple[data.Task, dict[str, Entry]]:
         names = [name.strip() for name in options.trackers.split(",")]
     for name in names:
         cli.check_known("tracker", name, list(ENTRIES))
-    task = data.load_task(options.task, data_dir=options.data_dir)
+    task = data.load_classification(options.task, data_dir=options.data_dir, **options.files)
     if max(options.batch_size, options.curvature_batch) > len(task.train):
         raise cli.UsageError(
             f"--batch-size and --curvature-batch can be at most {len(task.train)}, the size of the "
@@ -166,7 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         task, entries = _check(options)
     except data.DataError as error:
         return cli.fail(error)
-    default = f"trackers-{options.task}-{options.learning_rate:g}"
+    default = (
+        f"trackers-{data.short_name(options.task, options.data_dir)}-{options.learning_rate:g}"
+    )
     folder = folders.locate(options.runs_dir, options.name, default)
     console = cli.console(180)
     if options.dry_run:

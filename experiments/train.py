@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Room for the metrics where the output goes to a file.
         console = cli.console(120, quiet=not cluster.is_main())
         cluster.advise(f"to continue: {resume_command(plan.folder)}")
-        console.print(heading(plan), *notes, sep="\n", soft_wrap=True)
+        console.print(heading(plan), plan.task.describe(), *notes, sep="\n", soft_wrap=True)
         return run_and_report(plan, program, console)
 
 
@@ -210,6 +210,7 @@ def heading(plan: Plan) -> str:
 def dry_run(plan: Plan, program: Program) -> int:
     """Prints what a run would take; returns the exit code."""
     console = cli.console(120, quiet=not cluster.is_main())
+    console.print(plan.task.describe(), soft_wrap=True)
     with progress.show(console, "train"):
         found, _ = forecast.of_run(plan, program)
     return cli.print_forecast(console, {"plan": heading(plan), "runs": "1"} | found)

@@ -63,9 +63,9 @@ def check_token_shape(name: str, input_shape: tuple[int, ...]) -> None:
 def check_image_shape(name: str, input_shape: tuple[int, ...], multiple_of: int) -> None:
     """Raises if `input_shape` is not (height, width, channels) in multiples of `multiple_of`."""
     if len(input_shape) != 3 or any(size % multiple_of for size in input_shape[:2]):
+        multiples = f" with height and width multiples of {multiple_of}" if multiple_of > 1 else ""
         raise ValueError(
-            f"{name} needs input_shape=(height, width, channels) with height and width multiples "
-            f"of {multiple_of}, got {input_shape}"
+            f"{name} needs input_shape=(height, width, channels){multiples}, got {input_shape}"
         )
 
 
@@ -287,11 +287,15 @@ def normalize_weights(model: nnx.Module) -> None:
 def halve_by_maximum(x: jax.Array) -> jax.Array:
     """Maximum over 2x2 blocks; among equal values the first gets the gradient.
 
+    A last row or column that has no partner is left out.
+
     On a CPU its gradient is twice as fast as that of `nnx.max_pool`. The gradient of `jnp.max`
     would go to the inputs that equal the maximum: where XLA computes an input twice, in two fusions
     that round differently, none does, and the gradient is NaN or wrong.
     """
     n, height, width, channels = x.shape
+    if height % 2 or width % 2:
+        x = x[:, : height - height % 2, : width - width % 2]
     x = x.reshape(n, height // 2, 2, width // 2, 2, channels)
     x = _larger(x[:, :, 0], x[:, :, 1])
     return _larger(x[:, :, :, 0], x[:, :, :, 1])

@@ -25,7 +25,8 @@ class Cnn(nnx.Module):
         (5, 10)
 
     Args:
-        input_shape: (height, width, channels) of one example; height and width multiples of 4.
+        input_shape: (height, width, channels) of one example; height and width at least 4. Pooling
+            leaves out a last row or column that has no partner.
         num_classes: Number of outputs.
         channels: Output channels of the two convolutions.
         activation: "relu", "tanh" or "gelu".
@@ -50,7 +51,9 @@ class Cnn(nnx.Module):
     ):
         rngs = nnx.Rngs(rngs) if isinstance(rngs, int) else rngs
         self.input_shape = tuple(input_shape)
-        _common.check_image_shape("Cnn", self.input_shape, multiple_of=4)
+        _common.check_image_shape("Cnn", self.input_shape, multiple_of=1)
+        if min(self.input_shape[:2]) < 4:
+            raise ValueError(f"Cnn needs pictures of at least 4 x 4 pixels, got {self.input_shape}")
         self.activation = _common.activation_function(activation)
         height, width, colors = self.input_shape
         first, second = channels

@@ -23,11 +23,16 @@ iterators save and restore their position (`get_state`, `set_state`) and so can 
 | `multi30k` | 29,000 / 1,014 / 1,000 | Multi30k, English to German |
 | `segmentation` | 384 / 48 / 48 crops of 24 / 3 / 3 pictures | ISBI 2012, membranes |
 | `vae_mnist` | 55,000 / 5,000 / 10,000 | MNIST |
+| `image_folder`, `arrays`, | as the files say, | your own |
+| `text`, `text_lm`, `table` | or 70, 15 and 15 per cent | |
 
 The sizes are those of the public files. Where these have no validation split, it is ours: the last
 5,000 training rows, or, for the subsets (the first 5,000 training rows, of SST-2 1,000), as many
 rows after them. The modules `images`, `segmentation`, `sentences`, `language` and `translation` say
 which files they look for and what they make of them.
+
+`own_tasks` says what the tasks that read a person's own files expect, `own.FilesOptions` how they
+are told about columns, splits and labels; `register` adds tasks written in Python.
 
 A data directory `hf:...` or `tfds:...` names a data set of Hugging Face or TensorFlow Datasets
 instead of a folder with files, see `readers.hubs.read_hub`: for the MNISTs and CIFARs, SST-2, the
@@ -40,7 +45,8 @@ Whatever is wrong with a file is one `DataError` of one line.
 """
 
 from experiments.data.batches import batches, in_order, index_batches
-from experiments.data.loading import data_folder, load_task
+from experiments.data.loading import data_folder, load_classification, load_task, register
+from experiments.data.own import FilesOptions
 from experiments.data.prefetch import prefetch_to_device
 from experiments.data.readers.files import DataError
 from experiments.data.tasks import (
@@ -48,10 +54,17 @@ from experiments.data.tasks import (
     DEFAULTS,
     IGNORED,
     LOSSES,
+    OWN_TASKS,
     TASKS,
+    Defaults,
     Split,
     Task,
     check_classification,
+    default_epochs,
+    find_task,
+    losses_of,
+    make_task,
+    short_name,
 )
 
 __all__ = [
@@ -59,15 +72,25 @@ __all__ = [
     "DEFAULTS",
     "IGNORED",
     "LOSSES",
+    "OWN_TASKS",
     "TASKS",
     "DataError",
+    "Defaults",
+    "FilesOptions",
     "Split",
     "Task",
     "batches",
     "check_classification",
     "data_folder",
+    "default_epochs",
+    "find_task",
     "in_order",
     "index_batches",
+    "load_classification",
     "load_task",
+    "losses_of",
+    "make_task",
     "prefetch_to_device",
+    "register",
+    "short_name",
 ]

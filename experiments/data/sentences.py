@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +81,42 @@ def _arrays(pairs: Sequence[tuple[Any, Any]]) -> Arrays:
 
 def _tokenize(splits: list[Split], length: int) -> tuple[list[Split], int]:
     """Rows of `length` token ids, and the number of different ids."""
-    counts = collections.Counter(itertools.chain.from_iterable(map(_words, splits[0].x)))
+    rows, size = word_ids(count_words(splits[0].x))
+    return [Split(rows(split.x, length), split.y) for split in splits], size
+
+
+def count_words(sentences: Iterable[str]) -> collections.Counter[str]:
+    """How often each lower-cased word occurs.
+
+    Args:
+      sentences: the sentences.
+
+    Returns:
+      The numbers by word, in the order in which the words are read.
+    """
+    return collections.Counter(itertools.chain.from_iterable(map(_words, sentences)))
+
+
+def word_ids(
+    counts: collections.Counter[str], most: int | None = None
+) -> tuple[Callable[[Iterable[str], int], np.ndarray], int]:
+    """What makes rows of token ids of sentences.
+
+    Args:
+      counts: how often each word occurs in the training split.
+      most: the largest number of different ids; rarer words are unknown ones.
+
+    Returns:
+      A function of sentences and the length of the rows, and the number of different ids.
+    """
+    words = counts.most_common(None if most is None else most - _FIRST_WORD)
     # Equally frequent words come in the order in which they are read.
-    ids = {word: i for i, (word, _) in enumerate(counts.most_common(), _FIRST_WORD)}
-    tokenized = []
-    for split in splits:
-        rows = [[ids.get(word, _UNKNOWN) for word in _words(sentence)] for sentence in split.x]
-        tokenized.append(Split(padded(rows, length), split.y))
-    return tokenized, _FIRST_WORD + len(ids)
+    ids = {word: i for i, (word, _) in enumerate(words, _FIRST_WORD)}
+
+    def rows(sentences: Iterable[str], length: int) -> np.ndarray:
+        return padded([[ids.get(w, _UNKNOWN) for w in _words(s)] for s in sentences], length)
+
+    return rows, _FIRST_WORD + len(ids)
 
 
 def padded(rows: Sequence[Sequence[int]], length: int, padding: int = 0) -> np.ndarray:

@@ -23,12 +23,10 @@ class DataOptions(cli.Options):
     """Data and how they are read."""
 
     task: str = "digits"
-    """Data set; --list tasks shows all."""
+    """Data set; --list tasks shows all. MODULE:TASK is one that a module of yours registers."""
     data_dir: Path | None = None
-    """Folder with the data files, or a data set of Hugging Face (hf:...) or TensorFlow Datasets
-    (tfds:...); default: OPTAX_ACCEL_DATA. The digits need none."""
-    image_size: int | None = None
-    """Height and width of the images of imagenet_folder; default: 224."""
+    """Folder with the data files, a file or folder of your own, or a data set of Hugging Face
+    (hf:...) or TensorFlow Datasets (tfds:...); default: OPTAX_ACCEL_DATA. The digits need none."""
     augment: str | None = None
     """Augmentations of the training images, separated by commas: any of randaugment, crop, flip,
     cutout, mixup."""
@@ -84,7 +82,8 @@ class LengthOptions(cli.Options):
     """How many steps, of how many examples each."""
 
     epochs: int | None = None
-    """Passes over the training split; default: 10."""
+    """Passes over the training split; default: 10, or as many as make 500 steps with files of your
+    own."""
     steps: int | None = None
     """Steps, instead of --epochs."""
     early_stopping: int | None = None
@@ -151,7 +150,8 @@ class OutputOptions(cli.DryRunOptions):
     """What is measured, printed and written."""
 
     eval_every: int | None = None
-    """Steps between validations; default: one epoch."""
+    """Steps between validations; default: one epoch, or more for 50 validations in all with files
+    of your own."""
     profile: bool = False
     """Record a profile of a few steps, for TensorBoard and Perfetto, in the run's folder."""
     name: str | None = None
@@ -166,6 +166,7 @@ class OutputOptions(cli.DryRunOptions):
 @dataclasses.dataclass(frozen=True)
 class Options(
     DataOptions,
+    data.FilesOptions,
     ModelOptions,
     MethodOptions,
     LengthOptions,
@@ -179,28 +180,27 @@ class Options(
     @property
     def chosen_method(self) -> methods.Method:
         """The training method, or that of the task if none is named."""
-        (method,) = methods.get_methods([self.method or data.DEFAULTS[self.task].method])
+        (method,) = methods.get_methods([self.method or data.find_task(self.task).method])
         return method
 
     @property
     def chosen_loss(self) -> str:
         """Name of the loss, or that of the task if none is named."""
-        return self.loss or data.DEFAULTS[self.task].loss
+        return self.loss or data.find_task(self.task).loss
 
     @property
     def folder(self) -> Path:
         """The run's folder."""
         name = self.name
         if name is None:
-            cli.check_known("task", self.task, data.TASKS)
-            name = f"train-{self.task}-{self.chosen_method.name}-{self.seed}"
+            task = data.short_name(self.task, self.data_dir)
+            name = f"train-{task}-{self.chosen_method.name}-{self.seed}"
         return folders.locate(self.runs_dir, name, name)
 
 
 # What the options alone can be wrong in, beyond the types and ranges of `cli.Options.check`: names
 # that have to be known, then options that have to fit each other.
 NAMES: tuple[tuple[str, str, Sequence[str]], ...] = (
-    ("task", "task", data.TASKS),
     ("model", "model", models.list()),
     ("loss", "loss", tuple(losses.LOSSES)),
     ("precision", "precision", tuple(PRECISIONS)),
@@ -210,10 +210,10 @@ NAMES: tuple[tuple[str, str, Sequence[str]], ...] = (
 )
 COMBINATIONS: tuple[cli.Rule[Options], ...] = (
     cli.Rule(
-        lambda o: o.chosen_loss in data.LOSSES[data.DEFAULTS[o.task].kind],
+        lambda o: o.chosen_loss in data.losses_of(o.task),
         lambda o: (
             f"--loss {o.chosen_loss} does not fit the task {o.task}; valid: "
-            f"{', '.join(data.LOSSES[data.DEFAULTS[o.task].kind])}"
+            f"{', '.join(data.losses_of(o.task))}"
         ),
     ),
     cli.Rule(
@@ -254,6 +254,8 @@ def check(options: Options) -> None:
       ValueError: one line that says which option, what is allowed and how to fix it.
     """
     options.check()
+    data.find_task(options.task)
+    options.check_use(options.task)
     for kind, name, valid in NAMES:
         cli.check_known(kind, getattr(options, name), valid)
     _ = options.chosen_method  # has to be known

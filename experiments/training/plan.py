@@ -18,8 +18,6 @@ from experiments.data import augmentation
 from experiments.training import cluster, parallel
 from experiments.training.options import Options, check, read_model_options
 
-DEFAULT_EPOCHS = 10
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -137,7 +135,7 @@ def prepare(options: Options) -> Plan:
     """
     check(options)
     devices = find_devices(options.devices)
-    task = data.load_task(options.task, data_dir=options.data_dir, image_size=options.image_size)
+    task = data.load_task(options.task, data_dir=options.data_dir, **options.files)
     return resolve(options, task, devices)
 
 
@@ -153,6 +151,17 @@ def _no_more_than_examples(name: str) -> cli.Rule[Plan]:
 
 # What they can be wrong in for these data, and for these devices.
 SIZES: tuple[cli.Rule[Plan], ...] = (
+    cli.Rule(
+        lambda p: p.loss in data.LOSSES[p.task.defaults.kind],
+        lambda p: (
+            f"--loss {p.loss} does not fit the task {p.task.name}, whose labels are for "
+            f"{p.task.defaults.kind}; valid: {', '.join(data.LOSSES[p.task.defaults.kind])}"
+        ),
+    ),
+    cli.Rule(
+        lambda p: not p.options.label_smoothing or p.loss == "cross_entropy",
+        lambda p: f"--label-smoothing is for the loss cross_entropy, not for {p.loss}",
+    ),
     _no_more_than_examples("batch_size"),
     _no_more_than_examples("curvature_batch_size"),
 )
@@ -203,14 +212,15 @@ def resolve(options: Options, task: data.Task, devices: Sequence[jax.Device]) ->
     if rate is None:
         rate = method.learning_rates[len(method.learning_rates) // 2]
     examples = len(task.train)
-    batch_size = options.batch_size or defaults.batch_size
+    batch_size = options.batch_size or min(defaults.batch_size, examples)
     curvature = options.curvature_batch_size
     if curvature is None and method.refresh_every is not None:
         most = min(2 * batch_size, examples)
         curvature = max(most - most % len(devices), 1)
     per_epoch = examples // batch_size
-    steps = options.steps or per_epoch * (options.epochs or DEFAULT_EPOCHS)
-    eval_every = min(steps, options.eval_every or per_epoch)
+    steps = options.steps or per_epoch * (options.epochs or data.default_epochs(task, batch_size))
+    often = max(per_epoch, steps // 50) if task.name in data.OWN_TASKS else per_epoch
+    eval_every = min(steps, options.eval_every or often)
     plan = Plan(
         options=options,
         task=task,
@@ -218,7 +228,7 @@ def resolve(options: Options, task: data.Task, devices: Sequence[jax.Device]) ->
         method=method,
         model=model,
         model_options=model_options,
-        loss=options.chosen_loss,
+        loss=options.loss or defaults.loss,
         augment=augmentation.parse(options.augment or ""),
         learning_rate=rate,
         steps=steps,

@@ -36,8 +36,6 @@ from experiments.training.step import (
 PyTree = Any
 # Examples per forward pass of an evaluation: keeps its activations small.
 EVALUATION_BATCH = 1000
-# Of the dominant subspace, where a task has no classes to give their number.
-DIRECTIONS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +78,7 @@ class Program:
         if refresh != "cold":
             return None
         plan = self.plan
-        directions = plan.task.num_classes or DIRECTIONS
-        products = plan.method.products(refresh, self.shapes.params, directions)
+        products = plan.method.products(refresh, self.shapes.params, plan.task.num_directions)
         return f"finding the subspace ({products} products)"
 
     def evaluate(self, state: TrainState, split: data.Split) -> dict[str, float]:
@@ -92,8 +89,9 @@ class Program:
           split: the examples.
 
         Returns:
-          ``loss``, where there are labels to predict ``accuracy``, both over the labels that count,
-          and of language ``perplexity``, e to the loss.
+          ``loss``, where there are classes to predict ``accuracy``, both over the labels that
+          count, for one number to predict ``rmse``, the root of the mean squared error in the units
+          of the file, and of language ``perplexity``, e to the loss.
         """
         runner = self.runner
         state = averaged(runner.consensus(state))
@@ -111,6 +109,9 @@ class Program:
             for name in ("loss", "accuracy")
             if name in totals
         }
+        if self.plan.task.label_scale:  # the root mean square, in the units of the labels
+            (scale,) = self.plan.task.label_scale[:1]
+            means["rmse"] = scale * math.sqrt(2 * means["loss"])
         if _predicts_tokens(self.plan.task):
             means["perplexity"] = math.exp(min(means["loss"], 700.0))
         return means
@@ -141,6 +142,8 @@ def build(plan: Plan) -> Program:
     scores = ["loss"]
     if np.issubdtype(plan.task.train.y.dtype, np.integer):
         scores.append("accuracy")
+    if plan.task.label_scale:
+        scores.append("rmse")
     if _predicts_tokens(plan.task):
         scores.append("perplexity")
     return Program(
@@ -240,7 +243,7 @@ def make_optimizer(plan: Plan, model: Model) -> optax.GradientTransformationExtr
     tx = plan.method.build(
         plan.learning_rate,
         total_steps=plan.steps,
-        num_classes=plan.task.num_classes or DIRECTIONS,
+        num_classes=plan.task.num_directions,
         seed=plan.options.seed,
         axis_name=None if plan.workers is None else parallel.AXIS,
         num_workers=plan.workers or 1,

@@ -783,7 +783,10 @@ def test_statistics_of_the_optimizer(method, names):
         ("--label-smoothing 1", "--label-smoothing must be at least 0 and below 1, got 1.0"),
         ("--loss mse --label-smoothing 0.1", "for the loss cross_entropy, not for mse"),
         ("--augment flop", "unknown augmentation 'flop'; valid: randaugment, crop, flip"),
-        ("--image-size 32", "image_size is for the task imagenet_folder; digits has sizes"),
+        (
+            "--image-size 32",
+            "image_size is for the tasks image_folder and imagenet_folder; digits has sizes",
+        ),
         ("--early-stopping 0", "--early-stopping must be at least 1, got 0"),
         ("--data-workers -1", "--data-workers must be at least 0, got -1"),
         ("--prefetch -1", "--prefetch must be at least 0, got -1"),

@@ -1,4 +1,4 @@
-"""Arrays of numbers: NumPy's `.npz` files and the IDX files of MNIST."""
+"""Arrays of numbers: NumPy's `.npz` and `.npy` files and the IDX files of MNIST."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ Arrays = dict[str, np.ndarray]
 EXAMPLES = ("x_train", "y_train", "x_test", "y_test")
 
 
-def read_npz(path: Path, names: Sequence[str] = EXAMPLES) -> Arrays:
+def read_npz(path: Path, names: Sequence[str] = EXAMPLES, *, text: bool = False) -> Arrays:
     """Reads arrays of numbers from an `.npz` file, stored or deflated.
 
     Args:
       path: the file.
       names: names of the arrays to read; others are ignored.
+      text: whether arrays of texts are allowed too.
 
     Returns:
       The arrays by name.
@@ -59,8 +60,50 @@ def read_npz(path: Path, names: Sequence[str] = EXAMPLES) -> Arrays:
             arrays = {}
             for name, (member,) in members.items():
                 with archive.open(member) as stream:
-                    arrays[name] = _read_npy(f"{path}: {name}", stream, member.file_size)
+                    arrays[name] = _read_npy(f"{path}: {name}", stream, member.file_size, text)
             return arrays
+
+
+def describe_npz(path: Path) -> dict[str, str]:
+    """What an `.npz` file contains, read from the headers alone.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The type and the shape of each array as text, by its name.
+
+    Raises:
+      DataError: the file is damaged, or a header is none of an array of numbers or texts.
+    """
+    with reading(path, "an .npz file"), open_regular(path) as file:
+        _check_directory(path, file)
+        described = {}
+        with zipfile.ZipFile(file) as archive:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                _check_member(f"{path}: {name}", member, path.stat().st_size)
+                with archive.open(member) as stream:
+                    dtype, shape, _, _ = _read_header(f"{path}: {name}", stream, True)
+                described[name] = f"{dtype} of shape {shape}"
+        return described
+
+
+def read_npy(path: Path, *, text: bool = False) -> np.ndarray:
+    """Reads an array of numbers from an `.npy` file.
+
+    Args:
+      path: the file.
+      text: whether an array of texts is allowed too.
+
+    Returns:
+      The array.
+
+    Raises:
+      DataError: the file is damaged, too large or not made of numbers.
+    """
+    with reading(path, "an .npy file"), open_regular(path) as file:
+        return _read_npy(str(path), file, path.stat().st_size, text)
 
 
 def _check_directory(path: Path, file: BinaryIO) -> None:
@@ -95,12 +138,27 @@ def _check_member(name: str, member: zipfile.ZipInfo, length: int) -> None:
         raise DataError(f"{name}: {packed} bytes cannot hold the {size} that the file promises")
 
 
-def _read_npy(name: str, stream: Any, size: int) -> np.ndarray:
-    """Reads an array of numbers in NumPy's format from a stream of `size` bytes.
+def _read_npy(name: str, stream: Any, size: int, text: bool = False) -> np.ndarray:
+    """Reads an array in NumPy's format from a stream of `size` bytes.
 
     `numpy.lib.format` would allocate the array that a header describes before it knows whether the
     stream holds as much.
     """
+    dtype, shape, fortran, start = _read_header(name, stream, text)
+    expected = math.prod(shape) * dtype.itemsize
+    if start + expected != size:
+        raise DataError(
+            f"{name} has {size - start} bytes, expected {expected} for {dtype} of shape {shape}"
+        )
+    # Read to the end, where the checksum is compared.
+    content = np.frombuffer(stream.read(expected + 1), dtype)
+    return content.reshape(shape, order="F" if fortran else "C")
+
+
+def _read_header(
+    name: str, stream: Any, text: bool
+) -> tuple[np.dtype[Any], tuple[int, ...], bool, int]:
+    """Type, shape and order of an array in NumPy's format, and the bytes of its header."""
     start = stream.read(12)
     if start[:6] != b"\x93NUMPY" or start[6:8] not in (b"\1\0", b"\2\0", b"\3\0"):
         raise DataError(f"{name} starts with {start[:8]!r}, expected an array in NumPy's format")
@@ -109,11 +167,13 @@ def _read_npy(name: str, stream: Any, size: int) -> np.ndarray:
     if length > 10_000:  # as many as NumPy allows
         raise DataError(f"{name} has a header of {length} bytes, allowed are 10000")
     header = start[before:] + stream.read(length + before - 12)
+    types = r"[<>|=]?([biu][1248]|f[248])" + (r"|[<>|=]?U[1-9][0-9]{0,3}" if text else "")
     try:
         described = ast.literal_eval(header.decode("utf-8" if start[6] == 3 else "latin-1"))
         descr, fortran, shape = (described[key] for key in ("descr", "fortran_order", "shape"))
-        if type(descr) is not str or not re.fullmatch(r"[<>|=]?([biu][1248]|f[248])", descr):
-            raise DataError(f"{name} is of type {str(descr)[:40]!r}, expected numbers")
+        if type(descr) is not str or not re.fullmatch(types, descr):
+            expected = "numbers or texts" if text else "numbers"
+            raise DataError(f"{name} is of type {str(descr)[:40]!r}, expected {expected}")
         dtype = np.dtype(descr)
         if type(shape) is not tuple or len(shape) > 8:
             raise ValueError("not the shape of an array")
@@ -123,15 +183,7 @@ def _read_npy(name: str, stream: Any, size: int) -> np.ndarray:
         raise
     except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError) as error:
         raise DataError(f"{name} has a damaged header, expected one of numbers") from error
-    expected = math.prod(shape) * dtype.itemsize
-    if before + length + expected != size:
-        raise DataError(
-            f"{name} has {size - before - length} bytes, expected {expected} for {dtype} of shape "
-            f"{shape}"
-        )
-    # Read to the end, where the checksum is compared.
-    content = np.frombuffer(stream.read(expected + 1), dtype)
-    return content.reshape(shape, order="F" if fortran else "C")
+    return dtype, shape, bool(fortran), before + length
 
 
 def read_idx(path: Path, ndim: int) -> np.ndarray:

@@ -83,6 +83,24 @@ def read_gray(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
     return np.asarray(decode(read_bytes(path, "a picture", unpack=False), path, "L", shape))
 
 
+def shape_of(path: Path) -> tuple[int, int, int]:
+    """Height, width and channels of a picture file, as its header says.
+
+    Args:
+      path: the file.
+
+    Returns:
+      The height and the width in pixels, and 1 for a gray picture or 3 for one in color.
+
+    Raises:
+      DataError: the file cannot be read, or is neither JPEG nor PNG.
+    """
+    content = read_bytes(path, "a picture", unpack=False)
+    with reading(path, "a picture, " + " or ".join(_FORMATS)):
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        return image.height, image.width, 1 if image.mode in ("1", "L") else 3
+
+
 def decode_jpegs(path: Path, shape: tuple[int, ...]) -> Arrays:
     """Reads an `.npz` file that holds JPEG files of one shape.
 
@@ -183,25 +201,33 @@ def list_classes(folder: Path) -> dict[str, list[Path]]:
 class ImageFiles:
     """Picture files as an array of examples, each read when it is first needed.
 
-    `files[rows]`, for a slice or an array of numbers, is float32 of shape (rows, size, size, 3):
-    the square in the middle of each picture, scaled to `size` and standardized. Pictures stay in
-    memory, as bytes, until they fill 1 GiB.
+    `files[rows]`, for a slice or an array of numbers, is float32 of shape (rows, size, size,
+    channels): the square in the middle of each picture, scaled to `size` and standardized. Pictures
+    stay in memory, as bytes, until they fill 1 GiB.
 
     Args:
       paths: the files.
       size: height and width of an example.
       mean: mean of each channel, on the scale of bytes, 0 to 255.
       std: standard deviation of each channel, on the same scale.
+      channels: 3 for pictures in color, 1 for gray ones.
     """
 
     dtype = np.dtype(np.float32)
 
-    def __init__(self, paths: Sequence[Path], size: int, mean: np.ndarray, std: np.ndarray):
-        self.shape = (len(paths), size, size, 3)
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        size: int,
+        mean: np.ndarray,
+        std: np.ndarray,
+        channels: int = 3,
+    ):
+        self.shape = (len(paths), size, size, channels)
         self._paths = paths
         self._mean, self._std = mean.astype(np.float32), std.astype(np.float32)
         self._cache: dict[int, np.ndarray] = {}
-        self._room = _CACHE_BYTES // (3 * size * size)
+        self._room = _CACHE_BYTES // (channels * size * size)
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -248,7 +274,8 @@ class ImageFiles:
         if number in self._cache:
             return self._cache[number]
         path, size = self._paths[number], self.shape[1]
-        image = decode(read_bytes(path, "a picture", unpack=False), path, "RGB")
+        mode = "L" if self.shape[-1] == 1 else "RGB"
+        image = decode(read_bytes(path, "a picture", unpack=False), path, mode)
         # Cut before it is scaled: a thin picture, scaled as a whole, would become very long.
         side = min(image.size)
         left, top = ((length - side) / 2 for length in image.size)
@@ -256,7 +283,7 @@ class ImageFiles:
             image.resize(
                 (size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side)
             )
-        )
+        ).reshape(self.shape[1:])
         with self._lock:
             if len(self._cache) < self._room:
                 self._cache[number] = pixels

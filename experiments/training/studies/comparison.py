@@ -16,8 +16,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +46,7 @@ def plan(
     *,
     learning_rates: Sequence[float] | None = None,
     data_dir: Path | None = None,
+    files: Mapping[str, Any] = MappingProxyType({}),
     model: str | None = None,
     loss: str = "cross_entropy",
     seeds: int = 3,
@@ -63,6 +65,7 @@ def plan(
       learning_rates: the rates that each of them is tuned on; ``None`` for the grid that the
         catalogue has for it.
       data_dir: folder with the data files; ``None`` for the one that OPTAX_ACCEL_DATA names.
+      files: how files of one's own are read, by option; see `data.FilesOptions`.
       model: name of the model; ``None`` for the task's own.
       loss: name of the loss.
       seeds: number of seeds per method and learning rate.
@@ -86,7 +89,7 @@ def plan(
     data.check_classification(task_name)
     cli.check_known("model", model, models.list())
     cli.check_known("loss", loss, data.LOSSES["classification"])
-    task = data.load_task(task_name, data_dir=data_dir)
+    task = data.load_classification(task_name, data_dir=data_dir, **files)
     examples = len(task.train.y)
     curvature_batch_size = curvature_batch_size or min(2 * batch_size, examples)
     for name, value in (
@@ -97,7 +100,7 @@ def plan(
             raise UsageError(
                 f"--{name} {value} is more than the {examples} training examples of {task.name}"
             )
-    epochs = epochs or DEFAULT_EPOCHS.get(task.name, 10)
+    epochs = epochs or DEFAULT_EPOCHS.get(task.name) or data.default_epochs(task, batch_size)
     steps = steps or epochs * (examples // batch_size)
     if steps > cli.COUNT.high:
         raise UsageError(f"--epochs {epochs} are {steps} steps, more than {cli.COUNT.high}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import io
 import os
@@ -11,12 +12,14 @@ import signal
 import socket
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from experiments.data.readers.arrays import read_idx, read_npz
+from experiments.data.readers.arrays import read_idx, read_npy, read_npz
 from experiments.data.readers.files import LIMIT_VARIABLE, DataError, plain_or_gzipped
 from experiments.data.readers.pictures import decode_jpegs, read_gray
+from experiments.data.readers.tables import read_table
 from experiments.data.readers.texts import read_pairs, read_sentences, read_text
 from tests.experiments.data.files import idx, jpeg
 from tests.experiments.data.readers.helpers import (
@@ -28,6 +31,12 @@ from tests.experiments.data.readers.helpers import (
     refused,
 )
 
+
+def read_columns(path, suffix):
+    table = read_table(path, suffix=suffix)
+    return [table[name] for name in table.names]
+
+
 READERS = {
     "npz": read_npz,
     "jpegs": lambda path: decode_jpegs(path, (8, 8, 3)),
@@ -38,6 +47,9 @@ READERS = {
     "pairs": lambda path: read_pairs([path, path]),
     "gray": read_gray,
     "picture": read_picture,
+    "npy": read_npy,
+    **{suffix: functools.partial(read_columns, suffix=suffix) for suffix in (".csv", ".jsonl")},
+    ".parquet": functools.partial(read_columns, suffix=".parquet"),
 }
 
 
@@ -111,7 +123,10 @@ def test_names_of_files_cannot_break_the_line(tmp_path):
 
 def contents():
     """Readable content for each reader."""
-    npz, jpegs, png = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    npz, jpegs, png, npy, table = (io.BytesIO() for _ in range(5))
+    np.save(npy, PICTURES)
+    columns = {"a": [1.5, None] * 9, "b": ["one", "two"] * 9, "c": [[1, 2], [3, 4]] * 9}
+    pyarrow.parquet.write_table(pyarrow.table(columns), table)
     np.savez_compressed(npz, **EXAMPLES)
     pictures = {}
     for split in ("train", "test"):
@@ -129,10 +144,14 @@ def contents():
         "sentences": b"sentence\tlabel\na good film\t1\n",
         "gray": png.getvalue(),
         "picture": jpeg(PICTURES[0]),
+        "npy": npy.getvalue(),
+        ".csv": b'a,b\n1,"one, two"\n2,three\n' * 9,
+        ".jsonl": b'{"a": [1, 2], "b": "one"}\n' * 9,
+        ".parquet": table.getvalue(),
     }
 
 
-@pytest.mark.parametrize("name", ["npz", "jpegs", "idx", "batch", "sentences", "gray", "picture"])
+@pytest.mark.parametrize("name", sorted(contents()))
 def test_damaged_bytes(path, name):
     """Cut, changed in a few places, or with something put between: read, or refused in one line."""
     rng = np.random.default_rng(0)
