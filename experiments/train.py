@@ -31,6 +31,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+import optax_accel as oa
 from experiments import cli, data, progress
 from experiments.cli import UsageError
 from experiments.runs import folders
@@ -213,6 +214,9 @@ def dry_run(plan: Plan, program: Program) -> int:
     console.print(plan.task.describe(), soft_wrap=True)
     with progress.show(console, "train"):
         found, _ = forecast.of_run(plan, program)
+    console.print(
+        f"{oa.describe(program.tx, program.shapes.params)}\n", markup=False, soft_wrap=True
+    )
     return cli.print_forecast(console, {"plan": heading(plan), "runs": "1"} | found)
 
 

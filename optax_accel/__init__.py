@@ -14,6 +14,9 @@ from optax_accel.subspace import InterpolateSubspacesState, interpolate_subspace
 from optax_accel.subspace import project_to_bulk, project_to_dominant
 from optax_accel.subspace import bulk_sgd, dom_sgd, interpolated_sgd
 
+# What an optimizer consists of
+from optax_accel.description import Description, describe
+
 # Curvature refreshed from the host
 from optax_accel.refresh import Refresh, RefreshSchedule, refresh_at
 
@@ -75,6 +78,7 @@ from optax_accel.sharding import state_shardings
 __all__ = [
     "BlockTracker",
     "DecentralizedState",
+    "Description",
     "DynamicLossScaleState",
     "ExactTracker",
     "ExtragradientState",
@@ -119,6 +123,7 @@ __all__ = [
     "demon_adam",
     "demon_schedule",
     "demon_sgd",
+    "describe",
     "describe_layers",
     "dmsgd",
     "dom_sgd",

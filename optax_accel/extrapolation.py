@@ -41,6 +41,7 @@ from optax_accel._masking import Mask, check_selected, merge, resolve, select, w
 from optax_accel._numerics import norm
 from optax_accel._random import as_key, map_with_keys
 from optax_accel.objective import Objective
+from optax_accel.refresh import Cost, announce_cost
 
 Direction = Literal[
     "gradient",
@@ -359,6 +360,7 @@ def _with_extrapolation(
     def init_fn(params: chex.ArrayTree) -> ExtragradientState:
         check_params(params, method)
         check_selected(params, mask, method)
+        announce_cost(_cost(direction))
         return ExtragradientState(
             count=jnp.zeros((), jnp.int32),
             objective_value=jnp.full((), jnp.inf, jnp.float32),
@@ -422,6 +424,12 @@ def _with_extrapolation(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _cost(direction: Direction) -> Cost:
+    if direction == "past" or direction in _NOISE:  # XLA drops the gradient that nobody uses
+        return Cost("its gradient at the extrapolated point, in place of the incoming one", 0)
+    return Cost("a gradient at the extrapolated point", 1)
 
 
 class _Global:

@@ -30,6 +30,7 @@ from optax_accel._arguments import check_inner, check_number, value_of
 from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select, with_fixed_leaves
 from optax_accel._numerics import norm
+from optax_accel.refresh import Cost, announce_cost
 
 
 class GNPState(NamedTuple):
@@ -127,6 +128,7 @@ def _gnp(
     def init_fn(params: chex.ArrayTree) -> GNPState:
         check_params(params, name)
         check_selected(params, mask, name)
+        announce_cost(Cost("a gradient at the perturbed point", 1))
         return GNPState(
             count=jnp.zeros((), jnp.int32),
             gradient_norm=jnp.full((), jnp.inf, jnp.float32),

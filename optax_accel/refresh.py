@@ -27,9 +27,10 @@ where a tracker chooses its period on the way.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import chex
@@ -146,12 +147,44 @@ class _DampingPeriod(NamedTuple):
     every: int
 
 
+class Cost(NamedTuple):
+    """What a method evaluates in a step, as it tells :func:`~optax_accel.describe`.
+
+    Attributes:
+      words: what that is, besides the gradient that it is given.
+      further_gradients: their number, if that is all; None if it is not counted in gradients.
+      requires: the extra arguments that ``update`` needs for it.
+    """
+
+    words: str
+    further_gradients: int | None = None
+    requires: tuple[str, ...] = ("value_fn",)
+
+
 _Periods: TypeAlias = _EigenspacePeriods | _FactorsPeriods | _DampingPeriod
-# The periods that methods announce while `refresh_at` calls the `init` of an optimizer.
-_announced: contextvars.ContextVar[list[_Periods] | None] = contextvars.ContextVar(
+# What methods announce while somebody calls the `init` of an optimizer to learn of it.
+_announced: contextvars.ContextVar[list[_Periods | Cost] | None] = contextvars.ContextVar(
     "announced", default=None
 )
 _known: weakref.WeakKeyDictionary[Any, tuple[_Periods, ...]] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def announcements() -> Iterator[list[_Periods | Cost]]:
+    """Collects what the methods announce whose ``init`` is called in a block."""
+    announced: list[_Periods | Cost] = []
+    token = _announced.set(announced)
+    try:
+        yield announced
+    finally:
+        _announced.reset(token)
+
+
+def announce_cost(cost: Cost) -> None:
+    """Called by ``init`` of a method that evaluates the loss or its derivatives."""
+    announced = _announced.get()
+    if announced is not None:
+        announced.append(cost)
 
 
 def announce_eigenspace(refresh_every: int | Literal["adaptive"], start_step: Any) -> None:
@@ -409,15 +442,14 @@ def _periods_of(tx: Any) -> tuple[_Periods, ...]:
     owner = getattr(tx.init, "__self__", tx.init)  # a bound method would not outlive this call
     if owner in _known:
         return _known[owner]
-    announced: list[_Periods] = []
 
     def record(placeholder: Any) -> tuple[()]:
         tx.init(placeholder)
         return ()
 
-    token = _announced.set(announced)
     try:
-        with jax.transfer_guard("allow"):  # the question may come from a guarded training loop
+        # The question may come from a guarded training loop.
+        with announcements() as announced, jax.transfer_guard("allow"):
             optax.tree.map_params(record, lambda leaf: leaf, ())
     except Exception as error:
         raise ValueError(
@@ -426,9 +458,7 @@ def _periods_of(tx: Any) -> tuple[_Periods, ...]:
             "period instead, refresh_at(step, refresh_every=..., start_step=...); for K-FAC choose "
             "'inverses', 'factors' or False yourself."
         ) from error
-    finally:
-        _announced.reset(token)
-    distinct = tuple(dict.fromkeys(announced))
+    distinct = tuple(dict.fromkeys(a for a in announced if not isinstance(a, Cost)))
     if len({type(periods) for periods in distinct}) < len(distinct):
         raise ValueError(
             "one value of `refresh` drives all trackers and all K-FAC of an optimizer, but these "

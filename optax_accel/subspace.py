@@ -38,6 +38,7 @@ from optax_accel._arguments import (
     check_count,
     check_learning_rate,
     check_number,
+    is_placeholder,
     known_integer,
     value_of,
 )
@@ -45,7 +46,7 @@ from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select, with_fixed_leaves
 from optax_accel.curvature import BlockTracker, Eigenspace, Tracker, blocks
 from optax_accel.objective import Objective
-from optax_accel.refresh import RefreshLike, announce_eigenspace, of_eigenspace
+from optax_accel.refresh import Cost, RefreshLike, announce_cost, announce_eigenspace, of_eigenspace
 
 _NAME = "interpolate_subspaces"
 # Combinations of at most this many directions are written out as a sum.
@@ -202,6 +203,7 @@ class _Interpolation:
         check_params(params, _NAME)
         check_selected(params, self.mask, _NAME)
         announce_eigenspace(self.tracker.refresh_every, self.start_step)
+        self._announce_cost(params)
         params = as_arrays(params)
         selected = select(params, resolve(params, self.mask))
         k = known_integer(self.num_directions)
@@ -291,6 +293,17 @@ class _Interpolation:
             next_refresh=next_refresh,
         )
         return merge(weighted, updates, chosen), new_state
+
+    def _announce_cost(self, params: chex.ArrayTree) -> None:
+        k = known_integer(self.num_directions)
+        if not k or not self.tracker.needs_objective or is_placeholder(params):
+            return
+        selected = select(as_arrays(params), resolve(params, self.mask))
+        warm, cold = (self.tracker.num_products(selected, k, cold=cold) for cold in (False, True))
+        words = f"{warm} curvature products a refresh, up to {cold} in the first one"
+        if not cold:
+            words = "the gradients that its tracker takes at a refresh"
+        announce_cost(Cost(words))
 
     def _objective(
         self,

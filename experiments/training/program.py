@@ -44,6 +44,7 @@ class Program:
 
     Attributes:
       plan: the plan.
+      tx: the optimizer.
       runner: runs the step on the plan's devices.
       make_state: makes the state before the first step; pure.
       shapes: what `make_state` makes, as shapes and dtypes.
@@ -52,6 +53,7 @@ class Program:
     """
 
     plan: Plan
+    tx: optax.GradientTransformationExtraArgs
     runner: parallel.Parallel
     make_state: Callable[[], TrainState]
     shapes: TrainState
@@ -148,6 +150,7 @@ def build(plan: Plan) -> Program:
         scores.append("perplexity")
     return Program(
         plan,
+        tx,
         parallel.Parallel(plan.options.parallel, plan.devices, step, workers=plan.workers),
         make_state,
         shapes,

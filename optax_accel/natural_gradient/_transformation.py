@@ -35,7 +35,7 @@ from optax_accel.natural_gradient.quadratic_model import (
 )
 from optax_accel.natural_gradient.refreshing import measure, update_curvature
 from optax_accel.natural_gradient.state import ScaleByKFACState, corrected, initial_state
-from optax_accel.refresh import RefreshLike, announce_factors, of_factors
+from optax_accel.refresh import Cost, RefreshLike, announce_cost, announce_factors, of_factors
 
 
 def transformation(options: Options) -> optax.GradientTransformationExtraArgs:
@@ -47,6 +47,13 @@ def transformation(options: Options) -> optax.GradientTransformationExtraArgs:
 
     def init_fn(params: chex.ArrayTree) -> ScaleByKFACState:
         announce_factors(options.factors_every, options.inverses_every)
+        announce_cost(
+            Cost(
+                f"a forward pass and the backward passes of the estimator {options.estimator!r} "
+                f"every {_steps(options.factors_every)}, inverses every "
+                f"{_steps(options.inverses_every)}"
+            )
+        )
         if is_placeholder(params):
             # Nothing in the state is like the parameters: the factors are like the layers. Which
             # these are, a placeholder does not tell; a leaf stands for all of them.
@@ -104,7 +111,12 @@ def transformation(options: Options) -> optax.GradientTransformationExtraArgs:
         state = state._replace(count=optax.safe_increment(count), step_scale=scale)
         return jax.tree.unflatten(treedef, new), state
 
+    update_fn.__qualname__ = f"{options.method}.<locals>.update_fn"  # what `describe` calls it
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _steps(number: Any) -> str:
+    return "step" if number == 1 else f"{number} steps"
 
 
 def _structure(params: chex.ArrayTree) -> tuple[Any, tuple[tuple[Any, Any], ...]]:

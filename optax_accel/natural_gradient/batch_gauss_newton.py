@@ -64,6 +64,7 @@ from optax_accel.natural_gradient.levenberg_marquardt import LevenbergMarquardt,
 from optax_accel.natural_gradient.likelihoods import Likelihood
 from optax_accel.natural_gradient.quadratic_model import Exact, check_rate
 from optax_accel.objective import Objective
+from optax_accel.refresh import Cost, announce_cost
 
 Solver = Literal["cg", "cholesky"]
 _NAME = "scale_by_batch_gauss_newton"
@@ -169,6 +170,7 @@ def scale_by_batch_gauss_newton(
     def init_fn(params: chex.ArrayTree) -> ScaleByBatchGaussNewtonState:
         check_params(params, _NAME)
         check_selected(params, mask, _NAME)
+        announce_cost(Cost(settings.cost()))
         zero = jnp.zeros((), jnp.int32)
         return ScaleByBatchGaussNewtonState(zero, jnp.copy(zero), jnp.zeros((), jnp.float32))
 
@@ -313,6 +315,15 @@ class _Settings:
         check_count("block_size", self.block_size, 1)
         if self.likelihood is not None:
             check_choice("likelihood", self.likelihood, get_args(Likelihood))
+
+    def cost(self) -> str:
+        """What a step evaluates, in words."""
+        if self.solver == "cholesky":
+            return "the Jacobian of the batch's outputs, and the Cholesky decomposition of a matrix"
+        return (
+            f"up to {self.max_iterations} iterations of conjugate gradients, one product with the "
+            "Jacobian and one with its transpose each"
+        )
 
 
 class _Rows(NamedTuple):

@@ -59,6 +59,7 @@ from optax_accel.natural_gradient.levenberg_marquardt import (
     reduction_of,
 )
 from optax_accel.objective import Objective
+from optax_accel.refresh import Cost, announce_cost
 
 _NAME = "hessian_free"
 # The average of the estimates of the diagonal remembers about ten steps, like momentum.
@@ -255,6 +256,12 @@ class _Settings:
 def _initial_state(settings: _Settings, params: chex.ArrayTree) -> HessianFreeState:
     check_params(params, _NAME)
     check_selected(params, settings.mask, _NAME)
+    announce_cost(
+        Cost(
+            f"up to {settings.max_iterations} iterations of conjugate gradients, one "
+            "Gauss-Newton product each, and the loss before and after the step"
+        )
+    )
     params = as_arrays(params)
     selected = select(params, resolve(params, settings.mask))
 

@@ -43,7 +43,7 @@ from optax_accel.natural_gradient.levenberg_marquardt import (
     reduction_of,
 )
 from optax_accel.objective import Objective
-from optax_accel.refresh import RefreshLike, announce_damping, of_damping
+from optax_accel.refresh import Cost, RefreshLike, announce_cost, announce_damping, of_damping
 
 Exact: TypeAlias = Literal["exact"]
 Damping: TypeAlias = optax.ScalarOrSchedule | LevenbergMarquardt
@@ -156,6 +156,7 @@ def quadratic_model(
         check_selected(params, mask, _NAME)
         if settings.every is not None:
             announce_damping(settings.every)
+        announce_cost(Cost(settings.cost()))
         selected = select(as_arrays(params), resolve(params, mask))
         return QuadraticModelState(
             count=jnp.zeros((), jnp.int32),
@@ -274,6 +275,16 @@ class _Settings:
                 f"`every`, got {periods[0]} and {periods[1]}."
             )
         return periods[0] if periods else None
+
+    def cost(self) -> str:
+        """What a step evaluates for it, in words."""
+        vectors = 1 + self.remembers
+        parts = [f"{vectors} Gauss-Newton products"] if self.in_every_step else []
+        if self.every is not None:
+            product = "" if self.in_every_step else "a Gauss-Newton product and "
+            rhythm = "step" if self.every == 1 else f"{self.every} steps"
+            parts.append(f"{product}the loss before and after the step every {rhythm}")
+        return ", ".join(parts) or "nothing"
 
     @property
     def initial_damping(self) -> Any:

@@ -47,7 +47,9 @@ def test_a_plan_is_printed_and_nothing_written(
         tiny = dataclasses.replace(command.SCALES["small"], models={"mlp": ("mlp", {})})
         monkeypatch.setitem(command.SCALES, "small", tiny)
     assert command.main(["--dry-run", *COMMANDS[name].split()]) == 0
-    check(capsys.readouterr().out)
+    out = capsys.readouterr().out
+    check(out)
+    assert ("call: tx.update(grads, state, params" in out) == (name == "train")
     assert [*tmp_path.iterdir()] == []
 
 
