@@ -212,7 +212,9 @@ def resolve(options: Options, task: data.Task, devices: Sequence[jax.Device]) ->
     if rate is None:
         rate = method.learning_rates[len(method.learning_rates) // 2]
     examples = len(task.train)
-    batch_size = options.batch_size or min(defaults.batch_size, examples)
+    most = min(defaults.batch_size, examples)
+    few = most - most % len(devices) if most < defaults.batch_size else most  # of a small data set
+    batch_size = options.batch_size or few or most
     curvature = options.curvature_batch_size
     if curvature is None and method.refresh_every is not None:
         most = min(2 * batch_size, examples)

@@ -186,6 +186,20 @@ class Model:
         if plan.model_options != plan.task.defaults.model_options:
             with _explained(plan):  # an option such as a dtype is looked at by the first call
                 jax.eval_shape(self.evaluate, *arrays, self._examples(1))
+        elif plan.model != plan.task.default_model:
+            self._check_outputs(arrays)
+
+    def _check_outputs(self, arrays: PyTree) -> None:
+        """Raises `UsageError` if the loss does not take what the model makes of an example."""
+        plan = self._plan
+        try:
+            jax.eval_shape(self.evaluate, *arrays, self._examples(2))
+        except Exception as error:
+            raise UsageError(
+                f"model {plan.model} does not fit the task {plan.task.name} "
+                f"({plan.task.defaults.kind}); its own is {plan.task.default_model}: "
+                f"{textwrap.shorten(str(error), 200)}"
+            ) from error
 
     def make_arrays(self) -> tuple[PyTree, PyTree]:
         """Initial parameters and other variables; pure."""

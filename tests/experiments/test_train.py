@@ -522,6 +522,16 @@ def test_scores_are_means_over_the_labels_that_count(monkeypatch):
     assert set(scores) == {"loss", "accuracy"}
 
 
+def test_model_whose_outputs_fit_no_labels(runs, tmp_path, capsys):
+    write_imagenet(tmp_path, rows=8)
+    arguments = ["--task", "image_folder", "--data-dir", str(tmp_path), "--image-size", "16"]
+    assert train.main(["--runs-dir", str(runs), *arguments, "--model", "unet"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "model unet does not fit the task image_folder (classification); its own is cnn" in err
+    assert not runs.exists()
+
+
 FOLDER = ["--task", "imagenet_folder", "--image-size", "8", "--model", "mlp"]
 FOLDER += ["--model-options", '{"hidden_sizes": [8]}', "--batch-size", "4", "--devices", "1"]
 
