@@ -114,7 +114,7 @@ def describe(
 ) -> Description:
     """Tells what an optimizer consists of, keeps, needs and costs, without running it.
 
-    Nothing is allocated: ``init`` is only traced (``jax.eval_shape``).
+    The state is not allocated: ``init`` is only traced (``jax.eval_shape``).
 
     Args:
       tx: the optimizer, chained, masked or wrapped in any way.

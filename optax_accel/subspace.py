@@ -159,7 +159,7 @@ def interpolate_subspaces(
       >>> round(float(optax.tree.get(state, "alignment")), 4)
       0.3333
     """
-    interpolation = _Interpolation(
+    interpolation = _InterpolateSubspaces(
         num_directions=num_directions,
         dominant_weight=dominant_weight,
         bulk_weight=bulk_weight,
@@ -173,7 +173,7 @@ def interpolate_subspaces(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class _Interpolation:
+class _InterpolateSubspaces:
     """The settings of :func:`interpolate_subspaces`, checked, and what it does with them."""
 
     num_directions: int
@@ -300,7 +300,8 @@ class _Interpolation:
             return
         selected = select(as_arrays(params), resolve(params, self.mask))
         warm, cold = (self.tracker.num_products(selected, k, cold=cold) for cold in (False, True))
-        words = f"{warm} curvature products a refresh, up to {cold} in the first one"
+        noun = "product" if warm == 1 else "products"
+        words = f"{warm} curvature {noun} a refresh, up to {cold} in the first one"
         if not cold:
             words = "the gradients that its tracker takes at a refresh"
         announce_cost(Cost(words))

@@ -104,6 +104,12 @@ def test_arguments_of_others_and_what_is_not_known() -> None:
     assert (found.elements[-1].cost, found.elements[-1].further_gradients) == ("unknown", None)
 
 
+def test_names_the_parts_of_a_method_that_is_made_for_a_mask() -> None:
+    element = oa.describe(oa.bulk_sgd(0.1, 2, base=optax.adam), jnp.zeros(9)).elements[0]
+    assert element.name == "interpolated_sgd(scale_by_adam, scale, InterpolateSubspaces)"
+    assert element.cost.startswith("2 curvature products a refresh")
+
+
 def test_text() -> None:
     tx = optax.chain(optax.clip(1.0), oa.gnp(optax.sgd(0.1, momentum=0.9)))
     assert (
