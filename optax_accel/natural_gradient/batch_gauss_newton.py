@@ -22,17 +22,20 @@ training deep neural networks <https://arxiv.org/abs/2405.14402>`_, 2024.
 
 Ours: roots of the loss Hessian, which make the system symmetric for any convex loss, so that it can
 be solved by conjugate gradients and by Cholesky decomposition.  Gradients need not lie in the row
-space (weight decay, another batch): for a remainder :math:`r = g - J^\top R z`
+space (weight decay, clipping, another batch): for :math:`g = J^\top R z + r`
 
 .. math::
   d = J^\top R\, y + r / \lambda, \qquad
   (R^\top J J^\top R + \lambda I)\, y = z - R^\top J r / \lambda ,
 
-which is the Sherman-Morrison-Woodbury formula for r alone.  For the gradient of the batch itself r
-is rounding error, and d free of the cancellation of that formula.  Conjugate gradients run in the
-inner product of :math:`R^\top J J^\top R`: their iterates d are those of conjugate gradients on the
-system of the parameters, which minimize the damped quadratic model on a Krylov space, so that
-stopping early costs no more than it does there.
+which is the Sherman-Morrison-Woodbury formula for r alone.  The solution z for the gradient of the
+batch itself is multiplied so that r is as short as possible: for that gradient, however long, r is
+rounding error, and d free of the cancellation of that formula.  Cholesky decomposition uses the
+formula twice, the second time for the residual.  Conjugate gradients do not divide by
+:math:`\lambda`: their vectors are :math:`J^\top R\, y + c\, r` with a number c of each, on which
+:math:`G + \lambda I` acts as :math:`(y, c) \mapsto (R^\top J (J^\top R\, y + c\, r) + \lambda y,
+\lambda c)`, in the inner product of the parameters.  So they are conjugate gradients on the system
+of the parameters, which minimize the damped quadratic model on a Krylov space.
 """
 
 from __future__ import annotations
@@ -58,6 +61,7 @@ from optax_accel._arguments import (
 from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select
 from optax_accel._means import joined_over, shares_of, vary_over
+from optax_accel._numerics import divided, max_norm, power_of_two
 from optax_accel.natural_gradient._transformation import initial_damping, with_momentum
 from optax_accel.natural_gradient.estimators import loss_root
 from optax_accel.natural_gradient.levenberg_marquardt import LevenbergMarquardt, TrustRegion
@@ -77,7 +81,7 @@ class ScaleByBatchGaussNewtonState(NamedTuple):
       count: number of updates made; int32 scalar.
       solver_iterations: iterations of CG in the last step, 0 with Cholesky; int32 scalar.
       solver_residual: norm of the residual ``g - (G + damping I) d`` of the last step over that of
-        g, both without the remainder r; float32 scalar.
+        the gradient g; float32 scalar.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
@@ -107,11 +111,11 @@ def scale_by_batch_gauss_newton(
     * ``damping``: takes the place of the argument of that name in this step, as
       :func:`quadratic_model` gives it; default None.
 
-    Cost of a step: 5 Jacobian products at the start and end; with ``"cg"`` two more an iteration
-    (one forward, one backward), and no more memory than a gradient; with ``"cholesky"`` two for
-    each of the n c outputs, a third of :math:`(n c)^3` flops, the kernel's :math:`(n c)^2` numbers
-    and ``block_size`` copies of the parameters.  Both are loops in the compiled step, in which XLA
-    runs convolutions 6 to 300 times slower on CPU (jax#12868).
+    Cost of a step: with ``"cg"`` 4 Jacobian products at the start and end and two more an iteration
+    (one forward, one backward), and the memory of a few gradients; with ``"cholesky"`` 12 and two
+    for each of the n c outputs, a third of :math:`(n c)^3` flops, the kernel's :math:`(n c)^2`
+    numbers and ``block_size`` copies of the parameters.  Both are loops in the compiled step, in
+    which XLA runs convolutions 6 to 300 times slower on CPU (jax#12868).
 
     With an ``axis_name`` of the objective each replica holds the rows of its own examples.  CG
     sends a gradient an iteration; Cholesky sends one for each output of the whole batch, and every
@@ -388,42 +392,61 @@ def _solve(
 ) -> tuple[chex.ArrayTree, jax.Array, jax.Array]:
     """The direction, the iterations made and the relative residual."""
     gradient = jax.tree.map(_widen, incoming)
-    rest = jax.tree.map(
-        lambda g, b: (g - b) / jnp.asarray(damping, g.dtype), gradient, rows.times(rows.start)
-    )
-    right = rows.start - rows.transposed(rest)
+    # Both are divided by powers of two, which costs no digit, so that their squares are finite.
+    size = power_of_two(max_norm(gradient))
+    gradient = divided(gradient, size)
+    own = rows.times(rows.start)
+    own_size = power_of_two(max_norm(own))
+    start, own = divided(rows.start, own_size), divided(own, own_size)
+    squared = optax.tree.vdot(own, own)
+    part = optax.tree.vdot(gradient, own) / jnp.where(squared > 0, squared, 1)
+    rest = jax.tree.map(lambda g, o: g - part.astype(g.dtype) * o, gradient, own)
+    right = part.astype(start.dtype) * start
     strength = jnp.asarray(damping, right.dtype)
     if settings.solver == "cg":
-        y, residual, iterations = _conjugate_gradients(settings, rows, right, strength)
+        solved = _conjugate_gradients(settings, rows, gradient, right, rest, strength)
     else:
-        y, iterations = _cholesky(settings, rows, right, strength), jnp.zeros((), jnp.int32)
-        left = right - rows.product(y) - strength * y
-        residual = rows.dot(left, rows.product(left))
-    squared = rows.dot(right, rows.product(right))
-    direction = jax.tree.map(jnp.add, rows.times(y), rest)
-    relative = jnp.sqrt(jnp.maximum(residual, 0) / jnp.where(squared > 0, squared, 1))
-    return direction, iterations, relative
+        solved = _cholesky(settings, rows, gradient, right, rest, strength)
+    direction, residual, iterations = solved
+    squared = optax.tree.vdot(gradient, gradient)
+    direction = jax.tree.map(lambda d: d * size.astype(d.dtype), direction)
+    return direction, iterations, jnp.sqrt(residual / jnp.where(squared > 0, squared, 1))
 
 
 class _Point(NamedTuple):
-    """Where CG is; N is the product of the rows with each other."""
+    """Where CG is. A pair (y, c) stands for the vector ``B y + c r`` of the parameters."""
 
-    solution: jax.Array
-    residual: jax.Array
-    image: jax.Array  # N times the residual
-    search: jax.Array
-    search_image: jax.Array  # N times the search direction
-    squared: jax.Array  # of the residual, in the inner product of N
+    solution: tuple[jax.Array, jax.Array]
+    residual: tuple[jax.Array, jax.Array]
+    search: tuple[jax.Array, jax.Array]
+    search_image: jax.Array  # B transposed times the search direction
+    search_squared: jax.Array  # the squared norm of the search direction
+    squared: jax.Array  # the squared norm of the residual
     iterations: jax.Array
 
 
 def _conjugate_gradients(
-    settings: _Settings, rows: _Rows, right: jax.Array, strength: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    settings: _Settings,
+    rows: _Rows,
+    gradient: chex.ArrayTree,
+    right: jax.Array,
+    rest: chex.ArrayTree,
+    strength: jax.Array,
+) -> tuple[chex.ArrayTree, jax.Array, jax.Array]:
     """The solution, the squared norm of the residual, and the number of iterations."""
     right = vary_over(right, rows.axis_name)
-    image = rows.product(right)
-    squared = rows.dot(right, image)
+
+    def expanded(pair: tuple[jax.Array, jax.Array]) -> chex.ArrayTree:
+        y, c = pair
+        return jax.tree.map(lambda b, r: b + c.astype(r.dtype) * r, rows.times(y), rest)
+
+    def image_of(vector: chex.ArrayTree) -> jax.Array:
+        return vary_over(rows.transposed(vector), rows.axis_name)
+
+    def moved(point: Any, size: jax.Array, by: Any) -> Any:
+        return jax.tree.map(lambda a, b: a + size * b, point, by)
+
+    squared = optax.tree.vdot(gradient, gradient).astype(right.dtype)
     # Below its rounding error a residual falls no more.
     goal = jnp.maximum(settings.tolerance, jnp.finfo(right.dtype).eps) ** 2 * squared
 
@@ -431,39 +454,74 @@ def _conjugate_gradients(
         return (point.squared > goal) & (point.iterations < settings.max_iterations)
 
     def iterate(point: _Point) -> _Point:
-        # The matrix is N + strength I. In the inner product of N one product serves all.
-        moved = point.search_image + strength * point.search
-        size = point.squared / rows.dot(point.search_image, moved)
-        residual = point.residual - size * moved
-        image = rows.product(residual)
-        squared = rows.dot(residual, image)
+        # The matrix is B B^T + strength I: its product with (y, c) is that of the image and c.
+        y, c = point.search
+        product = (point.search_image + strength * y, strength * c)
+        bending = rows.dot(point.search_image, point.search_image)
+        size = point.squared / (bending + strength * point.search_squared)
+        residual = moved(point.residual, -size, product)
+        vector = expanded(residual)
+        squared = optax.tree.vdot(vector, vector).astype(right.dtype)
         kept = squared / point.squared
         return _Point(
-            point.solution + size * point.search,
+            moved(point.solution, size, point.search),
             residual,
-            image,
-            residual + kept * point.search,
-            image + kept * point.search_image,
+            moved(residual, kept, point.search),
+            image_of(vector) + kept * point.search_image,
+            squared + kept**2 * point.search_squared,  # residuals are orthogonal to old searches
             squared,
             point.iterations + 1,
         )
 
+    first = (right, jnp.ones((), right.dtype))
+    nothing = (jnp.zeros_like(right), jnp.zeros((), right.dtype))
     zero = jnp.zeros((), jnp.int32)
-    start = _Point(jnp.zeros_like(right), right, image, right, image, squared, zero)
+    start = _Point(nothing, first, first, image_of(gradient), squared, squared, zero)
     last = lax.while_loop(going_on, iterate, start)
-    # A right side that is not finite must show.
-    usable = jnp.isfinite(squared)
-    return jnp.where(usable, last.solution, right), last.squared, last.iterations
+    # What is not finite is in `rest`, and shows: 0 times NaN is NaN.
+    return expanded(last.solution), last.squared, last.iterations
 
 
-def _cholesky(settings: _Settings, rows: _Rows, right: jax.Array, strength: jax.Array) -> jax.Array:
-    """The solution from the matrix of the system, which all replicas form and decompose."""
-    axis, size = rows.axis_name, right.size
+def _cholesky(
+    settings: _Settings,
+    rows: _Rows,
+    gradient: chex.ArrayTree,
+    right: jax.Array,
+    rest: chex.ArrayTree,
+    strength: jax.Array,
+) -> tuple[chex.ArrayTree, jax.Array, jax.Array]:
+    """The solution, the squared norm of the residual, and no iterations."""
+    solve = _decomposed(settings, rows, right, strength)
+
+    def solution(right: jax.Array, rest: chex.ArrayTree) -> chex.ArrayTree:
+        rest = jax.tree.map(lambda r: r / strength.astype(r.dtype), rest)
+        return jax.tree.map(jnp.add, rows.times(solve(right - rows.transposed(rest))), rest)
+
+    def residual_of(direction: chex.ArrayTree) -> chex.ArrayTree:
+        product = rows.times(rows.transposed(direction))
+        return jax.tree.map(
+            lambda g, p, d: g - p - strength.astype(d.dtype) * d, gradient, product, direction
+        )
+
+    direction = solution(right, rest)
+    # Of the rest the rows remove most where it is a combination of them, which costs digits; the
+    # residual of the sum has them.
+    more = solution(jnp.zeros_like(right), residual_of(direction))
+    direction = jax.tree.map(jnp.add, direction, more)
+    residual = residual_of(direction)
+    return direction, optax.tree.vdot(residual, residual), jnp.zeros((), jnp.int32)
+
+
+def _decomposed(
+    settings: _Settings, rows: _Rows, like: jax.Array, strength: jax.Array
+) -> Callable[[jax.Array], jax.Array]:
+    """Solves with the matrix of the system, which all replicas form and decompose."""
+    axis, size = rows.axis_name, like.size
     replicas, first = (1, 0) if axis is None else (lax.axis_size(axis), lax.axis_index(axis) * size)
 
     def row(index: jax.Array) -> jax.Array:
-        unit = jax.nn.one_hot(index - first, size, dtype=right.dtype)  # 0 on other replicas
-        return rows.product(unit.reshape(right.shape)).ravel()
+        unit = jax.nn.one_hot(index - first, size, dtype=like.dtype)  # 0 on other replicas
+        return rows.product(unit.reshape(like.shape)).ravel()
 
     block = min(static_integer("block_size", settings.block_size, 1), replicas * size)
     kernel = lax.map(row, vary_over(jnp.arange(replicas * size), axis), batch_size=block)
@@ -473,8 +531,12 @@ def _cholesky(settings: _Settings, rows: _Rows, right: jax.Array, strength: jax.
     least = 8 * jnp.finfo(kernel.dtype).eps * jnp.trace(kernel)
     diagonal = jnp.maximum(strength, least) * jnp.eye(len(kernel), dtype=kernel.dtype)
     factor = jax.scipy.linalg.cho_factor(kernel + diagonal)
-    solution = jax.scipy.linalg.cho_solve(factor, joined_over(right.ravel(), axis))
-    return lax.dynamic_slice_in_dim(solution, first, size).reshape(right.shape)
+
+    def solve(right: jax.Array) -> jax.Array:
+        solution = jax.scipy.linalg.cho_solve(factor, joined_over(right.ravel(), axis))
+        return lax.dynamic_slice_in_dim(solution, first, size).reshape(like.shape)
+
+    return solve
 
 
 def _sum(tree: chex.ArrayTree, axis_name: str | None) -> chex.ArrayTree:

@@ -152,6 +152,44 @@ def test_little_damping_loses_no_digits_in_float32():
         assert np.linalg.norm(new - exact) < 5e-3 * np.linalg.norm(exact)
 
 
+@pytest.mark.parametrize(
+    "dtype", [jnp.float32, pytest.param(jnp.float64, marks=[pytest.mark.slow])]
+)
+def test_gradients_of_another_batch_are_as_accurate(x64, dtype):
+    """Residuals are relative to the gradient, whatever it is; no gradient gives no update."""
+    name, exact = "masked cross entropy", double(PARAMS)
+    objective = objective_of(name)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), PARAMS)
+    other = objective_of(name, x=1.7 * X[::-1]).grad(exact)
+    gradients = [
+        other,
+        optax.tree.scale(1e-30, objective.grad(exact)),
+        optax.tree.zeros_like(exact),
+    ]
+    tolerance = {jnp.float32: 1e-4, jnp.float64: 1e-10}[dtype]
+    tx = oa.scale_by_batch_gauss_newton(tolerance=tolerance)
+
+    @jax.jit
+    def solutions(gradient: Any, damping: Any) -> Any:
+        new, state = tx.update(
+            gradient, tx.init(params), params, value_fn=objective, damping=damping
+        )
+        wide = double(gradient)
+        product = objective.gauss_newton(exact)(double(new))
+        left = jax.tree.map(lambda g, v, p: g - p - damping * v, wide, double(new), product)
+        return new, optax.tree.norm(left) / optax.tree.norm(wide), state
+
+    for gradient in gradients:
+        gradient = jax.tree.map(lambda leaf: leaf.astype(dtype), gradient)
+        for damping in (1e-3, 0.1, 10.0):
+            new, residual, state = solutions(gradient, damping)
+            if not any(jnp.any(leaf) for leaf in jax.tree.leaves(gradient)):
+                tree_equal(new, gradient)
+            else:
+                assert residual < 1.1 * tolerance
+                assert state.solver_residual < tolerance
+
+
 def test_stops_early_where_conjugate_gradients_on_the_parameters_do(x64):
     objective, params = objective_of("masked cross entropy"), double(PARAMS)
 
