@@ -337,6 +337,7 @@ class RefreshSchedule:
     Raises:
       ValueError: ``tx`` has two trackers, or K-FAC twice, at different periods or start steps, or
         its ``init`` does not accept a placeholder.
+      TypeError: ``tx`` is not an optimizer.
 
     Example:
       >>> import functools, jax, jax.numpy as jnp, optax
@@ -439,6 +440,11 @@ def _factors_at(step: int, periods: _FactorsPeriods) -> Literal[False, "factors"
 
 def _periods_of(tx: Any) -> tuple[_Periods, ...]:
     """The periods of the estimates in an optimizer, at most one of each kind."""
+    if not isinstance(tx, optax.GradientTransformation | optax.MultiSteps):
+        raise TypeError(
+            f"RefreshSchedule takes an Optax optimizer, got {tx!r}. For a fixed period call "
+            "refresh_at(step, refresh_every=...) in each step."
+        )
     owner = getattr(tx.init, "__self__", tx.init)  # a bound method would not outlive this call
     if owner in _known:
         return _known[owner]

@@ -134,6 +134,11 @@ class BlockTracker(CurvatureTracker):
         check_integer("oversampling", self.oversampling, 0)
 
     def _check_period(self) -> None:
+        if isinstance(self.refresh_every, str) and self.refresh_every != "adaptive":
+            raise ValueError(
+                "`refresh_every` must be an integer of at least 1 or 'adaptive', got "
+                f"{self.refresh_every!r}."
+            )
         if self.refresh_every != "adaptive":
             check_integer("refresh_every", self.refresh_every, 1)
         for name in ("tolerance", "max_refresh_every"):

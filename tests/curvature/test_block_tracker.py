@@ -163,6 +163,10 @@ def test_what_the_schedule_needs() -> None:
         oa.RefreshSchedule(TX)(3, optax.adam(0.1).init(PARAMS))
     with pytest.raises(ValueError, match="`step` must be at least 0"):
         oa.RefreshSchedule(TX)(-1, state)
+    with pytest.raises(TypeError, match=r"optimizer, got 3\. .*refresh_at\(step, refresh_every"):
+        oa.RefreshSchedule(3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least 1 or 'adaptive', got 'adaptiv'"):
+        oa.BlockTracker(refresh_every="adaptiv")  # type: ignore[arg-type]
     grown = oa.RefreshSchedule(TX, cold_start=False)
     assert [grown(step, state) for step in (1, 2, 11)] == [False, "warm", "warm"]
 
