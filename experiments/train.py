@@ -194,9 +194,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return cli.fail(error)
         # Room for the metrics where the output goes to a file.
         console = cli.console(120, quiet=not cluster.is_main())
-        cluster.advise(f"to continue: {resume_command(plan.folder)}")
+        to_continue = f"to continue: {resume_command(plan.folder, options.devices)}"
+        cluster.advise(to_continue)
         console.print(heading(plan), plan.task.describe(), *notes, sep="\n", soft_wrap=True)
-        return run_and_report(plan, program, console)
+        return run_and_report(plan, program, console, to_continue)
 
 
 def heading(plan: Plan) -> str:
@@ -220,9 +221,8 @@ def dry_run(plan: Plan, program: Program) -> int:
     return cli.print_forecast(console, {"plan": heading(plan), "runs": "1"} | found)
 
 
-def run_and_report(plan: Plan, program: Program, console: Console) -> int:
+def run_and_report(plan: Plan, program: Program, console: Console, to_continue: str) -> int:
     """Runs a plan; returns the exit code."""
-    to_continue = f"to continue: {resume_command(plan.folder)}"
     try:
         stopped_by = train(plan, program, console)
     except (UsageError, CheckpointError) as error:
@@ -249,9 +249,14 @@ def fail(message: str, code: int) -> int:
     return code
 
 
-def resume_command(folder: Path) -> str:
-    """The command that continues a run; all other options are in its folder."""
+def resume_command(folder: Path, devices: int | None = None) -> str:
+    """The command that continues a run; all other options are in its folder.
+
+    The number of devices is there, too, but virtual ones are made before the folder is read.
+    """
     words = ["--runs-dir", str(folder.parent), "--name", folder.name, "--resume"]
+    if devices is not None:
+        words += ["--devices", str(devices)]
     return f"{PROG} {shlex.join(words)}"
 
 

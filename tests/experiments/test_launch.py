@@ -261,7 +261,7 @@ def test_stopped_runs_save_one_common_step_and_resume_continues(tmp_path):
     later = rows(tmp_path, "stopped")[-1]["step"]
     assert f"interrupted: saved step {later} of 300" in out
     assert step < later < 300
-    assert err.count(f"to continue: {train.resume_command(Path('runs/stopped'))}") == 2
+    assert err.count(f"to continue: {train.resume_command(Path('runs/stopped'), 4)}") == 2
     for sign in ("Traceback", "Check failure", "error: "):
         assert sign not in err
 

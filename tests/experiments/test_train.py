@@ -223,6 +223,7 @@ def test_ctrl_c_saves_and_says_how_to_continue(runs, method, monkeypatch, capsys
     assert signal.getsignal(signal.SIGINT) is before
 
     words = shlex.split(err.strip().removeprefix("to continue: python -m experiments.train "))
+    assert words[-2:] == ["--devices", "1"]  # made before the folder is read
     assert train.main(words) == 0
     assert_same_run(runs / "stopped", runs / "full")
     # A run that is complete only tells its result again.
