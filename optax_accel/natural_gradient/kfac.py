@@ -103,8 +103,9 @@ def scale_by_kfac(
     Cost of a step, for dense layers of n inputs and m outputs at N examples and positions: a
     forward and half a backward pass (the forward one shared with the gradient under ``jit``) and
     :math:`2 N (n^2 + m^2)` flops when factors are refreshed, about :math:`2 (n^3 + m^3)` for
-    inverses and ten times that for eigendecompositions, and :math:`2 n m (n + m)` to apply them
-    (twice that in the eigenbasis).  Memory: :math:`2 (n^2 + m^2)` numbers.
+    inverses (eigendecompositions took two to three times as long on one CPU core), and
+    :math:`2 n m (n + m)` to apply them (twice that in the eigenbasis).  Memory:
+    :math:`2 (n^2 + m^2)` numbers.
 
     A matrix that is used in two ways, as the table of an embedding and as the projection to the
     outputs (tied embeddings), or also transposed, has the Kronecker product nearest to the sum of
@@ -139,8 +140,8 @@ def scale_by_kfac(
         relative to the curvature of the loss: tune it together with the learning rate.
       damping_kind: where the damping is added: ``"factored"`` (default) to each factor, as above,
         with inverses of the damped factors; a new value acts when inverses are refreshed.
-        ``"eigen"`` to the eigenvalues of the Kronecker product, which is exact and about ten times
-        as expensive.
+        ``"eigen"`` to the eigenvalues of the Kronecker product, which is exact; the decompositions
+        took two to three times as long as inverses on one CPU core.
       decay: decay rate of the moving averages of the factors, in [0, 1); default 0.95, as in
         Martens, Grosse (2015, section 5).
       factors_every: steps between refreshes of the factors.
@@ -269,7 +270,8 @@ def kfac(
         :class:`LevenbergMarquardt`, which adapts it to how well the quadratic model predicts.
       damping_kind: where the damping is added: ``"factored"`` (default) to each factor, which is
         then inverted; ``"eigen"`` to the eigenvalues of the Kronecker product,
-        which is exact and about ten times as expensive.
+        which is exact; the decompositions took two to three times as long as inverses on one CPU
+        core.
       decay: decay rate of the moving averages of the factors, in [0, 1); default 0.95, as in
         Martens, Grosse (2015, section 5).
       factors_every: steps between refreshes of the factors.
