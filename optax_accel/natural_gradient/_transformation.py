@@ -242,8 +242,11 @@ def with_momentum(
             trust_region=trust_region,
             mask=mask,
         )
+    # A decay of 0 keeps what is not finite: 0 times NaN is NaN.
+    static = isinstance(momentum, int | float) and momentum == 0
+    average = optax.identity() if static else optax.trace(momentum)
     return optax.chain(
         preconditioner,
-        with_fixed_leaves(lambda _: optax.trace(momentum), mask),
+        with_fixed_leaves(lambda _: average, mask),
         with_fixed_leaves(lambda _: optax.scale_by_learning_rate(learning_rate), mask),
     )

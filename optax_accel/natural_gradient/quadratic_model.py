@@ -63,8 +63,8 @@ class QuadraticModelState(NamedTuple):
         float32 scalar.
       step_size: alpha of the last step; float32 scalar.
       step_momentum: mu of the last step; float32 scalar.
-      previous_update: the last update of the selected parameters, in at least float32; an empty
-        tuple with momentum 0.
+      previous_update: the last finite update of the selected parameters, in at least float32; an
+        empty tuple with momentum 0.
       inner_state: of the preconditioner.
     """
 
@@ -415,13 +415,18 @@ def _step(
         exact, update, coefficients = jax.tree.map(
             lambda x: jnp.where(accepted, x, 0), (exact, update, coefficients)
         )
+    # The update shows what is not finite; in the state it would stay in all later ones.
+    finite = jnp.isfinite(max_norm(exact))
+    previous = state.previous_update
+    if settings.remembers:
+        previous = jax.tree.map(lambda new, old: jnp.where(finite, new, old), exact, previous)
     return update, state._replace(
         count=optax.safe_increment(state.count),
         step_size=-coefficients[0].astype(jnp.float32),
         step_momentum=coefficients[-1].astype(jnp.float32)
         if settings.remembers
         else jnp.zeros((), jnp.float32),
-        previous_update=exact if settings.remembers else (),
+        previous_update=previous if settings.remembers else (),
     )
 
 

@@ -342,3 +342,25 @@ def test_asks_for_an_objective_with_outputs():
         tx.update(params, state, params)
     with pytest.raises(ValueError, match="needs the network outputs"):
         tx.update(params, state, params, value_fn=lambda p: jnp.sum(p**2))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        oa.batch_gauss_newton(damping=0.1),
+        oa.quadratic_model(optax.identity(), damping=0.1),
+        oa.quadratic_model(optax.identity(), 0.1, 0.9, damping=0.1),
+    ],
+)
+def test_recovers_after_a_batch_that_is_not_finite(tx):
+    @jax.jit
+    def step(scale, state):
+        objective = oa.Objective(lambda w: scale * w, lambda out: jnp.mean((out - 1) ** 2))
+        params = jnp.zeros(3)
+        return tx.update(objective.grad(params), state, params, value_fn=objective)
+
+    state = tx.init(jnp.zeros(3))
+    for scale in (1.0, jnp.nan, 2.0, 2.0):
+        updates, state = step(scale, state)
+        assert jnp.isfinite(updates).all() == jnp.isfinite(scale)
+        assert not jnp.isfinite(scale) or (updates > 0).all()
