@@ -111,8 +111,8 @@ def scale_by_batch_gauss_newton(
     * ``damping``: takes the place of the argument of that name in this step, as
       :func:`quadratic_model` gives it; default None.
 
-    Cost of a step: with ``"cg"`` 4 Jacobian products at the start and end and two more an iteration
-    (one forward, one backward), and the memory of a few gradients; with ``"cholesky"`` 12 and two
+    Cost of a step: with ``"cg"`` 3 Jacobian products at the start and end and two more an iteration
+    (one forward, one backward), and the memory of a few gradients; with ``"cholesky"`` 9 and two
     for each of the n c outputs, a third of :math:`(n c)^3` flops, the kernel's :math:`(n c)^2`
     numbers and ``block_size`` copies of the parameters.  Both are loops in the compiled step, in
     which XLA runs convolutions 6 to 300 times slower on CPU (jax#12868).
