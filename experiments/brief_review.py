@@ -16,7 +16,7 @@ and what is printed for each is the number of examples per second (median over w
 first ones and evaluations left out), the memory of a step as the compiler plans it, and the test
 accuracy. `--scale small`, for a CPU, takes pictures of 32 x 32 and one pass over a small data set:
 accuracies then only say whether a variant learns as the baseline does. `runs/<name>/` holds
-`results.json` and `brief_review.png`.
+`results.json` and `brief_review.png`, `.svg`.
 
 A CPU computes bfloat16 and float16 by way of float32, and has no memory of its own to move batches
 to; what the techniques are made for is a GPU or TPU.
@@ -55,7 +55,7 @@ from experiments.training.studies import forecast
 from experiments.training.studies.throughput import WARM_UP, measure
 
 PROG = "python -m experiments.brief_review"
-PICTURE = "brief_review.png"
+PICTURE = "brief_review"
 VARIANTS = ("baseline", "accumulation", "precision", "prefetching", "all")
 LEARNING_RATE = 1e-3  # of Adam, the largest in their runs
 Record = dict[str, Any]
@@ -242,7 +242,7 @@ def finished_records(study: Study, overwrite: bool) -> list[Record]:
     """
     if folders.is_new(study.folder):
         return []
-    folders.check_files(study.folder, [RESULTS, PICTURE])
+    folders.check_files(study.folder, [RESULTS, *figures.files(PICTURE)])
     path = study.folder / RESULTS
     read = read_json if overwrite else read_record  # what is replaced may be damaged
     saved = read(path) if os.path.lexists(path) else None
@@ -314,14 +314,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         records.sort(key=lambda record: order[record["model"], record["variant"], record["seed"]])
         rows = report.summarize(records)
         title = f"{plan.task.name}, {plan.steps} steps of {plan.batch_size}"
-        cli.write_atomic(study.folder / PICTURE, figures.png(report.picture(rows, title)))
+        figures.write(study.folder, PICTURE, report.picture(rows, title))
         console.print()
         console.print(report.table(rows))
         console.print(
             "\nx: over the baseline. Memory: what the compiler plans for a step, its arguments "
             f"included.\n{', '.join(f'{key} {value}' for key, value in machine.items())}"
         )
-        console.print(f"picture: {study.folder / PICTURE}", soft_wrap=True)
+        console.print(f"picture: {study.folder / PICTURE}.png", soft_wrap=True)
     return 0
 
 

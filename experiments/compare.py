@@ -11,7 +11,8 @@ once, at the end of each run. `runs/<name>/` then holds
     metrics/<method>.jsonl  one line per evaluation: rate, seed, step, cost, losses, accuracy
     timing.json             seconds per step, measured for all methods in alternation
     results.json, .csv      the table
-    curves.png, rates.png   curves at the chosen rates; validation accuracy over the rates
+    curves.png, .svg        curves at the chosen rates
+    rates.png, .svg         validation accuracy over the rates
     report.html             all of it in one file
 """
 

@@ -16,7 +16,7 @@ and calibration error of the members and of the averages over the last m of them
 then holds
 
     results.json            the settings and all numbers, for each kind, seed, split and member
-    ensembles.png           accuracy and calibration error over the number of members averaged
+    ensembles.png, .svg     accuracy and calibration error over the number of members averaged
 
 What the calibration error is, and the papers: `experiments.training.studies.calibration` and
 `experiments.training.studies.ensembles`.
@@ -163,9 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{cli.plural(len(rates), 'rate')} x {cli.plural(plan.seeds, 'seed')} -> {folder}"
     )
     if options.dry_run:
-        check_results(folder, PROG, ["ensembles.png"])
+        check_results(folder, PROG, figures.files("ensembles"))
         return dry_run(heading, plan, len(kinds), rates, console)
-    with claim_results(folder, PROG, ["ensembles.png"]):
+    with claim_results(folder, PROG, figures.files("ensembles")):
         console.print(heading, soft_wrap=True)
         records = []
         with progress.show(console, "ensembles"):
@@ -178,8 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = {"machine": timing.machine(), "kinds": records}
         write_results(folder, PROG, options, _plain(result))
         title = f"Ensembles on {options.task} with {options.method}, one budget"
-        picture = figures.png(reporting.picture(records, title))
-        cli.write_atomic(folder / "ensembles.png", picture)
+        figures.write(folder, "ensembles", reporting.picture(records, title))
     for view in reporting.tables(records, rates):
         console.print()
         console.print(view)

@@ -8,7 +8,7 @@ falls fastest; the rate at which it is lowest is already on the edge, and an upp
 the peak of a cycle. `runs/<name>/` then holds
 
     results.json            the settings, the losses and what they suggest, for each seed
-    range.png               the losses over the rates
+    range.png, .svg         the losses over the rates
 
 The papers, and how the test ends and suggests: `experiments.training.studies.range_test`.
 """
@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{folder}"
     )
     if options.dry_run:
-        check_results(folder, PROG, ["range.png"])
+        check_results(folder, PROG, figures.files("range"))
         with progress.show(console, "lr_range_test"):
             speed = forecast.of_runs(Trainer(plan), plan.methods[0], [(float(rates[0]), 0)])
         seconds = speed.seconds(plan.steps, 0, plan.seeds)
@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "time": f"at most about {cli.duration(seconds)}: {speed.source()}",
         }
         return cli.print_forecast(console, lines)
-    with claim_results(folder, PROG, ["range.png"]):
+    with claim_results(folder, PROG, figures.files("range")):
         console.print(heading, soft_wrap=True)
         try:
             with progress.show(console, "lr_range_test", plan.seeds * plan.steps):
@@ -212,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
         record = {"machine": timing.machine(), "suggestion": suggestion, "tests": tests}
         write_results(folder, PROG, options, record)
-        cli.write_atomic(folder / "range.png", figures.png(picture(options, results, suggestion)))
+        figures.write(folder, "range", picture(options, results, suggestion))
     view = tables.table(["seed", "falls fastest at", "lowest at", "a tenth of that", "left at"])
     for seed, result in enumerate(results):
         cells = (result.suggestion, result.lowest, result.lowest / 10, result.stopped_at)

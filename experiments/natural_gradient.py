@@ -15,7 +15,7 @@ batch: a product with a Gauss-Newton matrix, or an iteration of conjugate gradie
 a loss as a third, K-FAC's factors as one. `runs/<name>/` then holds
 
     results.json            settings, final losses of all runs, curves of the chosen ones
-    curves.png              training loss over steps and over seconds
+    curves.png, .svg        training loss over steps and over seconds
 
 Hessian-free takes gradients of four batches a step and curvature of the first one of them, so its
 steps use four times the examples of others. The methods that iterate in the compiled step are left
@@ -351,9 +351,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     steps = cli.plural(options.steps or problem.steps, "step")
     if options.dry_run:
-        check_results(folder, PROG, ["curves.png"])
+        check_results(folder, PROG, figures.files("curves"))
         return dry_run(f"{title}, up to {steps} -> {folder}", options, problem, names, console)
-    with claim_results(folder, PROG, ["curves.png"]):
+    with claim_results(folder, PROG, figures.files("curves")):
         console.print(f"{title}, up to {steps} -> {folder}", soft_wrap=True)
         try:
             with progress.show(console, "natural_gradient"):
@@ -363,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = report.conclusion(rows)
         record = {"machine": timing.machine(), "title": title, "conclusion": lines, "methods": rows}
         write_results(folder, PROG, options, record)
-        cli.write_atomic(folder / "curves.png", figures.png(report.picture(title, rows)))
+        figures.write(folder, "curves", report.picture(title, rows))
     console.print(report.table(rows))
     for line in lines:
         console.print(line)

@@ -23,7 +23,7 @@ code (`experiments.reporting.subspace.claims`). `runs/<name>/` then holds
     config.json            the settings: the same command continues, one with others is refused
     units/<panel>/*.json   raw results, one file per finished unit of work
     snapshots/*.npz        parameters along SGD, from which the other panels start
-    <panel>.csv, .png      table and picture
+    <panel>.csv, .png, .svg  table and picture
     claims.json, report.md, report.html
 
 Projections use a basis that the library tracks on a fixed part of the training set; measurements
@@ -52,6 +52,7 @@ from rich.console import Console
 
 from experiments import cli, data, progress
 from experiments.cli import UsageError
+from experiments.reporting.figures import FORMATS
 from experiments.reporting.subspace import claims
 from experiments.reporting.subspace.report import PANELS, write_all
 from experiments.runs import folders
@@ -72,7 +73,7 @@ SUBSPACES = functools.partial(
     mark="study",
     files=(
         *("claims.json", "report.md", "report.html"),
-        *(f"{panel}.{kind}" for panel in PANELS for kind in ("csv", "png")),
+        *(f"{panel}.{kind}" for panel in PANELS for kind in ("csv", *FORMATS)),
     ),
     folders=("units", "snapshots"),
 )

@@ -13,7 +13,7 @@ How contestants are ranked and claims of the papers are judged: `experiments.rep
 
     plain/, batch_norm/     what `experiments.compare` writes: config, metrics, table, pictures
     ensembles.json          accuracy and calibration of members and averages
-    survey.json, .png       ranks and claims
+    survey.json, .png, .svg ranks and claims
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ PLAIN = (
 BATCH_NORM = ("sgd", "weight_norm_sgd")
 SCALES = {"small": (5, 1), "full": (10, 3)}  # seeds, and times the task's usual number of passes
 # What a survey's folder holds.
-FILES, FOLDERS = ("ensembles.json", "survey.json", "survey.png"), ("plain", "batch_norm")
+FILES = ("ensembles.json", "survey.json", *figures.files("survey"))
+FOLDERS = ("plain", "batch_norm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(heading, soft_wrap=True)
         results = report.conclude(plan.config(), train(plan, folder, console))
         cli.write_atomic(folder / "survey.json", cli.to_json(results))
-        cli.write_atomic(folder / "survey.png", figures.png(report.picture(results)))
+        figures.write(folder, "survey", report.picture(results))
     console.print()
     console.print(report.table(results))
     console.print()

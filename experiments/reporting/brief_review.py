@@ -98,7 +98,7 @@ def picture(rows: Sequence[Record], title: str) -> Figure:
                 label=variant,
             )
         axes.set_xticks(range(len(models)), models)
-        axes.set_title(label, fontsize="medium")
+        axes.set_ylabel(label)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.suptitle(title, x=0.01, ha="left")
     return figure

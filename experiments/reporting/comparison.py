@@ -14,8 +14,8 @@ from rich.table import Table
 
 from experiments import cli
 from experiments.cli import plural
-from experiments.reporting import comparison_figures, pages, tables
-from experiments.reporting.figures import png, style
+from experiments.reporting import comparison_figures, figures, pages, tables
+from experiments.reporting.figures import style
 from experiments.reporting.tables import count, percent
 from experiments.runs.records import to_csv
 
@@ -68,6 +68,20 @@ def cells(row: Row, config: dict[str, Any]) -> list[str]:
     ]
 
 
+def sort_keys(row: Row) -> list[str | float | None]:
+    """What each of the `cells` is sorted by on the page; None comes last.
+
+    Args:
+      row: the results of one method.
+    """
+    keys = ("steps_to_target", "gradient_evaluations_to_target", "seconds_per_step")
+    return [
+        *(row[key] for key in ("method", "learning_rate", "test_accuracy", "validation_accuracy")),
+        *(row[key] for key in keys),
+        row["state_relative_to_parameters"],
+    ]
+
+
 def headers(config: dict[str, Any]) -> list[tuple[str, str]]:
     """The column names: in full, and short enough for a terminal of 80 columns.
 
@@ -117,6 +131,7 @@ def footnotes(results: Results) -> list[str]:
     together = timing["runs_together"]
     step = "step of one run" if together == 1 else f"step that trains {together} runs at once"
     return [
+        "Bold: the highest test accuracy.",
         *_budget_notes(config, len(rows[0]["rates"])),
         *_warnings(config, rows),
         (
@@ -187,8 +202,8 @@ def page(results: Results, curves: bytes, rates: bytes) -> str:
 
     Args:
       results: the results, as `results.json` holds them.
-      curves: the picture of the curves, as PNG.
-      rates: the picture of the learning rates, as PNG.
+      curves: the picture of the curves, as SVG.
+      rates: the picture of the learning rates, as SVG.
     """
     config, rows = results["config"], results["rows"]
     settings = [(key.replace("_", " "), value) for key, value in config.items() if key != "methods"]
@@ -204,7 +219,7 @@ def page(results: Results, curves: bytes, rates: bytes) -> str:
         headers=[name for name, _ in headers(config)],
         lines=[
             {
-                "cells": cells(row, config),
+                "cells": list(zip(cells(row, config), sort_keys(row), strict=True)),
                 "best": row["test_accuracy"] == best(rows),
                 "color": style(row["method"])["color"],
             }
@@ -236,12 +251,12 @@ def _lead(config: dict[str, Any], rows: Sequence[Row]) -> str:
     return lead
 
 
-FILES = ("results.csv", "curves.png", "rates.png", "report.html")
+FILES = ("results.csv", *figures.files("curves", "rates"), "report.html")
 """The files that `write_all` writes."""
 
 
 def write_all(folder: Path, results: Results) -> None:
-    """Writes results.csv, curves.png, rates.png and report.html into the run's folder.
+    """Writes results.csv, the pictures and report.html into the run's folder.
 
     Args:
       folder: the run's folder.
@@ -251,13 +266,12 @@ def write_all(folder: Path, results: Results) -> None:
         {key: value for key, value in row.items() if not isinstance(value, (list, dict))}
         for row in results["rows"]
     ]
-    curves = png(comparison_figures.curves(results))
-    rates = png(comparison_figures.rates(results))
+    pictures = figures.encode("curves", comparison_figures.curves(results))
+    pictures |= figures.encode("rates", comparison_figures.rates(results))
     contents: tuple[str | bytes, ...] = (
         to_csv(columns),
-        curves,
-        rates,
-        page(results, curves, rates),
+        *pictures.values(),
+        page(results, pictures["curves.svg"], pictures["rates.svg"]),
     )
     for name, content in zip(FILES, contents, strict=True):
         cli.write_atomic(folder / name, content)

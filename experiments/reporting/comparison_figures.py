@@ -16,6 +16,8 @@ from experiments.reporting.figures import style, styled
 
 Row = dict[str, Any]
 
+_STRETCHED = " (stretched towards 100%)"
+
 
 @styled
 def curves(results: dict[str, Any]) -> Figure:
@@ -44,12 +46,12 @@ def curves(results: dict[str, Any]) -> Figure:
         over_steps.set_xlabel("step")
         over_steps.set_xlim(0, config["steps"])
         over_steps.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        over_cost.set_xlabel("gradient evaluations (log scale)")
+        over_cost.set_xlabel("gradient evaluations")
         over_cost.set_xscale("log")
         over_cost.set_xlim(min(costs), max(costs) * 1.1)
         _label_ones_and_threes(over_cost.xaxis, "{:,.0f}")
     grid[0, 0].set_ylabel("mean mini-batch loss")
-    grid[1, 0].set_ylabel("accuracy")
+    grid[1, 0].set_ylabel(f"validation accuracy{_STRETCHED}")
     _add_legend(figure, rows, handlelength=2.6)
     return figure
 
@@ -72,7 +74,7 @@ def rates(results: dict[str, Any]) -> Figure:
     axes.set_xlabel(
         "learning rate (circle: chosen; rates at which all seeds diverged are left out)"
     )
-    axes.set_ylabel("validation accuracy")
+    axes.set_ylabel(f"validation accuracy{_STRETCHED if shown else ''}")
     if shown:
         _scale_accuracies(axes, min(shown), max(shown), config["validation_examples"])
     axes.set_title("Final validation accuracy over the grid")

@@ -1,4 +1,4 @@
-"""The look that all pictures share."""
+"""The look that all pictures share, and how they are written."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.style import context
 
+from experiments import cli
 from experiments.methods import METHODS
 
 STYLE_SHEET = Path(__file__).with_name("pictures.mplstyle")
@@ -53,13 +55,64 @@ def style(name: str) -> dict[str, Any]:
     }
 
 
-@styled
-def png(figure: Figure) -> bytes:
-    """A figure as the bytes of a PNG file.
+FORMATS = ("png", "svg")
+"""The formats of every picture: one for a screen, one that can be enlarged and printed."""
+
+
+def files(*names: str) -> tuple[str, ...]:
+    """The file names of pictures, in every format.
 
     Args:
+      *names: the names of the pictures, without a suffix.
+
+    Example:
+      >>> files("curves")
+      ('curves.png', 'curves.svg')
+    """
+    return tuple(f"{name}.{kind}" for name in names for kind in FORMATS)
+
+
+@styled
+def encode(name: str, figure: Figure) -> dict[str, bytes]:
+    """A figure as files of every format; the label of an axis that is not linear says so.
+
+    Args:
+      name: the name of the picture, without a suffix.
+      figure: the figure, made by a function that is decorated with `styled`.
+
+    Returns:
+      The contents, by the names of `files`.
+    """
+    for axes in figure.axes:
+        _name_scale(axes.xaxis)
+        _name_scale(axes.yaxis)
+    contents = {}
+    for file, kind in zip(files(name), FORMATS, strict=True):
+        buffer = io.BytesIO()
+        # Without a date, and with the style sheet's fixed salt, equal results give equal files.
+        figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
+        contents[file] = buffer.getvalue()
+    return contents
+
+
+def write(folder: Path, name: str, figure: Figure) -> None:
+    """Writes a picture in every format.
+
+    Args:
+      folder: the folder, which exists.
+      name: the name of the picture, without a suffix.
       figure: the figure, made by a function that is decorated with `styled`.
     """
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    for file, content in encode(name, figure).items():
+        cli.write_atomic(folder / file, content)
+
+
+def _name_scale(axis: Axis) -> None:
+    """Adds the scale of an axis to its label, once."""
+    label, scale = axis.get_label_text(), axis.get_scale()
+    names = {"log": "log scale", "symlog": "symmetric log scale"}
+    if label and scale in names and "scale" not in label:
+        if label.endswith(")"):
+            axis.set_label_text(f"{label[:-1]}; {names[scale]})")
+        else:
+            axis.set_label_text(f"{label} ({names[scale]})")

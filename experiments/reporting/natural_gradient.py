@@ -124,7 +124,7 @@ def picture(title: str, rows: Sequence[dict[str, Any]]) -> Figure:
     for axes, key, label in zip(
         figure.subplots(1, 2, sharey=True),
         ("step", "seconds"),
-        ("steps", "seconds of steps"),
+        ("step", "time of the steps in seconds"),
         strict=True,
     ):
         for i, row in enumerate(rows):

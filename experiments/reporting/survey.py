@@ -12,6 +12,7 @@ here" if the interval of its difference is above 0, "does not hold here" if it i
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -298,20 +299,25 @@ def picture(results: Mapping[str, Any]) -> Figure:
     """The ranks with their intervals, one panel for each quality."""
     rows = results["rows"]
     figure = Figure(figsize=(11, 1.5 + 0.28 * len(rows)))
-    families = list(dict.fromkeys(row["family"] for row in rows))
+    families = dict.fromkeys(row["family"] for row in rows)
+    # There are more families than colors: the marker tells apart those that share one.
+    pairs = itertools.product(figures.MARKERS, figures.COLORS)
+    looks = {
+        family: (color, marker) for family, (marker, color) in zip(families, pairs, strict=False)
+    }
     for axes, quality in zip(figure.subplots(1, 2), ("accuracy", "speed"), strict=True):
         shown = [row for row in rows if row[quality] is not None]
         shown.sort(key=lambda row: row[f"{quality}_rank"]["rank"])
         for place, row in enumerate(shown):
             rank = row[f"{quality}_rank"]
-            color = figures.COLORS[families.index(row["family"]) % len(figures.COLORS)]
+            color, marker = looks[row["family"]]
             axes.plot([rank["low"], rank["high"]], [place, place], color=color, linewidth=2)
-            axes.plot(rank["rank"], place, "o", color=color)
+            axes.plot(rank["rank"], place, marker, color=color)
         axes.set_yticks(range(len(shown)), [row["name"] for row in shown])
         axes.invert_yaxis()
         axes.set_xlabel(f"rank by {QUALITIES[quality]}, 1 is best")
-    for family, color in zip(families, figures.COLORS, strict=False):
-        figure.axes[0].plot([], [], "o-", color=color, label=family)
+    for family, (color, marker) in looks.items():
+        figure.axes[0].plot([], [], f"{marker}-", color=color, label=family)
     figure.legend(loc="outside lower center", ncols=4)
     config = results["config"]
     figure.suptitle(

@@ -53,7 +53,7 @@ def test_table_and_files(here: Path, capsys: pytest.CaptureFixture[str]) -> None
     names = {path.name for path in folder.iterdir()}
     assert names == {
         *("run.lock", "config.json", "metrics", "timing.json", "results.json", "results.csv"),
-        *("curves.png", "rates.png", "report.html"),
+        *("curves.png", "curves.svg", "rates.png", "rates.svg", "report.html"),
     }
     for method in ("sgd", "adam"):
         lines = (folder / "metrics" / f"{method}.jsonl").read_text().splitlines()

@@ -31,7 +31,9 @@ def test_files_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert run(*TINY, "--runs-dir", str(tmp_path)) == 0
     out = capsys.readouterr().out
     folder = tmp_path / "lr-range-digits-sgd"
-    assert {path.name for path in folder.iterdir()} == {"results.json", "range.png", "run.lock"}
+    assert {path.name for path in folder.iterdir()} == {
+        *("results.json", "range.png", "range.svg", "run.lock")
+    }
     assert (folder / "range.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((folder / "results.json").read_text())
     assert f"suggested learning rate: {record['suggestion']:.2g}" in out

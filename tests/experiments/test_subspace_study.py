@@ -45,7 +45,7 @@ def table(folder: Path, panel: str) -> list[dict[str, str]]:
 def test_files(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     panels = ("alignment", "switch")
-    pictures = {f"{panel}.{kind}" for panel in panels for kind in ("png", "csv")}
+    pictures = {f"{panel}.{kind}" for panel in panels for kind in ("png", "svg", "csv")}
     others = {
         "run.lock",
         "config.json",

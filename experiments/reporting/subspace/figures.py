@@ -203,9 +203,9 @@ def draw_effective_learning_rates(rows: Rows, config: Mapping[str, Any]) -> Figu
         axes.axhline(1, color="#888888", linestyle=":", linewidth=1.2)
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, 0), max(high, 10))
+        axes.set_ylabel("effective / nominal rate")
         _label_steps(axes, "step")
         _legend(axes)
-    grid[0].set_ylabel("effective / nominal learning rate")
     return figure
 
 

@@ -120,7 +120,7 @@ def content(results: Mapping[str, Any], verdicts: Sequence[dict[str, Any]]) -> d
                     "caption": captions(config)[name],
                     "headers": headers,
                     "cells": cells,
-                    "picture": figures.png(DRAW[name](rows[name], config)),
+                    "pictures": figures.encode(name, DRAW[name](rows[name], config)),
                 }
             )
     held = sum(verdict["verdict"] == "holds" for verdict in verdicts)
@@ -158,7 +158,8 @@ def write_all(folder: Path, results: Mapping[str, Any]) -> list[dict[str, Any]]:
     for panel in shown["panels"]:
         name = panel["name"]
         cli.write_atomic(folder / f"{name}.csv", to_csv(results["rows"][name]))
-        cli.write_atomic(folder / f"{name}.png", panel["picture"])
+        for file, picture in panel["pictures"].items():
+            cli.write_atomic(folder / file, picture)
     cli.write_atomic(folder / "claims.json", cli.to_json(verdicts))
     for name in ("report.md", "report.html"):
         template = name.replace("report", "subspace")

@@ -155,6 +155,7 @@ class _Page(html.parser.HTMLParser):
         self.loads: list[str] = []
         self.links: list[str] = []
         self.text = ""
+        self.keys: list[str] = []
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -163,6 +164,8 @@ class _Page(html.parser.HTMLParser):
                 self.loads.append(value or "")
             elif name == "href":
                 self.links.append(value or "")
+            elif name == "data-key":
+                self.keys.append(value or "")
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -176,7 +179,10 @@ def test_files(results: dict[str, Any], tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     page = _Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert len(page.loads) == 2
-    assert all(load.startswith("data:image/png;base64,") for load in page.loads)
+    assert all(load.startswith("data:image/svg+xml;base64,") for load in page.loads)
+    columns = len(comparison.headers(results["config"]))
+    assert page.keys[2::columns] == [str(row["test_accuracy"]) for row in results["rows"]]
+    assert "Bold: the highest test accuracy." in page.text
     assert "https://arxiv.org/abs/1910.04952" in page.links
     assert not any(link.startswith("optax.") for link in page.links)
     for part in ("demon_sgd", "1.25 ×", "gradients to 95%", "faithful", "4,810", "standard error"):

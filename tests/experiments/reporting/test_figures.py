@@ -32,5 +32,22 @@ def test_the_style_sheet_applies_while_a_function_draws() -> None:
     (axes,) = figure.axes
     assert axes.lines[0].get_color() == figures.COLORS[0] == "#000000"
     assert not axes.spines["top"].get_visible()
-    assert imread(io.BytesIO(figures.png(figure))).shape[:2] == (130, 260)
+    png, svg = figures.encode("line", figure).values()
+    assert imread(io.BytesIO(png)).shape[:2] == (130, 260)
+    assert svg.startswith(b"<?xml")
+    # The same results give the same files.
+    assert figures.encode("line", draw()) == {"line.png": png, "line.svg": svg}
     assert mpl.rcParams == before
+
+
+def test_an_axis_that_is_not_linear_says_so() -> None:
+    figure = Figure()
+    axes, plain = figure.subplots(1, 2)
+    axes.set(xscale="log", yscale="symlog", xlabel="rate (circle: chosen)", ylabel="ratio")
+    plain.set(xlabel="step", yscale="log", ylabel="")
+    for _ in range(2):  # once is enough
+        figures.encode("axes", figure)
+        assert axes.get_xlabel() == "rate (circle: chosen; log scale)"
+        assert axes.get_ylabel() == "ratio (symmetric log scale)"
+        assert plain.get_xlabel() == "step"
+        assert not plain.get_ylabel()

@@ -253,7 +253,7 @@ def test_report_says_what_the_rows_say(results: dict[str, Any], tmp_path: Path) 
         line = next(line for line in markdown.splitlines() if verdict["statement"] in line)
         assert f"**{verdict['verdict']}**" in line
         assert f" {number(verdict)} |" in line
-    assert html.count("data:image/png;base64,") == len(PANELS)
+    assert html.count("data:image/svg+xml;base64,") == len(PANELS)
     for panel in PANELS:
         table = csv.DictReader((tmp_path / f"{panel}.csv").read_text().splitlines())
         assert len(list(table)) == len(results["rows"][panel])
@@ -264,5 +264,7 @@ def test_report_of_some_panels(results: dict[str, Any], tmp_path: Path) -> None:
     results["rows"] = {"noise": results["rows"]["noise"]}
     verdicts = write_all(tmp_path, results)
     assert [verdict["claim"] for verdict in verdicts] == ["noise makes the alignment"]
-    assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".png", ".json", ".md", ".html"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {
+        *(".csv", ".png", ".svg", ".json", ".md", ".html")
+    }
     assert "1 of 1 claims hold" in (tmp_path / "report.md").read_text()
