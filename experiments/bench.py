@@ -221,7 +221,8 @@ def run(options: Options, groups: dict[str, list[Method]], console: Console) -> 
             console.print()
             console.print(first_step_table(f"time to the first step, {name}", rows))
     console.print(
-        f"\nMedians (quartiles) of {options.repeats} rounds, of compilations {compilations}. "
+        f"\nMedians (quartiles) of {options.repeats} rounds, of compilations {compilations}. Bold: "
+        "the bases. "
         "Updates of subspace methods project without refreshing; their steps refresh at the usual "
         "rhythm, the cold start left out; it is part of their first step."
     )

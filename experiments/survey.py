@@ -242,8 +242,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print()
     held = sum(claim["verdict"] == "holds here" for claim in results["claims"])
     console.print(
-        f"{held} of {len(results['claims'])} claims hold here. Accuracies: mean ± standard error "
-        "over the seeds. Speed: mean validation accuracy over the run, in %. * an end of the "
+        f"{held} of {len(results['claims'])} claims hold here (bold). Accuracies: mean ± standard "
+        "error over the seeds. Speed: mean validation accuracy over the run, in %. * an end of the "
         f"rates: beyond it may be a better one. {(time.perf_counter() - begin) / 60:.1f} minutes."
     )
     console.print(f"picture: {folder / 'survey.png'}", soft_wrap=True)

@@ -394,7 +394,9 @@ def table(verdicts: Sequence[dict[str, Any]]) -> Table:
     Args:
       verdicts: what `judge_all` returned.
     """
-    view = tables.table(["claim", "here", "number", "paper"], "Claims of the papers", left=4)
+    view = tables.table(
+        ["claim", "here", "number", "paper"], "Claims of the papers (bold: holds)", left=4
+    )
     for verdict in verdicts:
         view.add_row(
             verdict["claim"],
