@@ -15,6 +15,7 @@ from jax import lax
 from optax_accel._arguments import check_number, is_placeholder, known_integer, value_of
 from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, with_fixed_leaves
+from optax_accel._numerics import max_norm
 from optax_accel._random import as_key
 from optax_accel.natural_gradient import factors as stats
 from optax_accel.natural_gradient.finding import warn_of_diagonals
@@ -244,9 +245,23 @@ def with_momentum(
         )
     # A decay of 0 keeps what is not finite: 0 times NaN is NaN.
     static = isinstance(momentum, int | float) and momentum == 0
-    average = optax.identity() if static else optax.trace(momentum)
+    average = optax.identity() if static else _trace(momentum)
     return optax.chain(
         preconditioner,
         with_fixed_leaves(lambda _: average, mask),
         with_fixed_leaves(lambda _: optax.scale_by_learning_rate(learning_rate), mask),
     )
+
+
+def _trace(decay: Any) -> optax.GradientTransformation:
+    """``optax.trace``, which sums only updates that are finite, but lets the others through."""
+    init_fn, add = optax.trace(decay)
+
+    def update_fn(
+        updates: chex.ArrayTree, state: optax.OptState, params: chex.ArrayTree | None = None
+    ) -> tuple[chex.ArrayTree, optax.OptState]:
+        updates, new = add(updates, state, params)
+        finite = jnp.isfinite(max_norm(updates))
+        return updates, jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+
+    return optax.GradientTransformation(init_fn, update_fn)

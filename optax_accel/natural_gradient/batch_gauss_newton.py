@@ -262,7 +262,8 @@ def batch_gauss_newton(
 
     Returns:
       The optimizer; its ``update`` takes the extra arguments of
-      :func:`scale_by_batch_gauss_newton`.
+      :func:`scale_by_batch_gauss_newton`. The updates of a batch that is not finite are not
+      finite, and the next ones are finite again: the momentum keeps nothing of it.
 
     Raises:
       ValueError, TypeError: as :func:`scale_by_batch_gauss_newton`.

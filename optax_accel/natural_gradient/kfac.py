@@ -294,6 +294,8 @@ def kfac(
 
     Returns:
       The optimizer; its ``update`` takes the extra arguments of :func:`scale_by_kfac`.
+      The updates of a batch that is not finite are not finite, and the next ones are finite again:
+      neither the curvature nor the momentum keeps anything of it.
 
     Raises:
       ValueError, TypeError: as :func:`scale_by_kfac`.

@@ -344,10 +344,16 @@ def test_asks_for_an_objective_with_outputs():
         tx.update(params, state, params, value_fn=lambda p: jnp.sum(p**2))
 
 
+SCALED = oa.Objective(lambda w, scale: scale * jnp.eye(3) @ w, lambda out: jnp.mean((out - 1) ** 2))
+
+
 @pytest.mark.parametrize(
     "tx",
     [
         oa.batch_gauss_newton(damping=0.1),
+        oa.batch_gauss_newton(0.1, damping=0.1, momentum=0.9),
+        oa.kfac(0.1, SCALED, example={"scale": 1.0}, estimator="ggn"),
+        oa.ekfac(0.1, SCALED, example={"scale": 1.0}, momentum=0.0, estimator="ggn"),
         oa.quadratic_model(optax.identity(), damping=0.1),
         oa.quadratic_model(optax.identity(), 0.1, 0.9, damping=0.1),
     ],
@@ -355,11 +361,11 @@ def test_asks_for_an_objective_with_outputs():
 def test_recovers_after_a_batch_that_is_not_finite(tx):
     @jax.jit
     def step(scale, state):
-        objective = oa.Objective(lambda w: scale * w, lambda out: jnp.mean((out - 1) ** 2))
-        params = jnp.zeros(3)
-        return tx.update(objective.grad(params), state, params, value_fn=objective)
+        grads = SCALED.grad(params, scale=scale)
+        return tx.update(grads, state, params, value_fn=SCALED, scale=scale)
 
-    state = tx.init(jnp.zeros(3))
+    params = jnp.zeros((3, 1))
+    state = tx.init(params)
     for scale in (1.0, jnp.nan, 2.0, 2.0):
         updates, state = step(scale, state)
         assert jnp.isfinite(updates).all() == jnp.isfinite(scale)
