@@ -12,6 +12,7 @@ from experiments.methods import (
     momentum,
     optax_methods,
     reparametrization,
+    schedules,
     workers,
 )
 from experiments.methods.method import Method
@@ -28,6 +29,7 @@ METHODS: dict[str, Method] = {
         *gradients.EXTRAGRADIENT,
         *learning_rates.CLOSING_BOUNDS,
         *learning_rates.CYCLICAL_SCHEDULES,
+        *schedules.SCHEDULES,
         *reparametrization.REPARAMETRIZATION,
         *gradients.GRADIENT_NORM,
         *curvature.NATURAL_GRADIENT,
