@@ -228,7 +228,17 @@ GROUPS: Mapping[str, Group] = {
     "length": Group(
         "How much is computed: steps, examples, repetitions.",
         (
-            *("scale", "quick", "epochs", "steps", "batch_size", "seed", "seeds", "rounds"),
+            *(
+                "study",
+                "scale",
+                "quick",
+                "epochs",
+                "steps",
+                "batch_size",
+                "seed",
+                "seeds",
+                "rounds",
+            ),
             *("repeats", "first_steps", "timed", "parameters", "time_factor", "budget_seconds"),
         ),
     ),
@@ -241,8 +251,8 @@ GROUPS: Mapping[str, Group] = {
     "output": Group(
         "What is measured, printed and written.",
         (
-            *("eval_every", "panels", "sections", "bins", "name", "runs_dir", "overwrite", "json"),
-            *("trace", "list", "dry_run"),
+            *("eval_every", "panels", "sections", "bins", "name", "runs_dir", "evidence_dir"),
+            *("overwrite", "json", "trace", "list", "dry_run"),
         ),
     ),
     "other": Group("Further options.", ()),

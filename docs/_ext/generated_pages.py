@@ -1,6 +1,6 @@
-"""Pages that are made from the code: one for each method and public name, and the notebooks.
+"""Pages that are made: one for each method and public name, the notebooks, the verdicts.
 
-They are written into folders that git ignores, before Sphinx reads the sources.
+They are written where git ignores them, before Sphinx reads the sources.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import optax_accel as oa
 from experiments.methods import METHODS, Method
+from experiments.runs import ledger
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("methods", "api", "notebooks")
@@ -59,6 +60,9 @@ def write(docs: Path) -> None:
     _write_methods(docs)
     _write_api(docs / "api")
     _write_notebooks(docs / "notebooks")
+    verdicts = docs / "evidence" / "verdicts.md"
+    verdicts.parent.mkdir(exist_ok=True)
+    verdicts.write_text(ledger.page(ROOT / ledger.FOLDER), encoding="utf-8")
 
 
 def is_a_field(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:

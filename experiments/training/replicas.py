@@ -53,6 +53,7 @@ class Plan:
       eval_every: steps between validations.
       target: validation accuracy to count the steps to.
       model_options: options of the model besides its defaults.
+      first_seed: the first of the seeds, which follow each other.
     """
 
     task: data.Task
@@ -66,10 +67,12 @@ class Plan:
     eval_every: int
     target: float
     model_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    first_seed: int = 0
 
     def replicas(self, method: Method) -> list[Replica]:
         """The (learning rate, seed) of every run of a method."""
-        return [(rate, seed) for rate in method.learning_rates for seed in range(self.seeds)]
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        return [(rate, seed) for rate in method.learning_rates for seed in seeds]
 
     def config(self) -> dict[str, Any]:
         """The settings as plain JSON: two runs with equal settings may share a folder."""

@@ -1,0 +1,173 @@
+"""Functions that judge claims: by ranks with bootstrap intervals, and by a sequential test.
+
+The bootstrap draws the seeds again with replacement, the same ones for all contestants of a
+setting, since these share initial weights and batches. With few seeds its intervals are too narrow;
+the level of the sequential test is guaranteed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.reporting.referee.sequential import SequentialTest
+from experiments.reporting.referee.study import FAILS, HOLDS, UNDECIDED, Judgement, Results
+
+DRAWS = 2_000
+COVERED = 0.95  # by a bootstrap interval
+
+
+class View(NamedTuple):
+    """Means over seeds, with any number of leading axes, one for draws of the bootstrap.
+
+    Attributes:
+      results: what they are means of.
+      errors: on the test split, (..., settings, contestants).
+      tuned: on the validation split, (..., settings, contestants, trials).
+    """
+
+    results: Results
+    errors: np.ndarray
+    tuned: np.ndarray
+
+    def number(self, name: str) -> int:
+        """The number of a contestant."""
+        return self.results.contestants.index(name)
+
+    def positions(self, *, ranked: bool = True) -> np.ndarray:
+        """The place of each contestant in each setting: 1 plus the number of those with less error.
+
+        Args:
+          ranked: whether those that are not ranked are left out; their place is NaN then.
+        """
+        errors = self.errors.round(12)
+        if ranked:
+            errors = np.where(self.results.ranked, errors, np.nan)
+        better = (errors[..., None, :] < errors[..., :, None]).sum(axis=-1)
+        return np.where(np.isnan(errors), np.nan, 1.0 + better)
+
+    def top(self, places: int) -> np.ndarray:
+        """Number of settings in which each contestant has one of the first places."""
+        return np.sum(self.positions() <= places, axis=-2)
+
+
+Margin = Callable[[View], np.ndarray]
+
+
+def mean_view(results: Results) -> View:
+    """The means over all seeds."""
+    return View(results, results.errors.mean(axis=-1), results.tuned.mean(axis=-1))
+
+
+def drawn_view(results: Results, draws: int = DRAWS) -> View:
+    """Means over seeds drawn with replacement, the same draws in every call."""
+    rng = np.random.default_rng(0)
+
+    def means(values: np.ndarray, axis: int) -> np.ndarray:
+        """Of values (settings, ..., seeds), by other draws in each setting."""
+        seeds = values.shape[-1]
+        counts = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=(draws, len(values)))
+        weights = counts.reshape(draws, len(values), *[1] * axis, seeds) / seeds
+        return np.einsum("...s,...s->...", weights, values[None])
+
+    return View(results, means(results.errors, 1), means(results.tuned, 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class ByBootstrap:
+    """Judges by a margin that is above 0 where a claim holds, and its bootstrap interval.
+
+    The claim holds if all of the interval is above 0, and does not hold here if all of it is below.
+
+    Attributes:
+      margin: a function of a `View`, with its leading axes.
+      strict: whether the claim needs a margin above 0; otherwise 0 is enough.
+    """
+
+    margin: Margin
+    strict: bool = True
+
+    def __call__(self, results: Results) -> Judgement:
+        """Judges the results."""
+        estimate = float(self.margin(mean_view(results)))
+        margins = self.margin(drawn_view(results))
+        tail = (1 - COVERED) / 2
+        low, high = (float(x) for x in np.quantile(margins, [tail, 1 - tail]))
+        seeds = results.errors.shape[-1]
+        if self._holds(low):
+            return Judgement(HOLDS, estimate, low, high, seeds)
+        if not self._holds(high):
+            return Judgement(FAILS, estimate, low, high, seeds)
+        # The interval shrinks with the square root of the number of seeds.
+        reach = estimate - low if self._holds(estimate) else high - estimate
+        needed = None
+        if estimate != 0 and reach > 0:
+            needed = max(seeds + 1, math.ceil(seeds * (reach / abs(estimate)) ** 2))
+        return Judgement(UNDECIDED, estimate, low, high, seeds, needed)
+
+    def _holds(self, margin: float) -> bool:
+        return margin > 0 if self.strict else margin >= 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AtMost:
+    """Judges "the method reaches the target at no more than a share of the rival's cost".
+
+    The difference of a seed is the logarithm of the method's cost, over the rival's times the
+    share, averaged over the settings; a `SequentialTest` asks whether its mean is below or above 0.
+    A method's run that misses the target counts as infinitely expensive where the claim is to hold,
+    and at the whole budget where it is to fail; a rival's run the other way round. So the level is
+    kept whatever the runs would have cost in the end.
+
+    Attributes:
+      method: name of the contestant that the claim is about.
+      rival: name of the one that it is compared with.
+      share: of the rival's cost.
+      test: the test, with its declared sigma and its level.
+    """
+
+    method: str
+    rival: str
+    share: float
+    test: SequentialTest
+    sequential = True
+
+    def differences(self, results: Results) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper bounds of the difference of each seed that was run."""
+        ours, theirs = (
+            results.costs[:, results.contestants.index(name)] for name in (self.method, self.rival)
+        )
+        run = ~np.isnan(ours + theirs).any(axis=0)
+        ours, theirs = ours[:, run], theirs[:, run]
+        budget = results.budgets[:, [results.contestants.index(self.method)]]
+        rival_budget = results.budgets[:, [results.contestants.index(self.rival)]]
+        low = np.log(np.minimum(ours, budget) / self.share) - np.log(theirs)
+        high = np.log(ours / self.share) - np.log(np.minimum(theirs, rival_budget))
+        return low.mean(axis=0), high.mean(axis=0)
+
+    def __call__(self, results: Results) -> Judgement:
+        """Judges the results."""
+        low, high = self.differences(results)
+        seeds, test = len(low), self.test
+        below, above = (int(test.first_rejection(x)) for x in (-high, low))
+        exact = np.isfinite(low) & (low == high)
+        mean = float(low.mean()) if exact.all() else None
+        ends = (-math.inf, math.inf)
+        if seeds:
+            radius = test.radius(seeds)
+            ends = float(low.mean()) - radius, float(high.mean()) + radius
+        lower, upper = (math.exp(x) * self.share if math.isfinite(x) else None for x in ends)
+        estimate = None if mean is None else math.exp(mean) * self.share
+        missed = int((~exact).sum())
+        note = f"{missed} of {seeds} seeds miss the target" if missed else ""
+        if any(test.doubts_sigma(bound[np.isfinite(bound)]) for bound in (low, high)):
+            note = f"the differences vary more than the declared sigma {test.sigma:g} allows"
+        elif below or above:  # the earlier one: what comes after a decision does not change it
+            verdict = HOLDS if below and (not above or below < above) else FAILS
+            return Judgement(verdict, estimate, lower, upper, seeds, note=note)
+        needed = None if mean is None else test.needed(mean)
+        return Judgement(UNDECIDED, estimate, lower, upper, seeds, needed, note)

@@ -1,0 +1,287 @@
+"""Results and verdicts of a study: made of the records of its runs, shown as tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.table import Table
+
+from experiments import cli
+from experiments.methods import Method
+from experiments.reporting import tables
+from experiments.reporting.referee.judging import COVERED, drawn_view, mean_view
+from experiments.reporting.referee.study import Contestant, Judgement, Results, Study
+from experiments.reporting.summary import Record, diverged
+
+Records = Mapping[str, Sequence[Record]]  # by the method's name
+
+
+class Score(NamedTuple):
+    """The end of a run.
+
+    Attributes:
+      error: share of wrong answers; 1 for a run that diverged.
+      loss: infinite for a run that diverged.
+      diverged: whether it did.
+    """
+
+    error: float
+    loss: float
+    diverged: bool
+
+
+def runs_of(records: Sequence[Record]) -> dict[tuple[float, int], list[Record]]:
+    """The records of each run by (learning rate, seed), in the order of the steps."""
+    runs: dict[tuple[float, int], list[Record]] = {}
+    for record in sorted(records, key=lambda record: record["step"]):
+        runs.setdefault((record["learning_rate"], record["seed"]), []).append(record)
+    return runs
+
+
+def score(run: Sequence[Record], split: str) -> Score:
+    """The end of a run on the ``"validation"`` or the ``"test"`` split."""
+    if diverged(run):
+        return Score(1.0, math.inf, True)
+    return Score(1.0 - run[-1][f"{split}_accuracy"], run[-1][f"{split}_loss"], False)
+
+
+def trial_scores(contestant: Contestant, records: Records) -> list[list[Score]]:
+    """The validation scores of every trial, one per tuning seed."""
+    scores = []
+    for method in contestant.trials:
+        runs = runs_of(records[method.name])
+        for rate in method.learning_rates:
+            of_rate = [run for (other, _), run in runs.items() if other == rate]
+            scores.append([score(run, "validation") for run in of_rate])
+    return scores
+
+
+def choose(contestant: Contestant, records: Records) -> Method:
+    """The trial with the lowest mean validation error, of equal ones that with the lowest loss.
+
+    Args:
+      contestant: who was tuned.
+      records: of its trials.
+
+    Returns:
+      Its method, with the one learning rate that was chosen.
+    """
+    trials = [(m, rate) for m in contestant.trials for rate in m.learning_rates]
+    means = [
+        tuple(float(np.mean([getattr(s, key) for s in scores])) for key in ("error", "loss"))
+        for scores in trial_scores(contestant, records)
+    ]
+    method, rate = trials[min(range(len(trials)), key=means.__getitem__)]
+    return dataclasses.replace(method, learning_rates=(rate,))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bout:
+    """What happened in one setting.
+
+    Attributes:
+      name: the setting's.
+      target: validation accuracy to which the cost is counted.
+      contestants: who took part.
+      tuning: records of all trials.
+      chosen: the method of each contestant, in their order, with the learning rate chosen.
+      final: records of the final runs.
+      costs: cost after each evaluation, by the chosen method's name and the step.
+    """
+
+    name: str
+    target: float
+    contestants: Sequence[Contestant]
+    tuning: Records
+    chosen: Sequence[Method]
+    final: Records
+    costs: Mapping[str, Mapping[int, float]]
+
+
+def results(study: Study, scale: str, bouts: Sequence[Bout]) -> Results:
+    """Puts the records of a study's runs together.
+
+    Args:
+      study: the study.
+      scale: which of its scales was run.
+      bouts: what happened, in the order of the scale's settings.
+
+    Returns:
+      The results.
+    """
+    plan = study.scales[scale]
+    members = {c.name: c for bout in bouts for c in bout.contestants}
+    names = tuple(members)
+    trials = max(contestant.size for contestant in members.values())
+    shape = (len(bouts), len(names))
+    errors = np.full((*shape, plan.seeds), np.nan)
+    tuned = np.full((*shape, trials, plan.tuning_seeds), np.nan)
+    rates, costs = np.full((*shape, trials), np.nan), np.full((*shape, plan.most_seeds), np.nan)
+    budgets, failed, runs = np.full(shape, np.nan), np.zeros(shape, int), 0
+    for i, bout in enumerate(bouts):
+        for contestant, method in zip(bout.contestants, bout.chosen, strict=True):
+            at = i, names.index(contestant.name)
+            scores = trial_scores(contestant, bout.tuning)
+            tuned[at][: len(scores)] = [[s.error for s in each] for each in scores]
+            rates[at][: len(scores)] = [r for m in contestant.trials for r in m.learning_rates]
+            failed[at] += sum(s.diverged for each in scores for s in each)
+            runs += sum(map(len, scores))
+            cost = bout.costs[method.name]
+            budgets[at] = cost[max(cost)]
+            final = runs_of(bout.final[method.name])
+            for (_, seed), run in final.items():
+                end, number = score(run, "test"), seed - plan.tuning_seeds
+                failed[at] += end.diverged
+                if number < plan.seeds:
+                    errors[at][number] = end.error
+                hits = (r["step"] for r in run if (r["validation_accuracy"] or 0) >= bout.target)
+                # Before the first step there is nothing to pay.
+                first = next((step for step in hits if step > 0), None)
+                costs[at][number] = math.inf if first is None else cost[first]
+            runs += len(final)
+    return Results(
+        settings=tuple(bout.name for bout in bouts),
+        contestants=names,
+        ranked=np.array([contestant.ranked for contestant in members.values()]),
+        errors=errors,
+        tuned=tuned,
+        rates=rates,
+        costs=costs,
+        budgets=budgets,
+        unit=study.unit,
+        diverged=failed,
+        runs=runs,
+    )
+
+
+def judge(study: Study, outcome: Results) -> dict[str, Judgement]:
+    """What the results say about each claim, by its name."""
+    return {claim.name: claim.judge(outcome) for claim in study.claims}
+
+
+def open_contestants(study: Study, judgements: Mapping[str, Judgement]) -> list[str]:
+    """Contestants of whom a sequential test wants to see more."""
+    names: list[str] = []
+    for claim in study.claims:
+        if getattr(claim.judge, "sequential", False) and (
+            judgements[claim.name].verdict == "undecided"
+        ):
+            names += [getattr(claim.judge, "method", ""), getattr(claim.judge, "rival", "")]
+    return list(dict.fromkeys(names))
+
+
+def ranks(outcome: Results) -> list[dict[str, Any]]:
+    """One row per contestant, the best mean rank first, with the bootstrap's intervals."""
+    mean, drawn = mean_view(outcome), drawn_view(outcome)
+    tail = (1 - COVERED) / 2
+    with np.errstate(all="ignore"):
+        place, places = mean.positions(ranked=False), drawn.positions(ranked=False)
+        low, high = np.quantile(np.nanmean(places, axis=-2), [tail, 1 - tail], axis=0)
+    settings = (~np.isnan(outcome.errors[..., 0])).sum(axis=0)
+    shares = {n: (mean.top(n) / settings, drawn.top(n) / settings) for n in (1, 3)}
+    rows = []
+    for i, name in enumerate(outcome.contestants):
+        taken = ~np.isnan(place[:, i])
+        row = {
+            "contestant": name,
+            "ranked": bool(outcome.ranked[i]),
+            "settings": int(taken.sum()),
+            "rank": [float(np.mean(place[taken, i])), float(low[i]), float(high[i])],
+            "diverged": int(outcome.diverged[:, i].sum()),
+            "error": [None if math.isnan(x) else float(x) for x in mean.errors[:, i]],
+        }
+        if outcome.ranked[i]:
+            for key, n in (("first", 1), ("top_three", 3)):
+                share, others = (values[..., i] for values in shares[n])
+                row[key] = [float(share), *map(float, np.quantile(others, [tail, 1 - tail]))]
+        rows.append(row)
+    return sorted(rows, key=lambda row: row["rank"][0])
+
+
+def ranks_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The contestants, the best mean rank first."""
+    columns = ["contestant", "settings", "rank [95 %]", "first % [95 %]", "top three % [95 %]"]
+    view = tables.table([*columns, "diverged"])
+
+    def text(values: Sequence[float] | None, scale: float = 1.0) -> str:
+        if values is None:
+            return "not ranked"
+        mean, low, high = (scale * value for value in values)
+        return f"{mean:.3g} [{low:.3g}–{high:.3g}]"
+
+    for row in rows:
+        shares = (text(row.get(key), 100) for key in ("first", "top_three"))
+        view.add_row(
+            *(row["contestant"], str(row["settings"]), text(row["rank"])),
+            *(*shares, str(row["diverged"])),
+        )
+    return view
+
+
+def verdicts_table(study: Study, judgements: Mapping[str, Judgement]) -> Table:
+    """The claims with their verdicts."""
+    view = tables.table(
+        ["claim", "source", "here", "estimate [interval]", "seeds"], left=3, wrap=True
+    )
+    for claim in study.claims:
+        found = judgements[claim.name]
+        estimate, low, high = (
+            "…" if x is None else f"{x:.3g}" for x in (found.estimate, found.low, found.high)
+        )
+        seeds = str(found.seeds)
+        if found.needed_seeds is not None:
+            seeds += f", {found.needed_seeds} would decide"
+        view.add_row(
+            f"({claim.name}) {claim.text}",
+            claim.source,
+            found.verdict + (f"; {found.note}" if found.note else ""),
+            f"{estimate} [{low}, {high}]",
+            seeds,
+        )
+    return view
+
+
+def entries(
+    study: Study,
+    scale: str,
+    outcome: Results,
+    judgements: Mapping[str, Judgement],
+    about: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """The lines of the ledger.
+
+    Args:
+      study: the study.
+      scale: which of its scales was run.
+      outcome: its results.
+      judgements: what they say, by the claim's name.
+      about: the fields that all lines share: ``command``, ``run``, ``versions``, ``date``.
+
+    Returns:
+      One entry per claim.
+    """
+    budget = {
+        setting.name: cli.plural(setting.epochs, "epoch")
+        for setting in study.scales[scale].settings
+    }
+    return [
+        {
+            "study": study.name,
+            "scale": scale,
+            "claim": claim.name,
+            "text": claim.text,
+            "source": claim.source,
+            "criterion": claim.criterion,
+            **dataclasses.asdict(judgements[claim.name]),
+            "runs": outcome.runs,
+            "diverged": int(outcome.diverged.sum()),
+            "unit": study.unit,
+            "budget": budget,
+            **about,
+        }
+        for claim in study.claims
+    ]

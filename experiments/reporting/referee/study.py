@@ -1,0 +1,270 @@
+"""A study as data: what is trained, tuned and claimed, checked before anything runs.
+
+A `Study` has settings (`Setting`: task, model, budget), in each of which contestants
+(`Contestant`: a method and its trials) get the same number of trials, and claims (`Claim`) whose
+criterion is written down before the first run. `Results` is what the runs measured, and `Judgement`
+what a claim's function makes of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from experiments import cli
+from experiments.cli import UsageError
+from experiments.methods import Method
+
+# What a run costs until it reaches its target. A Hessian-vector product counts as two gradients of
+# its own batch; a pass is as many gradients as show every training example once; bytes are those of
+# the parameters and of the optimizer's state.
+UNITS = ("steps", "gradients", "passes", "seconds", "bytes")
+HOLDS, FAILS, UNDECIDED = "holds", "does not hold here", "undecided"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """A method with the trials that it is tuned by.
+
+    Attributes:
+      name: what tables and claims call it; the same in all settings.
+      trials: entries of a catalogue, each with its learning rates: every rate of each is a trial.
+      ranked: whether it takes part in the ranks.
+    """
+
+    name: str
+    trials: tuple[Method, ...]
+    ranked: bool = True
+
+    @property
+    def size(self) -> int:
+        """The number of trials."""
+        return sum(len(method.learning_rates) for method in self.trials)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all contestants train, with one budget.
+
+    Attributes:
+      name: a plain name; a folder is named after it.
+      task: the data set to classify.
+      model: name of the model; None for the task's own.
+      epochs: passes over the training split.
+      contestants: who trains.
+      batch_size: examples per step.
+      target: validation accuracy to which the cost is counted; None for the task's own.
+      model_options: options of the model besides its defaults.
+    """
+
+    name: str
+    task: str
+    model: str | None
+    epochs: int
+    contestants: tuple[Contestant, ...]
+    batch_size: int = 64
+    target: float | None = None
+    model_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much of a study is run.
+
+    Attributes:
+      settings: the settings.
+      tuning_seeds: seeds of every trial. They are not used again.
+      seeds: fresh seeds of the final runs.
+      most_seeds: how many of these a sequential test may ask for.
+    """
+
+    settings: tuple[Setting, ...]
+    tuning_seeds: int
+    seeds: int
+    most_seeds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What the runs say about a claim.
+
+    Attributes:
+      verdict: `HOLDS`, `FAILS` or `UNDECIDED`.
+      estimate: of what the criterion is about; None if no run says anything about it.
+      low: lower end of its interval; None for one without an end.
+      high: its upper end; None for one without an end.
+      seeds: final seeds that it rests on.
+      needed_seeds: for an undecided claim the number of seeds, these included, that would decide it
+        if the estimate stayed what it is; None if no number would.
+      note: what else there is to say.
+    """
+
+    verdict: str
+    estimate: float | None
+    low: float | None
+    high: float | None
+    seeds: int
+    needed_seeds: int | None = None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Results:
+    """What the runs of a study measured. Where a contestant does not run, entries are NaN.
+
+    Attributes:
+      settings: names of the settings.
+      contestants: names of the contestants.
+      ranked: for each of these, whether it is ranked.
+      errors: share of wrong answers on the test split, (settings, contestants, seeds); 1 for a run
+        that diverged.
+      tuned: the same on the validation split, (settings, contestants, trials, tuning seeds).
+      rates: learning rates of the trials, (settings, contestants, trials).
+      costs: cost until the target is reached, (settings, contestants, most seeds): infinite where
+        it is not reached, NaN for seeds that were not run.
+      budgets: cost of a whole run, (settings, contestants).
+      unit: what the costs count.
+      diverged: number of diverged runs, tuning included, (settings, contestants).
+      runs: number of all runs.
+    """
+
+    settings: tuple[str, ...]
+    contestants: tuple[str, ...]
+    ranked: np.ndarray
+    errors: np.ndarray
+    tuned: np.ndarray
+    rates: np.ndarray
+    costs: np.ndarray
+    budgets: np.ndarray
+    unit: str
+    diverged: np.ndarray
+    runs: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What somebody says about the contestants, and how it is judged.
+
+    Attributes:
+      name: short, such as ``"a"``.
+      text: the claim.
+      source: who makes it, and where.
+      criterion: when it counts as true, written down before the first run.
+      judge: a function of the results. One with attributes ``method`` and ``rival`` and a true
+        ``sequential`` (`judging.AtMost`) is asked again after each further seed of these two while
+        it is undecided.
+    """
+
+    name: str
+    text: str
+    source: str
+    criterion: str
+    judge: Callable[[Results], Judgement]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """All that decides what is run and how it is judged.
+
+    Attributes:
+      name: its name on the command line.
+      summary: what it is about, in one line.
+      free_rival: name of the contestant that costs nothing: what one does without the method.
+      unit: one of `UNITS`.
+      scales: how much of it is run, by ``"small"``, ``"medium"`` and ``"full"``.
+      claims: what is judged.
+      left_out: what of the original experiments is not part of it, for the person who reads it.
+    """
+
+    name: str
+    summary: str
+    free_rival: str
+    unit: str
+    scales: Mapping[str, Scale]
+    claims: tuple[Claim, ...]
+    left_out: str = ""
+
+    def check(self) -> None:
+        """Checks the study.
+
+        Raises:
+          UsageError: its unit is unknown, a claim has no criterion, grids are unequal, names are
+            used twice, the free rival is missing or a claim is about nobody who takes part.
+        """
+        cli.check_known("unit of cost", self.unit, UNITS)
+        if not self.claims:
+            raise UsageError(f"study {self.name} has no claim; give at least one")
+        _check_distinct(f"study {self.name}: claim", [claim.name for claim in self.claims])
+        for claim in self.claims:
+            if not claim.criterion.strip():
+                raise UsageError(
+                    f"study {self.name}: claim {claim.name!r} has no criterion; write down when it "
+                    "counts as true before anything runs"
+                )
+        for scale in self.scales.values():
+            _check_distinct(f"study {self.name}: setting", [s.name for s in scale.settings])
+            if not 2 <= scale.seeds <= scale.most_seeds or scale.tuning_seeds < 1:
+                raise UsageError(
+                    f"study {self.name} needs 1 or more seeds for tuning, 2 or more for the final "
+                    f"runs and no fewer at most, got {scale.tuning_seeds}, {scale.seeds} and "
+                    f"{scale.most_seeds}"
+                )
+            for setting in scale.settings:
+                self._check_setting(setting)
+
+    def _check_setting(self, setting: Setting) -> None:
+        names = [contestant.name for contestant in setting.contestants]
+        _check_distinct(f"{setting.name}: contestant", names)
+        _check_distinct(
+            f"{setting.name}: trial",
+            [method.name for contestant in setting.contestants for method in contestant.trials],
+        )
+        if self.free_rival not in names:
+            raise UsageError(
+                f"{setting.name} lacks {self.free_rival}, the rival that costs nothing; add it"
+            )
+        for claim in self.claims:
+            for role in ("method", "rival"):
+                if (name := getattr(claim.judge, role, None)) is not None and name not in names:
+                    raise UsageError(
+                        f"{setting.name} lacks {name}, which claim {claim.name!r} is about; add it"
+                    )
+        sizes = {contestant.name: contestant.size for contestant in setting.contestants}
+        first = names[0]
+        for name, size in sizes.items():
+            if size != sizes[first] or size == 0:
+                raise UsageError(
+                    f"{setting.name}: {name} has {cli.plural(size, 'trial')}, {first} has "
+                    f"{sizes[first]}; give every contestant the same number, at least 1"
+                )
+
+    def config(self, scale: str) -> dict[str, Any]:
+        """All that decides the numbers, as plain JSON, but for the data."""
+        chosen = self.scales[scale]
+        return {
+            "study": self.name,
+            "scale": scale,
+            "unit": self.unit,
+            "tuning_seeds": chosen.tuning_seeds,
+            "seeds": chosen.seeds,
+            "most_seeds": chosen.most_seeds,
+            "claims": {claim.name: claim.criterion for claim in self.claims},
+            "contestants": {
+                setting.name: {
+                    contestant.name: {
+                        method.name: list(method.learning_rates) for method in contestant.trials
+                    }
+                    for contestant in setting.contestants
+                }
+                for setting in chosen.settings
+            },
+        }
+
+
+def _check_distinct(what: str, names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"{what} {name!r} is there more than once; give each its own name")
