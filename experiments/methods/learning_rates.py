@@ -47,6 +47,11 @@ def _total_steps(context: Context) -> dict[str, Any]:
     return {"total_steps": context.total_steps}
 
 
+def _scheduled(learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    """SGD with momentum whose state tells the rate of the last step."""
+    return oa.with_schedules(momentum_sgd, learning_rate=learning_rate)()
+
+
 def _cyclical_sgd(
     learning_rate: Any, *, total_steps: int, mode: Any
 ) -> optax.GradientTransformation:
@@ -54,7 +59,7 @@ def _cyclical_sgd(
     # Smith, 2017, sections 3.2 and 3.3; the decay to a tenth over the run is ours.
     gamma = 0.1 ** (1 / total_steps) if mode == "exp_range" else None
     half = max(1, total_steps // 8)
-    return momentum_sgd(
+    return _scheduled(
         oa.cyclical_schedule(learning_rate / 4, learning_rate, half, mode=mode, gamma=gamma)
     )
 
@@ -69,7 +74,7 @@ def _onecycle_sgd(
 
 def _vtpc_sgd(learning_rate: Any, *, total_steps: int) -> optax.GradientTransformation:
     cycle = max(1, total_steps // 4)
-    return momentum_sgd(
+    return _scheduled(
         oa.vtpc_schedule(
             learning_rate / 4, learning_rate, cycle, 4, floor_value=learning_rate / 100
         )
@@ -78,7 +83,7 @@ def _vtpc_sgd(learning_rate: Any, *, total_steps: int) -> optax.GradientTransfor
 
 def _snapshot_sgd(learning_rate: Any, *, total_steps: int) -> optax.GradientTransformation:
     cycles = min(total_steps, NUM_SNAPSHOTS)
-    return momentum_sgd(oa.snapshot_schedule(learning_rate, total_steps, cycles))
+    return _scheduled(oa.snapshot_schedule(learning_rate, total_steps, cycles))
 
 
 CYCLICAL_SCHEDULES = (

@@ -102,15 +102,20 @@ def _optimizer(
             return oa.demon_sgd(learning_rate, peak, decay_steps=steps)
         return oa.demon_adam(learning_rate, peak, decay_steps=steps, nu_bias_correction=True)
     argument, factory = {"sgd": ("momentum", optax.sgd), "adam": ("b1", optax.adam)}[optimizer]
+    # The state tells what is scheduled.
+    schedules = {"learning_rate": learning_rate} if callable(learning_rate) else {}
+    constants = {} if schedules else {"learning_rate": learning_rate}
     if momentum == "constant":
-        return factory(learning_rate, **{argument: peak})
+        constants[argument] = peak
+        build = oa.with_schedules(factory, **schedules) if schedules else factory
+        return build(**constants)
     if momentum == "onecycle":
         schedule = oa.momentum_onecycle_schedule(
             max(4, steps), peak, trough, rise_fraction=0.5, cycle_fraction=1.0
         )
     else:
         schedule = _times(peak, FACTORS[momentum](steps))
-    return oa.with_schedules(factory, **{argument: schedule})(learning_rate)
+    return oa.with_schedules(factory, **schedules, **{argument: schedule})(**constants)
 
 
 def _total_steps(context: Context) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
     run.lock                held while a process works in the folder
     config.json             the options, what they came to, the machine and the versions used
-    metrics.jsonl, .csv     one line per step: loss, statistics of the method, validation
+    metrics.jsonl, .csv     one line per step: loss, learning rate, norms of gradient and update,
+                            the scalars of the optimizer's state, validation, times
     tensorboard/            the same as event files
     events.jsonl            steps that were not finite, and what was done about them
 

@@ -18,6 +18,8 @@ from experiments.runs.records import is_number, read_file, to_csv
 
 Row = dict[str, float | int | None]
 METRICS = ("metrics.jsonl", "metrics.csv")
+# The columns of clocks, which differ from run to run.
+TIMES = ("step_seconds", "examples_per_second", "seconds")
 
 
 class MetricFiles:
@@ -97,17 +99,41 @@ class MetricFiles:
             file.write(json.dumps(event, allow_nan=False) + "\n")
 
     def _add_events(self, row: Row) -> None:
-        for name, value in row.items():
-            if value is not None and name not in ("step", "epoch", "seconds"):
-                split, _, short = name.partition("_")
-                tag = f"validation/{short}" if split == "validation" else f"train/{name}"
-                self._events.add_scalar(tag, value, row["step"])
+        for tag, value in tagged(row).items():
+            self._events.add_scalar(tag, value, row["step"])
 
     def close(self) -> None:
         """Closes all files."""
         self._jsonl.close()
         self._csv.close()
         self._events.close()
+
+
+def tagged(row: Row) -> dict[str, float]:
+    """The numbers of a row that are curves, by the names under which TensorBoard groups them.
+
+    >>> tagged({"step": 2, "loss": 0.5, "validation_loss": 0.7, "state/count": 2, "seconds": 9.0})
+    {'train/loss': 0.5, 'validation/loss': 0.7, 'state/count': 2}
+
+    Args:
+      row: a row of the metrics.
+
+    Returns:
+      What there is of it but step, epoch and the seconds since the start.
+    """
+
+    def tag(name: str) -> str:
+        split, _, short = name.partition("_")
+        if split == "validation":
+            return f"validation/{short}"
+        return name if name.startswith("state/") else f"train/{name}"
+
+    left_out = ("step", "epoch", "seconds")
+    return {
+        tag(name): value
+        for name, value in row.items()
+        if value is not None and name not in left_out
+    }
 
 
 def _checked_row(row: Any, step: int, columns: Sequence[str]) -> Row:

@@ -13,7 +13,7 @@ import jax
 from rich.console import Console
 
 from experiments import progress
-from experiments.runs.metric_files import MetricFiles, Row
+from experiments.runs.metric_files import TIMES, MetricFiles, Row
 from experiments.runs.records import number
 from experiments.training import cluster, parallel
 
@@ -60,6 +60,7 @@ class History:
       columns: names of all numbers that a row can hold; the first two are step and epoch.
       steps: number of steps of the run.
       steps_per_epoch: number of steps of an epoch.
+      batch_size: examples per step.
       title: what the progress bar is called.
       console: where it is shown.
     """
@@ -71,22 +72,24 @@ class History:
         *,
         steps: int,
         steps_per_epoch: int,
+        batch_size: int,
         title: str,
         console: Console,
     ):
         self._folder, self._columns = folder, columns
-        self._steps_per_epoch = steps_per_epoch
-        # Of the method and its loss, without validation.
+        self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
+        # The loss and what the method tells of itself by name.
+        files_only = ("step", "epoch", "learning_rate", "gradient_norm", "update_norm", *TIMES)
         self._shown = [
             name
             for name in columns
-            if name not in ("step", "epoch", "seconds") and not name.startswith("validation_")
+            if name not in files_only and not name.startswith(("validation_", "state/"))
         ]
         self._files: MetricFiles | None = None  # only the main process has them
         # Steps under way: their row, their metrics, where the batches stand behind them.
         self._pending: list[tuple[Row, Mapping[str, jax.Array], Any]] = []
         self._rows: list[Row] = []  # finished and not yet written
-        self._began = self._fetched = time.monotonic()
+        self._began = self._fetched = self._group_began = time.monotonic()
         self._line = progress.Line(console, title, steps, counted=True, hidden=console.quiet)
         self._line.tell("compiling")
 
@@ -127,6 +130,14 @@ class History:
         """Shows what a step is busy with, until the next metrics are shown."""
         self._line.tell(activity)
 
+    def begin_step(self) -> None:
+        """Says that a step begins, with the wait for its batch; its time counts from here.
+
+        Steps overlap, so that only groups of them can be timed: those that are waited for together.
+        """
+        if not self._pending:
+            self._group_began = time.monotonic()
+
     def add(self, step: int, metrics: Mapping[str, jax.Array], position: Any) -> None:
         """Adds a step that was started.
 
@@ -154,10 +165,16 @@ class History:
         """Waits for the steps under way; returns those that are not finite."""
         pending, self._pending = self._pending, []
         fetched = jax.device_get([metrics for _, metrics, _ in pending])
+        # The mean over the group; that of the first step has the compilation in it.
+        seconds = (time.monotonic() - self._group_began) / max(len(pending), 1)
+        times = {
+            "step_seconds": number(seconds, 4),
+            "examples_per_second": number(self._batch_size / seconds, 4),
+        }
         bad = []
         for (row, _, position), metrics in zip(pending, fetched, strict=True):
             finite = metrics.pop("finite")
-            row |= {name: number(value) for name, value in metrics.items()}
+            row |= {name: number(value) for name, value in metrics.items()} | times
             if not finite:
                 known = {name: row[name] for name in self._shown if name in row}
                 losses = (row["loss"] for row in reversed(self._rows) if row["loss"])

@@ -89,6 +89,7 @@ def train(plan: Plan, program: Program, console: Console) -> int | None:
         stopped_by = None
         compiled: set[Any] = set()  # the forms of the step that have been called
         while run.step < plan.steps and stopped_by is None and not run.stops_early:
+            history.begin_step()
             batch, refresh = next(batches), plan.refresh_at(run.step)
             if refresh not in compiled:
                 compiled.add(refresh)
@@ -167,6 +168,7 @@ def open_history(plan: Plan, program: Program, console: Console) -> History:
         program.columns,
         steps=plan.steps,
         steps_per_epoch=plan.steps_per_epoch,
+        batch_size=plan.batch_size,
         title=f"{plan.method.name} on {plan.task.name}",
         console=console,
     )

@@ -20,6 +20,7 @@ import models
 import optax_accel as oa
 from experiments import cli, data
 from experiments.cli import UsageError
+from experiments.runs.metric_files import TIMES
 from experiments.training import losses, networks, parallel
 from experiments.training.optimizers import find_in_state, wrap
 from experiments.training.plan import Plan
@@ -30,6 +31,7 @@ from experiments.training.step import (
     TrainState,
     averaged,
     init_state,
+    norm_names,
     train_step,
 )
 
@@ -64,9 +66,10 @@ class Program:
     def columns(self) -> list[str]:
         """Names of all numbers that a row of the metrics can hold."""
         return [
-            *("step", "epoch", "loss", *jax.eval_shape(statistics, self.shapes.opt_state)),
+            *("step", "epoch", "loss", "learning_rate", *norm_names(self.shapes.opt_state)),
+            *jax.eval_shape(statistics, self.shapes.opt_state),
             *(f"validation_{name}" for name in self.scores),
-            "seconds",
+            *TIMES,
         ]
 
     def step(
@@ -277,7 +280,7 @@ def make_optimizer(plan: Plan, model: Model) -> optax.GradientTransformationExtr
 
 
 def make_step(plan: Plan, model: Model, tx: optax.GradientTransformationExtraArgs) -> parallel.Step:
-    """The training step of a plan: `train_step` with the statistics of the method.
+    """The training step of a plan: `train_step` with learning rate, norms and statistics.
 
     Args:
       plan: the plan.
@@ -294,6 +297,7 @@ def make_step(plan: Plan, model: Model, tx: optax.GradientTransformationExtraArg
         skip_non_finite=plan.options.non_finite == "skip",
         ema=plan.options.ema,
         value_fn=model.value_fn,
+        norms=True,
     )
 
     def step(
@@ -314,13 +318,24 @@ def make_step(plan: Plan, model: Model, tx: optax.GradientTransformationExtraArg
             axis_name=axis_name,
             options=options,
         )
-        return state, metrics | statistics(state.opt_state)
+        rate = find_in_state(state.opt_state, "learning_rate")
+        rate = jnp.asarray(plan.learning_rate if rate is None else rate, jnp.float32)
+        return state, metrics | {"learning_rate": rate} | statistics(state.opt_state)
 
     return step
 
 
 def statistics(opt_state: PyTree) -> dict[str, jax.Array]:
-    """What the state of an optimizer tells about the run, as scalars: what there is of it."""
+    """What the state of an optimizer tells about the run, as scalars.
+
+    Args:
+      opt_state: the state.
+
+    Returns:
+      By name what there is of momentum, alignment, consensus distance, loss scale and the top
+      eigenvalue; then every other scalar field of the states and every injected or scheduled
+      hyperparameter but the learning rate, by its path, such as ``state/0/count``.
+    """
     fields = {
         name: find_in_state(opt_state, name)
         for name in ("momentum", "alignment", "consensus_distance", "loss_scale", "eigenvalues")
@@ -329,7 +344,21 @@ def statistics(opt_state: PyTree) -> dict[str, jax.Array]:
     scalars = {name: value for name, value in fields.items() if getattr(value, "shape", None) == ()}
     if fields["eigenvalues"] is not None:
         scalars["top_eigenvalue"] = jnp.max(fields["eigenvalues"])
+    told = {id(value) for value in scalars.values()}
+    told.add(id(find_in_state(opt_state, "learning_rate")))
+    for path, leaf in jax.tree.leaves_with_path(opt_state):
+        is_number = leaf.shape == () and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+        if is_number and id(leaf) not in told and _is_field(path):
+            scalars[f"state/{jax.tree_util.keystr(path, simple=True, separator='/')}"] = leaf
     return scalars
+
+
+def _is_field(path: tuple[Any, ...]) -> bool:
+    """Whether a leaf is a field of a state or a hyperparameter, not of one parameter or layer."""
+    if path and isinstance(path[-1], jax.tree_util.GetAttrKey):
+        return True
+    holder = getattr(path[-2], "name", None) if len(path) > 1 else None
+    return holder in ("hyperparams", "scheduled")
 
 
 def evaluation_batch(task: data.Task) -> int:

@@ -57,6 +57,7 @@ class StepOptions:
       value_fn: the objective on which the optimizer evaluates the loss itself, and products with
         its curvature, e.g. that of the same model computing in float32. ``None``: the objective
         that is differentiated.
+      norms: whether the metrics hold the norms that `norm_names` lists.
     """
 
     accumulate: int = 1
@@ -65,6 +66,7 @@ class StepOptions:
     skip_non_finite: bool = False
     ema: float | None = None
     value_fn: oa.Objective | None = None
+    norms: bool = False
 
 
 PLAIN = StepOptions()
@@ -155,7 +157,10 @@ def train_step(
       the point where the method evaluated it (the current one, except for extragradient: the
       extrapolated point), and ``finite``, whether that loss, the new parameters, the other
       variables and the optimizer's moments (arrays shaped like a parameter) all are finite, or the
-      loss scale has left the step out and fallen.
+      loss scale has left the step out and fallen. With ``options.norms`` also ``gradient_norm``,
+      the Euclidean norm over all parameters of the gradient that the optimizer was given, without
+      its loss scale, and ``update_norm``, that of the update, learning rate included; of several
+      workers the means of theirs.
     """
 
     def loss_on(objective: oa.Objective, batch: Batch, num_micro_batches: int) -> oa.Objective:
@@ -191,7 +196,13 @@ def train_step(
             rest=_where(find_in_state(opt_state, "gradient_finite"), rest, state.rest)
         )
         value = value / scale
-    metrics = _metrics(value, state, new, axis_name if options.per_worker else None)
+    norms: dict[str, jax.Array] = {}
+    if options.norms:
+        found = {"gradient_norm": _norm(grads), "update_norm": _norm(updates)}
+        norms = {name: found[name] for name in norm_names(opt_state)}
+        if scale is not None and "gradient_norm" in norms:
+            norms["gradient_norm"] /= scale
+    metrics = _metrics(value, state, new, norms, axis_name if options.per_worker else None)
     if options.ema is not None:
         new = new._replace(average=_moving_average(new, options.ema))
     if options.skip_non_finite:
@@ -199,10 +210,28 @@ def train_step(
     return new, metrics
 
 
+def norm_names(opt_state: PyTree) -> tuple[str, ...]:
+    """The norms that `train_step` can tell of a step without computing more for them.
+
+    Args:
+      opt_state: the state of the optimizer; shapes will do.
+
+    Returns:
+      ``update_norm``, and before it ``gradient_norm``, but for a method that evaluates the loss
+      elsewhere: XLA drops the gradient at the current parameters, which its norm would bring back.
+    """
+    elsewhere = find_in_state(opt_state, "objective_value") is not None
+    return ("update_norm",) if elsewhere else ("gradient_norm", "update_norm")
+
+
 def _metrics(
-    value: jax.Array, before: TrainState, after: TrainState, axis_name: str | None
+    value: jax.Array,
+    before: TrainState,
+    after: TrainState,
+    norms: dict[str, jax.Array],
+    axis_name: str | None,
 ) -> dict[str, jax.Array]:
-    """``loss`` and ``finite`` of a step; over the workers of an axis, if one is named."""
+    """``loss``, ``finite`` and norms of a step; over the workers of an axis, if one is named."""
     # A method that evaluates the loss elsewhere keeps that value in its state. Reporting it lets
     # XLA drop the pass at the current parameters where the method has no use for it.
     evaluated = find_in_state(after.opt_state, "objective_value")
@@ -215,14 +244,23 @@ def _metrics(
         alarming = jnp.where(left_out & fell, 0, loss)
     check = _total((after.params, after.rest, _shaped_like(after.opt_state, after.params)))
     if axis_name is not None:
-        loss, alarming, check = lax.pmean((loss, alarming, check), axis_name)
-    return {"loss": loss, "finite": jnp.isfinite(alarming) & jnp.isfinite(check)}
+        loss, alarming, check, norms = lax.pmean((loss, alarming, check, norms), axis_name)
+    return {"loss": loss, "finite": jnp.isfinite(alarming) & jnp.isfinite(check), **norms}
 
 
 def _shaped_like(opt_state: PyTree, params: PyTree) -> list[jax.Array]:
     """The arrays of an optimizer's state that have the shape of a parameter: its moments."""
     shapes = {leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim}
     return [leaf for leaf in jax.tree.leaves(opt_state) if leaf.shape in shapes]
+
+
+def _norm(tree: PyTree) -> jax.Array:
+    """The Euclidean norm of all entries, computed in float32 at least."""
+
+    def squares(x: jax.Array) -> jax.Array:
+        return jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+
+    return jnp.sqrt(_total(jax.tree.map(squares, tree)))
 
 
 def _total(tree: PyTree) -> jax.Array:

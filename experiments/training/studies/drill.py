@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.runs.checkpoints import Checkpoints
+from experiments.runs.metric_files import TIMES
 from experiments.training.options import Options
 from experiments.training.plan import prepare
 from experiments.training.program import build
@@ -249,7 +250,7 @@ class Run:
     def rows(self) -> list[dict[str, Any]]:
         """The metrics without the times."""
         rows = [json.loads(line) for line in self.metrics.read_text().splitlines()]
-        return [{key: x for key, x in row.items() if key != "seconds"} for row in rows]
+        return [{key: x for key, x in row.items() if key not in TIMES} for row in rows]
 
     def events(self) -> list[dict[str, Any]]:
         """The records of steps whose loss or gradient was not finite."""

@@ -21,7 +21,13 @@ def test_activities_are_shown_until_there_are_metrics(tmp_path: Path) -> None:
     console = Console(file=shown, force_terminal=True, width=150)
     columns = ["step", "epoch", "loss", "seconds"]
     with History(
-        tmp_path, columns, steps=3, steps_per_epoch=3, title="sgd", console=console
+        tmp_path,
+        columns,
+        steps=3,
+        steps_per_epoch=3,
+        batch_size=4,
+        title="sgd",
+        console=console,
     ) as history:
         history.begin(0)
         history.tell("finding the subspace (30 products)")
@@ -37,9 +43,9 @@ def test_activities_are_shown_until_there_are_metrics(tmp_path: Path) -> None:
 
 
 def test_a_cold_start_names_its_products() -> None:
-    def program(method: str, num_classes: int | None) -> Any:
+    def program(method: str, num_directions: int) -> Any:
         plan = types.SimpleNamespace(
-            task=types.SimpleNamespace(num_classes=num_classes), method=METHODS[method]
+            task=types.SimpleNamespace(num_directions=num_directions), method=METHODS[method]
         )
         params = {"w": jax.ShapeDtypeStruct((40, 40), jnp.float32)}
         shapes = types.SimpleNamespace(params=params)
@@ -47,6 +53,6 @@ def test_a_cold_start_names_its_products() -> None:
         return Program(**dict.fromkeys(names) | {"plan": plan, "shapes": shapes})
 
     assert program("bulk_sgd", 3).cold_start("cold") == "finding the subspace (20 products)"
-    assert program("bulk_sgd", None).cold_start("cold") == "finding the subspace (30 products)"
+    assert program("bulk_sgd", 10).cold_start("cold") == "finding the subspace (30 products)"
     assert program("bulk_sgd", 3).cold_start("warm") is None
     assert program("sgd", 3).cold_start(None) is None

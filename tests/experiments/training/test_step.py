@@ -414,3 +414,18 @@ def test_moving_average_of_weights_and_statistics(norm_dropout, batch):
     assert averaged(state._replace(average=None)).params is state.params
     # Counters are the current ones.
     assert int(statistics["dropout"]["rngs"]["count"]) == 3
+
+
+@pytest.mark.parametrize("loss_scale", [False, True])
+def test_norms_are_those_of_gradient_and_update(mlp, batch, loss_scale):
+    graphdef, params, rest = mlp
+    objective = networks.objective(graphdef)
+    (_, _), grads = objective.bind(rest=rest, **batch).value_and_grad(params)
+    tx = optax.with_extra_args_support(optax.sgd(0.1))
+    tx = oa.dynamic_loss_scale(tx) if loss_scale else tx
+    _, metrics = train_step(
+        tx, objective, init_state(tx, params, rest), batch, options=StepOptions(norms=True)
+    )
+    norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
+    np.testing.assert_allclose(metrics["update_norm"], 0.1 * norm, rtol=1e-5)
