@@ -5,6 +5,7 @@
     metrics.jsonl, .csv     one line per step: loss, learning rate, norms of gradient and update,
                             the scalars of the optimizer's state, validation, times
     tensorboard/            the same as event files
+    remote.json             the same run in a service, see `experiments.runs.remote_runs`
     events.jsonl            steps that were not finite, and what was done about them
 
 One process writes them; `experiments.runs.checkpoints` keeps the checkpoints beside them.

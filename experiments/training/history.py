@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +15,7 @@ from rich.console import Console
 from experiments import progress
 from experiments.runs.metric_files import TIMES, MetricFiles, Row
 from experiments.runs.records import number
+from experiments.runs.remote_runs import RemoteRun
 from experiments.training import cluster, parallel
 
 # Steps under way are waited for after this many seconds at the latest, so that the console and the
@@ -63,6 +64,8 @@ class History:
       batch_size: examples per step.
       title: what the progress bar is called.
       console: where it is shown.
+      open_remote: begins the run in a service, which gets the metrics, too; only the main process
+        calls it. ``None``: no service.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class History:
         batch_size: int,
         title: str,
         console: Console,
+        open_remote: Callable[[], RemoteRun] | None = None,
     ):
         self._folder, self._columns = folder, columns
         self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
@@ -85,7 +89,10 @@ class History:
             for name in columns
             if name not in files_only and not name.startswith(("validation_", "state/"))
         ]
-        self._files: MetricFiles | None = None  # only the main process has them
+        # Only the main process has them.
+        self._files: MetricFiles | None = None
+        self._remote: RemoteRun | None = None
+        self._open_remote = open_remote
         # Steps under way: their row, their metrics, where the batches stand behind them.
         self._pending: list[tuple[Row, Mapping[str, jax.Array], Any]] = []
         self._rows: list[Row] = []  # finished and not yet written
@@ -105,6 +112,8 @@ class History:
         self._line.stop()
         if self._files is not None:
             self._files.close()
+        if self._remote is not None:
+            self._remote.close()
 
     def begin(self, step: int) -> None:
         """Keeps the rows up to a step and goes on behind it; what is under way is forgotten.
@@ -125,6 +134,8 @@ class History:
         if self._files is not None:
             self._files.close()
         self._files = MetricFiles(self._folder, self._columns, step)
+        if self._open_remote is not None and self._remote is None:
+            self._remote = self._open_remote()
 
     def tell(self, activity: str) -> None:
         """Shows what a step is busy with, until the next metrics are shown."""
@@ -203,6 +214,8 @@ class History:
         if self._files is None or not rows:
             return
         self._files.write(rows)
+        if self._remote is not None:
+            self._remote.write(rows)
         shown = [
             f"{name} {rows[-1][name]:.4g}" for name in self._shown if rows[-1].get(name) is not None
         ]

@@ -16,6 +16,7 @@ from experiments import cli, data
 from experiments.data.prefetch import DevicePrefetcher
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.records import number
+from experiments.runs.remote_runs import RemoteRun
 from experiments.training import cluster
 from experiments.training.history import History
 from experiments.training.non_finite import NonFinitePolicy
@@ -163,6 +164,10 @@ def open_batches(plan: Plan, program: Program) -> DevicePrefetcher:
 
 def open_history(plan: Plan, program: Program, console: Console) -> History:
     """The metrics of the run."""
+
+    def open_remote() -> RemoteRun:
+        return RemoteRun(plan.options.log, plan.folder, plan.config(), warn=console.print)
+
     return History(
         plan.folder,
         program.columns,
@@ -171,6 +176,7 @@ def open_history(plan: Plan, program: Program, console: Console) -> History:
         batch_size=plan.batch_size,
         title=f"{plan.method.name} on {plan.task.name}",
         console=console,
+        open_remote=None if plan.options.log == "none" else open_remote,
     )
 
 

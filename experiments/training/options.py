@@ -11,7 +11,7 @@ import models
 from experiments import cli, data, methods
 from experiments.cli import UsageError
 from experiments.data import augmentation
-from experiments.runs import folders
+from experiments.runs import folders, remote_runs
 from experiments.training import losses, parallel
 from experiments.training.precision import PRECISIONS
 
@@ -152,6 +152,9 @@ class OutputOptions(cli.DryRunOptions):
     eval_every: int | None = None
     """Steps between validations; default: one epoch, or more for 50 validations in all with files
     of your own."""
+    log: str = "none"
+    """Send the metrics to wandb (Weights & Biases), aim or mlflow, too, if that package is
+    installed; a resumed run continues there. none: only to the run's folder."""
     profile: bool = False
     """Record a profile of a few steps, for TensorBoard and Perfetto, in the run's folder."""
     name: str | None = None
@@ -207,6 +210,7 @@ NAMES: tuple[tuple[str, str, Sequence[str]], ...] = (
     ("--value-fn-precision", "value_fn_precision", ("f32", "bf16")),
     ("parallel mode", "parallel", parallel.MODES),
     ("--non-finite policy", "non_finite", NON_FINITE),
+    ("--log service", "log", ("none", *remote_runs.SERVICES)),
 )
 COMBINATIONS: tuple[cli.Rule[Options], ...] = (
     cli.Rule(
@@ -260,6 +264,8 @@ def check(options: Options) -> None:
         cli.check_known(kind, getattr(options, name), valid)
     _ = options.chosen_method  # has to be known
     augmentation.parse(options.augment or "")
+    if options.log != "none" and not options.dry_run:
+        remote_runs.load(options.log)  # before anything is written
     read_model_options(options.model_options)
     cli.enforce(COMBINATIONS, options)
 

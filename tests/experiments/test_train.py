@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -241,13 +242,24 @@ def test_ctrl_c_saves_and_says_how_to_continue(runs, method, monkeypatch, capsys
     assert_same_run(runs / "stopped", runs / "full")
 
 
-def test_run_killed_before_its_first_checkpoint_starts_again(runs):
-    arguments = [*QUICK, "--runs-dir", str(runs), "--name", "run"]
+def test_run_killed_before_its_first_checkpoint_starts_again(runs, monkeypatch):
+    steps, begun = [], []
+
+    def init(**settings):
+        begun.append((settings["id"], settings["config"]["method"]))
+        run = types.SimpleNamespace(id="abc", finish=lambda: None)
+        run.log = lambda numbers, step: steps.append((step, "train/gradient_norm" in numbers))
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    arguments = [*QUICK, "--runs-dir", str(runs), "--name", "run", "--log", "wandb"]
     assert train.main(arguments) == 0
     shutil.copytree(runs / "run", runs / "full")
     shutil.rmtree(runs / "run" / "checkpoints")
     assert train.main([*arguments, "--resume"]) == 0
     assert_same_run(runs / "run", runs / "full")
+    assert begun == [(None, "sgd"), ("abc", "sgd")]
+    assert steps == [(step, True) for step in range(1, 13)]
 
 
 @pytest.mark.parametrize("mode", ["jit", "fsdp", "pmap", "shard_map"])
@@ -772,6 +784,8 @@ def test_statistics_of_the_optimizer(method, names):
     ("arguments", "message"),
     [
         ("--task foo", "unknown task 'foo'; valid: digits, mnist"),
+        ("--log foo", "unknown --log service 'foo'; valid: none, wandb, aim, mlflow"),
+        ("--log aim", "--log aim needs the package aim; install it with pip install aim"),
         ("--model foo", "unknown model 'foo'; valid: mlp, cnn"),
         ("--model transformer", "'transformer' needs vocabulary_size"),
         ("--model transformer_lm", "'transformer_lm' has no num_classes"),
