@@ -152,10 +152,31 @@ def with_checked_init(
     return optax.GradientTransformationExtraArgs(init_fn, tx.update)
 
 
-def check_inner(inner: Any) -> None:
+def check_inner(inner: Any, name: str = "inner") -> None:
     """Raises ``TypeError`` if what a method wraps is not an Optax transformation."""
     if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(f"`inner` must be an Optax transformation, got {inner!r}.")
+        raise TypeError(
+            f"`{name}` must be an Optax transformation, got {inner!r}: build it first, as in "
+            f"{name}=optax.sgd(0.1)."
+        )
+
+
+def check_factory(factory: Any) -> None:
+    """Raises ``TypeError`` if it is not a function that builds a transformation."""
+    if not callable(factory):
+        raise TypeError(
+            "`factory` must be a function that returns an Optax transformation, such as optax.sgd "
+            f"(not optax.sgd(0.1)), got {factory!r}."
+        )
+
+
+def check_product(name: str, value: Any) -> None:
+    """Raises ``TypeError`` if an operator is not a function of a vector."""
+    if not callable(value):
+        raise TypeError(
+            f"`{name}` must be a function that multiplies a vector, such as "
+            f"lambda v: matrix @ v, got {type(value).__name__}."
+        )
 
 
 def _is_integer_array(value: jax.Array) -> bool:

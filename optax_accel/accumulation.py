@@ -96,6 +96,9 @@ def mean_over_micro_batches(
     """
     check_integer("num_micro_batches", num_micro_batches, 1)
     check_flag("unroll", unroll)
+    for name, value in (("function", function), ("weight", weight)):
+        if not callable(value) and not (name == "weight" and value is None):
+            raise TypeError(f"`{name}` must be a function, got {value!r}.")
     parts = _Parts(batch, num_micro_batches)
     shares = None if weight is None else _shares(parts, weight, unroll)
 

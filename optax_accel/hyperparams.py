@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_accel._arguments import check_factory
+
 
 class WithSchedulesState(NamedTuple):
     """State of :func:`with_schedules`.
@@ -71,6 +73,7 @@ def with_schedules(
       0.45 -1.45
       0.0 -1.0
     """
+    check_factory(factory)
     if not schedules:
         raise ValueError("with_schedules: give at least one schedule, e.g. momentum=schedule.")
     parameters = inspect.signature(factory).parameters
@@ -153,6 +156,7 @@ def static_arguments(factory: Callable[..., Any]) -> tuple[str, ...]:
       >>> oa.static_arguments(oa.demon_schedule)
       ('decay_steps', 'delay_steps')
     """
+    check_factory(factory)
     return tuple(
         name
         for name, parameter in inspect.signature(factory).parameters.items()

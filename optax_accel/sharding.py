@@ -15,6 +15,8 @@ import chex
 import jax
 import optax
 
+from optax_accel._arguments import check_inner
+
 
 def state_shardings(tx: optax.GradientTransformation, params: chex.ArrayTree) -> chex.ArrayTree:
     """Shardings for ``tx.init(params)`` that follow those of the parameters.
@@ -43,6 +45,7 @@ def state_shardings(tx: optax.GradientTransformation, params: chex.ArrayTree) ->
       A pytree like ``tx.init(params)`` with a ``NamedSharding`` for each array.
 
     Raises:
+      TypeError: ``tx`` is not an Optax transformation.
       ValueError: a parameter without ``NamedSharding``, or no parameter at all.
 
     Example:
@@ -58,6 +61,7 @@ def state_shardings(tx: optax.GradientTransformation, params: chex.ArrayTree) ->
       >>> basis.shape, basis.sharding.spec == jax.P(None, "data", None)
       ((2, 8, 3), True)
     """
+    check_inner(tx, "tx")
     return shardings_like(jax.eval_shape(tx.init, params), params)
 
 

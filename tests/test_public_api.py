@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -333,6 +333,17 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
         r"`reparametrization` must be a Reparametrization, such as weight_norm\(\)",
     ),
     (lambda: oa.powerprop(0.5), r"`alpha` must lie in \[1, inf\), got 0.5"),
+    (
+        lambda: oa.quadratic_model(optax.sgd, damping=1.0),
+        r"`preconditioner` must be an Optax transformation, .*build it first, as in",
+    ),
+    (lambda: oa.describe_layers(LOSS, X), "describe_layers: `objective` must be an .*; got funct"),
+    (
+        lambda: oa.kfac(0.1, LINEAR, damping=oa.LevenbergMarquardt),
+        r"`damping` must be .* optax_accel.LevenbergMarquardt, such as LevenbergMarquardt\(1.0\)",
+    ),
+    (lambda: oa.batch_gauss_newton(damping="auto"), "`damping` must be a number, a schedule or"),
+    (lambda: oa.aggmo(0.1, 0.9), r"`betas` must be a sequence .*such as \(0.0, 0.9\); got 0.9"),
     (lambda: oa.weight_norm("last"), "`output_axes` must be an integer, got 'last'"),
     (
         lambda: call(oa.reparametrize(optax.sgd(0.1), oa.weight_norm()), params=None),
@@ -421,6 +432,10 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: oa.vtpc_schedule(0.1, 1, 9, 0), "`num_cycles` must be at least 1, got 0"),
     (lambda: oa.snapshot_schedule(0.1, 5, 6), "`num_snapshots` must be at most `total_steps`"),
     # Hyperparameters that change
+    (lambda: oa.with_schedules(optax.sgd(0.1)), r"`factory` must be .*not optax.sgd\(0.1\)"),
+    (lambda: oa.inject_hyperparams(3), "`factory` must be a function that returns an Optax"),
+    (lambda: oa.state_shardings(optax.sgd, X), "`tx` must be an Optax transformation"),
+    (lambda: oa.mean_over_micro_batches(3, X, 1), "`function` must be a function, got 3"),
     (lambda: oa.with_schedules(optax.sgd), "at least one schedule"),
     (lambda: oa.with_schedules(optax.sgd, decay=abs), "no argument 'decay'; it takes .*momentum"),
     (lambda: oa.with_schedules(optax.sgd, momentum=0.9), "`momentum` must be a schedule"),
@@ -434,6 +449,12 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
         r"`learning_rate` must lie in \[0, inf\), got -0\.1",
     ),
     # Curvature
+    (lambda: oa.BlockTracker(storage_dtype="bf16"), "`storage_dtype` must be a real floating-poi"),
+    (
+        lambda: curvature.lanczos(np.eye(3), X, 2, key=0, num_products=3),
+        "`product` must be a function that multiplies a vector, such as .*got ndarray",
+    ),
+    (lambda: curvature.trace(np.eye(3), key=0), "`operator` must be a function that multiplies"),
     (
         lambda: curvature.lanczos(abs, X, 2, key=jax.random.key(0), num_products=1),
         "`num_products` must be at least `num_directions`, 2, got 1",
@@ -465,6 +486,26 @@ REQUIRED: dict[str, Any] = {
     "num_micro_batches": 1,
     "step": 0,
     "num_workers": 8,
+    "objective": LINEAR,
+    "params": X,
+    "preconditioner": optax.identity(),
+    "damping": 0.1,
+    "predict": abs,
+    "loss": abs,
+    "like": X,
+    "key": 0,
+    "product": abs,
+    "products": abs,
+    "operator": abs,
+    "start": X,
+    "basis": X,
+    "shift": 0.0,
+    "num_directions": 1,
+    "num_products": 1,
+    "base_value": 0.1,
+    "peak_value": 1.0,
+    "step_size": 9,
+    "transition_steps": 9,
 }
 
 
@@ -480,6 +521,44 @@ def test_flags_are_booleans(flag: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"`{parameter.name}` must be True(,| or) False.*, got "):
         function(**required, **{parameter.name: value})
     function(**required, **{parameter.name: np.bool_(True)})
+
+
+def words_of(annotation: Any) -> tuple[str, ...]:
+    """The words that an argument may be, as its annotation lists them."""
+    if get_origin(annotation) is Literal:
+        return tuple(word for word in get_args(annotation) if isinstance(word, str))
+    return tuple(word for part in get_args(annotation) for word in words_of(part))
+
+
+def annotation_of(build: Any, parameter: inspect.Parameter) -> Any:
+    """An annotation as an object; ``typing.get_type_hints`` fails on chex's recursive types."""
+    names: dict[str, Any] = {}
+    for owner in reversed(build.__mro__ if inspect.isclass(build) else (build,)):
+        names |= vars(sys.modules[owner.__module__])
+    return eval(parameter.annotation, names)
+
+
+# Every argument of a public function, tracker or objective that takes words.
+WORDS = {
+    f"{name}.{parameter.name}": (build, parameter.name, words)
+    for name, build in (FUNCTIONS | CLASSES).items()
+    if not hasattr(build, "_fields")
+    for parameter in inspect.signature(build).parameters.values()
+    if (words := words_of(annotation_of(build, parameter)))
+}
+
+
+@pytest.mark.parametrize("option", WORDS)
+def test_options_name_the_words_they_take(option: str) -> None:
+    build, argument, words = WORDS[option]
+    required = {
+        name: REQUIRED[name]
+        for name, other in inspect.signature(build).parameters.items()
+        if other.default is inspect.Parameter.empty and other.kind is not other.VAR_KEYWORD
+    }
+    with pytest.raises(ValueError, match=argument) as caught:
+        build(**{**required, argument: "wrong"})
+    assert all(repr(word) in str(caught.value) for word in (*words, "wrong"))
 
 
 @pytest.mark.parametrize("tx", [BULK, oa.project_to_bulk(1), EXTRAP, oa.extra_adam(0.1), GNP, KFAC])

@@ -10,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from optax_accel._arguments import check_integer
+from optax_accel._arguments import check_choice, check_integer, check_product
 from optax_accel._numerics import divided, max_norm, norm, power_of_two
 from optax_accel.curvature import blocks
 from optax_accel.curvature.eigensolvers import (
@@ -64,6 +64,8 @@ def subspace_sweep(
     References:
       Stewart, *Matrix Algorithms II: Eigensystems*, section 5.1 (subspace iteration).
     """
+    check_product("products", products)
+    check_choice("order", order, ("algebraic", "magnitude"))
     images = products(basis)
     values, vectors = _rayleigh_ritz(basis, images, order)
     shifted = _power(basis, images, values, shift)
@@ -289,6 +291,7 @@ def block_iteration(
     leaves = jax.tree.leaves(start)
     rows = leaves[0].shape[0] if leaves else 0
     k = rows if num_directions is None else num_directions
+    check_product("products", products)
     check_settings(k, num_products, order, tolerance, loop)
     check_integer("chebyshev_degree", chebyshev_degree, 0)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), start)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optax_accel._arguments import check_integer, check_product
 from optax_accel._numerics import divided, max_norm, norm, power_of_two
 from optax_accel._random import as_key
 from optax_accel.curvature import blocks
@@ -464,7 +465,10 @@ def lanczos(
       method for large symmetric eigenvalue problems <https://doi.org/10.1137/S0895479898334605>`_,
       SIAM J. Matrix Anal. Appl. 22, 2000. Haydock, *Solid State Physics* 35, 1980.
     """
+    check_product("product", product)
     check_settings(num_directions, num_products, order, tolerance, loop)
+    if max_basis is not None:
+        check_integer("max_basis", max_basis, 1)
     size = blocks.dimension(like)
     k = min(num_directions, size)
     if k == 0:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from optax_accel._arguments import check_product
 from optax_accel._random import as_key
 from optax_accel.curvature import blocks
 from optax_accel.curvature.eigensolvers import Eigenpairs, check_settings, is_accurate, no_pairs
@@ -65,6 +66,7 @@ def lobpcg(
     """
     from jax.experimental.sparse.linalg import lobpcg_standard
 
+    check_product("product", product)
     check_settings(num_directions, num_products, "algebraic", tolerance, "graph")
     k, size = num_directions, blocks.dimension(like)
     if k == 0:

@@ -21,7 +21,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from optax_accel._arguments import check_number
+from optax_accel._arguments import check_number, check_product
 from optax_accel._numerics import power_of_two
 from optax_accel._random import hash_bits, map_with_keys
 from optax_accel.curvature import blocks
@@ -78,6 +78,7 @@ class Estimate(NamedTuple):
 
 def block_product(operator: Operator, like: chex.ArrayTree) -> tuple[Operator, chex.ArrayTree]:
     """The operator on blocks, and the structure, shapes and dtypes of its vectors."""
+    check_product("operator", operator)
     like = getattr(operator, "like", None) if like is None else like
     if like is None:
         raise TypeError(

@@ -156,7 +156,7 @@ class BasisTracker(Tracker):
         check_integer("seed", self.seed, 0)
         for name in ("accumulator_dtype", "storage_dtype"):
             dtype = getattr(self, name)
-            if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+            if dtype is not None and not _is_real_dtype(dtype):
                 raise ValueError(f"`{name}` must be a real floating-point dtype, got {dtype!r}.")
 
     def _check_period(self) -> None:
@@ -346,3 +346,10 @@ def solve(
             start=draw(0),
         )
     return values, basis, smallest, used
+
+
+def _is_real_dtype(dtype: Any) -> bool:
+    try:
+        return jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:  # a word that names no dtype
+        return False

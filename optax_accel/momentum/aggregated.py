@@ -206,7 +206,10 @@ def aggmo(
 
 def _as_tuple(name: str, values: Any) -> tuple[Any, ...]:
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
-        raise TypeError(f"`{name}` must be a sequence of numbers, got {values!r}.")
+        raise TypeError(
+            f"`{name}` must be a sequence of numbers, one for each buffer, such as (0.0, 0.9); got "
+            f"{values!r}."
+        )
     if not values:
         raise ValueError(f"`{name}` must have at least one entry, got none.")
     return tuple(values)

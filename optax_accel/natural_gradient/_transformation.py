@@ -17,6 +17,7 @@ from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, with_fixed_leaves
 from optax_accel._numerics import max_norm
 from optax_accel._random import as_key
+from optax_accel.hyperparams import with_schedules
 from optax_accel.natural_gradient import factors as stats
 from optax_accel.natural_gradient.finding import warn_of_diagonals
 from optax_accel.natural_gradient.inverses import (
@@ -215,11 +216,6 @@ def kl_bound(
     return lambda count: kl_clip / jnp.asarray(value_of(learning_rate, count)) ** 2
 
 
-def initial_damping(damping: Damping) -> optax.ScalarOrSchedule:
-    """The damping before it adapts, if it does."""
-    return damping.initial if isinstance(damping, LevenbergMarquardt) else damping
-
-
 def with_momentum(
     preconditioner: optax.GradientTransformationExtraArgs,
     learning_rate: optax.ScalarOrSchedule | Exact,
@@ -245,7 +241,10 @@ def with_momentum(
         )
     # A decay of 0 keeps what is not finite: 0 times NaN is NaN.
     static = isinstance(momentum, int | float) and momentum == 0
-    average = optax.identity() if static else _trace(momentum)
+    if callable(momentum):
+        average = with_schedules(_trace, decay=momentum)()
+    else:
+        average = optax.identity() if static else _trace(momentum)
     return optax.chain(
         preconditioner,
         with_fixed_leaves(lambda _: average, mask),

@@ -62,11 +62,11 @@ from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select
 from optax_accel._means import joined_over, shares_of, vary_over
 from optax_accel._numerics import divided, max_norm, power_of_two
-from optax_accel.natural_gradient._transformation import initial_damping, with_momentum
+from optax_accel.natural_gradient._transformation import with_momentum
 from optax_accel.natural_gradient.estimators import loss_root
 from optax_accel.natural_gradient.levenberg_marquardt import LevenbergMarquardt, TrustRegion
 from optax_accel.natural_gradient.likelihoods import Likelihood
-from optax_accel.natural_gradient.quadratic_model import Exact, check_rate
+from optax_accel.natural_gradient.quadratic_model import Exact, check_rate, initial_damping
 from optax_accel.objective import Objective
 from optax_accel.refresh import Cost, announce_cost
 
@@ -220,7 +220,7 @@ def scale_by_batch_gauss_newton(
 def batch_gauss_newton(
     learning_rate: optax.ScalarOrSchedule | Exact = 1.0,
     *,
-    momentum: float | Exact = 0.0,
+    momentum: optax.ScalarOrSchedule | Exact = 0.0,
     damping: optax.ScalarOrSchedule | LevenbergMarquardt | None = None,
     trust_region: TrustRegion | None = None,
     solver: Solver = "cg",
@@ -235,8 +235,8 @@ def batch_gauss_newton(
     Args:
       learning_rate: float or schedule, at least 0, default 1, a whole Gauss-Newton step; or
         ``"exact"``, the minimum of the quadratic model, which differs where CG stops early.
-      momentum: decay rate of the running sum of steps, in [0, 1), default 0; or ``"exact"``, the
-        multiple of the previous update at the minimum of the quadratic model.
+      momentum: decay rate of the running sum of steps, in [0, 1), float or schedule, default 0; or
+        ``"exact"``, the multiple of the previous update at the minimum of the quadratic model.
       damping: :math:`\lambda > 0`, float or schedule; or a :class:`LevenbergMarquardt`, which
         adapts it to how well the quadratic model predicts the loss. ``None`` (default) is
         ``LevenbergMarquardt(1.0, minimum=1e-3)``, at the price of two losses and a product every

@@ -18,7 +18,6 @@ import optax
 
 from optax_accel._masking import Mask
 from optax_accel.natural_gradient._transformation import (
-    initial_damping,
     kl_bound,
     transformation,
     with_momentum,
@@ -28,7 +27,7 @@ from optax_accel.natural_gradient.finding import Example
 from optax_accel.natural_gradient.levenberg_marquardt import LevenbergMarquardt, TrustRegion
 from optax_accel.natural_gradient.likelihoods import Likelihood
 from optax_accel.natural_gradient.options import Options
-from optax_accel.natural_gradient.quadratic_model import Exact
+from optax_accel.natural_gradient.quadratic_model import Exact, initial_damping
 from optax_accel.objective import Objective
 
 
@@ -131,7 +130,7 @@ def ekfac(
     objective: Objective,
     example: Example = None,
     *,
-    momentum: float | Exact | None = None,
+    momentum: optax.ScalarOrSchedule | Exact | None = None,
     kl_clip: float | None = 1e-3,
     damping: optax.ScalarOrSchedule | LevenbergMarquardt = 1e-3,
     decay: float = 0.95,
@@ -158,11 +157,11 @@ def ekfac(
       example: keyword arguments of ``predict``, a dictionary of arrays or ``jax.ShapeDtypeStruct``,
         of which only shapes and dtypes matter. ``None`` (default) for an objective that holds its
         batch.
-      momentum: decay rate of the running sum of natural gradients, in [0, 1); or ``"exact"``, the
-        multiple of the previous update at the minimum of the quadratic model. ``None`` (default) is
-        0.9 at a given learning rate and ``"exact"`` at an exact one, with which a fixed momentum
-        can diverge: the minimum of the model is then taken along a line through a point that the
-        previous update has chosen.
+      momentum: decay rate of the running sum of natural gradients, in [0, 1), float or schedule; or
+        ``"exact"``, the multiple of the previous update at the minimum of the quadratic model.
+        ``None`` (default) is 0.9 at a given learning rate and ``"exact"`` at an exact one, with
+        which a fixed momentum can diverge: the minimum of the model is then taken along a line
+        through a point that the previous update has chosen.
       kl_clip: :math:`\kappa`: natural gradients are multiplied by :math:`\min(1, \sqrt{\kappa /
         (\eta^2 \langle V, G \rangle)})` with the learning rate :math:`\eta`, which keeps the first
         steps, in which the curvature is small, from diverging. Default 1e-3, as in Pauloski et al.;

@@ -158,8 +158,16 @@ def check_example(method: str, objective: Objective, example: Example) -> None:
 
     Raises:
       ValueError: the objective has no ``predict``, or the example lacks an argument of it.
-      TypeError: the example is not a dictionary.
+      TypeError: the objective is not an Objective, or the example is not a dictionary.
     """
+    if not isinstance(objective, Objective):
+        hint = ""
+        if isinstance(objective, jax.Array):
+            hint = " Optax's injection takes it for a schedule: use optax_accel.inject_hyperparams."
+        raise TypeError(
+            f"{method}: `objective` must be an optax_accel.Objective(predict, loss), whose program "
+            f"tells how the parameters are used; got {type(objective).__name__}.{hint}"
+        )
     if not objective.has_outputs:
         raise ValueError(
             f"{method} finds layers in the program of the network, but the objective is a plain "

@@ -6,7 +6,6 @@ import dataclasses
 from typing import Literal, TypeAlias, get_args
 
 import chex
-import jax
 import optax
 
 from optax_accel._arguments import check_choice, check_count, check_number
@@ -60,18 +59,6 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raises if an option is of another kind than it should be, or outside its range."""
-        if not isinstance(self.objective, Objective):
-            hint = ""
-            if isinstance(self.objective, jax.Array):
-                hint = (
-                    " Optax's injection takes it for a schedule: use "
-                    "optax_accel.inject_hyperparams."
-                )
-            raise TypeError(
-                f"{self.method}: `objective` must be an optax_accel.Objective(predict, loss), "
-                "whose program tells how the parameters are used; got "
-                f"{type(self.objective).__name__}.{hint}"
-            )
         check_example(self.method, self.objective, self.example)
         check_number("damping", self.damping, 0, open_low=True, allow_schedule=True)
         check_number("decay", self.decay, 0, 1, open_high=True)

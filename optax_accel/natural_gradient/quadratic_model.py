@@ -29,10 +29,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
-from optax_accel._arguments import as_arrays, check_number, value_of
+from optax_accel._arguments import as_arrays, check_inner, check_number, value_of
 from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select
 from optax_accel._numerics import max_norm
@@ -149,6 +150,7 @@ def quadratic_model(
       Martens and Grosse (2015), sections 6.4, 6.5 and 7.
     """
     settings = _Settings(learning_rate, momentum, damping, trust_region, mask)
+    check_inner(preconditioner, "preconditioner")
     inner = optax.with_extra_args_support(preconditioner)
 
     def init_fn(params: chex.ArrayTree) -> QuadraticModelState:
@@ -242,8 +244,7 @@ class _Settings:
     def __post_init__(self) -> None:
         check_rate("learning_rate", self.learning_rate)
         check_rate("momentum", self.momentum, 1)
-        if not isinstance(self.damping, LevenbergMarquardt):
-            check_number("damping", self.damping, 0, open_low=True, allow_schedule=True)
+        initial_damping(self.damping)
         if not isinstance(self.trust_region, TrustRegion | None):
             raise TypeError(
                 "`trust_region` must be an optax_accel.TrustRegion, such as TrustRegion(0.3), or "
@@ -297,6 +298,25 @@ class _Settings:
         if isinstance(self.damping, LevenbergMarquardt):
             return state.damping_value
         return jnp.asarray(value_of(self.damping, state.count), jnp.float32)
+
+
+def initial_damping(damping: Damping) -> optax.ScalarOrSchedule:
+    """The damping before it adapts, if it does.
+
+    Raises:
+      ValueError: a number that is not positive.
+      TypeError: neither a number nor a schedule nor a :class:`LevenbergMarquardt`.
+    """
+    if isinstance(damping, LevenbergMarquardt):
+        return damping.initial
+    numeric = isinstance(damping, int | float | np.number | jax.Array)
+    if isinstance(damping, type) or not (numeric or callable(damping)):
+        raise TypeError(
+            "`damping` must be a number, a schedule or an optax_accel.LevenbergMarquardt, such as "
+            f"LevenbergMarquardt(1.0); got {damping!r}."
+        )
+    check_number("damping", damping, 0, open_low=True, allow_schedule=True)
+    return damping
 
 
 def check_rate(name: str, value: Any, high: float = jnp.inf) -> None:

@@ -351,7 +351,7 @@ SCALED = oa.Objective(lambda w, scale: scale * jnp.eye(3) @ w, lambda out: jnp.m
     "tx",
     [
         oa.batch_gauss_newton(damping=0.1),
-        oa.batch_gauss_newton(0.1, damping=0.1, momentum=0.9),
+        oa.batch_gauss_newton(0.1, damping=0.1, momentum=optax.linear_schedule(0.9, 0.5, 9)),
         oa.kfac(0.1, SCALED, example={"scale": 1.0}, estimator="ggn"),
         oa.ekfac(0.1, SCALED, example={"scale": 1.0}, momentum=0.0, estimator="ggn"),
         oa.quadratic_model(optax.identity(), damping=0.1),
