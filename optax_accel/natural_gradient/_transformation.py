@@ -118,7 +118,10 @@ def transformation(options: Options) -> optax.GradientTransformationExtraArgs:
 
 
 def _steps(number: Any) -> str:
-    return "step" if number == 1 else f"{number} steps"
+    known = known_integer(number)  # None for an array that `optax.inject_hyperparams` made in `jit`
+    if known is None:
+        return "given number of steps"
+    return "step" if known == 1 else f"{known} steps"
 
 
 def _structure(params: chex.ArrayTree) -> tuple[Any, tuple[tuple[Any, Any], ...]]:
