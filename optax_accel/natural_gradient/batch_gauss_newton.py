@@ -134,8 +134,8 @@ def scale_by_batch_gauss_newton(
       likelihood: the distribution that the outputs parametrize: ``"categorical"`` (logits),
         ``"bernoulli"`` (logits; the loss sums over the outputs) or ``"gaussian"`` (means with unit
         variance). ``None`` (default) takes it from the program of the loss, where that shows
-        softmax cross entropy or squared error; other convex losses work, too, with up to 256
-        outputs per example.
+        softmax or binary cross entropy or squared error; other convex losses work, too, with up to
+        256 outputs per example.
       mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
         parameters to one: the leaves to precondition. Updates of the others pass through unchanged.
         ``None`` (default) selects all leaves.
@@ -254,8 +254,8 @@ def batch_gauss_newton(
       likelihood: the distribution that the outputs parametrize: ``"categorical"`` (logits),
         ``"bernoulli"`` (logits; the loss sums over the outputs) or ``"gaussian"`` (means with unit
         variance). ``None`` (default) takes it from the program of the loss, where that shows
-        softmax cross entropy or squared error; other convex losses work, too, with up to 256
-        outputs per example.
+        softmax or binary cross entropy or squared error; other convex losses work, too, with up to
+        256 outputs per example.
       mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
         parameters to one: the leaves to optimize. Updates of the others pass through unchanged.
         ``None`` (default) selects all leaves.

@@ -168,7 +168,8 @@ def _check_size(size: int, unknown: str, alternative: str) -> None:
     if size > _MOST_OUTPUTS:
         raise ValueError(
             "the likelihood is taken from the program of the loss where that is a sum of softmax "
-            "cross entropies or of squared errors, with any targets, masks and weights. This loss "
+            "or binary cross entropies or of squared errors, with any targets, masks and weights. "
+            "This loss "
             f"is not: {unknown}. Then a root of the loss Hessian of each example is taken, of at "
             f"most {_MOST_OUTPUTS} outputs; this network has {size}. Name what the outputs are, as "
             "likelihood='categorical' (logits), 'bernoulli' (logits) or 'gaussian' (means)"

@@ -157,8 +157,8 @@ def scale_by_kfac(
         outputs are logits), ``"bernoulli"`` (binary cross entropy, logits) or ``"gaussian"``
         (squared error). Weights and constant factors are read off the loss, at the price of two of
         its gradients with respect to the outputs. ``None`` (default) takes the likelihood from the
-        program of the loss, where that shows softmax cross entropy or squared error, with any
-        targets, masks and weights; other losses work, too, with up to 256 outputs per example.
+        program of the loss, where that shows softmax or binary cross entropy or squared error, with
+        any targets, masks and weights; other losses work, too, with up to 256 outputs per example.
       norm_constraint: c, float or schedule: the update V is multiplied by :math:`\min(1, \sqrt{c /
         \langle V, G \rangle})`. ``None`` (default) leaves its length as it is. A KL clip
         :math:`\kappa` at learning rate :math:`\eta` is :math:`c = \kappa / \eta^2`, as :func:`kfac`
@@ -281,8 +281,8 @@ def kfac(
       likelihood: the distribution that the outputs parametrize: ``"categorical"`` (logits),
         ``"bernoulli"`` (logits; the loss sums over the outputs) or ``"gaussian"`` (means with unit
         variance). ``None`` (default) takes it from the program of the loss, where that shows
-        softmax cross entropy or squared error, with any targets, masks and weights; other losses
-        work, too, with up to 256 outputs per example.
+        softmax or binary cross entropy or squared error, with any targets, masks and weights; other
+        losses work, too, with up to 256 outputs per example.
       trust_region: a :class:`TrustRegion`, which bounds the length of steps in the metric of the
         Gauss-Newton matrix, at the price of two products a step; ``None`` (default) for none.
       max_size: a factor with more rows than this is approximated by its diagonal.

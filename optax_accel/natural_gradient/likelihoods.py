@@ -7,9 +7,11 @@ A loss of the outputs z of the form
 
 with weights that do not depend on z, has the Hessian of a categorical likelihood with these
 weights: softmax cross entropy, whatever its targets, label smoothing, masks and weights.  A sum of
-weighted squares of single outputs has that of a Gaussian one.  Every value of the program is
-classified by how it depends on the outputs; what fits none of the classes, such as a product of two
-values that depend on them, gives no likelihood.  So a likelihood is found where there is one up to
+weighted squares of single outputs has that of a Gaussian one, and a sum of weighted
+:math:`\log(1 + e^{\pm z_i})` that of a Bernoulli one: binary cross entropy, where it is written
+with JAX's ``log_sigmoid`` or ``softplus``, as Optax's is. Every value of the program is classified
+by how it depends on the outputs; what fits none of the classes, such as a product of two values
+that depend on them, gives no likelihood. So a likelihood is found where there is one up to
 rounding, and only there.
 """
 
@@ -23,6 +25,7 @@ from typing import Any, Literal, TypeAlias
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
@@ -37,7 +40,13 @@ _LAYOUTS = {
     *("dynamic_slice", "gather", "convert_element_type", "copy", "copy_p", "reduce_precision"),
     *("sharding_constraint", "pvary", "pcast", "reshard", "mesh_cast", "optimization_barrier"),
 }
-_LINEAR = {"neg", "reduce_sum", "cumsum", "concatenate", "pad", "split"}
+_LINEAR = {"reduce_sum", "cumsum", "concatenate", "pad", "split"}
+# The likelihood of a sum of terms of one kind.
+_LIKELIHOODS: dict[str, Likelihood] = {
+    "softmax cross entropies": "categorical",
+    "binary cross entropies": "bernoulli",
+    "squares": "gaussian",
+}
 _CALLS = ("jit", "pjit", "checkpoint", "remat", "remat2", "closed_call", "core_call")
 
 
@@ -52,6 +61,7 @@ class _Value:
       rows: of an affine value, whether its last axis shows all classes of a position, up to a
         number for each position.
       entries: of an affine value, whether each of its entries is a linear function of one output.
+      units: of an affine value, whether each of its entries is one output or minus one.
       terms: of an affine value, which terms are in it that are not linear.
       uniform: of a constant or stopped value, whether it is the same along its last axis.
       reason: of another one, what the outputs are used in.
@@ -60,6 +70,7 @@ class _Value:
     kind: Literal["constant", "stopped", "affine", "exponentials", "sums", "other"]
     rows: bool = False
     entries: bool = False
+    units: bool = False
     terms: frozenset[str] = frozenset()
     uniform: bool = False
     reason: str = ""
@@ -73,7 +84,7 @@ def recognize(objective: Objective, outputs: chex.ArrayTree) -> tuple[Likelihood
       outputs: of the network.
 
     Returns:
-      ``"categorical"``, ``"gaussian"`` or None; and why it is None.
+      ``"categorical"``, ``"bernoulli"``, ``"gaussian"`` or None; and why it is None.
     """
     leaves, treedef = jax.tree.flatten(outputs)
     if len(leaves) != 1 or not jnp.issubdtype(leaves[0].dtype, jnp.floating):
@@ -84,15 +95,15 @@ def recognize(objective: Objective, outputs: chex.ArrayTree) -> tuple[Likelihood
 
     closed = jax.make_jaxpr(loss)(leaves[0])
     shape = tuple(leaves[0].shape)
-    start = _Value("affine", rows=len(shape) > 1 and shape[-1] > 1, entries=True)
+    start = _Value("affine", rows=len(shape) > 1 and shape[-1] > 1, entries=True, units=True)
     (value,) = _Reader(shape).read(closed.jaxpr, [_Value("constant")] * len(closed.consts), [start])
     if value.kind == "other":
         return None, value.reason
     if value.kind != "affine" or not value.terms:
         return None, "its gradient does not depend on the outputs"
     if len(value.terms) > 1:
-        return None, "it adds squares of the outputs to a cross entropy"
-    return ("categorical" if "entropies" in value.terms else "gaussian"), ""
+        return None, f"it adds up {' and '.join(sorted(value.terms))} of the outputs"
+    return _LIKELIHOODS[next(iter(value.terms))], ""
 
 
 class _Reader:
@@ -147,6 +158,9 @@ class _Reader:
         """The class of a result for which the derivative of an operand matters; None: another."""
         name, (first, *others) = eqn.primitive.name, operands
         rest_constant = all(value.kind == "constant" for value in others)
+        if name == "custom_jvp_call":
+            events = frozenset({"binary cross entropies"})
+            return _Value("affine", terms=events) if first.units and _is_softplus(eqn) else None
         if name in ("add", "sub", "add_any"):
             return self._sum(eqn, operands)
         if first.kind in ("exponentials", "sums"):
@@ -160,6 +174,8 @@ class _Reader:
             return dataclasses.replace(first, rows=whole)
         if name in ("mul", "div", "dot_general"):
             return self._product(eqn, operands)
+        if name == "neg":
+            return dataclasses.replace(first, rows=False)
         if name == "square" or (name == "integer_pow" and eqn.params["y"] == 2):
             return _Value("affine", terms=frozenset({"squares"})) if first.entries else None
         if name == "select_n":
@@ -182,6 +198,7 @@ class _Reader:
             value,
             rows=own.rows and alike and not negative,
             entries=own.entries and other.kind == "constant",
+            units=False,
         )
 
     def _product(self, eqn: JaxprEqn, operands: list[_Value]) -> _Value | None:
@@ -203,7 +220,7 @@ class _Reader:
                 return _Value("sums")
             return value if name in _LAYOUTS and self._keeps_rows(eqn, aval) else None
         if name == "log":
-            return _Value("affine", terms=frozenset({"entropies"}))
+            return _Value("affine", terms=frozenset({"softmax cross entropies"}))
         # The logarithm in `logsumexp` is one of the absolute value.
         return value if name in _LAYOUTS or name == "abs" else None
 
@@ -228,6 +245,21 @@ class _Reader:
         if name == "reshape":  # the rows stay together, if nothing has been transposed
             return params.get("dimensions") is None
         return True
+
+
+def _is_softplus(eqn: JaxprEqn) -> bool:
+    """Whether a call is of JAX's ``logaddexp`` with 0, which `log_sigmoid` and `softplus` call."""
+    if len(eqn.invars) != 2 or not isinstance(zero := eqn.invars[1], core.Literal):
+        return False
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    (own,) = jax.make_jaxpr(jnp.logaddexp)(scalar, scalar).eqns
+    return not np.any(zero.val) and _source(eqn) is not None and _source(eqn) == _source(own)
+
+
+def _source(eqn: JaxprEqn) -> str | None:
+    """The function that a call is of, with its place in a file."""
+    called = getattr(eqn.params.get("call_jaxpr"), "jaxpr", None)
+    return getattr(getattr(called, "debug_info", None), "func_src_info", None)
 
 
 def _shape(atom: Any) -> Shape:

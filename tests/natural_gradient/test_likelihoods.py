@@ -46,18 +46,33 @@ GAUSSIAN = {
 }
 
 
+BERNOULLI = {
+    "events": lambda z: optax.sigmoid_binary_cross_entropy(z, TARGETS).mean(),
+    "weighted events": lambda z: jnp.vdot(
+        WEIGHTS, jax.vmap(optax.sigmoid_binary_cross_entropy)(z, 0.3 * TARGETS).sum(-1)
+    ),
+    "events by hand": lambda z: jnp.sum(jax.nn.softplus(z)) - jnp.vdot(z, TARGETS),
+}
+LOSSES = CATEGORICAL | GAUSSIAN | BERNOULLI
+
+
 @jax.jit
 def gradients_of_all(outputs):
-    return {name: jax.vmap(jax.grad(f))(outputs) for name, f in (CATEGORICAL | GAUSSIAN).items()}
+    return {name: jax.vmap(jax.grad(f))(outputs) for name, f in LOSSES.items()}
 
 
 def test_losses_that_show_a_likelihood(x64):
     """Between two points the gradient changes by weights times the change of the mean."""
-    means = {"categorical": jax.nn.softmax(OUTPUTS), "gaussian": OUTPUTS}
+    means = {
+        "categorical": jax.nn.softmax(OUTPUTS),
+        "gaussian": OUTPUTS,
+        "bernoulli": jax.nn.sigmoid(OUTPUTS),
+    }
     gradients = gradients_of_all(OUTPUTS)
-    for name, loss in (CATEGORICAL | GAUSSIAN).items():
+    for name, loss in LOSSES.items():
         likelihood, _ = recognize(oa.Objective(lambda p: p, loss), jnp.asarray(OUTPUTS[0]))
-        assert likelihood == ("categorical" if name in CATEGORICAL else "gaussian"), name
+        expected = "bernoulli" if name in BERNOULLI else "gaussian"
+        assert likelihood == ("categorical" if name in CATEGORICAL else expected), name
         change = gradients[name][1] - gradients[name][0]
         expected = means[likelihood][1] - means[likelihood][0]
         weights = jnp.sum(change * expected, -1) / jnp.sum(expected**2, -1)
@@ -89,9 +104,21 @@ OTHERS = {
         lambda z: jnp.mean(lax.stop_gradient(z[..., 0]) * cross_entropy(z)),
         "`mul`",
     ),
-    "events": (
-        lambda z: optax.sigmoid_binary_cross_entropy(z, TARGETS).mean(),
+    "scaled events": (
+        lambda z: optax.sigmoid_binary_cross_entropy(2 * z, TARGETS).mean(),
         "a function with a derivative rule",
+    ),
+    "shifted events": (
+        lambda z: optax.sigmoid_binary_cross_entropy(z - 1, TARGETS).mean(),
+        "a function with a derivative rule",
+    ),
+    "other threshold": (
+        lambda z: jnp.logaddexp(z, 1.0).mean(),
+        "a function with a derivative rule",
+    ),
+    "classes and events": (
+        lambda z: cross_entropy(z).mean() + optax.sigmoid_binary_cross_entropy(z, TARGETS).mean(),
+        "adds up binary cross entropies and softmax cross entropies",
     ),
     "target from the outputs": (
         lambda z: jnp.mean((z - lax.stop_gradient(jnp.tanh(z))) ** 2),
@@ -99,7 +126,10 @@ OTHERS = {
     ),
     "square of a sum": (lambda z: jnp.mean((z.sum(-1) - 1) ** 2), "`integer_pow`"),
     "product of two": (lambda z: jnp.mean(z * z[::-1]), "`mul`"),
-    "both": (lambda z: cross_entropy(z).mean() + jnp.mean(z**2), "adds squares"),
+    "both": (
+        lambda z: cross_entropy(z).mean() + jnp.mean(z**2),
+        "adds up softmax cross entropies and squares",
+    ),
     "linear": (lambda z: z.mean(), "does not depend on the outputs"),
     "loop": (
         lambda z: lax.scan(
@@ -133,3 +163,21 @@ def test_a_large_vocabulary_needs_no_likelihood():
         for likelihood in (None, "categorical")
     ]
     np.testing.assert_array_equal(*updates)
+
+
+def test_binary_cross_entropy_has_its_exact_fisher_matrix(x64):
+    """Of equal inputs, for which a Kronecker product is exact; without a `likelihood`."""
+    x = np.tile([[1.0, -2.0, 0.5]], (4, 1))
+    y, weights = np.eye(4)[:, :2], np.array([[1.0, 2.0]])
+
+    def loss(z):
+        return jnp.mean(jnp.sum(weights * optax.sigmoid_binary_cross_entropy(z, y), axis=-1))
+
+    objective = oa.Objective(lambda p: x @ p, loss)
+    params = jnp.asarray(np.linspace(-1.0, 1.0, 6).reshape(3, 2))
+    tx = oa.scale_by_kfac(objective, damping=0.1, damping_kind="eigen", estimator="ggn")
+    update, _ = first_update(tx, objective, params)
+    # The loss is linear in its targets: its Hessian is that of every target, so the Fisher matrix.
+    fisher = jax.hessian(objective)(params).reshape(6, 6)
+    expected = np.linalg.solve(fisher + 0.1 * np.eye(6), objective.grad(params).ravel())
+    np.testing.assert_allclose(update.ravel(), expected, rtol=1e-10)
