@@ -67,7 +67,7 @@ compile = printf '%s\n' uv hatchling editables | $(BIN)/uv pip compile pyproject
 	--output-file $(1)
 
 clean:  ## Remove environments, caches and builds (results in runs/ stay)
-	rm -rf .venv .venv-lowest .venv-latest build dist docs/_build docs/api docs/methods docs/notebooks .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-latest build dist docs/_build docs/api docs/methods docs/notebooks docs/tables .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/uv:

@@ -25,7 +25,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "_families", "_templates"]
+exclude_patterns = ["_build", "_families", "_templates", "tables"]
 templates_path = ["_templates"]
 
 html_theme = "furo"

@@ -1,4 +1,4 @@
-"""Pages that are made: one for each method and public name, the notebooks, the verdicts.
+"""Pages that are made: one for each method and public name, tables, verdicts, notebooks.
 
 They are written where git ignores them, before Sphinx reads the sources.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -15,10 +16,11 @@ from typing import Any
 
 import optax_accel as oa
 from experiments.methods import METHODS, Method
+from experiments.reporting import comparison
 from experiments.runs import ledger
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("methods", "api", "notebooks")
+FOLDERS = ("methods", "api", "notebooks", "tables")
 
 # The function behind a method whose entry in the catalogue builds it by a function of its own.
 FUNCTIONS = {
@@ -63,6 +65,7 @@ def write(docs: Path) -> None:
     verdicts = docs / "evidence" / "verdicts.md"
     verdicts.parent.mkdir(exist_ok=True)
     verdicts.write_text(ledger.page(ROOT / ledger.FOLDER), encoding="utf-8")
+    _write_tables(docs / "tables")
 
 
 def is_a_field(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
@@ -189,6 +192,24 @@ def _write_api(folder: Path) -> None:
         parts += [f"   optax_accel.{name}" for name in names]
         parts.append("")
     (folder / "index.rst").write_text("\n".join(parts), encoding="utf-8")
+
+
+# -- tables of evidence ----------------------------------------------------------------------------
+
+
+def _write_tables(folder: Path) -> None:
+    """Tables of `experiments.compare`, from the `results.json` that it wrote."""
+    for path in sorted((ROOT / "docs" / "evidence" / "records").glob("*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        config, rows = results["config"], results["rows"]
+        names = [name.replace("\n", " ") for _, name in comparison.headers(config)]
+        lines = [names, ["---"] * len(names)]
+        for row in rows:
+            bold = "**" if row["test_accuracy"] == comparison.best(rows) else ""
+            lines.append([f"{bold}{cell}{bold}" for cell in comparison.cells(row, config)])
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        notes = "\n".join(f"- {note}" for note in comparison.footnotes(results))
+        (folder / f"{path.stem}.md").write_text(f"{table}\n\n{notes}\n", encoding="utf-8")
 
 
 # -- notebooks -------------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ def test_nothing_is_left_out(generated_pages: ModuleType, tmp_path: Path) -> Non
     rule = (tmp_path / "methods" / "bulk_sgd.md").read_text(encoding="utf-8")
     assert "optax_accel.subspace" in rule
     assert "When not to use it" in rule
+    table = (tmp_path / "tables" / "mnist5k.md").read_text(encoding="utf-8")
+    assert "| demon_sgd | 0.3 | 93.07 ± 0.05 |" in table
     notebooks = {path.name for path in (DOCS.parent / "notebooks").glob("*.ipynb")}
     assert {path.name for path in (tmp_path / "notebooks").glob("*.ipynb")} == notebooks
 
