@@ -37,6 +37,7 @@ from experiments.cli import UsageError
 from experiments.runs import folders
 from experiments.runs.checkpoints import CheckpointError
 from experiments.runs.records import CONFIG, check_same, read_config, versions, write_config
+from experiments.runs.source import read_source, same_source, write_source
 from experiments.training import cluster
 from experiments.training.loop import train
 from experiments.training.non_finite import NonFiniteError
@@ -128,7 +129,11 @@ def read_options(argv: Sequence[str] | None, typed: Options, record: Any) -> Opt
 
 
 def open_folder(
-    options: Options, plan: Plan, record: dict[str, Any] | None, stack: contextlib.ExitStack
+    argv: Sequence[str] | None,
+    options: Options,
+    plan: Plan,
+    record: dict[str, Any] | None,
+    stack: contextlib.ExitStack,
 ) -> list[str]:
     """Makes and locks the folder of a new run, or checks that the one to resume is of this run.
 
@@ -150,7 +155,9 @@ def open_folder(
             for name, value in dataclasses.asdict(options).items()
             if name not in UNKEPT
         }
-        write_config(folder, kept, plan.config(), machine)
+        words = shlex.join(sys.argv[1:] if argv is None else argv)
+        command, written = f"{PROG} {words}", write_source(folder)
+        write_config(folder, kept, plan.config(), machine, command=command, source=written)
         return []
     check_same(folder, record["run"], plan.config())
     now = {**machine, **versions()}
@@ -160,7 +167,14 @@ def open_folder(
         for name in now
         if before.get(name) != now[name]
     ]
-    return [f"the run began with {'; '.join(changes)}: equal up to rounding"] if changes else []
+    notes = [f"the run began with {'; '.join(changes)}: equal up to rounding"] if changes else []
+    source = read_source()
+    if record["source"] and source and not same_source(record["source"], source):
+        notes.append(
+            f"the run began with other source code, of commit {record['source'].get('commit')}: "
+            "its numbers may differ from here on"
+        )
+    return notes
 
 
 # The run ----------------------------------------------------------------------------------------
@@ -189,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             program = build(plan)
             if options.dry_run:
                 return dry_run(plan, program)
-            notes = cluster.from_main(lambda: open_folder(options, plan, record, stack))
+            notes = cluster.from_main(lambda: open_folder(argv, options, plan, record, stack))
         except ValueError as error:
             return cli.fail(error)
         # Room for the metrics where the output goes to a file.

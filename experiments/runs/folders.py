@@ -1,7 +1,10 @@
 """A run's folder: its lock, its settings, its metrics and what happened to it.
 
     run.lock                held while a process works in the folder
-    config.json             the options, what they came to, the machine and the versions used
+    config.json             the command line, the options, what they came to, the machine, the
+                            versions used, the commit of the source code
+    source.diff             what the source code had besides that commit, if anything and no more
+                            than 1 MiB
     metrics.jsonl, .csv     one line per step: loss, learning rate, norms of gradient and update,
                             the scalars of the optimizer's state, validation, times
     tensorboard/            the same as event files

@@ -117,12 +117,21 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     record = read_json(path)
     try:
-        return {part: dict(record[part]) for part in ("options", "run", "machine", "versions")}
+        parts = {part: dict(record[part]) for part in ("options", "run", "machine", "versions")}
+        return parts | {"source": record.get("source")}
     except (ValueError, KeyError, TypeError):
         raise UsageError(f"{path} is not the config.json of a run; give another --name") from None
 
 
-def write_config(folder: Path, options: dict[str, Any], run: dict[str, Any], machine: Any) -> None:
+def write_config(
+    folder: Path,
+    options: dict[str, Any],
+    run: dict[str, Any],
+    machine: Any,
+    *,
+    command: str,
+    source: dict[str, Any] | None,
+) -> None:
     """Records a new run.
 
     Args:
@@ -130,8 +139,11 @@ def write_config(folder: Path, options: dict[str, Any], run: dict[str, Any], mac
       options: the options it was started with.
       run: all that decides the numbers.
       machine: where it runs: decides them up to rounding only.
+      command: the command line that began it.
+      source: what `experiments.runs.source.read_source` tells of the code.
     """
-    record = {"options": options, "run": run, "machine": machine, "versions": versions()}
+    record = {"command": command, "options": options, "run": run, "machine": machine}
+    record |= {"versions": versions(), "source": source}
     cli.write_atomic(folder / CONFIG, cli.to_json(record))
 
 

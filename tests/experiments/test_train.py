@@ -154,12 +154,16 @@ def test_run_leaves_what_it_promises(full):
     assert out.splitlines()[-1].endswith("metrics and checkpoints are in runs/full")
     names = {path.name for path in folder.iterdir()}
     files = {"config.json", "metrics.jsonl", "metrics.csv", "result.json", "run.lock"}
-    assert names == files | {"tensorboard", "checkpoints"}
+    # In a checkout with changes there is `source.diff`, too.
+    assert names - {"source.diff"} == files | {"tensorboard", "checkpoints"}
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["380", "400"]
 
     config = json.loads((folder / "config.json").read_text())
     assert config["run"]["learning_rate"] == 0.003
     assert config["versions"]["jax"] == jax.__version__
+    assert config["command"] == shlex.join(
+        ["python", "-m", "experiments.train", *LONG, "--name", "full"]
+    )
 
     lines = rows(folder)
     assert [row["step"] for row in lines] == list(range(1, 401))
