@@ -18,21 +18,22 @@ copyright = f"2026, {author}"
 release = version = importlib.metadata.version("optax-accel")
 
 extensions = [
+    "mathml",
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build", "_families", "_templates", "tables"]
 templates_path = ["_templates"]
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"optax_accel {release}"
 html_theme_options = {"navigation_with_keys": True}
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["pages.css"]
 html_show_sphinx = False
 
 myst_enable_extensions = ["dollarmath"]
