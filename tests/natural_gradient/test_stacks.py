@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax import lax
 
@@ -201,6 +202,50 @@ def test_blocks_of_scanned_layers(x64):
     dense = np.asarray(curvature.gauss_newton(objective, params).dense()).reshape(3, 4, 3, 4)
     for i in range(3):
         np.testing.assert_allclose(np.kron(a[i], b[i]), dense[i, :, i], rtol=1e-9, atol=1e-14)
+
+
+def test_a_masked_stack_on_eight_devices_and_from_a_checkpoint(tmp_path):
+    """On eight devices the steps of one; restored, the state goes on as it would have."""
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=(8, 3)).astype(np.float32) for _ in range(2))
+    params = {
+        "layers": jnp.asarray(rng.normal(size=(2, 3, 3)), jnp.float32),
+        "fixed": jnp.ones((3, 3)),
+    }
+
+    def predict(p: Any, x: jax.Array) -> jax.Array:
+        return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["layers"])[0] @ p["fixed"]
+
+    def loss(out: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.mean((out - y) ** 2)
+
+    def make(axis: str | None) -> tuple[oa.Objective, Any]:
+        objective = oa.Objective(predict, loss, axis)
+        mask = {"layers": True, "fixed": False}
+        return objective, oa.kfac(0.1, objective, {"x": x[:1]}, estimator="ggn", mask=mask)
+
+    def step(axis: str | None, state: Any, x: jax.Array, y: jax.Array) -> Any:
+        objective, tx = make(axis)
+        grads = objective.grad(params, x=x, y=y)
+        return tx.update(grads, state, params, value_fn=objective, x=x, y=y)
+
+    once = jax.jit(functools.partial(step, None))
+    updates, state = once(make(None)[1].init(params), x, y)
+    batch, each = jax.P("workers"), jax.P()
+    mesh = jax.make_mesh((8,), ("workers",), axis_types=(jax.sharding.AxisType.Auto,))
+    many = functools.partial(step, "workers")
+    many = jax.jit(
+        jax.shard_map(many, mesh=mesh, in_specs=(each, batch, batch), out_specs=(each, each))
+    )
+    tree_allclose(many(make(None)[1].init(params), x, y)[0], updates, rtol=1e-4, atol=1e-6)
+    (factors,) = state[0].factors
+    assert all(factor.shape == (2, 3, 3) for factor in factors)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: state))
+    tree_equal(restored, state)
+    tree_equal(once(restored, x, y), once(state, x, y))
 
 
 def test_programs_do_not_grow_with_depth():
