@@ -1,8 +1,15 @@
 """Functions that judge claims: by ranks with bootstrap intervals, and by a sequential test.
 
-The bootstrap draws the seeds again with replacement, the same ones for all contestants of a
-setting, since these share initial weights and batches. With few seeds its intervals are too narrow;
-the level of the sequential test is guaranteed.
+The bootstrap draws the seeds of each setting again with replacement, the same ones for all its
+contestants, since these share initial weights and batches. Its percentiles are moved outwards as
+few seeds ask for (`tail`). What it says is approximate; with three seeds of a single setting an end
+of the interval is wrong in an eighth of the cases, not in 2.5 %. The level of the sequential test
+is guaranteed.
+
+References:
+  Hesterberg, `What teachers should know about the bootstrap: resampling in the undergraduate
+  statistics curriculum <https://arxiv.org/abs/1411.5279>`_, The American Statistician 69, 2015: the
+  expanded percentile interval.
 """
 
 from __future__ import annotations
@@ -13,11 +20,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from experiments.reporting.referee.sequential import SequentialTest
 from experiments.reporting.referee.study import FAILS, HOLDS, UNDECIDED, Judgement, Results
 
-DRAWS = 2_000
+DRAWS = 5_000
 COVERED = 0.95  # by a bootstrap interval
 
 
@@ -70,11 +78,32 @@ def drawn_view(results: Results, draws: int = DRAWS) -> View:
     def means(values: np.ndarray, axis: int) -> np.ndarray:
         """Of values (settings, ..., seeds), by other draws in each setting."""
         seeds = values.shape[-1]
+        if seeds == 1:
+            return np.broadcast_to(values[..., 0], (draws, *values.shape[:-1]))
         counts = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=(draws, len(values)))
         weights = counts.reshape(draws, len(values), *[1] * axis, seeds) / seeds
         return np.einsum("...s,...s->...", weights, values[None])
 
     return View(results, means(results.errors, 1), means(results.tuned, 2))
+
+
+def tail(results: Results) -> float:
+    """Share of the draws that an interval leaves out at each end.
+
+    The normal quantile of a percentile interval becomes Student's for the degrees of freedom of all
+    settings together, and makes up for the factor ``(seeds - 1) / seeds`` by which draws of so few
+    seeds vary less than new seeds would.
+    """
+    settings, _, seeds = results.errors.shape
+    quantile = stats.t.isf((1 - COVERED) / 2, settings * (seeds - 1))
+    return float(stats.norm.sf(np.sqrt(seeds / (seeds - 1)) * quantile))
+
+
+def interval(results: Results, margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of the bootstrap's interval, from values whose first axis are the draws."""
+    out = tail(results)
+    low, high = np.quantile(margins, [out, 1 - out], axis=0)
+    return low, high
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +123,7 @@ class ByBootstrap:
     def __call__(self, results: Results) -> Judgement:
         """Judges the results."""
         estimate = float(self.margin(mean_view(results)))
-        margins = self.margin(drawn_view(results))
-        tail = (1 - COVERED) / 2
-        low, high = (float(x) for x in np.quantile(margins, [tail, 1 - tail]))
+        low, high = map(float, interval(results, self.margin(drawn_view(results))))
         seeds = results.errors.shape[-1]
         if self._holds(low):
             return Judgement(HOLDS, estimate, low, high, seeds)

@@ -13,7 +13,7 @@ from rich.table import Table
 from experiments import cli
 from experiments.methods import Method
 from experiments.reporting import tables
-from experiments.reporting.referee.judging import COVERED, drawn_view, mean_view
+from experiments.reporting.referee.judging import drawn_view, interval, mean_view
 from experiments.reporting.referee.study import Contestant, Judgement, Results, Study
 from experiments.reporting.summary import Record, diverged
 
@@ -177,10 +177,9 @@ def open_contestants(study: Study, judgements: Mapping[str, Judgement]) -> list[
 def ranks(outcome: Results) -> list[dict[str, Any]]:
     """One row per contestant, the best mean rank first, with the bootstrap's intervals."""
     mean, drawn = mean_view(outcome), drawn_view(outcome)
-    tail = (1 - COVERED) / 2
     with np.errstate(all="ignore"):
         place, places = mean.positions(ranked=False), drawn.positions(ranked=False)
-        low, high = np.quantile(np.nanmean(places, axis=-2), [tail, 1 - tail], axis=0)
+        low, high = interval(outcome, np.nanmean(places, axis=-2))
     settings = (~np.isnan(outcome.errors[..., 0])).sum(axis=0)
     shares = {n: (mean.top(n) / settings, drawn.top(n) / settings) for n in (1, 3)}
     rows = []
@@ -197,7 +196,7 @@ def ranks(outcome: Results) -> list[dict[str, Any]]:
         if outcome.ranked[i]:
             for key, n in (("first", 1), ("top_three", 3)):
                 share, others = (values[..., i] for values in shares[n])
-                row[key] = [float(share), *map(float, np.quantile(others, [tail, 1 - tail]))]
+                row[key] = [float(share), *map(float, interval(outcome, others))]
         rows.append(row)
     return sorted(rows, key=lambda row: row["rank"][0])
 
