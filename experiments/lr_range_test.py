@@ -10,7 +10,7 @@ the peak of a cycle. `runs/<name>/` then holds
     results.json            the settings, the losses and what they suggest, for each seed
     range.png, .svg         the losses over the rates
 
-The papers, and how the test ends and suggests: `experiments.training.studies.range_test`.
+The papers, and how the test ends and suggests: `optax_accel.learning_rate_range_test`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
+import optax_accel as oa
 from experiments import cli, data, methods, progress, timing
 from experiments.cli import UsageError
 from experiments.reporting import figures, tables
@@ -33,7 +34,6 @@ from experiments.runs import folders
 from experiments.runs.study import check_results, claim_results, write_results
 from experiments.training.replicas import Plan, Trainer
 from experiments.training.studies import comparison, forecast
-from experiments.training.studies.range_test import RangeTest, range_test
 
 PROG = "python -m experiments.lr_range_test"
 SPACINGS = ("exponential", "linear")
@@ -111,7 +111,7 @@ def resolve(options: Options) -> tuple[Plan, np.ndarray]:
     return plan, space(lowest, highest, options.steps)
 
 
-def run(options: Options, plan: Plan, rates: np.ndarray) -> list[RangeTest]:
+def run(options: Options, plan: Plan, rates: np.ndarray) -> list[oa.LearningRateCurve]:
     """One range test per seed.
 
     Raises:
@@ -120,18 +120,33 @@ def run(options: Options, plan: Plan, rates: np.ndarray) -> list[RangeTest]:
     trainer, (method,) = Trainer(plan), plan.methods
     results = []
     for seed in range(plan.seeds):
-        runs = trainer.start(method, [(float(rates[0]), seed)])
-        step = iter(range(plan.steps))
-
-        def advance(rate: float, runs: Any = runs, step: Any = step) -> Any:
-            runs.rates = jnp.asarray(rate, jnp.float32)
-            progress.advance()
-            return runs.advance(next(step))
-
         results.append(
-            range_test(advance, rates, smoothing=options.smoothing, stop_factor=options.stop_factor)
+            oa.learning_rate_range_test(
+                advance,
+                trainer.start(method, [(float(rates[0]), seed)]),
+                range(plan.steps),
+                minimum=float(rates[0]),
+                maximum=float(rates[-1]),
+                num_steps=plan.steps,
+                spacing=options.spacing,
+                smoothing=options.smoothing,
+                stop_factor=options.stop_factor,
+                set_learning_rate=with_rate,
+            )
         )
     return results
+
+
+def advance(runs: Any, step: int) -> tuple[Any, Any]:
+    """Makes a step of the runs, which hold their own state."""
+    progress.advance()
+    return runs, runs.advance(step)
+
+
+def with_rate(runs: Any, rate: float) -> Any:
+    """The same runs, which go on at a learning rate."""
+    runs.rates = jnp.asarray(rate, jnp.float32)
+    return runs
 
 
 def median(rates: Sequence[float | None]) -> float | None:
@@ -141,7 +156,9 @@ def median(rates: Sequence[float | None]) -> float | None:
 
 
 @figures.styled
-def picture(options: Options, results: Sequence[RangeTest], suggestion: float | None) -> Figure:
+def picture(
+    options: Options, results: Sequence[oa.LearningRateCurve], suggestion: float | None
+) -> Figure:
     """The losses over the rates, with the suggestion."""
     figure = Figure(figsize=(9, 5))
     axes = figure.subplots()
@@ -206,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tests = [
             {
                 key: value.tolist() if isinstance(value, np.ndarray) else value
-                for key, value in dataclasses.asdict(result).items()
+                for key, value in result._asdict().items()
             }
             for result in results
         ]

@@ -65,6 +65,9 @@ from optax_accel.workers import decentlam, dmsgd, post_local_sgd
 from optax_accel.schedules import OneCycle, cyclical_schedule, momentum_onecycle_schedule
 from optax_accel.schedules import onecycle, snapshot_schedule, vtpc_schedule
 
+# Finding a learning rate
+from optax_accel.range_test import LearningRateCurve, learning_rate_range_test
+
 # Mixed precision
 from optax_accel.loss_scaling import DynamicLossScaleState, dynamic_loss_scale
 
@@ -86,6 +89,7 @@ __all__ = [
     "GradientTracker",
     "HessianFreeState",
     "InterpolateSubspacesState",
+    "LearningRateCurve",
     "LevenbergMarquardt",
     "Objective",
     "OneCycle",
@@ -138,6 +142,7 @@ __all__ = [
     "interpolate_subspaces",
     "interpolated_sgd",
     "kfac",
+    "learning_rate_range_test",
     "mean_over_micro_batches",
     "momentum_onecycle_schedule",
     "onecycle",
