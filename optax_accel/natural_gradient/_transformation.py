@@ -32,6 +32,7 @@ from optax_accel.natural_gradient.options import Options
 from optax_accel.natural_gradient.quadratic_model import (
     Damping,
     Exact,
+    check_damping,
     check_rate,
     quadratic_model,
 )
@@ -217,6 +218,12 @@ def kl_bound(
     if isinstance(learning_rate, str):
         return None
     return lambda count: kl_clip / jnp.asarray(value_of(learning_rate, count)) ** 2
+
+
+def initial_damping(damping: Damping) -> optax.ScalarOrSchedule:
+    """The damping before it adapts, if it does."""
+    check_damping(damping)
+    return damping.initial if isinstance(damping, LevenbergMarquardt) else damping
 
 
 def with_momentum(

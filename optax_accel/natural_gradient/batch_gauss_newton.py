@@ -62,11 +62,11 @@ from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select
 from optax_accel._means import joined_over, shares_of, vary_over
 from optax_accel._numerics import divided, max_norm, power_of_two
-from optax_accel.natural_gradient._transformation import with_momentum
+from optax_accel.natural_gradient._transformation import initial_damping, with_momentum
 from optax_accel.natural_gradient.estimators import loss_root
 from optax_accel.natural_gradient.levenberg_marquardt import LevenbergMarquardt, TrustRegion
 from optax_accel.natural_gradient.likelihoods import Likelihood
-from optax_accel.natural_gradient.quadratic_model import Exact, check_rate, initial_damping
+from optax_accel.natural_gradient.quadratic_model import Exact, check_rate
 from optax_accel.objective import Objective
 from optax_accel.refresh import Cost, announce_cost
 

@@ -18,6 +18,7 @@ import optax
 
 from optax_accel._masking import Mask
 from optax_accel.natural_gradient._transformation import (
+    initial_damping,
     kl_bound,
     transformation,
     with_momentum,
@@ -27,7 +28,7 @@ from optax_accel.natural_gradient.finding import Example
 from optax_accel.natural_gradient.levenberg_marquardt import LevenbergMarquardt, TrustRegion
 from optax_accel.natural_gradient.likelihoods import Likelihood
 from optax_accel.natural_gradient.options import Options
-from optax_accel.natural_gradient.quadratic_model import Exact, initial_damping
+from optax_accel.natural_gradient.quadratic_model import Exact
 from optax_accel.objective import Objective
 
 

@@ -244,7 +244,7 @@ class _Settings:
     def __post_init__(self) -> None:
         check_rate("learning_rate", self.learning_rate)
         check_rate("momentum", self.momentum, 1)
-        initial_damping(self.damping)
+        check_damping(self.damping)
         if not isinstance(self.trust_region, TrustRegion | None):
             raise TypeError(
                 "`trust_region` must be an optax_accel.TrustRegion, such as TrustRegion(0.3), or "
@@ -300,15 +300,15 @@ class _Settings:
         return jnp.asarray(value_of(self.damping, state.count), jnp.float32)
 
 
-def initial_damping(damping: Damping) -> optax.ScalarOrSchedule:
-    """The damping before it adapts, if it does.
+def check_damping(damping: Damping) -> None:
+    """Raises if a damping is not a positive number, a schedule or one that adapts.
 
     Raises:
       ValueError: a number that is not positive.
       TypeError: neither a number nor a schedule nor a :class:`LevenbergMarquardt`.
     """
     if isinstance(damping, LevenbergMarquardt):
-        return damping.initial
+        return
     numeric = isinstance(damping, int | float | np.number | jax.Array)
     if isinstance(damping, type) or not (numeric or callable(damping)):
         raise TypeError(
@@ -316,7 +316,6 @@ def initial_damping(damping: Damping) -> optax.ScalarOrSchedule:
             f"LevenbergMarquardt(1.0); got {damping!r}."
         )
     check_number("damping", damping, 0, open_low=True, allow_schedule=True)
-    return damping
 
 
 def check_rate(name: str, value: Any, high: float = jnp.inf) -> None:
