@@ -236,7 +236,7 @@ CLAIMS = (
         source=f"{_SOURCE}, section 5",
         criterion="share of settings in which its range of rates within 10 % of the lowest "
         f"validation error, weighted by the depth, is the wider one, less 2/3, >= 0: {_INTERVAL}",
-        judge=ByBootstrap(less_sensitive, strict=False),
+        judge=ByBootstrap(less_sensitive, strict=False, tuned=True),
     ),
     Claim(
         name="f",
@@ -276,11 +276,11 @@ STUDY = Study(
     free_rival=CONSTANT,
     unit="steps",
     scales={
-        "small": Scale(settings=settings(_SMALL), tuning_seeds=1, seeds=3, most_seeds=8),
-        "medium": Scale(settings=settings(_MEDIUM), tuning_seeds=1, seeds=3, most_seeds=12),
+        "small": Scale(settings=settings(_SMALL), tuning_seeds=3, seeds=3, most_seeds=8),
+        "medium": Scale(settings=settings(_MEDIUM), tuning_seeds=3, seeds=3, most_seeds=12),
         "full": Scale(
             settings=settings(_FULL, (0.0, 5e-4), adam_only=("capsnet",)),
-            tuning_seeds=1,
+            tuning_seeds=3,
             seeds=3,
             most_seeds=12,
         ),

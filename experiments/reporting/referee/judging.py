@@ -115,16 +115,22 @@ class ByBootstrap:
     Attributes:
       margin: a function of a `View`, with its leading axes.
       strict: whether the claim needs a margin above 0; otherwise 0 is enough.
+      tuned: whether the margin is one of the tuning's runs, whose seeds then count: with a single
+        one there is no interval, and the claim stays undecided.
     """
 
     margin: Margin
     strict: bool = True
+    tuned: bool = False
 
     def __call__(self, results: Results) -> Judgement:
         """Judges the results."""
         estimate = float(self.margin(mean_view(results)))
+        seeds = (results.tuned if self.tuned else results.errors).shape[-1]
+        if seeds == 1:
+            note = "one seed makes no interval"
+            return Judgement(UNDECIDED, estimate, None, None, seeds, note=note)
         low, high = map(float, interval(results, self.margin(drawn_view(results))))
-        seeds = results.errors.shape[-1]
         if self._holds(low):
             return Judgement(HOLDS, estimate, low, high, seeds)
         if not self._holds(high):

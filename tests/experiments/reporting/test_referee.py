@@ -170,6 +170,8 @@ def test_margins() -> None:
     assert near.verdict == UNDECIDED
     assert near.needed_seeds is not None
     assert near.needed_seeds > 5
+    single = ByBootstrap(lead, tuned=True)(results(errors))
+    assert (single.verdict, single.note) == (UNDECIDED, "one seed makes no interval")
     # Zero is enough for some.
     nothing = ByBootstrap(lambda view: 0 * lead(view), strict=False)(results(errors))
     assert nothing.verdict == HOLDS
