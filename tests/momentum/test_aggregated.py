@@ -38,7 +38,7 @@ def test_exponential_decays():
     ("kwargs", "error", "message"),
     [
         ({"betas": ()}, ValueError, "`betas` must have at least one entry"),
-        ({"betas": 0.9}, TypeError, "`betas` must be a sequence of numbers, got 0.9"),
+        ({"betas": 0.9}, TypeError, "`betas` must be a sequence of numbers, one for each buffer"),
         ({"betas": (0.0, 1.0)}, ValueError, r"`betas\[1\]` must lie in \[0, 1\), got 1.0"),
         ({"factors": (1.0,)}, ValueError, "got 1 for 3 decays"),
         ({"factors": (1.0, 2.0, "x")}, TypeError, r"`factors\[2\]` must be a number"),
