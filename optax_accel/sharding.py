@@ -61,7 +61,8 @@ def state_shardings(tx: optax.GradientTransformation, params: chex.ArrayTree) ->
       >>> basis.shape, basis.sharding.spec == jax.P(None, "data", None)
       ((2, 8, 3), True)
     """
-    check_inner(tx, "tx")
+    if not isinstance(tx, optax.MultiSteps):  # which only looks like one
+        check_inner(tx, "tx")
     return shardings_like(jax.eval_shape(tx.init, params), params)
 
 

@@ -544,7 +544,7 @@ FACTORIES: dict[Callable[..., optax.GradientTransformationExtraArgs], dict[str, 
     oa.ekfac: {"learning_rate": 0.1, "objective": PROBLEM.objective(), "damping": 1.0},
     oa.hessian_free: {"max_iterations": 5},
     oa.scale_by_batch_gauss_newton: {"damping": 1.0},
-    oa.batch_gauss_newton: {"learning_rate": 0.1, "damping": 1.0},
+    oa.batch_gauss_newton: {"learning_rate": 0.1, "damping": 1.0, "momentum": 0.5},
     oa.quadratic_model: {
         "preconditioner": oa.scale_by_batch_gauss_newton(),  # which takes the damping
         "learning_rate": 0.1,

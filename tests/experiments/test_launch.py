@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from experiments import launch, train
+from experiments.runs.metric_files import TIMES
 
 ROOT = Path(__file__).parents[2]
 
@@ -207,7 +208,7 @@ def complete(folder, *arguments):
 
 def rows(folder, name):
     lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in lines]
+    return [{k: v for k, v in json.loads(x).items() if k not in TIMES} for x in lines]
 
 
 def result(folder, name):

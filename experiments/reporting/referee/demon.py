@@ -154,8 +154,9 @@ def valley(errors: np.ndarray, rates: np.ndarray, points: int = 50) -> np.ndarra
     The area between the errors, which are interpolated over the logarithm of the rate, and the line
     10 % above the lowest one, over the height of that line above the lowest one.
 
-    >>> valley(np.array([0.2, 0.1, 0.1, 0.2]), np.exp([0.0, 1.0, 2.0, 3.0])).round(1)
-    array(1.1)
+    >>> width = valley(np.array([0.2, 0.1, 0.1, 0.2]), np.exp([0.0, 1.0, 2.0, 3.0]))
+    >>> round(float(width), 1)
+    1.1
 
     Args:
       errors: (..., rates).
