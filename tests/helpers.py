@@ -122,7 +122,8 @@ def mlp_objective(x: Any, y: Any, axis_name: str | None = None) -> oa.Objective:
 
 def with_eigenspace(state: PyTree) -> PyTree:
     """A state of a method for `LeastSquares` whose basis, if it has one, is the exact one."""
-    if optax.tree.get(state, "basis") is None:
+    stored = optax.tree.get(state, "basis")
+    if stored is None:
         return state
     problem = least_squares()
     rows = np.flatnonzero(
@@ -130,7 +131,7 @@ def with_eigenspace(state: PyTree) -> PyTree:
     )
     size = optax.tree.size(problem.params)
     _, unravel = jax.flatten_util.ravel_pytree(problem.params)
-    basis = jax.vmap(unravel)(jnp.eye(size)[rows])
+    basis = optax.tree.cast_like(jax.vmap(unravel)(jnp.eye(size)[rows]), stored)
     return optax.tree.set(
         state, basis=basis, eigenvalues=jnp.array([2.0, 1.3]), ready=jnp.array(True)
     )
