@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
+import tensorboardX.summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
 
 from experiments import cli
 from experiments.cli import UsageError
@@ -20,6 +23,8 @@ Row = dict[str, float | int | None]
 METRICS = ("metrics.jsonl", "metrics.csv")
 # The columns of clocks, which differ from run to run.
 TIMES = ("step_seconds", "examples_per_second", "seconds")
+# Seconds after which TensorBoard can show what has been written.
+FLUSH_EVENTS = 10.0
 
 
 class MetricFiles:
@@ -59,7 +64,11 @@ class MetricFiles:
         # A killed run may have lost events that its writer still held in a queue, so the event
         # files are made anew from the rows.
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        self._events = tensorboardX.SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
+        (folder / "tensorboard").mkdir()
+        # A `SummaryWriter` writes in a thread, which dies when a disk is full and then lets the
+        # run wait for ever.
+        self._events = EventsWriter(str(folder / "tensorboard" / "events"))
+        self._events_flushed = time.monotonic()
         for row in rows:
             self._add_events(row)
 
@@ -92,6 +101,10 @@ class MetricFiles:
         self._csv.write(to_csv(rows, self.columns, header=False))
         self._jsonl.flush()
         self._csv.flush()
+        # Flushing events waits for the disk, and events can be made anew.
+        if time.monotonic() - self._events_flushed > FLUSH_EVENTS:
+            self._events.flush()
+            self._events_flushed = time.monotonic()
 
     def add_event(self, event: dict[str, Any]) -> None:
         """Adds a line to `events.jsonl`, which nothing ever takes back."""
@@ -99,8 +112,10 @@ class MetricFiles:
             file.write(json.dumps(event, allow_nan=False) + "\n")
 
     def _add_events(self, row: Row) -> None:
-        for tag, value in tagged(row).items():
-            self._events.add_scalar(tag, value, row["step"])
+        values = [tensorboardX.summary.scalar(*item).value[0] for item in tagged(row).items()]
+        event = Event(wall_time=time.time(), step=row["step"])
+        event.summary.value.extend(values)
+        self._events.write_event(event)
 
     def close(self) -> None:
         """Closes all files."""

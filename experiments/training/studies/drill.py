@@ -30,6 +30,8 @@ ROOT = Path(__file__).parents[3]
 STEPS = 400
 RUN: tuple[str, ...] = ("--task", "digits", "--method", "stoch_grad_adam", "--eval-every", "50")
 RUN += ("--checkpoint-every", "5", "--keep", "3")
+# A checkpoint is larger than the metrics of the first half of a run.
+RUN += ("--model-options", '{"hidden_sizes": [300]}')
 # Seconds that a run may take on a busy machine before it counts as hung.
 PATIENCE = 240
 
@@ -283,7 +285,8 @@ class Run:
     def state(self) -> dict[str, np.ndarray[Any, Any]]:
         """The leaves of the latest checkpoint by their path; random keys as their bits."""
         saved = json.loads((self.folder / "config.json").read_text())["options"]
-        options = Options(devices=1, **{name: saved[name] for name in ("task", "method", "steps")})
+        names = ("task", "method", "steps", "model_options")
+        options = Options(devices=1, **{name: saved[name] for name in names})
         target = jax.eval_shape(build(prepare(options)).make_state)
         with Checkpoints(self.folder / "checkpoints") as checkpoints:
             state = checkpoints.restore(target).state

@@ -21,7 +21,7 @@ GRACE = 30
 BOUND = 90
 # Bytes: more than the metrics of the first half of a run, less than the largest array of a
 # checkpoint. (How many files the arrays share differs from save to save.)
-FILE_LIMIT = 15_000
+FILE_LIMIT = 60_000
 
 
 @dataclasses.dataclass(frozen=True)
