@@ -33,7 +33,7 @@ from rich.console import Console
 from experiments import cli, progress
 from experiments.cli import UsageError
 from experiments.reporting.referee import demon, report
-from experiments.reporting.referee.study import Judgement, Results, Setting, Study
+from experiments.reporting.referee.study import Judgement, Results, Scale, Setting, Study
 from experiments.runs import folders, ledger
 from experiments.runs.records import RESULTS, versions
 from experiments.runs.study import StudyFolder
@@ -82,7 +82,7 @@ def find_study(name: str | None) -> Study:
     return STUDIES[name]
 
 
-def plan(setting: Setting, tuning_seeds: int, options: Options) -> Plan:
+def plan(setting: Setting, scale: Scale, options: Options) -> Plan:
     """The training of one setting's trials.
 
     Raises:
@@ -93,7 +93,7 @@ def plan(setting: Setting, tuning_seeds: int, options: Options) -> Plan:
         ["sgd"],  # in place of whom the setting's own methods are put
         data_dir=options.data_dir,
         model=setting.model,
-        seeds=tuning_seeds,
+        seeds=scale.tuning_seeds,
         epochs=setting.epochs,
         steps=options.steps,
         batch_size=setting.batch_size,
@@ -101,7 +101,9 @@ def plan(setting: Setting, tuning_seeds: int, options: Options) -> Plan:
     )
     methods = [method for contestant in setting.contestants for method in contestant.trials]
     model_options = dict(setting.model_options)
-    return dataclasses.replace(made, methods=methods, model_options=model_options)
+    return dataclasses.replace(
+        made, methods=methods, model_options=model_options, first_seed=scale.first_seed
+    )
 
 
 def train(
@@ -124,6 +126,7 @@ def train(
             costs=arena.costs(study.unit, chosen),
         )
         bouts.append(bout)
+        arena.release()
     seeds = chosen_scale.seeds
     while True:
         outcome = report.results(study, scale, bouts)
@@ -165,6 +168,17 @@ def dry_run(heading: str, study: Study, scale: str, arenas: list[Arena], console
     return cli.print_forecast(console, lines)
 
 
+def command(study: Study, options: Options) -> str:
+    """The command line that runs a study again, for the ledger.
+
+    It says that a folder of data files is needed, but not where this machine has it.
+    """
+    words = [PROG, study.name, "--scale", options.scale]
+    if any(setting.task != "digits" for setting in study.scales[options.scale].settings):
+        words += ["--data-dir", "DATA"]
+    return " ".join(words)
+
+
 _ROLES = ("method", "rival")
 
 
@@ -190,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.check_known("scale", options.scale, tuple(study.scales))
     scale = study.scales[options.scale]
     with cli.usage():
-        plans = [plan(setting, scale.tuning_seeds, options) for setting in scale.settings]
+        plans = [plan(setting, scale, options) for setting in scale.settings]
     trained = {s.name: refereeing.config(p) for s, p in zip(scale.settings, plans, strict=True)}
     config = study.config(options.scale) | {"trained": trained}
     digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
@@ -201,9 +215,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         Arena(made, scale.most_seeds, folder / setting.name)
         for made, setting in zip(plans, scale.settings, strict=True)
     ]
+    counts = sorted({len(setting.contestants) for setting in scale.settings})
+    contestants = f"{' to '.join(map(str, counts))} contestants"
     heading = (
         f"{study.name}, {options.scale}: {cli.plural(len(plans), 'setting')} x "
-        f"{cli.plural(len(scale.settings[0].contestants), 'contestant')} x "
+        f"{contestants} x "
         f"{cli.plural(scale.settings[0].contestants[0].size, 'trial')}, "
         f"{cli.plural(scale.tuning_seeds, 'seed')} for tuning, {scale.seeds} to {scale.most_seeds} "
         f"fresh ones -> {folder}"
@@ -223,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(f"left out: {study.left_out}", soft_wrap=True)
         bouts, outcome, judgements = train(study, options.scale, arenas, console)
         about = {
-            "command": f"{PROG} {study.name} --scale {options.scale}",
+            "command": command(study, options),
             "run": digest,
             "versions": versions(),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

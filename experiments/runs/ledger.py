@@ -20,8 +20,8 @@ Entry = dict[str, Any]
 # What every entry says.
 FIELDS = (
     *("study", "scale", "claim", "text", "source", "criterion", "verdict", "estimate", "low"),
-    *("high", "note", "seeds", "needed_seeds", "runs", "diverged", "unit", "budget", "command"),
-    *("run", "versions", "date"),
+    *("high", "note", "seeds", "needed_seeds", "needed_settings", "runs", "diverged", "unit"),
+    *("budget", "command", "run", "versions", "date"),
 )
 FOLDER = Path("evidence")
 _HEAD = """# Verdicts
@@ -107,6 +107,14 @@ def standing(entries: Sequence[Entry]) -> list[tuple[Entry, str]]:
     return [(entry, remark(number, entry)) for number, entry in enumerate(entries)]
 
 
+def what_would_decide(entry: Entry) -> str:
+    """How many seeds or settings would decide a verdict, in words; nothing if it is not known."""
+    for unit in ("seeds", "settings"):
+        if (needed := entry[f"needed_{unit}"]) is not None:
+            return f"{needed} {unit} would decide"
+    return ""
+
+
 def page(folder: Path) -> str:
     """The page of the documentation that shows the ledger, as Markdown.
 
@@ -139,9 +147,11 @@ def _row(entry: Entry, remark: str) -> str:
     low, high = ("…" if (x := entry[key]) is None else f"{x:.3g}" for key in ("low", "high"))
     estimate = "…" if entry["estimate"] is None else f"{entry['estimate']:.3g}"
     verdict = entry["verdict"] + (f" ({remark})" if remark else "")
-    runs = f"{entry['runs']}"
-    if entry["needed_seeds"] is not None:
-        runs += f"; {entry['needed_seeds']} seeds would decide, {entry['seeds']} were run"
+    runs = f"{entry['runs']}, {entry['seeds']} seeds"
+    if needed := what_would_decide(entry):
+        runs += f"; {needed}"
+    if entry["note"]:
+        runs += f"; {entry['note']}"
     cells = (
         *(entry["date"], entry["scale"], f"({entry['claim']}) {entry['text']}: {entry['source']}"),
         *(entry["criterion"], verdict, f"{estimate} [{low}, {high}]", runs),

@@ -143,6 +143,7 @@ class Trainer:
             self.max_replicas = 1
             self.cold_start = False
         self.memory = free_memory() / 2 if memory is None else memory
+        self.seeds = range(plan.first_seed, plan.first_seed + plan.seeds)
         split = [
             networks.split(
                 models.create(
@@ -154,7 +155,7 @@ class Trainer:
                     **plan.model_options,
                 )
             )
-            for seed in range(plan.seeds)
+            for seed in self.seeds
         ]
         self.graphdef = split[0][0]
         self.weights = [(params, rest) for _, params, rest in split]
@@ -164,7 +165,7 @@ class Trainer:
             rest=split[0][2], x=self.train_x[rows], y=self.train_y[rows]
         )
         examples = len(plan.task.train.y)
-        self.order = np.stack([self._batches(seed, examples) for seed in range(plan.seeds)])
+        self.order = np.stack([self._batches(seed, examples) for seed in self.seeds])
         # A fixed sub-sample per seed: redrawn at every refresh, its noise alone would move the
         # subspace.
         self.curvature = np.stack(
@@ -172,7 +173,7 @@ class Trainer:
                 np.random.default_rng(seed)
                 .permutation(examples)[: plan.curvature_batch_size]
                 .astype(np.int32)
-                for seed in range(plan.seeds)
+                for seed in self.seeds
             ]
         )
         self._steps: dict[tuple[str, bool], Callable[..., Any]] = {}
@@ -336,14 +337,15 @@ class Trainer:
         """
         batched = len(replicas) > 1
         rates = jnp.asarray([rate for rate, _ in replicas], jnp.float32)
+        numbers = [self.seeds.index(seed) for _, seed in replicas]
         states = [
-            init_state(self.build(method, rates[i], seed), *self.weights[seed])
-            for i, (_, seed) in enumerate(replicas)
+            init_state(self.build(method, rates[i], seed), *self.weights[number])
+            for i, ((_, seed), number) in enumerate(zip(replicas, numbers, strict=True))
         ]
         # Copies in any case: the step donates its state, and the next method needs the weights too.
         stack = jnp.stack if batched else lambda leaves: jnp.copy(leaves[0])
         state = jax.tree.map(lambda *leaves: stack(leaves), *states)
-        pick = np.array([seed for _, seed in replicas]) if batched else replicas[0][1]
+        pick = np.array(numbers) if batched else numbers[0]
         return Runs(self, method, batched, rates if batched else rates[0], state, pick)
 
     def evaluate(self, runs: Runs, split: str) -> dict[str, np.ndarray]:
@@ -420,7 +422,7 @@ class Runs:
       batched: whether they are many, with a leading axis in every array, rather than one.
       rates: their learning rates.
       state: their training state.
-      seeds: one seed, or one per run.
+      seeds: the number of the seed among those of the plan, or one number per run.
     """
 
     trainer: Trainer

@@ -1,10 +1,11 @@
 """Functions that judge claims: by ranks with bootstrap intervals, and by a sequential test.
 
-The bootstrap draws the seeds of each setting again with replacement, the same ones for all its
-contestants, since these share initial weights and batches. Its percentiles are moved outwards as
-few seeds ask for (`tail`). What it says is approximate; with three seeds of a single setting an end
-of the interval is wrong in an eighth of the cases, not in 2.5 %. The level of the sequential test
-is guaranteed.
+The bootstrap draws the settings again with replacement, and for each drawn one its seeds, the same
+ones for all its contestants, since these share initial weights and batches. So an interval says
+what other settings of this kind would have shown; a claim about these very settings draws the seeds
+alone. The percentiles are moved outwards as few settings (or seeds) ask for (`tail`). What it says
+is approximate; with three seeds of a single setting an end of the interval is wrong in an eighth of
+the cases, not in 2.5 %. The level of the sequential test is guaranteed.
 
 References:
   Hesterberg, `What teachers should know about the bootstrap: resampling in the undergraduate
@@ -27,6 +28,9 @@ from experiments.reporting.referee.study import FAILS, HOLDS, UNDECIDED, Judgeme
 
 DRAWS = 5_000
 COVERED = 0.95  # by a bootstrap interval
+# From this number on the range of all draws covers the median of the settings with more than 95 %:
+# with n settings all of them lie on one side of it with probability 2 / 2^n.
+LEAST_SETTINGS = 6
 
 
 class View(NamedTuple):
@@ -34,11 +38,14 @@ class View(NamedTuple):
 
     Attributes:
       results: what they are means of.
+      settings: numbers of the settings in `results` that stand on the settings' axis; in a draw
+        one may stand there several times, (..., settings).
       errors: on the test split, (..., settings, contestants).
       tuned: on the validation split, (..., settings, contestants, trials).
     """
 
     results: Results
+    settings: np.ndarray
     errors: np.ndarray
     tuned: np.ndarray
 
@@ -68,41 +75,63 @@ Margin = Callable[[View], np.ndarray]
 
 def mean_view(results: Results) -> View:
     """The means over all seeds."""
-    return View(results, results.errors.mean(axis=-1), results.tuned.mean(axis=-1))
+    numbers = np.arange(len(results.settings))
+    return View(results, numbers, results.errors.mean(axis=-1), results.tuned.mean(axis=-1))
 
 
-def drawn_view(results: Results, draws: int = DRAWS) -> View:
-    """Means over seeds drawn with replacement, the same draws in every call."""
+def drawn_view(results: Results, *, settings: bool, draws: int = DRAWS) -> View:
+    """Means over seeds drawn with replacement, the same draws in every call.
+
+    Args:
+      results: the results.
+      settings: whether the settings are drawn as well, and not the seeds alone.
+      draws: number of draws, the leading axis.
+
+    Returns:
+      The view.
+    """
     rng = np.random.default_rng(0)
+    number = len(results.settings)
+    drawn = np.broadcast_to(np.arange(number), (draws, number))
+    if settings:
+        drawn = rng.integers(number, size=(draws, number))
 
-    def means(values: np.ndarray, axis: int) -> np.ndarray:
-        """Of values (settings, ..., seeds), by other draws in each setting."""
+    def means(values: np.ndarray) -> np.ndarray:
+        """Of values (settings, ..., seeds), by other seeds for each setting that was drawn."""
         seeds = values.shape[-1]
-        if seeds == 1:
-            return np.broadcast_to(values[..., 0], (draws, *values.shape[:-1]))
-        counts = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=(draws, len(values)))
-        weights = counts.reshape(draws, len(values), *[1] * axis, seeds) / seeds
-        return np.einsum("...s,...s->...", weights, values[None])
+        weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=drawn.shape) / seeds
+        found = np.empty((*drawn.shape, *values.shape[1:-1]))
+        for setting, of_setting in enumerate(values):
+            here = drawn == setting
+            found[here] = np.tensordot(weights[here], of_setting, axes=(-1, -1))
+        return found
 
-    return View(results, means(results.errors, 1), means(results.tuned, 2))
+    return View(results, drawn, means(results.errors), means(results.tuned))
 
 
-def tail(results: Results) -> float:
+def tail(results: Results, *, settings: bool) -> float:
     """Share of the draws that an interval leaves out at each end.
 
-    The normal quantile of a percentile interval becomes Student's for the degrees of freedom of all
-    settings together, and makes up for the factor ``(seeds - 1) / seeds`` by which draws of so few
-    seeds vary less than new seeds would.
+    The normal quantile of a percentile interval becomes Student's for the degrees of freedom of the
+    settings, or of all seeds together where these alone are drawn, and makes up for the factor
+    ``(n - 1) / n`` by which draws of n settings, or seeds, vary less than new ones would.
+
+    Args:
+      results: the results.
+      settings: whether settings are drawn, and not the seeds alone.
     """
-    settings, _, seeds = results.errors.shape
-    quantile = stats.t.isf((1 - COVERED) / 2, settings * (seeds - 1))
-    return float(stats.norm.sf(np.sqrt(seeds / (seeds - 1)) * quantile))
+    number, _, seeds = results.errors.shape
+    units, freedom = (number, number - 1) if settings else (seeds, number * (seeds - 1))
+    quantile = stats.t.isf((1 - COVERED) / 2, freedom)
+    return float(stats.norm.sf(np.sqrt(units / (units - 1)) * quantile))
 
 
-def interval(results: Results, margins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def interval(
+    results: Results, margins: np.ndarray, *, settings: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """The ends of the bootstrap's interval, from values whose first axis are the draws."""
-    out = tail(results)
-    low, high = np.quantile(margins, [out, 1 - out], axis=0)
+    out = tail(results, settings=settings)
+    low, high = np.nanquantile(margins, [out, 1 - out], axis=0)
     return low, high
 
 
@@ -117,30 +146,47 @@ class ByBootstrap:
       strict: whether the claim needs a margin above 0; otherwise 0 is enough.
       tuned: whether the margin is one of the tuning's runs, whose seeds then count: with a single
         one there is no interval, and the claim stays undecided.
+      settings: whether settings are drawn as well as seeds. Then the claim is about settings like
+        these, and stays undecided with fewer than `LEAST_SETTINGS`; otherwise it is about these
+        settings only.
     """
 
     margin: Margin
     strict: bool = True
     tuned: bool = False
+    settings: bool = True
 
     def __call__(self, results: Results) -> Judgement:
         """Judges the results."""
         estimate = float(self.margin(mean_view(results)))
         seeds = (results.tuned if self.tuned else results.errors).shape[-1]
+        number = len(results.settings)
         if seeds == 1:
             note = "one seed makes no interval"
             return Judgement(UNDECIDED, estimate, None, None, seeds, note=note)
-        low, high = map(float, interval(results, self.margin(drawn_view(results))))
+        if self.settings and number < LEAST_SETTINGS:
+            return Judgement(
+                *(UNDECIDED, estimate, None, None, seeds),
+                needed_settings=LEAST_SETTINGS,
+                note=f"{number} of at least {LEAST_SETTINGS} settings that make an interval",
+            )
+        margins = self.margin(drawn_view(results, settings=self.settings))
+        low, high = map(float, interval(results, margins, settings=self.settings))
         if self._holds(low):
             return Judgement(HOLDS, estimate, low, high, seeds)
         if not self._holds(high):
             return Judgement(FAILS, estimate, low, high, seeds)
-        # The interval shrinks with the square root of the number of seeds.
+        # The interval shrinks with the square root of the number of settings, or of seeds.
         reach = estimate - low if self._holds(estimate) else high - estimate
-        needed = None
-        if estimate != 0 and reach > 0:
-            needed = max(seeds + 1, math.ceil(seeds * (reach / abs(estimate)) ** 2))
-        return Judgement(UNDECIDED, estimate, low, high, seeds, needed)
+        if abs(estimate) < 1e-9 or reach <= 0:
+            note = "the estimate is the border itself: no number of runs would decide"
+            return Judgement(UNDECIDED, estimate, low, high, seeds, note=note)
+        units = number if self.settings else seeds
+        needed = max(units + 1, math.ceil(units * (reach / abs(estimate)) ** 2))
+        found = Judgement(UNDECIDED, estimate, low, high, seeds)
+        if self.settings:
+            return dataclasses.replace(found, needed_settings=needed)
+        return dataclasses.replace(found, needed_seeds=needed)
 
     def _holds(self, margin: float) -> bool:
         return margin > 0 if self.strict else margin >= 0
@@ -203,4 +249,4 @@ class AtMost:
             verdict = HOLDS if below and (not above or below < above) else FAILS
             return Judgement(verdict, estimate, lower, upper, seeds, note=note)
         needed = None if mean is None else test.needed(mean)
-        return Judgement(UNDECIDED, estimate, lower, upper, seeds, needed, note)
+        return Judgement(UNDECIDED, estimate, lower, upper, seeds, needed, note=note)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +15,15 @@ from rich.table import Table
 from experiments import cli
 from experiments.methods import Method
 from experiments.reporting import tables
-from experiments.reporting.referee.judging import drawn_view, interval, mean_view
+from experiments.reporting.referee.judging import (
+    LEAST_SETTINGS,
+    drawn_view,
+    interval,
+    mean_view,
+)
 from experiments.reporting.referee.study import Contestant, Judgement, Results, Study
 from experiments.reporting.summary import Record, diverged
+from experiments.runs import ledger
 
 Records = Mapping[str, Sequence[Record]]  # by the method's name
 
@@ -122,6 +130,7 @@ def results(study: Study, scale: str, bouts: Sequence[Bout]) -> Results:
     tuned = np.full((*shape, trials, plan.tuning_seeds), np.nan)
     rates, costs = np.full((*shape, trials), np.nan), np.full((*shape, plan.most_seeds), np.nan)
     budgets, failed, runs = np.full(shape, np.nan), np.zeros(shape, int), 0
+    first = plan.first_seed + plan.tuning_seeds
     for i, bout in enumerate(bouts):
         for contestant, method in zip(bout.contestants, bout.chosen, strict=True):
             at = i, names.index(contestant.name)
@@ -134,14 +143,14 @@ def results(study: Study, scale: str, bouts: Sequence[Bout]) -> Results:
             budgets[at] = cost[max(cost)]
             final = runs_of(bout.final[method.name])
             for (_, seed), run in final.items():
-                end, number = score(run, "test"), seed - plan.tuning_seeds
+                end, number = score(run, "test"), seed - first
                 failed[at] += end.diverged
                 if number < plan.seeds:
                     errors[at][number] = end.error
                 hits = (r["step"] for r in run if (r["validation_accuracy"] or 0) >= bout.target)
                 # Before the first step there is nothing to pay.
-                first = next((step for step in hits if step > 0), None)
-                costs[at][number] = math.inf if first is None else cost[first]
+                hit = next((step for step in hits if step > 0), None)
+                costs[at][number] = math.inf if hit is None else cost[hit]
             runs += len(final)
     return Results(
         settings=tuple(bout.name for bout in bouts),
@@ -175,13 +184,21 @@ def open_contestants(study: Study, judgements: Mapping[str, Judgement]) -> list[
 
 
 def ranks(outcome: Results) -> list[dict[str, Any]]:
-    """One row per contestant, the best mean rank first, with the bootstrap's intervals."""
-    mean, drawn = mean_view(outcome), drawn_view(outcome)
-    with np.errstate(all="ignore"):
-        place, places = mean.positions(ranked=False), drawn.positions(ranked=False)
-        low, high = interval(outcome, np.nanmean(places, axis=-2))
-    settings = (~np.isnan(outcome.errors[..., 0])).sum(axis=0)
-    shares = {n: (mean.top(n) / settings, drawn.top(n) / settings) for n in (1, 3)}
+    """One row per contestant, the best mean rank first, with the bootstrap's intervals.
+
+    These are over settings and seeds, with fewer than `LEAST_SETTINGS` over seeds alone.
+    """
+    over = len(outcome.settings) >= LEAST_SETTINGS
+    mean, drawn = mean_view(outcome), drawn_view(outcome, settings=over)
+    between = functools.partial(interval, outcome, settings=over)
+    place, places = mean.positions(ranked=False), drawn.positions(ranked=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # draws without any setting of a contestant
+        low, high = between(np.nanmean(places, axis=-2))
+        shares = {
+            n: [view.top(n) / (~np.isnan(view.errors)).sum(axis=-2) for view in (mean, drawn)]
+            for n in (1, 3)
+        }
     rows = []
     for i, name in enumerate(outcome.contestants):
         taken = ~np.isnan(place[:, i])
@@ -196,7 +213,7 @@ def ranks(outcome: Results) -> list[dict[str, Any]]:
         if outcome.ranked[i]:
             for key, n in (("first", 1), ("top_three", 3)):
                 share, others = (values[..., i] for values in shares[n])
-                row[key] = [float(share), *map(float, interval(outcome, others))]
+                row[key] = [float(share), *map(float, between(others))]
         rows.append(row)
     return sorted(rows, key=lambda row: row["rank"][0])
 
@@ -231,9 +248,8 @@ def verdicts_table(study: Study, judgements: Mapping[str, Judgement]) -> Table:
         estimate, low, high = (
             "…" if x is None else f"{x:.3g}" for x in (found.estimate, found.low, found.high)
         )
-        seeds = str(found.seeds)
-        if found.needed_seeds is not None:
-            seeds += f", {found.needed_seeds} would decide"
+        needed = ledger.what_would_decide(dataclasses.asdict(found))
+        seeds = str(found.seeds) + (f", {needed}" if needed else "")
         view.add_row(
             f"({claim.name}) {claim.text}",
             claim.source,

@@ -79,12 +79,15 @@ class Scale:
       tuning_seeds: seeds of every trial. They are not used again.
       seeds: fresh seeds of the final runs.
       most_seeds: how many of these a sequential test may ask for.
+      first_seed: the first seed of the tuning, after which the others follow: above those of an
+        earlier run by which this scale was planned, so that no run of that one is judged again.
     """
 
     settings: tuple[Setting, ...]
     tuning_seeds: int
     seeds: int
     most_seeds: int
+    first_seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +101,8 @@ class Judgement:
       high: its upper end; None for one without an end.
       seeds: final seeds that it rests on.
       needed_seeds: for an undecided claim the number of seeds, these included, that would decide it
-        if the estimate stayed what it is; None if no number would.
+        if the estimate stayed what it is; None if no number would, or more settings would.
+      needed_settings: the same of settings, for a claim about more than the ones that were run.
       note: what else there is to say.
     """
 
@@ -108,6 +112,7 @@ class Judgement:
     high: float | None
     seeds: int
     needed_seeds: int | None = None
+    needed_settings: int | None = None
     note: str = ""
 
 
@@ -212,6 +217,8 @@ class Study:
                     f"runs and no fewer at most, got {scale.tuning_seeds}, {scale.seeds} and "
                     f"{scale.most_seeds}"
                 )
+            if scale.first_seed < 0:
+                raise UsageError(f"study {self.name}: first_seed {scale.first_seed} is negative")
             for setting in scale.settings:
                 self._check_setting(setting)
 
@@ -251,6 +258,7 @@ class Study:
             "tuning_seeds": chosen.tuning_seeds,
             "seeds": chosen.seeds,
             "most_seeds": chosen.most_seeds,
+            "first_seed": chosen.first_seed,
             "claims": {claim.name: claim.criterion for claim in self.claims},
             "contestants": {
                 setting.name: {

@@ -49,6 +49,10 @@ class Arena:
         """The trainer, made when it is first asked for."""
         return Trainer(dataclasses.replace(self.plan, seeds=self.plan.seeds + self._most_seeds))
 
+    def release(self) -> None:
+        """Gives back the trainer's memory, compiled programs included."""
+        vars(self).pop("trainer", None)
+
     def train_trials(self, console: Console) -> dict[str, list[Record]]:
         """Trains the trials that are not finished; returns all records by the method's name."""
         return self._train(self.plan, self.folder / "tuning", console)
@@ -67,7 +71,10 @@ class Arena:
           The records of all final runs so far, by the method's name.
         """
         plan = dataclasses.replace(
-            self.plan, methods=list(chosen), first_seed=self.plan.seeds, seeds=seeds
+            self.plan,
+            methods=list(chosen),
+            first_seed=self.plan.first_seed + self.plan.seeds,
+            seeds=seeds,
         )
         return self._train(plan, self.folder / "final", console)
 

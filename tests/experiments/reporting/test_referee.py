@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -139,15 +140,30 @@ def test_runs_that_miss_the_target_count_at_their_worst() -> None:
     assert "more than the declared sigma" in noisy.note
 
 
-@pytest.mark.parametrize(("settings", "seeds"), [(6, 3), (18, 3), (1, 10)])
-def test_bootstrap_intervals_cover_what_they_say(settings: int, seeds: int) -> None:
+@pytest.mark.parametrize(
+    ("settings", "seeds", "spread", "over", "low", "high"),
+    [
+        (6, 3, 0.0, False, 0.92, 0.985),
+        (18, 3, 0.0, False, 0.93, 0.985),
+        (1, 10, 0.0, False, 0.93, 0.985),
+        # Drawing the settings covers the mean of all settings; drawing the seeds alone does not.
+        (6, 5, 1.0, True, 0.93, 0.99),
+        (16, 10, 1.0, True, 0.93, 0.985),
+        (16, 10, 1.0, False, 0.2, 0.7),
+        # The seeds' noise is in the settings' already: without a spread the interval is too wide.
+        (16, 10, 0.0, True, 0.98, 1.0),
+    ],
+)
+def test_bootstrap_intervals_cover_what_they_say(
+    settings: int, seeds: int, spread: float, over: bool, low: float, high: float
+) -> None:
     """The mean over the settings, for a thousand contestants whose true mean is 0."""
-    errors = np.random.default_rng(1).normal(0, 1, (settings, 1000, seeds))
+    rng = np.random.default_rng(1)
+    errors = rng.normal(0, spread, (settings, 1000, 1)) + rng.normal(0, 1, (settings, 1000, seeds))
     outcome = results(errors, contestants=tuple(map(str, range(1000))))
-    drawn = judging.drawn_view(outcome, draws=1000).errors.mean(axis=1)
-    low, high = judging.interval(outcome, drawn)
-    covered = np.mean((low <= 0) & (high >= 0))
-    assert 0.93 < covered < 0.985
+    drawn = judging.drawn_view(outcome, settings=over, draws=1000).errors.mean(axis=1)
+    lowest, highest = judging.interval(outcome, drawn, settings=over)
+    assert low < np.mean((lowest <= 0) & (highest >= 0)) <= high
 
 
 def test_margins() -> None:
@@ -157,25 +173,48 @@ def test_margins() -> None:
     def lead(view: judging.View) -> np.ndarray:
         return view.errors[..., 0, 0] - view.errors[..., 0, 1]
 
-    clear = ByBootstrap(lead)(results(errors))
+    here = functools.partial(ByBootstrap, settings=False)
+    clear = here(lead)(results(errors))
     assert clear.verdict == HOLDS
     values = errors[0, 0] - errors[0, 1]
-    level = 1 - 2 * judging.tail(results(errors))
+    level = 1 - 2 * judging.tail(results(errors), settings=False)
     expected = stats.bootstrap(
         (values,), np.mean, confidence_level=level, method="percentile", n_resamples=9_999, rng=rng
     ).confidence_interval
     np.testing.assert_allclose([clear.low, clear.high], expected, atol=2e-3)
-    assert ByBootstrap(lambda view: -lead(view))(results(errors)).verdict == FAILS
-    near = ByBootstrap(lambda view: lead(view) - values.mean() + 0.001)(results(errors))
+    assert here(lambda view: -lead(view))(results(errors)).verdict == FAILS
+    near = here(lambda view: lead(view) - values.mean() + 0.001)(results(errors))
     assert near.verdict == UNDECIDED
     assert near.needed_seeds is not None
     assert near.needed_seeds > 5
-    single = ByBootstrap(lead, tuned=True)(results(errors))
+    single = here(lead, tuned=True)(results(errors))
     assert (single.verdict, single.note) == (UNDECIDED, "one seed makes no interval")
     # Zero is enough for some.
-    nothing = ByBootstrap(lambda view: 0 * lead(view), strict=False)(results(errors))
+    nothing = here(lambda view: 0 * lead(view), strict=False)(results(errors))
     assert nothing.verdict == HOLDS
-    assert ByBootstrap(lambda view: 0 * lead(view))(results(errors)).verdict == FAILS
+    assert here(lambda view: 0 * lead(view))(results(errors)).verdict == FAILS
+    border = here(lambda view: lead(view) - values.mean())(results(errors))
+    assert "no number of runs would decide" in border.note
+
+
+def test_claims_about_more_than_the_settings_that_were_run() -> None:
+    """A lead in five of six settings that is clear in each of them: more settings would decide."""
+    rng = np.random.default_rng(0)
+    means = np.array([[[0.3], [0.2]]] * 5 + [[[0.2], [0.3]]])
+    errors = rng.normal(means, 0.001, (6, 2, 4))
+
+    def lead(view: judging.View) -> np.ndarray:
+        return (view.errors[..., 0] - view.errors[..., 1]).mean(axis=-1)
+
+    assert ByBootstrap(lead, settings=False)(results(errors)).verdict == HOLDS
+    found = ByBootstrap(lead)(results(errors))
+    assert (found.verdict, found.needed_seeds) == (UNDECIDED, None)
+    assert found.needed_settings is not None
+    assert 6 < found.needed_settings < 30
+    assert ByBootstrap(lead)(results(np.tile(errors, (4, 1, 1)))).verdict == HOLDS
+    few = ByBootstrap(lead)(results(errors[:5]))
+    assert (few.verdict, few.needed_settings) == (UNDECIDED, 6)
+    assert few.note == "5 of at least 6 settings that make an interval"
 
 
 # -- studies ---------------------------------------------------------------------------------------
