@@ -7,7 +7,7 @@ written down. The trials run on seeds of their own and are chosen by the validat
 runs have fresh seeds and are read on the test split. All runs count, none is stopped for looking
 bad, one that diverges has failed. Claims about costs are tested sequentially, with a guaranteed
 level: while one is undecided its contestants get further seeds, up to the scale's most.
-`runs/<name>/` then holds
+`--processes 2` shares the runs between two processes. `runs/<name>/` then holds
 
     config.json             what was run: the same command continues it, another one is refused
     <setting>/              the records of its runs, tuning and final
@@ -18,13 +18,17 @@ and `evidence/<study>.jsonl`, the ledger, one line more for each verdict.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
 import json
+import multiprocessing
+import os
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +71,8 @@ class Options(cli.DryRunOptions):
     """The ledger's folder."""
     overwrite: bool = False
     """Replace an earlier run of the same name."""
+    processes: int = 1
+    """Number of processes that share the runs; the results are those of one process."""
 
 
 def find_study(name: str | None) -> Study:
@@ -112,6 +118,8 @@ def train(
     """Trains and judges, with further seeds for claims that a sequential test has not decided."""
     chosen_scale = study.scales[scale]
     bouts: list[report.Bout] = []
+    for setting, arena in zip(chosen_scale.settings, arenas, strict=True):
+        arena.announce(len(setting.contestants), chosen_scale.seeds)
     for setting, arena in zip(chosen_scale.settings, arenas, strict=True):
         console.print(f"{setting.name}: {cli.plural(len(arena.plan.methods), 'method')}")
         tuning = arena.train_trials(console)
@@ -193,6 +201,58 @@ def show(
     console.print()
 
 
+def make_plans(study: Study, options: Options) -> list[Plan]:
+    """The training of each setting's trials; raises what `plan` raises."""
+    scale = study.scales[options.scale]
+    return [plan(setting, scale, options) for setting in scale.settings]
+
+
+def make_arenas(study: Study, options: Options, plans: Sequence[Plan], folder: Path) -> list[Arena]:
+    """The arena of each setting, in the folder of the study's run."""
+    scale = study.scales[options.scale]
+    return [
+        Arena(made, scale.most_seeds, folder / setting.name, options.processes)
+        for made, setting in zip(plans, scale.settings, strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def helpers(study: Study, options: Options, folder: Path) -> Iterator[None]:
+    """Further processes that do while a block runs what this one does, but for printing.
+
+    They end with this one. What one of them leaves undone, because it is killed for example, the
+    others do.
+    """
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of XLA's threads
+    started = [
+        spawn.Process(target=_help, args=(study, options, folder), daemon=True)
+        for _ in range(options.processes - 1)
+    ]
+    for process in started:
+        process.start()
+    try:
+        yield
+    finally:
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.join()
+
+
+def _help(study: Study, options: Options, folder: Path) -> None:
+    first = multiprocessing.parent_process()
+    assert first is not None
+
+    def end_with_it() -> None:
+        first.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_it, daemon=True).start()
+    with contextlib.suppress(KeyboardInterrupt):
+        arenas = make_arenas(study, options, make_plans(study, options), folder)
+        train(study, options.scale, arenas, Console(quiet=True))
+
+
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
@@ -204,17 +264,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.check_known("scale", options.scale, tuple(study.scales))
     scale = study.scales[options.scale]
     with cli.usage():
-        plans = [plan(setting, scale, options) for setting in scale.settings]
+        plans = make_plans(study, options)
     trained = {s.name: refereeing.config(p) for s, p in zip(scale.settings, plans, strict=True)}
     config = study.config(options.scale) | {"trained": trained}
     digest = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8]
     folder = folders.locate(
         options.runs_dir, options.name, f"{study.name}-{options.scale}-{digest}"
     )
-    arenas = [
-        Arena(made, scale.most_seeds, folder / setting.name)
-        for made, setting in zip(plans, scale.settings, strict=True)
-    ]
+    arenas = make_arenas(study, options, plans, folder)
     counts = sorted({len(setting.contestants) for setting in scale.settings})
     contestants = f"{' to '.join(map(str, counts))} contestants"
     heading = (
@@ -237,7 +294,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(heading, soft_wrap=True)
         if study.left_out:
             console.print(f"left out: {study.left_out}", soft_wrap=True)
-        bouts, outcome, judgements = train(study, options.scale, arenas, console)
+        with helpers(study, options, folder), progress.show(console, "referee"):
+            bouts, outcome, judgements = train(study, options.scale, arenas, console)
         about = {
             "command": command(study, options),
             "run": digest,

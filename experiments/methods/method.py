@@ -217,6 +217,10 @@ class Method:
         arguments = {**self.from_context(context), **settings}
         return optax.with_extra_args_support(self.factory(learning_rate, **arguments))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is computed on demand, so that other processes can be sent an entry."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     @functools.cached_property
     def _on_a_linear_layer(self) -> optax.GradientTransformationExtraArgs:
         """The optimizer of `_LAYER`, from which periods and sizes can be read."""

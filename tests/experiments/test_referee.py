@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import io
 import json
+import pickle
+import time
 from pathlib import Path
 
+import filelock
 import pytest
+from rich.console import Console
 
 from experiments import referee
 from experiments.runs import ledger
+from experiments.training.studies.refereeing import Arena
 from tests.experiments.reporting.test_referee import contestant, small_study
 
 TINY = ("tiny", "--name", "tiny")
@@ -52,6 +59,50 @@ def test_a_study(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         **results,
         "verdicts": [{**results["verdicts"][0], "date": entry["date"]}],
     }
+
+
+def test_processes_share_a_folder(here: Path) -> None:
+    """Each method is trained by one of three, one of which gives up; the numbers are the same."""
+    study = small_study()
+    setting, scale = study.scales["small"].settings[0], study.scales["small"]
+    plan = referee.plan(setting, scale, referee.Options())
+    alone = Arena(plan, 3, here / "alone").train_trials(Console(quiet=True))
+
+    metrics = here / "together" / "tuning" / "metrics"
+    metrics.mkdir(parents=True)
+    lock = filelock.FileLock(metrics / "sgd.lock")
+    lock.acquire()  # a process that trains the first method, and is killed
+    outputs = [Console(file=io.StringIO(), width=200) for _ in range(2)]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = [
+            pool.submit(Arena(plan, 3, here / "together", 2).train_trials, output)
+            for output in outputs
+        ]
+        while not (metrics / "demon_sgd.jsonl").exists():
+            time.sleep(0.05)
+        lock.release()
+        results = [each.result() for each in found]
+    assert results[0] == results[1] == alone
+    text = "".join(output.file.getvalue() for output in outputs)  # type: ignore[attr-defined]
+    assert text.count("2 runs") == 2  # each of the two methods once
+
+
+@pytest.mark.slow
+def test_several_processes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert referee.main(TINY) == 0
+    assert referee.main((*TINY, "--name", "shared", "--processes", "2")) == 0
+    assert "0 verdicts added" in capsys.readouterr().out
+    files = sorted((here / "runs" / "tiny").rglob("*.jsonl"))
+    assert len(files) == 4
+    for path in files:
+        other = here / "runs" / "shared" / path.relative_to(here / "runs" / "tiny")
+        assert other.read_text() == path.read_text()
+
+
+def test_studies_can_be_sent_to_other_processes() -> None:
+    for study in referee.STUDIES.values():
+        copy = pickle.loads(pickle.dumps(study))
+        assert copy.config("small") == study.config("small")
 
 
 def test_dry_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,7 +137,7 @@ def settings(
             batch_size=row.batch_size,
             epochs=epochs,
             contestants=contestants(optimizer, decays),
-            model_options=row.model_options,
+            model_options=dict(row.model_options),
         )
         for row in rows
         for epochs in row.epochs

@@ -4,9 +4,13 @@ The folder of a setting then holds
 
     tuning/metrics/<method>.jsonl   one line per evaluation of each trial, on the tuning seeds
     final/metrics/<method>.jsonl    the same of the chosen trial of each contestant
+    **/<method>.lock                held by the process that trains a method at the moment
     seconds.json                    seconds per step, where these are the unit of cost
 
-and what is finished there is not trained again.
+and what is finished there is not trained again. Several processes may work on one folder: each
+takes the next method that no other one trains, and at the end of a round waits for the rest. The
+operating system lets go of the locks of a process that ends, however it ends, and another process
+takes over what it left. All of them read the same files, so all come to the same results.
 """
 
 from __future__ import annotations
@@ -14,17 +18,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 from rich.console import Console
 
 from experiments import progress
 from experiments.methods import Method
 from experiments.runs.records import read_record, write_record
-from experiments.training.replicas import Plan, Record, Trainer
+from experiments.training.replicas import Plan, Record, Trainer, free_memory
 from experiments.training.studies import comparison, forecast
+
+TUNING, FINAL = "tuning", "final"
+_WAIT = 0.2  # seconds, before a process asks again for what others train
 
 
 class Arena:
@@ -34,20 +43,39 @@ class Arena:
       plan: the training of all trials; its `seeds` are those of the tuning.
       most_seeds: most seeds of the final runs, which follow those of the tuning.
       folder: where finished runs are kept.
+      processes: number of processes that share this machine's memory.
 
     Attributes:
       plan: the same.
       folder: the same.
     """
 
-    def __init__(self, plan: Plan, most_seeds: int, folder: Path):
+    def __init__(self, plan: Plan, most_seeds: int, folder: Path, processes: int = 1):
         self.plan, self.folder = plan, folder
-        self._most_seeds = most_seeds
+        self._most_seeds, self._processes = most_seeds, processes
+        self._announced: dict[str, float] = {}
 
     @functools.cached_property
     def trainer(self) -> Trainer:
         """The trainer, made when it is first asked for."""
-        return Trainer(dataclasses.replace(self.plan, seeds=self.plan.seeds + self._most_seeds))
+        return Trainer(
+            dataclasses.replace(self.plan, seeds=self.plan.seeds + self._most_seeds),
+            memory=free_memory() / 2 / self._processes,
+        )
+
+    def announce(self, contestants: int, seeds: int) -> None:
+        """Tells `experiments.progress` what there will be to do, before it is known exactly.
+
+        Args:
+          contestants: number of the final runs' methods.
+          seeds: of the final runs.
+        """
+        trials = sum(m.gradients_per_step * len(self.plan.replicas(m)) for m in self.plan.methods)
+        self._announced = {
+            TUNING: float(self.plan.steps * trials),
+            FINAL: float(self.plan.steps * contestants * seeds),
+        }
+        progress.expect(sum(self._announced.values()))
 
     def release(self) -> None:
         """Gives back the trainer's memory, compiled programs included."""
@@ -55,7 +83,7 @@ class Arena:
 
     def train_trials(self, console: Console) -> dict[str, list[Record]]:
         """Trains the trials that are not finished; returns all records by the method's name."""
-        return self._train(self.plan, self.folder / "tuning", console)
+        return self._train(self.plan, TUNING, console)
 
     def train_final(
         self, chosen: Sequence[Method], seeds: int, console: Console
@@ -76,20 +104,41 @@ class Arena:
             first_seed=self.plan.first_seed + self.plan.seeds,
             seeds=seeds,
         )
-        return self._train(plan, self.folder / "final", console)
+        return self._train(plan, FINAL, console)
 
-    def _train(self, plan: Plan, folder: Path, console: Console) -> dict[str, list[Record]]:
-        paths = {method.name: comparison.records_file(folder, method) for method in plan.methods}
-        left = comparison.find_missing(plan, folder, self.trainer)
+    def _train(self, plan: Plan, kind: str, console: Console) -> dict[str, list[Record]]:
+        folder = self.folder / kind
         (folder / "metrics").mkdir(parents=True, exist_ok=True)
+        left = comparison.find_missing(plan, folder, self.trainer)
         records = {name: missing.records for name, missing in left.items()}
-        with progress.show(console, "referee", sum(missing.work for missing in left.values())):
-            for method in plan.methods:
-                if (missing := left[method.name]).todo:
-                    records[method.name] = comparison.train_missing(
-                        plan, method, paths[method.name], self.trainer, missing, console
-                    )
+        todo = [method for method in plan.methods if left[method.name].todo]
+        work = sum(missing.work for missing in left.values()) - self._announced.pop(kind, 0.0)
+        with progress.show(console, "referee", work):
+            while todo:
+                taken = []
+                for method in todo:
+                    path = comparison.records_file(folder, method)
+                    expected = left[method.name].work
+                    try:
+                        with filelock.FileLock(path.with_suffix(".lock"), timeout=0):
+                            records[method.name] = self._finish(
+                                plan, method, path, expected, console
+                            )
+                    except filelock.Timeout:
+                        taken.append(method)
+                if len(taken) == len(todo):
+                    progress.tell(f"waiting for {taken[0].name}, which another process trains")
+                    time.sleep(_WAIT)
+                todo = taken
         return records
+
+    def _finish(
+        self, plan: Plan, method: Method, path: Path, expected: float, console: Console
+    ) -> list[Record]:
+        """Trains what another process has not trained since its work was expected."""
+        missing = comparison.Missing.of(plan, method, path, self.trainer)
+        progress.advance(expected - missing.work)
+        return comparison.train_missing(plan, method, path, self.trainer, missing, console)
 
     def seconds_per_step(self, chosen: Sequence[Method]) -> Mapping[str, float]:
         """Seconds per step of methods, measured in alternation, once."""
