@@ -51,9 +51,32 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
+# Every reference has to lead to a page. Types of other projects have none here, and neither has the
+# type of the elements of `Description`, which nobody makes.
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:.*", r"(jax|chex|numpy|optax|collections)\..*"),
+    ("py:class", r"optax_accel\.description\.Element"),
+]
+
 generated_pages.write(HERE)
 
 
+def _find_by_last_part(app: Any, env: Any, node: Any, text: Any) -> Any:
+    """Leads a reference to the public name that has the same last part: docstrings are short."""
+    target = node.get("reftarget", "")
+    if node.get("refdomain") != "py" or ("." in target and not target.startswith(project)):
+        return None
+    end = "." + target.rpartition(".")[2]
+    domain = env.get_domain("py")
+    found = [name for name in domain.objects if name.startswith(project) and name.endswith(end)]
+    if not found:
+        return None
+    shortest, kind, page = min(found, key=len), node["reftype"], node["refdoc"]
+    return domain.resolve_xref(env, page, app.builder, kind, shortest, node, text)
+
+
 def setup(app: Any) -> None:
-    """Leaves out what named tuples and dataclasses say of their fields, which docstrings say."""
+    """Leaves out what docstrings say of fields already, and finds names without their module."""
     app.connect("autodoc-skip-member", generated_pages.is_a_field)
+    app.connect("missing-reference", _find_by_last_part)

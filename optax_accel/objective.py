@@ -305,7 +305,7 @@ class Objective:
 
     @property
     def local(self) -> Objective:
-        """The same objective without collectives: this replica's own loss."""
+        """The same objective without collectives, which is the loss of this replica alone."""
         return self if self.axis_name is None else self._copy(axis_name=None, _where=None)
 
     @property

@@ -249,8 +249,8 @@ def block_iteration(
     Args:
       products: the symmetric operator on a block: maps leaves ``(m, *shape)`` to leaves of the same
         shapes.
-      start: block of ``m`` linearly independent rows; :func:`optax_accel.curvature.blocks.
-        random_basis` makes a random one.
+      start: block of ``m`` linearly independent rows; ``optax_accel.curvature.blocks.random_basis``
+        makes a random one.
       num_directions: how many leading eigenpairs to return, at most ``m``; ``None`` (default): all.
       num_products: budget of operator-vector products, at least ``m``; a product with a block
         counts ``m``.

@@ -1,6 +1,6 @@
 r"""EKFAC: K-FAC whose eigenvalues are measured in the eigenbasis of its factors.
 
-In the notation of :mod:`~optax_accel.natural_gradient.kfac`, with S the second moments of the
+In the notation of ``optax_accel.natural_gradient.kfac``, with S the second moments of the
 per-example gradients in the basis of :math:`A = U_A D_A U_A^\top` and
 :math:`B = U_B D_B U_B^\top`, the natural gradient of a layer is
 

@@ -64,7 +64,7 @@ def output_gradients(
       estimator: ``"fisher"``: one random vector an example; ``"ggn"``: as many as an example has
         outputs, with random signs; ``"empirical"``: the gradient of the loss.
       likelihood: the distribution that the outputs parametrize; None: that which the program of the
-        loss shows (:mod:`~optax_accel.natural_gradient.likelihoods`), else roots of its Hessian.
+        loss shows (``optax_accel.natural_gradient.likelihoods``), else roots of its Hessian.
       key: of the random vectors. Replicas and devices draw those of their examples.
       step: integer scalar; each step has vectors of its own.
       num_examples: the leading axis of the outputs.

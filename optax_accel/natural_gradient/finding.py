@@ -1,10 +1,10 @@
 """The layers of a network, found in its program by following each parameter through it.
 
 No layer is registered and no library is known by name.  ``predict(params)`` is traced to a jaxpr,
-in which every parameter is followed (:mod:`~optax_accel.natural_gradient.following`) to the layers
-that use it (:mod:`~optax_accel.natural_gradient.matching`); what is found is grouped into blocks
-(:mod:`~optax_accel.natural_gradient.grouping`) of the kinds of
-:mod:`~optax_accel.natural_gradient.layers`.
+in which every parameter is followed (``optax_accel.natural_gradient.following``) to the layers
+that use it (``optax_accel.natural_gradient.matching``); what is found is grouped into blocks
+(``optax_accel.natural_gradient.grouping``) of the kinds of
+``optax_accel.natural_gradient.layers``.
 """
 
 from __future__ import annotations

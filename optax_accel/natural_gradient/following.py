@@ -8,7 +8,7 @@ derivative.  A rule that passes the gradient to the parameter as it is (a straig
 estimator) is followed as a layout is.
 
 Sums and matrix products of two parameters are followed as if they were parameters
-(:mod:`~optax_accel.natural_gradient.effective`).
+(``optax_accel.natural_gradient.effective``).
 
 In ``lax.scan`` a parameter is either the same in all iterations, which then are further positions
 of its layer, or scanned, so that each iteration uses a slice of it.

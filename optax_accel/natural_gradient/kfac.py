@@ -2,7 +2,7 @@ r"""K-FAC: natural gradients with one Kronecker product for each layer.
 
 With G the gradient of a layer's weights as a matrix (inputs, outputs; the bias is its last row), A
 and B second moments of its inputs and of the gradients at its outputs
-(:mod:`~optax_accel.natural_gradient.factors`), and damping :math:`\lambda`, the natural gradient is
+(``optax_accel.natural_gradient.factors``), and damping :math:`\lambda`, the natural gradient is
 
 .. math::
   V &= (A + \pi \sqrt\lambda I)^{-1}\, G\, (B + \tfrac{\sqrt\lambda}{\pi} I)^{-1}
@@ -20,7 +20,7 @@ Fisher matrix for convolution layers <https://arxiv.org/abs/1602.01407>`_, 2016;
 2020: damping in the eigenbasis, the two periods, the KL clip, inverses spread over devices.
 
 Ours: layers are found in the program of ``predict`` instead of being registered
-(:mod:`~optax_accel.natural_gradient.finding`); factors start from zero and are corrected for it, as
+(``optax_accel.natural_gradient.finding``); factors start from zero and are corrected for it, as
 Adam's moments are; a batch with numbers that are not finite leaves the curvature as it was, and the
 state counts it.  The rescaling of the step by the quadratic model and the adaption of the damping
 to it (Martens, Grosse, sections 6.4, 6.5 and 7) are options of :func:`kfac`, and of any chain by
@@ -113,7 +113,7 @@ def scale_by_kfac(
     weight is a sum or a matrix product of parameters (low-rank adapters), each of them has a block;
     where it is another function of parameters that are used in nothing else (normalized weights),
     the block is that of the weight, damping included, and pseudoinverses of the function's
-    derivative lead from and to the parameters (:mod:`~optax_accel.natural_gradient.effective`).
+    derivative lead from and to the parameters (``optax_accel.natural_gradient.effective``).
 
     Layers stacked on an axis, which a loop scans or indexes, have factors of their own, as have the
     heads of a batched matmul and the groups of a convolution: the state holds them with a leading

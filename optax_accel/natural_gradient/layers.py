@@ -64,7 +64,7 @@ class Use:
       loops: of the parameter's slice in a loop the axis of the core, and the depth of the loop;
         empty outside of loops.
       scales: values with equal entries by which the weight is multiplied.
-      left: of a factor of the layer's weight (:mod:`~optax_accel.natural_gradient.effective`) the
+      left: of a factor of the layer's weight (``optax_accel.natural_gradient.effective``) the
         matrices that stand on its left, each the number of a value and operations on it, in the
         order in which inputs meet them.
       right: those on its right, in the order in which gradients meet them.
