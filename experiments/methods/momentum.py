@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
-
-import optax
 
 import optax_accel as oa
 from experiments.methods.method import Context, Method, Paper
 from experiments.methods.optax_methods import ADAM_RATES, SGD_RATES
+from experiments.methods.schedules import DEMON_ADAM_RATES, entry
 
-# Demon Adam in the paper's form takes steps about ten times Adam's at the same rate.
-DEMON_ADAM_RATES = (0.00003, 0.0001, 0.0003, 0.001, 0.003)
 # QHM's mean is dampened, SGD's momentum is not. YellowFin multiplies a rate that it tunes itself.
 QHM_RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
 YELLOWFIN_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -25,25 +22,10 @@ def _decay_steps(context: Context) -> dict[str, Any]:
     return {"decay_steps": context.total_steps}
 
 
-def _rival(name: str, summary: str, schedule: Callable[[int], optax.Schedule]) -> Method:
-    """SGD with a momentum schedule, which is made from the number of steps."""
-    return Method(
-        name=name,
-        family="momentum decay",
-        summary=f"rival of Demon: {summary}",
-        paper=_DEMON,
-        fidelity="faithful",
-        base="sgd",
-        learning_rates=SGD_RATES,
-        factory=_sgd_with_momentum,
-        from_context=lambda context: {"momentum": schedule(context.total_steps)},
-    )
-
-
-def _sgd_with_momentum(
-    learning_rate: Any, *, momentum: optax.Schedule
-) -> optax.GradientTransformation:
-    return oa.with_schedules(optax.sgd, momentum=momentum)(learning_rate)
+def _rival(name: str, summary: str, **settings: Any) -> Method:
+    """SGD with another momentum that changes over the run."""
+    method = entry(name, f"rival of Demon: {summary}", "sgd", **settings)
+    return dataclasses.replace(method, family="momentum decay", fidelity="faithful")
 
 
 MOMENTUM_DECAY = (
@@ -82,26 +64,10 @@ MOMENTUM_DECAY = (
         factory=functools.partial(oa.demon_adam, form="ema"),
         from_context=_decay_steps,
     ),
-    _rival(
-        "cosine_momentum_sgd",
-        "momentum 0.9 to 0 by a cosine",
-        lambda steps: optax.cosine_decay_schedule(0.9, steps),
-    ),
-    _rival(
-        "linear_momentum_sgd",
-        "momentum 0.9 to 0 linearly",
-        lambda steps: optax.linear_schedule(0.9, 0.0, steps),
-    ),
-    _rival(
-        "exponential_momentum_sgd",
-        "momentum 0.9 exp(-5 t / T)",
-        lambda steps: optax.exponential_decay(0.9, steps, decay_rate=0.006737947),
-    ),
-    _rival(
-        "onecycle_momentum_sgd",
-        "momentum 0.95, 0.85, 0.95",
-        lambda steps: oa.momentum_onecycle_schedule(steps, rise_fraction=0.5, cycle_fraction=1.0),
-    ),
+    _rival("cosine_momentum_sgd", "momentum 0.9 to 0 by a cosine", momentum="cosine"),
+    _rival("linear_momentum_sgd", "momentum 0.9 to 0 linearly", momentum="linear"),
+    _rival("exponential_momentum_sgd", "momentum 0.9 exp(-5 t / T)", momentum="exponential"),
+    _rival("onecycle_momentum_sgd", "momentum 0.95, 0.85, 0.95", momentum="onecycle", peak=0.95),
 )
 
 OTHER_MOMENTUM = (
