@@ -24,6 +24,7 @@ that are not finite.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -79,6 +80,93 @@ class ScaleByYellowFinState(NamedTuple):
     mean_distance: jax.Array
     mean_gradient: chex.ArrayTree
     velocity: chex.ArrayTree
+
+
+def _estimate(
+    updates: chex.ArrayTree, state: ScaleByYellowFinState, norm: jax.Array, decay: float
+) -> tuple[ScaleByYellowFinState, jax.Array]:
+    """The running means with one gradient more, and the rate and the momentum tuned by them.
+
+    Args:
+      updates: the gradient.
+      state: the state before it.
+      norm: its norm, which may not be finite; then the mean of the gradient stays.
+      decay: decay of the means.
+
+    Returns:
+      The state without a velocity, and the factor by which the gradient is clipped for the step.
+    """
+    first = state.count == 0
+    count = optax.safe_increment(state.count)
+    usable = jnp.isfinite(norm)
+
+    # Clipped loosely for the statistics, tightly for the step.
+    limit = jnp.where(first, _NO_LIMIT, jnp.sqrt(state.curvature_range[1]))
+    for_statistics = jnp.where(first, _NO_LIMIT, _PROTECTION * limit)
+    clipped = jnp.minimum(norm, for_statistics)
+    scale = _clip_factor(norm, for_statistics)
+
+    weight = one_minus_power(decay, count)
+
+    def mean(old: jax.Array, new: jax.Array) -> jax.Array:
+        return decay * old + (1 - decay) * new
+
+    size = state.recent_squared_norms.size
+    recent = state.recent_squared_norms.at[state.count % size].set(clipped**2 + _EPS)
+    filled = jnp.arange(size) < count
+    extremes = jnp.stack(
+        [jnp.min(recent, initial=jnp.inf, where=filled), jnp.max(recent, initial=0)]
+    )
+    log_range = mean(state.mean_log_range, jnp.log(extremes + _EPS))
+    curvatures = jnp.exp(log_range / weight)
+
+    squared_norm = mean(state.mean_squared_norm, clipped**2)
+    mean_norm = mean(state.mean_norm, clipped)
+    distance = mean(state.mean_distance, mean_norm / weight / (squared_norm / weight + _EPS))
+    # A refused gradient keeps the old mean, by a new one with weights 1 and 0.
+    kept, added = jnp.where(usable, decay, 1), jnp.where(usable, (1 - decay) * scale, 0)
+    gradient = jax.tree.map(
+        lambda g, old: (
+            kept.astype(old.dtype) * old
+            + added.astype(old.dtype) * jnp.where(usable, g, 0).astype(old.dtype)
+        ),
+        updates,
+        state.mean_gradient,
+    )
+    variance = squared_norm / weight - _sum_of_squares(gradient) / weight**2
+    momentum, rate = _tuned(curvatures, jnp.maximum(variance, _EPS), distance / weight)
+    slow_start = jnp.minimum(1.0, count.astype(weight.dtype) / (10 * size))
+    estimates = state._replace(
+        count=count,
+        tuned_learning_rate=rate * slow_start,
+        tuned_momentum=momentum,
+        curvature_range=curvatures,
+        recent_squared_norms=recent,
+        mean_squared_norm=squared_norm,
+        mean_norm=mean_norm,
+        mean_log_range=log_range,
+        mean_distance=distance,
+        mean_gradient=gradient,
+        velocity=None,
+    )
+    return estimates, scale * _clip_factor(clipped, limit)
+
+
+def _step(
+    updates: chex.ArrayTree,
+    velocity: chex.ArrayTree,
+    momentum: jax.Array,
+    rate: jax.Array,
+    clip: Callable[[jax.Array], jax.Array],
+) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+    """One heavy-ball step of a clipped gradient: the update and the new velocity."""
+    velocity = jax.tree.map(
+        lambda g, v: momentum.astype(v.dtype) * v + clip(g).astype(v.dtype), updates, velocity
+    )
+    new_updates = jax.tree.map(
+        lambda g, v: (rate.astype(v.dtype) * v).astype(g.dtype), updates, velocity
+    )
+    return new_updates, velocity
 
 
 def scale_by_yellowfin(
@@ -157,76 +245,21 @@ def scale_by_yellowfin(
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, ScaleByYellowFinState]:
         del params, extra_args
-        first = state.count == 0
-        count = optax.safe_increment(state.count)
         norm = jnp.sqrt(_sum_of_squares(updates).astype(state.mean_norm.dtype))
         usable = jnp.isfinite(norm)
-
-        # Clipped loosely for the statistics, tightly for the step.
-        limit = jnp.where(first, _NO_LIMIT, jnp.sqrt(state.curvature_range[1]))
-        for_statistics = jnp.where(first, _NO_LIMIT, _PROTECTION * limit)
-        clipped = jnp.minimum(norm, for_statistics)
-        scale = _clip_factor(norm, for_statistics)
-        step_scale = scale * _clip_factor(clipped, limit)
-
-        weight = one_minus_power(decay, count)
-
-        def mean(old: jax.Array, new: jax.Array) -> jax.Array:
-            return decay * old + (1 - decay) * new
-
-        size = state.recent_squared_norms.size
-        recent = state.recent_squared_norms.at[state.count % size].set(clipped**2 + _EPS)
-        filled = jnp.arange(size) < count
-        extremes = jnp.stack(
-            [jnp.min(recent, initial=jnp.inf, where=filled), jnp.max(recent, initial=0)]
-        )
-        log_range = mean(state.mean_log_range, jnp.log(extremes + _EPS))
-        curvatures = jnp.exp(log_range / weight)
-
-        squared_norm = mean(state.mean_squared_norm, clipped**2)
-        mean_norm = mean(state.mean_norm, clipped)
-        distance = mean(state.mean_distance, mean_norm / weight / (squared_norm / weight + _EPS))
-        # A refused gradient keeps the old mean, by a new one with weights 1 and 0.
-        kept, added = jnp.where(usable, decay, 1), jnp.where(usable, (1 - decay) * scale, 0)
-        gradient = jax.tree.map(
-            lambda g, old: (
-                kept.astype(old.dtype) * old
-                + added.astype(old.dtype) * jnp.where(usable, g, 0).astype(old.dtype)
-            ),
-            updates,
-            state.mean_gradient,
-        )
-        variance = squared_norm / weight - _sum_of_squares(gradient) / weight**2
-        momentum, rate = _tuned(curvatures, jnp.maximum(variance, _EPS), distance / weight)
-        slow_start = jnp.minimum(1.0, count.astype(weight.dtype) / (10 * size))
-        momentum = jnp.where(first, initial_momentum, momentum)
-        rate = jnp.where(first, initial_learning_rate, rate * slow_start)
-
-        coefficient = jnp.where(usable, momentum, 1)
-        velocity = jax.tree.map(
-            lambda g, v: (
-                coefficient.astype(v.dtype) * v
-                + jnp.where(usable, step_scale.astype(g.dtype) * g, 0).astype(v.dtype)
-            ),
+        first = state.count == 0
+        estimates, step_scale = _estimate(updates, state, norm, decay)
+        momentum = jnp.where(first, initial_momentum, estimates.tuned_momentum)
+        rate = jnp.where(first, initial_learning_rate, estimates.tuned_learning_rate)
+        new_updates, velocity = _step(
             updates,
             state.velocity,
+            jnp.where(usable, momentum, 1),
+            jnp.where(usable, rate, 0),
+            lambda g: jnp.where(usable, step_scale.astype(g.dtype) * g, 0),
         )
-        factor = jnp.where(usable, rate, 0)
-        new_updates = jax.tree.map(
-            lambda g, v: (factor.astype(v.dtype) * v).astype(g.dtype), updates, velocity
-        )
-        accepted = state._replace(
-            count=count,
-            tuned_learning_rate=rate,
-            tuned_momentum=momentum,
-            curvature_range=curvatures,
-            recent_squared_norms=recent,
-            mean_squared_norm=squared_norm,
-            mean_norm=mean_norm,
-            mean_log_range=log_range,
-            mean_distance=distance,
-            mean_gradient=None,
-            velocity=None,
+        accepted = estimates._replace(
+            tuned_learning_rate=rate, tuned_momentum=momentum, mean_gradient=None
         )
         refused = state._replace(
             rejected=optax.safe_increment(state.rejected), mean_gradient=None, velocity=None
@@ -234,7 +267,9 @@ def scale_by_yellowfin(
         scalars = jax.tree.map(
             lambda new, old: jnp.where(usable, new.astype(old.dtype), old), accepted, refused
         )
-        return new_updates, scalars._replace(mean_gradient=gradient, velocity=velocity)
+        return new_updates, scalars._replace(
+            mean_gradient=estimates.mean_gradient, velocity=velocity
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
