@@ -9,7 +9,7 @@
 (4, 10)
 """
 
-from models._registry import create, describe, is_convolutional, list
+from models._registry import create, describe, draws_images, is_convolutional, list
 from models.capsnet import CapsNet
 from models.cnn import Cnn
 from models.efficientnet import EfficientNet
@@ -47,6 +47,7 @@ __all__ = [
     "WideResNet",
     "create",
     "describe",
+    "draws_images",
     "is_convolutional",
     "list",
 ]

@@ -105,11 +105,15 @@ def list() -> tuple[str, ...]:
     return tuple(MODELS)
 
 
-def describe() -> str:
+def describe(trained_by: Mapping[str, str] = MappingProxyType({})) -> str:
     """All models as text for the terminal.
 
+    Args:
+        trained_by: What to say, by name, on how to train a model.
+
     Returns:
-        Two lines for each name: what the model is, and the options that `create` takes for it.
+        Two lines for each name: what the model is, and the options that `create` takes for it;
+        and a third one for names in `trained_by`.
     """
     lines = []
     for name, entry in MODELS.items():
@@ -119,6 +123,8 @@ def describe() -> str:
             f"  {name}: {summary.rstrip('.')}" + (f" ({fixed})" if fixed else ""),
             f"      options: {', '.join(_options(entry))}",
         ]
+        if name in trained_by:
+            lines.append(f"      trained by: {trained_by[name]}")
     return "\n".join(lines)
 
 
@@ -192,6 +198,18 @@ def is_convolutional(name: str) -> bool:
         True for convolutional networks.
     """
     return _find(name).convolutional
+
+
+def draws_images(name: str) -> bool:
+    """Whether a model draws new images, by a method `sample(number, key=...)`.
+
+    Args:
+        name: One of `list()`.
+
+    Returns:
+        True for generative models.
+    """
+    return hasattr(_find(name).model, "sample")
 
 
 def _find(name: str) -> Entry:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,20 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models import _common
+
+
+class CapsNetOutputs(TypedDict):
+    """What the model returns for N images whose classes it is given.
+
+    Attributes:
+        lengths: (N, num_classes), the outputs without labels.
+        images: (N, *input_shape), the images rebuilt from the capsules of the given classes.
+        inputs: (N, *input_shape), the images themselves.
+    """
+
+    lengths: jax.Array
+    images: jax.Array
+    inputs: jax.Array
 
 
 class CapsNet(nnx.Module):
@@ -35,8 +50,9 @@ class CapsNet(nnx.Module):
 
     The outputs are lengths in [0, 1), made for `margin_loss`. Softmax cross-entropy reads logits,
     and lengths differ by less than 1, so that even a perfect answer among 10 classes would have
-    the probability 0.23: for it set `length_scale` to 10 or more. The decoder takes no part in
-    either loss; add `reconstruction_loss`, or leave it out by `reconstruction=False`.
+    the probability 0.23: for it set `length_scale` to 10 or more. `model(x, labels)` also rebuilds
+    the images, for `margin_loss` plus `reconstruction_loss`, the paper's total loss (section 4.1).
+    Without labels the decoder takes no part; leave it out by `reconstruction=False`.
 
     Example:
         >>> import jax
@@ -122,9 +138,23 @@ class CapsNet(nnx.Module):
         self.num_iterations = num_iterations
         self.length_scale = length_scale
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Lengths of shape (N, num_classes), at least float32, of a batch of images."""
-        return self.length_scale * lengths(self.class_capsules(x))
+    def __call__(self, x: jax.Array, labels: jax.Array | None = None) -> jax.Array | CapsNetOutputs:
+        """Lengths of shape (N, num_classes), at least float32, of a batch of images.
+
+        Args:
+            x: The images, (N, *input_shape).
+            labels: Their classes, integers of shape (N,); with them also rebuilds the images.
+        """
+        capsules = self.class_capsules(x)
+        outputs = self.length_scale * lengths(capsules)
+        if labels is None:
+            return outputs
+        return {"lengths": outputs, "images": self.reconstruct(capsules, labels), "inputs": x}
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether the model can be called with labels."""
+        return self.decoder is not None
 
     def class_capsules(self, x: jax.Array) -> jax.Array:
         """The capsules of all classes, (N, num_classes, class_capsule_size)."""

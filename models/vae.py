@@ -39,8 +39,8 @@ class Vae(nnx.Module):
 
     In train mode (the default; `model.train()`, `model.eval()`, `nnx.view`) the code is drawn,
     mean + exp(log_variance / 2) * noise, with noise from the model's random stream "noise", which
-    each call moves on. In eval mode the code is its mean, nothing is random, and `negative_elbo` is
-    the reconstruction loss at the mean plus the divergence: usually a little less than the bound.
+    each call moves on. In eval mode the noise is that of one fixed key, so that `negative_elbo` is
+    an estimate of the bound, the same in each evaluation. `model.sample` draws new images.
 
     Layers start like PyTorch's, uniform within ±1/sqrt(fan in).
 
@@ -95,11 +95,23 @@ class Vae(nnx.Module):
         for layer in self.encoder:
             h = self.activation(layer(h))
         mean, log_variance = (_common.as_logits(f(h)) for f in (self.mean, self.log_variance))
-        code = mean
-        if not self.deterministic:
-            noise = jax.random.normal(self.noise(), mean.shape, mean.dtype)
-            code = mean + jnp.exp(log_variance / 2) * noise
+        key = jax.random.key(0) if self.deterministic else self.noise()
+        noise = jax.random.normal(key, mean.shape, mean.dtype)
+        code = mean + jnp.exp(log_variance / 2) * noise
         return {"logits": self.decode(code), "mean": mean, "log_variance": log_variance}
+
+    def sample(self, number: int, *, key: jax.Array) -> jax.Array:
+        """New images: the means of the pixels, given codes from the standard normal distribution.
+
+        Args:
+            number: How many.
+            key: Random key.
+
+        Returns:
+            (number, *input_shape), values from 0 to 1.
+        """
+        latent_size = self.mean.out_features
+        return nnx.sigmoid(self.decode(jax.random.normal(key, (number, latent_size))))
 
     def decode(self, code: jax.Array) -> jax.Array:
         """Logits of the pixels, (N, *input_shape), of codes (N, latent_size)."""
@@ -112,7 +124,7 @@ class Vae(nnx.Module):
         """Class method used by `nnx.view`.
 
         Args:
-            deterministic: Whether codes are means rather than drawn.
+            deterministic: Whether the noise of the codes is that of one fixed key.
         """
         if deterministic is not None:
             self.deterministic = deterministic

@@ -97,6 +97,17 @@ def test_losses_are_their_formulas():
     np.testing.assert_allclose(loss, [0, 0.0005 * 36], rtol=1e-6)
 
 
+def test_with_labels_the_model_also_rebuilds_the_images():
+    options = CAPSNET | {"reconstruction": True, "hidden_sizes": (5,)}
+    model = models.CapsNet(**options, input_shape=(9, 8, 1), num_classes=3)
+    x, labels = jax.random.uniform(jax.random.key(0), (2, 9, 8, 1)), jnp.array([2, 0])
+    outputs = model(x, labels)
+    np.testing.assert_array_equal(outputs["lengths"], model(x))
+    expected = model.reconstruct(model.class_capsules(x), labels)
+    np.testing.assert_array_equal(outputs["images"], expected)
+    np.testing.assert_array_equal(outputs["inputs"], x)
+
+
 @pytest.mark.slow
 def test_training_by_the_margin_loss():
     options = CAPSNET | {"length_scale": 1.0}

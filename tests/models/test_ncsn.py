@@ -235,6 +235,25 @@ def test_wrong_options(options, message):
         models.create("ncsn", **TINY | options)
 
 
+def test_langevin_dynamics_follow_the_algorithm():
+    """The levels one after the other, and each step by hand."""
+    seen = []
+
+    def score(x, level):
+        seen.append(int(level[0]))
+        return -x / (1 + level[:, None])
+
+    start, key = jnp.array([[1.0, -2.0]]), jax.random.key(3)
+    sigmas = jnp.array([0.5, 0.1])
+    end = ncsn.annealed_langevin(score, start, sigmas, key, steps_per_level=2, step_size=0.01)
+    assert seen == [0, 0, 1, 1]
+    x = np.asarray(start, np.float64)
+    for number, (level, step) in enumerate([(0, 0.25), (0, 0.25), (1, 0.01), (1, 0.01)]):
+        noise = np.asarray(jax.random.normal(jax.random.fold_in(key, number), x.shape))
+        x = x - step / 2 * x / (1 + level) + np.sqrt(step) * noise
+    np.testing.assert_allclose(end, x, rtol=1e-5)
+
+
 def test_wrong_inputs():
     model = nnx.eval_shape(lambda: models.create("ncsn", **TINY))
     with pytest.raises(ValueError, match=r"Ncsn expects a batch of shape \(N, 6, 4, 1\)"):
