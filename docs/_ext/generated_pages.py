@@ -14,10 +14,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import models
 import optax_accel as oa
+from experiments import data
 from experiments.methods import METHODS, Method
 from experiments.reporting import comparison
 from experiments.runs import ledger
+from experiments.training.losses import LOSS_OF_MODEL
+from experiments.training.options import trained_by
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("methods", "api", "notebooks", "tables")
@@ -66,6 +70,7 @@ def write(docs: Path) -> None:
     verdicts.parent.mkdir(exist_ok=True)
     verdicts.write_text(ledger.page(ROOT / ledger.FOLDER), encoding="utf-8")
     _write_tables(docs / "tables")
+    _write_zoo(docs / "tables")
 
 
 def is_a_field(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
@@ -210,6 +215,51 @@ def _write_tables(folder: Path) -> None:
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         notes = "\n".join(f"- {note}" for note in comparison.footnotes(results))
         (folder / f"{path.stem}.md").write_text(f"{table}\n\n{notes}\n", encoding="utf-8")
+
+
+# -- tasks and models ------------------------------------------------------------------------------
+
+# What the command reports of a split besides the loss, by kind of task.
+SCORES = {
+    "classification": "accuracy",
+    "regression": "root of the mean squared error",
+    "segmentation": "accuracy of pixels",
+    "language": "perplexity",
+    "translation": "perplexity",
+    "autoencoder": "negative bound (nats per image), `samples.png`",
+    "score_matching": "denoising loss, `samples.png`",
+}
+
+
+def _write_zoo(folder: Path) -> None:
+    """The tables of tasks and of models, as `train --list` knows them."""
+    lines = [
+        "| task | model | loss | method, rate | batch | reports |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in data.TASKS:
+        task = data.DEFAULTS[name]
+        rate = "middle of its grid" if task.learning_rate is None else f"{task.learning_rate:g}"
+        loss = LOSS_OF_MODEL.get(task.model, task.loss)
+        cells = (
+            f"`{name}`",
+            f"`{task.model}`",
+            loss,
+            f"`{task.method}`, {rate}",
+            str(task.batch_size),
+            SCORES[task.kind],
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    (folder / "tasks.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = [
+        "| model | what it is | trained by `python -m experiments.train ...` |",
+        "|---|---|---|",
+    ]
+    texts = models.describe().splitlines()[::2]
+    for name, text in zip(models.list(), texts, strict=True):
+        what = text.strip().removeprefix(f"{name}: ")
+        lines.append(f"| `{name}` | {what} | `{trained_by(name)}` |")
+    (folder / "models.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # -- notebooks -------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ iterators save and restore their position (`get_state`, `set_state`) and so can 
 | `multi30k` | 29,000 / 1,014 / 1,000 | Multi30k, English to German |
 | `segmentation` | 384 / 48 / 48 crops of 24 / 3 / 3 pictures | ISBI 2012, membranes |
 | `vae_mnist` | 55,000 / 5,000 / 10,000 | MNIST |
+| `vae_digits`, `ncsn_digits` | as `digits` | none |
+| `ncsn_cifar10_5k` | as `cifar10_5k` | as `cifar10_5k` |
 | `image_folder`, `arrays`, | as the files say, | your own |
 | `text`, `text_lm`, `table` | or 70, 15 and 15 per cent | |
 

@@ -8,7 +8,8 @@ are not those of the original); CIFAR-100 is `cifar100.npz` or the folder `cifar
 `.npz` file holds `x_train`, `y_train`, `x_test` and `y_test`.
 
 Pixels are scaled to [0, 1]; CIFAR is instead standardized per pixel and channel by the mean and the
-standard deviation of the training split. `imagenet_folder` reads its pictures when they are needed
+standard deviation of the training split, except for models that draw images (`vae_*`, `ncsn_*`,
+whose labels are the images themselves). `imagenet_folder` reads its pictures when they are needed
 (`readers.pictures.ImageFiles`) and standardizes each channel by ImageNet's mean and deviation.
 """
 
@@ -25,7 +26,7 @@ from experiments.data.readers.files import DataError, exists, plain_or_gzipped
 from experiments.data.readers.hubs import check_labels, read_hub
 from experiments.data.readers.pickles import read_cifar
 from experiments.data.readers.pictures import ImageFiles, decode_jpegs, list_classes
-from experiments.data.tasks import SUBSETS, Split, Task, make_task, split_arrays
+from experiments.data.tasks import DEFAULTS, SUBSETS, Split, Task, make_task, split_arrays
 
 _MNIST_SHAPE = (28, 28)
 _MNIST_FILES = {
@@ -62,8 +63,15 @@ _IMAGENET_MEAN = 255 * np.array([0.485, 0.456, 0.406])
 _IMAGENET_STD = 255 * np.array([0.229, 0.224, 0.225])
 
 
-def load_digits() -> Task:
-    """The task `digits`, from scikit-learn."""
+def load_digits(name: str = "digits") -> Task:
+    """A task on the digits of scikit-learn.
+
+    Args:
+      name: name of the task.
+
+    Returns:
+      The task.
+    """
     # Imported here because it takes longer than everything else in this module.
     from sklearn import datasets
     from sklearn.model_selection import train_test_split
@@ -75,7 +83,14 @@ def load_digits() -> Task:
     train, validation = train_test_split(rest, test_size=360, stratify=y[rest], random_state=0)
     # The file's pixels lie between 0 and 16; they are treated as if 255 were the brightest.
     whole = Split(x, y, (0.0, 255.0))
-    return make_task("digits", [whole[rows] for rows in (train, validation, test)])
+    return _make(name, [whole[rows] for rows in (train, validation, test)])
+
+
+def _make(name: str, splits: Sequence[Split], num_classes: int = 10) -> Task:
+    """A task of these splits; where the model draws images, the labels are the images."""
+    if DEFAULTS[name].kind == "classification":
+        return make_task(name, splits, num_classes)
+    return make_task(name, [Split(s.x, s.x, s.pixels) for s in splits], num_classes=0)
 
 
 def load_mnist(name: str, folder: Path, hub: str | None) -> Task:
@@ -95,9 +110,7 @@ def load_mnist(name: str, folder: Path, hub: str | None) -> Task:
     source = "fashion_mnist" if name == "fashion_mnist" else "mnist"
     path, arrays = (folder, _read_hub(hub)) if hub else _read_mnist(source, folder)
     splits = _scale(split_arrays(name, path, _checked(path, arrays, _MNIST_SHAPE, 10)))
-    if name == "vae_mnist":  # the labels of an autoencoder are its examples
-        return make_task(name, [Split(s.x, s.x, s.pixels) for s in splits], num_classes=0)
-    return make_task(name, splits)
+    return _make(name, splits)
 
 
 def _read_mnist(source: str, folder: Path) -> tuple[Path, Arrays]:
@@ -132,10 +145,13 @@ def load_cifar(name: str, folder: Path, hub: str | None) -> Task:
     classes = 100 if name == "cifar100" else 10
     path, arrays = (folder, _read_hub(hub)) if hub else _read_cifar(name, folder)
     arrays = _checked(path, arrays, _CIFAR_SHAPE, classes)
-    return make_task(name, _standardize(split_arrays(name, path, arrays)), classes)
+    splits = split_arrays(name, path, arrays)
+    scaled = DEFAULTS[name].kind != "classification"
+    return _make(name, _scale(splits) if scaled else _standardize(splits), classes)
 
 
 def _read_cifar(name: str, folder: Path) -> tuple[Path, Arrays]:
+    name = name.removeprefix("ncsn_")
     source = name.removesuffix("_5k")
     files = [f"{name}.npz"] * (name in SUBSETS) + [f"{source}.npz"]
     for path in (folder / file for file in files):
@@ -194,10 +210,11 @@ def _checked(path: Path, arrays: Arrays, image_shape: tuple[int, ...], num_class
 
 
 def _scale(splits: list[Split]) -> list[Split]:
-    """Scales bytes to [0, 1] and adds an axis for the single channel."""
+    """Scales bytes to [0, 1], and adds an axis where there is a single channel."""
     scaled = []
     for split in splits:
-        x = split.x.astype(np.float32)[..., np.newaxis]
+        x = split.x.astype(np.float32)
+        x = x[..., np.newaxis] if x.ndim == 3 else x
         x /= np.float32(255)
         scaled.append(Split(x, split.y, (0.0, 255.0)))
     return scaled

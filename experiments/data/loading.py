@@ -34,7 +34,7 @@ ENVIRONMENT_VARIABLE = "OPTAX_ACCEL_DATA"
 # Each takes the name of the task, the folder and the hub.
 _LOADERS: Mapping[str, Callable[[str, Path, str | None], Task]] = {
     **dict.fromkeys(("mnist", "mnist5k", "fashion_mnist", "vae_mnist"), images.load_mnist),
-    **dict.fromkeys(("cifar10", "cifar10_5k", "cifar100"), images.load_cifar),
+    **dict.fromkeys(("cifar10", "cifar10_5k", "cifar100", "ncsn_cifar10_5k"), images.load_cifar),
     **dict.fromkeys(("sst2", "sst2_1k"), sentences.load_sst2),
     **dict.fromkeys(("wikitext2", "tiny_shakespeare"), language.load_windows),
     "multi30k": translation.load_multi30k,
@@ -73,8 +73,8 @@ def load_task(name: str, *, data_dir: str | Path | None = None, **options: Any) 
         return LOADERS[name](_own_location(name, data_dir), files)
     if short_name(name) in _REGISTERED:
         return _load_registered(short_name(name), data_dir)
-    if name == "digits":
-        return images.load_digits()
+    if name in ("digits", "vae_digits", "ncsn_digits"):
+        return images.load_digits(name)
     location = data_dir or os.environ.get(ENVIRONMENT_VARIABLE)
     hub = None if hub_of(location) is None else str(location)
     if hub and name in ("imagenet_folder", "segmentation"):

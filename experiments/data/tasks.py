@@ -28,7 +28,7 @@ DIRECTIONS = 10
 # The label of positions that count for nothing, such as padding.
 IGNORED = -1
 # Training examples of the tasks that use a part of their data set.
-SUBSETS = {"mnist5k": 5_000, "cifar10_5k": 5_000, "sst2_1k": 1_000}
+SUBSETS = {"mnist5k": 5_000, "cifar10_5k": 5_000, "ncsn_cifar10_5k": 5_000, "sst2_1k": 1_000}
 # Validation examples of the tasks that use all of it.
 _VALIDATION = 5_000
 
@@ -41,8 +41,8 @@ class Defaults:
       model: name of a model in `models`.
       target_accuracy: validation accuracy that a good run of that model reaches; 0 for tasks whose
         runs are not compared by accuracy.
-      kind: "classification", "regression", "segmentation", "language", "translation" or
-        "autoencoder".
+      kind: "classification", "regression", "segmentation", "language", "translation",
+        "autoencoder" or "score_matching".
       model_options: options of the model.
       loss: name of a loss in `losses.LOSSES`.
       method: name of a method in `methods`.
@@ -63,6 +63,24 @@ class Defaults:
 # With adam the same settings serve most data.
 _OWN = Defaults("mlp", method="adam", learning_rate=0.001)
 _SHAKESPEARE = {"embedding_size": 128, "num_layers": 4, "num_heads": 4, "dropout_rate": 0.1}
+# Batches of 100 as in Demon's experiments (Chen et al., 2019, appendix).
+_VAE = Defaults(
+    "vae",
+    kind="autoencoder",
+    loss="elbo",
+    method="adam",
+    learning_rate=0.001,
+    batch_size=100,
+)
+# Adam's rate and the batch of Song and Ermon (2019), section 5; their width is 128.
+_NCSN = Defaults(
+    "ncsn",
+    kind="score_matching",
+    loss="score_matching",
+    method="adam",
+    learning_rate=0.001,
+    batch_size=128,
+)
 _TABLE: dict[str, Defaults] = {
     "digits": Defaults("mlp", 0.95),
     "mnist": Defaults("mlp", 0.97),
@@ -112,14 +130,10 @@ _TABLE: dict[str, Defaults] = {
         learning_rate=0.001,
         batch_size=8,
     ),
-    "vae_mnist": Defaults(
-        "vae",
-        kind="autoencoder",
-        loss="elbo",
-        method="adam",
-        learning_rate=0.001,
-        batch_size=100,
-    ),
+    "vae_mnist": _VAE,
+    "vae_digits": dataclasses.replace(_VAE, model_options={"hidden_sizes": (256, 128)}),
+    "ncsn_digits": dataclasses.replace(_NCSN, model_options={"width": 16}),
+    "ncsn_cifar10_5k": dataclasses.replace(_NCSN, model_options={"width": 32}),
     "image_folder": dataclasses.replace(_OWN, model="cnn"),
     "arrays": _OWN,
     "text": dataclasses.replace(_OWN, model="transformer", learning_rate=0.0003),
@@ -147,12 +161,13 @@ CLASSIFICATION: tuple[str, ...] = tuple(
 # Losses that fit the labels of each kind of task.
 LOSSES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "classification": ("cross_entropy", "mse"),
+        "classification": ("cross_entropy", "mse", "margin"),
         "regression": ("mse",),
         "segmentation": ("cross_entropy",),
         "language": ("cross_entropy",),
         "translation": ("cross_entropy",),
         "autoencoder": ("elbo",),
+        "score_matching": ("score_matching",),
     }
 )
 
@@ -299,7 +314,8 @@ class Split:
         channels), or token ids, int32 of shape (N, length), which for translation is the length
         of the source plus that of the target.
       y: the labels, int32, of each example (N,), pixel (N, height, width) or position (N, length),
-        where `IGNORED` counts for nothing; for an autoencoder the examples themselves.
+        where `IGNORED` counts for nothing; for an autoencoder and for score matching the examples
+        themselves.
       pixels: mean and standard deviation by which images were standardized, so that the bytes of
         the file are `x * std + mean`; `None` for anything but images.
     """

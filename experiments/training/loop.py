@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+import models
 from experiments import cli, data
 from experiments.data.prefetch import DevicePrefetcher
 from experiments.runs.checkpoints import Checkpoints
@@ -23,9 +24,12 @@ from experiments.training.non_finite import NonFinitePolicy
 from experiments.training.plan import Plan
 from experiments.training.profiling import StepTrace
 from experiments.training.program import Program
+from experiments.training.sampling import NUMBER, write_samples
 from experiments.training.step import TrainState
 
 PyTree = Any
+# The picture of what a generative model draws at the end.
+SAMPLES = "samples.png"
 
 
 @dataclasses.dataclass
@@ -141,6 +145,10 @@ def train(plan: Plan, program: Program, console: Console) -> int | None:
     console.print(
         f"test {show(scores)}; metrics and checkpoints are in {plan.folder}", soft_wrap=True
     )
+    if models.draws_images(plan.model):
+        console.print(f"drawing {NUMBER} images from the model")
+        write_samples(program, run.state, plan.folder / SAMPLES)
+        console.print(f"images drawn: {plan.folder / SAMPLES}", soft_wrap=True)
     return None
 
 

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from models import vae
+from experiments.data.tasks import LOSSES as LOSSES_OF_KIND
+from experiments.data.tasks import Defaults
+from models import capsnet, ncsn, vae
 
 
 def _cross_entropy(outputs: jax.Array, y: jax.Array, *, label_smoothing: float = 0.0) -> jax.Array:
@@ -40,12 +42,28 @@ def _elbo(outputs: vae.VaeOutputs, y: jax.Array) -> jax.Array:
     return jnp.mean(vae.negative_elbo(outputs, y))
 
 
+def _margin(outputs: jax.Array | capsnet.CapsNetOutputs, y: jax.Array) -> jax.Array:
+    if not isinstance(outputs, dict):
+        return jnp.mean(capsnet.margin_loss(outputs, y))
+    margins = capsnet.margin_loss(outputs["lengths"], y)
+    return jnp.mean(margins + capsnet.reconstruction_loss(outputs["images"], outputs["inputs"]))
+
+
+def _score_matching(outputs: ncsn.NcsnOutputs, y: jax.Array) -> jax.Array:
+    del y  # the images, of which the outputs hold the noise that was added
+    return jnp.mean(ncsn.denoising_score_matching(outputs))
+
+
 LossFn = Callable[[Any, jax.Array], jax.Array]
 LOSSES: dict[str, Callable[..., jax.Array]] = {
     "cross_entropy": _cross_entropy,
     "mse": _mse,
     "elbo": _elbo,
+    "margin": _margin,
+    "score_matching": _score_matching,
 }
+# Losses of single models, which take the place of their tasks' defaults.
+LOSS_OF_MODEL = {"capsnet": "margin"}
 # The distribution whose parameters are the outputs, by loss, where K-FAC knows one.
 LIKELIHOODS = {"cross_entropy": "categorical", "mse": "gaussian"}
 
@@ -61,6 +79,9 @@ def find_loss(loss: str | LossFn, *, label_smoothing: float = 0.0) -> LossFn:
       label and 0 for the others, as in Song et al. (2024).
     * ``elbo`` is the bound of a variational autoencoder, `models.vae.negative_elbo`; its labels are
       the images.
+    * ``margin`` is the loss of a capsule network, `models.capsnet.margin_loss`, and for a network
+      that rebuilds its inputs also `models.capsnet.reconstruction_loss` (see `reads_labels`).
+    * ``score_matching`` is that of a score network, `models.ncsn.denoising_score_matching`.
 
     All are means over the examples.
 
@@ -90,3 +111,37 @@ def find_loss(loss: str | LossFn, *, label_smoothing: float = 0.0) -> LossFn:
     if not 0 < label_smoothing < 1:
         raise ValueError(f"label smoothing must be at least 0 and below 1, got {label_smoothing}")
     return functools.partial(_cross_entropy, label_smoothing=label_smoothing)
+
+
+def choose(loss: str | None, model: str | None, defaults: Defaults) -> str:
+    """The loss of a run.
+
+    Args:
+      loss: the one that a person names, if any.
+      model: name of the model; `None` for that of the task.
+      defaults: those of the task.
+
+    Returns:
+      The loss named, or that of the model if it has one and the task allows it, or the task's.
+    """
+    own = LOSS_OF_MODEL.get(model or defaults.model)
+    return loss or (own if own in LOSSES_OF_KIND[defaults.kind] else None) or defaults.loss
+
+
+def reads_labels(loss: LossFn, model: Any) -> bool:
+    """Whether a model is called with the labels as well as the inputs, to compute its loss.
+
+    The decoder of a capsule network reads the capsule of the true class (Sabour et al., 2017,
+    section 4.1).
+
+    Args:
+      loss: what `find_loss` returns.
+      model: the model.
+    """
+    return loss is _margin and getattr(model, "reconstructs", False)
+
+
+def scores_of_classes(outputs: Any) -> jax.Array:
+    """The outputs of which the largest is the predicted class: logits, or a capsule's lengths."""
+    scores: jax.Array = outputs["lengths"] if isinstance(outputs, dict) else outputs
+    return scores

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import optax_accel as oa
-from experiments.training.losses import LossFn, find_loss
+from experiments.training.losses import LossFn, find_loss, reads_labels, scores_of_classes
 
 PyTree = Any
 
@@ -62,14 +62,19 @@ def objective(graphdef: nnx.GraphDef[Any], loss: str | LossFn = "cross_entropy")
     loss_fn = find_loss(loss)
 
     def predict(
-        params: PyTree, x: jax.Array, rest: PyTree, micro_batch: jax.Array | None = None
+        params: PyTree,
+        x: jax.Array,
+        rest: PyTree,
+        y: jax.Array | None = None,
+        micro_batch: jax.Array | None = None,
     ) -> tuple[PyTree, PyTree]:
         # The copy is made of the tracers at hand: NNX refuses to write batch statistics that belong
         # to an outer trace, which `rest` does inside `grad`.
         before = rest if micro_batch is None else _fold_into_keys(rest, micro_batch)
         model = nnx.merge(graphdef, params, before, copy=True)
         model.train()
-        outputs = jax.tree.map(_at_least_float32, model(x))
+        inputs = (x, y) if reads_labels(loss_fn, model) else (x,)
+        outputs = jax.tree.map(_at_least_float32, model(*inputs))
         after = nnx.as_pure(nnx.state(model, nnx.Not(nnx.Param)))
         if micro_batch is not None:  # the next one folds its number into the same keys
             after = jax.tree.map(lambda new, old: old if _is_key(old) else new, after, rest)
@@ -108,10 +113,11 @@ def evaluate(
     loss_fn, y = find_loss(loss), batch["y"]
     model = nnx.merge(graphdef, params, rest, copy=True)
     model.eval()
-    outputs = jax.tree.map(_at_least_float32, model(batch["x"]))
+    inputs = (batch["x"], y) if reads_labels(loss_fn, model) else (batch["x"],)
+    outputs = jax.tree.map(_at_least_float32, model(*inputs))
     scores = {"loss": loss_fn(outputs, y)}
     if jnp.issubdtype(y.dtype, jnp.integer):
-        correct = jnp.argmax(outputs, axis=-1) == y  # never where y is -1
+        correct = jnp.argmax(scores_of_classes(outputs), axis=-1) == y  # never where y is -1
         scores["accuracy"] = jnp.mean(correct.astype(jnp.float32))
         if y.ndim > 1:
             scores["counted"] = jnp.mean((y >= 0).astype(jnp.float32))

@@ -47,8 +47,9 @@ class ModelOptions(cli.Options):
     """Options of the model as JSON, e.g. '{"dropout_rate": 0.1}'; default: those of the task, if
     the model is the task's default too."""
     loss: str | None = None
-    """Loss: cross_entropy, mse (half the squared distance to the one-hot label) or elbo (of a
-    variational autoencoder); default: the one of the task."""
+    """Loss: cross_entropy, mse (half the squared distance to the one-hot label), margin (of a
+    capsule network), elbo (of a variational autoencoder) or score_matching (of a score network);
+    default: the one of the task, or margin for the model capsnet."""
     label_smoothing: float = 0.0
     """Share of each label that training spreads evenly over all classes; cross_entropy only."""
 
@@ -188,8 +189,8 @@ class Options(
 
     @property
     def chosen_loss(self) -> str:
-        """Name of the loss, or that of the task if none is named."""
-        return self.loss or data.find_task(self.task).loss
+        """Name of the loss, or that of the model or the task if none is named."""
+        return losses.choose(self.loss, self.model, data.find_task(self.task))
 
     @property
     def folder(self) -> Path:
@@ -300,6 +301,45 @@ def read_model_options(text: str | None) -> dict[str, Any] | None:
     return options
 
 
+# Where a model has no task of its own: the task with the images that suit it.
+_TASK_OF_IMAGES, _TASK_OF_CAPSULES = "cifar10_5k", "mnist5k"
+
+
+def tasks_of(model: str) -> tuple[str, ...]:
+    """The tasks whose default model this is, without those that read a person's own files.
+
+    Args:
+      model: name of a model.
+
+    Returns:
+      Names of tasks, maybe none.
+    """
+    return tuple(
+        name
+        for name in data.TASKS
+        if data.DEFAULTS[name].model == model and name not in data.OWN_TASKS
+    )
+
+
+def trained_by(model: str) -> str:
+    """Options of this command that train a model, on a task with settings that suit it.
+
+    >>> trained_by("ncsn"), trained_by("wrn_16_8")
+    ('--task ncsn_digits', '--task cifar10_5k --model wrn_16_8')
+
+    Args:
+      model: name of a model.
+
+    Returns:
+      The options, as one types them.
+    """
+    if own := tasks_of(model):
+        return f"--task {own[0]}"
+    if losses.LOSS_OF_MODEL.get(model) == "margin":
+        return f"--task {_TASK_OF_CAPSULES} --model {model} --method adam"
+    return f"--task {_TASK_OF_IMAGES} --model {model}"
+
+
 LISTS = ("tasks", "models", "methods")
 
 
@@ -323,7 +363,7 @@ def listing(what: str, tasks: Sequence[str] = data.TASKS) -> str:
             for name, defaults in data.DEFAULTS.items()
             if name in tasks
         ),
-        "models": models.describe(),
+        "models": models.describe({name: trained_by(name) for name in models.list()}),
         "methods": methods.describe([*methods.METHODS.values()]),
     }
     if what != "all":

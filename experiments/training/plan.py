@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 import models
 from experiments import cli, data, methods
 from experiments.cli import UsageError
 from experiments.data import augmentation
-from experiments.training import cluster, parallel
-from experiments.training.options import Options, check, read_model_options
+from experiments.training import cluster, losses, parallel
+from experiments.training.options import Options, check, read_model_options, tasks_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +150,38 @@ def _no_more_than_examples(name: str) -> cli.Rule[Plan]:
     )
 
 
+def _kinds(model: str) -> set[str]:
+    """The kinds of tasks that a model is made for."""
+    kinds = {data.DEFAULTS[task].kind for task in tasks_of(model)} or {"classification"}
+    return kinds | ({"regression"} if "classification" in kinds else set())
+
+
+def _rebuilds_other_pixels(plan: Plan) -> bool:
+    """Whether a capsule network is to rebuild values that its decoder cannot have."""
+    rebuilds = plan.model == "capsnet" and plan.model_options.get("reconstruction", True)
+    if plan.loss != "margin" or not rebuilds:
+        return False
+    x = plan.task.train.x
+    return not isinstance(x, np.ndarray) or x.min() < 0 or x.max() > 1
+
+
 # What they can be wrong in for these data, and for these devices.
 SIZES: tuple[cli.Rule[Plan], ...] = (
+    cli.Rule(
+        lambda p: p.task.defaults.kind in _kinds(p.model) or p.model == p.task.default_model,
+        lambda p: (
+            f"model {p.model} does not fit the task {p.task.name} ({p.task.defaults.kind}); its "
+            f"own is {p.task.default_model}, and {p.model} is trained by --task "
+            f"{', '.join(tasks_of(p.model)) or 'digits and other tasks of classes'}"
+        ),
+    ),
+    cli.Rule(
+        lambda p: not _rebuilds_other_pixels(p),
+        lambda p: (
+            f"the decoder of {p.model} rebuilds pixels from 0 to 1, and those of {p.task.name} "
+            """are standardized: leave it out by --model-options '{"reconstruction": false}'"""
+        ),
+    ),
     cli.Rule(
         lambda p: p.loss in data.LOSSES[p.task.defaults.kind],
         lambda p: (
@@ -161,6 +192,13 @@ SIZES: tuple[cli.Rule[Plan], ...] = (
     cli.Rule(
         lambda p: not p.options.label_smoothing or p.loss == "cross_entropy",
         lambda p: f"--label-smoothing is for the loss cross_entropy, not for {p.loss}",
+    ),
+    cli.Rule(
+        lambda p: p.loss != "margin" or "mixup" not in p.augment,
+        lambda p: (
+            "--augment mixup mixes labels, and the loss margin takes one class per image; "
+            "leave one of them out"
+        ),
     ),
     _no_more_than_examples("batch_size"),
     _no_more_than_examples("curvature_batch_size"),
@@ -230,7 +268,7 @@ def resolve(options: Options, task: data.Task, devices: Sequence[jax.Device]) ->
         method=method,
         model=model,
         model_options=model_options,
-        loss=options.loss or defaults.loss,
+        loss=losses.choose(options.loss, model, defaults),
         augment=augmentation.parse(options.augment or ""),
         learning_rate=rate,
         steps=steps,

@@ -50,6 +50,7 @@ class Program:
       runner: runs the step on the plan's devices.
       make_state: makes the state before the first step; pure.
       shapes: what `make_state` makes, as shapes and dtypes.
+      graphdef: the static part of the model.
       compiled_scores: scores of ``(params, rest, batch)``, see `networks.evaluate`.
       scores: names of the scores of a split, see `evaluate`.
     """
@@ -59,6 +60,7 @@ class Program:
     runner: parallel.Parallel
     make_state: Callable[[], TrainState]
     shapes: TrainState
+    graphdef: nnx.GraphDef[Any]
     compiled_scores: Callable[..., dict[str, jax.Array]]
     scores: tuple[str, ...]
 
@@ -157,6 +159,7 @@ def build(plan: Plan) -> Program:
         parallel.Parallel(plan.options.parallel, plan.devices, step, workers=plan.workers),
         make_state,
         shapes,
+        model.graphdef,
         jax.jit(model.evaluate),
         tuple(scores),
     )
@@ -169,6 +172,7 @@ class Model:
       plan: the plan.
 
     Attributes:
+      graphdef: the static part, in the precision of the step.
       objective: the training loss, see `networks.objective`.
       value_fn: the same in the precision of what the method evaluates itself.
 
@@ -179,10 +183,10 @@ class Model:
     def __init__(self, plan: Plan):
         self._plan = plan
         with _explained(plan):
-            self._graphdef, arrays = self._describe(plan.options.precision)
+            self.graphdef, arrays = self._describe(plan.options.precision)
             value_fn_graphdef, _ = self._describe(plan.options.value_fn_precision)
         loss = losses.find_loss(plan.loss, label_smoothing=plan.options.label_smoothing)
-        self.objective = networks.objective(self._graphdef, loss)
+        self.objective = networks.objective(self.graphdef, loss)
         self.value_fn = networks.objective(value_fn_graphdef, loss)
         named = f"model {plan.model} with the options {json.dumps(plan.model_options)}"
         _check_memory(plan, arrays, named)
@@ -210,7 +214,7 @@ class Model:
 
     def evaluate(self, params: PyTree, rest: PyTree, batch: Batch) -> dict[str, jax.Array]:
         """Scores of a batch, see `networks.evaluate`."""
-        return networks.evaluate(self._graphdef, params, rest, batch, loss=self._plan.loss)
+        return networks.evaluate(self.graphdef, params, rest, batch, loss=self._plan.loss)
 
     def example_objective(self) -> oa.Objective:
         """The loss of a batch like those of the run, in which K-FAC finds the layers."""

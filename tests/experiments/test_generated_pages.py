@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 
+import models
 import optax_accel as oa
 from experiments.methods import METHODS, Method
 
@@ -49,6 +50,11 @@ def test_nothing_is_left_out(
     assert "the cost of bulk_sgd, compared with `sgd`" in rule
     table = (tmp_path / "tables" / "mnist5k.md").read_text(encoding="utf-8")
     assert "| demon_sgd | 0.3 | 93.07 ± 0.05 |" in table
+    zoo = (tmp_path / "tables" / "models.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in zoo for name in models.list())
+    assert "`--task mnist5k --model capsnet --method adam`" in zoo
+    tasks = (tmp_path / "tables" / "tasks.md").read_text(encoding="utf-8")
+    assert "| `ncsn_digits` | `ncsn` | score_matching | `adam`, 0.001 | 128 |" in tasks
     notebooks = {path.name for path in (DOCS.parent / "notebooks").glob("*.ipynb")}
     assert {path.name for path in (tmp_path / "notebooks").glob("*.ipynb")} == notebooks
 

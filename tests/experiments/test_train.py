@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 import models
@@ -39,7 +40,6 @@ from tests.experiments.data.files import (
     membranes,
     write_imagenet,
     write_pairs,
-    write_small_mnist,
     write_sst2,
     write_text,
 )
@@ -482,7 +482,14 @@ def test_early_stopping(runs, monkeypatch, capsys):
             {"loss", "accuracy", "perplexity"},
             marks=pytest.mark.slow,
         ),
-        ("vae_mnist", write_small_mnist, {"hidden_sizes": [8]}, {"loss"}),
+        ("vae_digits", lambda folder: None, {"hidden_sizes": [8]}, {"loss"}),
+        pytest.param(
+            "ncsn_digits",
+            lambda folder: None,
+            {"width": 2, "num_levels": 1},
+            {"loss"},
+            marks=pytest.mark.slow,  # a minute of compilation
+        ),
     ],
 )
 def test_other_tasks(runs, tmp_path, task, write, options, scores):
@@ -494,6 +501,12 @@ def test_other_tasks(runs, tmp_path, task, write, options, scores):
     assert {name for name in row if "validation" in name} == {f"validation_{n}" for n in scores}
     result = json.loads((runs / "run" / "result.json").read_text())
     assert result.keys() == {"steps", *(f"test_{name}" for name in scores)}
+    pictures = runs / "run" / "samples.png"
+    assert pictures.exists() == task.startswith(("vae", "ncsn"))
+    if pictures.exists():  # 8 x 8 images, four times as large, and lines of two pixels
+        image = Image.open(pictures)
+        assert (image.size, image.mode) == ((8 * 34 + 2, 8 * 34 + 2), "L")
+        assert np.ptp(np.asarray(image)) > 0
     if "perplexity" in scores:
         np.testing.assert_allclose(
             result["test_perplexity"], math.exp(result["test_loss"]), rtol=1e-6
@@ -792,7 +805,7 @@ def test_statistics_of_the_optimizer(method, names):
         ("--log aim", "--log aim needs the package aim; install it with pip install aim"),
         ("--model foo", "unknown model 'foo'; valid: mlp, cnn"),
         ("--model transformer", "'transformer' needs vocabulary_size"),
-        ("--model transformer_lm", "'transformer_lm' has no num_classes"),
+        ("--model transformer_lm", "is trained by --task tiny_shakespeare"),
         ("--model-options [1]", "--model-options is a JSON object such as"),
         ("--model-options {'a':1}", "--model-options is a JSON object such as"),
         ("""--model-options '{"depth": 3}'""", "'mlp' has no option 'depth'; valid: hidden"),
@@ -824,9 +837,14 @@ def test_statistics_of_the_optimizer(method, names):
         ("--task ../x", "unknown task '../x'"),
         ("--method ../x", "unknown method '../x'"),
         ("--name ..", "--name must be a plain folder name, got '..'"),
-        ("--loss foo", "unknown loss 'foo'; valid: cross_entropy, mse, elbo"),
+        ("--loss foo", "unknown loss 'foo'; valid: cross_entropy, mse, elbo, margin"),
         ("--loss elbo", "--loss elbo does not fit the task digits; valid: cross_entropy, mse"),
         ("--task vae_mnist --loss mse", "does not fit the task vae_mnist; valid: elbo"),
+        (
+            "--model ncsn",
+            "its own is mlp, and ncsn is trained by --task ncsn_digits, ncsn_cifar10_5k",
+        ),
+        ("--task vae_digits --model ncsn", "model ncsn does not fit the task vae_digits"),
         ("--label-smoothing 1", "--label-smoothing must be at least 0 and below 1, got 1.0"),
         ("--loss mse --label-smoothing 0.1", "for the loss cross_entropy, not for mse"),
         ("--augment flop", "unknown augmentation 'flop'; valid: randaugment, crop, flip"),

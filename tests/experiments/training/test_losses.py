@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import data
 from experiments.training import losses
 
 
@@ -47,3 +48,27 @@ def test_label_smoothing_and_shares_of_classes():
         losses.find_loss("mse", label_smoothing=0.1)
     with pytest.raises(ValueError, match=r"at least 0 and below 1, got 1\.5"):
         losses.find_loss("cross_entropy", label_smoothing=1.5)
+
+
+def test_a_capsule_network_is_trained_by_the_papers_total_loss():
+    lengths, y = jnp.array([[0.5, 0.0], [0.2, 0.95]]), jnp.array([0, 1])
+    margin = losses.find_loss("margin")
+    alone = margin(lengths, y)  # of a network without a decoder
+    np.testing.assert_allclose(alone, (0.4**2 + 0.5 * 0.1**2) / 2, rtol=1e-5)
+    images, inputs = jnp.zeros((2, 2, 2, 1)), jnp.ones((2, 2, 2, 1))
+    outputs = {"lengths": lengths, "images": images, "inputs": inputs}
+    np.testing.assert_allclose(margin(outputs, y), alone + 0.0005 * 4, rtol=1e-6)
+    np.testing.assert_array_equal(losses.scores_of_classes(outputs), lengths)
+
+
+@pytest.mark.parametrize(
+    ("loss", "model", "task", "chosen"),
+    [
+        (None, "capsnet", "digits", "margin"),
+        ("mse", "capsnet", "digits", "mse"),
+        (None, None, "digits", "cross_entropy"),
+        (None, "capsnet", "vae_digits", "elbo"),
+    ],
+)
+def test_a_model_may_have_a_loss_of_its_own(loss, model, task, chosen):
+    assert losses.choose(loss, model, data.DEFAULTS[task]) == chosen

@@ -9,9 +9,11 @@ import optax
 import pytest
 from flax import nnx
 
+import models
 import optax_accel as oa
 from experiments.training import networks
 from experiments.training.step import init_state, train_step
+from models import capsnet
 from tests.experiments.training.small_networks import make_batch, spy
 
 
@@ -137,3 +139,32 @@ def test_micro_batches_draw_masks_of_their_own():
     assert masks[0] != masks[1]
     parts = objective.accumulated(2, x=x, y=y, carry=variables)
     np.testing.assert_allclose(parts(params), sum(masks) / 2, rtol=1e-6)
+
+
+def test_the_decoder_of_a_capsule_network_reads_the_labels():
+    model = models.create(
+        "capsnet",
+        input_shape=(8, 8, 1),
+        num_classes=3,
+        channels=4,
+        capsule_types=2,
+        kernel_size=3,
+        hidden_sizes=(5,),
+    )
+    graphdef, params, rest = networks.split(model)
+    x, y = jax.random.uniform(jax.random.key(0), (4, 8, 8, 1)), jnp.array([0, 1, 2, 1])
+
+    @jax.jit
+    def run(params, x, y):
+        objective = networks.objective(graphdef, "margin")
+        (value, _), grads = objective.value_and_grad(params, rest=rest, x=x, y=y)
+        batch = {"x": x, "y": y}
+        scores = networks.evaluate(graphdef, params, rest, batch, loss="margin")
+        return value, grads, scores, model(x), model.reconstruct(model.class_capsules(x), y)
+
+    value, grads, scores, lengths, images = run(params, x, y)
+    by_hand = capsnet.margin_loss(lengths, y) + capsnet.reconstruction_loss(images, x)
+    np.testing.assert_allclose(value, by_hand.mean(), rtol=1e-5)
+    np.testing.assert_allclose(scores["loss"], value, rtol=1e-6)
+    np.testing.assert_allclose(scores["accuracy"], (lengths.argmax(-1) == y).mean())
+    assert all((leaf != 0).any() for leaf in jax.tree.leaves(grads["decoder"]))
