@@ -3,9 +3,10 @@
     python -m experiments.trackers --task mnist5k --data-dir data
 
 Plain SGD trains the task's network on the squared error, as Song et al., "Does SGD really happen in
-tiny subspaces?" (2024). Every tracker follows the same path. At ten checkpoints ARPACK
-(`scipy.sparse.linalg.eigsh`, largest algebraic eigenvalues, relative accuracy 1e-6) solves for the
-Hessian of the whole training split, with which the basis of a Bulk-SGD step there is compared:
+tiny subspaces?" (2024). Every tracker follows the same path. At ten checkpoints, one drawn from
+each tenth of the run, ARPACK (`scipy.sparse.linalg.eigsh`, largest algebraic eigenvalues, relative
+accuracy 1e-6) solves for the Hessian of the whole training split, with which the basis of a
+Bulk-SGD step there is compared:
 
 * `chi`: |chi_k of the tracked basis - chi_k of the exact one|, of the gradient of the whole split
   and of the mini-batch;
@@ -68,7 +69,7 @@ class Options(data.FilesOptions, cli.DryRunOptions):
     repeats: int = 20
     """Rounds of the timing; 0 for no timing."""
     seed: int = 0
-    """Seed of the weights, the batches and the fixed examples."""
+    """Seed of the weights, the batches, the fixed examples and the checkpoints."""
     name: str | None = None
     """Name of the folder for results; default: trackers, task and learning rate."""
     runs_dir: Path = Path("runs")

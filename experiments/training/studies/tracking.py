@@ -74,7 +74,10 @@ class SgdPath:
       batch_size: number of examples in a mini-batch.
       curvature_batch: number of fixed examples that most trackers see.
       k: dimension of the subspace; None for the number of classes.
-      seed: seed of the weights, the batches and the fixed examples.
+      seed: seed of the weights, the batches, the fixed examples and the checkpoints.
+
+    Attributes:
+      checkpoints: the steps at which trackers are compared, one drawn from each tenth of the run.
     """
 
     def __init__(
@@ -106,6 +109,9 @@ class SgdPath:
         order = np.concatenate([random.permutation(size) for _ in range(epochs)])
         order = order[: len(order) // batch_size * batch_size]
         self.batches = jnp.asarray(order.reshape(-1, batch_size))
+        # At even distances they would often fall on refreshes, whose basis is at its best.
+        ends = [i * steps // CHECKPOINTS for i in range(CHECKPOINTS + 1)]
+        self.checkpoints = [int(step) for step in random.integers(ends[:-1], ends[1:]) + 1]
 
     @property
     def dimension(self) -> int:
@@ -241,7 +247,6 @@ def accuracy(
     descend = jax.jit(
         lambda params, grads: jax.tree.map(lambda p, g: p - path.learning_rate * g, params, grads)
     )
-    every = path.steps // CHECKPOINTS
     params, rows, references = path.params, [], []
     spaces = {name: entry.tracker.init(params, path.k) for name, entry in entries.items()}
     next_refresh = dict.fromkeys(entries, 0)
@@ -251,7 +256,7 @@ def accuracy(
         gradient = path.gradient(params, batch)
         checkpoint = None
         progress.tell(f"step {step} of {path.steps}" if step else "compiling")
-        if step > 0 and step % every == 0:
+        if step in path.checkpoints:
             progress.tell(f"step {step}: ARPACK's eigenvalues of the whole split")
             checkpoint = solve(path, params, gradient)
             references.append(checkpoint.reference)
