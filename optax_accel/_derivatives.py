@@ -69,12 +69,12 @@ def _linearized(
 ) -> tuple[chex.ArrayTree, LinearFunction]:
     value, derivative = jax.linearize(function, point)
     # Under `jit` JAX would find that only when it compiles, too late to say what helps.
-    if _has_primitive(jax.make_jaxpr(derivative)(point).jaxpr, "custom_lin"):
+    if has_primitive(jax.make_jaxpr(derivative)(point).jaxpr, "custom_lin"):
         raise TypeError("can't apply forward-mode differentiation to a jax.custom_vjp function.")
     return value, derivative
 
 
-def _has_primitive(jaxpr: Any, name: str) -> bool:
+def has_primitive(jaxpr: Any, name: str) -> bool:
     """Whether a program contains an operation, in its loops and other inner programs too."""
 
     def inner(value: Any) -> Iterator[Any]:
@@ -85,7 +85,7 @@ def _has_primitive(jaxpr: Any, name: str) -> bool:
 
     return any(
         eqn.primitive.name == name
-        or any(_has_primitive(i, name) for value in eqn.params.values() for i in inner(value))
+        or any(has_primitive(i, name) for value in eqn.params.values() for i in inner(value))
         for eqn in jaxpr.eqns
     )
 

@@ -17,6 +17,7 @@ from optax_accel.curvature.tracking import (
     CurvatureTracker,
     Eigenspace,
     accept,
+    block_product,
     cold_start_products,
     curvature_operator,
     load,
@@ -241,8 +242,10 @@ class BlockTracker(CurvatureTracker):
         basis = packing.pack(basis, axis=1)
         basis = or_random(self, space.ready, basis, params, packing=packing)
 
+        rows = block_product(product, vector_like(self, params))
+
         def products(packed: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            return packing.pack(jax.vmap(product)(packing.unpack(packed, axis=1)), axis=1)
+            return packing.pack(rows(packing.unpack(packed, axis=1)), axis=1)
 
         if self.storage_dtype is not None:  # storage has rounded it
             basis = blocks.orthonormalize(basis)

@@ -27,6 +27,7 @@ import optax
 from jax import lax
 
 from optax_accel._arguments import check_choice, check_integer
+from optax_accel._derivatives import has_primitive
 from optax_accel._numerics import zeros
 from optax_accel.curvature import blocks
 from optax_accel.curvature._block_iteration import subspace_sweep
@@ -284,6 +285,34 @@ def curvature_operator(
     if tracker.curvature == "hessian":
         return objective.hessian(params)
     return objective.gauss_newton(params)
+
+
+def block_product(
+    product: Callable[[chex.ArrayTree], chex.ArrayTree], like: chex.ArrayTree
+) -> Callable[[chex.ArrayTree], chex.ArrayTree]:
+    """The product with every row of a block.
+
+    In a loop where a compiled program runs on one CPU device, because what a single row needs then
+    stays in the cache. On two cores, the ten products of a sweep took 0.8 of the time of the
+    vectorized ones with 500 or 1,000 examples on a dense network of 199,210 parameters, 0.77 on a
+    transformer of 0.8 million (16 sequences of 64 tokens), and the same with 50 or 128 examples.
+    XLA runs convolutions slowly inside loops, so they are vectorized, as is everything on other
+    devices.
+
+    Args:
+      product: a linear function of a pytree like the parameters.
+      like: shapes and dtypes of a row.
+    """
+    one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+    if not one_cpu or has_primitive(jax.make_jaxpr(product)(like).jaxpr, "conv_general_dilated"):
+        return jax.vmap(product)
+
+    def products(block: chex.ArrayTree) -> chex.ArrayTree:
+        # Outside `jit` a loop would be compiled anew at every call.
+        traced = any(isinstance(rows, jax.core.Tracer) for rows in jax.tree.leaves(block))
+        return lax.map(product, block) if traced else jax.vmap(product)(block)
+
+    return products
 
 
 def spectrum_shift(tracker: CurvatureTracker, smallest: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ import pytest
 import optax_accel as oa
 from optax_accel.curvature import blocks
 from optax_accel.curvature.block_tracker import AdaptivePeriod
+from optax_accel.curvature.tracking import block_product
 from tests.helpers import tree_equal
 
 TRACKER = oa.BlockTracker(refresh_every="adaptive")
@@ -176,3 +177,28 @@ def test_without_a_tracker_that_adapts_it_is_refresh_at() -> None:
     schedule = oa.RefreshSchedule(tx)
     assert [schedule(i, None) for i in range(7)] == [oa.refresh_at(i, tx) for i in range(7)]
     assert oa.RefreshSchedule(optax.adam(0.1))(0, None) is None
+
+
+# -- products of a sweep ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("convolution", [False, True])
+def test_products_are_looped_over_where_that_is_fast(
+    convolution: bool, devices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a loop on one CPU device, but never with a convolution in it; the same products."""
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    x = jnp.sin(jnp.arange(24.0)).reshape(4, 6)
+
+    def loss(w: jax.Array) -> jax.Array:
+        out = jax.vmap(lambda row: jnp.convolve(row, w))(x) if convolution else x[:, :3] @ w
+        return jnp.sum(jnp.tanh(out) ** 2)
+
+    params = jnp.array([0.3, -0.2, 0.5])
+    product = oa.Objective.from_value_fn(loss).hessian(params)
+    products, block = block_product(product, params), jnp.eye(3) + 0.1
+    looped = any(e.primitive.name == "scan" for e in jax.make_jaxpr(products)(block).eqns)
+    assert looped == (devices == 1 and not convolution)
+    want = jax.hessian(loss)(params) @ block.T
+    np.testing.assert_allclose(jax.jit(products)(block), want.T, rtol=1e-4, atol=1e-5)

@@ -20,6 +20,7 @@ from experiments import data, progress, timing
 from experiments.training import networks
 from experiments.training.studies.hessians import Reference, arpack
 from optax_accel import curvature
+from optax_accel.curvature.tracking import block_product
 
 LOSS = "mse"
 CHECKPOINTS = 10
@@ -404,7 +405,7 @@ def refresh_parts(path: SgdPath, entry: Entry) -> list[timing.Case]:
 
     @jax.jit
     def products(block: Any, params: Any) -> Any:
-        return path.objective(index).hvp_block(params, block)
+        return block_product(path.objective(index).hessian(params), params)(block)
 
     space = refresh(tracker.init(params, path.k), params)
     cases = [timing.Case("refresh", None, lambda _, space: refresh(space, params), space, calls)]
