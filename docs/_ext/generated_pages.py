@@ -16,14 +16,17 @@ from typing import Any
 
 import models
 import optax_accel as oa
-from experiments import data
+from experiments import data, referee
 from experiments.methods import METHODS, Method
-from experiments.reporting import comparison
+from experiments.reporting import comparison, survey
+from experiments.reporting.referee.study import Study
 from experiments.runs import ledger
 from experiments.training.losses import LOSS_OF_MODEL
 from experiments.training.options import trained_by
 
 ROOT = Path(__file__).parents[2]
+RECORDS = ROOT / "docs" / "evidence" / "records"
+PICTURES = ROOT / "docs" / "images" / "methods"
 FOLDERS = ("methods", "api", "notebooks", "tables")
 
 # The function behind a method whose entry in the catalogue builds it by a function of its own.
@@ -136,7 +139,7 @@ def _method_page(method: Method, family: Path) -> str:
 
 {method.summary[0].upper()}{method.summary[1:]}.
 
-| | |
+| property | of `{method.name}` |
 |---|---|
 | Paper | [{method.paper.authors}]({method.paper.link}) |
 | Fidelity | {FIDELITY[method.fidelity]} |
@@ -153,7 +156,79 @@ def _method_page(method: Method, family: Path) -> str:
    :no-index:
 ```
 
+## How it moves
+
+{_picture(method)}
+## Claims and verdicts
+
+{_claims(method)}
 {family.read_text(encoding="utf-8")}"""
+
+
+def _picture(method: Method) -> str:
+    path = PICTURES / f"{method.name}.svg"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; python docs/_ext/method_pictures.py draws it")
+    workers = "; one line for each of eight workers" if method.per_worker else ""
+    return f"""```{{raw}} html
+<div class="method-picture">
+{path.read_text(encoding="utf-8")}</div>
+```
+
+`{method.name}` and `{method.base}` on linear regression with two parameters, a Hessian with the
+eigenvalues 20 and 1, and no noise: 60 steps of each at the best of its learning rates{workers}.
+The picture shows how the method moves, not how well it trains a network.
+`python docs/_ext/method_pictures.py {method.name}` draws it.
+"""
+
+
+def _claims(method: Method) -> str:
+    """The claims that studies judge with this method among those who take part."""
+    rows = [row for study in referee.STUDIES.values() for row in _claims_of_study(method, study)]
+    rows += _claims_of_survey(method)
+    if not rows:
+        return "No study of this project judges a claim about this method yet.\n"
+    lines = ["| claim | criterion | verdict |", "|---|---|---|"]
+    lines += [f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _claims_of_study(method: Method, study: Study) -> list[tuple[str, str, str]]:
+    settings = [setting for scale in study.scales.values() for setting in scale.settings]
+    contestants = [each for setting in settings for each in setting.contestants]
+    # Trials of one method are numbered, and the study of Demon shortens "exponential".
+    trials = {re.sub(r"_\d+$", "", trial.name) for each in contestants for trial in each.trials}
+    if method.name.replace("exponential", "exp") not in trials:
+        return []
+    entries = ledger.read(ROOT / ledger.FOLDER / f"{study.name}.jsonl")
+    latest = {entry["claim"]: entry for entry in entries}
+    rows = []
+    for claim in study.claims:
+        verdict = f"not judged yet: `python -m experiments.referee {study.name}`"
+        if entry := latest.get(claim.name):
+            scale, date = entry["scale"], entry["date"]
+            verdict = f"{entry['verdict']} ({scale}, {date}; [all](../evidence/verdicts.md))"
+        rows.append((f"{claim.text} ({claim.source})", claim.criterion, verdict))
+    return rows
+
+
+def _claims_of_survey(method: Method) -> list[tuple[str, str, str]]:
+    record = RECORDS / "survey.json"
+    results = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {"claims": []}
+    verdicts = {claim["name"]: claim for claim in results["claims"]}
+    rows = []
+    for claim in survey.CLAIMS:
+        if claim.better != method.name:
+            continue
+        verdict = "not judged yet: `python -m experiments.survey`"
+        if found := verdicts.get(claim.name):
+            low, mean, high = (100 * found[key] for key in ("low", "difference", "high"))
+            config = results["config"]
+            verdict = f"{found['verdict']}: {mean:.2f} points [{low:.2f}, {high:.2f}]"
+            verdict += f" ({config['task']}, {config['seeds']} seeds)"
+        criterion = f"the 95 % interval of its {claim.quality} less that of `{claim.worse}` is > 0"
+        rows.append((f"{claim.name} ({claim.paper})", criterion, verdict))
+    return rows
 
 
 def _rivals(method: Method) -> str:
@@ -204,7 +279,7 @@ def _write_api(folder: Path) -> None:
 
 def _write_tables(folder: Path) -> None:
     """Tables of `experiments.compare`, from the `results.json` that it wrote."""
-    for path in sorted((ROOT / "docs" / "evidence" / "records").glob("*.json")):
+    for path in sorted(RECORDS.glob("*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
         config, rows = results["config"], results["rows"]
         names = [name.replace("\n", " ") for _, name in comparison.headers(config)]

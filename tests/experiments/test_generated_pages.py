@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import shutil
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 import models
 import optax_accel as oa
 from experiments.methods import METHODS, Method
+from experiments.referee import STUDIES
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.fixture(scope="module")
-def generated_pages() -> ModuleType:
-    path = DOCS / "_ext" / "generated_pages.py"
+def load(name: str) -> ModuleType:
+    path = DOCS / "_ext" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def generated_pages() -> ModuleType:
+    return load("generated_pages")
 
 
 def test_nothing_is_left_out(
@@ -48,6 +55,14 @@ def test_nothing_is_left_out(
     assert "optax_accel.subspace" in rule
     assert "When not to use it" in rule
     assert "the cost of bulk_sgd, compared with `sgd`" in rule
+    for name in pages:
+        page = (tmp_path / "methods" / f"{name}.md").read_text(encoding="utf-8")
+        assert f'aria-label="Paths of {name} and ' in page
+    demon = (tmp_path / "methods" / "demon_sgd.md").read_text(encoding="utf-8")
+    assert all(claim.criterion in demon for claim in STUDIES["demon"].claims)
+    assert "AdaBound generalizes better than Adam" in (
+        tmp_path / "methods" / "adabound.md"
+    ).read_text(encoding="utf-8")
     table = (tmp_path / "tables" / "mnist5k.md").read_text(encoding="utf-8")
     assert "| demon_sgd | 0.3 | 93.07 ± 0.05 |" in table
     zoo = (tmp_path / "tables" / "models.md").read_text(encoding="utf-8")
@@ -65,3 +80,20 @@ def test_a_method_without_a_function_is_an_error(
     monkeypatch.delitem(generated_pages.FUNCTIONS, "vtpc_sgd")
     with pytest.raises(LookupError, match="vtpc_sgd"):
         generated_pages.function_behind(METHODS["vtpc_sgd"])
+
+
+def test_pictures_show_what_the_methods_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = load("method_pictures")
+    monkeypatch.setattr(pictures, "STEPS", 8)
+    lengths = (1 - 0.9 ** np.arange(1, 9)) / (1 - 0.9)  # momentum 0.9 sums a constant gradient
+    np.testing.assert_allclose(pictures.step_lengths("sgd"), lengths, rtol=1e-5)
+    rate, points = pictures.best_path("sgd")
+    hessian = pictures.AXES.T @ np.diag(pictures.EIGENVALUES) @ pictures.AXES
+    point, velocity = pictures.START, np.zeros(2)
+    for found in points[:, 0]:
+        np.testing.assert_allclose(found, point, rtol=1e-4)
+        velocity = 0.9 * velocity + hessian @ (point - pictures.MINIMUM)
+        point = point - rate * velocity
+    svg = pictures.picture(dataclasses.replace(METHODS["sgd"], base="sgd"))  # needs no other run
+    assert "currentColor" in svg
+    assert "\n\n" not in svg  # which would end the block of HTML on the page
