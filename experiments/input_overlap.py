@@ -25,18 +25,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jax
+
 from experiments import cli
 from experiments.reporting import tables
 from experiments.training.options import Options as TrainingOptions
-from experiments.training.plan import prepare
-from experiments.training.program import build
+from experiments.training.plan import Plan, prepare
+from experiments.training.program import Program, build
+from experiments.training.studies import forecast
 from experiments.training.studies.overlap import Overlap, measure, trace
 
 PROG = "python -m experiments.input_overlap"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.Options):
+class Options(cli.DryRunOptions):
     """Measure how much of a slow input prefetching hides."""
 
     limits: ClassVar = {"workers": cli.Range(1, 1_000), "prefetch": cli.Range(1, 1_000)}
@@ -65,8 +68,8 @@ class Options(cli.Options):
     """File for the timeline."""
 
 
-def run(options: Options) -> Overlap:
-    """Measures what the options say, on one device.
+def make(options: Options) -> tuple[Plan, Program]:
+    """Checks the options and makes the training that is measured, on one device.
 
     Raises:
       ValueError: an option is wrong.
@@ -83,7 +86,11 @@ def run(options: Options) -> Overlap:
             devices=1,
         )
     )
-    program = build(plan)
+    return plan, build(plan)
+
+
+def run(options: Options, plan: Plan, program: Program) -> Overlap:
+    """Measures what the options say."""
     state = program.runner.init(program.make_state)
 
     def step(batch: Any) -> Any:
@@ -104,12 +111,31 @@ def run(options: Options) -> Overlap:
     )
 
 
+def dry_run(options: Options, plan: Plan, program: Program) -> int:
+    """Prints what the measurement would take; returns the exit code."""
+    state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.shapes))
+    batch = plan.batch_size * plan.task.train.x[0].nbytes
+    lines = {
+        "plan": f"{plan.task.name}, {plan.model}, {plan.method.name}: steps of {plan.batch_size} "
+        "examples, without a delay and late in turn, queued and prefetched",
+        "runs": f"{cli.plural(options.rounds, 'round')} of 4 times {options.steps} steps",
+        "parameters": f"{forecast.parameters(program.shapes.params):,}",
+        "memory": f"state {forecast.size(state)}, a batch {forecast.size(batch)}, from shapes; "
+        "intermediate results are not counted",
+        "time": cli.TIME_NOT_KNOWN,
+    }
+    return cli.print_forecast(cli.console(120), lines)
+
+
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
     with cli.usage():
-        result = run(options)
+        plan, program = make(options)
+        if options.dry_run:
+            return dry_run(options, plan, program)
+        result = run(options, plan, program)
     table = tables.table(("milliseconds per step", "time", "delay hidden"))
     table.add_row("no delay", f"{1e3 * result.no_delay:.2f}", "")
     table.add_row(

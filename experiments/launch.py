@@ -24,6 +24,7 @@ import ctypes
 import dataclasses
 import functools
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -45,7 +46,7 @@ _PR_SET_PDEATHSIG = 1  # of Linux's <sys/prctl.h>
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.Options):
+class Options(cli.DryRunOptions):
     """Start a run of several processes on this machine; what each one runs follows --."""
 
     limits: ClassVar = {"processes": cli.Range(1, 256)}
@@ -170,6 +171,20 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def dry_run(started: Sequence[str], processes: int) -> int:
+    """Prints what would be started; returns the exit code."""
+    own = f"see {shlex.join(['python', *started, '--dry-run'])}"
+    lines = {
+        "plan": f"{processes} times {shlex.join(['python', *started])} on this "
+        "machine, each with --coordinator, --processes and --process-id",
+        "runs": "1, by all processes together",
+        "parameters": own,
+        "memory": f"{processes} times that of one process: {own}",
+        "time": cli.TIME_NOT_KNOWN,
+    }
+    return cli.print_forecast(cli.console(120), lines)
+
+
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
@@ -186,7 +201,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cli.fail(error)
     if options.devices is not None:
         command += ["--devices", f"{options.devices}"]
-    return run([sys.executable, "-m", f"experiments.{command[0]}", *command[1:]], options.processes)
+    started = ["-m", f"experiments.{command[0]}", *command[1:]]
+    if options.dry_run:
+        return dry_run(started, options.processes)
+    return run([sys.executable, *started], options.processes)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from experiments.training import networks
 from experiments.training.options import read_model_options
 from experiments.training.precision import PRECISIONS
 from experiments.training.step import StepOptions, TrainState, init_state, train_step
+from experiments.training.studies import forecast
 
 PROG = "python -m experiments.step_cost"
 PyTree = Any
@@ -171,7 +172,7 @@ def _multi_steps(
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(cli.Options):
+class Options(cli.DryRunOptions):
     """Measure ways to make one training step."""
 
     model: str = "cnn"
@@ -192,8 +193,30 @@ class Options(cli.Options):
     """Timed steps of each way."""
 
 
-def run(options: Options) -> dict[str, Cost]:
-    """Measures what the options say.
+WAYS = ("plain", "whole", "loop", "unrolled", "microbatching", "MultiSteps")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Study:
+    """What is measured.
+
+    Attributes:
+      names: the ways.
+      make_model: makes the static part, parameters and other variables.
+      shape: of an image.
+      params: shapes of the parameters.
+      need: bytes of the model and a batch.
+    """
+
+    names: tuple[str, ...]
+    make_model: Callable[[], tuple[nnx.GraphDef[Any], PyTree, PyTree]]
+    shape: tuple[int, ...]
+    params: PyTree
+    need: int
+
+
+def check(options: Options) -> _Study:
+    """Checks the options; computes nothing.
 
     Raises:
       ValueError: one line that says which option, what is allowed and how to fix it.
@@ -205,6 +228,9 @@ def run(options: Options) -> dict[str, Cost]:
             f"--batch-size {options.batch_size} is not a multiple of --accumulate "
             f"{options.accumulate}"
         )
+    names = tuple(options.only.split(",")) if options.only else WAYS
+    for name in names:
+        cli.check_known("way", name, WAYS)
     shape = (options.image_size, options.image_size, 3)
     model_options = read_model_options(options.model_options) or {}
 
@@ -227,16 +253,36 @@ def run(options: Options) -> dict[str, Cost]:
     images = 4 * options.batch_size * math.prod(shape)
     need = images + sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
     cli.check_memory(need, f"model {options.model} with {options.batch_size} images of {shape}")
-    graphdef, params, rest = make_model()
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(options.batch_size, *shape)), jnp.float32)
+    return _Study(names, make_model, shape, arrays[0], need)
+
+
+def run(options: Options, study: _Study) -> dict[str, Cost]:
+    """Measures what the options say."""
+    graphdef, params, rest = study.make_model()
+    shape = (options.batch_size, *study.shape)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
     y = jnp.arange(options.batch_size) % 10
     tx = optax.adam(1e-3)
     programs = ways(graphdef, tx, options.accumulate)
-    names = options.only.split(",") if options.only else tuple(programs)
-    for name in names:
-        cli.check_known("way", name, tuple(programs))
     state = init_state(tx, params, rest)
-    return measure({name: programs[name] for name in names}, state, x, y, rounds=options.rounds)
+    return measure(
+        {name: programs[name] for name in study.names}, state, x, y, rounds=options.rounds
+    )
+
+
+def dry_run(options: Options, study: _Study) -> int:
+    """Prints what the measurement would take; returns the exit code."""
+    lines = {
+        "plan": f"{options.model}, steps of adam on {options.batch_size} images of {study.shape} "
+        f"in {options.accumulate}: {', '.join(study.names)}",
+        "runs": f"{cli.plural(len(study.names), 'program')} compiled, {options.rounds} timed steps "
+        "of each",
+        "parameters": f"{forecast.parameters(study.params):,}",
+        "memory": f"model and batch {forecast.size(study.need)}, from shapes; the optimizer's "
+        "state and intermediate results are not counted",
+        "time": cli.TIME_NOT_KNOWN,
+    }
+    return cli.print_forecast(cli.console(120), lines)
 
 
 @cli.command
@@ -244,8 +290,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
     console = cli.console(100)
-    with cli.usage(), progress.show(console, "step_cost"):
-        costs = run(options)
+    with cli.usage():
+        study = check(options)
+    if options.dry_run:
+        return dry_run(options, study)
+    with progress.show(console, "step_cost"):
+        costs = run(options, study)
     title = f"{options.model}, {options.batch_size} in {options.accumulate}"
     table = tables.table(["way", "temp MB", "of whole", "ms", "of whole"], title)
     whole = costs.get("whole")

@@ -7,6 +7,7 @@ import importlib
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 from experiments import hlo
@@ -22,16 +23,25 @@ COMMANDS = {
     "brief_review": "--task digits --models mlp --variants baseline --steps 6 --batch-size 48",
     "ensembles": "--kind single --learning-rates 0.1 --seeds 2 --steps 8",
     "fault_drill": "--quick",
+    "input_overlap": "--steps 5",
+    "launch": "-- train --steps 3",
     "lr_range_test": "--seeds 1 --steps 8",
     "natural_gradient": "--methods sgd --steps 20 --seeds 1",
     "scaling": "--devices 2 --methods sgd --modes jit --timed sgd",
     "solvers": "--task digits --steps 50",
+    "step_cost": "--image-size 8 --batch-size 8 --accumulate 2",
     "subspace_study": "--scale tiny",
     "survey": "--learning-rates 0.1 --seeds 2 --steps 10",
     "trackers": "--task digits --batch-size 8",
     "train": "--steps 6",
 }
 COMPARE = "--methods sgd --learning-rates 0.1 --seeds 2 --steps 8"
+
+
+@pytest.fixture(autouse=True)
+def devices() -> None:
+    """Starts JAX before a command in this process can change its devices."""
+    assert len(jax.devices()) == 8
 
 
 @pytest.mark.parametrize("name", COMMANDS)
