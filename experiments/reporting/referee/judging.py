@@ -193,6 +193,35 @@ class ByBootstrap:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LowerError:
+    """Margin of "the method's test error is below the rival's plus a slack", the mean of settings.
+
+    Attributes:
+      method: name of the contestant that the claim is about.
+      rival: name of the one that it is compared with.
+      slack: by how much the method's error may be above the rival's; negative where it has to be
+        below by more than nothing.
+      among: names of the settings that count; all if empty.
+    """
+
+    method: str
+    rival: str
+    slack: float = 0.0
+    among: tuple[str, ...] = ()
+
+    def __call__(self, view: View) -> np.ndarray:
+        """The margin of a view of all settings in their order, as draws of seeds alone are."""
+        rows = _rows(view.results, self.among)
+        ours, theirs = (view.errors[..., view.number(name)] for name in (self.method, self.rival))
+        return (theirs - ours)[..., rows].mean(axis=-1) + self.slack
+
+
+def _rows(results: Results, names: tuple[str, ...]) -> list[int]:
+    """The numbers of settings; of all of them if no name is given."""
+    return [results.settings.index(name) for name in names or results.settings]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AtMost:
     """Judges "the method reaches the target at no more than a share of the rival's cost".
 
@@ -207,23 +236,30 @@ class AtMost:
       rival: name of the one that it is compared with.
       share: of the rival's cost.
       test: the test, with its declared sigma and its level.
+      among: names of the settings that count; all if empty.
+      rival_among: names of as many settings whose costs of the rival are compared with, so that a
+        method can be its own rival in another setting; the same ones if empty.
     """
 
     method: str
     rival: str
     share: float
     test: SequentialTest
+    among: tuple[str, ...] = ()
+    rival_among: tuple[str, ...] = ()
     sequential = True
 
     def differences(self, results: Results) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper bounds of the difference of each seed that was run."""
-        ours, theirs = (
-            results.costs[:, results.contestants.index(name)] for name in (self.method, self.rival)
+        at = _rows(results, self.among), results.contestants.index(self.method)
+        rival_at = (
+            _rows(results, self.rival_among or self.among),
+            results.contestants.index(self.rival),
         )
+        ours, theirs = results.costs[at], results.costs[rival_at]
         run = ~np.isnan(ours + theirs).any(axis=0)
         ours, theirs = ours[:, run], theirs[:, run]
-        budget = results.budgets[:, [results.contestants.index(self.method)]]
-        rival_budget = results.budgets[:, [results.contestants.index(self.rival)]]
+        budget, rival_budget = results.budgets[at][:, None], results.budgets[rival_at][:, None]
         low = np.log(np.minimum(ours, budget) / self.share) - np.log(theirs)
         high = np.log(ours / self.share) - np.log(np.minimum(theirs, rival_budget))
         return low.mean(axis=0), high.mean(axis=0)

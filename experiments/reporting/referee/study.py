@@ -9,7 +9,7 @@ what a claim's function makes of it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,8 @@ class Setting:
       batch_size: examples per step.
       target: validation accuracy to which the cost is counted; None for the task's own.
       model_options: options of the model besides its defaults.
+      label_noise: share of the training examples whose label becomes a random other one.
+      outliers: share of the training examples whose input becomes noise.
     """
 
     name: str
@@ -68,6 +70,8 @@ class Setting:
     batch_size: int = 64
     target: float | None = None
     model_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    label_noise: float = 0.0
+    outliers: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,6 +225,20 @@ class Study:
                 raise UsageError(f"study {self.name}: first_seed {scale.first_seed} is negative")
             for setting in scale.settings:
                 self._check_setting(setting)
+            self._check_among([setting.name for setting in scale.settings])
+
+    def _check_among(self, settings: list[str]) -> None:
+        """Every claim is about settings that there are."""
+        for claim, part in self._parts():
+            for role in ("among", "rival_among"):
+                for name in getattr(part, role, ()):
+                    cli.check_known(f"setting of claim {claim.name!r}", name, tuple(settings))
+
+    def _parts(self) -> Iterator[tuple[Claim, Any]]:
+        """What judges each claim: its function, and the margin of one by the bootstrap."""
+        for claim in self.claims:
+            yield claim, claim.judge
+            yield claim, getattr(claim.judge, "margin", None)
 
     def _check_setting(self, setting: Setting) -> None:
         names = [contestant.name for contestant in setting.contestants]
@@ -233,11 +251,17 @@ class Study:
             raise UsageError(
                 f"{setting.name} lacks {self.free_rival}, the rival that costs nothing; add it"
             )
-        for claim in self.claims:
+        for name in ("label_noise", "outliers"):
+            if not 0 <= (value := getattr(setting, name)) < 1:
+                raise UsageError(
+                    f"{setting.name}: {name} is a share of the examples, at least 0 and below 1, "
+                    f"got {value}"
+                )
+        for claim, part in self._parts():
             for role in ("method", "rival"):
-                if (name := getattr(claim.judge, role, None)) is not None and name not in names:
+                if (who := getattr(part, role, None)) is not None and who not in names:
                     raise UsageError(
-                        f"{setting.name} lacks {name}, which claim {claim.name!r} is about; add it"
+                        f"{setting.name} lacks {who}, which claim {claim.name!r} is about; add it"
                     )
         sizes = {contestant.name: contestant.size for contestant in setting.contestants}
         first = names[0]

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 from rich.console import Console
 
-from experiments import progress
+from experiments import data, progress
 from experiments.methods import Method
 from experiments.runs.records import read_record, write_record
 from experiments.training.replicas import Plan, Record, Trainer, free_memory
@@ -208,6 +209,32 @@ class Arena:
         steps = (tuning + final) / work[first.name] * plan.steps * speed.step / together
         each = (plan.steps * speed.step + evaluations * speed.evaluation) / together
         return runs, compilation + steps + runs * evaluations * speed.evaluation / together, each
+
+
+def corrupted(task: data.Task, label_noise: float, outliers: float) -> data.Task:
+    """A task some of whose training examples are wrong; validation and test stay as they are.
+
+    Args:
+      task: a task of single labels.
+      label_noise: share of the examples whose label becomes another one, drawn uniformly.
+      outliers: share of the examples whose input is drawn from a normal distribution with mean and
+        standard deviation of all inputs.
+
+    Returns:
+      The task, whose wrong examples are the same in every call.
+    """
+    x, y = task.train.x, task.train.y
+    rng = np.random.default_rng(0)
+    if label_noise:
+        wrong = rng.permutation(len(y))[: round(label_noise * len(y))]
+        y = y.copy()
+        y[wrong] = (y[wrong] + rng.integers(1, task.num_classes, len(wrong))) % task.num_classes
+    if outliers:
+        wrong = rng.permutation(len(y))[: round(outliers * len(y))]
+        x = x.copy()
+        x[wrong] = rng.normal(x.mean(), x.std(), x[wrong].shape)
+    train = dataclasses.replace(task.train, x=x, y=y)
+    return dataclasses.replace(task, train=train) if label_noise or outliers else task
 
 
 def config(plan: Plan) -> dict[str, Any]:

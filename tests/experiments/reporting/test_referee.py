@@ -125,6 +125,25 @@ def test_costs() -> None:
     assert cost_verdict([*half, np.nan], [*whole, np.nan]).seeds == 4
 
 
+def test_claims_about_some_of_the_settings() -> None:
+    """A contestant's cost in one setting over its own in another; errors in one setting alone."""
+    costs = np.array([[[20.0] * 4, [9.0] * 4], [[80.0] * 4, [9.0] * 4]])
+    judge = functools.partial(AtMost, share=0.5, test=SequentialTest(sigma=0.2))
+    scaled = judge(method="a", rival="a", among=("0",), rival_among=("1",))
+    found = scaled(results(np.zeros((2, 2, 3)), costs))
+    assert (found.verdict, found.seeds) == (HOLDS, 4)
+    assert found.estimate == pytest.approx(0.25)
+    assert judge(method="a", rival="b", among=("1",))(results(costs, costs)).verdict == FAILS
+
+    errors = np.array([[[0.1] * 3, [0.2] * 3], [[0.5] * 3, [0.2] * 3]])
+    margin = functools.partial(judging.LowerError, method="a", rival="b")
+    assert margin(among=("0",))(mean_view(results(errors))) == pytest.approx(0.1)
+    assert margin(slack=0.05)(mean_view(results(errors))) == pytest.approx(-0.05)
+    here = functools.partial(ByBootstrap, settings=False)
+    assert here(margin(among=("0",)))(results(errors)).verdict == HOLDS
+    assert here(margin(among=("1",)))(results(errors)).verdict == FAILS
+
+
 def test_runs_that_miss_the_target_count_at_their_worst() -> None:
     half, whole = [20.0] * 4, [40.0] * 4
     assert cost_verdict([np.inf, *half[1:]], whole).verdict == UNDECIDED
@@ -255,6 +274,8 @@ def test_unfair_studies_are_refused() -> None:
     small_study().check()
     free, ours = contestant("free", "sgd"), contestant("ours", "demon_sgd", rates=3)
     claim = small_study().claims[0]
+    nowhere = dataclasses.replace(claim.judge, among=("two",))
+    nobody = ByBootstrap(judging.LowerError(method="them", rival="free"))
     for study, message in (
         (small_study(free, ours), "one: ours has 3 trials, free has 2; give every contestant"),
         (
@@ -266,6 +287,14 @@ def test_unfair_studies_are_refused() -> None:
         (small_study(free_rival="none"), "one lacks none, the rival that costs nothing"),
         (small_study(free), "one lacks ours, which claim 'x' is about"),
         (small_study(unit="joules"), "unknown unit of cost 'joules'; valid: steps, gradients"),
+        (
+            small_study(claims=(dataclasses.replace(claim, judge=nowhere),)),
+            "unknown setting of claim 'x' 'two'; valid: one",
+        ),
+        (
+            small_study(claims=(dataclasses.replace(claim, judge=nobody),)),
+            "one lacks them, which claim 'x' is about",
+        ),
     ):
         with pytest.raises(UsageError, match=message):
             study.check()
