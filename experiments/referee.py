@@ -36,7 +36,13 @@ from rich.console import Console
 
 from experiments import cli, progress
 from experiments.cli import UsageError
-from experiments.reporting.referee import demon, report
+from experiments.reporting.referee import (
+    demon,
+    extrapolation,
+    report,
+    stoch_grad_adam,
+    subspaces,
+)
 from experiments.reporting.referee.study import Judgement, Results, Scale, Setting, Study
 from experiments.runs import folders, ledger
 from experiments.runs.records import RESULTS, versions
@@ -46,7 +52,10 @@ from experiments.training.studies import comparison, refereeing
 from experiments.training.studies.refereeing import Arena
 
 PROG = "python -m experiments.referee"
-STUDIES: dict[str, Study] = {study.name: study for study in (demon.STUDY,)}
+STUDIES: dict[str, Study] = {
+    study.name: study
+    for study in (demon.STUDY, subspaces.STUDY, stoch_grad_adam.STUDY, extrapolation.STUDY)
+}
 SCALES = ("small", "medium", "full")
 
 
@@ -108,7 +117,11 @@ def plan(setting: Setting, scale: Scale, options: Options) -> Plan:
     methods = [method for contestant in setting.contestants for method in contestant.trials]
     model_options = dict(setting.model_options)
     return dataclasses.replace(
-        made, methods=methods, model_options=model_options, first_seed=scale.first_seed
+        made,
+        task=refereeing.corrupted(made.task, setting.label_noise, setting.outliers),
+        methods=methods,
+        model_options=model_options,
+        first_seed=scale.first_seed,
     )
 
 

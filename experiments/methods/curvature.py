@@ -22,6 +22,10 @@ HESSIAN_FREE_RATES = (0.03, 0.1, 0.3, 0.5, 1.0)
 _SONG = Paper("Song et al., 2025", "https://arxiv.org/abs/2405.16002")
 
 
+def _directions(context: Context) -> dict[str, Any]:
+    return {"num_directions": context.num_classes}
+
+
 def _subspace_method(
     name: str,
     summary: str,
@@ -43,7 +47,7 @@ def _subspace_method(
         base="sgd",
         learning_rates=SGD_RATES,
         factory=functools.partial(factory, base=momentum_sgd, tracker=tracker),
-        from_context=lambda context: {"num_directions": context.num_classes},
+        from_context=_directions,
         tracker=tracker,
         period=tracker.refresh_every,
         first_step=first_step,

@@ -8,7 +8,7 @@ from typing import Any
 import optax
 
 import optax_accel as oa
-from experiments.methods.method import Method, Paper
+from experiments.methods.method import Context, Method, Paper
 from experiments.methods.optax_methods import ADAM_RATES, SGD_RATES, momentum_sgd
 
 LIN = Paper("Lin et al., 2020", "https://arxiv.org/abs/2006.05720")
@@ -16,6 +16,11 @@ LIN = Paper("Lin et al., 2020", "https://arxiv.org/abs/2006.05720")
 
 def _gnp_sgd(learning_rate: Any, *, rho: float, alpha: float) -> optax.GradientTransformation:
     return oa.gnp(momentum_sgd(learning_rate), rho=rho, alpha=alpha)
+
+
+def _seeded(context: Context) -> dict[str, Any]:
+    """The seed of a method's own randomness, as its key."""
+    return {"key": context.seed}
 
 
 GRADIENT_SAMPLING = (
@@ -28,7 +33,7 @@ GRADIENT_SAMPLING = (
         base="adam",
         learning_rates=ADAM_RATES,
         factory=functools.partial(oa.stoch_grad_adam, rate=0.8),
-        from_context=lambda context: {"key": context.seed},
+        from_context=_seeded,
         time_targets={"update": 1.5},
     ),
 )
@@ -78,6 +83,19 @@ EXTRAGRADIENT = (
         learning_rates=SGD_RATES,
         factory=optax.optimistic_gradient_descent,
     ),
+)
+
+# Not in the catalogue, whose methods are this project's, each once.
+EXTRAP_NOISE = Method(
+    name="extrap_sgd_noise",
+    family="extragradient",
+    summary="the same, extrapolating with noise of a tenth of the size of each filter",
+    paper=LIN,
+    fidelity="our reading",
+    base="nesterov_sgd",
+    learning_rates=SGD_RATES,
+    factory=functools.partial(oa.extrap_sgd, direction="filter_gaussian", extrapolation_rate=0.1),
+    from_context=_seeded,
 )
 
 GRADIENT_NORM = (

@@ -10,15 +10,20 @@ import time
 from pathlib import Path
 
 import filelock
+import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import referee
+from experiments import data, referee
+from experiments.reporting.referee import report
+from experiments.reporting.referee.study import FAILS, HOLDS, UNDECIDED, Results
 from experiments.runs import ledger
+from experiments.training.studies import refereeing
 from experiments.training.studies.refereeing import Arena
 from tests.experiments.reporting.test_referee import contestant, small_study
 
 TINY = ("tiny", "--name", "tiny")
+VERDICTS = {HOLDS, FAILS, UNDECIDED}
 
 
 @pytest.fixture
@@ -105,6 +110,46 @@ def test_studies_can_be_sent_to_other_processes() -> None:
         assert copy.config("small") == study.config("small")
 
 
+@pytest.mark.parametrize("name", ["subspaces", "stoch_grad_adam", "extrapolation"])
+def test_studies(name: str) -> None:
+    """They are fair at each scale, and can be judged whatever the runs measure."""
+    study = referee.find_study(name)
+    assert set(study.scales) == set(referee.SCALES)
+    rng = np.random.default_rng(0)
+    for scale in study.scales.values():
+        members = {c.name: c for setting in scale.settings for c in setting.contestants}
+        shape = len(scale.settings), len(members)
+        trials = members[study.free_rival].size
+        rates = [r for m in members[study.free_rival].trials for r in m.learning_rates]
+        outcome = Results(
+            settings=tuple(setting.name for setting in scale.settings),
+            contestants=tuple(members),
+            ranked=np.array([member.ranked for member in members.values()]),
+            errors=rng.uniform(size=(*shape, scale.seeds)),
+            tuned=rng.uniform(size=(*shape, trials, scale.tuning_seeds)),
+            rates=np.broadcast_to(rates, (*shape, trials)),
+            costs=rng.uniform(1, 2, (*shape, scale.most_seeds)),
+            budgets=np.full(shape, 3.0),
+            unit=study.unit,
+            diverged=np.zeros(shape, int),
+            runs=0,
+        )
+        assert {j.verdict for j in report.judge(study, outcome).values()} <= VERDICTS
+
+
+def test_wrong_examples() -> None:
+    """Of the training split alone, as many as asked for, the same ones each time."""
+    task = data.load_classification("digits")
+    number = len(task.train.y)
+    noisy, again = (refereeing.corrupted(task, 0.4, 0.2) for _ in range(2))
+    changed = noisy.train.x != task.train.x
+    assert (noisy.train.y != task.train.y).sum() == round(0.4 * number)
+    assert changed.any(axis=(1, 2, 3)).sum() == round(0.2 * number)
+    assert noisy.validation is task.validation
+    assert noisy.checksums == again.checksums != task.checksums
+    assert refereeing.corrupted(task, 0.0, 0.0) is task
+
+
 def test_dry_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert referee.main((*TINY, "--dry-run")) == 0
     out = capsys.readouterr().out
@@ -116,8 +161,8 @@ def test_dry_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "no study given; valid: demon"),
-        (("demno",), "unknown study 'demno' (did you mean 'demon'?); valid: demon"),
+        ((), "no study given; valid: demon, subspaces, stoch_grad_adam, extrapolation"),
+        (("demno",), "unknown study 'demno' (did you mean 'demon'?); valid: demon, subspaces"),
         (("tiny", "--scale", "huge"), "unknown scale 'huge'; valid: small"),
         (("demon", "--scale", "medium"), "mnist"),  # no data
         (("tiny", "--name", "a/b"), "--name must be a plain folder name"),
