@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +17,14 @@ import optax
 import optax_accel as oa
 
 PyTree = Any
+_REFERENCES = Path(__file__).parents[1] / "experiments" / "methods" / "references.json"
+
+
+def worked_example(method: str) -> np.ndarray:
+    """The parameters after each step of the short example of `references.json`, to ten digits."""
+    runs = json.loads(_REFERENCES.read_text(encoding="utf-8"))
+    (run,) = (r for r in runs if r["method"] == method and r["source"].endswith("ten digits"))
+    return np.squeeze(list(run["iterates"].values()))
 
 
 @dataclasses.dataclass(frozen=True)

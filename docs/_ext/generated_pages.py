@@ -16,7 +16,7 @@ from typing import Any
 
 import models
 import optax_accel as oa
-from experiments import data, referee
+from experiments import data, fidelity, referee
 from experiments.methods import METHODS, Method
 from experiments.reporting import comparison, survey
 from experiments.reporting.referee.study import Study
@@ -72,6 +72,8 @@ def write(docs: Path) -> None:
     verdicts = docs / "evidence" / "verdicts.md"
     verdicts.parent.mkdir(exist_ok=True)
     verdicts.write_text(ledger.page(ROOT / ledger.FOLDER), encoding="utf-8")
+    same = verdicts.with_name("fidelity.md")
+    same.write_text(fidelity.page(ROOT / ledger.FOLDER / fidelity.FILE), encoding="utf-8")
     _write_tables(docs / "tables")
     _write_zoo(docs / "tables")
 

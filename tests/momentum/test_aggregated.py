@@ -8,12 +8,13 @@ import optax
 import pytest
 
 import optax_accel as oa
+from tests.helpers import worked_example
 from tests.momentum.test_quasi_hyperbolic import both, iterates
 
 
 def test_golden(x64):
     params, state = iterates(oa.aggmo(0.1), lambda p: p, jnp.asarray(1.0), 4)
-    np.testing.assert_allclose(params, [0.9, 0.747, 0.55593, 0.3429297], rtol=1e-9)
+    np.testing.assert_allclose(params, worked_example("aggmo"), rtol=1e-9)
     buffers = optax.tree.get(state, "buffers")
     np.testing.assert_allclose(buffers, [0.55593, 2.68623, 3.147849], rtol=1e-9)
 

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import optax_accel as oa
+from tests.helpers import worked_example
 
 
 def run(tx, steps, param=1.0):
@@ -81,8 +82,7 @@ def test_golden_demon_sgd(x64, learning_rate_in_momentum):
     iterates, state = run(
         oa.demon_sgd(0.1, decay_steps=4, learning_rate_in_momentum=learning_rate_in_momentum), 5
     )
-    want = [0.9, 0.7229032258, 0.5057155425, 0.3047832845, 0.2743049560]
-    np.testing.assert_allclose(iterates, want, atol=5e-11)
+    np.testing.assert_allclose(iterates, worked_example("demon_sgd"), atol=5e-11)
     buffer = optax.tree.get(state, "trace") * (1 if learning_rate_in_momentum else -0.1)
     np.testing.assert_allclose(buffer, -0.0304783284, atol=5e-11)
 
@@ -91,7 +91,7 @@ def test_golden_demon_sgd(x64, learning_rate_in_momentum):
     ("nu_bias_correction", "want"),
     [
         (None, [0.6837738151, 0.2777899366, -0.1168595889, -0.3593711506]),
-        (True, [0.9900000001, 0.9712969960, 0.9460335726, 0.9186792979]),
+        (True, worked_example("demon_adam")),
     ],
 )
 def test_golden_demon_adam(x64, nu_bias_correction, want):
