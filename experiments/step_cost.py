@@ -13,10 +13,13 @@ intermediate results ("temp"); times are medians of interleaved rounds.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +31,7 @@ from flax import nnx
 import models
 from experiments import cli, hlo, progress, timing
 from experiments.reporting import tables
+from experiments.runs.records import environment
 from experiments.training import networks
 from experiments.training.options import read_model_options
 from experiments.training.precision import PRECISIONS
@@ -35,6 +39,7 @@ from experiments.training.step import StepOptions, TrainState, init_state, train
 from experiments.training.studies import forecast
 
 PROG = "python -m experiments.step_cost"
+HEADERS = ("way", "temp MB", "of whole", "ms", "of whole")
 PyTree = Any
 
 
@@ -191,6 +196,8 @@ class Options(cli.DryRunOptions):
     """Ways to time: some of plain,whole,loop,unrolled,microbatching,MultiSteps; default: all."""
     rounds: int = 5
     """Timed steps of each way."""
+    json: Path | None = None
+    """Also write the numbers to this file, with settings, versions, date and the machine's load."""
 
 
 WAYS = ("plain", "whole", "loop", "unrolled", "microbatching", "MultiSteps")
@@ -285,10 +292,31 @@ def dry_run(options: Options, study: _Study) -> int:
     return cli.print_forecast(cli.console(120), lines)
 
 
+def rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """The cells under `HEADERS`, one row for each way.
+
+    Args:
+      results: what ``--json`` writes.
+    """
+    costs = results["costs"]
+    whole = costs.get("whole")
+    return [
+        [
+            name,
+            f"{cost['temp_bytes'] / 1e6:.1f}",
+            f"{cost['temp_bytes'] / whole['temp_bytes']:.2f}" if whole else "",
+            f"{1e3 * cost['seconds']:.1f}",
+            f"{cost['seconds'] / whole['seconds']:.2f}" if whole else "",
+        ]
+        for name, cost in costs.items()
+    ]
+
+
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
+    cli.check_file("--json", options.json)
     console = cli.console(100)
     with cli.usage():
         study = check(options)
@@ -296,18 +324,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return dry_run(options, study)
     with progress.show(console, "step_cost"):
         costs = run(options, study)
+    results = {
+        "config": {**dataclasses.asdict(options), "json": None},
+        "environment": environment(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "load": os.getloadavg()[0],
+        "costs": {name: dataclasses.asdict(cost) for name, cost in costs.items()},
+    }
     title = f"{options.model}, {options.batch_size} in {options.accumulate}"
-    table = tables.table(["way", "temp MB", "of whole", "ms", "of whole"], title)
-    whole = costs.get("whole")
-    for name, cost in costs.items():
-        table.add_row(
-            name,
-            f"{cost.temp_bytes / 1e6:.1f}",
-            f"{cost.temp_bytes / whole.temp_bytes:.2f}" if whole else "",
-            f"{1e3 * cost.seconds:.1f}",
-            f"{cost.seconds / whole.seconds:.2f}" if whole else "",
-        )
+    table = tables.table(list(HEADERS), title)
+    for cells in rows(results):
+        table.add_row(*cells)
     console.print(table)
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        cli.write_atomic(options.json, cli.to_json(results))
     return 0
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import models
 import optax_accel as oa
-from experiments import data, fidelity, referee
+from experiments import data, fidelity, referee, step_cost
 from experiments.methods import METHODS, Method
 from experiments.reporting import comparison, survey
 from experiments.reporting.referee.study import Study
@@ -280,18 +280,40 @@ def _write_api(folder: Path) -> None:
 
 
 def _write_tables(folder: Path) -> None:
-    """Tables of `experiments.compare`, from the `results.json` that it wrote."""
+    """Tables from the files that commands wrote, by the code that prints them."""
     for path in sorted(RECORDS.glob("*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
-        config, rows = results["config"], results["rows"]
-        names = [name.replace("\n", " ") for _, name in comparison.headers(config)]
-        lines = [names, ["---"] * len(names)]
-        for row in rows:
-            bold = "**" if row["test_accuracy"] == comparison.best(rows) else ""
-            lines.append([f"{bold}{cell}{bold}" for cell in comparison.cells(row, config)])
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        notes = "\n".join(f"- {note}" for note in comparison.footnotes(results))
-        (folder / f"{path.stem}.md").write_text(f"{table}\n\n{notes}\n", encoding="utf-8")
+        table = _step_cost if path.stem == "step_cost" else _comparison
+        (folder / f"{path.stem}.md").write_text(table(results), encoding="utf-8")
+
+
+def _comparison(results: dict[str, Any]) -> str:
+    config, rows = results["config"], results["rows"]
+    names = [name.replace("\n", " ") for _, name in comparison.headers(config)]
+    lines = []
+    for row in rows:
+        bold = "**" if row["test_accuracy"] == comparison.best(rows) else ""
+        lines.append([f"{bold}{cell}{bold}" for cell in comparison.cells(row, config)])
+    notes = "\n".join(f"- {note}" for note in comparison.footnotes(results))
+    return f"{_table(names, lines)}\n\n{notes}\n"
+
+
+def _step_cost(results: dict[str, Any]) -> str:
+    config, versions = results["config"], results["environment"]
+    command = " ".join(
+        f"--{name.replace('_', '-')} {config[name]}"
+        for name in ("model", "batch_size", "accumulate", "rounds")
+    )
+    return (
+        f"{_table(list(step_cost.HEADERS), step_cost.rows(results))}\n\n"
+        f"`python -m experiments.step_cost {command}`, {results['date']}, JAX {versions['jax']} on "
+        f"{versions['cores']} cores of a {versions['device']}, load {results['load']:.1f}.\n"
+    )
+
+
+def _table(names: list[str], rows: list[list[str]]) -> str:
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 # -- tasks and models ------------------------------------------------------------------------------

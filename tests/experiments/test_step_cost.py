@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,9 +39,16 @@ def test_all_ways_make_the_same_step():
 
 
 @pytest.mark.slow
-def test_command(capsys):
-    assert step_cost.main([*SMALL, "--rounds", "1", "--only", "loop"]) == 0
+def test_command(capsys, tmp_path):
+    file = tmp_path / "new" / "costs.json"
+    options = ["--rounds", "1", "--only", "loop", "--json", str(file)]
+    assert step_cost.main([*SMALL, *options]) == 0
     out = capsys.readouterr().out
+    results = json.loads(file.read_text())
+    ((name, memory, _, milliseconds, _),) = step_cost.rows(results)
+    assert name == "loop"
+    assert results["costs"]["loop"]["temp_bytes"] / 1e6 == pytest.approx(float(memory), abs=0.05)
+    assert milliseconds in out
     assert "mlp, 16 in 4" in out
     assert "loop" in out
     assert "microbatching" not in out
