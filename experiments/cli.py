@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import re
 import secrets
 import sys
 import textwrap
@@ -40,23 +41,25 @@ class Interrupted(Exception):
 def closest(value: str, valid: Sequence[str]) -> str | None:
     """The valid name that somebody probably meant; ``None`` if none is like theirs.
 
-    >>> closest("sdg", ["adam", "sgd"]), closest("lr", ["learning-rate", "seed"])
-    ('sgd', 'learning-rate')
+    >>> closest("adma", ["adamax", "adam"]), closest("lr", ["learning-rate", "seed"])
+    ('adam', 'learning-rate')
 
     Args:
       value: what was typed.
       valid: the valid names.
 
     Returns:
-      The most similar name, or the one whose words begin with the letters typed.
+      The one whose words begin with the letters typed, else among the similar names one with the
+      same letters in another order, else the most similar.
     """
     typed = value.lower().replace("-", "_")
     names = {name.lower().replace("-", "_"): name for name in valid}
     for spelled, name in names.items():
         if len(typed) > 1 and "".join(word[:1] for word in spelled.split("_")) == typed:
             return name
-    matches = difflib.get_close_matches(typed, names, n=1)
-    return names[matches[0]] if matches else None
+    matches = difflib.get_close_matches(typed, names)
+    swapped = [name for name in matches if sorted(name) == sorted(typed)]
+    return names[(swapped or matches)[0]] if matches else None
 
 
 def unknown(kind: str, value: str, valid: Sequence[str]) -> str:
@@ -513,8 +516,9 @@ def parse(default: T, argv: Sequence[str] | None, prog: str) -> T:
             )
     except SystemExit as stop:
         if stop.code not in (0, None):
-            reason = textwrap.shorten(_first_paragraph(complaint.getvalue()), 500)
-            fail(f"{reason}{_meant(words, names)} Valid options: {' '.join(names)}")
+            complained = textwrap.shorten(_first_paragraph(complaint.getvalue()), 500)
+            reason = _value_error(complained, words, default)
+            fail(reason or f"{complained}{_meant(words, names)} Valid options: {' '.join(names)}")
         raise
     values: dict[str, Any] = {}
     for group in dataclasses.fields(parsed):
@@ -532,6 +536,26 @@ def _with_list(words: Sequence[str]) -> list[str]:
         if word == "--list" and following.startswith("-"):
             complete.append("all")
     return complete
+
+
+def _value_error(complaint: str, words: Sequence[str], default: Options) -> str | None:
+    """What is wrong with the value of a valid option; ``None`` if something else is wrong."""
+    found = re.match(r"(?:Error parsing|Missing value for argument) '?(--[\w-]+)", complaint)
+    if found is None:
+        return None
+    option = found[1]
+    hint = typing.get_type_hints(type(default))[option.removeprefix("--").replace("-", "_")]
+    kinds = {int: "a whole number", float: "a number"}
+    allowed = next((kinds[k] for k in (hint, *typing.get_args(hint)) if k in kinds), "a value")
+    typed = itertools.chain.from_iterable(word.split("=", 1) for word in words)
+    values = [
+        value
+        for word, value in itertools.pairwise(typed)
+        if word.replace("_", "-") == option and not value.startswith("--")
+    ]
+    if not values or complaint.startswith("Missing"):
+        return f"{option} needs {allowed} after it"
+    return f"{option} must be {allowed}, got {values[-1]!r}"
 
 
 def _meant(words: Sequence[str], names: Sequence[str]) -> str:

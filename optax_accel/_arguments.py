@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterator
@@ -13,6 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+
+def shown(value: Any) -> str:
+    """A wrong value as a message names it: on one line, and without addresses in memory."""
+    if inspect.isroutine(value):
+        return f"the function {value.__name__}"
+    text = repr(value)
+    plain = len(text) <= 80 and "\n" not in text and " at 0x" not in text
+    return text if plain else f"an object of type {type(value).__name__}"
 
 
 def check_number(
@@ -51,7 +61,7 @@ def check_number(
             )
         value, open_low, open_high = known, False, False
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise TypeError(f"`{name}` must be {kind}, got {value!r}.")
+        raise TypeError(f"`{name}` must be {kind}, got {shown(value)}.")
     below = value <= low if open_low else value < low
     above = value >= high if open_high else value > high
     if math.isnan(value) or math.isinf(value) or below or above:
@@ -78,7 +88,7 @@ def check_integer(name: str, value: Any, low: int) -> None:
             "optax_accel.inject_hyperparams, which keeps static arguments as they are."
         )
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+        raise TypeError(f"`{name}` must be an integer, got {shown(value)}.")
     if value < low:
         raise ValueError(f"`{name}` must be at least {low}, got {value!r}.")
 
@@ -134,7 +144,7 @@ def check_dtype(name: str, value: Any) -> None:
     try:
         dtype = jnp.dtype(value)
     except TypeError as error:
-        raise TypeError(f"`{name}` must be a dtype, got {value!r}.") from error
+        raise TypeError(f"`{name}` must be a dtype, got {shown(value)}.") from error
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"`{name}` must be a floating-point dtype, got {dtype}: it would truncate.")
 
@@ -156,7 +166,7 @@ def check_inner(inner: Any, name: str = "inner") -> None:
     """Raises ``TypeError`` if what a method wraps is not an Optax transformation."""
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(
-            f"`{name}` must be an Optax transformation, got {inner!r}: build it first, as in "
+            f"`{name}` must be an Optax transformation, got {shown(inner)}: build it first, as in "
             f"{name}=optax.sgd(0.1)."
         )
 
@@ -166,7 +176,7 @@ def check_factory(factory: Any) -> None:
     if not callable(factory):
         raise TypeError(
             "`factory` must be a function that returns an Optax transformation, such as optax.sgd "
-            f"(not optax.sgd(0.1)), got {factory!r}."
+            f"(not optax.sgd(0.1)), got {shown(factory)}."
         )
 
 
@@ -195,7 +205,7 @@ def check_flag(name: str, value: Any, *, optional: bool = False) -> None:
     """
     if not isinstance(value, bool | np.bool_) and not (optional and value is None):
         allowed = "True, False or None" if optional else "True or False"
-        raise TypeError(f"`{name}` must be {allowed}, got {value!r}.")
+        raise TypeError(f"`{name}` must be {allowed}, got {shown(value)}.")
 
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_accel._arguments import check_numeric_leaves, shown
 from optax_accel.refresh import Cost, announcements
 
 _PASS_ON = {"with_extra_args_support", "with_checked_init"}
@@ -124,8 +125,8 @@ def describe(
       The description; ``print`` shows it as a table.
 
     Raises:
-      TypeError: ``tx`` is not an Optax transformation.
-      ValueError: the ``init`` of a method does not accept the parameters.
+      TypeError: ``tx`` is not an Optax transformation, or a leaf of ``params`` is not numeric.
+      ValueError: ``params`` is empty, or the ``init`` of a method does not accept the parameters.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_accel as oa
@@ -137,7 +138,10 @@ def describe(
       1
     """
     if not isinstance(tx, optax.GradientTransformation | optax.MultiSteps):
-        raise TypeError(f"`tx` must be an Optax transformation, got {tx!r}.")
+        raise TypeError(f"`tx` must be an Optax transformation, got {shown(tx)}.")
+    if not jax.tree.leaves(params):
+        raise ValueError(f"`params` must contain arrays, got {shown(params)}.")
+    check_numeric_leaves(params, "describe", "give the parameters without it")
     elements, refreshes, requires = [], [], []
     for part in _chained(tx):
         with announcements() as announced:
@@ -243,6 +247,8 @@ def _parts(tx: Any) -> Iterator[Any]:
 def _name(tx: Any) -> str:
     inside = ", ".join(_name(part) for inner in _inner(tx) for part in _chained(inner))
     maker = _maker(tx.update)
+    if _module(tx.update) == __name__.partition(".")[0]:  # a class: its name as a function's
+        maker = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", maker).lower()
     return f"{maker}({inside})" if inside else maker
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_accel._arguments import check_factory
+from optax_accel._arguments import check_factory, shown
 
 
 class WithSchedulesState(NamedTuple):
@@ -88,7 +88,7 @@ def with_schedules(
         if not callable(schedule):
             raise TypeError(
                 f"with_schedules: `{name}` must be a schedule (a function of the step count), got "
-                f"{schedule!r}; give constants to the returned function."
+                f"{shown(schedule)}; give constants to the returned function."
             )
 
     def build(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
@@ -180,7 +180,8 @@ def inject_hyperparams(
 
     Returns:
       A function of the factory's arguments that returns the transformation, with the state of
-      ``optax.inject_hyperparams``.
+      ``optax.inject_hyperparams``. It raises ``TypeError`` for arguments that the factory does not
+      take.
 
     Example:
       >>> import jax.numpy as jnp
@@ -190,4 +191,17 @@ def inject_hyperparams(
       >>> sorted(state.hyperparams)
       ['learning_rate', 'momentum']
     """
-    return optax.inject_hyperparams(factory, static_args=static_arguments(factory), **kwargs)
+    injected = optax.inject_hyperparams(factory, static_args=static_arguments(factory), **kwargs)
+    signature = inspect.signature(factory)
+
+    def build(*args: Any, **hyperparams: Any) -> optax.GradientTransformationExtraArgs:
+        try:
+            signature.bind(*args, **hyperparams)
+        except TypeError as error:
+            raise TypeError(
+                f"inject_hyperparams({getattr(factory, '__name__', 'factory')}): {error}; it takes "
+                f"{', '.join(signature.parameters)}."
+            ) from None
+        return injected(*args, **hyperparams)
+
+    return build

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_accel._arguments import check_integer
+from optax_accel._arguments import check_integer, check_number, shown
 
 
 class LearningRateCurve(NamedTuple):
@@ -99,6 +99,7 @@ def learning_rate_range_test(
     Raises:
       ValueError: a wrong setting, no injected learning rate, a step that changes the rate itself
         (a schedule), too few batches, or a loss that is no scalar or never finite.
+      TypeError: an argument of the wrong kind, or a step that returns something else.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -122,22 +123,21 @@ def learning_rate_range_test(
       Smith, `Cyclical learning rates for training neural networks
       <https://arxiv.org/abs/1506.01186>`_, section 3.3.
     """
+    if not callable(step):
+        raise TypeError(f"`step` must be a function of state and batch, got {shown(step)}.")
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"`batches` must be a sequence of mini-batches, got {shown(batches)}.")
     check_integer("num_steps", num_steps, 2)
-    if not 0 < minimum < maximum < math.inf:
-        raise ValueError(
-            f"`minimum` and `maximum` must be finite with 0 < minimum < maximum, got {minimum} and "
-            f"{maximum}."
-        )
+    check_number("minimum", minimum, 0, open_low=True)
+    check_number("maximum", maximum, minimum, open_low=True)
     spacings: dict[str, Callable[..., np.ndarray]] = {
         "exponential": np.geomspace,
         "linear": np.linspace,
     }
     if spacing not in spacings:
         raise ValueError(f"`spacing` must be 'exponential' or 'linear', got {spacing!r}.")
-    if not 0 <= smoothing < 1:
-        raise ValueError(f"`smoothing` must lie in [0, 1), got {smoothing}.")
-    if not stop_factor > 1:
-        raise ValueError(f"`stop_factor` must be more than 1, got {stop_factor}.")
+    check_number("smoothing", smoothing, 0, 1, open_high=True)
+    check_number("stop_factor", stop_factor, 1, open_low=True)
     rates = spacings[spacing](minimum, maximum, num_steps)
     injected = set_learning_rate is None
     put = _put_injected if set_learning_rate is None else set_learning_rate
@@ -154,7 +154,19 @@ def learning_rate_range_test(
                 f"`batches` has fewer than num_steps={num_steps} batches; give more, or fewer "
                 "steps."
             ) from None
-        state, loss = step(state, batch)
+        result = step(state, batch)
+        if not isinstance(result, tuple) or len(result) != 2:
+            size = f" of {len(result)}" if isinstance(result, tuple) else ""
+            raise TypeError(
+                "`step` must return the new state and the loss, a scalar; got "
+                f"{type(result).__name__}{size}."
+            )
+        state, loss = result
+        if isinstance(loss, tuple | list | dict):
+            raise TypeError(
+                "`step` must return the new state and the loss, a scalar, in this order; the "
+                f"second is of type {type(loss).__name__}."
+            )
         if np.shape(loss) != ():
             raise ValueError(
                 f"`step` must return the new state and the loss, a scalar; got shape "

@@ -168,6 +168,12 @@ def momentum_onecycle_schedule(
     _check_fits("a cycle of `transition_steps`", transition_steps)
     check_number("max_momentum", max_momentum, 0, 1, open_high=True)
     check_number("min_momentum", min_momentum, 0, 1, open_high=True)
+    known = not any(isinstance(value, jax.Array) for value in (max_momentum, min_momentum))
+    if known and min_momentum > max_momentum:
+        raise ValueError(
+            "`min_momentum` must be at most `max_momentum`, got "
+            f"{min_momentum!r} and {max_momentum!r}."
+        )
     _check_static_fraction("rise_fraction", rise_fraction, 1)
     _check_static_fraction("cycle_fraction", cycle_fraction, 1)
     check_choice("interpolation", interpolation, ("linear", "cosine"))

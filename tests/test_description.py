@@ -106,7 +106,7 @@ def test_arguments_of_others_and_what_is_not_known() -> None:
 
 def test_names_the_parts_of_a_method_that_is_made_for_a_mask() -> None:
     element = oa.describe(oa.bulk_sgd(0.1, 2, base=optax.adam), jnp.zeros(9)).elements[0]
-    assert element.name == "interpolated_sgd(scale_by_adam, scale, InterpolateSubspaces)"
+    assert element.name == "interpolated_sgd(scale_by_adam, scale, interpolate_subspaces)"
     assert element.cost.startswith("2 curvature products a refresh")
 
 
@@ -130,3 +130,13 @@ call: tx.update(grads, state, params, value_fn=...)"""
 def test_what_is_no_optimizer() -> None:
     with pytest.raises(TypeError, match="`tx` must be an Optax transformation"):
         oa.describe(optax.adam, jnp.zeros(3))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="got an object of type dict") as caught:
+        oa.describe({"w": jnp.zeros((9, 9))}, optax.adam(0.1))  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_what_are_no_parameters() -> None:
+    with pytest.raises(ValueError, match="`params` must contain arrays, got None"):
+        oa.describe(optax.adam(0.1), None)
+    with pytest.raises(TypeError, match=r"the leaf \['name'\] is 'mlp'"):
+        oa.describe(optax.adam(0.1), {"w": jnp.zeros(3), "name": "mlp"})

@@ -91,6 +91,14 @@ def test_injected_rates_can_be_changed_between_steps():
     np.testing.assert_allclose(update(state)[0], [-0.5, -1.0], rtol=1e-5)
 
 
+def test_arguments_that_the_factory_does_not_take_are_named():
+    inject = oa.inject_hyperparams(oa.qhm)
+    with pytest.raises(TypeError, match=r"\(qhm\): .* argument 'gamma'; it takes learning_rate, b"):
+        inject(0.1, gamma=3.0)
+    with pytest.raises(TypeError, match=r"\(qhm\): missing a required argument: 'learning_rate'"):
+        inject()
+
+
 def test_callables_that_optax_takes_for_schedules_are_refused_with_the_way_out():
     """Counts may become arrays; a dtype must stay one."""
     inject = optax.inject_hyperparams(oa.demon_sgd)

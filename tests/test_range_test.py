@@ -133,11 +133,11 @@ def test_not_finite_ends_the_test(bad: float) -> None:
     ("settings", "message"),
     [
         ({"num_steps": 1}, "`num_steps` must be at least 2"),
-        ({"minimum": 0.0}, "0 < minimum < maximum, got 0.0 and 10.0"),
-        ({"maximum": math.inf}, "0 < minimum < maximum"),
+        ({"minimum": 0.0}, r"`minimum` must lie in \(0, inf\), got 0.0"),
+        ({"maximum": 1e-6}, r"`maximum` must lie in \(1e-05, inf\), got 1e-06"),
         ({"spacing": "log"}, "`spacing` must be 'exponential' or 'linear', got 'log'"),
         ({"smoothing": 1.0}, r"`smoothing` must lie in \[0, 1\), got 1.0"),
-        ({"stop_factor": 1.0}, "`stop_factor` must be more than 1, got 1.0"),
+        ({"stop_factor": 1.0}, r"`stop_factor` must lie in \(1, inf\), got 1.0"),
         ({}, "no injected learning rate: build the optimizer with inject_hyperparams"),
     ],
 )
@@ -182,3 +182,20 @@ def test_what_a_step_may_not_do() -> None:
         oa.learning_rate_range_test(step, state, [1.0] * 3, num_steps=9)
     with pytest.raises(ValueError, match=r"the loss, a scalar; got shape \(2,\)"):
         oa.learning_rate_range_test(lambda s, b: (s, jnp.ones(2)), state, [1.0] * 9, num_steps=9)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (lambda state, _: 1.0, "and the loss, a scalar; got float"),
+        (lambda state, _: (state, 1.0, {}), "and the loss, a scalar; got tuple of 3"),
+        (lambda state, _: (1.0, state), "in this order; the second is of type tuple"),
+        (3, "`step` must be a function of state and batch, got 3"),
+    ],
+)
+def test_what_a_step_has_to_return(step: Any, message: str) -> None:
+    _, state = make_step(0.1)
+    with pytest.raises(TypeError, match=message):
+        oa.learning_rate_range_test(step, state, [1.0] * 9, num_steps=9)
+    with pytest.raises(TypeError, match="`batches` must be a sequence of mini-batches, got 9"):
+        oa.learning_rate_range_test(lambda state, _: (state, 1.0), state, 9)  # type: ignore[arg-type]

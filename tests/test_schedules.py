@@ -404,6 +404,10 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: oa.momentum_onecycle_schedule(0), "`transition_steps` must be at least 1"),
     (lambda: oa.momentum_onecycle_schedule(2**31), "must fit into a 32-bit step count"),
     (lambda: oa.momentum_onecycle_schedule(9, 1.0), r"`max_momentum` must lie in \[0, 1\)"),
+    (
+        lambda: oa.momentum_onecycle_schedule(9, 0.8, 0.9),
+        "`min_momentum` must be at most `max_momentum`, got 0.9 and 0.8",
+    ),
     (lambda: oa.momentum_onecycle_schedule(9, 0.9, -0.1), r"`min_momentum` must lie in \[0, 1\)"),
     (
         lambda: oa.momentum_onecycle_schedule(9, rise_fraction=2),

@@ -364,8 +364,8 @@ def _hold_out(
             name = labels.classes[numbers[count.argmin()]]
             raise DataError(
                 f"{where}: class {name!r} has {cli.plural(int(count.min()), 'example')}, expected "
-                f"at least 3, one for each split; there are {len(numbers)} classes (give "
-                "problem_type regression if the labels are numbers to predict)"
+                f"at least 3, one for each split; there are {len(numbers)} classes. Leave its "
+                "examples out, or give problem_type regression if the labels are numbers to predict"
             )
     if size >= len(rows):
         raise DataError(

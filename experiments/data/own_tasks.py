@@ -470,10 +470,9 @@ def load_text(location: Path, options: FilesOptions) -> Task:
     words = count_words(texts[splits[0]])
     ids, size = word_ids(words, _MOST_WORDS)
     x = ids(texts, length)
-    notes.append(
-        f"texts of {lengths.min()} to {lengths.max()} words, of which {size - 2} different ones "
-        f"are known"
-    )
+    low, high = lengths.min(), lengths.max()
+    span = f"{high}" if low == high else f"{low} to {high}"
+    notes.append(f"texts of {span} words, of which {size - 2} different ones are known")
     if cut := int((lengths > length).sum()):
         notes.append(
             f"{cut} texts ({100 * cut / len(texts):.1f} %) are cut to {length} words; --max-length "

@@ -98,7 +98,7 @@ class TrustRegion:
       radius: r in the first step, positive.
       every: steps between two adaptions; default 5. With 1 every step is looked at, which costs a
         loss per step.
-      maximum: the largest radius, positive; default 10.
+      maximum: the largest radius, at least ``radius``; default 10.
 
     Raises:
       ValueError: an argument outside its range.
@@ -122,6 +122,10 @@ class TrustRegion:
         check_number("radius", self.radius, 0, open_low=True)
         check_count("every", self.every, 1)
         check_number("maximum", self.maximum, 0, open_low=True)
+        if self.radius > self.maximum:
+            raise ValueError(
+                f"`radius` must be at most `maximum`, got {self.radius!r} and {self.maximum!r}."
+            )
 
     def adapted(self, radius: jax.Array, length: jax.Array, reduction: Reduction) -> jax.Array:
         """The radius after a step of this length, which is at most the old radius."""

@@ -591,7 +591,8 @@ def test_folder_of_images_is_read_while_it_trains(runs, tmp_path, capsys):
     capsys.readouterr()
     assert train.main([*quick, "--name", "broken"]) == 1
     err = capsys.readouterr().err
-    assert err == f"error: {path}: not a readable picture (image file is truncated)\n"
+    reason = "not a readable picture (image file is truncated); replace or remove it"
+    assert err == f"error: {path}: {reason}\n"
 
 
 @pytest.mark.slow
@@ -893,7 +894,10 @@ def test_statistics_of_the_optimizer(method, names):
         ("--lr 1", "Unrecognized options: --lr, 1; did you mean --learning-rate? Valid options: "),
         ("--list tusks", "unknown list 'tusks' (did you mean 'tasks'?); valid: tasks, models"),
         ("--bogus 1", "Unrecognized options: --bogus, 1 Valid options: --task "),
-        ("--learning-rate fast", "Error parsing --learning-rate: "),
+        ("--learning-rate fast", "error: --learning-rate must be a number, got 'fast'\n"),
+        ("--steps=1.5", "error: --steps must be a whole number, got '1.5'\n"),
+        ("--seed x", "error: --seed must be a whole number, got 'x'\n"),
+        ("--method --seed 1", "error: --method needs a value after it\n"),
     ],
 )
 def test_wrong_option_is_one_clear_line(runs, arguments, message, capsys):

@@ -318,6 +318,7 @@ def test_every_step_lowers_the_loss_without_a_rate(x64):
         (lambda o: oa.LevenbergMarquardt(1.0, decay=1.5), ValueError, "`decay` must lie in"),
         (lambda o: oa.LevenbergMarquardt(1.0, every=0), ValueError, "`every` must be at least 1"),
         (lambda o: oa.TrustRegion(-1.0), ValueError, "`radius` must lie in"),
+        (lambda o: oa.TrustRegion(20.0), ValueError, "at most `maximum`, got 20.0 and 10.0"),
         (
             lambda o: oa.kfac(
                 0.1,

@@ -119,7 +119,11 @@ def reading(name: Any, expected: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{name}: unreadable, expected {expected} ({reason(error)})") from error
+        encoded = isinstance(error, UnicodeDecodeError) and "UTF-8" not in expected
+        hint = "; save it in UTF-8" if encoded else ""
+        raise DataError(
+            f"{name}: unreadable, expected {expected} ({reason(error)}){hint}"
+        ) from error
 
 
 def open_regular(path: Path) -> BinaryIO:

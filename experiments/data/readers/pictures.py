@@ -62,9 +62,13 @@ def decode(
         raise
     except UnidentifiedImageError as error:
         expected = " or ".join(_FORMATS)
-        raise DataError(f"{name}: not a readable picture, expected {expected}") from error
+        raise DataError(
+            f"{name}: not a readable picture, expected {expected}; replace or remove it"
+        ) from error
     except Exception as error:  # a damaged picture can raise anything
-        raise DataError(f"{name}: not a readable picture ({reason(error)})") from error
+        raise DataError(
+            f"{name}: not a readable picture ({reason(error)}); replace or remove it"
+        ) from error
 
 
 def read_gray(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:

@@ -167,6 +167,8 @@ def test_texts(tmp_path):
     assert_fails("cannot hold both", "text", data_dir=path, text_column="kind", label_column="kind")
     path.write_text("label\ttext\nx\tone\ny\t \n")
     assert_fails("column 'text' has 1 row without text, the first row 2", "text", data_dir=path)
+    path.write_bytes("label\ttext\nx\tLäufer\n".encode("latin-1"))
+    assert_fails(r"can't decode .*\); save it in UTF-8$", "text", data_dir=path)
 
 
 def test_text_for_language_models(tmp_path):
