@@ -309,6 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(f"left out: {study.left_out}", soft_wrap=True)
         with helpers(study, options, folder), progress.show(console, "referee"):
             bouts, outcome, judgements = train(study, options.scale, arenas, console)
+        judgements = report.note_rates(study, bouts, judgements)
         about = {
             "command": command(study, options),
             "run": digest,

@@ -50,6 +50,9 @@ def test_a_study(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "seed 3 of up to 3 for ours, free" in out
     assert seeds_in(final) == {1, 2, 3}
     (entry,) = ledger.read(here / "evidence" / "tiny.jsonl")
+    ((_, chosen),) = results["chosen"].items()
+    rates = {name: rate for name, (_, rate) in chosen.items()}
+    assert ("tuned to other rates" in entry["note"]) == (rates["ours"] != rates["free"])
     assert (entry["verdict"], entry["seeds"]) == (results["verdicts"][0]["verdict"], 3)
     assert entry["runs"] == 2 * 2 + 2 * 3
     assert "10 runs, of which 0 diverged; 1 verdict added to evidence" in out

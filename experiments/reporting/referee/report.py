@@ -172,6 +172,46 @@ def judge(study: Study, outcome: Results) -> dict[str, Judgement]:
     return {claim.name: claim.judge(outcome) for claim in study.claims}
 
 
+def note_rates(
+    study: Study, bouts: Sequence[Bout], judgements: Mapping[str, Judgement]
+) -> dict[str, Judgement]:
+    """Judgements that say where the two compared contestants were tuned to different rates.
+
+    Neighboring rates often have validation errors that differ by a few examples; then a verdict may
+    be about the rates rather than about the methods.
+
+    Args:
+      study: the study.
+      bouts: what happened in its settings.
+      judgements: what the results say, by the claim's name.
+
+    Returns:
+      The same, with longer notes.
+    """
+    noted = dict(judgements)
+    for claim in study.claims:
+        judge = getattr(claim.judge, "margin", claim.judge)
+        pair = [str(getattr(judge, role, "")) for role in ("method", "rival")]
+        among = getattr(judge, "among", ())
+        if not all(pair):
+            continue
+        differ, settings = [], [bout for bout in bouts if not among or bout.name in among]
+        for bout in settings:
+            rates = {
+                contestant.name: method.learning_rates[0]
+                for contestant, method in zip(bout.contestants, bout.chosen, strict=True)
+            }
+            if rates[pair[0]] != rates[pair[1]]:
+                differ.append(", ".join(f"{name} {rates[name]:g}" for name in pair))
+        if differ:
+            number = cli.plural(len(settings), "setting")
+            words = f"tuned to other rates in {len(differ)} of {number}"
+            found = noted[claim.name]
+            note = "; ".join(filter(None, [found.note, f"{words}, in the first {differ[0]}"]))
+            noted[claim.name] = dataclasses.replace(found, note=note)
+    return noted
+
+
 def open_contestants(study: Study, judgements: Mapping[str, Judgement]) -> list[str]:
     """Contestants of whom a sequential test wants to see more."""
     names: list[str] = []
