@@ -217,18 +217,19 @@ def _claims_of_study(method: Method, study: Study) -> list[tuple[str, str, str]]
 def _claims_of_survey(method: Method) -> list[tuple[str, str, str]]:
     record = RECORDS / "survey.json"
     results = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {"claims": []}
-    verdicts = {claim["name"]: claim for claim in results["claims"]}
+    verdicts = {(claim["name"], claim["better"]): claim for claim in results["claims"]}
     rows = []
     for claim in survey.CLAIMS:
         if claim.better != method.name:
             continue
         verdict = "not judged yet: `python -m experiments.survey`"
-        if found := verdicts.get(claim.name):
+        if found := verdicts.get((claim.name, claim.better)):
             low, mean, high = (100 * found[key] for key in ("low", "difference", "high"))
             config = results["config"]
             verdict = f"{found['verdict']}: {mean:.2f} points [{low:.2f}, {high:.2f}]"
-            verdict += f" ({config['task']}, {config['seeds']} seeds)"
-        criterion = f"the 95 % interval of its {claim.quality} less that of `{claim.worse}` is > 0"
+            verdict += f" ([{config['task']}, {config['seeds']} seeds](../evidence/survey.md))"
+        quality = "mean accuracy over the steps" if claim.quality == "speed" else claim.quality
+        criterion = f"its {quality} less that of `{claim.worse}` is > 0: all of the 95 % interval"
         rows.append((f"{claim.name} ({claim.paper})", criterion, verdict))
     return rows
 
@@ -281,10 +282,11 @@ def _write_api(folder: Path) -> None:
 
 def _write_tables(folder: Path) -> None:
     """Tables from the files that commands wrote, by the code that prints them."""
+    kinds = {"step_cost": _step_cost, "survey": _survey}
     for path in sorted(RECORDS.glob("*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
-        table = _step_cost if path.stem == "step_cost" else _comparison
-        (folder / f"{path.stem}.md").write_text(table(results), encoding="utf-8")
+        text = kinds.get(path.stem, _comparison)(results)
+        (folder / f"{path.stem}.md").write_text(text, encoding="utf-8")
 
 
 def _comparison(results: dict[str, Any]) -> str:
@@ -309,6 +311,17 @@ def _step_cost(results: dict[str, Any]) -> str:
         f"`python -m experiments.step_cost {command}`, {results['date']}, JAX {versions['jax']} on "
         f"{versions['cores']} cores of a {versions['device']}, load {results['load']:.1f}.\n"
     )
+
+
+def _survey(results: dict[str, Any]) -> str:
+    tables = []
+    for table in (survey.table(results), survey.claims_table(results)):
+        columns = [
+            [str(cell).replace("\n", " ") for cell in column.cells] for column in table.columns
+        ]
+        names = [str(column.header).replace("\n", " ") for column in table.columns]
+        tables.append(_table(names, [list(row) for row in zip(*columns, strict=True)]))
+    return "\n\n".join(tables) + "\n"
 
 
 def _table(names: list[str], rows: list[list[str]]) -> str:
