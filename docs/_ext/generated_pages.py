@@ -209,7 +209,8 @@ def _claims_of_study(method: Method, study: Study) -> list[tuple[str, str, str]]
         verdict = f"not judged yet: `python -m experiments.referee {study.name}`"
         if entry := latest.get(claim.name):
             scale, date = entry["scale"], entry["date"]
-            verdict = f"{entry['verdict']} ({scale}, {date}; [all](../evidence/verdicts.md))"
+            note = f"; {entry['note']}" if entry["note"] else ""
+            verdict = f"{entry['verdict']}{note} ({scale}, {date}; [all](../evidence/verdicts.md))"
         rows.append((f"{claim.text} ({claim.source})", claim.criterion, verdict))
     return rows
 
