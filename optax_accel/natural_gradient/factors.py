@@ -77,6 +77,7 @@ def inputs_of(block: Block, use: Use, values: Values, num_examples: int, dtype: 
         x = _patches_of(use, x)
     else:
         x = x.transpose(*use.stack, *use.rows, *use.columns)
+    x = _examples_first(x, len(use.stack), use.outer, num_examples)
     slices = (math.prod(x.shape[: len(use.stack)]),) if use.stacked else ()
     if use.kind == "embedding":
         x = x.reshape(*slices, num_examples, -1)
@@ -100,6 +101,14 @@ def inputs_of(block: Block, use: Use, values: Values, num_examples: int, dtype: 
     return x
 
 
+def _examples_first(x: jax.Array, axis: int, outer: int, num_examples: int) -> jax.Array:
+    """Moves the examples to the front of the axis that they are on, ``(outer, examples, rest)``."""
+    if outer == 1:
+        return x
+    parts = x.reshape(*x.shape[:axis], outer, num_examples, -1, *x.shape[axis + 1 :])
+    return jnp.moveaxis(parts, axis + 1, axis).reshape(x.shape)
+
+
 def _scale_of(use: Use, values: Values, dtype: Any) -> Any:
     """By what the parameter is multiplied to give the layer's weight, or its part of that."""
     return use.sign * math.prod(values[number].ravel()[0].astype(dtype) for number in use.scales)
@@ -113,6 +122,7 @@ def gradients_of(
     axes = [i + 1 for i in (*use.output_stack, *use.output_rows, *use.channels)]
     g = g.transpose(0, *axes).astype(dtype)
     stack = len(use.output_stack)
+    g = _examples_first(g, 1 + stack, use.outer, num_examples)
     outputs = math.prod(g.shape[stack + len(use.output_rows) + 1 :])
     if use.kind == "embedding" and (use.scales or use.sign < 0):
         g = g * _scale_of(use, values, dtype)
@@ -362,7 +372,7 @@ def example_gradients(
                 value = value.reshape(value.shape + (1,) * (g.ndim - 1 - value.ndim))
                 g = g * jnp.broadcast_to(value, g.shape[1:]).astype(dtype)[None]
         axes = [i + 1 for i in (*use.output_rows, *use.output_stack, *use.channels)]
-        g = g.transpose(0, *axes)
+        g = _examples_first(g.transpose(0, *axes), 1, use.outer, num_examples)
         channels = g.shape[1 + len(use.output_rows) :]
         g = g.reshape(g.shape[0], num_examples, -1, *channels).sum(axis=2)
         if use.slot is not None:

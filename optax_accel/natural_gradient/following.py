@@ -27,6 +27,13 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from optax_accel.natural_gradient.effective import Computed, Product, Sum, Weight, expand, views_of
+from optax_accel.natural_gradient.examples import (
+    NOWHERE,
+    Places,
+    of_iteration,
+    of_outputs,
+    trace_back,
+)
 from optax_accel.natural_gradient.layers import Use
 from optax_accel.natural_gradient.layouts import Ops, Shape, View
 from optax_accel.natural_gradient.lifting import lift
@@ -88,6 +95,7 @@ class Follower:
         program: Program,
         views: dict[int, View],
         num_examples: int,
+        examples: Sequence[Places],
         depth: int = 0,
     ):
         """Follows all parameters to the end.
@@ -97,6 +105,7 @@ class Follower:
           program: the flat one, which has no steps yet.
           views: those of its inputs that are parameters, or parts of them.
           num_examples: the leading axis of the outputs of the network.
+          examples: where the examples are in the program's outputs.
           depth: how many loops there are around the program.
         """
         self.program = program
@@ -109,13 +118,25 @@ class Follower:
         self._values = Values(program, num_examples, views)
         constants = program.add_constants(closed.consts)
         program.outputs = self._inline(
-            closed.jaxpr, constants, (*program.inputs, *program.arguments)
+            closed.jaxpr, constants, (*program.inputs, *program.arguments), examples
         )
 
     def _inline(
-        self, jaxpr: Jaxpr, constants: Sequence[int], arguments: Sequence[int]
+        self,
+        jaxpr: Jaxpr,
+        constants: Sequence[int],
+        arguments: Sequence[int],
+        examples: Sequence[Places],
     ) -> tuple[int, ...]:
-        """Appends the steps of a program; returns the numbers of its results."""
+        """Appends the steps of a program; returns the numbers of its results.
+
+        Args:
+          jaxpr: the program.
+          constants: numbers of those that it holds.
+          arguments: numbers of its arguments.
+          examples: where the examples are in its outputs.
+        """
+        places = trace_back(jaxpr, examples)
         env = dict(zip(jaxpr.constvars, constants, strict=True))
         env.update(zip(jaxpr.invars, arguments, strict=True))
 
@@ -124,16 +145,18 @@ class Follower:
 
         for eqn in jaxpr.eqns:
             operands = tuple(map(number_of, eqn.invars))
+            reached = [places.get(var, NOWHERE) for var in eqn.outvars]
             inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
             if inner is not None and any(number in self._views for number in operands):
                 inner_constants: tuple[int, ...] = ()
                 if isinstance(inner, ClosedJaxpr):
                     inner_constants, inner = self.program.add_constants(inner.consts), inner.jaxpr
-                results = self._inline(inner, inner_constants, operands)
+                results = self._inline(inner, inner_constants, operands, reached)
             elif eqn.primitive.name == "scan" and any(n in self._views for n in operands):
-                results = self._follow_loop(eqn, operands)
+                results = self._follow_loop(eqn, operands, reached)
             else:
                 results = self.program.add_equation(eqn, jaxpr, operands)
+                self._values.examples.update(zip(results, reached, strict=True))
                 self._follow(eqn, operands, results)
             env.update(zip(eqn.outvars, results, strict=True))
         return tuple(number_of(atom) for atom in jaxpr.outvars)
@@ -208,6 +231,8 @@ class Follower:
         if name == "dot_general" and len(views) > 1:
             return _UNUSED_PRODUCT
         if any(number in self.program.data for number in results):
+            if not any(self._values.examples.get(number) for number in results):
+                return f"is combined by `{name}` with an array without an axis over the examples"
             return f"is combined with activations by `{name}`"
         if name in ("mul", "div") and len(views) > 1:
             return "is multiplied or divided entry by entry by a parameter"
@@ -304,9 +329,11 @@ class Follower:
 
     # -- loops ------------------------------------------------------------------------------------
 
-    def _follow_loop(self, eqn: JaxprEqn, operands: tuple[int, ...]) -> tuple[int, ...]:
+    def _follow_loop(
+        self, eqn: JaxprEqn, operands: tuple[int, ...], examples: Sequence[Places]
+    ) -> tuple[int, ...]:
         """Follows parameters through a ``scan``; returns the numbers of its results."""
-        program, params, closed = self.program, eqn.params, eqn.params["jaxpr"]
+        program, params = self.program, eqn.params
         first, count = params["num_consts"], params["num_carry"]
         views: dict[int, View] = {}
         refused = []
@@ -319,7 +346,7 @@ class Follower:
                 refused.append((number, "is scaled before a `scan` takes it"))
             else:
                 views[i] = view if i < first else view.iteration(self._depth + 1)
-        inner = self._follow_body(closed, operands, views, first, count)
+        inner = self._follow_body(eqn, operands, views, of_iteration(eqn, examples))
         settings = {name: params[name] for name in ("reverse", "unroll")}
         loop = Loop(inner.program, first, count, params["length"], settings)
         results = program.add_loop(loop, operands, [var.aval for var in eqn.outvars])
@@ -348,13 +375,14 @@ class Follower:
 
     def _follow_body(
         self,
-        closed: ClosedJaxpr,
+        eqn: JaxprEqn,
         operands: tuple[int, ...],
         views: dict[int, View],
-        num_constants: int,
-        num_carries: int,
+        examples: Sequence[Places],
     ) -> Follower:
         """Follows parameters through one iteration, as it is after many."""
+        closed, num_examples = eqn.params["jaxpr"], self._values.num_examples
+        num_constants, num_carries = eqn.params["num_consts"], eqn.params["num_carry"]
         outer, avals = self.program, [var.aval for var in closed.jaxpr.invars]
         trained = {i for i, number in enumerate(operands) if number in outer.trained}
         data = {i for i, number in enumerate(operands) if number in outer.data}
@@ -368,7 +396,7 @@ class Follower:
             body.trained, body.data = set(trained), set(data)
             body.constants.update(known)
             depth = self._depth + 1
-            inner = Follower(closed, body, dict(views), self._values.num_examples, depth)
+            inner = Follower(closed, body, dict(views), num_examples, examples, depth)
             # A carry depends on what it depended on in the iteration before.
             carries = list(enumerate(body.outputs[:num_carries], num_constants))
             found = [{i for i, n in carries if n in some} for some in (body.trained, body.data)]
@@ -442,8 +470,8 @@ class Follower:
             return False
         shown = [i for i, axis in enumerate(view.axes) if axis is not None and old[i] == new[i]]
         rows = [i for i in range(len(new)) if i not in shown]
-        leading = self._values.example_axis(new, rows)
-        if leading is None:
+        part = self._values.example_axis(result, rows)
+        if part is None:
             return False
         if not product and sign > 0 and view.coefficient is None and other in self.outputs:
             self._note_bias(view, shown, other, new)
@@ -454,7 +482,8 @@ class Follower:
                 view.ops,
                 result,
                 other if product else None,
-                output_rows=(leading, *(i for i in rows if i != leading)),
+                output_rows=tuple(sorted(rows, key=lambda i: i != part.axis)),
+                outer=part.outer,
                 channels=tuple(shown),
                 core_axes=tuple(view.axes[i] for i in shown),  # type: ignore[misc]
                 coefficient=view.coefficient,
@@ -582,7 +611,8 @@ def follow(closed: ClosedJaxpr, num_parameters: int, num_examples: int) -> Follo
     avals = [var.aval for var in closed.jaxpr.invars]
     program = Program(avals[:num_parameters], avals[num_parameters:])
     views = {number: _whole(i, program.shape(number)) for i, number in enumerate(program.inputs)}
-    follower = Follower(closed, program, views, num_examples)
+    examples = of_outputs(num_examples, len(closed.jaxpr.outvars))
+    follower = Follower(closed, program, views, num_examples, examples)
     for number in program.outputs:
         follower.refuse(number, (number,), "is an output itself")
     follower.expand()

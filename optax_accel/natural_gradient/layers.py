@@ -46,6 +46,8 @@ class Use:
       rows: its other axes; of a convolution those over iterations that share the parameter.
       output_rows: the axes of ``output`` that correspond to ``rows``, the one over the examples
         first.
+      outer: how many positions stand before the examples in the axis over these, where both are one
+        axis (time before examples): it is ``(outer, examples, rest)``.
       channels: the other axes of ``output``, in the order of the matrix' columns; for a scale or
         shift, in the order of the axes of the core that ``core_axes`` names.
       core_axes: of a scale or shift, the axes of the core that ``channels`` show.
@@ -78,6 +80,7 @@ class Use:
     columns: tuple[int, ...] = ()
     rows: tuple[int, ...] = ()
     output_rows: tuple[int, ...] = ()
+    outer: int = 1
     channels: tuple[int, ...] = ()
     core_axes: tuple[int, ...] = ()
     geometry: tuple[tuple[str, Any], ...] = ()

@@ -9,8 +9,9 @@ from typing import TypeAlias
 from jax import lax
 from jax.extend.core import JaxprEqn
 
+from optax_accel.natural_gradient.examples import NOWHERE, Part, Places
 from optax_accel.natural_gradient.layers import Use
-from optax_accel.natural_gradient.layouts import Shape, View
+from optax_accel.natural_gradient.layouts import View
 from optax_accel.natural_gradient.program import Program
 
 
@@ -22,11 +23,15 @@ class Values:
       program: the program, as far as it has been read.
       num_examples: the leading axis of its outputs.
       views: the values that are a parameter in another layout, by number.
+      examples: where the axis over the examples lies in a value, by number; where it is not, the
+        value reaches the outputs only through sums over examples or as something that all of them
+        share.
     """
 
     program: Program
     num_examples: int
     views: dict[int, View]
+    examples: dict[int, Places] = dataclasses.field(default_factory=dict)
 
     def not_a_layer(self, weight: int, activation: int) -> str:
         """Why a layer cannot have one value for its whole matrix and the other for its inputs."""
@@ -45,9 +50,20 @@ class Values:
         """Whether a value can be an activation, also a constant one: the first state of a loop."""
         return number in self.program.data or number not in self.program.trained
 
-    def example_axis(self, shape: Shape, axes: Sequence[int]) -> int | None:
-        """The axis over the examples: the first whose size is a multiple of their number."""
-        return next((int(i) for i in axes if shape[i] and shape[i] % self.num_examples == 0), None)
+    def example_axis(self, number: int, axes: Sequence[int]) -> Part | None:
+        """The one of some axes of a value that numbers the examples of the outputs."""
+        places = self.examples.get(number, NOWHERE)
+        if len(places) != 1:
+            return None
+        (place,) = places
+        return place[0] if len(place) == 1 and place[0].axis in axes else None
+
+    def without_examples(self, what: str, activation: int, result: int) -> str:
+        """Why what is computed from an activation, but not example by example, is not a layer's."""
+        shape = self.program.shape(activation)
+        if len(self.examples.get(result, NOWHERE)) > 1:
+            return f"has {what} {shape} whose examples lie on different axes"
+        return f"has {what} {shape} without an axis that becomes that of the outputs' examples"
 
 
 # The use that an equation makes of a parameter, from the numbers of its operands and its result;
@@ -70,9 +86,9 @@ def match_dense(values: Values, eqn: JaxprEqn, operands: tuple[int, ...], result
     rows = [i for i in range(len(shape)) if i not in (*columns, *stack)]
     first = len(stack) + (len(outputs) if side == 0 else 0)
     output_rows = dict(zip(rows, range(first, first + len(rows)), strict=True))
-    if (leading := values.example_axis(shape, rows)) is None:
-        return f"has inputs {shape} without an axis over the {values.num_examples} examples"
-    rows = [leading, *(i for i in rows if i != leading)]
+    if (part := values.example_axis(result, list(output_rows.values()))) is None:
+        return values.without_examples("inputs", activation, result)
+    rows.sort(key=lambda i: output_rows[i] != part.axis)  # examples first
     first = len(stack) + (0 if side == 0 else len(rows))
     return Use(
         "dense",
@@ -86,6 +102,7 @@ def match_dense(values: Values, eqn: JaxprEqn, operands: tuple[int, ...], result
         channels=tuple(range(first, first + len(outputs))),
         stack=stack,
         output_stack=tuple(range(len(stack))),
+        outer=part.outer,
     )
 
 
@@ -97,11 +114,11 @@ def match_convolution(
     params, numbers = eqn.params, eqn.params["dimension_numbers"]
     if reason := values.not_a_layer(weight, activation):
         return reason
-    view, inputs = values.views[weight], values.program.shape(activation)
+    view = values.views[weight]
     if params["batch_group_count"] != 1:
         return "is in a convolution with groups of examples"
-    if values.example_axis(inputs, numbers.lhs_spec[:1]) is None:
-        return f"has inputs {inputs} without an axis over the {values.num_examples} examples"
+    if (part := values.example_axis(result, numbers.out_spec[:1])) is None:
+        return values.without_examples("inputs", activation, result)
     output, input_, *window = numbers.rhs_spec
     shape = values.program.shape(weight)
     geometry = {
@@ -127,6 +144,7 @@ def match_convolution(
         channels=(numbers.out_spec[1],),
         geometry=tuple((name, tuple(value)) for name, value in geometry.items()),
         groups=groups,
+        outer=part.outer,
     )
 
 
@@ -147,11 +165,9 @@ def match_embedding(
         return "is looked up in parts that are not whole slices"
     channels = tuple(map(int, numbers.offset_dims))
     output_rows = [i for i in range(len(values.program.shape(result))) if i not in channels]
-    leading = values.example_axis(values.program.shape(indices), range(len(output_rows)))
-    if leading is None:
-        shape = values.program.shape(indices)
-        return f"has indices {shape} without an axis over the {values.num_examples} examples"
-    rows = [leading, *(i for i in range(len(output_rows)) if i != leading)]
+    if (part := values.example_axis(result, output_rows)) is None:
+        return values.without_examples("indices", indices, result)
+    rows = sorted(range(len(output_rows)), key=lambda i: output_rows[i] != part.axis)
     return Use(
         "embedding",
         view.leaf,
@@ -163,6 +179,7 @@ def match_embedding(
         output_rows=tuple(output_rows[i] for i in rows),
         channels=channels,
         geometry=(("clip", eqn.params["mode"] == lax.GatherScatterMode.CLIP),),
+        outer=part.outer,
     )
 
 

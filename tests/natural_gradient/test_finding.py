@@ -131,7 +131,13 @@ custom.defjvp(lambda primals, tangents: (custom(*primals), tangents[1] @ primals
 
 
 def rows(function: Any, x: Any) -> Any:
-    return jnp.stack([function(row) for row in x])[:, None]
+    return jax.vmap(function)(x)[:, None]
+
+
+def time_first(function: Any, x: Any) -> Any:
+    """``function`` of the positions of all examples, with the examples inside of one axis."""
+    y = function(x.swapaxes(0, 1).reshape(-1, x.shape[-1]))
+    return y.reshape(*x.shape[1::-1], -1).swapaxes(0, 1)
 
 
 DENSE = {"w": "dense", "b": "dense"}
@@ -154,6 +160,24 @@ CASES: dict[str, Case] = {
         lambda p: (normal(5, N, 3) @ p["w"] + p["b"][None, None]).transpose(1, 0, 2),
         {"w": (3, 2), "b": (2,)},
         DENSE,
+    ),
+    "time first in one axis": (
+        lambda p: time_first(
+            lambda x: x @ p["w"] + p["b"][None],
+            SEQUENCE,
+        ),
+        {"w": (3, 2), "b": (2,)},
+        DENSE,
+    ),
+    "two batches in one axis": (
+        lambda p: jnp.multiply(*jnp.split(jnp.concatenate([X, 2 * X]) @ p["w"], 2)),
+        {"w": (3, 2)},
+        {"w": "dense"},
+    ),
+    "written into an array": (
+        lambda p: jnp.zeros((N, 2, 2)).at[:, 1].set(jnp.stack([X, X], 1).sum(1) @ p["w"]),
+        {"w": (3, 2)},
+        {"w": "dense"},
     ),
     "heads": (
         lambda p: jnp.einsum("ntd,dhe->nhte", SEQUENCE, p["w"]) + p["b"][None, :, None],
@@ -559,6 +583,7 @@ COUPLED: dict[str, Case] = {
     ),
 }
 FOLLOWED = "but only layouts, sums, matrix products and scalar factors of parameters are followed"
+NO_EXAMPLES = "without an axis that becomes that of the outputs' examples"
 GENERIC: dict[str, tuple[Callable[[Any], Any], dict[str, tuple[int, ...]], str]] = {
     "changing carry": (
         lambda p: lax.scan(lambda h, _: ((h[0] @ h[1], 2 * h[1]), None), (X, p["w"]), length=2)[0][
@@ -657,7 +682,52 @@ GENERIC: dict[str, tuple[Callable[[Any], Any], dict[str, tuple[int, ...]], str]]
     "no examples": (
         lambda p: X + (jnp.ones((5, 3)) @ p["w"]).sum(0)[None],
         {"w": (3, 3)},
-        "has inputs (5, 3) without an axis over the 6 examples",
+        f"has inputs (5, 3) {NO_EXAMPLES}",
+    ),
+    "frozen matrix": (
+        lambda p: X @ (normal(N, 5) @ p["w"])[:3],
+        {"w": (5, 2)},
+        f"has inputs (6, 5) {NO_EXAMPLES}",
+    ),
+    "frozen matrix with a multiple of the rows": (
+        lambda p: X @ (p["w"] @ normal(4, 2 * N)).T[:3],
+        {"w": (2, 4)},
+        f"has inputs (4, 12) {NO_EXAMPLES}",
+    ),
+    "frozen matrix in a loop": (
+        lambda p: scanned(lambda h, p: h @ (normal(N, 5) @ p["w"])[:3], p),
+        {"w": (2, 5, 3)},
+        f"has inputs (6, 5) {NO_EXAMPLES}",
+    ),
+    "frozen pictures": (
+        lambda p: X @ conv(p, normal(N, 2, 2, 3))[:3, 0, 0],
+        {"w": (1, 1, 3, 2)},
+        f"has inputs (6, 2, 2, 3) {NO_EXAMPLES}",
+    ),
+    "fixed look-up": (
+        lambda p: X @ p["w"][np.arange(N) % 4][:3],
+        {"w": (4, 2)},
+        f"has indices (6, 1) {NO_EXAMPLES}",
+    ),
+    "frozen scale": (
+        lambda p: X @ (normal(N, 3) * p["w"][None])[:3],
+        {"w": (3,)},
+        "is combined by `mul` with an array without an axis over the examples",
+    ),
+    "frozen shift": (
+        lambda p: X @ (normal(N, 3) + p["w"][None])[:3],
+        {"w": (3,)},
+        "is combined by `add` with an array without an axis over the examples",
+    ),
+    "positions of a loop over the examples": (
+        lambda p: lax.map(lambda x: x @ p["w"], normal(N, N, 3)),
+        {"w": (3, 2)},
+        f"has inputs (6, 3) {NO_EXAMPLES}",
+    ),
+    "two axes of examples": (
+        lambda p: (h := X[:, :2] @ p["w"]) + h.T,
+        {"w": (2, N)},
+        "has inputs (6, 2) whose examples lie on different axes",
     ),
     "unused": (lambda p: X, {"w": (3,)}, "is not used"),
     "empty": (lambda p: X @ p["w"], {"w": (3, 0)}, "has no entries"),
@@ -741,6 +811,43 @@ def test_what_is_not_found(x64, name):
     gradient = jax.grad(lambda p: loss(predict(p)))(params)
     for got, want in zip(generic.values(), jax.tree.leaves(gradient), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "kind"),
+    [
+        (lambda w, x: x @ w, (3, 3), "dense"),
+        (lambda w, x: w[(x[:, 0] > 0).astype(int)], (2, 3), "embedding"),
+        (lambda w, x: x * w[None], (3,), "scale-shift"),
+    ],
+)
+def test_gradients_belong_to_their_examples(x64, layer, shape, kind):
+    """Where time stands before the examples in one axis, and as many positions as examples."""
+    x = normal(N, N, 3)
+    params = {"w": jnp.asarray(normal(*shape))}
+
+    def predict(p: Any) -> Any:
+        return time_first(lambda x: layer(p["w"], x), x)
+
+    network, _, values, gradients, _ = captured(predict, params)
+    (block,) = network.blocks
+    assert block.kind == kind
+    if kind == "scale-shift":
+        got = stats.example_gradients(block, values, gradients, N, jnp.float64)[0]
+    else:
+        (use,) = block.uses
+        a = stats.inputs_of(block, use, values, N, jnp.float64)
+        a = jax.nn.one_hot(a, 2) if kind == "embedding" else a
+        got = jnp.einsum(
+            "nti,nto->nio", a, stats.gradients_of(use, values, gradients, N, a.dtype)[0]
+        )
+
+    def example_losses(p: Any) -> Any:
+        outputs = predict(p)
+        return 0.5 * jnp.sum((outputs - normal(*outputs.shape, seed=9)) ** 2, axis=(1, 2))
+
+    want = jax.jacrev(example_losses)(params)["w"]
+    np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
 
 
 # -- libraries ------------------------------------------------------------------------------------
