@@ -209,7 +209,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return cli.fail(error)
         # Room for the metrics where the output goes to a file.
         console = cli.console(120, quiet=not cluster.is_main())
-        to_continue = f"to continue: {resume_command(plan.folder, options.devices)}"
+        command = resume_command(
+            plan.folder,
+            devices=options.devices,
+            distributed=typed.distributed,
+            coordinator=typed.coordinator,
+            processes=typed.processes,
+            process_id=typed.process_id,
+        )
+        to_continue = f"to continue: {command}"
         cluster.advise(to_continue)
         console.print(heading(plan), plan.task.describe(), *notes, sep="\n", soft_wrap=True)
         return run_and_report(plan, program, console, to_continue)
@@ -264,15 +272,44 @@ def fail(message: str, code: int) -> int:
     return code
 
 
-def resume_command(folder: Path, devices: int | None = None) -> str:
-    """The command that continues a run; all other options are in its folder.
+def resume_command(
+    folder: Path,
+    *,
+    devices: int | None = None,
+    distributed: bool = False,
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process_id: int | None = None,
+) -> str:
+    """The command that continues a run; all options that are not given here are in its folder.
 
     The number of devices is there, too, but virtual ones are made before the folder is read.
+
+    >>> resume_command(Path("runs/a"), devices=4)
+    'python -m experiments.train --runs-dir runs --name a --resume --devices 4'
+    >>> resume_command(Path("runs/a"), coordinator="127.0.0.1:80", processes=2, process_id=1)
+    'python -m experiments.launch --processes 2 -- train --runs-dir runs --name a --resume'
+
+    Args:
+      folder: the run's folder.
+      devices: number of devices over all processes.
+      distributed: whether the process found the others by itself.
+      coordinator: address of process 0. Processes that reach it at this machine's own address are
+        started again by `experiments.launch`, at a new one.
+      processes: number of processes.
+      process_id: number of this process.
     """
-    words = ["--runs-dir", str(folder.parent), "--name", folder.name, "--resume"]
+    program, words = PROG, ["--runs-dir", str(folder.parent), "--name", folder.name, "--resume"]
     if devices is not None:
         words += ["--devices", str(devices)]
-    return f"{PROG} {shlex.join(words)}"
+    if distributed:
+        words.append("--distributed")
+    elif coordinator is not None and coordinator.startswith("127.0.0.1:"):
+        program = f"python -m experiments.launch --processes {processes} -- train"
+    elif coordinator is not None:
+        words += ["--coordinator", coordinator, "--processes", str(processes)]
+        words += ["--process-id", str(process_id)]
+    return f"{program} {shlex.join(words)}"
 
 
 if __name__ == "__main__":

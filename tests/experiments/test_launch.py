@@ -262,7 +262,10 @@ def test_stopped_runs_save_one_common_step_and_resume_continues(tmp_path):
     later = rows(tmp_path, "stopped")[-1]["step"]
     assert f"interrupted: saved step {later} of 300" in out
     assert step < later < 300
-    assert err.count(f"to continue: {train.resume_command(Path('runs/stopped'), 4)}") == 2
+    command = train.resume_command(
+        Path("runs/stopped"), devices=4, coordinator="127.0.0.1:80", processes=2
+    )
+    assert err.count(f"to continue: {command}") == 2
     for sign in ("Traceback", "Check failure", "error: "):
         assert sign not in err
 
