@@ -779,7 +779,7 @@ def test_workers_with_parameters_of_their_own(runs, mode, capsys):
         ("demon_sgd", {"momentum", "state/0/count"}),
         ("demon_adam", {"momentum", "state/0/count", "state/0/momentum_product"}),
         ("adam", {"state/0/count"}),
-        ("cosine_momentum_sgd", {"momentum", "state/count"}),
+        ("cosine_momentum_sgd", {"momentum", "state/0/count"}),
         ("vtpc_sgd", {"state/count"}),  # the rate has a column of its own
         ("bulk_sgd", {"alignment", "top_eigenvalue", "state/1/count"}),
     ],
