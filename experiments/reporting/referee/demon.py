@@ -8,6 +8,9 @@ on six settings with the seeds 0 to 10, none of which is used again: it decided 
 final seeds. The claims about ranks are judged once, when all settings have all final seeds. Only
 claim (g) is looked at during the run; its test keeps its level whenever it stops.
 
+The run of `small` in `evidence/` was ended by hand after 11 final seeds, of up to 20, for claim (g):
+the machine was needed. The claims about ranks have all of their seeds.
+
 References:
   Chen, Wolfe, Li, Kyrillidis, `Demon: improved neural network training with momentum decay
   <https://arxiv.org/abs/1910.04952>`_, ICASSP 2022 (version 4), sections 4 and 5, tables 1, 3, 4.
