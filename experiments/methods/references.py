@@ -190,13 +190,13 @@ def _cycle(step: int, bottom: float, top: float) -> float:
 
 
 def _demon(step: int) -> float:
-    """Chen et al., 2022, equation 2."""
+    """Chen et al., 2022, section 2."""
     left = 1 - step / STEPS
     return 0.9 * left / (0.1 + 0.9 * left)
 
 
 def _triangle(step: int, scale: Callable[[int, int], float], highest: float) -> float:
-    """Smith, 2017, section 3.2, with half cycles of an eighth of the run."""
+    """Smith, 2017, section 3, with half cycles of an eighth of the run."""
     half = STEPS // 8
     number = 1 + step // (2 * half)
     height = max(0.0, 1 - abs(step / half - 2 * number + 1))
@@ -208,7 +208,7 @@ def _smith(scale: Callable[[int, int], float]) -> Iterates:
 
 
 _CHEN = "Chen et al., 2022, section 4"
-_SMITH = "Smith, 2017, section 3.2"
+_SMITH = "Smith, 2017, section 3"
 _SGD, _ADAM = 0.01, 0.01
 # By the method's name: where the formula stands, the learning rate, the calculation.
 CALCULATIONS: Mapping[str, tuple[str, float, Callable[[], Iterates]]] = {
@@ -261,23 +261,23 @@ CALCULATIONS: Mapping[str, tuple[str, float, Callable[[], Iterates]]] = {
     ),
     "powerprop_sgd": ("Schwarz et al., 2021, section 2", 0.005, lambda: _powerprop(0.005)),
     "sam_sgd": (
-        "Foret et al., 2021, algorithm 1",
+        "Foret et al., 2021",
         _SGD,
         lambda: heavy_ball(constant(_SGD), gradient=_at_the_worst_point(0.05, 1.0)),
     ),
     "gnp_sgd": (
-        "Zhao et al., 2022, equation 12",
+        "Zhao et al., 2022, algorithm 1",
         _SGD,
         lambda: heavy_ball(constant(_SGD), gradient=_at_the_worst_point(0.1, 0.8)),
     ),
     # The Hessian is diagonal: its dominant eigenvector is the last coordinate.
     "bulk_sgd": (
-        "Song et al., 2025, section 3",
+        "Song et al., 2025",
         _SGD,
         lambda: heavy_ball(constant(_SGD), mask=(1.0, 1.0, 0.0)),
     ),
     "dom_sgd": (
-        "Song et al., 2025, section 3",
+        "Song et al., 2025",
         _SGD,
         lambda: heavy_ball(constant(_SGD), mask=(0.0, 0.0, 1.0)),
     ),
