@@ -8,9 +8,9 @@ on six settings with the seeds 0 to 10, none of which is used again: it decided 
 final seeds. The claims about ranks are judged once, when all settings have all final seeds. Only
 claim (g) is looked at during the run; its test keeps its level whenever it stops.
 
-The run of `small` in `evidence/` was ended by hand after 11 of up to 20 final seeds for claim (g),
-because the time for it was over; `most_seeds` was set to 11 for that. The claims about ranks have
-all of their seeds.
+Of the entries of `small` in `evidence/`, the first were written after 11 of up to 20 final seeds
+for claim (g), with `most_seeds` set to 11 because the time was over; the second continue the same
+runs to 20. The claims about ranks have all of their seeds in both.
 
 References:
   Chen, Wolfe, Li, Kyrillidis, `Demon: improved neural network training with momentum decay
