@@ -99,7 +99,9 @@ def test_wheel_passes_tests_of_the_library(wheel: Path, tmp_path: Path) -> None:
         subprocess.run([*uv, *command], check=True, capture_output=True, text=True)
 
     checkout = tmp_path / "checkout"
-    for path in ("pyproject.toml", "tests/conftest.py", "tests/helpers.py", "tests/methods.py"):
+    needed = ["pyproject.toml", "experiments/methods/references.json"]
+    needed += [f"tests/{name}.py" for name in ("conftest", "helpers", "methods")]
+    for path in needed:
         (checkout / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, checkout / path)
     for name in OF_THE_WHEEL:
