@@ -61,8 +61,8 @@ class MetricFiles:
         self.seconds = float(rows[-1]["seconds"] or 0) if rows else 0.0
         self._jsonl = jsonl.open("a", encoding="utf-8")
         self._csv = table.open("a", encoding="utf-8", newline="")
-        # A killed run may have lost events that its writer still held in a queue, so the event
-        # files are made anew from the rows.
+        # A killed run may have lost events that were not flushed, so the event files are made anew
+        # from the rows.
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         (folder / "tensorboard").mkdir()
         # A `SummaryWriter` writes in a thread, which dies when a disk is full and then lets the
