@@ -225,14 +225,17 @@ def margin_loss(
     absent: float = 0.1,
     absent_weight: float = 0.5,
 ) -> jax.Array:
-    """The margin loss of the paper (equation 4), for each example.
+    """The margin loss of the paper (section 3, equation 4), for each example.
+
+    The authors' code has half of it, which weighs its reconstruction loss twice as much.
 
     Args:
         lengths: Outputs of `CapsNet` with `length_scale` 1, (N, num_classes).
         labels: The classes, integers of shape (N,).
-        present: The length that the capsule of the true class should have at least.
-        absent: The length that the others should have at most.
-        absent_weight: Factor of the loss of the others.
+        present: The length that the capsule of the true class should have at least, m+; default:
+            the paper's, as for the next two.
+        absent: The length that the others should have at most, m-.
+        absent_weight: Factor of the loss of the others, lambda.
 
     Returns:
         (N,): sums over the classes.
