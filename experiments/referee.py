@@ -54,9 +54,15 @@ from experiments.training.studies.refereeing import Arena
 PROG = "python -m experiments.referee"
 STUDIES: dict[str, Study] = {
     study.name: study
-    for study in (demon.STUDY, subspaces.STUDY, stoch_grad_adam.STUDY, extrapolation.STUDY)
+    for study in (
+        demon.STUDY,
+        subspaces.STUDY,
+        *stoch_grad_adam.STUDIES,
+        *extrapolation.STUDIES,
+    )
 }
 SCALES = ("small", "medium", "full")
+KINDS = ("classification", "segmentation", "language")  # of tasks, all of which have an accuracy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +119,8 @@ def plan(setting: Setting, scale: Scale, options: Options) -> Plan:
         steps=options.steps,
         batch_size=setting.batch_size,
         target=setting.target,
+        kinds=KINDS,
+        examples=setting.examples,
     )
     methods = [method for contestant in setting.contestants for method in contestant.trials]
     model_options = dict(setting.model_options)
@@ -122,6 +130,7 @@ def plan(setting: Setting, scale: Scale, options: Options) -> Plan:
         methods=methods,
         model_options=model_options,
         first_seed=scale.first_seed,
+        workers=setting.workers,
     )
 
 

@@ -206,7 +206,8 @@ def _claims_of_study(method: Method, study: Study) -> list[tuple[str, str, str]]
     latest = {entry["claim"]: entry for entry in entries}
     rows = []
     for claim in study.claims:
-        verdict = f"not judged yet: `python -m experiments.referee {study.name}`"
+        command = f"python -m experiments.referee {study.name} --scale {next(iter(study.scales))}"
+        verdict = f"not judged yet: `{command}`"
         if entry := latest.get(claim.name):
             scale, date = entry["scale"], entry["date"]
             note = f"; {entry['note']}" if entry["note"] else ""

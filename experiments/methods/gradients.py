@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -96,6 +97,12 @@ EXTRAP_NOISE = Method(
     learning_rates=SGD_RATES,
     factory=functools.partial(oa.extrap_sgd, direction="filter_gaussian", extrapolation_rate=0.1),
     from_context=_seeded,
+)
+EXTRAP_UNIFORM = dataclasses.replace(
+    EXTRAP_NOISE,
+    name="extrap_sgd_uniform",
+    summary="the same with uniform noise in place of normal noise",
+    factory=functools.partial(oa.extrap_sgd, direction="filter_uniform", extrapolation_rate=0.1),
 )
 
 GRADIENT_NORM = (

@@ -143,7 +143,7 @@ class Parallel:
         self._copies = mesh.size if mode == "pmap" else workers
         self._broadcast = jax.jit(self._with_copies, out_shardings=self.sharded)
         self._first = jax.jit(_first_copy, out_shardings=self.replicated)
-        self._mean = jax.jit(_mean_of_copies, out_shardings=self.replicated)
+        self._mean = jax.jit(mean_of_copies, out_shardings=self.replicated)
 
     def init(self, make_state: Callable[[], PyTree]) -> PyTree:
         """A placed state, computed where it lies: no device ever holds what it does not keep.
@@ -419,7 +419,8 @@ def _first_copy(state: PyTree) -> PyTree:
     return jax.tree.map(lambda a: a[0], state)
 
 
-def _mean_of_copies(state: PyTree) -> PyTree:
+def mean_of_copies(state: PyTree) -> PyTree:
+    """The mean over the leading axis of what is floating point, and the first of other leaves."""
     return jax.tree.map(
         lambda a: jnp.mean(a, axis=0) if jnp.issubdtype(a.dtype, jnp.inexact) else a[0], state
     )

@@ -3,7 +3,8 @@
 The step is `step.train_step` under `vmap` over the runs. Curvature is refreshed from
 the host (`Method.refresh`, static): `vmap` turns a refresh inside the graph into a `select`, which
 pays for it at every step. The data live on the device; runs of one seed start from the same weights
-and see the same batches, whatever the method and the learning rate.
+and see the same batches, whatever the method and the learning rate. Workers that have a state of
+their own are a further axis of `vmap`, and share the batch.
 """
 
 from __future__ import annotations
@@ -24,14 +25,16 @@ from experiments import data, progress
 from experiments.methods import Method
 from experiments.runs.records import number
 from experiments.training import losses, networks
-from experiments.training.step import init_state, train_step
+from experiments.training.parallel import mean_of_copies
+from experiments.training.program import evaluation_batch
+from experiments.training.step import StepOptions, init_state, train_step
 
 # A queue of unfinished steps costs memory and, on a CPU mesh, can hang: fetch a number this often.
 FETCH_EVERY = 16
-# Examples per forward pass of an evaluation: keeps its activations small next to a training step's.
-EVALUATION_BATCH = 1000
-# The same for sentences, each of which is a batch of words.
+# Most sentences per forward pass of an evaluation, each of which is a batch of words.
 EVALUATION_SENTENCES = 125
+# The axis of the workers of a run, for methods that give each a state of its own.
+WORKERS = "workers"
 
 Replica = tuple[float, int]  # (learning rate, seed)
 Record = dict[str, Any]
@@ -54,6 +57,7 @@ class Plan:
       target: validation accuracy to count the steps to.
       model_options: options of the model besides its defaults.
       first_seed: the first of the seeds, which follow each other.
+      workers: how many workers share a batch, for methods with `Method.per_worker`.
     """
 
     task: data.Task
@@ -68,6 +72,7 @@ class Plan:
     target: float
     model_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     first_seed: int = 0
+    workers: int = 1
 
     def replicas(self, method: Method) -> list[Replica]:
         """The (learning rate, seed) of every run of a method."""
@@ -84,6 +89,7 @@ class Plan:
             "data": self.task.checksums,
             "model": self.model,
             **({"model_options": self.model_options} if self.model_options else {}),
+            **({"workers": self.workers} if self.workers > 1 else {}),
             "loss": self.loss,
             "seeds": self.seeds,
             "steps": self.steps,
@@ -124,7 +130,9 @@ class Trainer:
         self.plan = plan
         task = plan.task
         self.train_x, self.train_y = jnp.asarray(task.train.x), jnp.asarray(task.train.y)
-        size = EVALUATION_BATCH if task.vocabulary_size is None else EVALUATION_SENTENCES
+        size = evaluation_batch(task)
+        if task.vocabulary_size is not None:
+            size = min(size, EVALUATION_SENTENCES)
         self.held_out = {
             name: [
                 {
@@ -149,7 +157,7 @@ class Trainer:
                 models.create(
                     plan.model,
                     input_shape=plan.task.input_shape,
-                    num_classes=plan.task.num_classes,
+                    num_classes=plan.task.num_classes or None,
                     vocabulary_size=plan.task.vocabulary_size,
                     rngs=seed,
                     **plan.model_options,
@@ -183,6 +191,8 @@ class Trainer:
             True: jax.jit(jax.vmap(evaluate, in_axes=(0, 0, None))),
             False: jax.jit(evaluate),
         }
+        # Of several workers their mean parameters are evaluated.
+        self._consensus = {True: jax.jit(jax.vmap(mean_of_copies)), False: jax.jit(mean_of_copies)}
 
     def _batches(self, seed: int, examples: int) -> np.ndarray:
         batches = iter(data.index_batches(examples, batch_size=self.plan.batch_size, seed=seed))
@@ -202,8 +212,10 @@ class Trainer:
         return method.build(
             learning_rate,
             total_steps=self.plan.steps,
-            num_classes=self.plan.task.num_classes,
+            num_classes=self.plan.task.num_directions,
             seed=seed,
+            axis_name=WORKERS if method.per_worker else None,
+            num_workers=self.plan.workers,
             objective=self.objective if method.needs_objective else None,
             likelihood=losses.LIKELIHOODS[self.plan.loss],
         )
@@ -236,11 +248,12 @@ class Trainer:
             tangents = min(filter(None, products))
             kept = self.activation_bytes(self.plan.curvature_batch_size)
             activations = max(activations, (1 + tangents) * kept)
-        return 2 * (params * (3 + vectors) + opt_state) + activations
+        copies = self.plan.workers if method.per_worker else 1
+        return 2 * copies * (params * (3 + vectors) + opt_state) + activations
 
     def products(self, method: Method) -> list[int]:
         """Hessian-vector products of every step."""
-        params, classes = self.weights[0][0], self.plan.task.num_classes
+        params, classes = self.weights[0][0], self.plan.task.num_directions
         count = functools.cache(lambda refresh: method.products(refresh, params, classes))
         return [count(self.refresh(method, step)) for step in range(self.plan.steps)]
 
@@ -304,14 +317,24 @@ class Trainer:
                 refresh: Any,
             ) -> Any:
                 tracked = {"x": x[curvature], "y": y[curvature]} if method.refresh_every else None
-                return train_step(
-                    self.build(method, learning_rate),
-                    self.loss,
-                    state,
-                    {"x": x[index], "y": y[index]},
-                    tracked,
-                    refresh=refresh,
-                )
+
+                def of_worker(state: Any, index: Any) -> Any:
+                    return train_step(
+                        self.build(method, learning_rate),
+                        self.loss,
+                        state,
+                        {"x": x[index], "y": y[index]},
+                        tracked,
+                        refresh=refresh,
+                        axis_name=WORKERS if method.per_worker else None,
+                        options=StepOptions(per_worker=method.per_worker),
+                    )
+
+                if not method.per_worker:
+                    return of_worker(state, index)
+                rows = index.reshape(self.plan.workers, -1)
+                state, metrics = jax.vmap(of_worker, axis_name=WORKERS)(state, rows)
+                return state, {"loss": metrics["loss"][0]}  # which is a mean over the workers
 
             def step(
                 rates: Any, state: Any, index: Any, curvature: Any, x: Any, y: Any, refresh: Any
@@ -339,7 +362,7 @@ class Trainer:
         rates = jnp.asarray([rate for rate, _ in replicas], jnp.float32)
         numbers = [self.seeds.index(seed) for _, seed in replicas]
         states = [
-            init_state(self.build(method, rates[i], seed), *self.weights[number])
+            self._init_state(method, rates[i], seed, number)
             for i, ((_, seed), number) in enumerate(zip(replicas, numbers, strict=True))
         ]
         # Copies in any case: the step donates its state, and the next method needs the weights too.
@@ -348,16 +371,27 @@ class Trainer:
         pick = np.array(numbers) if batched else numbers[0]
         return Runs(self, method, batched, rates if batched else rates[0], state, pick)
 
+    def _init_state(self, method: Method, rate: jax.Array, seed: int, number: int) -> Any:
+        """The state of a run with the initial weights of this number, one copy for each worker."""
+        state = init_state(self.build(method, rate, seed), *self.weights[number])
+        if not method.per_worker:
+            return state
+        return jax.tree.map(lambda leaf: jnp.stack([leaf] * self.plan.workers), state)
+
     def evaluate(self, runs: Runs, split: str) -> dict[str, np.ndarray]:
         """Loss and accuracy of each run on the whole "validation" or "test" split."""
         sums: dict[str, Any] = {}
+        evaluated = runs.state.params, runs.state.rest
+        if runs.method.per_worker:
+            evaluated = self._consensus[runs.batched](evaluated)
         for batch in self.held_out[split]:
             size = len(batch["y"])
-            result = self._evaluate[runs.batched](runs.state.params, runs.state.rest, batch)
+            result = self._evaluate[runs.batched](*evaluated, batch)
             for name, value in result.items():
                 sums[name] = sums.get(name, 0.0) + size * np.atleast_1d(value).astype(np.float64)
         examples = sum(len(batch["y"]) for batch in self.held_out[split])
-        return {f"{split}_{name}": value / examples for name, value in sums.items()}
+        counted = sums.pop("counted", examples)
+        return {f"{split}_{name}": value / counted for name, value in sums.items()}
 
     def work(self, method: Method, replicas: int) -> float:
         """What `experiments.progress` counts for runs of a method: mini-batch gradients."""
@@ -457,7 +491,7 @@ class Runs:
         )
         if refresh == "cold":
             products = self.method.products(
-                refresh, trainer.weights[0][0], trainer.plan.task.num_classes
+                refresh, trainer.weights[0][0], trainer.plan.task.num_directions
             )
             progress.tell(f"{name}: finding the subspace ({products} products)")
         return loss

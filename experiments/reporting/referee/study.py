@@ -51,15 +51,18 @@ class Setting:
 
     Attributes:
       name: a plain name; a folder is named after it.
-      task: the data set to classify.
+      task: the data set. Errors are shares of wrong classes: of its examples, of the pixels of
+        pictures, or of the next tokens of texts.
       model: name of the model; None for the task's own.
       epochs: passes over the training split.
       contestants: who trains.
       batch_size: examples per step.
       target: validation accuracy to which the cost is counted; None for the task's own.
       model_options: options of the model besides its defaults.
-      label_noise: share of the training examples whose label becomes a random other one.
+      label_noise: share of the training labels that become random other ones.
       outliers: share of the training examples whose input becomes noise.
+      examples: number of training examples that are used, the first ones; None for all.
+      workers: how many workers share a batch, for methods that give each a state of its own.
     """
 
     name: str
@@ -72,6 +75,8 @@ class Setting:
     model_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     label_noise: float = 0.0
     outliers: float = 0.0
+    examples: int | None = None
+    workers: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -257,6 +262,14 @@ class Study:
                     f"{setting.name}: {name} is a share of the examples, at least 0 and below 1, "
                     f"got {value}"
                 )
+        trials = [trial for contestant in setting.contestants for trial in contestant.trials]
+        shared = any(trial.per_worker for trial in trials)
+        if shared and (setting.workers < 2 or setting.batch_size % setting.workers):
+            raise UsageError(
+                f"{setting.name}: some methods have workers that share the batch; give 2 or more "
+                f"of which the batch size is a multiple, got {setting.workers} and "
+                f"{setting.batch_size}"
+            )
         for claim, part in self._parts():
             for role in ("method", "rival"):
                 if (who := getattr(part, role, None)) is not None and who not in names:

@@ -26,7 +26,7 @@ from experiments.reporting.referee.judging import AtMost, ByBootstrap, LowerErro
 from experiments.reporting.referee.sequential import SequentialTest
 from experiments.reporting.referee.study import Claim, Contestant, Scale, Setting, Study
 
-SGD, MOMENTUM, ADAM = "SGD", "SGD momentum", "Adam"
+SGD, MOMENTUM, ADAM, MUON_NAME = "SGD", "SGD momentum", "Adam", "Muon"
 BULK, DOM, HALF = "Bulk-SGD", "Dom-SGD", "interpolated SGD"
 BULK_MOMENTUM, HALF_MOMENTUM = "Bulk-SGD momentum", "interpolated SGD momentum"
 BULK_ADAM, HALF_ADAM = "Bulk-Adam", "interpolated Adam"
@@ -49,7 +49,7 @@ _TRIALS = {
     SGD: METHODS["plain_sgd"],
     MOMENTUM: METHODS["sgd"],
     ADAM: METHODS["adam"],
-    "Muon": MUON,
+    MUON_NAME: MUON,
     BULK: _on("plain_sgd", "bulk_sgd"),
     DOM: _on("plain_sgd", "dom_sgd"),
     HALF: _on("plain_sgd", "interpolated_sgd"),
@@ -106,6 +106,11 @@ CLAIMS = (
     _cheaper("g", BULK, SGD),
     _cheaper("h", BULK_MOMENTUM, MOMENTUM),
     _cheaper("i", BULK_ADAM, ADAM),
+    _lower(
+        *("j", "Bulk-SGD with momentum has a lower error than Muon", "ours"),
+        *(BULK_MOMENTUM, MUON_NAME, 0.0),
+    ),
+    _cheaper("k", BULK_MOMENTUM, MUON_NAME),
 )
 
 

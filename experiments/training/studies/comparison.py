@@ -56,11 +56,13 @@ def plan(
     curvature_batch_size: int | None = None,
     eval_every: int | None = None,
     target: float | None = None,
+    kinds: Sequence[str] = ("classification",),
+    examples: int | None = None,
 ) -> Plan:
     """Checks the settings of a comparison and fills in the defaults.
 
     Args:
-      task_name: data set to classify.
+      task_name: data set; its labels are of one of the `kinds`.
       method_names: entries of the catalogue.
       learning_rates: the rates that each of them is tuned on; ``None`` for the grid that the
         catalogue has for it.
@@ -76,6 +78,9 @@ def plan(
         twice the batch size.
       eval_every: steps between validations; ``None`` for up to 75 points per curve.
       target: validation accuracy to count the steps to; ``None`` for the task's own.
+      kinds: kinds of tasks that are accepted, of those in `data.LOSSES` whose scores have an
+        accuracy: ``"classification"``, ``"segmentation"``, ``"language"`` or ``"translation"``.
+      examples: number of training examples that are used, the first ones; ``None`` for all.
 
     Returns:
       The plan.
@@ -86,10 +91,21 @@ def plan(
     methods = get_methods(method_names, per_worker=False)
     if learning_rates is not None:
         methods = [dataclasses.replace(m, learning_rates=tuple(learning_rates)) for m in methods]
-    data.check_classification(task_name)
+    if tuple(kinds) == ("classification",):
+        data.check_classification(task_name)
+    kind = data.find_task(task_name).kind
+    cli.check_known("kind of task", kind, tuple(kinds))
     cli.check_known("model", model, models.list())
-    cli.check_known("loss", loss, data.LOSSES["classification"])
-    task = data.load_classification(task_name, data_dir=data_dir, **files)
+    cli.check_known("loss", loss, data.LOSSES[kind])
+    load = data.load_classification if kind == "classification" else data.load_task
+    task = load(task_name, data_dir=data_dir, **files)
+    if examples is not None:
+        if not 0 < examples <= len(task.train):
+            raise UsageError(
+                f"task {task.name} has {len(task.train)} training examples, of which 1 or more can "
+                f"be used, got {examples}"
+            )
+        task = dataclasses.replace(task, train=task.train[:examples])
     examples = len(task.train.y)
     curvature_batch_size = curvature_batch_size or min(2 * batch_size, examples)
     for name, value in (

@@ -215,8 +215,8 @@ def corrupted(task: data.Task, label_noise: float, outliers: float) -> data.Task
     """A task some of whose training examples are wrong; validation and test stay as they are.
 
     Args:
-      task: a task of single labels.
-      label_noise: share of the examples whose label becomes another one, drawn uniformly.
+      task: a task of classes, one for each example, pixel or position.
+      label_noise: share of the labels that become other ones, drawn uniformly.
       outliers: share of the examples whose input is drawn from a normal distribution with mean and
         standard deviation of all inputs.
 
@@ -226,9 +226,11 @@ def corrupted(task: data.Task, label_noise: float, outliers: float) -> data.Task
     x, y = task.train.x, task.train.y
     rng = np.random.default_rng(0)
     if label_noise:
-        wrong = rng.permutation(len(y))[: round(label_noise * len(y))]
-        y = y.copy()
-        y[wrong] = (y[wrong] + rng.integers(1, task.num_classes, len(wrong))) % task.num_classes
+        labels, classes = y.reshape(-1).copy(), task.num_classes or task.vocabulary_size
+        assert classes is not None
+        wrong = rng.permutation(len(labels))[: round(label_noise * len(labels))]
+        labels[wrong] = (labels[wrong] + rng.integers(1, classes, len(wrong))) % classes
+        y = labels.reshape(y.shape)
     if outliers:
         wrong = rng.permutation(len(y))[: round(outliers * len(y))]
         x = x.copy()

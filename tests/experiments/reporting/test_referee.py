@@ -292,6 +292,10 @@ def test_unfair_studies_are_refused() -> None:
             "unknown setting of claim 'x' 'two'; valid: one",
         ),
         (
+            small_study(contestant("free", "sgd"), contestant("ours", "post_local_sgd")),
+            "one: some methods have workers that share the batch; give 2 or more",
+        ),
+        (
             small_study(claims=(dataclasses.replace(claim, judge=nobody),)),
             "one lacks them, which claim 'x' is about",
         ),

@@ -1,6 +1,8 @@
-"""How many runs are trained together."""
+"""How many runs are trained together, and workers within a run."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 
@@ -37,3 +39,21 @@ def test_memory_counts_activations() -> None:
     # Ten tangents beside the values, of a curvature batch of 200 or 400.
     more = large.replica_bytes(bulk_sgd) - small.replica_bytes(bulk_sgd)
     assert more == 11 * (large.activation_bytes(400) - small.activation_bytes(200))
+
+
+def test_workers_share_the_batch() -> None:
+    """They step together until the switch, then apart; what is evaluated is their mean."""
+    plan = comparison.plan("digits", ["nesterov_sgd"], seeds=1, steps=32, eval_every=16)
+    (base,) = plan.methods
+    local = methods.METHODS["post_local_sgd"]  # local in the second half, two steps at a time
+    trainer = replicas.Trainer(dataclasses.replace(plan, methods=[base, local], workers=4))
+    assert trainer.replica_bytes(local) > 2 * trainer.replica_bytes(base)
+    runs = [(0.1, 0), (0.03, 0)]
+    together, apart = (trainer.train(m, runs) for m in (base, local))
+    alone = trainer.train(local, runs[:1])
+    for ours, other in zip(apart[:4], together, strict=False):  # up to the 16th step
+        assert ours["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-4)
+    assert abs(apart[4]["test_loss"] / together[4]["test_loss"] - 1) > 1e-4
+    assert apart[4]["validation_accuracy"] > 0.5
+    for ours, other in zip(alone, apart[::2], strict=True):
+        assert ours["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-4)
