@@ -27,7 +27,7 @@ from rich.console import Console
 
 from experiments import cli, progress
 from experiments.methods import METHODS, Method
-from experiments.methods.references import Problem, Reference, references
+from experiments.methods.references import Problem, Reference, recorded, references
 from experiments.reporting import tables
 from experiments.runs import ledger
 from experiments.runs.records import read_json, versions
@@ -39,6 +39,13 @@ _HEAD = """# The same trajectory
 What `python -m experiments.fidelity` found: each method takes the steps of a reference in float64,
 and a row says how far a parameter is away at most. The reference is a recorded run of the authors'
 code or of another library, or a calculation in NumPy from the paper's formula.
+"""
+_RECORDED = """## How the recorded runs were made
+
+`experiments/methods/references.json` holds the numbers. Each run starts at the `start` that stands
+there and is given the gradient c x + noise cos(t + i), coordinate by coordinate with i = 0, 1, ...,
+in steps t = 0, 1, ...; the parameters after the named steps were kept. Nothing is random, so there
+are no seeds. The authors' code was not changed and is not part of this project.
 """
 
 
@@ -177,7 +184,23 @@ def page(path: Path) -> str:
         f"\nWithout a recorded run: {', '.join(names)}. Their tests hold them against dense "
         "matrices, limit cases or simulations.\n"
     )
-    return "\n".join(parts)
+    return "\n".join([*parts, recordings()])
+
+
+def recordings() -> str:
+    """How each recorded number was made, as a section of the page."""
+    lines = [
+        _RECORDED,
+        "| method | package | call, or formula with gradient g | steps | computed |",
+        "|---|---|---|---|---|",
+    ]
+    for name, runs in recorded().items():
+        lines += [
+            f"| `{name}` | {run.made_by['package']} | `{run.made_by['call']}` | {run.steps} | "
+            f"{run.made_by['how']} |"
+            for run in runs
+        ]
+    return "\n".join(lines) + "\n"
 
 
 @cli.command

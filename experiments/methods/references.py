@@ -1,13 +1,16 @@
 """What the methods are held against: recorded runs of other programs, and calculations in NumPy.
 
 `references.json` holds runs of the authors' code and of other libraries, made once beside the
-methods of the catalogue, and short examples worked out from the papers' formulas. The others are
-calculated here, coordinate by coordinate, without anything of this library, Optax or JAX. All of
-them minimize the same kind of function,
+methods of the catalogue, and short examples worked out from the papers' formulas. Beside the
+numbers stand the package with its version or commit, and the call. The others are calculated here,
+coordinate by coordinate, without anything of this library, Optax or JAX. All of them minimize the
+same kind of function,
 
     f_t(x) = 1/2 sum_i c_i x_i^2 + noise sum_i cos(t + i) x_i
 
-whose gradients vary from step to step.
+whose gradients vary from step to step, t = 0, 1, ...; nothing is random. To record a run, make the
+optimizer by its call on the parameters `start`, give it the gradient c_i x_i + noise cos(t + i) in
+each step, and keep the parameters after the steps that `iterates` names.
 """
 
 from __future__ import annotations
@@ -70,6 +73,8 @@ class Reference:
       iterates: the parameters after some steps, by the number of steps.
       total_steps: length of the run for which schedules are made.
       tolerance: largest difference of a coordinate that passes.
+      made_by: of a recorded run ``package`` with its version or commit, ``call``, and ``how`` it
+        was computed; empty for a calculation.
     """
 
     kind: str
@@ -80,6 +85,7 @@ class Reference:
     iterates: Mapping[int, tuple[float, ...]]
     total_steps: int
     tolerance: float = TOLERANCE
+    made_by: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -102,6 +108,7 @@ def recorded() -> dict[str, list[Reference]]:
             iterates=iterates,
             total_steps=run.get("total_steps", max(iterates)),
             tolerance=run["tolerance"],
+            made_by=run["made_by"],
         )
         found.setdefault(run["method"], []).append(reference)
     return found

@@ -45,6 +45,7 @@ def test_what_differs_fails(
     page = fidelity.page(tmp_path / fidelity.FILE)
     assert page.count("| pass |") == page.count("| **fails** |") == 1
     assert "Without a recorded run: `kfac`." in page
+    assert "| `adabound` | adabound 0.0.5 | `adabound.AdaBound(params, lr=0.01)` | 100 |" in page
 
 
 def test_unknown_method(capsys: pytest.CaptureFixture[str]) -> None:
