@@ -30,6 +30,11 @@ from optax_accel.momentum import qhm_from_accsgd, qhm_from_pid, qhm_from_synthes
 from optax_accel.momentum import ScaleByAggMoState, aggmo, aggmo_betas, scale_by_aggmo
 from optax_accel.momentum import ScaleByYellowFinState, scale_by_yellowfin, yellowfin
 
+# Moments in low-rank subspaces of the gradients
+from optax_accel.low_rank import LowRankBytes, ScaleByAdaRankGradState, ScaleByGaLoreState
+from optax_accel.low_rank import adarankgrad, galore, low_rank_bytes
+from optax_accel.low_rank import scale_by_adarankgrad, scale_by_galore
+
 # Gradient sampling
 from optax_accel.sampling import SampleGradientsState, sample_gradients
 from optax_accel.sampling import bernoulli_per_element, bernoulli_per_tensor
@@ -91,6 +96,7 @@ __all__ = [
     "InterpolateSubspacesState",
     "LearningRateCurve",
     "LevenbergMarquardt",
+    "LowRankBytes",
     "Objective",
     "OneCycle",
     "PostLocalSGDState",
@@ -104,9 +110,11 @@ __all__ = [
     "RoundRobinTracker",
     "SampleGradientsState",
     "ScaleByAdaBoundState",
+    "ScaleByAdaRankGradState",
     "ScaleByAggMoState",
     "ScaleByBatchGaussNewtonState",
     "ScaleByDemonAdamState",
+    "ScaleByGaLoreState",
     "ScaleByKFACState",
     "ScaleByQHAdamState",
     "ScaleByQHMState",
@@ -115,6 +123,7 @@ __all__ = [
     "TrustRegion",
     "WithSchedulesState",
     "adabound",
+    "adarankgrad",
     "aggmo",
     "aggmo_betas",
     "batch_gauss_newton",
@@ -136,6 +145,7 @@ __all__ = [
     "extra_adam",
     "extragradient",
     "extrap_sgd",
+    "galore",
     "gnp",
     "hessian_free",
     "inject_hyperparams",
@@ -143,6 +153,7 @@ __all__ = [
     "interpolated_sgd",
     "kfac",
     "learning_rate_range_test",
+    "low_rank_bytes",
     "mean_over_micro_batches",
     "momentum_onecycle_schedule",
     "onecycle",
@@ -161,11 +172,13 @@ __all__ = [
     "reparametrize",
     "sample_gradients",
     "scale_by_adabound",
+    "scale_by_adarankgrad",
     "scale_by_aggmo",
     "scale_by_batch_gauss_newton",
     "scale_by_demon",
     "scale_by_demon_adam",
     "scale_by_ekfac",
+    "scale_by_galore",
     "scale_by_kfac",
     "scale_by_qh_adam",
     "scale_by_qhm",

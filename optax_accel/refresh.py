@@ -1,14 +1,14 @@
 """Refreshing estimates of curvature from the host: one vocabulary for all methods.
 
 A method that keeps an estimate of the curvature, the eigenspace of a tracker or the factors of
-K-FAC, refreshes it inside the compiled step by default.  With the extra argument ``refresh``, a
-static Python value, the training loop decides instead, so that it alternates compiled steps without
-conditionals: required for speed with convolutions on a CPU, and under ``vmap``, where a conditional
-runs both its branches.  The argument reaches every element of a chain; this is what it means to
-each:
+K-FAC, or low-rank bases of the gradients, as GaLore does, refreshes it inside the compiled step by
+default.  With the extra argument ``refresh``, a static Python value, the training loop decides
+instead, so that it alternates compiled steps without conditionals: required for speed with
+convolutions on a CPU, and under ``vmap``, where a conditional runs both its branches.  The argument
+reaches every element of a chain; this is what it means to each:
 
 ===============  ==============================  ====================  ====================
-``refresh``      trackers of an eigenspace       K-FAC and EKFAC       damping that adapts
+``refresh``      trackers, low-rank bases        K-FAC and EKFAC       damping that adapts
 ===============  ==============================  ====================  ====================
 ``None``         decide in the graph             decide in the graph   decide in the graph
 ``False``        nothing                         nothing               nothing

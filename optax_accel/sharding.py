@@ -24,7 +24,9 @@ def state_shardings(tx: optax.GradientTransformation, params: chex.ArrayTree) ->
     A leaf of the state belongs to a parameter if its path in the state ends with the parameter's
     path (the longest such path counts) and its shape ends with the parameter's shape.  It gets the
     parameter's sharding, with unsharded axes for those in front: ``P(None, *spec)`` for a block of
-    ``k`` copies.  All other leaves are replicated over the parameters' mesh.
+    ``k`` copies.  A leaf of its path with as many axes as the parameter, as the reduced moments of
+    GaLore are, is sharded along those axes that are as long as the parameter's.  All other leaves
+    are replicated over the parameters' mesh.
 
     ``optax.tree.map_params`` decides in the same way but for the axes in front: a basis, a sketch
     and a history of gradients, with leaves ``(k, *shape)``, count as parameter-like, and the mapped
@@ -100,9 +102,15 @@ def shardings_like(tree: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTr
             return replicated
         shape, sharding = by_path[owner]
         extra = len(leaf.shape) - len(shape)
-        if extra < 0 or leaf.shape[extra:] != shape:
+        names = list(sharding.spec)
+        if extra == 0 and leaf.shape != shape:  # a spec may have fewer axes than its array
+            axes = zip(names, leaf.shape, shape, strict=False)
+            names = [name if length == full else None for name, length, full in axes]
+            if not any(names):
+                return replicated
+        elif extra < 0 or leaf.shape[extra:] != shape:
             return replicated
-        spec = jax.P(*[None] * extra, *sharding.spec)
+        spec = jax.P(*[None] * extra, *names)
         return jax.NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
 
     return jax.tree_util.tree_map_with_path(place, tree)

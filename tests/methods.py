@@ -30,6 +30,7 @@ class Case:
       optimizes: a name in `test_gauntlet.PARTS`: the rest of the parameters it must not touch.
       refresh: the argument of that name at a step of a loop that is driven from the host.
       factors: whether that refreshes K-FAC's factors and not a basis.
+      matrices: whether it needs a parameter of two axes or more.
       slow: whether it is a variant of what another case covers.
     """
 
@@ -39,6 +40,7 @@ class Case:
     optimizes: str = "everything"
     refresh: Callable[[int], bool | str | None] | None = None
     factors: bool = False
+    matrices: bool = False
     slow: bool = False
 
     @property
@@ -102,6 +104,18 @@ OPTIMIZERS = (
     Case("qh_adam", oa.qh_adam, ADAM_RATES),
     Case("aggmo", oa.aggmo),
     Case("yellowfin", oa.yellowfin, (0.1, 0.3, 1.0, 3.0, 10.0)),
+    Case(
+        "galore",
+        lambda rate: oa.galore(rate, 1, refresh_every=2, scale=1.0),
+        (0.001, 0.003, 0.01, 0.03, 0.1),
+        matrices=True,
+    ),
+    Case(
+        "adarankgrad",
+        lambda rate: oa.adarankgrad(rate, 2, refresh_every=2, scale=1.0),
+        (0.001, 0.003, 0.01, 0.03, 0.1),
+        matrices=True,
+    ),
     Case("stoch_grad_adam", lambda rate: oa.stoch_grad_adam(rate, rate=0.8, key=0), ADAM_RATES),
     subspace("bulk_sgd", oa.bulk_sgd, oa.BlockTracker(), optimizes="bulk"),
     subspace(

@@ -525,6 +525,10 @@ FACTORIES: dict[Callable[..., optax.GradientTransformationExtraArgs], dict[str, 
     oa.aggmo: {"learning_rate": 0.1},
     oa.scale_by_yellowfin: {},
     oa.yellowfin: {},
+    oa.scale_by_galore: {"rank": 1},
+    oa.galore: {"learning_rate": 0.1, "rank": 1, "weight_decay": 0.5},
+    oa.scale_by_adarankgrad: {"max_rank": 2},
+    oa.adarankgrad: {"learning_rate": 0.1, "max_rank": 2, "weight_decay": 0.5},
     oa.sample_gradients: {"rescale": True},
     oa.stoch_grad_adam: {"learning_rate": 0.1},
     oa.extragradient: {"inner": SGD, "extrapolation_rate": 0.1, "direction": "gaussian"},
@@ -751,5 +755,6 @@ def test_the_gauntlet_covers_every_factory() -> None:
     # Some optimizers are nothing but their `scale_by_*`; the others have tests of their own.
     nothing_but = {"scale_by_adabound", "scale_by_batch_gauss_newton", "scale_by_qhm"}
     nothing_but |= {"scale_by_qh_adam", "scale_by_aggmo", "scale_by_yellowfin"}
+    nothing_but |= {"scale_by_galore", "scale_by_adarankgrad"}
     apart = {"dynamic_loss_scale", "quadratic_model"}
     assert {f.__name__ for f in returns} - run == nothing_but | apart

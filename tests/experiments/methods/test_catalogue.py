@@ -62,8 +62,8 @@ def test_the_forms_of_the_step_repeat_after_a_period(name: str) -> None:
         assert fresh.refresh(0) == method.refresh(0)
     forms = [method.refresh(step) for step in range(1, 2 * method.period + 1)]
     assert forms[: method.period] == forms[method.period :]
-    adapts = name == "batch_gauss_newton"  # its damping
-    nothing = method.tracker is None and not method.needs_objective and not adapts
+    periodic = name in ("batch_gauss_newton", "galore")  # their damping and bases
+    nothing = method.tracker is None and not method.needs_objective and not periodic
     assert (method.refresh(0) is None) == nothing
 
 

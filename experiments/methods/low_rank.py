@@ -1,0 +1,61 @@
+"""Adam whose moments live in low-rank subspaces of the gradients."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+import optax_accel as oa
+from experiments.methods.method import Method, Paper
+
+# Matrices move by a quarter of Adam's steps.
+_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
+_RANK = 8
+
+
+def _fitting(factory: Callable[..., Any], argument: str) -> Callable[..., Any]:
+    """The factory with a rank of at most 8 that fits the largest matrix of the network."""
+
+    @functools.wraps(factory)
+    def build(learning_rate: Any, **settings: Any) -> optax.GradientTransformationExtraArgs:
+        def init(params: Any) -> Any:
+            sides = [min(leaf.size // leaf.shape[-1], leaf.shape[-1]) for leaf in matrices(params)]
+            rank = settings.get(argument, min([_RANK, max(sides, default=_RANK)]))
+            return factory(learning_rate, **{**settings, argument: rank}).init(params)
+
+        update = factory(learning_rate, **{argument: _RANK, **settings}).update
+        return optax.GradientTransformationExtraArgs(init, update)  # its state knows the rank
+
+    def matrices(params: Any) -> list[Any]:
+        return [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1 and leaf.size]
+
+    return build
+
+
+LOW_RANK = (
+    Method(
+        name="galore",
+        family="low rank",
+        summary="Adam in a subspace of rank 8 of each matrix's gradient, renewed every 200 steps",
+        paper=Paper("Zhao et al., 2024", "https://arxiv.org/abs/2403.03507"),
+        fidelity="faithful",
+        base="adam",
+        learning_rates=_RATES,
+        factory=_fitting(oa.galore, "rank"),
+        period=200,
+    ),
+    Method(
+        name="adarankgrad",
+        family="low rank",
+        summary="the same of rank 1 to 8, as the gradient needs it; moments follow the subspace",
+        paper=Paper("Refael et al., 2025", "https://arxiv.org/abs/2410.17881"),
+        fidelity="our reading",
+        base="adam",
+        learning_rates=_RATES,
+        factory=_fitting(oa.adarankgrad, "max_rank"),
+    ),
+)
