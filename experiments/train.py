@@ -36,11 +36,9 @@ import optax_accel as oa
 from experiments import cli, data, progress
 from experiments.cli import UsageError
 from experiments.runs import folders
-from experiments.runs.checkpoints import CheckpointError
 from experiments.runs.records import CONFIG, check_same, read_config, versions, write_config
 from experiments.runs.source import read_source, same_source, write_source
 from experiments.training import cluster
-from experiments.training.loop import train
 from experiments.training.non_finite import NonFiniteError
 from experiments.training.options import Options, listing
 from experiments.training.plan import Plan, prepare
@@ -246,6 +244,10 @@ def dry_run(plan: Plan, program: Program) -> int:
 
 def run_and_report(plan: Plan, program: Program, console: Console, to_continue: str) -> int:
     """Runs a plan; returns the exit code."""
+    # Here, because they need Orbax, whose import `--help` and wrong options should not wait for.
+    from experiments.runs.checkpoints import CheckpointError
+    from experiments.training.loop import train
+
     try:
         stopped_by = train(plan, program, console)
     except (UsageError, CheckpointError) as error:

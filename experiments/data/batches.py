@@ -9,13 +9,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
 
 from experiments.data import augmentation
 from experiments.data.tasks import Split
+
+# Grain is imported where it is used: that takes half a second, which no `--help` should wait for.
+if TYPE_CHECKING:
+    import grain
 
 MOST_AHEAD = 1000  # the most threads that read, and batches that wait
 
@@ -140,6 +143,8 @@ def in_order(
 
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    import grain
+
     numbers = grain.MapDataset.range(math.ceil(len(split) / batch_size))
     return numbers.map(read).to_iter_dataset(_read_options(workers))
 
@@ -160,6 +165,8 @@ def _dataset(
         raise ValueError(f"seed must be at least 0, got {seed}")
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"num_epochs must be at least 1, or None, got {num_epochs}")
+    import grain
+
     shard = shard or grain.sharding.NoSharding()
     size, rest = divmod(batch_size, shard.shard_count)
     if rest:
@@ -187,5 +194,7 @@ def _dataset(
 def _read_options(workers: int) -> grain.ReadOptions:
     if not 0 <= workers <= MOST_AHEAD:
         raise ValueError(f"workers must be between 0 and {MOST_AHEAD}, got {workers}")
+    import grain
+
     # Without workers the calling thread reads: that is faster than a thread's handing over.
     return grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers)

@@ -15,12 +15,14 @@ whose labels are the images themselves). `imagenet_folder` reads its pictures wh
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments.data.drawing import hold_out
 from experiments.data.readers.arrays import Arrays, read_idx, read_npz
 from experiments.data.readers.files import DataError, exists, plain_or_gzipped
 from experiments.data.readers.hubs import check_labels, read_hub
@@ -72,18 +74,31 @@ def load_digits(name: str = "digits") -> Task:
     Returns:
       The task.
     """
-    # Imported here because it takes longer than everything else in this module.
-    from sklearn import datasets
-    from sklearn.model_selection import train_test_split
-
-    digits = datasets.load_digits()
-    x = (digits.images / 16.0).astype(np.float32)[..., np.newaxis]
-    y = digits.target.astype(np.int32)
-    rest, test = train_test_split(np.arange(len(y)), test_size=360, stratify=y, random_state=0)
-    train, validation = train_test_split(rest, test_size=360, stratify=y[rest], random_state=0)
+    images, labels = read_digits()
+    x = (images / 16.0).astype(np.float32)[..., np.newaxis]
+    y = labels.astype(np.int32)
+    rest, test = hold_out(len(y), 360, classes=y)
+    train, validation = (rest[rows] for rows in hold_out(len(rest), 360, classes=y[rest]))
     # The file's pixels lie between 0 and 16; they are treated as if 255 were the brightest.
     whole = Split(x, y, (0.0, 255.0))
     return _make(name, [whole[rows] for rows in (train, validation, test)])
+
+
+def read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """The digits as scikit-learn has them: images of numbers from 0 to 16, and labels.
+
+    They come from scikit-learn's own file, because its import takes seconds.
+    """
+    spec = importlib.util.find_spec("sklearn")
+    for package in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(package, "datasets", "data", "digits.csv.gz")
+        if path.exists():
+            numbers = np.loadtxt(path, delimiter=",")
+            return numbers[:, :-1].reshape(-1, 8, 8), numbers[:, -1].astype(np.int64)
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    return digits.images, digits.target
 
 
 def _make(name: str, splits: Sequence[Split], num_classes: int = 10) -> Task:

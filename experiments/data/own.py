@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments import cli
+from experiments.data.drawing import hold_out
 from experiments.data.readers.files import DataError, reading
 from experiments.data.tasks import CLASSES_OR_NUMBERS, OWN_TASKS, SPLITS, Defaults, Split, Task
 
@@ -354,8 +355,6 @@ def _hold_out(
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws rows, the same share of each class; returns those that are left and those drawn."""
-    from sklearn.model_selection import train_test_split
-
     chosen = None if classes is None else classes[rows]
     if chosen is not None and isinstance(labels, Labels):
         numbers, count = np.unique(chosen, return_counts=True)
@@ -372,8 +371,8 @@ def _hold_out(
             f"{where}: {cli.plural(len(rows), 'example')}, too few to hold out {size} of them"
         )
     with reading(where, "enough examples of each class for every split"):
-        left, drawn = train_test_split(rows, test_size=size, stratify=chosen, random_state=seed)
-    return np.sort(left), np.sort(drawn)
+        left, drawn = hold_out(len(rows), size, classes=chosen, seed=seed)
+    return np.sort(rows[left]), np.sort(rows[drawn])
 
 
 # Tasks ------------------------------------------------------------------------------------------

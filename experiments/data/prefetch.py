@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import grain
 import jax
 
 from experiments.data.batches import MOST_AHEAD
@@ -54,6 +53,8 @@ class DevicePrefetcher(Iterator[Any]):
 
     def __init__(self, iterator: Any, put: Callable[[Any], Any], size: int):
         self._placed = _Placed(iterator, put)
+        import grain  # see `batches`
+
         # Older versions of Grain refuse a buffer of size 0.
         self._batches: Any = (
             grain.experimental.ThreadPrefetchDatasetIterator(self._placed, size)

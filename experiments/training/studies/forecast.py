@@ -15,7 +15,6 @@ import models
 from experiments import cli, data, hlo, progress, timing
 from experiments.methods import Method
 from experiments.training import networks
-from experiments.training.loop import curvature_batch, open_batches
 from experiments.training.plan import Plan
 from experiments.training.program import Program, evaluation_batch
 from experiments.training.replicas import Plan as Comparison
@@ -107,6 +106,9 @@ def of_run(plan: Plan, program: Program) -> tuple[dict[str, str], Speed]:
     Returns:
       Lines by what they are about, and what was measured.
     """
+    # Here, because checkpoints need Orbax, which no command's `--help` should wait for.
+    from experiments.training.loop import curvature_batch, open_batches
+
     runner, curvature = program.runner, curvature_batch(plan, program)
     state, forms = runner.init(program.make_state), set[Any]()
     with open_batches(plan, program) as batches:
