@@ -29,10 +29,12 @@ from rich.table import Table
 
 from experiments import cli, progress, timing
 from experiments.methods import METHODS, Method, get_methods
-from experiments.reporting import tables
+from experiments.reporting import pages, tables
 from experiments.training.studies import first_step, method_cost
 
 COMPILE_REPEATS = 5  # at most: a compilation takes a second
+
+PROG = "python -m experiments.bench"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Options(cli.DryRunOptions):
     """Rounds of the tables "time to the first step", each from empty caches; 0 for none."""
     json: Path | None = None
     """Also write the numbers to this file."""
+    html: Path | None = None
+    """Also write the tables to this file, as a page for the browser."""
 
 
 def verdict(row: dict[str, Any]) -> str:
@@ -232,8 +236,9 @@ def run(options: Options, groups: dict[str, list[Method]], console: Console) -> 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    options = cli.parse(Options(), argv, "python -m experiments.bench")
+    options = cli.parse(Options(), argv, PROG)
     cli.check_file("--json", options.json)
+    cli.check_file("--html", options.html)
     # The tree, its gradient, its update and a state of two trees for the method and its base each.
     cli.check_memory(4 * 8 * options.parameters, f"a tree of {options.parameters:,} parameters")
     groups, console = grouped(options.methods), cli.console(100)
@@ -255,6 +260,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         cli.write_atomic(options.json, cli.to_json(results))
+    if options.html is not None:
+        title = "Methods of the catalogue beside their bases"
+        pages.write_study(options.html, title, PROG, options, printed=console.printed)
     return 0
 
 

@@ -175,7 +175,7 @@ LIMITS: Mapping[str, Range] = {
     "max_length": Range(1, 100_000),
     "process_id": Range(0, 2**16 - 1),
     "settings": Range(1, 6),
-    **dict.fromkeys(("learning_rate", "lowest", "highest", "clip"), RATE),
+    **dict.fromkeys(("learning_rate", "minimum", "maximum", "clip"), RATE),
     **dict.fromkeys(("memory_gib", "time_factor", "budget_seconds"), POSITIVE),
     "weight_decay": Range(0, 3e38),
     "label_smoothing": Range(0, 1, "[)"),
@@ -222,7 +222,7 @@ GROUPS: Mapping[str, Group] = {
     "method": Group(
         "The training method and its settings.",
         (
-            *("method", "methods", "learning_rate", "learning_rates", "lowest", "highest"),
+            *("method", "methods", "learning_rate", "learning_rates", "minimum", "maximum"),
             *("spacing", "settings", "schedule", "variants", "kind", "members", "trackers", "k"),
             *("directions", "tolerance", "curvature_batch_size", "curvature_batch", "smoothing"),
             *("stop_factor", "switch_step", "target", "only", "accumulate"),
@@ -255,7 +255,7 @@ GROUPS: Mapping[str, Group] = {
         "What is measured, printed and written.",
         (
             *("eval_every", "panels", "sections", "bins", "name", "runs_dir", "evidence_dir"),
-            *("overwrite", "json", "trace", "list", "dry_run"),
+            *("overwrite", "json", "html", "trace", "list", "dry_run"),
         ),
     ),
     "other": Group("Further options.", ()),
@@ -708,15 +708,25 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
-class _Console(Console):
-    """A console on which text, such as a name that somebody gave, is shown as it is."""
+class Printer(Console):
+    """A console on which text, such as a name that somebody gave, is shown as it is.
+
+    Attributes:
+      printed: the texts and tables so far, of which a command can make a page.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.printed: list[Any] = []
 
     def print(self, *objects: Any, **options: Any) -> None:
-        shown = (printable(part) if isinstance(part, str) else part for part in objects)
+        """Prints, as `rich.console.Console.print` does, and remembers it."""
+        shown = [printable(part) if isinstance(part, str) else part for part in objects]
+        self.printed += shown
         super().print(*shown, **options)
 
 
-def console(width: int, *, quiet: bool = False) -> Console:
+def console(width: int, *, quiet: bool = False) -> Printer:
     """Where a command prints.
 
     Its text is not Rich markup: names may contain ``[...]`` and ``:...:``.
@@ -728,7 +738,7 @@ def console(width: int, *, quiet: bool = False) -> Console:
     Returns:
       The console.
     """
-    terminal = _Console(highlight=False, markup=False, emoji=False, quiet=quiet)
+    terminal = Printer(highlight=False, markup=False, emoji=False, quiet=quiet)
     if not terminal.is_terminal:
         terminal.width = width
     return terminal

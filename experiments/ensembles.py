@@ -17,6 +17,7 @@ then holds
 
     results.json            the settings and all numbers, for each kind, seed, split and member
     ensembles.png, .svg     accuracy and calibration error over the number of members averaged
+    report.html             the tables and the picture
 
 What the calibration error is, and the papers: `experiments.training.studies.calibration` and
 `experiments.training.studies.ensembles`.
@@ -36,7 +37,7 @@ from rich.console import Console
 from experiments import cli, data, methods, progress, timing
 from experiments.cli import UsageError
 from experiments.reporting import ensembles as reporting
-from experiments.reporting import figures
+from experiments.reporting import figures, pages
 from experiments.reporting.ensembles import Record
 from experiments.runs import folders
 from experiments.runs.records import number
@@ -54,6 +55,7 @@ from experiments.training.studies.ensembles import (
 )
 
 PROG = "python -m experiments.ensembles"
+FILES = (*figures.files("ensembles"), "report.html")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,9 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{cli.plural(len(rates), 'rate')} x {cli.plural(plan.seeds, 'seed')} -> {folder}"
     )
     if options.dry_run:
-        check_results(folder, PROG, figures.files("ensembles"))
+        check_results(folder, PROG, FILES)
         return dry_run(heading, plan, len(kinds), rates, console)
-    with claim_results(folder, PROG, figures.files("ensembles")):
+    with claim_results(folder, PROG, FILES):
         console.print(heading, soft_wrap=True)
         records = []
         with progress.show(console, "ensembles"):
@@ -178,14 +180,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = {"machine": timing.machine(), "kinds": records}
         write_results(folder, PROG, options, _plain(result))
         title = f"Ensembles on {options.task} with {options.method}, one budget"
-        figures.write(folder, "ensembles", reporting.picture(records, title))
-    for view in reporting.tables(records, rates):
+        pictures = figures.write(folder, "ensembles", reporting.picture(records, title))
+        for view in reporting.tables(records, rates):
+            console.print()
+            console.print(view)
         console.print()
-        console.print(view)
-    console.print()
-    if any(reporting.on_edge(record, rates) for record in records):
-        console.print("* an end of the rates: beyond it may be a better one")
-    console.print(f"picture: {folder / 'ensembles.png'}", soft_wrap=True)
+        if any(reporting.on_edge(record, rates) for record in records):
+            console.print("* an end of the rates: beyond it may be a better one")
+        pages.write_study(
+            folder / "report.html",
+            title,
+            PROG,
+            options,
+            printed=console.printed,
+            pictures={"Accuracy and calibration": pictures["ensembles.svg"]},
+        )
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
     return 0
 
 

@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 import jax
 
 from experiments import cli
-from experiments.reporting import tables
+from experiments.reporting import pages, tables
 from experiments.training.options import Options as TrainingOptions
 from experiments.training.plan import Plan, prepare
 from experiments.training.program import Program, build
@@ -66,6 +66,8 @@ class Options(cli.DryRunOptions):
     """Batches that wait on the device."""
     trace: Path | None = None
     """File for the timeline."""
+    html: Path | None = None
+    """Also write the tables to this file, as a page for the browser."""
 
 
 def make(options: Options) -> tuple[Plan, Program]:
@@ -76,6 +78,7 @@ def make(options: Options) -> tuple[Plan, Program]:
     """
     options.check()
     cli.check_file("--trace", options.trace)
+    cli.check_file("--html", options.html)
     plan = prepare(
         TrainingOptions(
             task=options.task,
@@ -143,7 +146,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     table.add_row("queued", f"{1e3 * result.queued:.2f}", f"{result.hidden_by_queue:.0%}")
     table.add_row("prefetched", f"{1e3 * result.prefetched:.2f}", f"{result.hidden:.0%}")
-    cli.console(80).print(table)
+    console = cli.console(80)
+    console.print(table)
+    if options.html is not None:
+        title = f"How much of a slow input prefetching hides: {plan.task.name}, {plan.model}"
+        pages.write_study(options.html, title, PROG, options, printed=console.printed)
     if options.trace is not None:
         cli.write_atomic(options.trace, trace(result.events))
         print(f"timeline: {options.trace}")

@@ -9,6 +9,7 @@ the peak of a cycle. `runs/<name>/` then holds
 
     results.json            the settings, the losses and what they suggest, for each seed
     range.png, .svg         the losses over the rates
+    report.html             what the tests found, with the picture
 
 The papers, and how the test ends and suggests: `optax_accel.learning_rate_range_test`.
 """
@@ -25,19 +26,21 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
+from rich.console import Console
 
 import optax_accel as oa
 from experiments import cli, data, methods, progress, timing
 from experiments.cli import UsageError
-from experiments.reporting import figures, tables
+from experiments.reporting import figures, pages, tables
 from experiments.runs import folders
 from experiments.runs.study import check_results, claim_results, write_results
 from experiments.training.replicas import Plan, Trainer
 from experiments.training.studies import comparison, forecast
 
 PROG = "python -m experiments.lr_range_test"
+FILES = (*figures.files("range"), "report.html")
 SPACINGS = ("exponential", "linear")
-# Without --lowest and --highest: the factor by which the rates go beyond the method's grid.
+# Without --minimum and --maximum: the factor by which the rates go beyond the method's grid.
 MARGIN = 100.0
 
 
@@ -57,9 +60,9 @@ class Options(data.FilesOptions, cli.DryRunOptions):
     """Loss: cross_entropy, or mse (half the squared distance to the one-hot label)."""
     method: str = "sgd"
     """Training method; an unknown name lists all."""
-    lowest: float | None = None
+    minimum: float | None = None
     """First rate; default: a hundredth of the lowest one of the method's grid."""
-    highest: float | None = None
+    maximum: float | None = None
     """Last rate; default: a hundred times the highest one of the method's grid."""
     spacing: str = "exponential"
     """How the rate rises: exponential (by a factor per step) or linear (as in Smith's paper)."""
@@ -91,10 +94,10 @@ def resolve(options: Options) -> tuple[Plan, np.ndarray]:
     cli.check_known("method", options.method, tuple(methods.METHODS))
     cli.check_known("spacing", options.spacing, SPACINGS)
     grid = methods.METHODS[options.method].learning_rates
-    lowest = min(grid) / MARGIN if options.lowest is None else options.lowest
-    highest = max(grid) * MARGIN if options.highest is None else options.highest
-    if not lowest < highest:
-        raise UsageError(f"--lowest {lowest:g} must be less than --highest {highest:g}")
+    minimum = min(grid) / MARGIN if options.minimum is None else options.minimum
+    maximum = max(grid) * MARGIN if options.maximum is None else options.maximum
+    if not minimum < maximum:
+        raise UsageError(f"--minimum {minimum:g} must be less than --maximum {maximum:g}")
     plan = comparison.plan(
         options.task,
         [options.method],
@@ -108,7 +111,7 @@ def resolve(options: Options) -> tuple[Plan, np.ndarray]:
         curvature_batch_size=options.curvature_batch_size,
     )
     space = np.geomspace if options.spacing == "exponential" else np.linspace
-    return plan, space(lowest, highest, options.steps)
+    return plan, space(minimum, maximum, options.steps)
 
 
 def run(options: Options, plan: Plan, rates: np.ndarray) -> list[oa.LearningRateCurve]:
@@ -201,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{folder}"
     )
     if options.dry_run:
-        check_results(folder, PROG, figures.files("range"))
+        check_results(folder, PROG, FILES)
         with progress.show(console, "lr_range_test"):
             speed = forecast.of_runs(Trainer(plan), plan.methods[0], [(float(rates[0]), 0)])
         seconds = speed.seconds(plan.steps, 0, plan.seeds)
@@ -212,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "time": f"at most about {cli.duration(seconds)}: {speed.source()}",
         }
         return cli.print_forecast(console, lines)
-    with claim_results(folder, PROG, figures.files("range")):
+    with claim_results(folder, PROG, FILES):
         console.print(heading, soft_wrap=True)
         try:
             with progress.show(console, "lr_range_test", plan.seeds * plan.steps):
@@ -229,20 +232,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
         record = {"machine": timing.machine(), "suggestion": suggestion, "tests": tests}
         write_results(folder, PROG, options, record)
-        figures.write(folder, "range", picture(options, results, suggestion))
+        pictures = figures.write(folder, "range", picture(options, results, suggestion))
+        tell(results, suggestion, console)
+        pages.write_study(
+            folder / "report.html",
+            f"Learning-rate range test: {options.method} on {options.task}",
+            PROG,
+            options,
+            printed=console.printed,
+            pictures={"The loss while the learning rate rises": pictures["range.svg"]},
+        )
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+    return 0
+
+
+def tell(
+    results: Sequence[oa.LearningRateCurve], suggestion: float | None, console: Console
+) -> None:
+    """Prints what the tests found."""
     view = tables.table(["seed", "falls fastest at", "lowest at", "a tenth of that", "left at"])
     for seed, result in enumerate(results):
         cells = (result.suggestion, result.lowest, result.lowest / 10, result.stopped_at)
         view.add_row(str(seed), *("never" if cell is None else f"{cell:.2g}" for cell in cells))
     console.print(view)
     if suggestion is None:
-        console.print("the loss never falls: lower --lowest, raise --highest, or give more --steps")
+        console.print(
+            "the loss never falls: lower --minimum, raise --maximum, or give more --steps"
+        )
     else:
         console.print(f"suggested learning rate: {suggestion:.2g}, where the loss falls fastest")
     if all(result.stopped_at is None for result in results):
-        console.print("the loss never left: a higher --highest may show more")
-    console.print(f"picture: {folder / 'range.png'}", soft_wrap=True)
-    return 0
+        console.print("the loss never left: a higher --maximum may show more")
 
 
 if __name__ == "__main__":

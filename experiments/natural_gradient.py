@@ -16,6 +16,7 @@ a loss as a third, K-FAC's factors as one. `runs/<name>/` then holds
 
     results.json            settings, final losses of all runs, curves of the chosen ones
     curves.png, .svg        training loss over steps and over seconds
+    report.html             the table, the conclusions and the picture
 
 Hessian-free takes gradients of four batches a step and curvature of the first one of them, so its
 steps use four times the examples of others. The methods that iterate in the compiled step are left
@@ -45,7 +46,7 @@ from experiments import cli, progress, timing
 from experiments.methods import METHODS
 from experiments.methods.method import Method, Paper
 from experiments.methods.optax_methods import MUON
-from experiments.reporting import figures
+from experiments.reporting import figures, pages
 from experiments.reporting import natural_gradient as report
 from experiments.runs import folders
 from experiments.runs.study import check_results, claim_results, write_results
@@ -55,6 +56,7 @@ from experiments.training.studies.tuning import Candidate, Trainer, final_loss, 
 
 PROG = "python -m experiments.natural_gradient"
 SCALES = ("small", "full")
+FILES = (*figures.files("curves"), "report.html")
 # A run of another method than the first may always take this many seconds.
 LEAST_SECONDS = 3.0
 
@@ -351,9 +353,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     steps = cli.plural(options.steps or problem.steps, "step")
     if options.dry_run:
-        check_results(folder, PROG, figures.files("curves"))
+        check_results(folder, PROG, FILES)
         return dry_run(f"{title}, up to {steps} -> {folder}", options, problem, names, console)
-    with claim_results(folder, PROG, figures.files("curves")):
+    with claim_results(folder, PROG, FILES):
         console.print(f"{title}, up to {steps} -> {folder}", soft_wrap=True)
         try:
             with progress.show(console, "natural_gradient"):
@@ -363,11 +365,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines = report.conclusion(rows)
         record = {"machine": timing.machine(), "title": title, "conclusion": lines, "methods": rows}
         write_results(folder, PROG, options, record)
-        figures.write(folder, "curves", report.picture(title, rows))
-    console.print(report.table(rows))
-    for line in lines:
-        console.print(line)
-    console.print(f"picture: {folder / 'curves.png'}", soft_wrap=True)
+        pictures = figures.write(folder, "curves", report.picture(title, rows))
+        console.print(report.table(rows))
+        for line in lines:
+            console.print(line)
+        pages.write_study(
+            folder / "report.html",
+            f"Natural gradients on {options.problem}",
+            PROG,
+            options,
+            printed=console.printed,
+            pictures={"Training loss over steps and over time": pictures["curves.svg"]},
+        )
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
     return 0
 
 

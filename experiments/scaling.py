@@ -28,6 +28,7 @@ from rich.console import Console
 import models
 from experiments import cli, data, progress, timing
 from experiments.methods import METHODS, Method, get_methods
+from experiments.reporting import pages
 from experiments.reporting import scaling as report
 from experiments.runs.records import plain_options
 from experiments.training import cluster, parallel
@@ -64,6 +65,8 @@ class Options(data.FilesOptions, cli.DryRunOptions):
     """Rounds of the timing; 0 for no timing."""
     json: Path | None = None
     """Also write the numbers to this file."""
+    html: Path | None = None
+    """Also write the tables to this file, as a page for the browser."""
 
 
 def _check(options: Options) -> tuple[Programs, list[Method], list[str], list[Method]]:
@@ -73,6 +76,7 @@ def _check(options: Options) -> tuple[Programs, list[Method], list[str], list[Me
       UsageError, DataError: an option is wrong.
     """
     cli.check_file("--json", options.json)
+    cli.check_file("--html", options.html)
     cluster.check_virtual_devices(options.devices)
     data.check_classification(options.task)
     cli.check_known("model", options.model, models.list())
@@ -232,6 +236,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         cli.write_atomic(options.json, cli.to_json(results))
+    if options.html is not None:
+        title = f"What the methods send between devices: {options.task}"
+        pages.write_study(options.html, title, PROG, options, printed=console.printed)
     return 0
 
 

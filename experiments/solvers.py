@@ -25,6 +25,7 @@ from jax.flatten_util import ravel_pytree
 from rich.console import Console
 
 from experiments import cli, data, progress, timing
+from experiments.reporting import pages
 from experiments.reporting import solvers as report
 from experiments.runs import folders
 from experiments.runs.records import to_csv
@@ -33,6 +34,7 @@ from experiments.training.studies import eigensolvers, forecast, hessians
 from optax_accel.curvature import blocks
 
 PROG = "python -m experiments.solvers"
+FILES = ("results.csv", "report.html")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Options(data.FilesOptions, cli.DryRunOptions):
     seed: int = 0
     """Seed of the model and the batches."""
     runs_dir: Path = Path("runs")
-    """Folder in which the folder with results.json and results.csv is made."""
+    """Folder in which the folder with results.json, results.csv and report.html is made."""
     name: str | None = None
     """Name of that folder; default: solvers-TASK."""
 
@@ -169,16 +171,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"solvers-{data.short_name(options.task, options.data_dir)}",
         )
         if options.dry_run:
-            check_results(folder, PROG, ["results.csv"])
+            check_results(folder, PROG, FILES)
             return dry_run(options, folder, console)
-        with claim_results(folder, PROG, ["results.csv"]):
+        with claim_results(folder, PROG, FILES):
             with progress.show(console, "solvers"):
                 results = run(options, console)
             write_results(folder, PROG, options, results)
             cli.write_atomic(folder / "results.csv", to_csv(report.medians(results["solvers"])))
+            title = f"Eigensolvers on the Hessian of {options.task}"
+            pages.write_study(folder / "report.html", title, PROG, options, printed=console.printed)
     except data.DataError as error:
         return cli.fail(error)
-    console.print(f"{folder / 'results.json'}, {folder / 'results.csv'}", soft_wrap=True)
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
     return 0
 
 

@@ -13,10 +13,8 @@ intermediate results ("temp"); times are medians of interleaved rounds.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,8 +28,8 @@ from flax import nnx
 
 import models
 from experiments import cli, hlo, progress, timing
-from experiments.reporting import tables
-from experiments.runs.records import environment
+from experiments.reporting import pages, tables
+from experiments.runs.records import provenance
 from experiments.training import networks
 from experiments.training.options import read_model_options
 from experiments.training.precision import PRECISIONS
@@ -198,6 +196,8 @@ class Options(cli.DryRunOptions):
     """Timed steps of each way."""
     json: Path | None = None
     """Also write the numbers to this file, with settings, versions, date and the machine's load."""
+    html: Path | None = None
+    """Also write the tables to this file, as a page for the browser."""
 
 
 WAYS = ("plain", "whole", "loop", "unrolled", "microbatching", "MultiSteps")
@@ -317,6 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
     cli.check_file("--json", options.json)
+    cli.check_file("--html", options.html)
     console = cli.console(100)
     with cli.usage():
         study = check(options)
@@ -325,10 +326,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with progress.show(console, "step_cost"):
         costs = run(options, study)
     results = {
-        "config": {**dataclasses.asdict(options), "json": None},
-        "environment": environment(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "load": os.getloadavg()[0],
+        "config": {**dataclasses.asdict(options), "json": None, "html": None},
+        **provenance(PROG, options),
         "costs": {name: dataclasses.asdict(cost) for name, cost in costs.items()},
     }
     title = f"{options.model}, {options.batch_size} in {options.accumulate}"
@@ -339,6 +338,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         cli.write_atomic(options.json, cli.to_json(results))
+    if options.html is not None:
+        heading = f"What a training step of {options.model} costs"
+        pages.write_study(options.html, heading, PROG, options, printed=console.printed)
     return 0
 
 

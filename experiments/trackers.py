@@ -33,6 +33,7 @@ import numpy as np
 from rich.console import Console
 
 from experiments import cli, data, progress, timing
+from experiments.reporting import pages
 from experiments.reporting import trackers as report
 from experiments.runs import folders
 from experiments.runs.records import to_csv
@@ -41,6 +42,7 @@ from experiments.training.studies import forecast, tracking
 from experiments.training.studies.tracking import CHECKPOINTS, ENTRIES, Entry
 
 PROG = "python -m experiments.trackers"
+FILES = ("accuracy.csv", "report.html")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = folders.locate(options.runs_dir, options.name, default)
     console = cli.console(180)
     if options.dry_run:
-        check_results(folder, PROG, ["accuracy.csv"])
+        check_results(folder, PROG, FILES)
         steps, number = cli.plural(options.steps, "step"), cli.plural(len(entries), "tracker")
         lines = {
             "plan": f"{options.task}, {task.default_model}: {number} along {steps} of SGD, "
@@ -183,11 +185,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             "time": cli.TIME_NOT_KNOWN,
         }
         return cli.print_forecast(console, lines)
-    with claim_results(folder, PROG, ["accuracy.csv"]):
+    with claim_results(folder, PROG, FILES):
         results, rows = run(options, task, entries, console)
         write_results(folder, PROG, options, results)
         cli.write_atomic(folder / "accuracy.csv", to_csv(rows))
-    console.print(f"results in {folder}", soft_wrap=True)
+        title = f"Trackers of the dominant Hessian subspace on {options.task}"
+        pages.write_study(folder / "report.html", title, PROG, options, printed=console.printed)
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
     return 0
 
 

@@ -96,16 +96,18 @@ def encode(name: str, figure: Figure) -> dict[str, bytes]:
     return contents
 
 
-def write(folder: Path, name: str, figure: Figure) -> None:
-    """Writes a picture in every format.
+def write(folder: Path, name: str, figure: Figure) -> dict[str, bytes]:
+    """Writes a picture in every format; returns the contents by the names of the files.
 
     Args:
       folder: the folder, which exists.
       name: the name of the picture, without a suffix.
       figure: the figure, made by a function that is decorated with `styled`.
     """
-    for file, content in encode(name, figure).items():
+    contents = encode(name, figure)
+    for file, content in contents.items():
         cli.write_atomic(folder / file, content)
+    return contents
 
 
 def _name_scale(axis: Axis) -> None:

@@ -89,6 +89,22 @@ def mean_and_deviation(values: Sequence[float], form: Form) -> str:
     return text + (f" ({len(values) - len(finite)} diverged)" if len(finite) < len(values) else "")
 
 
+def plain(view: Table) -> tuple[list[str], list[list[str]]]:
+    """The column names and the rows of a table as plain text.
+
+    >>> view = table(["way", "ms"])
+    >>> view.add_row("whole", "1.5")
+    >>> plain(view)
+    (['way', 'ms'], [['whole', '1.5']])
+
+    Args:
+      view: the table.
+    """
+    names = [" ".join(str(column.header).split()) for column in view.columns]
+    columns = [[" ".join(str(cell).split()) for cell in column.cells] for column in view.columns]
+    return names, [list(row) for row in zip(*columns, strict=True)]
+
+
 def table(
     columns: Sequence[str], title: str | None = None, *, left: int = 1, wrap: bool = False
 ) -> Table:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import datetime
 import io
 import json
 import math
 import os
 import platform
+import shlex
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
@@ -23,6 +25,8 @@ from experiments.cli import UsageError
 
 CONFIG = "config.json"
 RESULTS = "results.json"
+# Options that say where files lie, which decides nothing.
+PLACES = ("data_dir", "runs_dir", "evidence_dir", "name", "json", "html", "trace")
 
 
 def plain_options(options: Any) -> dict[str, Any]:
@@ -221,6 +225,30 @@ def environment() -> dict[str, Any]:
         **{name: metadata.version(name) for name in ("jax", "optax", "flax")},
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
+    }
+
+
+def provenance(command: str, options: Any) -> dict[str, Any]:
+    """Where numbers come from: the options that were given, versions, hardware, date and load.
+
+    Args:
+      command: what is typed before the options.
+      options: the options of the command, a dataclass whose fields all have defaults.
+
+    Returns:
+      Plain JSON. The command line leaves out where files are read and written.
+    """
+    words = command.split()
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name in PLACES or value == field.default:
+            continue
+        words += [f"--{field.name.replace('_', '-')}"] + [str(value)] * (value is not True)
+    return {
+        "command_line": shlex.join(words),
+        "environment": environment(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     }
 
 

@@ -24,6 +24,7 @@ from experiments.runs.records import (
     RESULTS,
     first_difference,
     plain_options,
+    provenance,
     read_json,
 )
 
@@ -178,7 +179,7 @@ def claim_results(folder: Path, command: str, files: Sequence[str]) -> Iterator[
 
 
 def write_results(folder: Path, command: str, options: Any, results: dict[str, Any]) -> None:
-    """Writes `results.json` in the folder that `claim_results` keeps.
+    """Writes `results.json`, and where it comes from, in the folder that `claim_results` keeps.
 
     Args:
       folder: the command's folder.
@@ -186,5 +187,6 @@ def write_results(folder: Path, command: str, options: Any, results: dict[str, A
       options: its options, a dataclass.
       results: the rest, as plain JSON.
     """
-    record = {"command": command, "options": plain_options(options)} | results
+    record = {"command": command, "options": plain_options(options)}
+    record |= provenance(command, options) | results
     cli.write_atomic(folder / RESULTS, cli.to_json(record))

@@ -18,7 +18,8 @@ from experiments.training.studies.method_cost import Network
 def test_ratios_and_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "numbers/bench.json"
     arguments = ["--repeats", "2", "--parameters", "1000", "--json", str(path)]
-    arguments += ["--first-steps", "0"]
+    page = tmp_path / "pages/bench.html"
+    arguments += ["--first-steps", "0", "--html", str(page)]
     assert bench.main([*arguments, "--methods", "demon_sgd,extrap_sgd_past"]) == 0
     out = capsys.readouterr().out
     assert "jax" in out
@@ -28,6 +29,9 @@ def test_ratios_and_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "<= 1.05" in out
     assert "<= 1.10" in out
 
+    shown = page.read_text()
+    assert "<h2>update + apply, 1,000 parameters</h2>" in shown
+    assert '<tr class="best"><td title="method: sgd">sgd</td>' in shown  # a base
     results = json.loads(path.read_text())
     # Extragradient evaluates gradients inside its update: only its whole step is timed.
     assert [row["name"] for row in results["update"]] == ["sgd", "demon_sgd"]

@@ -30,7 +30,7 @@ def test_files_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     out = capsys.readouterr().out
     folder = tmp_path / "ensembles-digits-sgd"
     assert {path.name for path in folder.iterdir()} == {
-        *("results.json", "ensembles.png", "ensembles.svg", "run.lock")
+        *("report.html", "results.json", "ensembles.png", "ensembles.svg", "run.lock")
     }
     assert (folder / "ensembles.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((folder / "results.json").read_text())

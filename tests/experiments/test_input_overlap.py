@@ -19,10 +19,12 @@ def backend():
 def test_command_writes_a_timeline(tmp_path, capsys):
     path = tmp_path / "trace.json"
     arguments = ["--steps", "2", "--rounds", "1", "--delay", "0.01", "--trace", str(path)]
+    arguments += ["--html", str(tmp_path / "page.html")]
     assert input_overlap.main(arguments) == 0
     out = capsys.readouterr().out
     assert "delay of 10.00, in turn" in out
     assert f"timeline: {path}" in out
+    assert ">delay of 10.00, in turn<" in (tmp_path / "page.html").read_text()
     events = json.loads(path.read_text())["traceEvents"]
     spans = [event for event in events if event["ph"] == "X"]
     assert {event["name"] for event in spans} == {"input", "step"}

@@ -32,7 +32,7 @@ def test_files_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     folder = tmp_path / "lr-range-digits-sgd"
     assert {path.name for path in folder.iterdir()} == {
-        *("results.json", "range.png", "range.svg", "run.lock")
+        *("report.html", "results.json", "range.png", "range.svg", "run.lock")
     }
     assert (folder / "range.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((folder / "results.json").read_text())
@@ -59,10 +59,10 @@ def test_files_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_rates_reach_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rates too small to move anything leave the loss where it is."""
-    arguments = [*TINY, "--lowest", "1e-12", "--highest", "1e-10", "--name", "still"]
+    arguments = [*TINY, "--minimum", "1e-12", "--maximum", "1e-10", "--name", "still"]
     arguments += ["--spacing", "linear", "--batch-size", "1000", "--seeds", "1", "--steps", "3"]
     assert run(*arguments, "--runs-dir", str(tmp_path)) == 0
-    assert "the loss never left: a higher --highest may show more" in capsys.readouterr().out
+    assert "the loss never left: a higher --maximum may show more" in capsys.readouterr().out
     (test,) = json.loads((tmp_path / "still" / "results.json").read_text())["tests"]
     np.testing.assert_allclose(test["rates"], np.linspace(1e-12, 1e-10, 3))
     assert max(test["losses"]) - min(test["losses"]) < 0.1
@@ -83,13 +83,13 @@ def test_a_method_with_curvature(tmp_path: Path) -> None:
         (["--task", "digit"], ["'digit'", "cifar10"]),
         (["--spacing", "log"], ["'log'", "exponential, linear"]),
         (["--steps", "1"], ["--steps must be at least 2, got 1"]),
-        (["--lowest", "1", "--highest", "0.1"], ["--lowest 1 must be less than --highest 0.1"]),
-        (["--lowest", "0"], ["--lowest must be more than 0 and at most 3e+38, got 0"]),
+        (["--minimum", "1", "--maximum", "0.1"], ["--minimum 1 must be less than --maximum 0.1"]),
+        (["--minimum", "0"], ["--minimum must be more than 0 and at most 3e+38, got 0"]),
         (["--smoothing", "1"], ["--smoothing must be at least 0 and below 1, got 1"]),
         (["--stop-factor", "1"], ["--stop-factor must be more than 1, got 1"]),
         (["--seeds", "0"], ["--seeds must be at least 1, got 0"]),
         (["--name", "../x"], ["--name", "'../x'"]),
-        (["--rate", "1"], ["--rate", "--lowest"]),
+        (["--rate", "1"], ["--rate", "--minimum"]),
     ],
 )
 def test_wrong_input_is_explained_and_nothing_written(

@@ -22,8 +22,10 @@ def test_the_command(tmp_path, capsys):
     path = tmp_path / "numbers/scaling.json"
     arguments = ["--methods", "sgd,nesterov_sgd,decentlam", "--modes", "fsdp,shard_map"]
     arguments += ["--devices", "2", "--timed", "sgd", "--rounds", "2"]
-    assert scaling.main([*arguments, "--json", str(path)]) == 0
+    page = tmp_path / "scaling.html"
+    assert scaling.main([*arguments, "--json", str(path), "--html", str(page)]) == 0
     out = capsys.readouterr().out
+    assert "Like sgd: nesterov_sgd." in page.read_text()
     for part in ("on 2 devices", "Like sgd: nesterov_sgd.", "not a speed-up", "1024"):
         assert part in out
     results = json.loads(path.read_text())

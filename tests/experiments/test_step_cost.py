@@ -42,11 +42,14 @@ def test_all_ways_make_the_same_step():
 def test_command(capsys, tmp_path):
     file = tmp_path / "new" / "costs.json"
     options = ["--rounds", "1", "--only", "loop", "--json", str(file)]
+    options += ["--html", str(tmp_path / "page.html")]
     assert step_cost.main([*SMALL, *options]) == 0
     out = capsys.readouterr().out
     results = json.loads(file.read_text())
     ((name, memory, _, milliseconds, _),) = step_cost.rows(results)
     assert name == "loop"
+    assert results["command_line"].endswith("--accumulate 4 --only loop --rounds 1")
+    assert "<h2>mlp, 16 in 4</h2>" in (tmp_path / "page.html").read_text()
     assert results["costs"]["loop"]["temp_bytes"] / 1e6 == pytest.approx(float(memory), abs=0.05)
     assert milliseconds in out
     assert "mlp, 16 in 4" in out

@@ -85,6 +85,7 @@ def test_prints_what_was_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert part in out
     assert {path.name for path in (tmp_path / "trackers-digits-0.1").iterdir()} == {
         "accuracy.csv",
+        "report.html",
         "results.json",
         "run.lock",
     }
