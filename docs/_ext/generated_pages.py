@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import evidence_tables
+
 import models
 import optax_accel as oa
-from experiments import data, fidelity, referee, step_cost
+from experiments import data, fidelity, referee
 from experiments.methods import METHODS, Method
-from experiments.reporting import comparison, survey
+from experiments.reporting import survey
 from experiments.reporting.referee.study import Study
 from experiments.runs import ledger
 from experiments.training.losses import LOSS_OF_MODEL
@@ -74,7 +76,7 @@ def write(docs: Path) -> None:
     verdicts.write_text(ledger.page(ROOT / ledger.FOLDER), encoding="utf-8")
     same = verdicts.with_name("fidelity.md")
     same.write_text(fidelity.page(ROOT / ledger.FOLDER / fidelity.FILE), encoding="utf-8")
-    _write_tables(docs / "tables")
+    evidence_tables.write(RECORDS, docs / "tables")
     _write_zoo(docs / "tables")
 
 
@@ -277,58 +279,6 @@ def _write_api(folder: Path) -> None:
         parts += [f"   optax_accel.{name}" for name in names]
         parts.append("")
     (folder / "index.rst").write_text("\n".join(parts), encoding="utf-8")
-
-
-# -- tables of evidence ----------------------------------------------------------------------------
-
-
-def _write_tables(folder: Path) -> None:
-    """Tables from the files that commands wrote, by the code that prints them."""
-    kinds = {"step_cost": _step_cost, "survey": _survey}
-    for path in sorted(RECORDS.glob("*.json")):
-        results = json.loads(path.read_text(encoding="utf-8"))
-        text = kinds.get(path.stem, _comparison)(results)
-        (folder / f"{path.stem}.md").write_text(text, encoding="utf-8")
-
-
-def _comparison(results: dict[str, Any]) -> str:
-    config, rows = results["config"], results["rows"]
-    names = [name.replace("\n", " ") for _, name in comparison.headers(config)]
-    lines = []
-    for row in rows:
-        bold = "**" if row["test_accuracy"] == comparison.best(rows) else ""
-        lines.append([f"{bold}{cell}{bold}" for cell in comparison.cells(row, config)])
-    notes = "\n".join(f"- {note}" for note in comparison.footnotes(results))
-    return f"{_table(names, lines)}\n\n{notes}\n"
-
-
-def _step_cost(results: dict[str, Any]) -> str:
-    config, versions = results["config"], results["environment"]
-    command = " ".join(
-        f"--{name.replace('_', '-')} {config[name]}"
-        for name in ("model", "batch_size", "accumulate", "rounds")
-    )
-    return (
-        f"{_table(list(step_cost.HEADERS), step_cost.rows(results))}\n\n"
-        f"`python -m experiments.step_cost {command}`, {results['date']}, JAX {versions['jax']} on "
-        f"{versions['cores']} cores of a {versions['device']}, load {results['load']:.1f}.\n"
-    )
-
-
-def _survey(results: dict[str, Any]) -> str:
-    tables = []
-    for table in (survey.table(results), survey.claims_table(results)):
-        columns = [
-            [str(cell).replace("\n", " ") for cell in column.cells] for column in table.columns
-        ]
-        names = [str(column.header).replace("\n", " ") for column in table.columns]
-        tables.append(_table(names, [list(row) for row in zip(*columns, strict=True)]))
-    return "\n\n".join(tables) + "\n"
-
-
-def _table(names: list[str], rows: list[list[str]]) -> str:
-    lines = [names, ["---"] * len(names), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 # -- tasks and models ------------------------------------------------------------------------------

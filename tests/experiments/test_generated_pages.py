@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,22 @@ from experiments.methods import METHODS, Method
 from experiments.referee import STUDIES
 
 DOCS = Path(__file__).parents[2] / "docs"
+# What the README says of measurements, by the record that has it.
+FIGURES_OF_README = {
+    "digits": (" 32 ", " 44 "),
+    "mnist5k": ("93.07 ± 0.05", "90.55 ± 0.29", "91.80 ± 0.08", "93.01 ± 0.09"),
+    "natural_gradients": (" 168 ", " 216 ", "1.4 ", "0.6 "),
+    "sharp_and_flat": ("0.89 ", "1.08 ± 0.01"),
+    "solvers": (" 21 ", " 531 ", " 745 "),
+    "step_cost": (" 5.3 ", " 42.5"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _extensions() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(DOCS / "_ext")
+        yield
 
 
 def load(name: str) -> ModuleType:
@@ -65,6 +82,20 @@ def test_nothing_is_left_out(
     ).read_text(encoding="utf-8")
     table = (tmp_path / "tables" / "mnist5k.md").read_text(encoding="utf-8")
     assert "| demon_sgd | 0.3 | 93.07 ± 0.05 |" in table
+    records = {path.stem for path in (DOCS / "evidence" / "records").glob("*.json")}
+    assert {path.stem for path in (tmp_path / "tables").glob("*.md")} == records | {
+        *("models", "tasks")
+    }
+    pages = "".join(path.read_text() for path in (DOCS / "evidence").glob("*.md"))
+    assert all(f"../tables/{name}.md" in pages for name in records)
+    # No table of figures is typed into a page.
+    assert "\n|---" not in pages
+    table = (tmp_path / "tables" / "solvers.md").read_text(encoding="utf-8")
+    assert "Typed from what `python -m experiments.solvers" in table
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    for name, numbers in FIGURES_OF_README.items():
+        table = (tmp_path / "tables" / f"{name}.md").read_text(encoding="utf-8")
+        assert all(number in table and number in readme for number in numbers), name
     zoo = (tmp_path / "tables" / "models.md").read_text(encoding="utf-8")
     assert all(f"| `{name}` |" in zoo for name in models.list())
     assert "`--task mnist5k --model capsnet --method adam`" in zoo
