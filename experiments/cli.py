@@ -484,7 +484,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse(default: T, argv: Sequence[str] | None, prog: str) -> T:
-    """Reads a command line; an unknown option's error lists the valid ones.
+    """Reads a command line; an unknown option's error names those that may be meant.
 
     Args:
       default: the values of the options that are not given.
@@ -505,6 +505,8 @@ def parse(default: T, argv: Sequence[str] | None, prog: str) -> T:
         for field in dataclasses.fields(getattr(grouped, group.name))
     ]
     words = _with_list(sys.argv[1:] if argv is None else argv)
+    _TYPED.clear()
+    _TYPED.update({name[2:].replace("-", "_"): name for name in names if name.count("-") > 2})
     try:
         with contextlib.redirect_stderr(complaint):
             parsed = tyro.cli(
@@ -518,7 +520,8 @@ def parse(default: T, argv: Sequence[str] | None, prog: str) -> T:
         if stop.code not in (0, None):
             complained = textwrap.shorten(_first_paragraph(complaint.getvalue()), 500)
             reason = _value_error(complained, words, default)
-            fail(reason or f"{complained}{_meant(words, names)} Valid options: {' '.join(names)}")
+            more = f"{_meant(words, names)} {prog} --help shows all options"
+            fail(reason or f"{complained}{more}")
         raise
     values: dict[str, Any] = {}
     for group in dataclasses.fields(parsed):
@@ -564,7 +567,7 @@ def _meant(words: Sequence[str], names: Sequence[str]) -> str:
     bare = [name.removeprefix("--") for name in names]
     guesses = [closest(word.removeprefix("--"), bare) for word in typed if word not in names]
     meant = dict.fromkeys(f"--{guess}" for guess in guesses if guess)
-    return f"; did you mean {', '.join(meant)}?" if meant else ""
+    return f"; did you mean {', '.join(meant)}?" if meant else ";"
 
 
 def _grouped(default: Options) -> Any:
@@ -685,17 +688,32 @@ def usage() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
+# The options of the command line that was read last, as they are typed, by their names in Python.
+_TYPED: dict[str, str] = {}
+
+
+def _as_typed(message: str) -> str:
+    """A message that names options as they are typed, where a function named its arguments."""
+
+    def typed(found: re.Match[str]) -> str:
+        option = _TYPED.get(found[1])
+        return found[0] if option is None else option + (" " if found[2] else "")
+
+    return re.sub(r"(?<![\w./'\"-])([a-z]+(?:_[a-z]+)+)\b(=?)", typed, message)
+
+
 def fail(message: Any, code: int = 2) -> int:
     """Prints a message as ``error: ...`` on the standard error output.
 
     Args:
-      message: one line, or an exception whose text is one.
+      message: one line, or an exception whose text is one. Options of the command in it are spelled
+        as they are typed: `learning_rate=` becomes `--learning-rate`.
       code: the exit code.
 
     Returns:
       The exit code.
     """
-    print(f"error: {printable(str(message))}", file=sys.stderr)
+    print(f"error: {printable(_as_typed(str(message)))}", file=sys.stderr)
     return code
 
 

@@ -34,7 +34,7 @@ from experiments.data.own import (
 )
 from experiments.data.readers.arrays import describe_npz, read_npy, read_npz
 from experiments.data.readers.files import DataError, check_size, limit
-from experiments.data.readers.pictures import ImageFiles, list_classes, shape_of
+from experiments.data.readers.pictures import ImageFiles, describe_others, list_classes, shape_of
 from experiments.data.readers.tables import (
     SUFFIXES,
     Table,
@@ -111,6 +111,8 @@ def load_image_folder(location: Path, options: FilesOptions) -> Task:
         f"{size} x {size}, {'gray' if channels == 1 else 'in color'}"
         + ("" if fits else "; read when needed, as they take more memory than is allowed")
     )
+    if others := describe_others(named.values()):
+        notes.append(others)
     defaults = DEFAULTS["image_folder"] if size <= _SMALL else DEFAULTS["imagenet_folder"]
     return finish(
         "image_folder",

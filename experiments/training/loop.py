@@ -123,7 +123,8 @@ def train(plan: Plan, program: Program, console: Console) -> int | None:
                 scores = program.evaluate(run.state, plan.task.validation)
                 run.note(scores["loss"])
                 history.add_scores(scores)
-                console.print(f"step {run.step}: validation {show(scores)}")
+                if plan.is_shown(run.step) or run.stops_early:
+                    console.print(f"step {run.step}: validation {show(scores)}")
             history.write()
             if saves or run.stops_early:
                 save(run, program, saved, batches)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from experiments.cli import UsageError
 from experiments.data import augmentation
 from experiments.training import cluster, losses, parallel
 from experiments.training.options import Options, check, read_model_options, tasks_of
+
+# Validations that are printed where nobody says how many there are to be.
+MOST_LINES = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +80,13 @@ class Plan:
     def is_due(self, step: int, every: int) -> bool:
         """Whether something is to be done behind a step; behind the last one it always is."""
         return step % every == 0 or step == self.steps
+
+    def is_shown(self, step: int) -> bool:
+        """Whether a validation is printed; of many that nobody asked for, about 20 are."""
+        if self.options.eval_every is not None:
+            return True
+        number = math.ceil(self.steps / self.eval_every)
+        return self.is_due(step, self.eval_every * math.ceil(number / MOST_LINES))
 
     def refresh_at(self, step: int) -> bool | str | None:
         """The static `refresh` argument of a step, counted from 0; see `Method.refresh`."""
@@ -192,6 +203,13 @@ SIZES: tuple[cli.Rule[Plan], ...] = (
     cli.Rule(
         lambda p: not p.options.label_smoothing or p.loss == "cross_entropy",
         lambda p: f"--label-smoothing is for the loss cross_entropy, not for {p.loss}",
+    ),
+    cli.Rule(
+        lambda p: p.loss != "margin" or losses.LOSS_OF_MODEL.get(p.model) == "margin",
+        lambda p: (
+            f"--loss margin is of the lengths of capsules, which the model {p.model} has not; "
+            "give --model capsnet or another loss"
+        ),
     ),
     cli.Rule(
         lambda p: p.loss != "margin" or "mixup" not in p.augment,

@@ -126,10 +126,16 @@ def test_a_line_is_read_or_explained(capsys):
     with pytest.raises(SystemExit):
         cli.parse(default, ["--stepz", "1", "--lr=0.1"], "p")
     error = capsys.readouterr().err
-    assert "; did you mean --steps, --learning-rate? Valid options: --task --data-dir " in error
+    assert error.endswith("; did you mean --steps, --learning-rate? p --help shows all options\n")
     assert error.count("\n") == 1
     with pytest.raises(UsageError, match="--steps must be at least 1, got 0"):
         cli.parse(default, ["--steps", "0"], "p")
+    # A function's names of its arguments are shown as options, unless they are something else.
+    cli.fail("learning_rate=0.1 and data_dir are wrong, 'data_dir' and a/data_dir may be names")
+    assert capsys.readouterr().err == (
+        "error: --learning-rate 0.1 and --data-dir are wrong, 'data_dir' and a/data_dir may be "
+        "names\n"
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -229,7 +229,7 @@ def test_another_configuration_is_refused(here: Path, capsys: pytest.CaptureFixt
     capsys.readouterr()
     assert run(*TINY, "--name", "a", "--batch-size", "32") == 2
     error = capsys.readouterr().err
-    assert "batch_size 64, now 32" in error
+    assert "--batch-size 64, now 32" in error
     assert "--name" in error
     assert "--overwrite" in error
     assert before == {path: path.stat().st_mtime_ns for path in here.rglob("*")}

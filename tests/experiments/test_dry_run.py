@@ -91,7 +91,7 @@ def test_what_is_finished_is_not_forecast_again(
     assert "\nruns  2, of which 2 are finished\n" in capsys.readouterr().out
     # A plan that the folder refuses is refused before it is measured.
     assert compare.main([*arguments, "--dry-run", "--batch-size", "32"]) == 2
-    assert "batch_size 64, now 32" in capsys.readouterr().err
+    assert "--batch-size 64, now 32" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 

@@ -89,7 +89,7 @@ def test_a_method_with_curvature(tmp_path: Path) -> None:
         (["--stop-factor", "1"], ["--stop-factor must be more than 1, got 1"]),
         (["--seeds", "0"], ["--seeds must be at least 1, got 0"]),
         (["--name", "../x"], ["--name", "'../x'"]),
-        (["--rate", "1"], ["--rate", "--minimum"]),
+        (["--rate", "1"], ["--rate", "--help shows all options"]),
     ],
 )
 def test_wrong_input_is_explained_and_nothing_written(

@@ -148,7 +148,7 @@ def test_another_configuration_is_refused(folder: Path, capsys: pytest.CaptureFi
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert again(folder, "--learning-rate", "0.1") == 2
     error = capsys.readouterr().err
-    assert "learning_rate 0.05, now 0.1" in error
+    assert "--learning-rate 0.05, now 0.1" in error
     assert "--name" in error
     assert again(folder, "--loss", "cross_entropy") == 2
     assert "loss mse, now cross_entropy" in capsys.readouterr().err

@@ -851,7 +851,7 @@ def test_statistics_of_the_optimizer(method, names):
         ("--augment flop", "unknown augmentation 'flop'; valid: randaugment, crop, flip"),
         (
             "--image-size 32",
-            "image_size is for the tasks image_folder and imagenet_folder; digits has sizes",
+            "--image-size is for the tasks image_folder and imagenet_folder; digits has sizes",
         ),
         ("--early-stopping 0", "--early-stopping must be at least 1, got 0"),
         ("--data-workers -1", "--data-workers must be at least 0, got -1"),
@@ -883,6 +883,7 @@ def test_statistics_of_the_optimizer(method, names):
         ("--devices 3", "--batch-size 64 does not split evenly over 3 devices; use e.g. 63 or 66"),
         ("--devices 2 --batch-size 1", "--batch-size 1 does not split evenly over 2 devices"),
         ("--devices 9", "--devices 9: there are only 8 of kind cpu"),
+        ("--loss margin --model mlp", "lengths of capsules, which the model mlp has not; give --mo"),
         (
             "--devices 4 --method bulk_sgd --curvature-batch-size 30",
             "--curvature-batch-size 30 does not split evenly over 4 devices; use e.g. 28 or 32",
@@ -891,9 +892,9 @@ def test_statistics_of_the_optimizer(method, names):
         ("--name a/b", "--name must be a plain folder name, got 'a/b'"),
         ("--task mnist --data-dir nowhere", "nowhere"),
         ("--resume", "config.json; leave out --resume to start a run"),
-        ("--lr 1", "Unrecognized options: --lr, 1; did you mean --learning-rate? Valid options: "),
+        ("--lr 1", "Unrecognized options: --lr, 1; did you mean --learning-rate? python"),
         ("--list tusks", "unknown list 'tusks' (did you mean 'tasks'?); valid: tasks, models"),
-        ("--bogus 1", "Unrecognized options: --bogus, 1 Valid options: --task "),
+        ("--bogus 1", "--bogus, 1; python -m experiments.train --help shows all options\n"),
         ("--learning-rate fast", "error: --learning-rate must be a number, got 'fast'\n"),
         ("--steps=1.5", "error: --steps must be a whole number, got '1.5'\n"),
         ("--seed x", "error: --seed must be a whole number, got 'x'\n"),
@@ -942,7 +943,7 @@ def test_run_is_never_overwritten_or_mixed(finished, capsys, monkeypatch):
         ([], "holds a run; add --resume to continue it, or give another --name"),
         (["--resume", "--seed", "1"], "is a run with seed 0, now 1; resume it with the options"),
         (["--resume", "--steps", "13"], "is a run with steps 12, now 13"),
-        (["--resume", "--batch-size", "32"], "is a run with batch_size 64, now 32"),
+        (["--resume", "--batch-size", "32"], "is a run with --batch-size 64, now 32"),
     ):
         assert train.main([*arguments, *extra]) == 2
         err = capsys.readouterr().err

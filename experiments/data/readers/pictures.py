@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import io
 import itertools
 import math
 import os
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,25 @@ def list_classes(folder: Path) -> dict[str, list[Path]]:
             expected = ", ".join(_SUFFIXES)
             raise DataError(f"{folder / name}: no pictures here, expected files {expected}")
     return classes
+
+
+def describe_others(folders: Iterable[Path]) -> str | None:
+    """What else than pictures there is in the folders of `list_classes`, and is not read.
+
+    Args:
+      folders: folders of one folder per class.
+
+    Returns:
+      One line for people; None if there are only pictures.
+    """
+    classes = [path for folder in folders for path in folder.iterdir() if path.is_dir()]
+    files = [path for inside in classes for path in inside.iterdir() if path.is_file()]
+    others = [path.suffix.lower() for path in files if path.suffix.lower() not in _SUFFIXES]
+    kinds = collections.Counter(suffix or "no suffix" for suffix in others)
+    if not kinds:
+        return None
+    listed = ", ".join(f"{kind} ({number})" for kind, number in kinds.most_common())
+    return f"not read, as these are no pictures: {listed}; pictures are {', '.join(_SUFFIXES)}"
 
 
 class ImageFiles:

@@ -228,10 +228,15 @@ def test_folder_of_pictures(tmp_path, gray, monkeypatch):
     assert (task.input_shape, task.default_model) == ((9, 9, 1 if gray else 3), "cnn")
     assert (sizes(task), task.classes) == ([14, 3, 3], ("dark", "light"))
     np.testing.assert_allclose(task.train.x[:, 0, 0, 0], 2 * task.train.y - 1, atol=1e-3)
+    assert "not read" not in task.describe()
+    (tmp_path / "dark" / "list.TXT").touch()
+    (tmp_path / "light" / "list.txt").touch()
+    (tmp_path / "light" / "Thumbs").touch()
     monkeypatch.setenv("OPTAX_ACCEL_DATA_LIMIT", "1")
     large = data.load_task("image_folder", data_dir=tmp_path, image_size=130)
     assert large.default_model == "resnet18"
     assert "read when needed" in large.describe()
+    assert "no pictures: .txt (2), no suffix (1); pictures are .jpeg" in large.describe()
     assert large.train.x[:1].shape[1:] == large.input_shape
     (tmp_path / "dark" / "3.png").write_bytes(b"not a picture")
     assert_fails("3.png: ", "image_folder", data_dir=tmp_path)
