@@ -54,8 +54,10 @@ from experiments.data.readers.files import DataError
 from experiments.data.tasks import (
     CLASSIFICATION,
     DEFAULTS,
+    GENERATIVE,
     IGNORED,
     LOSSES,
+    OF_PICTURES,
     OWN_TASKS,
     TASKS,
     Defaults,
@@ -72,8 +74,10 @@ from experiments.data.tasks import (
 __all__ = [
     "CLASSIFICATION",
     "DEFAULTS",
+    "GENERATIVE",
     "IGNORED",
     "LOSSES",
+    "OF_PICTURES",
     "OWN_TASKS",
     "TASKS",
     "DataError",

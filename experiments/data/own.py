@@ -18,7 +18,15 @@ import numpy as np
 from experiments import cli
 from experiments.data.drawing import hold_out
 from experiments.data.readers.files import DataError, reading
-from experiments.data.tasks import CLASSES_OR_NUMBERS, OWN_TASKS, SPLITS, Defaults, Split, Task
+from experiments.data.tasks import (
+    CLASSES_OR_NUMBERS,
+    GENERATIVE,
+    OWN_TASKS,
+    SPLITS,
+    Defaults,
+    Split,
+    Task,
+)
 
 # The first word of the names of splits, as files, folders, arrays and columns have them.
 _ALIASES = {
@@ -36,12 +44,16 @@ _USED: Mapping[str, tuple[str, ...]] = {
     "split_column": ("text", "table"),
     "ignore_columns": ("table",),
     "no_header": ("text", "table"),
-    "problem_type": CLASSES_OR_NUMBERS,
+    "problem_type": ("image_folder", *CLASSES_OR_NUMBERS),
     "no_standardize": ("image_folder", *CLASSES_OR_NUMBERS),
     "max_length": ("text", "text_lm"),
     **dict.fromkeys(("validation_fraction", "test_fraction", "split_seed"), OWN_TASKS),
 }
 PROBLEM_TYPES = ("classification", "regression")
+_TYPES_OF_TASK = {
+    "image_folder": ("classification", *GENERATIVE),
+    "arrays": (*PROBLEM_TYPES, *GENERATIVE),
+}
 _IMAGE_SIZES = (1, 4096)
 # In messages.
 _SHOWN = 10
@@ -75,7 +87,8 @@ class FilesOptions(cli.Options):
     so on."""
     problem_type: str | None = None
     """Tasks arrays and table: classification or regression; default: regression if the labels are
-    numbers with a fraction."""
+    numbers with a fraction. Tasks image_folder and arrays also: autoencoder or score_matching,
+    which train a model (vae, ncsn) of the pictures themselves, without labels."""
     no_standardize: bool = False
     """Tasks image_folder, arrays and table: take inputs as they are, instead of subtracting the
     mean and dividing by the standard deviation of the training split."""
@@ -117,8 +130,9 @@ class FilesOptions(cli.Options):
             raise DataError(
                 f"image_size must be a whole number between {smallest} and {largest}, got {size}"
             )
-        if self.problem_type not in (None, *PROBLEM_TYPES):
-            raise DataError(cli.unknown("problem_type", str(self.problem_type), PROBLEM_TYPES))
+        types = _TYPES_OF_TASK.get(task, PROBLEM_TYPES)
+        if self.problem_type not in (None, *types):
+            raise DataError(cli.unknown("problem_type", str(self.problem_type), types))
         if self.validation_fraction + self.test_fraction >= 1:
             raise DataError(
                 f"validation_fraction {self.validation_fraction:g} and test_fraction "
@@ -468,6 +482,32 @@ def finish(
         label_scale=scale,
         notes=tuple(notes),
         own_defaults=defaults,
+    )
+
+
+def finish_generative(
+    name: str, x: Any, splits: Sequence[np.ndarray], kind: str, notes: Iterable[str]
+) -> Task:
+    """A task whose labels are the pictures themselves.
+
+    Args:
+      name: name of the task.
+      x: the pictures, indexed by arrays of numbers: float32 from 0 to 1.
+      splits: numbers of the examples of each split.
+      kind: one of `tasks.GENERATIVE`.
+      notes: what to tell about the data.
+    """
+    parts = [Split(some, some, (0.0, 255.0)) for some in (x[rows] for rows in splits)]
+    train, validation, test = parts
+    return Task(
+        name,
+        train,
+        validation,
+        test,
+        num_classes=0,
+        input_shape=tuple(train.x.shape[1:]),
+        notes=(*notes, "no labels: a model of the pictures, from 0 to 1, is trained"),
+        own_defaults=GENERATIVE[kind],
     )
 
 

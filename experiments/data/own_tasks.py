@@ -27,14 +27,21 @@ from experiments.data.own import (
     divide,
     find_files,
     finish,
+    finish_generative,
     read_labels,
     split_by_column,
     split_of,
     standardize,
 )
 from experiments.data.readers.arrays import describe_npz, read_npy, read_npz
-from experiments.data.readers.files import DataError, check_size, limit
-from experiments.data.readers.pictures import ImageFiles, describe_others, list_classes, shape_of
+from experiments.data.readers.files import LIMIT_VARIABLE, DataError, check_size, limit
+from experiments.data.readers.pictures import (
+    ImageFiles,
+    describe_others,
+    list_classes,
+    list_images,
+    shape_of,
+)
 from experiments.data.readers.tables import (
     SUFFIXES,
     Table,
@@ -44,7 +51,7 @@ from experiments.data.readers.tables import (
 )
 from experiments.data.readers.texts import read_text
 from experiments.data.sentences import count_words, word_ids
-from experiments.data.tasks import DEFAULTS, SPLITS, Defaults, Split, Task
+from experiments.data.tasks import DEFAULTS, GENERATIVE, SPLITS, Defaults, Split, Task
 
 # Names that arrays and columns have where none is given, the preferred ones first.
 _X = ("x", "images", "features", "inputs", "data")
@@ -79,13 +86,18 @@ def load_image_folder(location: Path, options: FilesOptions) -> Task:
     named = {split: path for split, path in parts.items() if split is not None}
     if "train" not in named:
         named = {"all": location}
+    generative = options.problem_type in GENERATIVE
     paths, names, counts = [], [], {}
     for split, folder in named.items():
-        classes = list_classes(folder)
+        loose = list_images(folder) if generative else []
+        classes = {"": loose} if loose else list_classes(folder)
         counts[split] = sum(map(len, classes.values()))
         paths += list(itertools.chain.from_iterable(classes.values()))
         names += [name for name, files in classes.items() for _ in files]
-    labels = read_labels(f"{location}: names of folders", np.array(names, object), "classification")
+    labels: Any = len(paths)
+    if not generative:
+        where = f"{location}: names of folders"
+        labels = read_labels(where, np.array(names, object), "classification")
     splits, notes = divide(location, counts, labels, options)
 
     shapes = np.array([shape_of(path) for path in paths[:: -(-len(paths) // _LOOKED_AT)]])
@@ -93,7 +105,7 @@ def load_image_folder(location: Path, options: FilesOptions) -> Task:
     size = options.image_size or min(int(np.median(sides)), _LARGEST_DEFAULT)
     channels = int(shapes[:, 2].max())
     mean, std = np.zeros(channels), np.full(channels, 255.0)
-    if not options.no_standardize:
+    if not (options.no_standardize or generative):
         rows = splits[0][:: -(-len(splits[0]) // _LOOKED_AT)]
         some = ImageFiles([paths[row] for row in rows], size, mean, np.ones(channels), channels)
         mean, std = standardize(some[:], np.arange(len(rows)))[1]
@@ -113,6 +125,15 @@ def load_image_folder(location: Path, options: FilesOptions) -> Task:
     )
     if others := describe_others(named.values()):
         notes.append(others)
+    if generative:
+        if not fits:
+            raise DataError(
+                f"{location}: {len(paths)} pictures of {size} x {size} take more memory than is "
+                f"allowed; give a smaller --image-size, or set {LIMIT_VARIABLE} to more MiB"
+            )
+        return finish_generative(
+            "image_folder", Pictures(), splits, str(options.problem_type), notes
+        )
     defaults = DEFAULTS["image_folder"] if size <= _SMALL else DEFAULTS["imagenet_folder"]
     return finish(
         "image_folder",
@@ -150,6 +171,8 @@ def load_arrays(location: Path, options: FilesOptions) -> Task:
     """
     read, described = _open_arrays(location)
     x_name = _choose(location, "x", options.x, _X, described)
+    if options.problem_type in GENERATIVE:
+        return _load_unlabeled(location, x_name, read, described, options)
     y_name = _choose(location, "y", options.y, _Y, described)
     pairs = {}
     for split, x_array in _by_split(x_name, described).items():
@@ -202,6 +225,37 @@ def load_arrays(location: Path, options: FilesOptions) -> Task:
         notes=notes,
         pixels=pixels,
     )
+
+
+def _load_unlabeled(
+    location: Path,
+    name: str,
+    read: Callable[[str], np.ndarray],
+    described: Mapping[str, str],
+    options: FilesOptions,
+) -> Task:
+    """The task `arrays` for a model of the pictures themselves, whose labels are not read."""
+    parts = {split: read(array) for split, array in _by_split(name, described).items()}
+    for part in parts.values():
+        if part.ndim not in (3, 4) or part.dtype.kind not in "uif" or not len(part):
+            raise DataError(
+                f"{location}: {name} is {part.dtype} of shape {part.shape}, expected pictures of "
+                "shape (N, height, width) or (N, height, width, channels)"
+            )
+    x = np.concatenate([*parts.values()])
+    check_size(location, 4 * x.size)
+    x = (x[..., np.newaxis] if x.ndim == 3 else x).astype(np.float32)
+    check_finite(f"{location}: {name}", x)
+    if next(iter(parts.values())).dtype.kind in "ui":
+        x = x / np.float32(255)
+    if x.min() < 0 or x.max() > 1:
+        raise DataError(
+            f"{location}: {name} goes from {x.min():g} to {x.max():g} (whole numbers divided by "
+            "255), expected bytes, or numbers from 0 to 1"
+        )
+    counts = {split: len(part) for split, part in parts.items()}
+    splits, notes = divide(location, counts, len(x), options)
+    return finish_generative("arrays", x, splits, str(options.problem_type), notes)
 
 
 def _open_arrays(location: Path) -> tuple[Callable[[str], np.ndarray], Mapping[str, str]]:

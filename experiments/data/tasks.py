@@ -153,6 +153,11 @@ TASKS: tuple[str, ...] = tuple(DEFAULTS)
 # Tasks that read a person's own files, and those of them whose labels may be classes or numbers.
 OWN_TASKS = ("image_folder", "arrays", "text", "text_lm", "table")
 CLASSES_OR_NUMBERS = ("arrays", "table")
+# How a model of the pictures themselves is trained on them, by the kind of the model.
+GENERATIVE: Mapping[str, Defaults] = MappingProxyType(
+    {"autoencoder": _VAE, "score_matching": _TABLE["ncsn_cifar10_5k"]}
+)
+OF_PICTURES = ("image_folder", "arrays")
 # Tasks with one label for each example, and all examples in memory.
 CLASSIFICATION: tuple[str, ...] = tuple(
     name
@@ -263,6 +268,8 @@ def losses_of(name: str) -> tuple[str, ...]:
     """
     losses = LOSSES[find_task(name).kind]
     more = LOSSES["regression"] if name in CLASSES_OR_NUMBERS else ()
+    if name in OF_PICTURES:
+        more += tuple(defaults.loss for defaults in GENERATIVE.values())
     return tuple(dict.fromkeys((*losses, *more)))
 
 

@@ -167,6 +167,13 @@ def _kinds(model: str) -> set[str]:
     return kinds | ({"regression"} if "classification" in kinds else set())
 
 
+def _with_problem_type(plan: Plan) -> str:
+    """How a model of pictures is trained on a person's own."""
+    kinds = sorted(_kinds(plan.model) & data.GENERATIVE.keys())
+    own = plan.task.name in data.OF_PICTURES
+    return f", or with --problem-type {kinds[0]}" if own and kinds else ""
+
+
 def _rebuilds_other_pixels(plan: Plan) -> bool:
     """Whether a capsule network is to rebuild values that its decoder cannot have."""
     rebuilds = plan.model == "capsnet" and plan.model_options.get("reconstruction", True)
@@ -184,6 +191,7 @@ SIZES: tuple[cli.Rule[Plan], ...] = (
             f"model {p.model} does not fit the task {p.task.name} ({p.task.defaults.kind}); its "
             f"own is {p.task.default_model}, and {p.model} is trained by --task "
             f"{', '.join(tasks_of(p.model)) or 'digits and other tasks of classes'}"
+            f"{_with_problem_type(p)}"
         ),
     ),
     cli.Rule(

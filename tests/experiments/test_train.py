@@ -883,7 +883,10 @@ def test_statistics_of_the_optimizer(method, names):
         ("--devices 3", "--batch-size 64 does not split evenly over 3 devices; use e.g. 63 or 66"),
         ("--devices 2 --batch-size 1", "--batch-size 1 does not split evenly over 2 devices"),
         ("--devices 9", "--devices 9: there are only 8 of kind cpu"),
-        ("--loss margin --model mlp", "lengths of capsules, which the model mlp has not; give --mo"),
+        (
+            "--loss margin --model mlp",
+            "lengths of capsules, which the model mlp has not; give --mo",
+        ),
         (
             "--devices 4 --method bulk_sgd --curvature-batch-size 30",
             "--curvature-batch-size 30 does not split evenly over 4 devices; use e.g. 28 or 32",

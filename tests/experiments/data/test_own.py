@@ -212,6 +212,13 @@ def test_arrays(tmp_path):
     )
     folder = tmp_path / "folder"
     folder.mkdir()
+    images = rng.integers(0, 256, (30, 8, 8), np.uint8)
+    np.savez(path, x=images)  # without labels
+    scores = data.load_task("arrays", data_dir=path, problem_type="score_matching")
+    assert (scores.default_model, scores.input_shape) == ("ncsn", (8, 8, 1))
+    assert 0.9 < scores.train.x.max() <= 1
+    np.savez(path, x=images / 100)
+    assert_fails("from 0 to 1", "arrays", data_dir=path, problem_type="autoencoder")
     np.save(folder / "x.npy", x)
     np.save(folder / "y.npy", y)
     assert data.load_task("arrays", data_dir=folder).num_classes == 3
@@ -238,6 +245,15 @@ def test_folder_of_pictures(tmp_path, gray, monkeypatch):
     assert "read when needed" in large.describe()
     assert "no pictures: .txt (2), no suffix (1); pictures are .jpeg" in large.describe()
     assert large.train.x[:1].shape[1:] == large.input_shape
+    monkeypatch.delenv("OPTAX_ACCEL_DATA_LIMIT")
+    modelled = data.load_task("image_folder", data_dir=tmp_path, problem_type="autoencoder")
+    assert (modelled.default_model, modelled.num_classes, sizes(modelled)) == ("vae", 0, [14, 3, 3])
+    assert modelled.train.y is modelled.train.x
+    np.testing.assert_allclose(np.unique(modelled.train.x), [40 / 255, 200 / 255], rtol=1e-6)
+    loose = data.load_task("image_folder", data_dir=tmp_path / "dark", problem_type="autoencoder")
+    assert sizes(loose) == [6, 2, 2]
+    with pytest.raises(data.DataError, match="unknown problem_type 'regression'; valid: classif"):
+        data.load_task("image_folder", data_dir=tmp_path, problem_type="regression")
     (tmp_path / "dark" / "3.png").write_bytes(b"not a picture")
     assert_fails("3.png: ", "image_folder", data_dir=tmp_path)
 
