@@ -39,9 +39,11 @@ class Element(NamedTuple):
     """An element of an optimizer's chain.
 
     Attributes:
-      name: the functions that made it, the wrapper first, as ``masked(scale_by_adam)``. Read from
-        the closures of the transformation: Optax keeps no names. Of what a function builds anew
-        in every update, as ``optax.inject_hyperparams`` does, only the function is known.
+      name: the functions that made it, the wrapper first, as ``gnp(trace, scale)``. Elements inside
+        ``optax.masked``, ``optax.partition`` and ``optax.MultiSteps`` stand by themselves, behind
+        the name of what they are in, as ``masked: scale_by_adam``. Read from the closures of the
+        transformation: Optax keeps no names. Of what a function builds anew in every update, as
+        ``optax.inject_hyperparams`` does, only the function is known.
       arrays: the arrays of its state.
       requires: the extra arguments without which its ``update`` raises.
       cost: what its ``update`` evaluates in a step besides the gradient that it is given, in
@@ -143,22 +145,29 @@ def describe(
         raise ValueError(f"`params` must contain arrays, got {shown(params)}.")
     check_numeric_leaves(params, "describe", "give the parameters without it")
     elements, refreshes, requires = [], [], []
-    for part in _chained(tx):
+    for within, part, seen in _elements(tx, params):
         with announcements() as announced:
-            shapes = jax.eval_shape(part.init, params)
+            shapes = jax.eval_shape(part.init, seen)
+        if isinstance(shapes, optax.MultiStepsState):
+            # What is inside is an element of its own.
+            shapes, announced, parts = shapes._replace(inner_opt_state=()), [], [part]
+        else:
+            parts = list(_parts(part))
         costs = list(dict.fromkeys(a for a in announced if isinstance(a, Cost)))
         refreshes += [
             ", ".join(f"{name} {value}" for name, value in periods._asdict().items())
             for periods in announced
             if not isinstance(periods, Cost)
         ]
-        parts = list(_parts(part))
         needed = [name for cost in costs for name in cost.requires]
         needed += [name for inner in parts for name in _required(inner.update)]
         requires += needed
         words, gradients = _cost(costs, parts)
+        name = within + (
+            "multi_steps" if isinstance(shapes, optax.MultiStepsState) else _name(part)
+        )
         elements.append(
-            Element(_name(part), _arrays(shapes), tuple(dict.fromkeys(needed)), words, gradients)
+            Element(name, _arrays(shapes), tuple(dict.fromkeys(needed)), words, gradients)
         )
     return Description(
         tuple(elements), tuple(dict.fromkeys(requires)), tuple(dict.fromkeys(refreshes))
@@ -187,6 +196,39 @@ def _is_known(tx: Any) -> bool:
 
 
 # -- closures --------------------------------------------------------------------------------------
+
+
+def _elements(
+    tx: Any, params: chex.ArrayTree, within: str = ""
+) -> Iterator[tuple[str, Any, chex.ArrayTree]]:
+    """The elements of chains, and of those inside Optax's wrappers.
+
+    Yields:
+      What wraps the element, in words; the element; the parameters that it sees.
+    """
+    for part in _chained(tx):
+        enclosed, maker = _closure(part.init), _maker(part.update)
+        if maker == "MultiSteps" and "_opt" in enclosed:
+            yield within, part, params
+            yield from _elements(enclosed["_opt"], params, f"{within}multi_steps: ")
+        elif maker == "masked" and {"inner", "mask"} <= enclosed.keys():
+            mask = enclosed["mask"]
+            mask = mask(params) if callable(mask) else mask
+            yield from _elements(enclosed["inner"], _masked(params, mask), f"{within}masked: ")
+        elif maker == "partition" and {"transforms", "param_labels"} <= enclosed.keys():
+            labels = enclosed["param_labels"]
+            labels = labels(params) if callable(labels) else labels
+            for group, inner in enclosed["transforms"].items():
+                mask = jax.tree.map(lambda label, group=group: label == group, labels)
+                words = f"{within}partition {group!r}: "
+                yield from _elements(inner, _masked(params, mask), words)
+        else:
+            yield within, part, params
+
+
+def _masked(params: chex.ArrayTree, mask: chex.ArrayTree) -> chex.ArrayTree:
+    """The parameters as `optax.masked` shows them; a leaf of the mask may stand for a subtree."""
+    return jax.tree.map(lambda kept, some: some if kept else optax.MaskedNode(), mask, params)
 
 
 def _chained(tx: Any) -> Iterator[Any]:

@@ -70,9 +70,9 @@ def wrapped() -> dict[str, Any]:
     labels = {"dense": "a", "b": "b"}
     return {
         "chain(clip, gnp": optax.chain(optax.clip(1.0), optax.chain(inner)),
-        "MultiSteps(gnp": optax.MultiSteps(inner, 2),
-        "masked(scale_by_aggmo": optax.masked(oa.aggmo(0.1), True),
-        "partition(scale_by_adam": optax.partition(
+        "multi_steps, multi_steps: gnp(": optax.MultiSteps(inner, 2),
+        "masked: scale_by_aggmo": optax.masked(oa.aggmo(0.1), True),
+        "partition 'a': scale_by_adam, partition 'a': scale, partition 'b'": optax.partition(
             {"a": optax.adam(0.1), "b": oa.demon_sgd(0.1, decay_steps=3)}, labels
         ),
         "inject_hyperparams(": oa.inject_hyperparams(oa.gnp)(inner=optax.sgd(0.1), rho=0.1),
@@ -85,6 +85,8 @@ def test_sees_through_wrappers(name: str) -> None:
     tx = wrapped()[name]
     found = oa.describe(tx, PROBLEM.params)
     names = ", ".join(element.name for element in found.elements)
+    shapes = jax.eval_shape(tx.init, PROBLEM.params)
+    assert found.num_bytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
     assert (f"chain({names})" if name.startswith("chain") else names).startswith(name)
     assert ("value_fn" in found.requires) == ("gnp" in name or "inject" in name)
 
