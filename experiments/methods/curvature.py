@@ -14,6 +14,8 @@ from experiments.methods.optax_methods import SGD_RATES, momentum_sgd
 
 # Steps between two inversions of K-FAC's factors.
 KFAC_PERIOD = 10
+# Most steps between two refreshes of a subspace that is refreshed when it has moved.
+LONGEST_PERIOD = 50
 # Up to 0.1, the rate of Pauloski et al., 2020, whose KL clip comes with it.
 KFAC_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 # Fractions of the step to where the quadratic model is lowest.
@@ -37,7 +39,7 @@ def _subspace_method(
     first_step: float | None = None,
 ) -> Method:
     """SGD with momentum whose steps are changed in the dominant subspace that a tracker follows."""
-    assert tracker.refresh_every != "adaptive"  # the forms of a step have a period
+    every = tracker.refresh_every
     return Method(
         name=name,
         family="Hessian subspace",
@@ -49,7 +51,7 @@ def _subspace_method(
         factory=functools.partial(factory, base=momentum_sgd, tracker=tracker),
         from_context=_directions,
         tracker=tracker,
-        period=tracker.refresh_every,
+        period=LONGEST_PERIOD if every == "adaptive" else every,
         first_step=first_step,
     )
 
@@ -79,6 +81,14 @@ HESSIAN_SUBSPACE = (
         first_step=7.0,
         fidelity="our reading",
         paper=Paper("Zakarin and Singh, 2025", "https://arxiv.org/abs/2505.11972"),
+    ),
+    _subspace_method(
+        "bulk_sgd_adaptive",
+        "Bulk-SGD, the subspace refreshed when it has moved",
+        oa.bulk_sgd,
+        tracker=oa.BlockTracker(refresh_every="adaptive", max_refresh_every=LONGEST_PERIOD),
+        first_step=7.0,
+        fidelity="our reading",
     ),
     _subspace_method(
         "bulk_sgd_round_robin",

@@ -7,13 +7,14 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 import optax_accel as oa
+from optax_accel.curvature.block_tracker import SHORTEST_PERIOD
 
 # The costs that the catalogue states are those of a linear layer and ten classes.
 _LAYER = {"w": jax.ShapeDtypeStruct((128, 64), jnp.float32)}
@@ -97,7 +98,8 @@ class Method:
       from_context: the keyword arguments of `factory` that depend on the run.
       gradients_per_step: mini-batch gradients that a step takes.
       tracker: how it follows the dominant subspace; None if it does not.
-      period: number of steps after which the forms of the step (`refresh`) repeat.
+      period: number of steps after which the forms of the step (`refresh`) repeat; of a tracker
+        that chooses its periods, the longest one.
       per_worker: whether each worker keeps a state of its own and takes its own gradient.
       needs_objective: whether it finds the layers of the network in the objective (K-FAC).
       time_targets: highest ratios to the base's time that this project accepts, by what is timed:
@@ -126,12 +128,9 @@ class Method:
     first_step: float | None = None
 
     @property
-    def refresh_every(self) -> int | None:
+    def refresh_every(self) -> int | Literal["adaptive"] | None:
         """Steps between refreshes of the dominant subspace; None without one."""
-        if self.tracker is None:
-            return None
-        assert self.tracker.refresh_every != "adaptive"  # as no entry's is
-        return self.tracker.refresh_every
+        return None if self.tracker is None else self.tracker.refresh_every
 
     @property
     def evaluates_network(self) -> bool:
@@ -230,7 +229,10 @@ class Method:
             return self.build(0.1, objective=objective, **arguments)
 
     def refresh(self, step: int, *, cold_start: bool = True) -> bool | str | None:
-        """The static ``refresh`` argument of the update at a step.
+        """The static ``refresh`` argument of the update at a step, known before the run.
+
+        A tracker that chooses its periods is planned at the shortest one: the most that it costs.
+        A run asks `schedule` instead.
 
         Args:
           step: zero-based training step.
@@ -246,9 +248,27 @@ class Method:
           >>> [METHODS["bulk_sgd"].refresh(step) for step in (0, 1, 20)]
           ['cold', False, 'warm']
         """
+        if self.refresh_every == "adaptive":
+            return oa.refresh_at(step, refresh_every=SHORTEST_PERIOD, cold_start=cold_start)
         refresh = oa.refresh_at(step, self._on_a_linear_layer, cold_start=cold_start)
         assert not isinstance(refresh, oa.Refresh)  # as no entry has a tracker and K-FAC
         return refresh
+
+    def schedule(self, *, cold_start: bool = True) -> Callable[[int, Any], Any]:
+        """The ``refresh`` argument of each update of one run, or of runs stepped together.
+
+        A tracker that chooses its periods says in its state when it is due; of several runs the
+        first one that is due refreshes all of them. For other methods it is what `refresh` gives.
+
+        Args:
+          cold_start: as for `refresh`.
+
+        Returns:
+          A function of the zero-based step and of the state before it, which contains that of the
+          optimizer.
+        """
+        with jax.transfer_guard("allow"):
+            return oa.RefreshSchedule(self._on_a_linear_layer, cold_start=cold_start)
 
     def products(self, refresh: Any, params: Any, num_classes: int) -> int:
         """Hessian-vector products that an update takes.
@@ -281,6 +301,9 @@ class Method:
             costs.insert(0, f"{self.gradients_per_step} gradients a step")
         if products := self.products("warm", _LAYER, _CLASSES):
             noun = "product" if products == 1 else "products"
-            rhythm = "step" if self.refresh_every == 1 else f"{self.refresh_every} steps"
+            every: Any = self.refresh_every
+            if every == "adaptive":
+                every = f"{SHORTEST_PERIOD} to {self.period}"
+            rhythm = "step" if every == 1 else f"{every} steps"
             costs.insert(0, f"{products} Hessian-vector {noun} every {rhythm}")
         return ", ".join(costs)

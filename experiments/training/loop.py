@@ -93,9 +93,10 @@ def train(plan: Plan, program: Program, console: Console) -> int | None:
             console.print(f"resuming at step {run.step}")
         stopped_by = None
         compiled: set[Any] = set()  # the forms of the step that have been called
+        refresh_at = plan.refresh_schedule()
         while run.step < plan.steps and stopped_by is None and not run.stops_early:
             history.begin_step()
-            batch, refresh = next(batches), plan.refresh_at(run.step)
+            batch, refresh = next(batches), refresh_at(run.step, run.state)
             if refresh not in compiled:
                 compiled.add(refresh)
                 history.tell("compiling")

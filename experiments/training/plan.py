@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +89,13 @@ class Plan:
         return self.is_due(step, self.eval_every * math.ceil(number / MOST_LINES))
 
     def refresh_at(self, step: int) -> bool | str | None:
-        """The static `refresh` argument of a step, counted from 0; see `Method.refresh`."""
+        """The static `refresh` argument planned for a step from 0 on; see `Method.refresh`."""
         # The Lanczos iteration of a cold start is a loop.
         return self.method.refresh(step, cold_start=not self.loops_convolutions_slowly)
+
+    def refresh_schedule(self) -> Callable[[int, Any], Any]:
+        """The static `refresh` argument of each step of a run; see `Method.schedule`."""
+        return self.method.schedule(cold_start=not self.loops_convolutions_slowly)
 
     def config(self) -> dict[str, Any]:
         """All that decides the numbers, as plain JSON."""

@@ -252,22 +252,29 @@ class Trainer:
         return 2 * copies * (params * (3 + vectors) + opt_state) + activations
 
     def products(self, method: Method) -> list[int]:
-        """Hessian-vector products of every step."""
-        params, classes = self.weights[0][0], self.plan.task.num_directions
-        count = functools.cache(lambda refresh: method.products(refresh, params, classes))
+        """Hessian-vector products planned for every step."""
+        count = functools.cache(lambda refresh: self.step_products(method, refresh))
         return [count(self.refresh(method, step)) for step in range(self.plan.steps)]
 
+    def step_products(self, method: Method, refresh: Any) -> int:
+        """Hessian-vector products of a step with this ``refresh``."""
+        return method.products(refresh, self.weights[0][0], self.plan.task.num_directions)
+
     def refresh(self, method: Method, step: int) -> bool | str | None:
-        """The static ``refresh`` argument of a method's step."""
+        """The static ``refresh`` argument planned for a method's step; see `Method.refresh`."""
         return method.refresh(step, cold_start=self.cold_start)
 
-    def gradient_evaluations(self, method: Method) -> np.ndarray:
-        """Cumulative cost after 0, 1, ..., `plan.steps` steps, in mini-batch gradients.
+    def step_cost(self, method: Method, products: Any) -> Any:
+        """What steps with so many Hessian-vector products cost, in mini-batch gradients.
 
         A Hessian-vector product (forward over reverse) costs about two gradients of its own batch.
         """
         scale = 2.0 * self.plan.curvature_batch_size / self.plan.batch_size
-        cost = method.gradients_per_step + scale * np.array(self.products(method), float)
+        return method.gradients_per_step + scale * products
+
+    def gradient_evaluations(self, method: Method) -> np.ndarray:
+        """Cumulative cost planned after 0, 1, ..., `plan.steps` steps, in mini-batch gradients."""
+        cost = self.step_cost(method, np.array(self.products(method), float))
         return np.concatenate([[0.0], np.cumsum(cost)])
 
     def alone(self, method: Method) -> bool:
@@ -408,8 +415,7 @@ class Trainer:
           One record per run and evaluation; the last of each run has the test results. Values that
           are not finite are None.
         """
-        plan, cost = self.plan, self.gradient_evaluations(method)
-        work = len(replicas) * cost[-1] / plan.steps
+        plan, work = self.plan, self.work(method, len(replicas)) / self.plan.steps
         runs = self.start(method, replicas)
         records: list[Record] = []
         losses: list[np.ndarray] = []  # of the steps since the last evaluation
@@ -436,7 +442,7 @@ class Trainer:
                             "learning_rate": rate,
                             "seed": seed,
                             "step": done,
-                            "gradient_evaluations": number(cost[done], 7),
+                            "gradient_evaluations": number(runs.gradient_evaluations, 7),
                             **{name: number(value[i], 7) for name, value in values.items()},
                         }
                     )
@@ -457,6 +463,7 @@ class Runs:
       rates: their learning rates.
       state: their training state.
       seeds: the number of the seed among those of the plan, or one number per run.
+      gradient_evaluations: what the steps of each run have cost so far, in mini-batch gradients.
     """
 
     trainer: Trainer
@@ -465,6 +472,10 @@ class Runs:
     rates: jax.Array
     state: Any
     seeds: Any
+    gradient_evaluations: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._refresh_at = self.method.schedule(cold_start=self.trainer.cold_start)
 
     def advance(self, step: int) -> jax.Array:
         """Makes one step of every run.
@@ -476,7 +487,7 @@ class Runs:
           The losses, which are not waited for.
         """
         trainer, name = self.trainer, self.method.name
-        refresh = trainer.refresh(self.method, step)
+        refresh = self._refresh_at(step, self.state)
         if (name, self.batched, refresh) not in trainer.called:
             trainer.called.add((name, self.batched, refresh))
             progress.tell(f"{name}: compiling")
@@ -489,9 +500,8 @@ class Runs:
             trainer.train_y,
             refresh=refresh,
         )
+        products = trainer.step_products(self.method, refresh)
+        self.gradient_evaluations += trainer.step_cost(self.method, products)
         if refresh == "cold":
-            products = self.method.products(
-                refresh, trainer.weights[0][0], trainer.plan.task.num_directions
-            )
             progress.tell(f"{name}: finding the subspace ({products} products)")
         return loss

@@ -214,23 +214,28 @@ def test_killed_run_resumes_bit_by_bit(full):
 
 
 @pytest.mark.parametrize(
-    "method", ["sgd", "demon_adam", pytest.param("bulk_sgd", marks=pytest.mark.slow)]
+    "method", ["sgd", "demon_adam", pytest.param("bulk_sgd_adaptive", marks=pytest.mark.slow)]
 )
 def test_ctrl_c_saves_and_says_how_to_continue(runs, method, monkeypatch, capsys):
     arguments = [*QUICK, "--runs-dir", str(runs), "--method", method]
     assert train.main([*arguments, "--name", "full"]) == 0
 
     before = signal.getsignal(signal.SIGINT)
-    refresh = Method.refresh
+    schedule = Method.schedule
 
-    def interrupted(self, step, **kwargs):
-        if step == 6:
-            signal.raise_signal(signal.SIGINT)
-        return refresh(self, step, **kwargs)
+    def interrupted(self, **kwargs):
+        refresh_at = schedule(self, **kwargs)
+
+        def at(step, state):
+            if step == 6:
+                signal.raise_signal(signal.SIGINT)
+            return refresh_at(step, state)
+
+        return at
 
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(Method, "refresh", interrupted)
+        patch.setattr(Method, "schedule", interrupted)
         assert train.main([*arguments, "--name", "stopped"]) == 130
     out, err = capsys.readouterr()
     assert "interrupted: saved step 7 of 12" in out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,35 @@ def test_the_forms_of_the_step_repeat_after_a_period(name: str) -> None:
     assert (method.refresh(0) is None) == nothing
 
 
+def test_a_run_asks_the_tracker_when_it_is_due() -> None:
+    """Of two runs stepped together the one whose subspace moves more decides."""
+    method, objective = METHODS["bulk_sgd_adaptive"], PROBLEM.objective()
+    tx = method.build(0.01, total_steps=40, num_classes=PROBLEM.num_directions)
+
+    @functools.partial(jax.jit, static_argnames="refresh")
+    def step(params: Any, state: Any, refresh: Any) -> Any:
+        def one(params: Any, state: Any) -> Any:
+            grads = objective.grad(params)
+            updates, state = tx.update(grads, state, params, value_fn=objective, refresh=refresh)
+            return optax.apply_updates(params, updates), state
+
+        return jax.vmap(one)(params, state)
+
+    params = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), PROBLEM.params)
+    state, refreshed = jax.vmap(tx.init)(params), []
+    schedule = method.schedule()
+    for i in range(40):
+        if i == 20:  # as after a checkpoint
+            schedule = method.schedule()
+        if refresh := schedule(i, state):
+            refreshed.append(i)
+        params, state = step(params, state, refresh)
+    # The Hessian of least squares rests, so that the periods double; the plan is the most frequent.
+    assert refreshed == [0, 5, 15, 35]
+    assert [i for i in range(40) if method.refresh(i)] == list(range(0, 40, 5))
+    assert "10 Hessian-vector products every 5 to 50 steps" in method.extra_cost()
+
+
 def test_settings_replace_the_catalogues() -> None:
     run: dict[str, Any] = {"total_steps": 10, "num_classes": 2, "objective": PROBLEM.objective()}
     gradients = jax.tree.map(jnp.ones_like, PROBLEM.params)
@@ -103,6 +133,7 @@ CASES = {
     "exp_range_sgd": "cyclical_schedule",
     "vtpc_sgd": "cyclical_schedule",
     "snapshot_sgd": "cyclical_schedule",
+    "bulk_sgd_adaptive": "bulk_sgd",
     "onecycle_sgd": "onecycle",
     "onecycle_cosine_sgd": "onecycle",
     "cosine_momentum_sgd": "onecycle",
