@@ -68,13 +68,35 @@ def merge(
     return jax.tree.map(lambda m, new, old: new if m else old, chosen, part, whole)
 
 
-def check_selected(params: chex.ArrayTree, mask: Mask, method: str) -> None:
-    """Raises ``TypeError`` if a selected leaf is not real floating point."""
+def check_selected(
+    params: chex.ArrayTree, mask: Mask, method: str, *, may_be_none: bool = False
+) -> None:
+    """Raises if what a mask selects cannot be trained.
+
+    Args:
+      params: the parameters.
+      mask: pytree of booleans like the parameters (or a prefix of it), a function, or None.
+      method: the name of the method, for the messages.
+      may_be_none: whether the mask may select nothing, as a rule of ours may.
+
+    Raises:
+      ValueError: the mask selects none of the parameters, or does not fit them.
+      TypeError: a selected leaf is not real floating point.
+    """
+    chosen = resolve(params, mask)
+    if chosen is not None and not may_be_none:
+        selected = jax.tree.leaves(chosen)
+        if selected and not any(selected):
+            raise ValueError(
+                f"`mask` of {method} is False for all {len(selected)} leaves of the parameters, "
+                "which leaves it nothing to do: set it to True for one of them at least, or leave "
+                f"{method} out."
+            )
     if mask is None:
         advice = "leave it out with `mask=`"
     else:
         advice = "`mask` selects it: set it to False there"
-    check_real_leaves(select(params, resolve(params, mask)), method, advice)
+    check_real_leaves(select(params, chosen), method, advice)
 
 
 def with_fixed_leaves(

@@ -263,7 +263,7 @@ def reparametrize(
     rule = _real_matrices if mask is None else mask
     return with_fixed_leaves(
         lambda chosen: _reparametrize(
-            optax.with_extra_args_support(inner), reparametrization, chosen
+            optax.with_extra_args_support(inner), reparametrization, chosen, by_rule=mask is None
         ),
         rule,
     )
@@ -273,11 +273,13 @@ def _reparametrize(
     inner: optax.GradientTransformationExtraArgs,
     maps: Reparametrization,
     chosen: chex.ArrayTree,
+    *,
+    by_rule: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation for a resolved mask."""
+    """The transformation for a resolved mask, of the user's or by our rule."""
 
     def init_fn(params: chex.ArrayTree) -> ReparametrizeState:
-        check_selected(params, chosen, "reparametrize")
+        check_selected(params, chosen, "reparametrize", may_be_none=by_rule)
         selected = select(params, chosen)
         coordinates = jax.tree_util.tree_map_with_path(
             functools.partial(_first_coordinates, maps), selected

@@ -133,7 +133,7 @@ def interpolate_subspaces(
         replications.
       mask: pytree of booleans like the parameters, or a function from the parameters to one: True
         leaves take part, the others are held fixed in the curvature and their updates pass
-        unchanged (all of them, if none is selected).  Use this instead of ``optax.masked``, inside
+        unchanged.  One at least has to be True.  Use this instead of ``optax.masked``, inside
         which no loss can be evaluated.
 
     Returns:

@@ -149,7 +149,6 @@ def test_weights_that_may_change_are_not_refused():
         oa.interpolate_subspaces(0, 0.0, lambda count: 0.0),
         oa.dom_sgd(0.1, 3),
         oa.bulk_sgd(0.1, 2),
-        oa.bulk_sgd(0.1, 2, mask=False),  # all passes
     ):
         tx.init(params)
 
