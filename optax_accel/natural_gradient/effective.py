@@ -10,8 +10,9 @@ are
   x\, (s R g)^\top \text{ of } L, \qquad
   (L^\top x)\, (s g)^\top \text{ of } R,
 
-as those of layers with the weights W, L and R.  So a sum or a product counts as one more parameter
-while it is followed through the program, and its uses are then those of its terms or factors.
+as those of layers with the weights W, L and R; one of L and R may also be fixed, a frozen matrix.
+So a sum or a product counts as one more parameter while it is followed through the program, and its
+uses are then those of its terms or factors.
 
 Of another function of parameters, :math:`w = f(\theta)` with the Jacobian J (weight normalization),
 the factors belong to w, and with the matrix C that they stand for the natural gradient is
@@ -44,25 +45,27 @@ class Sum(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A matrix product of two parameters, or of what is computed from them.
+    """A matrix product of two parameters, or of what is computed from them, or of one and data.
 
     Attributes:
       shape: of the value.
-      left: the factor on the left, which repeats nothing.
-      right: the one on the right.
+      left: the factor on the left, which repeats nothing; None if it is no parameter.
+      right: the one on the right; not both are None.
       left_ops: from the factor's parameter to a matrix.
       right_ops: likewise.
       left_matrix: the number of the factor's value, and operations from it to the matrix.
       right_matrix: likewise.
+      reason: what is said of the parameters where no layer takes the product as a whole.
     """
 
     shape: Shape
-    left: View
-    right: View
+    left: View | None
+    right: View | None
     left_ops: Ops
     right_ops: Ops
     left_matrix: tuple[int, Ops]
     right_matrix: tuple[int, Ops]
+    reason: str
 
 
 class Computed(NamedTuple):
@@ -86,7 +89,9 @@ def views_of(weight: Weight) -> list[View]:
     """What a weight is computed from."""
     if isinstance(weight, Sum):
         return [view for view, _ in weight.terms]
-    return [weight.left, weight.right] if isinstance(weight, Product) else list(weight.views)
+    if isinstance(weight, Product):
+        return [view for view in (weight.left, weight.right) if view is not None]
+    return list(weight.views)
 
 
 def expand(use: Use, weight: Weight) -> Iterator[Use]:
@@ -116,12 +121,14 @@ def expand(use: Use, weight: Weight) -> Iterator[Use]:
         left, right = (right[0], (*right[1], turn)), (left[0], (*left[1], turn))
     else:
         return
-    for view, ops in (first, last):
+    for (factor, ops), is_first in ((first, True), (last, False)):
+        if factor is None:
+            continue
         # The value of the other factor has its own scale in it.
         own_use = dataclasses.replace(
-            use, leaf=view.leaf, ops=ops, scales=(*use.scales, *_scale(view))
+            use, leaf=factor.leaf, ops=ops, scales=(*use.scales, *_scale(factor))
         )
-        if view is first[0]:
+        if is_first:
             yield dataclasses.replace(own_use, right=(*use.right, right))
         else:
             yield dataclasses.replace(own_use, left=(*use.left, left))

@@ -7,8 +7,8 @@ the user's (``jax.custom_jvp``, ``jax.custom_vjp``): what is inside says nothing
 derivative.  A rule that passes the gradient to the parameter as it is (a straight-through
 estimator) is followed as a layout is.
 
-Sums and matrix products of two parameters are followed as if they were parameters
-(``optax_accel.natural_gradient.effective``).
+Sums and matrix products of two parameters, and products of one with a fixed matrix, are followed as
+if they were parameters (``optax_accel.natural_gradient.effective``).
 
 In ``lax.scan`` a parameter is either the same in all iterations, which then are further positions
 of its layer, or scanned, so that each iteration uses a slice of it.
@@ -37,7 +37,7 @@ from optax_accel.natural_gradient.examples import (
 from optax_accel.natural_gradient.layers import Use
 from optax_accel.natural_gradient.layouts import Ops, Shape, View
 from optax_accel.natural_gradient.lifting import lift
-from optax_accel.natural_gradient.matching import RULES, Values
+from optax_accel.natural_gradient.matching import DIFFERENT_FACTORS, RULES, Values
 from optax_accel.natural_gradient.program import Loop, Program
 
 # Call-like primitives, which have the derivative of the program they run, and the parameter that
@@ -59,6 +59,7 @@ _REASONS = {
     ),
 }
 _UNUSED_PRODUCT = "is multiplied by a parameter, and no layer takes the product as a whole"
+_PRODUCT_IN_LOOP = "is multiplied by a parameter inside of a loop, where products are not followed"
 
 
 class Refusal(NamedTuple):
@@ -168,9 +169,9 @@ class Follower:
         if len(operands) == 1:
             self._follow_output(eqn, operands[0], result)
         views = [number for number in operands if number in self._views]
-        if len(views) == len(operands) == 2 and self._combine(eqn, operands, result):
-            return
         condition = self._condition(name, views, results)
+        if len(views) == len(operands) == 2 and self._combine(eqn, operands, result, condition):
+            return
         if len(views) == 1:
             if name in RULES:
                 use = RULES[name](self._values, eqn, operands, result)
@@ -179,6 +180,8 @@ class Follower:
                     use = "is scaled inside of a loop"
                 condition = use if isinstance(use, str) else condition
                 followed = not isinstance(use, str) and self._add_layer(use, view)
+                if not followed and name == "dot_general":
+                    followed = self._combine(eqn, operands, result, condition)
                 if not followed and name == "gather":
                     followed = self._follow_gather(eqn, operands, result)
             elif name in ("mul", "div", "add", "add_any", "sub"):
@@ -229,7 +232,7 @@ class Follower:
         if len(views) > 1 and len({self._views[number].leaf for number in views}) == 1:
             return "is combined with itself"
         if name == "dot_general" and len(views) > 1:
-            return _UNUSED_PRODUCT
+            return _PRODUCT_IN_LOOP if self._depth else _UNUSED_PRODUCT
         if any(number in self.program.data for number in results):
             if not any(self._values.examples.get(number) for number in results):
                 return f"is combined by `{name}` with an array without an axis over the examples"
@@ -494,21 +497,27 @@ class Follower:
         )
         return True
 
-    def _combine(self, eqn: JaxprEqn, operands: tuple[int, ...], result: int) -> bool:
-        """A sum or a matrix product of two parameters, which then counts as a parameter."""
-        first, second = (self._views[number] for number in operands)
+    def _combine(
+        self, eqn: JaxprEqn, operands: tuple[int, ...], result: int, condition: str
+    ) -> bool:
+        """A sum or a matrix product of parameters, which then counts as a parameter.
+
+        Of a product one factor may be data that all examples share, a frozen matrix.
+        """
+        first, second = views = [self._views.get(number) for number in operands]
         shapes = [self.program.shape(number) for number in operands]
         name, shape = eqn.primitive.name, self.program.shape(result)
         if (
             self._depth
-            or first.leaf == second.leaf
+            or (first and first.leaf) == (second and second.leaf)
+            or (None in views and any(self._values.examples.get(result, NOWHERE)))
             or any(
-                view.repeats(old) or view.sliced or not view.uniform
-                for view, old in zip((first, second), shapes, strict=True)
+                view is not None and (view.repeats(old) or view.sliced or not view.uniform)
+                for view, old in zip(views, shapes, strict=True)
             )
         ):
             return False
-        if name in ("add", "add_any", "sub") and shapes == [shape, shape]:
+        if name in ("add", "add_any", "sub") and shapes == [shape, shape] and first and second:
             sign = -1 if name == "sub" else 1
             weight: Weight = Sum(((first, 1), (second, sign)))
         elif name == "dot_general" and not eqn.params["dimension_numbers"][1][0]:
@@ -523,11 +532,13 @@ class Follower:
                 shape,
                 first,
                 second,
-                first.order(*axes[0]),
-                second.order(*axes[1]),
+                (first or plain[0]).order(*axes[0]),
+                (second or plain[1]).order(*axes[1]),
                 (operands[0], plain[0].order(*axes[0])),
                 (operands[1], plain[1].order(*axes[1])),
+                condition,
             )
+            self.program.data.discard(result)  # from here on it is a parameter
         else:
             return False
         self._views[result] = _whole(len(self.program.inputs) + len(self.weights), shape)
@@ -549,11 +560,16 @@ class Follower:
             expanded = list(expand(use, weight))
             self.uses += expanded
             if not expanded:
-                self.refusals.append(Refusal(use.leaf, (use.output,), _UNUSED_PRODUCT))
+                reason = weight.reason if isinstance(weight, Product) else _UNUSED_PRODUCT
+                self.refusals.append(Refusal(use.leaf, (use.output,), reason))
         for refusal in self.refusals:
             if refusal.leaf >= count:
                 weight = self.weights[refusal.leaf - count]
-                if isinstance(weight, Computed):
+                if isinstance(weight, Product):
+                    replaced = None in (weight.left, weight.right)
+                else:
+                    replaced = refusal.reason != DIFFERENT_FACTORS
+                if replaced and not isinstance(weight, Sum):
                     refusal = refusal._replace(reason=weight.reason)
                 self.refusals += [refusal._replace(leaf=v.leaf) for v in views_of(weight)]
 

@@ -160,10 +160,30 @@ class View:
         axes = (*self.axes[:axis], None, *self.axes[axis + 1 :])
         if shown is None:
             return dataclasses.replace(self, axes=axes)
-        if self.slot is not None or self.coefficient is not None:
+        if self.coefficient is not None:
             return None
         slot = Slot(shown, self.core[shown], position, number)
-        return dataclasses.replace(self, axes=axes, slot=slot)
+        view = dataclasses.replace(self, axes=axes, slot=slot)
+        return view if self.slot is None else view._of_a_slice(self.slot)
+
+    def _of_a_slice(self, outer: Slot) -> View | None:
+        """The view of a slice of a slice, both at known positions, as one slice of a flat stack."""
+        own = self.slot
+        assert own is not None
+        if own.position is None or outer.position is None:
+            return None
+        rest = [i for i in range(len(self.core)) if i not in (outer.axis, own.axis)]
+        place = {axis: i for i, axis in enumerate(rest, 1)}
+        size = outer.size * own.size
+        core = (size, *(self.core[i] for i in rest))
+        return dataclasses.replace(
+            self,
+            ops=(*self.ops, ("transpose", (outer.axis, own.axis, *rest)), ("reshape", core)),
+            core=core,
+            axes=tuple(None if axis is None else place[axis] for axis in self.axes),
+            slot=Slot(0, size, outer.position * own.size + own.position, None),
+            loops=tuple((place[axis], depth) for axis, depth in self.loops),
+        )
 
     def without(self, axis: int) -> View:
         """The view of the value without an axis of size 1."""
@@ -213,9 +233,12 @@ class View:
             return dataclasses.replace(self, ops=(*self.ops, ("rev", reversed_)))
         if name == "slice":
             part = [i for i in range(len(old)) if old[i] != new[i]]
-            if len(part) == 1 and new[part[0]] == 1:
-                return self.slice(part[0], params["start_indices"][part[0]])
-            return None if part else self
+            view: View | None = self
+            for i in part:
+                if new[i] != 1 or view is None:
+                    return None
+                view = view.slice(i, params["start_indices"][i])
+            return view
         return None
 
     def _reshaped(self, old: Shape, new: Shape) -> View:

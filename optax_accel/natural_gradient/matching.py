@@ -14,6 +14,10 @@ from optax_accel.natural_gradient.layers import Use
 from optax_accel.natural_gradient.layouts import View
 from optax_accel.natural_gradient.program import Program
 
+DIFFERENT_FACTORS = (
+    "is multiplied by different numbers that are not parameters before a layer takes it"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Values:
@@ -39,7 +43,7 @@ class Values:
         if view is None:
             return "is an input of a layer instead of its weight"
         if not view.uniform:
-            return "is multiplied by different numbers before a layer takes it"
+            return DIFFERENT_FACTORS
         if view.repeats(self.program.shape(weight)):
             return "is repeated before a layer takes it"
         if not self.per_example(activation):

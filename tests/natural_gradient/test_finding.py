@@ -286,6 +286,11 @@ CASES: dict[str, Case] = {
         {"w": (3, 2), "v": (2, 4), "b": (4,)},
         {"w": "dense", "v": "dense", "b": "scale-shift"},
     ),
+    "fixed factors": (
+        lambda p: jnp.tanh(X @ (X.T @ X @ p["w"])) @ (p["v"] @ normal(4, 2)).T.T,
+        {"w": (3, 5), "v": (5, 4)},
+        {"w": "dense", "v": "dense"},
+    ),
     "adapter of a trained weight": (
         lambda p: jnp.tanh(SEQUENCE @ (p["u"] - (2 * p["v"]) @ p["w"])),
         {"u": (3, 4), "v": (3, 2), "w": (2, 4)},
@@ -367,6 +372,15 @@ STACKED: dict[str, Case] = {
             {"w": lax.dynamic_index_in_dim(p["w"], 2, keepdims=False), "b": p["b"][-1]},
         ),
         {"w": (3, 3, 3), "b": (3, 3)},
+        DENSE,
+    ),
+    "numbered pairs": (
+        lambda p: functools.reduce(
+            lambda h, ij: layer(h, {"w": p["w"][ij[0]][ij[1]], "b": p["b"][ij]}),
+            [(0, 1), (1, 0), (0, 0), (1, 1)],
+            X,
+        ),
+        {"w": (2, 2, 3, 3), "b": (2, 2, 3)},
         DENSE,
     ),
     "numbered twice": (
@@ -614,11 +628,6 @@ GENERIC: dict[str, tuple[Callable[[Any], Any], dict[str, tuple[int, ...]], str]]
         {"w": (2, 2, 3, 3)},
         "is indexed by a number that changes in the loop that scans it",
     ),
-    "slices of slices": (
-        lambda p: X @ p["w"][0][1],
-        {"w": (2, 2, 3, 3)},
-        "is used by `slice`, which takes a part of it that is not one slice",
-    ),
     "conditional": (
         lambda p: lax.cond(X[0, 0] > 0, lambda: X @ p["w"], lambda: X),
         {"w": (3, 3)},
@@ -652,7 +661,22 @@ GENERIC: dict[str, tuple[Callable[[Any], Any], dict[str, tuple[int, ...]], str]]
     "different factors": (
         lambda p: X @ (np.arange(6.0).reshape(3, 2) * p["w"]),
         {"w": (3, 2)},
-        "is multiplied by different numbers before a layer takes it",
+        "is multiplied by different numbers that are not parameters before a layer takes it",
+    ),
+    "normalized, with a scale that is no parameter": (
+        lambda p: X @ (p["w"] / jnp.linalg.norm(p["w"]) * normal(2)[None]),
+        {"w": (3, 2)},
+        "is multiplied by different numbers that are not parameters before a layer takes it",
+    ),
+    "two layers in one array": (
+        lambda p: jnp.tanh(X @ p["w"][:, :3]) @ p["w"][:, 3:],
+        {"w": (3, 5)},
+        "is used by `slice`, which takes a part of it that is not one slice",
+    ),
+    "product in a loop": (
+        lambda p: scanned(lambda h, p: h @ (p["w"] @ p["v"]), p),
+        {"w": (2, 3, 3), "v": (2, 3, 3)},
+        "is multiplied by a parameter inside of a loop, where products are not followed",
     ),
     "scaled in a loop": (
         lambda p: scanned(lambda h, p: h @ (2 * p["w"]), p),
