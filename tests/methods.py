@@ -129,6 +129,7 @@ OPTIMIZERS = (
         oa.BlockTracker(),
         dominant_weight=0.5,
         bulk_weight=1.0,
+        slow=True,
     ),
     Case("extrap_sgd", oa.extrap_sgd),
     Case("extrap_sgd past", lambda rate: oa.extrap_sgd(rate, direction="past")),
@@ -152,7 +153,7 @@ OPTIMIZERS = (
         lambda rate: oa.reparametrize(momentum_sgd(rate), oa.powerprop(2.0)),
     ),
     Case("gnp", lambda rate: oa.gnp(momentum_sgd(rate), rho=0.1, alpha=0.8)),
-    Case("gnp sharpness", lambda rate: oa.gnp(momentum_sgd(rate), rho=0.05, alpha=1.0)),
+    Case("gnp sharpness", lambda rate: oa.gnp(momentum_sgd(rate), rho=0.05, alpha=1.0), slow=True),
     natural(oa.kfac),
     natural(oa.ekfac),
     Case(

@@ -14,7 +14,7 @@ import pytest
 import optax_accel as oa
 from tests.methods import OPTIMIZERS, PROBLEM, Case
 
-CASES = [pytest.param(case, id=case.name) for case in OPTIMIZERS if not case.slow]
+CASES = [pytest.param(case, id=case.name) for case in OPTIMIZERS]
 
 
 def traced_update(tx: Any, **extra: Any) -> Any:
