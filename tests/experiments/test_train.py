@@ -52,7 +52,7 @@ LONG = ["--method", "stoch_grad_adam", "--steps", "400", "--eval-every", "100"]
 LONG += ["--checkpoint-every", "20", "--keep", "2"]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def backend():
     """Starts JAX before `--devices` of a command in this process can change its devices."""
     assert len(jax.devices()) == 8
@@ -214,7 +214,7 @@ def test_killed_run_resumes_bit_by_bit(full):
 
 
 @pytest.mark.parametrize(
-    "method", ["sgd", "demon_adam", pytest.param("bulk_sgd_adaptive", marks=pytest.mark.slow)]
+    "method", ["demon_adam", pytest.param("bulk_sgd_adaptive", marks=pytest.mark.slow)]
 )
 def test_ctrl_c_saves_and_says_how_to_continue(runs, method, monkeypatch, capsys):
     arguments = [*QUICK, "--runs-dir", str(runs), "--method", method]
@@ -271,10 +271,18 @@ def test_run_killed_before_its_first_checkpoint_starts_again(runs, monkeypatch):
     assert steps == [(step, True) for step in range(1, 13)]
 
 
-@pytest.mark.parametrize("mode", ["jit", "fsdp", "pmap", "shard_map"])
-def test_parallel_modes_train_alike(runs, mode):
-    quick = [*QUICK, "--runs-dir", str(runs), "--method", "extrap_sgd"]
+@pytest.fixture(scope="module")
+def parallel_runs(tmp_path_factory):
+    """A folder with the run of one device, and the options of the others."""
+    folder = tmp_path_factory.mktemp("parallel")
+    quick = [*QUICK, "--runs-dir", str(folder), "--method", "extrap_sgd"]
     assert train.main([*quick, "--name", "one"]) == 0
+    return folder, quick
+
+
+@pytest.mark.parametrize("mode", ["jit", "fsdp", "pmap", "shard_map"])
+def test_parallel_modes_train_alike(parallel_runs, mode):
+    runs, quick = parallel_runs
     assert train.main([*quick, "--name", mode, "--parallel", mode, "--devices", "4"]) == 0
     for row, expected in zip(rows(runs / mode), rows(runs / "one"), strict=True):
         assert row.keys() == expected.keys()
@@ -937,10 +945,16 @@ def contents(folder):
     return files
 
 
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("complete")
+    assert train.main([*QUICK, "--runs-dir", str(folder), "--name", "run"]) == 0
+    return folder / "run"
+
+
 @pytest.fixture
-def finished(runs):
-    assert train.main([*QUICK, "--runs-dir", str(runs), "--name", "run"]) == 0
-    return runs / "run"
+def finished(complete, runs):
+    return shutil.copytree(complete, runs / "run")
 
 
 def test_run_is_never_overwritten_or_mixed(finished, capsys, monkeypatch):
