@@ -35,6 +35,9 @@ from optax_accel.low_rank import LowRankBytes, ScaleByAdaRankGradState, ScaleByG
 from optax_accel.low_rank import adarankgrad, galore, low_rank_bytes
 from optax_accel.low_rank import scale_by_adarankgrad, scale_by_galore
 
+# A few entries of each tensor
+from optax_accel.sparse_increments import SparseIncrementsState, sift, sparse_increments
+
 # Gradient sampling
 from optax_accel.sampling import SampleGradientsState, sample_gradients
 from optax_accel.sampling import bernoulli_per_element, bernoulli_per_tensor
@@ -119,6 +122,7 @@ __all__ = [
     "ScaleByQHAdamState",
     "ScaleByQHMState",
     "ScaleByYellowFinState",
+    "SparseIncrementsState",
     "Tracker",
     "TrustRegion",
     "WithSchedulesState",
@@ -183,7 +187,9 @@ __all__ = [
     "scale_by_qh_adam",
     "scale_by_qhm",
     "scale_by_yellowfin",
+    "sift",
     "snapshot_schedule",
+    "sparse_increments",
     "state_shardings",
     "static_arguments",
     "stoch_grad_adam",

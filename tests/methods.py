@@ -116,6 +116,7 @@ OPTIMIZERS = (
         (0.001, 0.003, 0.01, 0.03, 0.1),
         matrices=True,
     ),
+    Case("sift", lambda rate: oa.sift(rate, 1.0), ADAM_RATES),
     Case("stoch_grad_adam", lambda rate: oa.stoch_grad_adam(rate, rate=0.8, key=0), ADAM_RATES),
     subspace("bulk_sgd", oa.bulk_sgd, oa.BlockTracker(), optimizes="bulk"),
     subspace(

@@ -531,6 +531,14 @@ FACTORIES: dict[Callable[..., optax.GradientTransformationExtraArgs], dict[str, 
     oa.galore: {"learning_rate": 0.1, "rank": 1, "weight_decay": 0.5},
     oa.scale_by_adarankgrad: {"max_rank": 2},
     oa.adarankgrad: {"learning_rate": 0.1, "max_rank": 2, "weight_decay": 0.5},
+    oa.sparse_increments: {"inner": SGD, "rate": 0.5},
+    oa.sift: {
+        "learning_rate": 0.1,
+        "rate": 0.5,
+        "weight_decay": 0.5,
+        "decay_selected": True,
+        "selection": "random",  # which does not wait for a gradient
+    },
     oa.sample_gradients: {"rescale": True},
     oa.stoch_grad_adam: {"learning_rate": 0.1},
     oa.extragradient: {"inner": SGD, "extrapolation_rate": 0.1, "direction": "gaussian"},
@@ -757,6 +765,6 @@ def test_the_gauntlet_covers_every_factory() -> None:
     # Some optimizers are nothing but their `scale_by_*`; the others have tests of their own.
     nothing_but = {"scale_by_adabound", "scale_by_batch_gauss_newton", "scale_by_qhm"}
     nothing_but |= {"scale_by_qh_adam", "scale_by_aggmo", "scale_by_yellowfin"}
-    nothing_but |= {"scale_by_galore", "scale_by_adarankgrad"}
+    nothing_but |= {"scale_by_galore", "scale_by_adarankgrad", "sparse_increments"}
     apart = {"dynamic_loss_scale", "quadratic_model"}
     assert {f.__name__ for f in returns} - run == nothing_but | apart

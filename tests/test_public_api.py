@@ -502,6 +502,7 @@ REQUIRED: dict[str, Any] = {
     "shift": 0.0,
     "num_directions": 1,
     "rank": 1,
+    "rate": 0.5,
     "max_rank": 1,
     "num_products": 1,
     "base_value": 0.1,

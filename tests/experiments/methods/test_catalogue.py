@@ -51,7 +51,8 @@ def test_the_grid_of_rates_suits_a_convex_problem(name: str) -> None:
 
     losses = jax.jit(jax.vmap(train))(np.float32(method.learning_rates))
     assert jnp.all(losses[:3] < 1), losses  # no comparison with NaN is true
-    if method.tracker is None:  # those leave a part of the parameters where it is
+    # Those with a tracker and sparse ones leave a part of the parameters where it is.
+    if method.tracker is None and method.family != "sparse":
         assert jnp.nanmin(losses) < 0.01, losses
 
 

@@ -1,4 +1,4 @@
-"""Adam whose moments live in low-rank subspaces of the gradients."""
+"""Adam with a small state: moments in low-rank subspaces, or of a few entries of each tensor."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import optax
 
 import optax_accel as oa
 from experiments.methods.method import Method, Paper
+from experiments.methods.optax_methods import ADAM_RATES
 
 # Matrices move by a quarter of Adam's steps.
 _RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
@@ -57,5 +58,18 @@ LOW_RANK = (
         base="adam",
         learning_rates=_RATES,
         factory=_fitting(oa.adarankgrad, "max_rank"),
+    ),
+)
+
+SPARSE = (
+    Method(
+        name="sift",
+        family="sparse",
+        summary="Adam on the 5 % of each tensor's entries with the largest first gradients",
+        paper=Paper("Song et al., 2024", "https://arxiv.org/abs/2312.11875"),
+        fidelity="faithful",
+        base="adam",
+        learning_rates=ADAM_RATES,
+        factory=functools.partial(oa.sift, rate=0.05),
     ),
 )
