@@ -18,8 +18,8 @@ from flax import nnx
 
 import optax_accel as oa
 
-NUM_TREES = 300  # each method meets every third of them, curvature methods fewer
-SECONDS = 90.0  # of processor time, about twice of what is needed; then no more trees are tried
+NUM_TREES = 150  # each method meets every third of them, curvature methods fewer
+SECONDS = 60.0  # of processor time, about twice of what is needed; then no more trees are tried
 SHAPES = ((), (3,), (2, 3), (0,), (3, 0, 2))
 DTYPES = ("float32", "float32", "bfloat16", "float16", "complex64", "int32", "uint8", "bool", "key")
 LIBRARY = str(Path(oa.__file__).parent)
