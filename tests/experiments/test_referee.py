@@ -163,11 +163,12 @@ def test_settings_on_a_part_of_texts(tmp_path: Path) -> None:
     """Windows of a text, the first ones of which are used; a share of the tokens is right."""
     (tmp_path / "tinyshakespeare.txt").write_text("to be, or not to be. " * 1000)
     study = referee.find_study("extrapolation_transformer")
-    scale = study.scales["small"]
-    setting = dataclasses.replace(scale.settings[0], examples=32)
+    scale = study.scales["medium"]
+    small = {"embedding_size": 16, "num_layers": 1, "num_heads": 2}
+    setting = dataclasses.replace(scale.settings[0], examples=32, model_options=small)
     options = referee.Options(data_dir=tmp_path, steps=4)
     plan = referee.plan(setting, scale, options)
-    assert (len(plan.task.train), plan.workers, plan.batch_size) == (32, 8, 16)
+    assert (len(plan.task.train), plan.workers, plan.batch_size) == (32, 8, 32)
     last = Trainer(plan).train(plan.methods[0], [(0.03, 0)])[-1]
     assert 0 < last["test_accuracy"] < 1
     assert "test_counted" not in last

@@ -127,7 +127,10 @@ STUDY = Study(
     unit="gradients",
     scales={
         "small": Scale(
-            settings=(_setting("mlp", "digits", "mlp", 12, 0.9),),
+            settings=(
+                _setting("mlp", "digits", "mlp", 12, 0.9),
+                _setting("cnn", "digits", "cnn", 8, 0.8),
+            ),
             tuning_seeds=1,
             seeds=6,
             most_seeds=10,
