@@ -153,6 +153,9 @@ class OutputOptions(cli.DryRunOptions):
     eval_every: int | None = None
     """Steps between validations; default: one epoch, or more for 50 validations in all with files
     of your own."""
+    norms_every: int = 1
+    """Steps between those whose norms of gradient and update are in the metrics; they cost a few
+    percent of the steps of small networks."""
     log: str = "none"
     """Send the metrics to wandb (Weights & Biases), aim or mlflow, too, if that package is
     installed; a resumed run continues there. none: only to the run's folder."""

@@ -124,6 +124,7 @@ class Plan:
             "seed": self.options.seed,
             "workers": self.workers,
             "eval_every": self.eval_every,
+            "norms_every": self.options.norms_every,
         }
 
     def machine(self) -> dict[str, Any]:

@@ -301,7 +301,7 @@ def make_step(plan: Plan, model: Model, tx: optax.GradientTransformationExtraArg
         skip_non_finite=plan.options.non_finite == "skip",
         ema=plan.options.ema,
         value_fn=model.value_fn,
-        norms=True,
+        norms_every=plan.options.norms_every,
     )
 
     def step(

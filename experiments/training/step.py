@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -57,7 +58,8 @@ class StepOptions:
       value_fn: the objective on which the optimizer evaluates the loss itself, and products with
         its curvature, e.g. that of the same model computing in float32. ``None``: the objective
         that is differentiated.
-      norms: whether the metrics hold the norms that `norm_names` lists.
+      norms_every: in every how many steps the metrics hold the norms that `norm_names` lists, which
+        are NaN in the others; 0 for never.
     """
 
     accumulate: int = 1
@@ -66,7 +68,7 @@ class StepOptions:
     skip_non_finite: bool = False
     ema: float | None = None
     value_fn: oa.Objective | None = None
-    norms: bool = False
+    norms_every: int = 0
 
 
 PLAIN = StepOptions()
@@ -157,10 +159,10 @@ def train_step(
       the point where the method evaluated it (the current one, except for extragradient: the
       extrapolated point), and ``finite``, whether that loss, the new parameters, the other
       variables and the optimizer's moments (arrays shaped like a parameter) all are finite, or the
-      loss scale has left the step out and fallen. With ``options.norms`` also ``gradient_norm``,
-      the Euclidean norm over all parameters of the gradient that the optimizer was given, without
-      its loss scale, and ``update_norm``, that of the update, learning rate included; of several
-      workers the means of theirs.
+      loss scale has left the step out and fallen. With ``options.norms_every`` also
+      ``gradient_norm``, the Euclidean norm over all parameters of the gradient that the optimizer
+      was given, without its loss scale, and ``update_norm``, that of the update, learning rate
+      included; of several workers the means of theirs.
     """
 
     def loss_on(objective: oa.Objective, batch: Batch, num_micro_batches: int) -> oa.Objective:
@@ -197,9 +199,8 @@ def train_step(
         )
         value = value / scale
     norms: dict[str, jax.Array] = {}
-    if options.norms:
-        found = {"gradient_norm": _norm(grads), "update_norm": _norm(updates)}
-        norms = {name: found[name] for name in norm_names(opt_state)}
+    if options.norms_every:
+        norms = _norms(grads, updates, norm_names(opt_state), new.step, options.norms_every)
         if scale is not None and "gradient_norm" in norms:
             norms["gradient_norm"] /= scale
     metrics = _metrics(value, state, new, norms, axis_name if options.per_worker else None)
@@ -208,6 +209,22 @@ def train_step(
     if options.skip_non_finite:
         new = _where(metrics["finite"], new, state)._replace(step=new.step)
     return new, metrics
+
+
+def _norms(
+    grads: PyTree, updates: PyTree, names: Sequence[str], step: jax.Array, every: int
+) -> dict[str, jax.Array]:
+    """The norms by name; NaN where they are not due in this step, counted from 1."""
+    trees = {"gradient_norm": grads, "update_norm": updates}
+
+    def computed() -> dict[str, jax.Array]:
+        return {name: _norm(trees[name]) for name in names}
+
+    if every == 1:
+        return computed()
+    shapes = jax.eval_shape(computed)
+    missing = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes)
+    return lax.cond(step % every == 0, computed, lambda: missing)
 
 
 def norm_names(opt_state: PyTree) -> tuple[str, ...]:

@@ -423,9 +423,13 @@ def test_norms_are_those_of_gradient_and_update(mlp, batch, loss_scale):
     (_, _), grads = objective.bind(rest=rest, **batch).value_and_grad(params)
     tx = optax.with_extra_args_support(optax.sgd(0.1))
     tx = oa.dynamic_loss_scale(tx) if loss_scale else tx
-    _, metrics = train_step(
-        tx, objective, init_state(tx, params, rest), batch, options=StepOptions(norms=True)
-    )
+    step = functools.partial(train_step, tx, objective)
+    state = init_state(tx, params, rest)
+    between, metrics = step(state, batch, options=StepOptions(norms_every=2))
+    assert np.isnan([metrics["gradient_norm"], metrics["update_norm"]]).all()
+    _, due = step(between, batch, options=StepOptions(norms_every=2))
+    assert float(due["update_norm"]) > 0
+    _, metrics = step(state, batch, options=StepOptions(norms_every=1))
     norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(grads)))
     np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
     np.testing.assert_allclose(metrics["update_norm"], 0.1 * norm, rtol=1e-5)
