@@ -4,15 +4,16 @@
 
 SGD with momentum, Adam, Muon, schedule-free AdamW, K-FAC, EKFAC, Hessian-free and Gauss-Newton in
 batch space train one network from the same start on the same batches; kfac-jax joins the comparison
-on the digits and the autoencoder where it is installed. Each is tuned on the same number of
-settings, with one seed. A run of any of them ends after the steps of SGD or, except for very short
-ones, four times its time (`--time-factor`); what is chosen is the setting with the lowest training
-loss at the end. It is run again with other seeds (`--seeds`), which change the initial weights and
-the order of the batches, the same for all methods; medians and ranges over all seeds are shown. The
-target is the loss that SGD gets to with every seed. Times are those of the steps: without
-compilation, without evaluation. Beside them stands what the steps were worth in gradients of one
-batch: a product with a Gauss-Newton matrix, or an iteration of conjugate gradients, counts as two,
-a loss as a third, K-FAC's factors as one. `runs/<name>/` then holds
+on the digits and the autoencoder where it is installed, schedule-free SGD, Prodigy, AdEMAMix, ADOPT
+and Lion where `--methods` names them. Each is tuned on the same number of settings, with one seed.
+A run of any of them ends after the steps of SGD or, except for very short ones, four times its time
+(`--time-factor`); what is chosen is the setting with the lowest training loss at the end. It is run
+again with other seeds (`--seeds`), which change the initial weights and the order of the batches,
+the same for all methods; medians and ranges over all seeds are shown. The target is the loss that
+SGD gets to with every seed. Times are those of the steps: without compilation, without evaluation.
+Beside them stands what the steps were worth in gradients of one batch: a product with a Gauss-
+Newton matrix, or an iteration of conjugate gradients, counts as two, a loss as a third, K-FAC's
+factors as one. `runs/<name>/` then holds
 
     results.json            settings, final losses of all runs, curves of the chosen ones
     curves.png, .svg        training loss over steps and over seconds
@@ -44,8 +45,6 @@ from rich.console import Console
 import optax_accel as oa
 from experiments import cli, progress, timing
 from experiments.methods import METHODS
-from experiments.methods.method import Method, Paper
-from experiments.methods.optax_methods import MUON
 from experiments.reporting import figures, pages
 from experiments.reporting import natural_gradient as report
 from experiments.runs import folders
@@ -69,15 +68,14 @@ _KFAC: dict[str, Any] = {
     "fixed": {"rate": 0.1},
 }
 _ADAM_RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03)
-SCHEDULE_FREE = Method(
-    name="schedule_free_adamw",
-    family="Optax",
-    summary="Adam at an average of its iterates, without a schedule",
-    paper=Paper("Defazio et al., 2024", "https://arxiv.org/abs/2405.15682"),
-    fidelity="Optax",
-    learning_rates=_ADAM_RATES,
-    factory=optax.contrib.schedule_free_adamw,
-)
+# Further rivals, which run where `--methods` names them: six rates around their own.
+_RIVALS: dict[str, tuple[float, ...]] = {
+    "schedule_free_sgd": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
+    "prodigy": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
+    "ademamix": _ADAM_RATES,
+    "adopt": _ADAM_RATES,
+    "lion": (0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01),
+}
 
 
 def adaptive_kfac(
@@ -132,17 +130,15 @@ CANDIDATES = {
     ),
     "adam": Candidate(method=METHODS["adam"], summary="Adam", settings=grid(rate=_ADAM_RATES)),
     "muon": Candidate(
-        method=MUON,
+        method=METHODS["muon"],
         summary="Muon, with steps as long as Adam's, Adam for vectors, embeddings and the head",
         settings=grid(rate=_ADAM_RATES),
     ),
     "schedule_free_adamw": Candidate(
-        method=SCHEDULE_FREE,
-        summary="schedule-free AdamW, evaluated at its average",
+        method=METHODS["schedule_free_adamw"],
+        summary="schedule-free AdamW without warm-up, evaluated at its average",
         settings=grid(rate=_ADAM_RATES),
-        evaluated=lambda params, opt_state: optax.contrib.schedule_free_eval_params(
-            opt_state, params
-        ),
+        fixed={"warmup_steps": None},
     ),
     "kfac": Candidate(
         method=METHODS["kfac"],
@@ -173,6 +169,12 @@ CANDIDATES = {
         settings=grid(rate=(0.3, 1.0), minimum=(1e-3, 1e-2, 1e-1)),
         gradients=_batch_iterations,
     ),
+    **{
+        name: Candidate(
+            method=METHODS[name], summary=METHODS[name].summary, settings=grid(rate=rates)
+        )
+        for name, rates in _RIVALS.items()
+    },
 }
 # What kfac-jax is asked to find the layers of.
 _FOR_KFAC_JAX = ("digits_mlp", "mnist_autoencoder")
@@ -277,8 +279,8 @@ def rival(problem: Problem) -> kfac_jax_rival.KFACJaxTrainer:
 
 
 def default_methods(problem: str) -> tuple[str, ...]:
-    """All methods that suit the problem on this kind of device, and that are installed."""
-    left_out = set()
+    """The methods that suit the problem on this kind of device and are installed, but `_RIVALS`."""
+    left_out = set(_RIVALS)
     if problem == "cifar10_5k_cnn" and jax.default_backend() == "cpu":
         left_out |= {"hessian_free", "batch_gauss_newton"}
     if problem not in _FOR_KFAC_JAX or not kfac_jax_rival.installed():

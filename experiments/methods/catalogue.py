@@ -23,6 +23,7 @@ METHODS: dict[str, Method] = {
     for method in (
         *optax_methods.BASES,
         *optax_methods.ADAPTIVE_RATES,
+        *optax_methods.RECENT,
         *momentum.MOMENTUM_DECAY,
         *momentum.OTHER_MOMENTUM,
         *gradients.GRADIENT_SAMPLING,

@@ -96,3 +96,17 @@ def find_in_state(opt_state: PyTree, name: str) -> Any:
 
     matches = optax.tree_utils.tree_get_all_with_path(opt_state, name, filtering=belongs_to_a_state)
     return matches[-1][1] if matches else None
+
+
+def find_schedule_free(opt_state: PyTree) -> optax.contrib.ScheduleFreeState | None:
+    """The state of a schedule-free optimizer in that of an optimizer; None if there is none.
+
+    Args:
+      opt_state: the state of the optimizer, which may have others around it.
+    """
+
+    def is_schedule_free(inner: Any) -> bool:
+        return isinstance(inner, optax.contrib.ScheduleFreeState)
+
+    leaves = jax.tree.leaves(opt_state, is_leaf=is_schedule_free)
+    return next(filter(is_schedule_free, leaves), None)

@@ -25,9 +25,16 @@ from experiments import data, progress
 from experiments.methods import Method
 from experiments.runs.records import number
 from experiments.training import losses, networks
+from experiments.training.optimizers import find_schedule_free
 from experiments.training.parallel import mean_of_copies
 from experiments.training.program import evaluation_batch
-from experiments.training.step import StepOptions, init_state, train_step
+from experiments.training.step import (
+    StepOptions,
+    TrainState,
+    averaged,
+    init_state,
+    train_step,
+)
 
 # A queue of unfinished steps costs memory and, on a CPU mesh, can hang: fetch a number this often.
 FETCH_EVERY = 16
@@ -193,6 +200,12 @@ class Trainer:
         }
         # Of several workers their mean parameters are evaluated.
         self._consensus = {True: jax.jit(jax.vmap(mean_of_copies)), False: jax.jit(mean_of_copies)}
+
+        def average(state: TrainState) -> tuple[Any, Any]:
+            shown = averaged(state)
+            return shown.params, shown.rest
+
+        self._average = {True: jax.jit(jax.vmap(average)), False: jax.jit(average)}
 
     def _batches(self, seed: int, examples: int) -> np.ndarray:
         batches = iter(data.index_batches(examples, batch_size=self.plan.batch_size, seed=seed))
@@ -389,6 +402,8 @@ class Trainer:
         """Loss and accuracy of each run on the whole "validation" or "test" split."""
         sums: dict[str, Any] = {}
         evaluated = runs.state.params, runs.state.rest
+        if find_schedule_free(runs.state.opt_state) is not None:
+            evaluated = self._average[runs.batched](runs.state)
         if runs.method.per_worker:
             evaluated = self._consensus[runs.batched](evaluated)
         for batch in self.held_out[split]:

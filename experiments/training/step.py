@@ -16,7 +16,7 @@ import optax
 from jax import lax
 
 import optax_accel as oa
-from experiments.training.optimizers import find_in_state
+from experiments.training.optimizers import find_in_state, find_schedule_free
 
 PyTree = Any
 Batch = dict[str, jax.Array]
@@ -94,7 +94,11 @@ def init_state(
 
 
 def averaged(state: TrainState) -> TrainState:
-    """The state to evaluate: with the moving averages of parameters and statistics, if it has any.
+    """The state to evaluate: with averages in place of the parameters, if it has any.
+
+    These are the moving averages of parameters and statistics; where none are kept, the average of
+    a schedule-free optimizer, whose parameters are only the points at which it takes gradients
+    (Defazio et al., 2024, section 2).
 
     >>> state = TrainState(jnp.array(1), jnp.ones(()), (), (), average=(jnp.zeros(()), ()))
     >>> float(averaged(state).params)
@@ -106,10 +110,16 @@ def averaged(state: TrainState) -> TrainState:
     Returns:
       A state whose ``params`` and ``rest`` are the averages.
     """
-    if state.average is None:
+    if state.average is not None:
+        params, rest = state.average
+        return state._replace(params=params, rest=rest)
+    inner = find_schedule_free(state.opt_state)
+    if inner is None:
         return state
-    params, rest = state.average
-    return state._replace(params=params, rest=rest)
+    return state._replace(params=_schedule_free_average(inner, state.params))
+
+
+_schedule_free_average = jax.jit(optax.contrib.schedule_free_eval_params)
 
 
 def train_step(

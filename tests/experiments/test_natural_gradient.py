@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from experiments import natural_gradient as study
+from experiments.methods import METHODS
 
 
 def run(*arguments: str) -> int:
@@ -62,10 +63,11 @@ def test_compares_on_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_what_does_not_suit_a_problem_is_left_out() -> None:
-    left_out = set(study.CANDIDATES) - set(study.default_methods("cifar10_5k_cnn"))
+    rivals = set(study._RIVALS)
+    left_out = set(study.CANDIDATES) - set(study.default_methods("cifar10_5k_cnn")) - rivals
     loops = {"hessian_free", "batch_gauss_newton"} if jax.default_backend() == "cpu" else set()
     assert left_out == {"kfac_jax"} | loops
-    left_out = set(study.CANDIDATES) - set(study.default_methods("digits_mlp"))
+    left_out = set(study.CANDIDATES) - set(study.default_methods("digits_mlp")) - rivals
     assert left_out == (set() if study.kfac_jax_rival.installed() else {"kfac_jax"})
 
 
@@ -76,7 +78,7 @@ def test_muon_takes_the_matrices_of_the_layers() -> None:
         "layer": {"w": jnp.zeros((4, 4)), "kernel": jnp.zeros((3, 3, 4, 8)), "b": jnp.zeros(4)},
     }
     matrix = optax.contrib.MuonDimensionNumbers
-    assert study.MUON.factory.keywords["muon_weight_dimension_numbers"](params) == {
+    assert METHODS["muon"].factory.keywords["muon_weight_dimension_numbers"](params) == {
         "embedding": None,
         "stacked": {"w": matrix((1,), 2), "b": None},
         "layer": {"w": matrix((0,), 1), "kernel": matrix((0, 1, 2), 3), "b": None},
@@ -88,7 +90,7 @@ def test_muon_takes_the_matrices_of_the_layers() -> None:
     [
         (["--problem", "imagenet"], "unknown problem 'imagenet'; valid: digits_mlp"),
         (["--scale", "huge"], "unknown scale 'huge'; valid: small, full"),
-        (["--methods", "sgd,lion"], "unknown method 'lion'; valid: sgd, adam, muon"),
+        (["--methods", "sgd,lamb"], "unknown method 'lamb'; valid: sgd, adam, muon"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--seeds", "0"], "--seeds must be at least 1"),
         (["--problem", "cifar10_5k_cnn", "--methods", "sgd,kfac_jax"], "kfac_jax "),

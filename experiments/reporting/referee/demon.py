@@ -1,5 +1,8 @@
 """The study of Demon: eleven schedules on SGD with momentum and on Adam, six claims of its paper.
 
+Recent optimizers run beside them (`RIVALS`) and are part of no claim; the entries in `evidence/`
+come from runs without them.
+
 The settings are the paper's tables 3 and 4, mapped to what two cores can train with the budgets in
 the same ratios; `full` has the paper's networks and budgets.
 
@@ -27,7 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.methods import METHODS, Method
+from experiments.methods import METHODS
 from experiments.methods.schedules import entry
 from experiments.reporting.referee.judging import AtMost, ByBootstrap, View
 from experiments.reporting.referee.sequential import SequentialTest
@@ -35,6 +38,20 @@ from experiments.reporting.referee.study import Claim, Contestant, Scale, Settin
 
 CONSTANT, DEMON, STEP, COSINE = "constant", "Demon", "LR step", "LR cosine"
 YELLOWFIN = "YellowFin"
+# Entries of the catalogue, by the optimizer in whose settings they run, with values of another
+# setting that is tuned beside the rate: two, or all four where the others choose a weight decay.
+RIVALS: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {
+    "sgd": {"schedule_free_sgd": tuple({"b1": b1} for b1 in (0.9, 0.95, 0.98, 0.8))},
+    "adam": {
+        "schedule_free_adamw": tuple({"b1": b1} for b1 in (0.9, 0.95, 0.98, 0.8)),
+        "muon": tuple({"beta": beta} for beta in (0.95, 0.9, 0.98, 0.8)),
+        "prodigy": tuple({"betas": (b1, b2)} for b2 in (0.999, 0.99) for b1 in (0.9, 0.95)),
+        "ademamix": tuple({"alpha": alpha} for alpha in (5.0, 8.0, 2.0, 1.0)),
+        "adopt": tuple({"b2": b2} for b2 in (0.9999, 0.999, 0.99, 0.9)),
+        "lion": tuple({"b1": b1, "b2": b2} for b2 in (0.99, 0.98) for b1 in (0.9, 0.95)),
+        "yellowfin": tuple({"window": window} for window in (20, 10, 40, 5)),
+    },
+}
 MOMENTA = ("OneCycle momentum", "cosine momentum", "linear momentum", "exp momentum")
 _PEAKS = ({"peak": 0.9}, {"peak": 0.95})  # section 4 tunes the momentum
 _PAIRS = ({"peak": 0.95, "trough": 0.85}, {"peak": 0.9, "trough": 0.85})
@@ -56,7 +73,7 @@ _KNOBS: dict[str, tuple[dict[str, Any], Sequence[dict[str, Any]]]] = {
 
 
 def contestants(optimizer: str, decays: Sequence[float] = (0.0,)) -> tuple[Contestant, ...]:
-    """The eleven schedules, the constant one, and with Adam YellowFin, which is not ranked either.
+    """The eleven schedules, and the constant one and `RIVALS`, which are not ranked.
 
     Args:
       optimizer: ``"sgd"`` or ``"adam"``.
@@ -80,22 +97,18 @@ def contestants(optimizer: str, decays: Sequence[float] = (0.0,)) -> tuple[Conte
             for number, (knob, decay) in enumerate(choices)
         )
         made.append(Contestant(name=name, trials=trials, ranked=name != CONSTANT))
-    if optimizer == "adam":
-        made.append(Contestant(name=YELLOWFIN, trials=_yellowfin(len(decays)), ranked=False))
-    return tuple(made)
-
-
-def _yellowfin(times: int) -> tuple[Method, ...]:
-    """As many trials as the others have: the window of the curvature range is its other setting."""
-    method = METHODS["yellowfin"]
-    return tuple(
-        dataclasses.replace(
-            method,
-            name=f"yellowfin_{number}",
-            factory=functools.partial(method.factory, window=window),
+    for name, values in RIVALS[optimizer].items():
+        trials = tuple(
+            dataclasses.replace(
+                METHODS[name],
+                name=f"{name}_{number}",
+                factory=functools.partial(METHODS[name].factory, **value),
+            )
+            for number, value in enumerate(values[: 2 * len(decays)])
         )
-        for number, window in enumerate((20, 10, 40, 5)[: 2 * times])
-    )
+        title = YELLOWFIN if name == "yellowfin" else name
+        made.append(Contestant(name=title, trials=trials, ranked=False))
+    return tuple(made)
 
 
 class Row(NamedTuple):
@@ -224,9 +237,11 @@ def less_sensitive(view: View) -> np.ndarray:
 
 
 def yellowfin_is_late(view: View) -> np.ndarray:
-    """(f) One, less the number of contestants that are behind YellowFin in the mean place."""
-    at = view.number(YELLOWFIN)
-    places = view.positions(ranked=False)
+    """(f) One, less the number of the paper's contestants behind YellowFin in the mean place."""
+    recent = [name for rivals in RIVALS.values() for name in rivals]
+    others = [name not in recent for name in view.results.contestants]
+    at = sum(others[: view.number(YELLOWFIN)])
+    places = view._replace(errors=view.errors[..., others]).positions(ranked=False)
     # In the settings where it takes part; a draw without any of them says nothing.
     there = ~np.isnan(places[..., [at]])
     number = there.sum(axis=-2)

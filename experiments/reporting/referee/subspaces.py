@@ -21,12 +21,12 @@ import functools
 import optax
 
 from experiments.methods import METHODS, Method
-from experiments.methods.optax_methods import ADAM_RATES, MUON
+from experiments.methods.optax_methods import ADAM_RATES
 from experiments.reporting.referee.judging import AtMost, ByBootstrap, LowerError
 from experiments.reporting.referee.sequential import SequentialTest
 from experiments.reporting.referee.study import Claim, Contestant, Scale, Setting, Study
 
-SGD, MOMENTUM, ADAM, MUON_NAME = "SGD", "SGD momentum", "Adam", "Muon"
+SGD, MOMENTUM, ADAM, MUON = "SGD", "SGD momentum", "Adam", "Muon"
 BULK, DOM, HALF = "Bulk-SGD", "Dom-SGD", "interpolated SGD"
 BULK_MOMENTUM, HALF_MOMENTUM = "Bulk-SGD momentum", "interpolated SGD momentum"
 BULK_ADAM, HALF_ADAM = "Bulk-Adam", "interpolated Adam"
@@ -49,7 +49,7 @@ _TRIALS = {
     SGD: METHODS["plain_sgd"],
     MOMENTUM: METHODS["sgd"],
     ADAM: METHODS["adam"],
-    MUON_NAME: MUON,
+    MUON: METHODS["muon"],
     BULK: _on("plain_sgd", "bulk_sgd"),
     DOM: _on("plain_sgd", "dom_sgd"),
     HALF: _on("plain_sgd", "interpolated_sgd"),
@@ -108,9 +108,9 @@ CLAIMS = (
     _cheaper("i", BULK_ADAM, ADAM),
     _lower(
         *("j", "Bulk-SGD with momentum has a lower error than Muon", "ours"),
-        *(BULK_MOMENTUM, MUON_NAME, 0.0),
+        *(BULK_MOMENTUM, MUON, 0.0),
     ),
-    _cheaper("k", BULK_MOMENTUM, MUON_NAME),
+    _cheaper("k", BULK_MOMENTUM, MUON),
 )
 
 

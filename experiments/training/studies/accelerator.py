@@ -21,7 +21,6 @@ import optax
 import models
 from experiments import cli, data, hlo, timing
 from experiments.methods import METHODS, Method
-from experiments.methods.optax_methods import MUON
 from experiments.runs.records import versions
 from experiments.runs.units import Unit
 from experiments.training import losses, networks
@@ -45,15 +44,6 @@ CURVATURE_SHARE = 1 / 8
 # A GPU multiplies float32 matrices in TF32 under "high", a TPU in three passes of bfloat16; the
 # default of a TPU is a single pass, which is bfloat16 under another name.
 F32_MATMUL_PRECISION = "high"
-
-
-def find_method(name: str) -> Method:
-    """The method of that name, in the catalogue or `MUON`.
-
-    Args:
-      name: its name.
-    """
-    return MUON if name == MUON.name else METHODS[name]
 
 
 class DoesNotFit(Exception):
@@ -206,7 +196,6 @@ def rows(scale: Scale, sections: Sequence[str], methods: Sequence[str] | None = 
         for name, method in METHODS.items()
         if not (method.per_worker or method.evaluates_network)
     ]
-    updated.append(MUON.name)
     important = [name for name in STEP_METHODS if name in updated]
 
     def row(section: str, work: Callable[..., Record], **identity: str) -> Row:
@@ -493,7 +482,7 @@ class Measurements:
           method: its name.
         """
         self._base = None
-        chosen, params = find_method(method), _tree(self.scale.parameters)
+        chosen, params = METHODS[method], _tree(self.scale.parameters)
         group = [METHODS[BASE], chosen]
         optimizers = [_build(one) for one in group]
         states = [jax.eval_shape(tx.init, params) for tx in optimizers]
@@ -531,7 +520,7 @@ class Measurements:
         with matmul_precision(precision):
             peak = _peak()
             place, base = self.base(network, precision)
-            program = base if method == BASE else Program(place, find_method(method))
+            program = base if method == BASE else Program(place, METHODS[method])
             record = self._compared(base, program)
             return {
                 **record,

@@ -17,7 +17,7 @@ import optax
 
 import optax_accel as oa
 from experiments.methods import Method
-from experiments.training.step import TrainState, init_state, train_step
+from experiments.training.step import TrainState, averaged, init_state, train_step
 from experiments.training.studies.problems import Problem
 
 PyTree = Any
@@ -42,7 +42,6 @@ class Candidate:
         the first one.
       gradients: what a step takes, in gradients of one batch, from the optimizer's state behind it;
         None for the number in the catalogue.
-      evaluated: the parameters to evaluate, from those of a step and the optimizer's state.
     """
 
     method: Method
@@ -52,7 +51,6 @@ class Candidate:
     relative_rate: bool = False
     gradient_batches: int = 1
     gradients: Callable[[PyTree], float] | None = None
-    evaluated: Callable[[PyTree, PyTree], PyTree] | None = None
 
     def work(self, opt_state: PyTree) -> float:
         """The gradients of one batch that the step before this state was worth."""
@@ -166,9 +164,7 @@ class Trainer:
 
     def evaluated(self, state: TrainState) -> PyTree:
         """The parameters to evaluate."""
-        if self.candidate.evaluated is None:
-            return state.params
-        return self.candidate.evaluated(state.params, state.opt_state)
+        return averaged(state).params
 
     def work(self, state: TrainState) -> float:
         """The gradients of one batch that the step before this state was worth."""

@@ -33,11 +33,11 @@ EKFAC_BOUNDS = {"float32": 1e-4, "float64": 1e-9}
 # The other methods run in the slow tests.
 QUICK = ("sgd", "stoch_grad_adam", "bulk_sgd", "extrap_sgd_past", "decentlam")
 # Families whose updates take each number of an averaged gradient by itself: what a mode does to
-# one of them it does to SGD, which runs in every mode. Only LAMB and YellowFin compare norms, and
-# a plateau is one of the losses.
-ELEMENTWISE = ("base", "adaptive rates", "momentum", "momentum decay")
+# one of them it does to SGD, which runs in every mode. Only LAMB, YellowFin, Muon and Prodigy take
+# norms or products of whole arrays, and a plateau is one of the losses.
+ELEMENTWISE = ("base", "adaptive rates", "recent optimizers", "momentum", "momentum decay")
 ELEMENTWISE += ("cyclical schedules", "schedules")
-EXCEPT = ("lamb", "yellowfin", "plateau_sgd")
+EXCEPT = ("lamb", "yellowfin", "plateau_sgd", "muon", "prodigy")
 TOGETHER = [n for n, m in METHODS.items() if m.family not in ELEMENTWISE or n in EXCEPT]
 
 

@@ -57,3 +57,21 @@ def test_workers_share_the_batch() -> None:
     assert apart[4]["validation_accuracy"] > 0.5
     for ours, other in zip(alone, apart[::2], strict=True):
         assert ours["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-4)
+
+
+def test_schedule_free_runs_are_scored_at_their_averages() -> None:
+    """Two runs together as each alone; not at the parameters, where gradients are taken."""
+    plan = comparison.plan("digits", ["schedule_free_sgd"], seeds=2, steps=3, batch_size=64)
+    (method,) = plan.methods
+    trainer = replicas.Trainer(plan)
+    pair = trainer.start(method, [(3.0, 0), (3.0, 1)])
+    alone = trainer.start(method, [(3.0, 1)])
+    for step in range(3):
+        pair.advance(step)
+        alone.advance(step)
+    losses = trainer.evaluate(pair, "validation")["validation_loss"]
+    (loss,) = trainer.evaluate(alone, "validation")["validation_loss"]
+    assert losses[1] == pytest.approx(loss, rel=1e-4)
+    alone.state = alone.state._replace(opt_state=())  # without its average
+    (elsewhere,) = trainer.evaluate(alone, "validation")["validation_loss"]
+    assert elsewhere != pytest.approx(loss, rel=1e-3)

@@ -13,8 +13,9 @@ import pytest
 from flax import nnx
 
 import optax_accel as oa
+from experiments.methods import METHODS
 from experiments.training import networks
-from experiments.training.optimizers import wrap
+from experiments.training.optimizers import find_schedule_free, wrap
 from experiments.training.parallel import Parallel
 from experiments.training.step import StepOptions, averaged, init_state, train_step
 from tests.experiments.training.small_networks import Mlp, make_batch, spy
@@ -414,6 +415,23 @@ def test_moving_average_of_weights_and_statistics(norm_dropout, batch):
     assert averaged(state._replace(average=None)).params is state.params
     # Counters are the current ones.
     assert int(statistics["dropout"]["rngs"]["count"]) == 3
+
+
+def test_schedule_free_is_evaluated_at_its_average(mlp, batch):
+    """The mean of the points z; the parameters are elsewhere."""
+    graphdef, params, rest = mlp
+    tx = wrap(METHODS["schedule_free_sgd"].build(0.5, total_steps=3, num_classes=3), 0.5, clip=1e3)
+    step = jax.jit(lambda s: train_step(tx, networks.objective(graphdef), s, batch)[0])
+    state, points = init_state(tx, params, rest), []
+    for _ in range(3):
+        state = step(state)
+        points.append(find_schedule_free(state.opt_state).z)
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / 3, *points)
+    tree_allclose(averaged(state).params, mean, rtol=1e-4, atol=1e-5)
+    apart = optax.tree.norm(optax.tree.sub(state.params, mean))
+    assert float(apart) > 1e-3 * float(optax.tree.norm(mean))
+    both = state._replace(average=(params, rest))
+    assert averaged(both).params is params  # an average that was asked for goes first
 
 
 @pytest.mark.parametrize("loss_scale", [False, True])

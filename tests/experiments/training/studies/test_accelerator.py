@@ -34,10 +34,10 @@ def test_rows() -> None:
     every = accelerator.rows(FULL, tuple(FULL.estimates))
     keys = [row.key for row in every]
     assert len(set(keys)) == len(keys)
-    # Every method whose update can be timed by itself, and Muon; seven methods on each network.
+    # Every method whose update can be timed by itself; seven methods on each network.
     updated = {row.identity["method"] for row in every if row.group == "update"}
     alone = {n for n, m in METHODS.items() if not (m.per_worker or m.evaluates_network)}
-    assert updated == alone | {"muon"}
+    assert updated == alone
     steps = [row.identity for row in every if row.group == "step"]
     assert len(steps) == 3 * 2 * 7
     # The rows of a network and precision follow each other, the base first.
