@@ -3,7 +3,8 @@
     python -m experiments.referee demon --scale small
 
 A study is data: settings, contestants with the same number of trials, claims with a criterion
-written down. The trials run on seeds of their own and are chosen by the validation split; the final
+written down. The trials run on seeds of their own and are chosen by the validation split, once for
+all final runs or, in studies whose intervals are over seeds alone, for each of them anew; the final
 runs have fresh seeds and are read on the test split. All runs count, none is stopped for looking
 bad, one that diverges has failed. Claims about costs are tested sequentially, with a guaranteed
 level: while one is undecided its contestants get further seeds, up to the scale's most.
@@ -43,7 +44,14 @@ from experiments.reporting.referee import (
     stoch_grad_adam,
     subspaces,
 )
-from experiments.reporting.referee.study import Judgement, Results, Scale, Setting, Study
+from experiments.reporting.referee.study import (
+    Contestant,
+    Judgement,
+    Results,
+    Scale,
+    Setting,
+    Study,
+)
 from experiments.runs import folders, ledger
 from experiments.runs.records import RESULTS, versions
 from experiments.runs.study import StudyFolder
@@ -114,7 +122,7 @@ def plan(setting: Setting, scale: Scale, options: Options) -> Plan:
         ["sgd"],  # in place of whom the setting's own methods are put
         data_dir=options.data_dir,
         model=setting.model,
-        seeds=scale.tuning_seeds,
+        seeds=scale.tuned(scale.most_seeds),
         epochs=setting.epochs,
         steps=options.steps,
         batch_size=setting.batch_size,
@@ -141,19 +149,24 @@ def train(
     chosen_scale = study.scales[scale]
     bouts: list[report.Bout] = []
     for setting, arena in zip(chosen_scale.settings, arenas, strict=True):
-        arena.announce(len(setting.contestants), chosen_scale.seeds)
+        tuned = chosen_scale.tuned(chosen_scale.seeds)
+        arena.announce(len(setting.contestants), tuned, chosen_scale.seeds)
     for setting, arena in zip(chosen_scale.settings, arenas, strict=True):
         console.print(f"{setting.name}: {cli.plural(len(arena.plan.methods), 'method')}")
-        tuning = arena.train_trials(console)
-        chosen = [report.choose(contestant, tuning) for contestant in setting.contestants]
+        methods, seeds = arena.plan.methods, chosen_scale.seeds
+        tuning = arena.train_trials(methods, chosen_scale.tuned(seeds), console)
+        chosen = [report.choose(c, tuning, chosen_scale, seeds) for c in setting.contestants]
         bout = report.Bout(
             name=setting.name,
             target=arena.plan.target,
             contestants=setting.contestants,
             tuning=tuning,
             chosen=chosen,
-            final=arena.train_final(chosen, chosen_scale.seeds, console),
-            costs=arena.costs(study.unit, chosen),
+            final=arena.train_final(chosen, console),
+            # A further seed may choose any trial, where it has a tuning of its own.
+            costs=arena.costs(
+                study.unit, methods if chosen_scale.own_tuning else [each[0] for each in chosen]
+            ),
         )
         bouts.append(bout)
         arena.release()
@@ -167,13 +180,32 @@ def train(
         seeds += 1
         console.print(f"seed {seeds} of up to {chosen_scale.most_seeds} for {', '.join(names)}")
         for i, (bout, arena) in enumerate(zip(bouts, arenas, strict=True)):
-            asked = [
-                method
-                for contestant, method in zip(bout.contestants, bout.chosen, strict=True)
-                if contestant.name in names
-            ]
-            final = {**bout.final, **arena.train_final(asked, seeds, console)}
-            bouts[i] = dataclasses.replace(bout, final=final)
+            asked = [each for each in bout.contestants if each.name in names]
+            bouts[i] = train_further(bout, arena, asked, chosen_scale, seeds, console)
+
+
+def train_further(
+    bout: report.Bout,
+    arena: Arena,
+    asked: Sequence[Contestant],
+    scale: Scale,
+    seeds: int,
+    console: Console,
+) -> report.Bout:
+    """A bout with so many final seeds of some contestants, and the tuning that they need."""
+    trials = [method for contestant in asked for method in contestant.trials]
+    tuning = dict(bout.tuning)
+    tuning.update(arena.train_trials(trials, scale.tuned(seeds), console))
+    again = {each.name: report.choose(each, tuning, scale, seeds) for each in asked}
+    return dataclasses.replace(
+        bout,
+        tuning=tuning,
+        chosen=[
+            again.get(contestant.name, before)
+            for contestant, before in zip(bout.contestants, bout.chosen, strict=True)
+        ],
+        final={**bout.final, **arena.train_final(list(again.values()), console)},
+    )
 
 
 def dry_run(heading: str, study: Study, scale: str, arenas: list[Arena], console: Console) -> int:
@@ -184,7 +216,8 @@ def dry_run(heading: str, study: Study, scale: str, arenas: list[Arena], console
         for setting, arena in zip(
             chosen.settings, progress.each(arenas, lambda arena: arena.folder.name), strict=True
         ):
-            number, seconds, each = arena.forecast(len(setting.contestants), chosen.seeds)
+            tuned = chosen.tuned(chosen.seeds)
+            number, seconds, each = arena.forecast(len(setting.contestants), tuned, chosen.seeds)
             runs, least = runs + number, least + seconds
             most += seconds + each * len(named) * (chosen.most_seeds - chosen.seeds)
     further = len(named) * (chosen.most_seeds - chosen.seeds) * len(arenas)
@@ -300,8 +333,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{study.name}, {options.scale}: {cli.plural(len(plans), 'setting')} x "
         f"{contestants} x "
         f"{cli.plural(scale.settings[0].contestants[0].size, 'trial')}, "
-        f"{cli.plural(scale.tuning_seeds, 'seed')} for tuning, {scale.seeds} to {scale.most_seeds} "
-        f"fresh ones -> {folder}"
+        f"{cli.plural(scale.tuning_seeds, 'seed')} for {'each' if scale.own_tuning else 'the'} "
+        f"tuning, {scale.seeds} to {scale.most_seeds} fresh ones"
+        f"{' with a tuning each' if scale.own_tuning else ''} -> {folder}"
     )
     names = tuple(setting.name for setting in scale.settings)
     place = StudyFolder(
@@ -318,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(f"left out: {study.left_out}", soft_wrap=True)
         with helpers(study, options, folder), progress.show(console, "referee"):
             bouts, outcome, judgements = train(study, options.scale, arenas, console)
-        judgements = report.note_rates(study, bouts, judgements)
+        judgements = report.note_tuning(study, options.scale, bouts, judgements)
         about = {
             "command": command(study, options),
             "run": digest,
@@ -331,8 +365,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "ranks": report.ranks(outcome),
             "chosen": {
                 bout.name: {
-                    contestant.name: [method.name, method.learning_rates[0]]
-                    for contestant, method in zip(bout.contestants, bout.chosen, strict=True)
+                    contestant.name: [[method.name, method.learning_rates[0]] for method in chosen]
+                    for contestant, chosen in zip(bout.contestants, bout.chosen, strict=True)
                 }
                 for bout in bouts
             },

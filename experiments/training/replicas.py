@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -64,6 +64,7 @@ class Plan:
       target: validation accuracy to count the steps to.
       model_options: options of the model besides its defaults.
       first_seed: the first of the seeds, which follow each other.
+      runs: the runs of each method, by its name, instead of each of its rates with each seed.
       workers: how many workers share a batch, for methods with `Method.per_worker`.
     """
 
@@ -79,10 +80,13 @@ class Plan:
     target: float
     model_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     first_seed: int = 0
+    runs: Mapping[str, Sequence[Replica]] | None = None
     workers: int = 1
 
     def replicas(self, method: Method) -> list[Replica]:
         """The (learning rate, seed) of every run of a method."""
+        if self.runs is not None:
+            return list(self.runs[method.name])
         seeds = range(self.first_seed, self.first_seed + self.seeds)
         return [(rate, seed) for rate in method.learning_rates for seed in seeds]
 

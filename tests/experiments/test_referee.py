@@ -41,24 +41,34 @@ def seeds_in(path: Path) -> set[int]:
     return {json.loads(line)["seed"] for line in path.read_text().splitlines()}
 
 
-def test_a_study(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each final seed has a tuning of its own."""
+    shared = small_study()
+    scale = dataclasses.replace(shared.scales["small"], own_tuning=True)
+    study = dataclasses.replace(shared, scales={"small": scale})
+    monkeypatch.setitem(referee.STUDIES, "tiny", study)
+    assert study.config("small") != shared.config("small")
     assert referee.main(TINY) == 0
     out = capsys.readouterr().out
     folder = here / "runs" / "tiny"
     setting = folder / "one"
     results = json.loads((folder / "results.json").read_text())
     final = setting / "final" / "metrics" / "sgd.jsonl"
-    assert seeds_in(setting / "tuning" / "metrics" / "sgd.jsonl") == {0}
-    # The tuning's seed is not used again; a third fresh seed, since two decide nothing.
+    assert seeds_in(setting / "tuning" / "metrics" / "sgd.jsonl") == {0, 1, 2}
+    # The tuning's seeds are not used again; a third fresh seed, since two decide nothing.
     assert "seed 3 of up to 3 for ours, free" in out
-    assert seeds_in(final) == {1, 2, 3}
+    assert seeds_in(final) == {3, 4, 5}
     (entry,) = ledger.read(here / "evidence" / "tiny.jsonl")
     ((_, chosen),) = results["chosen"].items()
-    rates = {name: rate for name, (_, rate) in chosen.items()}
-    assert ("tuned to other rates" in entry["note"]) == (rates["ours"] != rates["free"])
+    runs = {json.loads(line)["learning_rate"]: None for line in final.read_text().splitlines()}
+    assert list(runs) == list(dict.fromkeys(rate for _, rate in chosen["free"]))
+    assert [len(each) for each in chosen.values()] == [3, 3]
+    assert "each seed tuned anew" in entry["note"]
     assert (entry["verdict"], entry["seeds"]) == (results["verdicts"][0]["verdict"], 3)
-    assert entry["runs"] == 2 * 2 + 2 * 3
-    assert "10 runs, of which 0 diverged; 1 verdict added to evidence" in out
+    assert entry["runs"] == (2 * 2 + 2) * 3
+    assert "18 runs, of which 0 diverged; 1 verdict added to evidence" in out
     assert {row["contestant"] for row in results["ranks"]} == {"free", "ours"}
 
     # The same command finds all of it done, and adds no verdict twice.
@@ -77,7 +87,7 @@ def test_processes_share_a_folder(here: Path) -> None:
     study = small_study()
     setting, scale = study.scales["small"].settings[0], study.scales["small"]
     plan = referee.plan(setting, scale, referee.Options())
-    alone = Arena(plan, 3, here / "alone").train_trials(Console(quiet=True))
+    alone = Arena(plan, 3, here / "alone").train_trials(plan.methods, 1, Console(quiet=True))
 
     metrics = here / "together" / "tuning" / "metrics"
     metrics.mkdir(parents=True)
@@ -86,7 +96,7 @@ def test_processes_share_a_folder(here: Path) -> None:
     outputs = [Console(file=io.StringIO(), width=200) for _ in range(2)]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         found = [
-            pool.submit(Arena(plan, 3, here / "together", 2).train_trials, output)
+            pool.submit(Arena(plan, 3, here / "together", 2).train_trials, plan.methods, 1, output)
             for output in outputs
         ]
         while not (metrics / "demon_sgd.jsonl").exists():
@@ -132,7 +142,7 @@ def test_studies(name: str) -> None:
             contestants=tuple(members),
             ranked=np.array([member.ranked for member in members.values()]),
             errors=rng.uniform(size=(*shape, scale.seeds)),
-            tuned=rng.uniform(size=(*shape, trials, scale.tuning_seeds)),
+            tuned=rng.uniform(size=(*shape, trials, scale.tuned(scale.seeds))),
             rates=np.broadcast_to(rates, (*shape, trials)),
             costs=rng.uniform(1, 2, (*shape, scale.most_seeds)),
             budgets=np.full(shape, 3.0),

@@ -26,6 +26,7 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -168,7 +169,10 @@ STUDY = Study(
     free_rival=NESTEROV,
     unit="gradients",
     scales={
-        "small": scale("digits", "mlp", 50, (64, 256, 1024), 0.9, seeds=8),
+        "small": dataclasses.replace(
+            scale("digits", "mlp", 50, (64, 256, 1024), 0.9, seeds=8, tuning_seeds=1),
+            own_tuning=True,
+        ),
         "medium": scale("mnist5k", "mlp", 60, (256, 1024, 4096), 0.9, seeds=6),
         "full": scale("cifar10_5k", "resnet20", 100, (256, 1024, 4096), 0.5, seeds=5),
     },

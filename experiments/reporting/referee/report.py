@@ -21,7 +21,13 @@ from experiments.reporting.referee.judging import (
     interval,
     mean_view,
 )
-from experiments.reporting.referee.study import Contestant, Judgement, Results, Study
+from experiments.reporting.referee.study import (
+    Contestant,
+    Judgement,
+    Results,
+    Scale,
+    Study,
+)
 from experiments.reporting.summary import Record, diverged
 from experiments.runs import ledger
 
@@ -58,33 +64,40 @@ def score(run: Sequence[Record], split: str) -> Score:
 
 
 def trial_scores(contestant: Contestant, records: Records) -> list[list[Score]]:
-    """The validation scores of every trial, one per tuning seed."""
+    """The validation scores of every trial, one per tuning seed, in the order of the seeds."""
     scores = []
     for method in contestant.trials:
         runs = runs_of(records[method.name])
         for rate in method.learning_rates:
-            of_rate = [run for (other, _), run in runs.items() if other == rate]
-            scores.append([score(run, "validation") for run in of_rate])
+            of_rate = sorted((seed, run) for (other, seed), run in runs.items() if other == rate)
+            scores.append([score(run, "validation") for _, run in of_rate])
     return scores
 
 
-def choose(contestant: Contestant, records: Records) -> Method:
+def choose(contestant: Contestant, records: Records, scale: Scale, seeds: int) -> list[Method]:
     """The trial with the lowest mean validation error, of equal ones that with the lowest loss.
 
     Args:
       contestant: who was tuned.
       records: of its trials.
+      scale: how many tuning seeds decide, and whether for one final seed or for all.
+      seeds: number of final seeds.
 
     Returns:
-      Its method, with the one learning rate that was chosen.
+      For each final seed its method, with the one learning rate that was chosen.
     """
     trials = [(m, rate) for m in contestant.trials for rate in m.learning_rates]
-    means = [
-        tuple(float(np.mean([getattr(s, key) for s in scores])) for key in ("error", "loss"))
-        for scores in trial_scores(contestant, records)
-    ]
-    method, rate = trials[min(range(len(trials)), key=means.__getitem__)]
-    return dataclasses.replace(method, learning_rates=(rate,))
+    values = np.array(
+        [[(s.error, s.loss) for s in each] for each in trial_scores(contestant, records)]
+    )
+
+    def best(number: int) -> Method:
+        begin = scale.tuned(number) if scale.own_tuning else 0
+        means = values[:, begin : begin + scale.tuning_seeds].mean(axis=1)
+        method, rate = trials[min(range(len(trials)), key=lambda trial: tuple(means[trial]))]
+        return dataclasses.replace(method, learning_rates=(rate,))
+
+    return [best(number) for number in range(seeds)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,16 +109,17 @@ class Bout:
       target: validation accuracy to which the cost is counted.
       contestants: who took part.
       tuning: records of all trials.
-      chosen: the method of each contestant, in their order, with the learning rate chosen.
+      chosen: for each contestant, in their order, and each of its final seeds the method with the
+        learning rate that was chosen.
       final: records of the final runs.
-      costs: cost after each evaluation, by the chosen method's name and the step.
+      costs: cost after each evaluation, by the name of a chosen method and the step.
     """
 
     name: str
     target: float
     contestants: Sequence[Contestant]
     tuning: Records
-    chosen: Sequence[Method]
+    chosen: Sequence[Sequence[Method]]
     final: Records
     costs: Mapping[str, Mapping[int, float]]
 
@@ -127,23 +141,24 @@ def results(study: Study, scale: str, bouts: Sequence[Bout]) -> Results:
     trials = max(contestant.size for contestant in members.values())
     shape = (len(bouts), len(names))
     errors = np.full((*shape, plan.seeds), np.nan)
-    tuned = np.full((*shape, trials, plan.tuning_seeds), np.nan)
+    tuned = np.full((*shape, trials, plan.tuned(plan.seeds)), np.nan)
     rates, costs = np.full((*shape, trials), np.nan), np.full((*shape, plan.most_seeds), np.nan)
     budgets, failed, runs = np.full(shape, np.nan), np.zeros(shape, int), 0
-    first = plan.first_seed + plan.tuning_seeds
+    first = plan.first_seed + plan.tuned(plan.most_seeds)
     for i, bout in enumerate(bouts):
-        for contestant, method in zip(bout.contestants, bout.chosen, strict=True):
+        for contestant, chosen in zip(bout.contestants, bout.chosen, strict=True):
             at = i, names.index(contestant.name)
             scores = trial_scores(contestant, bout.tuning)
-            tuned[at][: len(scores)] = [[s.error for s in each] for each in scores]
+            tuned[at][: len(scores)] = [[s.error for s in e[: tuned.shape[-1]]] for e in scores]
             rates[at][: len(scores)] = [r for m in contestant.trials for r in m.learning_rates]
             failed[at] += sum(s.diverged for each in scores for s in each)
-            runs += sum(map(len, scores))
-            cost = bout.costs[method.name]
-            budgets[at] = cost[max(cost)]
-            final = runs_of(bout.final[method.name])
-            for (_, seed), run in final.items():
-                end, number = score(run, "test"), seed - first
+            runs += sum(map(len, scores)) + len(chosen)
+            budgets[at] = max(max(bout.costs[method.name].values()) for method in chosen)
+            for number, method in enumerate(chosen):
+                cost = bout.costs[method.name]
+                final = runs_of(bout.final[method.name])
+                run = final[method.learning_rates[0], first + number]
+                end = score(run, "test")
                 failed[at] += end.diverged
                 if number < plan.seeds:
                     errors[at][number] = end.error
@@ -151,7 +166,6 @@ def results(study: Study, scale: str, bouts: Sequence[Bout]) -> Results:
                 # Before the first step there is nothing to pay.
                 hit = next((step for step in hits if step > 0), None)
                 costs[at][number] = math.inf if hit is None else cost[hit]
-            runs += len(final)
     return Results(
         settings=tuple(bout.name for bout in bouts),
         contestants=names,
@@ -172,16 +186,18 @@ def judge(study: Study, outcome: Results) -> dict[str, Judgement]:
     return {claim.name: claim.judge(outcome) for claim in study.claims}
 
 
-def note_rates(
-    study: Study, bouts: Sequence[Bout], judgements: Mapping[str, Judgement]
+def note_tuning(
+    study: Study, scale: str, bouts: Sequence[Bout], judgements: Mapping[str, Judgement]
 ) -> dict[str, Judgement]:
-    """Judgements that say where the two compared contestants were tuned to different rates.
+    """Judgements that say how the two compared contestants were tuned.
 
-    Neighboring rates often have validation errors that differ by a few examples; then a verdict may
-    be about the rates rather than about the methods.
+    Neighboring rates often have validation errors that differ by a few examples; then a verdict
+    that rests on one tuning may be about the rates rather than about the methods, and says where
+    these are different. Intervals of seeds that were tuned one by one contain that noise.
 
     Args:
       study: the study.
+      scale: which of its scales was run.
       bouts: what happened in its settings.
       judgements: what the results say, by the claim's name.
 
@@ -189,6 +205,13 @@ def note_rates(
       The same, with longer notes.
     """
     noted = dict(judgements)
+    if study.scales[scale].own_tuning:
+        return {
+            name: dataclasses.replace(
+                found, note="; ".join(filter(None, [found.note, "each seed tuned anew"]))
+            )
+            for name, found in noted.items()
+        }
     for claim in study.claims:
         judge = getattr(claim.judge, "margin", claim.judge)
         pair = [str(getattr(judge, role, "")) for role in ("method", "rival")]
@@ -198,8 +221,8 @@ def note_rates(
         differ, settings = [], [bout for bout in bouts if not among or bout.name in among]
         for bout in settings:
             rates = {
-                contestant.name: method.learning_rates[0]
-                for contestant, method in zip(bout.contestants, bout.chosen, strict=True)
+                contestant.name: chosen[0].learning_rates[0]
+                for contestant, chosen in zip(bout.contestants, bout.chosen, strict=True)
             }
             if rates[pair[0]] != rates[pair[1]]:
                 differ.append(", ".join(f"{name} {rates[name]:g}" for name in pair))

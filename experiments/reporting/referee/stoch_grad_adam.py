@@ -6,7 +6,8 @@ perceptron at the scale "small"), ViT-Ti, and a U-Net, whose labels and errors a
 Wrong examples are in the training split only; learning rates are chosen on the clean validation
 split, errors are those on the clean test split. The criteria were fixed before the first run. The
 paper's tables were not at hand: what is judged is its abstract; the claims on wrong examples are
-ours.
+ours. At the scale "small" every seed is tuned anew; the first entries in `evidence/` come from one
+tuning on three seeds for all, which put Adam at a rate of .003 and StochGradAdam at .03.
 
 References:
   Yun, `StochGradAdam: accelerating neural networks training with stochastic gradient sampling
@@ -15,6 +16,7 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -121,7 +123,10 @@ STUDY = Study(
     free_rival=ADAM,
     unit="steps",
     scales={
-        "small": scale("digits", "mlp", 20, batch_size=64, tuning_seeds=3, seeds=12, most_seeds=20),
+        "small": dataclasses.replace(
+            scale("digits", "mlp", 20, batch_size=64, tuning_seeds=1, seeds=12, most_seeds=20),
+            own_tuning=True,
+        ),
         "medium": scale("cifar10_5k", "cnn", 20, seeds=6, most_seeds=12),
         "full": scale("cifar10_5k", "resnet20", 40, seeds=5, most_seeds=10),
     },

@@ -85,11 +85,14 @@ class Scale:
 
     Attributes:
       settings: the settings.
-      tuning_seeds: seeds of every trial. They are not used again.
+      tuning_seeds: seeds of every trial in one tuning. They are not used again.
       seeds: fresh seeds of the final runs.
       most_seeds: how many of these a sequential test may ask for.
       first_seed: the first seed of the tuning, after which the others follow: above those of an
         earlier run by which this scale was planned, so that no run of that one is judged again.
+      own_tuning: whether every final seed has a tuning of its own, on other seeds than the rest, so
+        that intervals over seeds hold the noise of the tuning as well; otherwise one tuning decides
+        for all final seeds, and verdicts are about the trials that it chose.
     """
 
     settings: tuple[Setting, ...]
@@ -97,6 +100,11 @@ class Scale:
     seeds: int
     most_seeds: int
     first_seed: int = 0
+    own_tuning: bool = False
+
+    def tuned(self, seeds: int) -> int:
+        """Number of tuning seeds that so many final seeds need."""
+        return self.tuning_seeds * (seeds if self.own_tuning else 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +143,12 @@ class Results:
       ranked: for each of these, whether it is ranked.
       errors: share of wrong answers on the test split, (settings, contestants, seeds); 1 for a run
         that diverged.
-      tuned: the same on the validation split, (settings, contestants, trials, tuning seeds).
+      tuned: the same on the validation split, (settings, contestants, trials, tuning seeds): all
+        those of the first final seeds.
       rates: learning rates of the trials, (settings, contestants, trials).
       costs: cost until the target is reached, (settings, contestants, most seeds): infinite where
         it is not reached, NaN for seeds that were not run.
-      budgets: cost of a whole run, (settings, contestants).
+      budgets: cost of a whole run, (settings, contestants); of several chosen trials the highest.
       unit: what the costs count.
       diverged: number of diverged runs, tuning included, (settings, contestants).
       runs: number of all runs.
@@ -296,6 +305,7 @@ class Study:
             "seeds": chosen.seeds,
             "most_seeds": chosen.most_seeds,
             "first_seed": chosen.first_seed,
+            **({"own_tuning": True} if chosen.own_tuning else {}),
             "claims": {claim.name: claim.criterion for claim in self.claims},
             "contestants": {
                 setting.name: {

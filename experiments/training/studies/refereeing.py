@@ -30,7 +30,7 @@ from rich.console import Console
 from experiments import data, progress
 from experiments.methods import Method
 from experiments.runs.records import read_record, write_record
-from experiments.training.replicas import Plan, Record, Trainer, free_memory
+from experiments.training.replicas import Plan, Record, Replica, Trainer, free_memory
 from experiments.training.studies import comparison, forecast
 
 TUNING, FINAL = "tuning", "final"
@@ -41,7 +41,7 @@ class Arena:
     """One setting of a study: its plan, and one trainer for all of its runs.
 
     Args:
-      plan: the training of all trials; its `seeds` are those of the tuning.
+      plan: the training of all trials; its `seeds` are the most that the tuning may need.
       most_seeds: most seeds of the final runs, which follow those of the tuning.
       folder: where finished runs are kept.
       processes: number of processes that share this machine's memory.
@@ -64,14 +64,16 @@ class Arena:
             memory=free_memory() / 2 / self._processes,
         )
 
-    def announce(self, contestants: int, seeds: int) -> None:
+    def announce(self, contestants: int, tuned: int, seeds: int) -> None:
         """Tells `experiments.progress` what there will be to do, before it is known exactly.
 
         Args:
           contestants: number of the final runs' methods.
+          tuned: number of seeds of every trial.
           seeds: of the final runs.
         """
-        trials = sum(m.gradients_per_step * len(self.plan.replicas(m)) for m in self.plan.methods)
+        methods = self.plan.methods
+        trials = tuned * sum(m.gradients_per_step * len(m.learning_rates) for m in methods)
         self._announced = {
             TUNING: float(self.plan.steps * trials),
             FINAL: float(self.plan.steps * contestants * seeds),
@@ -82,29 +84,43 @@ class Arena:
         """Gives back the trainer's memory, compiled programs included."""
         vars(self).pop("trainer", None)
 
-    def train_trials(self, console: Console) -> dict[str, list[Record]]:
-        """Trains the trials that are not finished; returns all records by the method's name."""
-        return self._train(self.plan, TUNING, console)
+    def train_trials(
+        self, methods: Sequence[Method], seeds: int, console: Console
+    ) -> dict[str, list[Record]]:
+        """Trains the trials that are not finished.
+
+        Args:
+          methods: those of the plan to train, with all of their learning rates.
+          seeds: number of seeds of every trial.
+          console: where to print what is done.
+
+        Returns:
+          The records of all of their runs on these seeds, by the method's name.
+        """
+        plan = dataclasses.replace(self.plan, methods=list(methods), seeds=seeds)
+        return self._train(plan, TUNING, console)
 
     def train_final(
-        self, chosen: Sequence[Method], seeds: int, console: Console
+        self, chosen: Sequence[Sequence[Method]], console: Console
     ) -> dict[str, list[Record]]:
         """Trains the chosen trials on fresh seeds.
 
         Args:
-          chosen: methods with the one learning rate that was chosen.
-          seeds: number of seeds.
+          chosen: for each contestant and fresh seed the method with the one learning rate that was
+            chosen.
           console: where to print what is done.
 
         Returns:
           The records of all final runs so far, by the method's name.
         """
-        plan = dataclasses.replace(
-            self.plan,
-            methods=list(chosen),
-            first_seed=self.plan.first_seed + self.plan.seeds,
-            seeds=seeds,
-        )
+        first = self.plan.first_seed + self.plan.seeds
+        methods: dict[str, Method] = {}
+        runs: dict[str, list[Replica]] = {}
+        for of_contestant in chosen:
+            for seed, method in enumerate(of_contestant, start=first):
+                methods.setdefault(method.name, method)
+                runs.setdefault(method.name, []).append((method.learning_rates[0], seed))
+        plan = dataclasses.replace(self.plan, methods=list(methods.values()), runs=runs)
         return self._train(plan, FINAL, console)
 
     def _train(self, plan: Plan, kind: str, console: Console) -> dict[str, list[Record]]:
@@ -181,7 +197,7 @@ class Arena:
                 table[method.name] = {step: each * step for step in steps}
         return table
 
-    def forecast(self, contestants: int, seeds: int) -> tuple[int, float, float]:
+    def forecast(self, contestants: int, tuned: int, seeds: int) -> tuple[int, float, float]:
         """Number of runs that this setting takes, finished ones included, and their seconds.
 
         Steps, a validation and the compilation are measured on the first method; the others are
@@ -189,12 +205,13 @@ class Arena:
 
         Args:
           contestants: number of the final runs' methods.
+          tuned: number of seeds of every trial.
           seeds: of the final runs.
 
         Returns:
           The number, the estimate, and the seconds of a single further run.
         """
-        plan, trainer = self.plan, self.trainer
+        plan, trainer = dataclasses.replace(self.plan, seeds=tuned), self.trainer
         first, *_ = plan.methods
         replicas = plan.replicas(first)
         together = trainer.chunk_size(first, len(replicas))

@@ -185,6 +185,21 @@ def test_bootstrap_intervals_cover_what_they_say(
     assert low < np.mean((lowest <= 0) & (highest >= 0)) <= high
 
 
+def test_a_tuning_for_each_seed_keeps_the_level() -> None:
+    """Equal methods whose trials differ less on the validation split than on the test split.
+
+    Neither one tuning, with few seeds or many, nor the rule of one standard error does.
+    """
+    validation = np.array([0.20, 0.06, 0.05, 0.05, 0.10])
+    test = np.array([0.20, 0.06, 0.05, 0.04, 0.10])
+    wrong = functools.partial(judging.simulate_tuning, validation=validation, test=test)
+    for spread in (0.003, 0.01):
+        assert wrong("each seed", spread=spread) == pytest.approx(0.05, abs=0.01)
+        assert wrong("once", spread=spread) > 0.3
+        assert wrong("once", spread=spread, tuning_seeds=12) > 0.3
+        assert wrong("smallest", spread=spread) > 0.2
+
+
 def test_margins() -> None:
     rng = np.random.default_rng(0)
     errors = rng.normal([[[0.3], [0.2], [0.1]]], 0.01, (1, 3, 5))
@@ -422,8 +437,10 @@ def test_all_runs_count() -> None:
         name: run(name, low, 0, [0.1, 0.4, 0.5]) + run(name, high, 0, [0.1, 0.9, None]),
         other: run(other, low, 0, [0.1, 0.2, 0.3]) + run(other, high, 0, [0.1, 0.7, 0.8]),
     }
-    chosen = [report.choose(each, tuning) for each in (free, ours)]
-    assert [method.learning_rates for method in chosen] == [(low,), (high,)]
+    scale = study.scales["small"]
+    chosen = [report.choose(each, tuning, scale, 2) for each in (free, ours)]
+    rates = [[method.learning_rates for method in each] for each in chosen]
+    assert rates == [[(low,), (low,)], [(high,), (high,)]]
     final = {
         name: run(name, low, 1, [0.6, 0.2, 0.6]) + run(name, low, 2, [0.1, 0.2, 0.3]),
         other: run(other, high, 1, [0.1, 0.7, 0.9]) + run(other, high, 2, [0.1, 0.7, None]),
@@ -445,5 +462,9 @@ def test_all_runs_count() -> None:
     np.testing.assert_array_equal(found.budgets[0], [20, 30])
     np.testing.assert_array_equal(found.diverged[0], [1, 1])
     assert found.runs == 8
+    # With a tuning for each final seed, on one seed each: the second one chooses otherwise.
+    own = dataclasses.replace(scale, own_tuning=True)
+    tuning[name] += run(name, low, 1, [0.1, 0.4, 0.5]) + run(name, high, 1, [0.1, 0.9, 0.9])
+    assert [m.learning_rates for m in report.choose(free, tuning, own, 2)] == [(low,), (high,)]
     # Equal mean errors share the first place.
     assert [(row["rank"][0], row["first"][0]) for row in report.ranks(found)] == [(1, 1), (1, 1)]
