@@ -34,7 +34,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from experiments.reporting.referee.sequential import SequentialTest
+from experiments.reporting.referee.sequential import SequentialTest, decide
 from experiments.reporting.referee.study import FAILS, HOLDS, UNDECIDED, Judgement, Results
 
 DRAWS = 5_000
@@ -292,10 +292,11 @@ class AtMost:
     """Judges "the method reaches the target at no more than a share of the rival's cost".
 
     The difference of a seed is the logarithm of the method's cost, over the rival's times the
-    share, averaged over the settings; a `SequentialTest` asks whether its mean is below or above 0.
-    A method's run that misses the target counts as infinitely expensive where the claim is to hold,
-    and at the whole budget where it is to fail; a rival's run the other way round. So the level is
-    kept whatever the runs would have cost in the end.
+    share, averaged over the settings. `sequential.decide` asks whether its mean is below or above
+    0, or its sign more often than not. A method's run that misses the target counts as infinitely
+    expensive where the claim is to hold, and at the whole budget where it is to fail; a rival's run
+    the other way round. So the level is kept whatever the runs would have cost in the end. Where
+    the differences vary more than the declared sigma allows, their signs alone decide.
 
     Attributes:
       method: name of the contestant that the claim is about.
@@ -334,7 +335,8 @@ class AtMost:
         """Judges the results."""
         low, high = self.differences(results)
         seeds, test = len(low), self.test
-        below, above = (int(test.first_rejection(x)) for x in (-high, low))
+        doubtful = any(test.doubts_sigma(x[np.isfinite(x)]) for x in (low, high))
+        below, above = map(int, decide(test, low, high, signs_only=doubtful))
         exact = np.isfinite(low) & (low == high)
         mean = float(low.mean()) if exact.all() else None
         ends = (-math.inf, math.inf)
@@ -345,10 +347,12 @@ class AtMost:
         estimate = None if mean is None else math.exp(mean) * self.share
         missed = int((~exact).sum())
         note = f"{missed} of {seeds} seeds miss the target" if missed else ""
-        if any(test.doubts_sigma(bound[np.isfinite(bound)]) for bound in (low, high)):
-            note = f"the differences vary more than the declared sigma {test.sigma:g} allows"
-        elif below or above:  # the earlier one: what comes after a decision does not change it
+        if doubtful:
+            words = f"the differences vary more than the declared sigma {test.sigma:g} allows"
+            note = "; ".join(filter(None, [note, f"{words}, so signs alone decide"]))
+            estimate, lower, upper = None, None, None
+        if below or above:  # the earlier one: what comes after a decision does not change it
             verdict = HOLDS if below and (not above or below < above) else FAILS
             return Judgement(verdict, estimate, lower, upper, seeds, note=note)
-        needed = None if mean is None else test.needed(mean)
+        needed = None if mean is None or doubtful else test.needed(mean)
         return Judgement(UNDECIDED, estimate, lower, upper, seeds, needed, note=note)

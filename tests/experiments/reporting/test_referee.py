@@ -57,6 +57,25 @@ def test_the_level_is_kept(mean: float) -> None:
         assert shares["below"] > 0.01  # and not by never deciding
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("missed", [0.0, 0.1, 0.3, 0.6])
+def test_the_level_is_kept_where_runs_miss_the_target(missed: float) -> None:
+    """Equal methods, 10,000 times; and what a lower cost needs."""
+    slack = 3 * math.sqrt(TEST.level / 10_000)
+    same = sequential.simulate(TEST, 0.0, most=100, missed=missed)
+    assert max(same["below"], same["above"]) <= TEST.level + slack
+    half = sequential.simulate(TEST, math.log(0.5), most=100, missed=missed)
+    assert half["below"] > 0.95
+    assert half["above"] < 0.01
+
+
+def test_the_evidence_of_signs() -> None:
+    """Integrated numerically over a uniform share between a half and 1."""
+    expected = 2 * integrate.quad(lambda p: (2 * p) ** 9 * (2 - 2 * p) ** 2, 0.5, 1)[0]
+    found = sequential.SignTest().log_evidence(np.array(9), np.array(11))
+    assert math.exp(found) == pytest.approx(expected, rel=1e-9)
+
+
 def test_clear_effects_end_early() -> None:
     shares = sequential.simulate(TEST, -1.0, most=100)
     assert shares["below"] == 1
@@ -157,6 +176,11 @@ def test_runs_that_miss_the_target_count_at_their_worst() -> None:
     noisy = cost_verdict([1.0, 90.0, 1.0, 90.0], whole)
     assert noisy.verdict == UNDECIDED
     assert "more than the declared sigma" in noisy.note
+    # Signs need neither a sigma nor a cost.
+    assert cost_verdict([1.0, 30.0] * 4, [40.0] * 8).verdict == HOLDS
+    missed = [20.0, 30.0, 25.0, np.inf] * 3
+    assert cost_verdict([10.0] * 12, missed).verdict == HOLDS
+    assert cost_verdict(missed, [10.0] * 12).verdict == FAILS
 
 
 @pytest.mark.parametrize(
