@@ -111,8 +111,10 @@ def find_study(name: str | None) -> Study:
     return STUDIES[name]
 
 
-def plan(setting: Setting, scale: Scale, options: Options) -> Plan:
-    """The training of one setting's trials.
+def plan(
+    setting: Setting, scale: Scale, options: Options, *, equal_gradients: bool = False
+) -> Plan:
+    """The training of one setting's trials, which a study with such claims scores twice.
 
     Raises:
       UsageError, data.DataError, ValueError: with one line that says what is wrong.
@@ -139,6 +141,7 @@ def plan(setting: Setting, scale: Scale, options: Options) -> Plan:
         model_options=model_options,
         first_seed=scale.first_seed,
         workers=setting.workers,
+        equal_gradients=equal_gradients,
     )
 
 
@@ -259,7 +262,10 @@ def show(
 def make_plans(study: Study, options: Options) -> list[Plan]:
     """The training of each setting's trials; raises what `plan` raises."""
     scale = study.scales[options.scale]
-    return [plan(setting, scale, options) for setting in scale.settings]
+    return [
+        plan(setting, scale, options, equal_gradients=study.equal_gradients)
+        for setting in scale.settings
+    ]
 
 
 def make_arenas(study: Study, options: Options, plans: Sequence[Plan], folder: Path) -> list[Arena]:

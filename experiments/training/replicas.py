@@ -65,6 +65,8 @@ class Plan:
       model_options: options of the model besides its defaults.
       first_seed: the first of the seeds, which follow each other.
       runs: the runs of each method, by its name, instead of each of its rates with each seed.
+      equal_gradients: whether the test split is also read where a method has taken as many
+        gradients as the plan has steps, see `Trainer.equal_step`.
       workers: how many workers share a batch, for methods with `Method.per_worker`.
     """
 
@@ -81,6 +83,7 @@ class Plan:
     model_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     first_seed: int = 0
     runs: Mapping[str, Sequence[Replica]] | None = None
+    equal_gradients: bool = False
     workers: int = 1
 
     def replicas(self, method: Method) -> list[Replica]:
@@ -294,6 +297,15 @@ class Trainer:
         cost = self.step_cost(method, np.array(self.products(method), float))
         return np.concatenate([[0.0], np.cumsum(cost)])
 
+    def equal_step(self, method: Method) -> int:
+        """The last evaluation up to which a method takes at most one gradient per step of the plan.
+
+        There it has cost no more than the whole run of a method with one gradient a step.
+        """
+        plan, cost = self.plan, self.gradient_evaluations(method)
+        points = [*range(0, plan.steps, plan.eval_every), plan.steps]
+        return max(step for step in points if cost[step] <= plan.steps)
+
     def alone(self, method: Method) -> bool:
         """Whether the runs of a method are trained one by one."""
         # `vmap` makes batched decompositions of K-FAC's, and several of these at once can wait for
@@ -431,10 +443,11 @@ class Trainer:
           replicas: (learning rate, seed) of each run.
 
         Returns:
-          One record per run and evaluation; the last of each run has the test results. Values that
-          are not finite are None.
+          One record per run and evaluation; the last of each run has the test results, and with
+          `Plan.equal_gradients` the one at `equal_step`, too. Values that are not finite are None.
         """
         plan, work = self.plan, self.work(method, len(replicas)) / self.plan.steps
+        equal = self.equal_step(method) if plan.equal_gradients else plan.steps
         runs = self.start(method, replicas)
         records: list[Record] = []
         losses: list[np.ndarray] = []  # of the steps since the last evaluation
@@ -449,7 +462,7 @@ class Trainer:
                 queue = []
             if point:
                 values = self.evaluate(runs, "validation")
-                if last:
+                if last or done == equal:
                     values |= self.evaluate(runs, "test")
                 if losses:
                     with np.errstate(all="ignore"):  # sums of diverged losses

@@ -142,6 +142,7 @@ def test_studies(name: str) -> None:
             contestants=tuple(members),
             ranked=np.array([member.ranked for member in members.values()]),
             errors=rng.uniform(size=(*shape, scale.seeds)),
+            equal_errors=rng.uniform(size=(*shape, scale.seeds)),
             tuned=rng.uniform(size=(*shape, trials, scale.tuned(scale.seeds))),
             rates=np.broadcast_to(rates, (*shape, trials)),
             costs=rng.uniform(1, 2, (*shape, scale.most_seeds)),

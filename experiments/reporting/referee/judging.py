@@ -53,12 +53,15 @@ class View(NamedTuple):
         one may stand there several times, (..., settings).
       errors: on the test split, (..., settings, contestants).
       tuned: on the validation split, (..., settings, contestants, trials).
+      equal_errors: on the test split at equal gradients, like `errors`; None where no claim is
+        about these.
     """
 
     results: Results
     settings: np.ndarray
     errors: np.ndarray
     tuned: np.ndarray
+    equal_errors: np.ndarray | None = None
 
     def number(self, name: str) -> int:
         """The number of a contestant."""
@@ -87,7 +90,11 @@ Margin = Callable[[View], np.ndarray]
 def mean_view(results: Results) -> View:
     """The means over all seeds."""
     numbers = np.arange(len(results.settings))
-    return View(results, numbers, results.errors.mean(axis=-1), results.tuned.mean(axis=-1))
+    equal = results.equal_errors
+    return View(
+        *(results, numbers, results.errors.mean(axis=-1), results.tuned.mean(axis=-1)),
+        None if equal is None else equal.mean(axis=-1),
+    )
 
 
 def drawn_view(results: Results, *, settings: bool, draws: int = DRAWS) -> View:
@@ -117,7 +124,11 @@ def drawn_view(results: Results, *, settings: bool, draws: int = DRAWS) -> View:
             found[here] = np.tensordot(weights[here], of_setting, axes=(-1, -1))
         return found
 
-    return View(results, drawn, means(results.errors), means(results.tuned))
+    equal = results.equal_errors
+    return View(
+        *(results, drawn, means(results.errors), means(results.tuned)),
+        None if equal is None else means(equal),
+    )
 
 
 def tail(results: Results, *, settings: bool) -> float:
@@ -268,17 +279,23 @@ class LowerError:
       slack: by how much the method's error may be above the rival's; negative where it has to be
         below by more than nothing.
       among: names of the settings that count; all if empty.
+      equal_gradients: whether errors are compared after equally many gradients, products counted,
+        instead of equally many steps; see `Results.equal_errors`. The trials are those that were
+        tuned for whole runs.
     """
 
     method: str
     rival: str
     slack: float = 0.0
     among: tuple[str, ...] = ()
+    equal_gradients: bool = False
 
     def __call__(self, view: View) -> np.ndarray:
         """The margin of a view of all settings in their order, as draws of seeds alone are."""
         rows = _rows(view.results, self.among)
-        ours, theirs = (view.errors[..., view.number(name)] for name in (self.method, self.rival))
+        errors = view.equal_errors if self.equal_gradients else view.errors
+        assert errors is not None  # the study asked for them
+        ours, theirs = (errors[..., view.number(name)] for name in (self.method, self.rival))
         return (theirs - ours)[..., rows].mean(axis=-1) + self.slack
 
 

@@ -141,6 +141,7 @@ def results(study: Study, scale: str, bouts: Sequence[Bout]) -> Results:
     trials = max(contestant.size for contestant in members.values())
     shape = (len(bouts), len(names))
     errors = np.full((*shape, plan.seeds), np.nan)
+    equal_errors = errors.copy() if study.equal_gradients else None
     tuned = np.full((*shape, trials, plan.tuned(plan.seeds)), np.nan)
     rates, costs = np.full((*shape, trials), np.nan), np.full((*shape, plan.most_seeds), np.nan)
     budgets, failed, runs = np.full(shape, np.nan), np.zeros(shape, int), 0
@@ -162,6 +163,11 @@ def results(study: Study, scale: str, bouts: Sequence[Bout]) -> Results:
                 failed[at] += end.diverged
                 if number < plan.seeds:
                     errors[at][number] = end.error
+                    if equal_errors is not None:
+                        steps = run[-1]["step"]
+                        scored = (r for r in run if "test_accuracy" in r)
+                        there = [r for r in scored if r["gradient_evaluations"] <= steps]
+                        equal_errors[at][number] = score(there, "test").error
                 hits = (r["step"] for r in run if (r["validation_accuracy"] or 0) >= bout.target)
                 # Before the first step there is nothing to pay.
                 hit = next((step for step in hits if step > 0), None)
@@ -178,6 +184,7 @@ def results(study: Study, scale: str, bouts: Sequence[Bout]) -> Results:
         unit=study.unit,
         diverged=failed,
         runs=runs,
+        equal_errors=equal_errors,
     )
 
 

@@ -152,6 +152,9 @@ class Results:
       unit: what the costs count.
       diverged: number of diverged runs, tuning included, (settings, contestants).
       runs: number of all runs.
+      equal_errors: the errors at equal gradients, like `errors`: at the last evaluation before a
+        run has taken more gradients than the setting has steps, a Hessian product counting as two;
+        None for a study without a claim about them.
     """
 
     settings: tuple[str, ...]
@@ -165,6 +168,7 @@ class Results:
     unit: str
     diverged: np.ndarray
     runs: int
+    equal_errors: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -247,6 +251,11 @@ class Study:
             for role in ("among", "rival_among"):
                 for name in getattr(part, role, ()):
                     cli.check_known(f"setting of claim {claim.name!r}", name, tuple(settings))
+
+    @property
+    def equal_gradients(self) -> bool:
+        """Whether a claim is about errors at equal gradients."""
+        return any(getattr(part, "equal_gradients", False) for _, part in self._parts())
 
     def _parts(self) -> Iterator[tuple[Claim, Any]]:
         """What judges each claim: its function, and the margin of one by the bootstrap."""

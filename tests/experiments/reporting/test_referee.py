@@ -435,7 +435,9 @@ def test_sensitivity() -> None:
 # -- from records to results -----------------------------------------------------------------------
 
 
-def run(name: str, rate: float, seed: int, accuracies: list[float | None]) -> list[dict[str, Any]]:
+def run(
+    name: str, rate: float, seed: int, accuracies: list[float | None], price: float = 1.0
+) -> list[dict[str, Any]]:
     """Records of a run; None stands for a step after which it has diverged."""
     return [
         {
@@ -443,6 +445,7 @@ def run(name: str, rate: float, seed: int, accuracies: list[float | None]) -> li
             "learning_rate": rate,
             "seed": seed,
             "step": 10 * i,
+            "gradient_evaluations": 10 * i * price,
             **dict.fromkeys(("validation_accuracy", "test_accuracy"), accuracy),
             **dict.fromkeys(("validation_loss", "train_loss", "test_loss"), accuracy),
         }
@@ -451,7 +454,11 @@ def run(name: str, rate: float, seed: int, accuracies: list[float | None]) -> li
 
 
 def test_all_runs_count() -> None:
-    study = small_study()
+    margin = judging.LowerError(method="ours", rival="free", equal_gradients=True)
+    claim = Claim(name="y", text="", source="", criterion="c", judge=ByBootstrap(margin))
+    study = small_study(claims=(small_study().claims[0], claim))
+    assert study.equal_gradients
+    assert not small_study().equal_gradients
     (setting,) = study.scales["small"].settings
     free, ours = setting.contestants
     low, high = free.trials[0].learning_rates
@@ -467,7 +474,8 @@ def test_all_runs_count() -> None:
     assert rates == [[(low,), (low,)], [(high,), (high,)]]
     final = {
         name: run(name, low, 1, [0.6, 0.2, 0.6]) + run(name, low, 2, [0.1, 0.2, 0.3]),
-        other: run(other, high, 1, [0.1, 0.7, 0.9]) + run(other, high, 2, [0.1, 0.7, None]),
+        other: run(other, high, 1, [0.1, 0.7, 0.9], 1.5)
+        + run(other, high, 2, [0.1, 0.7, None], 1.5),
     }
     bout = report.Bout(
         name="one",
@@ -481,6 +489,10 @@ def test_all_runs_count() -> None:
     found = report.results(study, "small", [bout])
     np.testing.assert_allclose(found.errors[0], [[0.4, 0.7], [0.1, 1.0]])
     np.testing.assert_allclose(found.tuned[0, :, :, 0], [[0.5, 1.0], [0.7, 0.2]])
+    # The costlier one has taken twenty gradients at its second evaluation.
+    assert found.equal_errors is not None
+    np.testing.assert_allclose(found.equal_errors[0], [[0.4, 0.7], [0.3, 0.3]])
+    assert margin(mean_view(found)) == pytest.approx(0.25)
     # What is reached before the first step is not counted, what is not reached is infinite.
     np.testing.assert_array_equal(found.costs[0], [[20, np.inf, np.nan], [15, 15, np.nan]])
     np.testing.assert_array_equal(found.budgets[0], [20, 30])

@@ -59,6 +59,16 @@ def test_workers_share_the_batch() -> None:
         assert ours["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-4)
 
 
+def test_runs_are_also_scored_at_equal_gradients() -> None:
+    """A method with two gradients a step after half of the steps of the others."""
+    plan = comparison.plan("digits", ["sgd", "sam_sgd"], seeds=1, steps=7, eval_every=2)
+    trainer = replicas.Trainer(dataclasses.replace(plan, equal_gradients=True))
+    plain, sam = plan.methods
+    assert (trainer.equal_step(plain), trainer.equal_step(sam)) == (7, 2)
+    scored = [r["step"] for r in trainer.train(sam, [(0.1, 0)]) if "test_accuracy" in r]
+    assert scored == [2, 7]
+
+
 def test_schedule_free_runs_are_scored_at_their_averages() -> None:
     """Two runs together as each alone; not at the parameters, where gradients are taken."""
     plan = comparison.plan("digits", ["schedule_free_sgd"], seeds=2, steps=3, batch_size=64)
