@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import hashlib
 import json
 import multiprocessing
@@ -360,12 +359,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             bouts, outcome, judgements = train(study, options.scale, arenas, console)
         judgements = report.note_tuning(study, options.scale, bouts, judgements)
         about = {
+            "study": study.name,
+            "scale": options.scale,
+            "runs": outcome.runs,
+            "diverged": int(outcome.diverged.sum()),
+            "unit": study.unit,
+            "budget": {s.name: cli.plural(s.epochs, "epoch") for s in scale.settings},
             "command": command(study, options),
             "run": digest,
             "versions": versions(),
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "date": ledger.today(),
         }
-        lines = report.entries(study, options.scale, outcome, judgements, about)
+        lines = report.entries(study.claims, judgements, about)
         results = {
             "config": config,
             "ranks": report.ranks(outcome),

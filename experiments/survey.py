@@ -14,11 +14,15 @@ How contestants are ranked and claims of the papers are judged: `experiments.rep
     plain/, batch_norm/     what `experiments.compare` writes: config, metrics, table, pictures
     ensembles.json          accuracy and calibration of members and averages
     survey.json, .png, .svg ranks and claims
+
+and `evidence/survey.jsonl`, the ledger, one line more for each verdict.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -31,10 +35,11 @@ from experiments import cli, data, methods, progress
 from experiments.cli import UsageError
 from experiments.reporting import comparison, figures
 from experiments.reporting import survey as report
+from experiments.reporting.referee.study import HOLDS
 from experiments.reporting.summary import COMPARISON, summarize
 from experiments.reporting.survey import BN
-from experiments.runs import folders
-from experiments.runs.records import RESULTS, read_record, write_record
+from experiments.runs import folders, ledger
+from experiments.runs.records import RESULTS, read_record, versions, write_record
 from experiments.runs.study import kept
 from experiments.training.replicas import Plan, Trainer
 from experiments.training.studies import comparison as training
@@ -84,6 +89,8 @@ class Options(data.FilesOptions, cli.DryRunOptions):
     """Name of the run's folder; default: survey-<task>-<scale>."""
     runs_dir: Path = Path("runs")
     """Where the run's folder is made."""
+    evidence_dir: Path = ledger.FOLDER
+    """The ledger's folder, to which the verdicts are added, but for those of a run with --steps."""
     overwrite: bool = False
     """Replace an earlier run of the same name."""
 
@@ -194,6 +201,17 @@ def dry_run(heading: str, plan: Plan, console: Console) -> int:
     return cli.print_forecast(console, lines)
 
 
+def command(options: Options) -> str:
+    """The command line that runs a survey again, without the folder of its data files."""
+    words = [PROG, "--task", options.task, "--scale", options.scale]
+    for name in ("model", "seeds", "learning_rates"):
+        if (value := getattr(options, name)) is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    if options.task != "digits":
+        words += ["--data-dir", "DATA"]
+    return " ".join(words)
+
+
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
@@ -235,12 +253,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = report.conclude(plan.config(), train(plan, folder, console))
         cli.write_atomic(folder / "survey.json", cli.to_json(results))
         figures.write(folder, "survey", report.picture(results))
+        if options.steps is None:
+            config = json.dumps(plan.config())
+            about = {
+                "scale": options.scale,
+                "command": command(options),
+                "run": hashlib.sha256(config.encode()).hexdigest()[:8],
+                "versions": versions(),
+                "date": ledger.today(),
+            }
+            ledger.append(options.evidence_dir / "survey.jsonl", report.entries(results, about))
     console.print()
     console.print(report.table(results))
     console.print()
     console.print(report.claims_table(results))
     console.print()
-    held = sum(claim["verdict"] == "holds here" for claim in results["claims"])
+    held = sum(claim["verdict"] == HOLDS for claim in results["claims"])
     console.print(
         f"{held} of {len(results['claims'])} claims hold here (bold). Accuracies: mean ± standard "
         "error over the seeds. Speed: mean validation accuracy over the run, in %. * an end of the "

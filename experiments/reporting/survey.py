@@ -2,33 +2,35 @@
 
 Two qualities are ranked: the test accuracy, and the speed, which is the mean of the validation
 accuracy over the run (the area under its curve: no target that a slow method never reaches), at
-the same rate. The seeds are drawn again and again with replacement, the same ones for all
-contestants since these share initial weights and batches; the interval of a rank holds 95 % of what
-comes out. Claims of the papers behind the survey are held against the same draws: a claim "holds
-here" if the interval of its difference is above 0, "does not hold here" if it is below, and is
-"undecided" otherwise.
+the same rate. Ranks, intervals over seeds and verdicts are those of the referee
+(`experiments.reporting.referee.judging`): the seeds are drawn with replacement, the same ones for
+all contestants since these share initial weights and batches, and a claim of the papers behind the
+survey holds if all of the interval of its difference is above 0. One tuning decides for all seeds.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
-from scipy.stats import rankdata
 
 from experiments import cli
 from experiments.reporting import figures, tables
+from experiments.reporting.referee import report as referee
+from experiments.reporting.referee.judging import ByBootstrap, LowerError
+from experiments.reporting.referee.study import HOLDS, Judgement, Results
 from experiments.reporting.statistics import grid_edge, mean_and_error
 from experiments.reporting.summary import Record, diverged
 from experiments.runs.records import environment
 
 BN = " + BN"  # marks a contestant that was trained with batch normalization
-DRAWS = 10_000
+MEMBERS = "'s members"  # marks those of an ensemble
 QUALITIES = {"accuracy": "test accuracy", "speed": "speed (mean validation accuracy)"}
 
 
@@ -51,6 +53,24 @@ class Claim:
     better: str
     worse: str
     of_members: bool = False
+
+    @property
+    def margin(self) -> ByBootstrap:
+        """Its judge: the difference with its interval over the seeds."""
+        rival = self.worse + MEMBERS if self.of_members else self.worse
+        return ByBootstrap(LowerError(method=self.better, rival=rival), settings=False)
+
+    def named(self, name: str) -> referee.Claim:
+        """The claim as the ledger has it, with a name of its own."""
+        rival = self.worse + MEMBERS if self.of_members else self.worse
+        return referee.Claim(
+            name=name,
+            text=self.name,
+            source=self.paper,
+            criterion=f"{self.quality} of {self.better}, less that of {rival}, > 0: all of the "
+            "95 % bootstrap interval over seeds",
+            judge=self.margin,
+        )
 
 
 # The survey's own wording is not at hand: these are the claims of the papers behind its families.
@@ -154,71 +174,36 @@ def ensemble(
     }
 
 
-def draw(seeds: int, draws: int = DRAWS) -> np.ndarray:
-    """Draws seeds with replacement, the same ones in every call.
+def outcome(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], quality: str) -> Results:
+    """What the runs say about one quality, as results of the referee with minus it as the error.
 
     Args:
-      seeds: number of seeds.
-      draws: number of draws.
+      config: the settings of the survey.
+      rows: one per contestant; those without the quality are left out.
+      quality: ``accuracy``, ``speed`` or ``calibration``.
 
     Returns:
-      Numbers of seeds, `(draws, seeds)`.
+      The results of one setting. The members of an ensemble are contestants that are not ranked.
     """
-    return np.random.default_rng(0).integers(0, seeds, (draws, seeds))
-
-
-def interval(values: Any) -> tuple[float, float]:
-    """The range of 95 % of the values."""
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def ranks(values: Any, drawn: np.ndarray) -> list[dict[str, float]]:
-    """Ranks of contestants, 1 the best, ties shared, by the mean over the seeds.
-
-    >>> [row["rank"] for row in ranks([[0.9, 0.8], [0.5, 0.6], [0.9, 0.8]], draw(2, 100))]
-    [1.5, 3.0, 1.5]
-
-    Args:
-      values: `(contestants, seeds)`, more is better.
-      drawn: the seeds that the bootstrap chose, from `draw`.
-
-    Returns:
-      For each contestant `rank`, of the mean over all seeds, and `low`, `high`, the ends of the
-      bootstrap's 95 % interval.
-    """
-    values = np.asarray(values, np.float64)
-    rank = rankdata(-values.mean(axis=1).round(12))
-    redrawn = rankdata(-values[:, drawn].mean(axis=2).round(12), axis=0)
-    return [
-        {"rank": float(mean), **dict(zip(("low", "high"), interval(others), strict=True))}
-        for mean, others in zip(rank, redrawn, strict=True)
-    ]
-
-
-def judge(claim: Claim, rows: Mapping[str, Mapping[str, Any]], drawn: np.ndarray) -> dict[str, Any]:
-    """Holds a claim against the contestants' values.
-
-    Args:
-      claim: the claim.
-      rows: the contestants by name.
-      drawn: the seeds that the bootstrap chose, from `draw`.
-
-    Returns:
-      The claim with its `difference`, the mean over the seeds, the ends `low` and `high` of the
-      bootstrap's 95 % interval, and the `verdict`.
-    """
-    worse = f"member_{claim.quality}" if claim.of_members else claim.quality
-    difference = np.array(rows[claim.better][claim.quality]) - np.array(rows[claim.worse][worse])
-    low, high = interval(difference[drawn].mean(axis=1))
-    verdict = "holds" if low > 0 else "does not hold" if high < 0 else "undecided"
-    return {
-        **dataclasses.asdict(claim),
-        "difference": float(difference.mean()),
-        "low": low,
-        "high": high,
-        "verdict": f"{verdict} here" if verdict != "undecided" else verdict,
-    }
+    values = {row["name"]: row[quality] for row in rows if row.get(quality) is not None}
+    alone = len(values)
+    key = f"member_{quality}"
+    values |= {f"{row['name']}{MEMBERS}": row[key] for row in rows if key in row}
+    errors = -np.array(list(values.values()), np.float64)[None]
+    nothing = np.zeros(errors.shape[:2])
+    return Results(
+        settings=(config["task"],),
+        contestants=tuple(values),
+        ranked=np.arange(len(values)) < alone,
+        errors=errors,
+        tuned=nothing[..., None, None],
+        rates=nothing[..., None],
+        costs=nothing[..., None],
+        budgets=nothing,
+        unit="steps",
+        diverged=nothing.astype(int),
+        runs=errors[0].size,
+    )
 
 
 def conclude(config: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -232,23 +217,74 @@ def conclude(config: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> dict[
       Settings, versions and hardware, the rows with their ranks, the most accurate first, and the
       claims with their verdicts, as plain JSON.
     """
-    drawn = draw(config["seeds"])
     result = [dict(row) for row in rows]
     for quality in ("accuracy", "speed"):
-        ranked = [row for row in result if row[quality] is not None]
-        for row, rank in zip(ranked, ranks([r[quality] for r in ranked], drawn), strict=True):
-            row[f"{quality}_rank"] = rank
-    by_name = {row["name"]: row for row in result}
+        alone = [{"name": row["name"], quality: row[quality]} for row in result]
+        ranks = {r["contestant"]: r["rank"] for r in referee.ranks(outcome(config, alone, quality))}
+        for row in result:
+            if row["name"] in ranks:
+                row[f"{quality}_rank"] = dict(
+                    zip(("rank", "low", "high"), ranks[row["name"]], strict=True)
+                )
     return {
         "config": config,
         "environment": environment(),
         "rows": sorted(result, key=lambda row: row["accuracy_rank"]["rank"]),
         "claims": [
-            judge(claim, by_name, drawn)
-            for claim in CLAIMS
-            if {claim.better, claim.worse} <= set(by_name)
+            {
+                **dataclasses.asdict(claim),
+                "difference": found.estimate,
+                "low": found.low,
+                "high": found.high,
+                "verdict": found.verdict,
+            }
+            for claim, found in judge(config, rows).items()
         ],
     }
+
+
+def judge(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[Claim, Judgement]:
+    """What the runs say about the claims whose contestants take part.
+
+    Args:
+      config: the settings of the survey.
+      rows: one per contestant.
+
+    Returns:
+      The judgements, in the order of `CLAIMS`.
+    """
+    names = {row["name"] for row in rows}
+    results = {q: outcome(config, rows, q) for q in ("accuracy", "speed", "calibration")}
+    return {
+        claim: claim.margin(results[claim.quality])
+        for claim in CLAIMS
+        if {claim.better, claim.worse} <= names
+    }
+
+
+def entries(results: Mapping[str, Any], about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The lines of the ledger.
+
+    Args:
+      results: what `conclude` returns.
+      about: the fields ``scale``, ``command``, ``run``, ``versions`` and ``date`` of all lines.
+
+    Returns:
+      One entry per claim, named by its place in `CLAIMS`.
+    """
+    config, rows = results["config"], results["rows"]
+    shared = {
+        "study": "survey",
+        "unit": "steps",
+        "budget": {config["task"]: cli.plural(config["steps"], "step")},
+        "runs": sum(len(row["accuracy"]) for row in rows),
+        "diverged": sum(value == 0 for row in rows for value in row["accuracy"]),
+    }
+    lines = []
+    for claim, found in judge(config, rows).items():
+        name = string.ascii_lowercase[CLAIMS.index(claim)]
+        lines += referee.entries([claim.named(name)], {name: found}, {**shared, **about})
+    return lines
 
 
 def _rank(row: Mapping[str, Any], quality: str) -> str:
@@ -289,7 +325,7 @@ def claims_table(results: Mapping[str, Any]) -> Table:
             *(claim[key] for key in ("name", "paper", "verdict")),
             f"{claim['quality']}: {claim['better']} - {rival}",
             f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]",
-            style="bold" if claim["verdict"] == "holds here" else None,
+            style="bold" if claim["verdict"] == HOLDS else None,
         )
     return view
 

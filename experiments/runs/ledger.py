@@ -7,6 +7,7 @@ A later run may come to another verdict on the same claim: then both stand there
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,9 +27,9 @@ FIELDS = (
 FOLDER = Path("evidence")
 _HEAD = """# Verdicts
 
-What `python -m experiments.referee STUDY` found, from the files in `evidence/`: lines are only ever
-added, so an earlier verdict that a later run refutes stays here. An ellipsis stands for the end of
-an interval that has none.
+What `python -m experiments.referee STUDY` and `python -m experiments.survey` found, from the files
+in `evidence/`: lines are only ever added, so an earlier verdict that a later run refutes stays
+here. An ellipsis stands for the end of an interval that has none.
 """
 
 
@@ -53,6 +54,11 @@ def read(path: Path) -> list[Entry]:
             )
         entries.append(entry)
     return entries
+
+
+def today() -> str:
+    """The date of an entry that is made now, in UTC."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def append(path: Path, entries: Sequence[Entry]) -> int:

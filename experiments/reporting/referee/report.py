@@ -22,6 +22,7 @@ from experiments.reporting.referee.judging import (
     mean_view,
 )
 from experiments.reporting.referee.study import (
+    Claim,
     Contestant,
     Judgement,
     Results,
@@ -331,42 +332,27 @@ def verdicts_table(study: Study, judgements: Mapping[str, Judgement]) -> Table:
 
 
 def entries(
-    study: Study,
-    scale: str,
-    outcome: Results,
-    judgements: Mapping[str, Judgement],
-    about: Mapping[str, Any],
+    claims: Sequence[Claim], judgements: Mapping[str, Judgement], about: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """The lines of the ledger.
 
     Args:
-      study: the study.
-      scale: which of its scales was run.
-      outcome: its results.
-      judgements: what they say, by the claim's name.
-      about: the fields that all lines share: ``command``, ``run``, ``versions``, ``date``.
+      claims: the claims.
+      judgements: what the runs say, by the claim's name.
+      about: the fields that all lines share: ``study``, ``scale``, ``runs``, ``diverged``,
+        ``unit``, ``budget``, ``command``, ``run``, ``versions`` and ``date``.
 
     Returns:
       One entry per claim.
     """
-    budget = {
-        setting.name: cli.plural(setting.epochs, "epoch")
-        for setting in study.scales[scale].settings
-    }
     return [
         {
-            "study": study.name,
-            "scale": scale,
             "claim": claim.name,
             "text": claim.text,
             "source": claim.source,
             "criterion": claim.criterion,
             **dataclasses.asdict(judgements[claim.name]),
-            "runs": outcome.runs,
-            "diverged": int(outcome.diverged.sum()),
-            "unit": study.unit,
-            "budget": budget,
             **about,
         }
-        for claim in study.claims
+        for claim in claims
     ]
