@@ -16,7 +16,8 @@ and what is printed for each is the number of examples per second (median over w
 first ones and evaluations left out), the memory of a step as the compiler plans it, and the test
 accuracy. `--scale small`, for a CPU, takes pictures of 32 x 32 and one pass over a small data set:
 accuracies then only say whether a variant learns as the baseline does. `runs/<name>/` holds
-`results.json` and `brief_review.png`, `.svg`.
+`results.json` and `brief_review.png`, `.svg`; the claims are judged by the referee's functions, and
+their verdicts added to `evidence/brief_review.jsonl`.
 
 A CPU computes bfloat16 and float16 by way of float32, and has no memory of its own to move batches
 to; what the techniques are made for is a GPU or TPU.
@@ -31,6 +32,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import sys
@@ -45,8 +47,8 @@ from experiments import cli, data, progress, timing
 from experiments.cli import UsageError
 from experiments.reporting import brief_review as report
 from experiments.reporting import figures
-from experiments.runs import folders
-from experiments.runs.records import RESULTS, read_json, read_record, write_record
+from experiments.runs import folders, ledger
+from experiments.runs.records import RESULTS, read_json, read_record, versions, write_record
 from experiments.runs.study import check_same_settings, kept
 from experiments.training.options import Options as TrainingOptions
 from experiments.training.plan import Plan, prepare
@@ -139,6 +141,8 @@ class Options(data.FilesOptions, cli.DryRunOptions):
     """Name of the run's folder; default: brief_review-<task>-<scale>."""
     runs_dir: Path = Path("runs")
     """Where the run's folder is made."""
+    evidence_dir: Path = ledger.FOLDER
+    """The ledger's folder, to which the verdicts are added, but for those of a run with --steps."""
     overwrite: bool = False
     """Replace an earlier study of the same name, rather than continue it."""
 
@@ -312,6 +316,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
         order = {key: i for i, key in enumerate(study.plans)}
         records.sort(key=lambda record: order[record["model"], record["variant"], record["seed"]])
+        if options.steps is None:
+            about = {
+                "scale": options.scale,
+                "budget": {plan.task.name: cli.plural(plan.steps, "step")},
+                "command": f"{PROG} --task {options.task} --scale {options.scale} "
+                f"--seeds {study.config['seeds']}",
+                "run": hashlib.sha256(json.dumps(study.config).encode()).hexdigest()[:8],
+                "versions": versions(),
+                "date": ledger.today(),
+            }
+            path = options.evidence_dir / "brief_review.jsonl"
+            ledger.append(path, report.entries(records, about))
         rows = report.summarize(records)
         title = f"{plan.task.name}, {plan.steps} steps of {plan.batch_size}"
         figures.write(study.folder, PICTURE, report.picture(rows, title))

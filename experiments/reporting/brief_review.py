@@ -1,18 +1,92 @@
-"""What the brief review shows: speed, memory and accuracy of the variants of each model."""
+"""What the brief review shows: speed, memory and accuracy of the variants of each model.
+
+Its claims are judged by the referee's functions, over the seeds of all models together.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from experiments.reporting import figures, tables
+from experiments.reporting.referee import report as referee
+from experiments.reporting.referee.judging import ByBootstrap, LowerError
+from experiments.reporting.referee.study import Claim, Results
 from experiments.reporting.statistics import mean_and_error
 
 Record = dict[str, Any]
+
+_TIME, _MEMORY, _ERROR = "logarithm of the time", "logarithm of the memory", "test error"
+# What is to be low, from a record. A run that diverged has answered wrongly.
+VALUES: Mapping[str, Callable[[Record], float]] = {
+    _TIME: lambda record: -math.log(record["examples_per_second"]),
+    _MEMORY: lambda record: math.log(record["bytes"]),
+    _ERROR: lambda record: 1.0 - (record["accuracy"] or 0.0),
+}
+_REVIEW = "Nokhwal et al., 2023, title"
+# Name, text, source, value, variant, slack.
+_CLAIMS = (
+    ("a", "accumulation trains faster", _REVIEW, _TIME, "accumulation", 0.0),
+    ("b", "mixed precision trains faster", _REVIEW, _TIME, "precision", 0.0),
+    ("c", "prefetching trains faster", _REVIEW, _TIME, "prefetching", 0.0),
+    ("d", "all three together train faster", _REVIEW, _TIME, "all", 0.0),
+    ("e", "accumulation takes less memory", "ours", _MEMORY, "accumulation", 0.0),
+    ("f", "mixed precision takes less memory", "ours", _MEMORY, "precision", 0.0),
+    ("g", "all three cost at most a point of accuracy", "ours", _ERROR, "all", 0.01),
+)
+
+
+def entries(records: Sequence[Record], about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The lines of the ledger.
+
+    Args:
+      records: as many runs of each variant of each model, with the same seeds.
+      about: the fields ``scale``, ``budget``, ``command``, ``run``, ``versions`` and ``date``.
+
+    Returns:
+      One entry for each claim whose variant was trained, and none without a baseline.
+    """
+    models, variants, seeds = (
+        list(dict.fromkeys(record[key] for record in records))
+        for key in ("model", "variant", "seed")
+    )
+    by_run = {(r["model"], r["variant"], r["seed"]): r for r in records}
+    results = {
+        name: Results.of_errors(
+            models,
+            variants,
+            np.array([[[value(by_run[m, v, s]) for s in seeds] for v in variants] for m in models]),
+            "seconds",
+        )
+        for name, value in VALUES.items()
+    }
+    shared = {
+        "study": "brief_review",
+        "unit": "seconds",
+        "runs": len(records),
+        "diverged": sum(record["accuracy"] is None for record in records),
+    }
+    lines = []
+    for name, text, source, value, variant, slack in _CLAIMS:
+        if {variant, "baseline"} <= set(variants):
+            margin = LowerError(method=variant, rival="baseline", slack=slack)
+            claim = Claim(
+                name=name,
+                text=text,
+                source=source,
+                criterion=f"{value} of the baseline, less that with {variant}, > {0 - slack:g}: "
+                "all of the 95 % bootstrap interval over seeds, in these networks",
+                judge=ByBootstrap(margin, settings=False),
+            )
+            judged = {name: claim.judge(results[value])}
+            lines += referee.entries([claim], judged, {**shared, **about})
+    return lines
 
 
 def summarize(records: Sequence[Record]) -> list[Record]:

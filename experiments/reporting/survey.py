@@ -183,27 +183,13 @@ def outcome(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], qualit
       quality: ``accuracy``, ``speed`` or ``calibration``.
 
     Returns:
-      The results of one setting. The members of an ensemble are contestants that are not ranked.
+      The results of one setting. The members of an ensemble are a contestant, too.
     """
     values = {row["name"]: row[quality] for row in rows if row.get(quality) is not None}
-    alone = len(values)
     key = f"member_{quality}"
     values |= {f"{row['name']}{MEMBERS}": row[key] for row in rows if key in row}
     errors = -np.array(list(values.values()), np.float64)[None]
-    nothing = np.zeros(errors.shape[:2])
-    return Results(
-        settings=(config["task"],),
-        contestants=tuple(values),
-        ranked=np.arange(len(values)) < alone,
-        errors=errors,
-        tuned=nothing[..., None, None],
-        rates=nothing[..., None],
-        costs=nothing[..., None],
-        budgets=nothing,
-        unit="steps",
-        diverged=nothing.astype(int),
-        runs=errors[0].size,
-    )
+    return Results.of_errors([config["task"]], list(values), errors, "steps")
 
 
 def conclude(config: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

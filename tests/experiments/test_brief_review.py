@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 
 from experiments import brief_review
 from experiments.reporting import brief_review as report
+from experiments.reporting.referee.study import FAILS, HOLDS
+from experiments.runs import ledger
 
 TINY = brief_review.Scale(
     {"cnn": ("cnn", {"channels": [4, 4]}), "mlp": ("mlp", {"hidden_sizes": [16]})},
@@ -70,6 +73,13 @@ def test_ratios_and_spread() -> None:
     assert (base["accuracy"], base["accuracy_error"]) == pytest.approx((0.6, 0.1))
     assert (other["examples_per_second_ratio"], other["bytes_ratio"]) == (3, 0.25)
     assert other["accuracy"] is None  # one diverged
+    about = dict.fromkeys(("scale", "budget", "command", "run", "date"), "") | {"versions": {}}
+    lines = {line["claim"]: line for line in report.entries(records, about)}
+    assert set(lines) == {"d", "g"}
+    assert set(lines["d"]) >= set(ledger.FIELDS)
+    assert (lines["d"]["verdict"], lines["g"]["verdict"]) == (HOLDS, FAILS)
+    assert lines["d"]["estimate"] == pytest.approx(math.log(30) - math.log(8 * 12) / 2)
+    assert (lines["d"]["runs"], lines["d"]["diverged"]) == (4, 1)
     (alone,) = report.summarize(records[2:])
     assert alone["bytes_ratio"] is None
     assert report.table([base, other]).row_count == 2

@@ -9,7 +9,7 @@ what a claim's function makes of it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -169,6 +169,36 @@ class Results:
     diverged: np.ndarray
     runs: int
     equal_errors: np.ndarray | None = None
+
+    @classmethod
+    def of_errors(
+        cls, settings: Sequence[str], contestants: Sequence[str], errors: np.ndarray, unit: str
+    ) -> Results:
+        """Results of runs of which only an error, or another value to keep low, is judged.
+
+        Args:
+          settings: names of the settings.
+          contestants: names of the contestants.
+          errors: the values, (settings, contestants, seeds).
+          unit: what costs would count.
+
+        Returns:
+          The results, without a tuning and without costs.
+        """
+        nothing = np.zeros(errors.shape[:2])
+        return cls(
+            settings=tuple(settings),
+            contestants=tuple(contestants),
+            ranked=np.ones(len(contestants), bool),
+            errors=errors,
+            tuned=nothing[..., None, None],
+            rates=nothing[..., None],
+            costs=nothing[..., None],
+            budgets=nothing,
+            unit=unit,
+            diverged=nothing.astype(int),
+            runs=errors.size,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
