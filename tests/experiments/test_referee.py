@@ -200,7 +200,7 @@ def test_dry_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "no study given; valid: demon, subspaces, stoch_grad_adam, extrapolation"),
+        ((), "no study given; valid: demon, subspaces, stoch_grad_adam, stoch_grad_adam_vit"),
         (("demno",), "unknown study 'demno' (did you mean 'demon'?); valid: demon, subspaces"),
         (("tiny", "--scale", "huge"), "unknown scale 'huge'; valid: small"),
         (("demon", "--scale", "medium"), "mnist"),  # no data
