@@ -39,6 +39,9 @@ ELEMENTWISE = ("base", "adaptive rates", "recent optimizers", "momentum", "momen
 ELEMENTWISE += ("cyclical schedules", "schedules")
 EXCEPT = ("lamb", "yellowfin", "plateau_sgd", "muon", "prodigy")
 TOGETHER = [n for n, m in METHODS.items() if m.family not in ELEMENTWISE or n in EXCEPT]
+# Those that differ from another method in numbers or in what is done to averaged gradients.
+VARIANTS = ("dom_sgd", "interpolated_sgd", "bulk_sgd_adaptive", "optimistic_sgd")
+VARIANTS += ("weight_norm_adam", "sam_sgd")
 
 
 def num_workers(name):
@@ -65,8 +68,11 @@ def cases():
     every = list(itertools.product(MODES, BOUNDS))
     turns = itertools.cycle(every)
     for name, method in METHODS.items():
-        alike = name not in TOGETHER and name != "sgd"
-        for mode, dtype in [next(turns)] if alike else every:
+        alike = (name not in TOGETHER or name in VARIANTS) and name != "sgd"
+        layouts = [next(turns)] if alike else every
+        if name in VARIANTS:  # eigenvectors of float32 are too coarse
+            layouts = [(layouts[0][0], "float64")]
+        for mode, dtype in layouts:
             # Eigensolvers take seconds to compile.
             quick = name in QUICK and (name != "bulk_sgd" or mode == "shard_map")
             quick &= name == "sgd" or dtype == "float32"
