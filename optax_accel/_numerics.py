@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 # Larger constants are made on the device: a program is compiled sooner than they are sent.
 _SENT = 2**22
@@ -46,7 +48,7 @@ def max_norm(tree: chex.ArrayTree) -> jax.Array:
         jnp.max(jnp.abs(leaf), initial=0).astype(jnp.promote_types(leaf.dtype, jnp.float32))
         for leaf in map(jnp.asarray, jax.tree.leaves(tree))
     ]
-    return jnp.stack(_same_dtype(largest)).max() if largest else jnp.zeros((), jnp.float32)
+    return stack(largest).max() if largest else jnp.zeros((), jnp.float32)
 
 
 def norm(tree: chex.ArrayTree) -> jax.Array:
@@ -61,8 +63,37 @@ def norm(tree: chex.ArrayTree) -> jax.Array:
         wide = jnp.abs(leaf).astype(jnp.promote_types(leaf.dtype, scale.dtype))
         return jnp.sum(jnp.square(wide / scale.astype(wide.dtype))).astype(scale.dtype)
 
-    total = sum(map(squares, map(jnp.asarray, jax.tree.leaves(tree))), start=jnp.zeros_like(scale))
-    return scale * jnp.sqrt(total)
+    leaves = map(jnp.asarray, jax.tree.leaves(tree))
+    return scale * jnp.sqrt(total(list(map(squares, leaves))).astype(scale.dtype))
+
+
+def vdot(tree: chex.ArrayTree, other: chex.ArrayTree) -> jax.Array:
+    """The inner product, as ``optax.tree.vdot``, by :func:`total`."""
+    return total(jax.tree.leaves(jax.tree.map(_leaf_vdot, tree, other)))
+
+
+def _leaf_vdot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.vdot(a, b, precision=lax.Precision.HIGHEST)
+
+
+def total(numbers: Sequence[jax.Array]) -> jax.Array:
+    """The sum of numbers, one of each leaf of a tree, say, or of arrays of one shape; else 0."""
+    if len(numbers) < 2:
+        return numbers[0] if numbers else jnp.zeros((), jnp.float32)
+    return jnp.sum(stack(numbers), axis=0)
+
+
+def stack(numbers: Sequence[jax.Array]) -> jax.Array:
+    """Numbers as a vector, which XLA does not take apart again to reduce it.
+
+    A sum of n numbers (written as a chain or as a reduction of what ``jnp.stack`` gives, of which
+    XLA makes a chain) is repeated in every kernel that reads it.  Where these are as many, one for
+    each leaf of a tree, the program grows with the square of their number: half of K-FAC's for a
+    Transformer of four blocks.
+    """
+    if not numbers:
+        return jnp.zeros(0, jnp.float32)
+    return lax.optimization_barrier(jnp.stack(_same_dtype(numbers)))
 
 
 def one_minus_power(decay: Any, count: jax.Array) -> jax.Array:
@@ -89,6 +120,6 @@ def power_of_two(number: jax.Array) -> jax.Array:
     return jnp.ldexp(jnp.ones_like(number), exponent)
 
 
-def _same_dtype(numbers: list[jax.Array]) -> list[jax.Array]:
+def _same_dtype(numbers: Sequence[jax.Array]) -> list[jax.Array]:
     dtype = jnp.result_type(*numbers)
     return [number.astype(dtype) for number in numbers]

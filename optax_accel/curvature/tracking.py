@@ -28,7 +28,7 @@ from jax import lax
 
 from optax_accel._arguments import check_choice, check_integer
 from optax_accel._derivatives import has_primitive
-from optax_accel._numerics import zeros
+from optax_accel._numerics import total, zeros
 from optax_accel.curvature import blocks
 from optax_accel.curvature._block_iteration import subspace_sweep
 from optax_accel.curvature._krylov import ritz_pairs
@@ -262,7 +262,7 @@ def accept(
     """The new estimate if it is finite, else the old one; with a ``packing``, basis is packed."""
     # The squared norms of the rows tell a basis from NaNs at the cost of a pass.
     norms = jax.tree.map(lambda b: jnp.sum(jnp.square(b), tuple(range(1, b.ndim))), basis)
-    valid &= jnp.all(jnp.isfinite(sum(jax.tree.leaves(norms)))) & jnp.all(jnp.isfinite(values))
+    valid &= jnp.all(jnp.isfinite(total(jax.tree.leaves(norms)))) & jnp.all(jnp.isfinite(values))
 
     def chosen() -> chex.ArrayTree:
         return store(tracker, basis if packing is None else packing.unpack(basis, axis=1))

@@ -41,7 +41,7 @@ from optax_accel._arguments import (
     static_integer,
     with_checked_init,
 )
-from optax_accel._numerics import one_minus_power
+from optax_accel._numerics import one_minus_power, total
 
 # Constants of the authors' code: `EPS`, `LARGE_FLOAT_VAL` and the root of `stat_protect_fac`.
 _EPS = 1e-6
@@ -365,7 +365,7 @@ def _clip_factor(norm: jax.Array, limit: jax.Array) -> jax.Array:
 
 def _sum_of_squares(tree: chex.ArrayTree) -> jax.Array:
     wide = [leaf.astype(_wide_dtype(leaf)).ravel() for leaf in jax.tree.leaves(tree)]
-    return sum((jnp.vdot(x, x).real for x in wide), start=jnp.zeros((), jnp.float32))
+    return total([jnp.vdot(x, x).real for x in wide])
 
 
 def _wide_zeros(param: jax.Array) -> jax.Array:

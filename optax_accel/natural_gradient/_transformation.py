@@ -15,7 +15,7 @@ from jax import lax
 from optax_accel._arguments import check_number, is_placeholder, known_integer, value_of
 from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, with_fixed_leaves
-from optax_accel._numerics import max_norm
+from optax_accel._numerics import max_norm, total
 from optax_accel._random import as_key
 from optax_accel.hyperparams import with_schedules
 from optax_accel.natural_gradient import factors as stats
@@ -170,7 +170,7 @@ def _precondition(
 ) -> tuple[list[Any], jax.Array]:
     """The natural gradient and what it was multiplied by to keep its norm within bounds."""
     new = dict[int, jax.Array]()
-    product: Any = 0.0
+    products = list[jax.Array]()
     for block, factors, inverses, moments in zip(
         blocks, state.factors, state.inverses, state.moments, strict=True
     ):
@@ -180,7 +180,7 @@ def _precondition(
         if not block.kronecker:
             (i,) = block.leaves
             new[i] = wide[i] / (corrected(factors, state.factor_weight, 1) + strength)
-            product += jnp.sum(new[i] * wide[i])
+            products.append(jnp.sum(new[i] * wide[i]))
             continue
         gradient, each = block.to_matrix(wide, params), stats.on_slices(block)
         if isinstance(inverses.inputs, Eigen):
@@ -192,10 +192,11 @@ def _precondition(
             )
         else:
             result = each(apply_inverses)(inverses, gradient)
-        product += jnp.sum(result * gradient)
+        products.append(jnp.sum(result * gradient))
         new.update(zip(block.leaves, block.from_matrix(result, params), strict=True))
     scale = jnp.ones((), jnp.float32)
     if bound is not None:
+        product = total(products)
         ratio = bound / jnp.where(product > 0, product, 1)
         scale = jnp.where(product > 0, jnp.minimum(1, jnp.sqrt(ratio)), 1).astype(jnp.float32)
         new = {i: scale.astype(leaf.dtype) * leaf for i, leaf in new.items()}

@@ -61,7 +61,7 @@ from optax_accel._arguments import (
 from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select
 from optax_accel._means import joined_over, shares_of, vary_over
-from optax_accel._numerics import divided, max_norm, power_of_two
+from optax_accel._numerics import divided, max_norm, power_of_two, vdot
 from optax_accel.natural_gradient._transformation import initial_damping, with_momentum
 from optax_accel.natural_gradient.estimators import loss_root
 from optax_accel.natural_gradient.levenberg_marquardt import LevenbergMarquardt, TrustRegion
@@ -399,8 +399,8 @@ def _solve(
     own = rows.times(rows.start)
     own_size = power_of_two(max_norm(own))
     start, own = divided(rows.start, own_size), divided(own, own_size)
-    squared = optax.tree.vdot(own, own)
-    part = optax.tree.vdot(gradient, own) / jnp.where(squared > 0, squared, 1)
+    squared = vdot(own, own)
+    part = vdot(gradient, own) / jnp.where(squared > 0, squared, 1)
     rest = jax.tree.map(lambda g, o: g - part.astype(g.dtype) * o, gradient, own)
     right = part.astype(start.dtype) * start
     strength = jnp.asarray(damping, right.dtype)
@@ -409,7 +409,7 @@ def _solve(
     else:
         solved = _cholesky(settings, rows, gradient, right, rest, strength)
     direction, residual, iterations = solved
-    squared = optax.tree.vdot(gradient, gradient)
+    squared = vdot(gradient, gradient)
     direction = jax.tree.map(lambda d: d * size.astype(d.dtype), direction)
     return direction, iterations, jnp.sqrt(residual / jnp.where(squared > 0, squared, 1))
 
@@ -447,7 +447,7 @@ def _conjugate_gradients(
     def moved(point: Any, size: jax.Array, by: Any) -> Any:
         return jax.tree.map(lambda a, b: a + size * b, point, by)
 
-    squared = optax.tree.vdot(gradient, gradient).astype(right.dtype)
+    squared = vdot(gradient, gradient).astype(right.dtype)
     # Below its rounding error a residual falls no more.
     goal = jnp.maximum(settings.tolerance, jnp.finfo(right.dtype).eps) ** 2 * squared
 
@@ -462,7 +462,7 @@ def _conjugate_gradients(
         size = point.squared / (bending + strength * point.search_squared)
         residual = moved(point.residual, -size, product)
         vector = expanded(residual)
-        squared = optax.tree.vdot(vector, vector).astype(right.dtype)
+        squared = vdot(vector, vector).astype(right.dtype)
         kept = squared / point.squared
         return _Point(
             moved(point.solution, size, point.search),
@@ -510,7 +510,7 @@ def _cholesky(
     more = solution(jnp.zeros_like(right), residual_of(direction))
     direction = jax.tree.map(jnp.add, direction, more)
     residual = residual_of(direction)
-    return direction, optax.tree.vdot(residual, residual), jnp.zeros((), jnp.int32)
+    return direction, vdot(residual, residual), jnp.zeros((), jnp.int32)
 
 
 def _decomposed(

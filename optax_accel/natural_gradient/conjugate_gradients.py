@@ -13,7 +13,7 @@ from jax import lax
 from jax.scipy.sparse.linalg import cg
 
 from optax_accel._derivatives import LinearFunction
-from optax_accel._numerics import divided, max_norm, power_of_two
+from optax_accel._numerics import divided, max_norm, power_of_two, vdot
 
 # Iterations in the first window (Martens, 2010, section 4.4), and the growth of later ones.
 _FIRST_WINDOW, _GROWTH = 10, 0.5
@@ -125,8 +125,8 @@ class _System:
         self, vector: chex.ArrayTree, image: chex.ArrayTree
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The damped model, ``g^T v`` and ``v^T G v``."""
-        slope, bending = optax.tree.vdot(self.gradient, vector), optax.tree.vdot(vector, image)
-        damped = bending + self.damping * optax.tree.vdot(vector, vector)
+        slope, bending = vdot(self.gradient, vector), vdot(vector, image)
+        damped = bending + self.damping * vdot(vector, vector)
         return slope + damped / 2, slope, bending
 
     def run_cg(
@@ -174,7 +174,7 @@ def _iterate(system: _System, first: _Point, max_iterations: int, tolerance: Any
     """Runs CG for one window of iterations after the other, as long as the model falls."""
     right_side = optax.tree.scale(-1, system.gradient)
     # CG divides zero by zero where it goes on after it has arrived.
-    arrived = jnp.finfo(first.value.dtype).eps * optax.tree.norm(system.gradient)
+    arrived = jnp.finfo(first.value.dtype).eps * jnp.sqrt(vdot(system.gradient, system.gradient))
 
     def going_on(point: _Point) -> jax.Array:
         return point.going_on & (point.num_iterations < max_iterations)

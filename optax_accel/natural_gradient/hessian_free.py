@@ -51,7 +51,7 @@ from optax_accel._arguments import (
 from optax_accel._derivatives import LinearFunction
 from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select
-from optax_accel._numerics import max_norm
+from optax_accel._numerics import max_norm, stack
 from optax_accel.natural_gradient.conjugate_gradients import Solution, solve
 from optax_accel.natural_gradient.levenberg_marquardt import (
     Reduction,
@@ -429,7 +429,7 @@ def _diagonal(
 def _differ(tree: chex.ArrayTree, other: chex.ArrayTree) -> jax.Array:
     """Whether any entry of two trees differs."""
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
-    return functools.reduce(jnp.logical_or, (jnp.any(a != b) for a, b in pairs))
+    return jnp.any(stack([jnp.any(a != b) for a, b in pairs]))
 
 
 def _widen(x: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optax_accel._numerics import stack
 from optax_accel.natural_gradient.factors import Kronecker, Vary
 
 # Nothing here tolerates the three digits of TF32 or bfloat16 products.
@@ -44,7 +45,7 @@ def split_damping(factors: Sequence[jax.Array], damping: Any) -> list[jax.Array]
     """
     if not factors:
         return []
-    means = jnp.stack(traces(factors)) / np.array([len(f) for f in factors], np.float32)
+    means = traces(factors) / np.array([len(f) for f in factors], np.float32)
     usable = jnp.all(means.reshape(-1, 2) > 0, axis=1)
     a, b = (jnp.where(usable, side, 1) for side in (means[::2], means[1::2]))
     root = jnp.sqrt(jnp.asarray(damping, means.dtype))
@@ -208,7 +209,7 @@ def change_basis(moments: jax.Array, old: Kronecker, new: Kronecker) -> jax.Arra
     return moments
 
 
-def traces(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+def traces(arrays: Sequence[jax.Array]) -> jax.Array:
     """The sum of each matrix's diagonal, of a vector and other arrays that of all entries.
 
     Diagonals are summed together, because every single sum is several kernels to compile.
@@ -224,4 +225,4 @@ def traces(arrays: Sequence[jax.Array]) -> list[jax.Array]:
         diagonals = [arrays[i].ravel()[:: len(arrays[i]) + 1] for i in square]
         padded = [jnp.pad(d, (0, width - len(d))) for d in diagonals]
         sums |= dict(zip(square, jnp.sum(jnp.stack(padded), axis=1), strict=True))
-    return [sums[i] for i in range(len(arrays))]
+    return stack([sums[i] for i in range(len(arrays))])

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optax_accel._numerics import total
 from optax_accel.natural_gradient import factors as stats
 from optax_accel.natural_gradient.estimators import output_gradients
 from optax_accel.natural_gradient.factors import Kronecker
@@ -148,7 +149,7 @@ def _average_factors(state: ScaleByKFACState, batch: Batch, decay: Any) -> Scale
         for block, m in zip(batch.blocks, means, strict=True)
         for leaf in jax.tree.leaves(m)
     ]
-    finite = jnp.isfinite(sum(traces(leaves)))
+    finite = jnp.isfinite(jnp.sum(traces(leaves)))
 
     def average(old: jax.Array, new: jax.Array) -> jax.Array:
         kept = jnp.asarray(decay, old.dtype)
@@ -274,7 +275,7 @@ def _average_moments(
         for block, basis, old in zip(batch.blocks, state.inverses, state.moments, strict=True)
     )
     means = batch.objective.mean_of_replicas(new)
-    finite = jnp.isfinite(sum(jnp.sum(mean) for mean in jax.tree.leaves(means)))
+    finite = jnp.isfinite(total([jnp.sum(mean) for mean in jax.tree.leaves(means)]))
     usable = state.rejected == before.rejected
 
     def average(old: jax.Array, new: jax.Array) -> jax.Array:

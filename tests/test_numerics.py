@@ -1,0 +1,40 @@
+"""Tests of norms and sums over the leaves of a tree."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optax_accel._numerics import max_norm, norm, total, vdot
+
+REDUCTIONS = {
+    "max_norm": max_norm,
+    "norm": norm,
+    "vdot": lambda tree: vdot(tree, tree),
+}
+
+
+def _num_operations(reduction, num_leaves):
+    """Operations in the compiled program of leaves that are divided by a number of all of them."""
+
+    def rescale(leaves):
+        number = reduction(leaves)
+        return [leaf / number for leaf in leaves]
+
+    leaves = [jax.ShapeDtypeStruct((3 + i,), jnp.float32) for i in range(num_leaves)]
+    return jax.jit(rescale).lower(leaves).compile().as_text().count(" = ")
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS.values(), ids=REDUCTIONS)
+def test_program_grows_in_proportion_to_the_leaves(reduction):
+    assert _num_operations(reduction, 32) < 2.5 * _num_operations(reduction, 16)
+
+
+def test_sums_and_inner_products_are_those_of_optax():
+    tree = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.float32(0.25), "c": jnp.ones(4)}
+    other = jax.tree.map(lambda leaf: leaf - 2, tree)
+    np.testing.assert_allclose(vdot(tree, other), optax.tree.vdot(tree, other), rtol=1e-6)
+    np.testing.assert_allclose(norm(tree), optax.tree.norm(tree), rtol=1e-6)
+    np.testing.assert_array_equal(total([jnp.ones(2), jnp.arange(2.0)]), [1, 2])
+    assert vdot((), ()) == norm(()) == max_norm(()) == 0
