@@ -14,6 +14,8 @@ from jax import lax
 
 # Larger constants are made on the device: a program is compiled sooner than they are sent.
 _SENT = 2**22
+# Larger arrays are reduced one by one: their copies would take longer than they save.
+_JOINED = 2**16
 
 
 def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -45,8 +47,8 @@ def _is_tracing() -> bool:
 def max_norm(tree: chex.ArrayTree) -> jax.Array:
     """The largest absolute value of all entries, in at least float32; 0 without entries."""
     largest = [
-        jnp.max(jnp.abs(leaf), initial=0).astype(jnp.promote_types(leaf.dtype, jnp.float32))
-        for leaf in map(jnp.asarray, jax.tree.leaves(tree))
+        jnp.max(jnp.abs(array), initial=0).astype(jnp.promote_types(array.dtype, jnp.float32))
+        for array in _joined(tree)
     ]
     return stack(largest).max() if largest else jnp.zeros((), jnp.float32)
 
@@ -63,8 +65,7 @@ def norm(tree: chex.ArrayTree) -> jax.Array:
         wide = jnp.abs(leaf).astype(jnp.promote_types(leaf.dtype, scale.dtype))
         return jnp.sum(jnp.square(wide / scale.astype(wide.dtype))).astype(scale.dtype)
 
-    leaves = map(jnp.asarray, jax.tree.leaves(tree))
-    return scale * jnp.sqrt(total(list(map(squares, leaves))).astype(scale.dtype))
+    return scale * jnp.sqrt(total(list(map(squares, _joined(tree)))).astype(scale.dtype))
 
 
 def vdot(tree: chex.ArrayTree, other: chex.ArrayTree) -> jax.Array:
@@ -118,6 +119,29 @@ def power_of_two(number: jax.Array) -> jax.Array:
     limits = jnp.finfo(number.dtype)
     exponent = jnp.clip(exponent - 1, limits.minexp, limits.maxexp - 2)
     return jnp.ldexp(jnp.ones_like(number), exponent)
+
+
+def _joined(tree: chex.ArrayTree) -> list[jax.Array]:
+    """The leaves, of which a single device flattens the small ones of a dtype into one array.
+
+    What is done to each is compiled for each, in two or three kernels where it is a reduction.
+    """
+    leaves = list(map(jnp.asarray, jax.tree.leaves(tree)))
+    if jax.device_count() > 1:  # the leaves may be sharded
+        return leaves
+    arrays, small = list[jax.Array](), dict[Any, list[jax.Array]]()
+    for leaf in leaves:
+        if leaf.size > _JOINED:
+            arrays.append(leaf)
+        else:
+            small.setdefault(leaf.dtype, []).append(leaf)
+    for group in small.values():
+        if len(group) == 1:
+            arrays += group
+        else:  # of what XLA sees joined, it would reduce the parts
+            flat = jnp.concatenate([leaf.ravel() for leaf in group])
+            arrays.append(lax.optimization_barrier(flat))
+    return arrays
 
 
 def _same_dtype(numbers: Sequence[jax.Array]) -> list[jax.Array]:

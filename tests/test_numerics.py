@@ -26,15 +26,30 @@ def _num_operations(reduction, num_leaves):
     return jax.jit(rescale).lower(leaves).compile().as_text().count(" = ")
 
 
+@pytest.fixture(params=[1, 2], ids="{} devices".format)
+def devices(request, monkeypatch):
+    """How many devices there seem to be: a single one joins leaves."""
+    monkeypatch.setattr(jax, "device_count", lambda: request.param)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS.values(), ids=REDUCTIONS)
+@pytest.mark.usefixtures("devices")
 def test_program_grows_in_proportion_to_the_leaves(reduction):
     assert _num_operations(reduction, 32) < 2.5 * _num_operations(reduction, 16)
 
 
-def test_sums_and_inner_products_are_those_of_optax():
-    tree = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.float32(0.25), "c": jnp.ones(4)}
-    other = jax.tree.map(lambda leaf: leaf - 2, tree)
-    np.testing.assert_allclose(vdot(tree, other), optax.tree.vdot(tree, other), rtol=1e-6)
-    np.testing.assert_allclose(norm(tree), optax.tree.norm(tree), rtol=1e-6)
-    np.testing.assert_array_equal(total([jnp.ones(2), jnp.arange(2.0)]), [1, 2])
-    assert vdot((), ()) == norm(()) == max_norm(()) == 0
+@pytest.mark.usefixtures("devices")
+def test_norms_and_inner_products_are_those_of_optax():
+    tree = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.float32(0.25), "c": jnp.ones(3, jnp.int8)}
+    other = jax.tree.map(lambda leaf: 2 * leaf, tree)
+
+    @jax.jit
+    def both(tree, other):
+        ours = vdot(tree, other), norm(tree), max_norm(tree)
+        return ours, (optax.tree.vdot(tree, other), optax.tree.norm(tree), optax.tree.max(tree))
+
+    np.testing.assert_allclose(*both(tree, other), rtol=1e-6)
+
+
+def test_what_is_empty_sums_to_zero():
+    assert vdot((), ()) == norm(()) == max_norm(()) == total([]) == 0

@@ -62,7 +62,9 @@ from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select
 from optax_accel._means import joined_over, shares_of, vary_over
 from optax_accel._numerics import divided, max_norm, power_of_two, vdot
+from optax_accel.curvature.blocks import Packing
 from optax_accel.natural_gradient._transformation import initial_damping, with_momentum
+from optax_accel.natural_gradient.conjugate_gradients import LARGEST_JOINED
 from optax_accel.natural_gradient.estimators import loss_root
 from optax_accel.natural_gradient.levenberg_marquardt import LevenbergMarquardt, TrustRegion
 from optax_accel.natural_gradient.likelihoods import Likelihood
@@ -379,6 +381,13 @@ class _Rows(NamedTuple):
 
         return cls(times, transposed, part(root.solve(slope)), axis)
 
+    def joined(self, packing: Packing) -> _Rows:
+        """The map for vectors that are packed."""
+        return self._replace(
+            times=lambda y: packing.pack(self.times(y)),
+            transposed=lambda vector: self.transposed(packing.unpack(vector)),
+        )
+
     def product(self, y: jax.Array) -> jax.Array:
         """This replica's part of B transposed B times y."""
         return vary_over(self.transposed(self.times(y)), self.axis_name)
@@ -393,6 +402,9 @@ def _solve(
 ) -> tuple[chex.ArrayTree, jax.Array, jax.Array]:
     """The direction, the iterations made and the relative residual."""
     gradient = jax.tree.map(_widen, incoming)
+    # Every operation on vectors is compiled anew for each of their arrays.
+    packing = Packing(gradient, largest=LARGEST_JOINED)
+    gradient, rows = packing.pack(gradient), rows.joined(packing)
     # Both are divided by powers of two, which costs no digit, so that their squares are finite.
     size = power_of_two(max_norm(gradient))
     gradient = divided(gradient, size)
@@ -410,7 +422,7 @@ def _solve(
         solved = _cholesky(settings, rows, gradient, right, rest, strength)
     direction, residual, iterations = solved
     squared = vdot(gradient, gradient)
-    direction = jax.tree.map(lambda d: d * size.astype(d.dtype), direction)
+    direction = packing.unpack(jax.tree.map(lambda d: d * size.astype(d.dtype), direction))
     return direction, iterations, jnp.sqrt(residual / jnp.where(squared > 0, squared, 1))
 
 

@@ -14,11 +14,14 @@ from jax.scipy.sparse.linalg import cg
 
 from optax_accel._derivatives import LinearFunction
 from optax_accel._numerics import divided, max_norm, power_of_two, vdot
+from optax_accel.curvature.blocks import Packing
 
 # Iterations in the first window (Martens, 2010, section 4.4), and the growth of later ones.
 _FIRST_WINDOW, _GROWTH = 10, 0.5
 # The preconditioner is (diagonal + damping) ** 0.75 (Martens, 2010, section 4.7).
 _POWER = 0.75
+# Entries above which an array is not joined with others: a copy of it would take longer.
+LARGEST_JOINED = 2**20
 
 
 class Solution(NamedTuple):
@@ -55,7 +58,8 @@ def solve(
 
     CG squares its arguments, and squares of finite numbers may be infinite or 0. So it solves a
     system whose gradient and curvature have entries of about 1, divided by powers of two, which
-    costs no digit.
+    costs no digit.  The arrays of a vector are joined meanwhile: every operation of CG is compiled
+    anew for each of them.
 
     Args:
       curvature: product with G.
@@ -67,13 +71,19 @@ def solve(
       tolerance: decrease of the damped model, per iteration and relative to its whole decrease,
         below which the iterations end.
     """
+    packing = Packing(gradient, largest=LARGEST_JOINED)
+    gradient, start = packing.pack(gradient), packing.pack(start)
     of_gradient = power_of_two(max_norm(gradient))
     gradient = divided(gradient, of_gradient)
     # The product with the warm start is needed anyway; a cold start has no use for it.
     warm = max_norm(start) > 0
     of_start = power_of_two(max_norm(start))
     probe = jax.tree.map(lambda s, g: jnp.where(warm, s, g), divided(start, of_start), gradient)
-    image = curvature(probe)
+
+    def joined_curvature(vector: chex.ArrayTree) -> chex.ArrayTree:
+        return packing.pack(curvature(packing.unpack(vector)))
+
+    image = joined_curvature(probe)
     bounded = jnp.isfinite(max_norm(image))
     of_curvature = power_of_two(max_norm(image) + damping.astype(of_start.dtype))
     limits = jnp.finfo(of_gradient.dtype)
@@ -83,11 +93,11 @@ def solve(
     if diagonal is not None:
         preconditioner = jax.tree.map(
             lambda d: jnp.maximum(d + damping.astype(d.dtype), jnp.finfo(d.dtype).tiny) ** _POWER,
-            divided(diagonal, of_curvature),
+            divided(packing.pack(diagonal), of_curvature),
         )
 
     def scaled(vector: chex.ArrayTree) -> chex.ArrayTree:
-        return divided(curvature(vector), of_curvature)
+        return divided(joined_curvature(vector), of_curvature)
 
     system = _System(scaled, damping, gradient, preconditioner)
     relative = of_start / of_direction
@@ -97,8 +107,9 @@ def solve(
     )
     first = _first_point(system, start, image, bounded)
     last = _iterate(system, first, max_iterations, tolerance)
+    direction = jax.tree.map(lambda d: d * of_direction.astype(d.dtype), last.direction)
     return Solution(
-        jax.tree.map(lambda d: d * of_direction.astype(d.dtype), last.direction),
+        packing.unpack(direction),
         last.slope,
         last.bending,
         jnp.stack([of_direction, of_gradient]),

@@ -51,7 +51,7 @@ def test_traces():
     arrays = [np.random.default_rng(0).normal(size=shape).astype(np.float32) for shape in shapes]
     want = [np.trace(a) if a.shape in ((3, 3), (5, 5)) else a.sum() for a in arrays]
     np.testing.assert_allclose(inverses.traces([jnp.asarray(a) for a in arrays]), want, rtol=1e-5)
-    assert inverses.traces([]) == []
+    assert inverses.traces([]).shape == (0,)
 
 
 def test_second_moments_follow_the_basis(x64):
