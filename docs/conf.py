@@ -10,7 +10,8 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
 
-import generated_pages  # noqa: E402  (in the folder that was just added)
+import external_links  # noqa: E402  (in the folder that was just added)
+import generated_pages  # noqa: E402
 
 project = "optax_accel"
 author = "the optax_accel authors"
@@ -51,8 +52,8 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
-# Every reference has to lead to a page. Types of other projects have none here, and neither has the
-# type of the elements of `Description`, which nobody makes.
+# Every reference has to lead to a page. Types of other projects that `external_links` does not know
+# have none, and neither has the type of the elements of `Description`, which nobody makes.
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(jax|chex|numpy|optax|collections)\..*"),
@@ -79,4 +80,5 @@ def _find_by_last_part(app: Any, env: Any, node: Any, text: Any) -> Any:
 def setup(app: Any) -> None:
     """Leaves out what docstrings say of fields already, and finds names without their module."""
     app.connect("autodoc-skip-member", generated_pages.is_a_field)
+    app.connect("missing-reference", external_links.resolve)
     app.connect("missing-reference", _find_by_last_part)

@@ -51,6 +51,13 @@ def generated_pages() -> ModuleType:
     return load("generated_pages")
 
 
+def test_types_of_other_projects_exist() -> None:
+    links = load("external_links")
+    for name in links.ADDRESSES:
+        module, _, member = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), member), name
+
+
 def test_nothing_is_left_out(
     generated_pages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
