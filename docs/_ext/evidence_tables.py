@@ -78,9 +78,8 @@ def _survey(record: Record) -> str:
 
 
 def _trackers(record: Record) -> str:
-    columns = ["tracker", "every", "refreshes", "chi full", "chi batch", "cos2"]
-    columns += ["products/step", "step / SGD step", "ARPACK / step"]
-    return _of_trackers(record, columns)
+    columns = ["tracker", "every", "chi full", "chi batch", "cos2", "step / SGD step"]
+    return _of_trackers(record, [*columns, "ARPACK / step"])
 
 
 def _trackers_without_times(record: Record) -> str:
