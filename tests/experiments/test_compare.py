@@ -168,7 +168,7 @@ def test_token_ids_and_another_loss(here: Path, monkeypatch: pytest.MonkeyPatch)
         (["--model", "mlpp"], ["'mlpp'", "mlp", "resnet20"]),
         (["--model", "transformer"], ["needs vocabulary_size", "number of different token ids"]),
         (["--loss", "hinge"], ["'hinge'", "cross_entropy", "mse"]),
-        (["--epoch-count", "3"], ["--epoch-count", "--epochs", "--seeds"]),
+        (["--epoch-count", "3"], ["--epoch-count", "--help shows all options"]),
         (["--seeds", "0"], ["--seeds must be at least 1, got 0"]),
         (["--seeds", "three"], ["--seeds", "three"]),
         (["--steps", "5", "--epochs", "1"], ["--epochs", "--steps"]),

@@ -115,7 +115,7 @@ def test_a_training_that_fails_is_shown(tmp_path: Path, capsys: pytest.CaptureFi
         (["--learning-rates", "0"], ["must be positive, finite numbers", "'0'"]),
         (["--seeds", "0"], ["--seeds must be at least 1, got 0"]),
         (["--name", "../x"], ["--name", "'../x'"]),
-        (["--kinds", "single"], ["--kinds", "--members"]),
+        (["--kinds", "single"], ["--kinds", "did you mean --kind?"]),
     ],
 )
 def test_wrong_input_is_explained_and_nothing_written(

@@ -179,7 +179,7 @@ def test_a_strange_or_broken_folder_is_named(
         (["--learning-rate", "-1"], ["--learning-rate must be more than 0"]),
         (["--switch-step", "0"], ["--switch-step must be at least 1, got 0"]),
         (["--name", "../x"], ["--name", "--runs-dir"]),
-        (["--speed", "1"], ["--speed", "--scale", "--panels"]),
+        (["--speed", "1"], ["--speed", "--help shows all options"]),
         (["--task", "mnist5k", "--data-dir", "nowhere"], ["nowhere"]),
     ],
 )
