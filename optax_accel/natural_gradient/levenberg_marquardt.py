@@ -13,9 +13,16 @@ Kronecker-factored approximate curvature <https://arxiv.org/abs/1503.05671>`_, 2
 Nocedal, Wright, `Numerical optimization <https://doi.org/10.1007/978-0-387-40065-5>`_, 2006,
 algorithm 4.1.
 
-The constants of Martens and Grosse were not compared with the text of their paper.  They were with
-kfac-jax of August 2026: its defaults are the same thresholds and period, but a factor of 0.9 per
-step in place of 19/20, and its ratio leaves the damping out of the model, which is part of it here.
+The thresholds, the period :math:`T_1 = 5` and :math:`\omega_1 = (19/20)^{T_1}` are those of
+section 6.5, as programs that follow it have them (the damping of BackPACK's authors, and the
+examples of the authors' own TensorFlow package); the text itself was not at hand.  These start
+from :math:`\lambda = 150`, which is for losses far larger than a mean cross entropy: here
+``initial`` has to be chosen.  They add the strength :math:`\eta` of an L2 penalty to the damping;
+here a penalty is part of the loss.  They adapt the factored damping on its own, from
+:math:`\gamma = \sqrt{\lambda + \eta}`, every 20 steps with :math:`\omega_2 = (19/20)^{20/2}`
+(section 6.6); here it is always :math:`\gamma = \sqrt\lambda`.  kfac-jax of August 2026
+has the same thresholds and period, but a factor of 0.9 per step in place of 19/20, and its ratio
+leaves the damping out of the model, which is part of it here.
 """
 
 from __future__ import annotations
@@ -60,8 +67,8 @@ class LevenbergMarquardt:
       0.95
 
     References:
-      Martens and Grosse (2015), section 6.5. Its constants were not checked against the text; see
-      the module for what was compared.
+      Martens and Grosse (2015), section 6.5; ``minimum`` and its default are ours. The module says
+      what the constants were compared with.
     """
 
     initial: float
