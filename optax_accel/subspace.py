@@ -44,6 +44,7 @@ from optax_accel._arguments import (
 )
 from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select, with_fixed_leaves
+from optax_accel._mesh_axes import check_undivided
 from optax_accel.curvature import BlockTracker, Eigenspace, Tracker, blocks
 from optax_accel.objective import Objective
 from optax_accel.refresh import Cost, RefreshLike, announce_cost, announce_eigenspace, of_eigenspace
@@ -202,6 +203,7 @@ class _InterpolateSubspaces:
     def init(self, params: chex.ArrayTree) -> InterpolateSubspacesState:
         check_params(params, _NAME)
         check_selected(params, self.mask, _NAME)
+        check_undivided(params, _NAME)
         announce_eigenspace(self.tracker.refresh_every, self.start_step)
         self._announce_cost(params)
         params = as_arrays(params)
@@ -249,6 +251,7 @@ class _InterpolateSubspaces:
         started = count >= self.start_step
         if k > 0 and refresh is not False:
             check_params(params, _NAME, "tx.update(grads, state, params, value_fn=objective)")
+            check_undivided(params, _NAME)
             objective = None
             if self.tracker.needs_objective:
                 objective = self._objective(

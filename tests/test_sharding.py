@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -165,3 +166,76 @@ def test_wrong_input():
             oa.state_shardings(optax.adam(0.1), wrong)
     with pytest.raises(ValueError, match="no parameters"):
         oa.state_shardings(optax.adam(0.1), {})
+
+
+# -- meshes with Explicit axes ---------------------------------------------------------------------
+
+X, Y = jnp.sin(jnp.arange(128.0)).reshape(16, 8), jnp.arange(16) % 3
+WEIGHTS = {"w": jnp.cos(jnp.arange(24.0)).reshape(8, 3), "b": jnp.zeros(3)}
+
+
+def linear(params, x):
+    if not jax.typeof(params["w"]).sharding.mesh.empty:  # gathered, as such a network has to
+        params = jax.sharding.reshard(params, jax.P())
+    return x @ params["w"] + params["b"][None]
+
+
+def cross_entropy(outputs, y):
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, y).mean()
+
+
+OBJECTIVE = oa.Objective(linear, cross_entropy)
+EXAMPLE = {"x": X, "y": Y}
+# The optimizer, and whether its parameters may be divided over an Explicit axis, too.
+EXPLICIT = {
+    "kfac": (lambda: oa.kfac(0.1, OBJECTIVE.bind(**EXAMPLE)), True),
+    "ekfac": (lambda: oa.ekfac(0.1, OBJECTIVE.bind(**EXAMPLE)), True),
+    "hessian_free": (lambda: oa.hessian_free(max_iterations=2), False),
+    "batch_gauss_newton": (lambda: oa.batch_gauss_newton(damping=0.1, max_iterations=2), False),
+    "bulk_sgd": (lambda: oa.bulk_sgd(0.1, 2), False),
+}
+
+
+@pytest.mark.parametrize("name", EXPLICIT)
+def test_explicit_axes(name):
+    """The batch is divided over the axis that `jax.make_mesh` makes, and perhaps the parameters."""
+    make, divided = EXPLICIT[name]
+    tx = make()
+
+    @jax.jit
+    def step(params, x, y):
+        value, grads = OBJECTIVE.value_and_grad(params, x=x, y=y)
+        extra = {"value": value, "value_fn": OBJECTIVE, "x": x, "y": y}
+        return tx.update(grads, tx.init(params), params, **extra)[0]
+
+    want = step(WEIGHTS, X, Y)
+    explicit = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(explicit):
+        batch = jax.device_put((X, Y), jax.P("data"))
+        spec = {"w": jax.P("data" if divided else None), "b": jax.P()}
+        got = step(jax.device_put(WEIGHTS, spec), *batch)
+    for key in WEIGHTS:
+        assert got[key].sharding.spec == jax.P(
+            *spec[key], *(None,) * (got[key].ndim - len(spec[key]))
+        )
+        np.testing.assert_allclose(got[key], want[key], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: oa.bulk_sgd(0.1, 2),
+        oa.hessian_free,
+        lambda: oa.batch_gauss_newton(damping=0.1),
+        lambda: oa.kfac("exact", OBJECTIVE.bind(**EXAMPLE)),
+    ],
+)
+def test_what_needs_auto_axes_says_so(make):
+    explicit = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    specs = {"w": jax.P("data"), "b": jax.P()}
+    params = {
+        k: jax.device_put(v, jax.NamedSharding(explicit, specs[k])) for k, v in WEIGHTS.items()
+    }
+    for init in (make().init, jax.jit(make().init)):
+        with pytest.raises(ValueError, match=r"\['w'\] lies there as (.|\n)*AxisType.Auto"):
+            init(params)

@@ -15,6 +15,7 @@ from jax import lax
 from optax_accel._arguments import check_number, is_placeholder, known_integer, value_of
 from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, with_fixed_leaves
+from optax_accel._mesh_axes import with_auto_axes
 from optax_accel._numerics import max_norm, total
 from optax_accel._random import as_key
 from optax_accel.hyperparams import with_schedules
@@ -84,6 +85,7 @@ def transformation(options: Options) -> optax.GradientTransformationExtraArgs:
         check_params(params, options.method, "tx.update(grads, state, params, value_fn=objective)")
         treedef, leaves = _structure(params)
         blocks, count = find_blocks(treedef, leaves), state.count
+        _check_factors(options, state, blocks, [dtype for _, dtype in leaves])
         if damping is None:
             damping = value_of(options.damping, count)
 
@@ -99,7 +101,15 @@ def transformation(options: Options) -> optax.GradientTransformationExtraArgs:
                 needs_outputs=True,
             )
             batch = measure(options, state, objective, params, blocks)
-            return update_curvature(options, state, batch, damping, invert)
+
+            def update(state: ScaleByKFACState, arrays: Any, damping: Any, invert: Any) -> Any:
+                return update_curvature(options, state, batch.with_arrays(arrays), damping, invert)
+
+            if isinstance(invert, bool):
+                return with_auto_axes(
+                    functools.partial(update, invert=invert), state, batch.arrays, damping
+                )
+            return with_auto_axes(update, state, batch.arrays, damping, invert)
 
         if due is None:
             state = _refresh_when_due(options, state, refreshed)
@@ -110,7 +120,10 @@ def transformation(options: Options) -> optax.GradientTransformationExtraArgs:
             bound = value_of(options.norm_constraint, count)
         # Integers and keys that are masked out may have no update at all, None.
         gradient = treedef.flatten_up_to(updates)
-        new, scale = _precondition(gradient, jax.tree.leaves(params), state, blocks, damping, bound)
+        arguments = gradient, jax.tree.leaves(params), state, damping, bound
+        new, scale = with_auto_axes(
+            functools.partial(_precondition, blocks), *arguments, out_like=(gradient, None)
+        )
         state = state._replace(count=optax.safe_increment(count), step_scale=scale)
         return jax.tree.unflatten(treedef, new), state
 
@@ -129,6 +142,20 @@ def _structure(params: chex.ArrayTree) -> tuple[Any, tuple[tuple[Any, Any], ...]
     """What layers depend on: the structure of the parameters, their shapes and dtypes."""
     leaves, treedef = jax.tree.flatten(params)
     return treedef, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+
+
+def _check_factors(
+    options: Options, state: ScaleByKFACState, blocks: tuple[Block, ...], dtypes: Sequence[Any]
+) -> None:
+    """Raises if the factors are those of a network with other parameters."""
+    new = jax.eval_shape(lambda: initial_state(options, as_key(0), blocks, dtypes).factors)
+    kept, needed = ([leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (state.factors, new))
+    if kept != needed:
+        raise ValueError(
+            f"{options.method}: these are not the parameters that `init` was called with. Its "
+            f"factors have the shapes {kept}, these parameters need {needed}. After a change of "
+            "the network call `init` again."
+        )
 
 
 def _find_blocks(
@@ -161,10 +188,10 @@ def _refresh_when_due(
 
 
 def _precondition(
+    blocks: tuple[Block, ...],
     leaves: list[Any],
     params: list[Any],
     state: ScaleByKFACState,
-    blocks: tuple[Block, ...],
     damping: Any,
     bound: Any,
 ) -> tuple[list[Any], jax.Array]:

@@ -61,6 +61,7 @@ from optax_accel._arguments import (
 from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select
 from optax_accel._means import joined_over, shares_of, vary_over
+from optax_accel._mesh_axes import check_undivided
 from optax_accel._numerics import divided, max_norm, power_of_two, vdot
 from optax_accel.curvature.blocks import Packing
 from optax_accel.natural_gradient._transformation import initial_damping, with_momentum
@@ -176,6 +177,7 @@ def scale_by_batch_gauss_newton(
     def init_fn(params: chex.ArrayTree) -> ScaleByBatchGaussNewtonState:
         check_params(params, _NAME)
         check_selected(params, mask, _NAME)
+        check_undivided(params, _NAME)
         announce_cost(Cost(settings.cost()))
         zero = jnp.zeros((), jnp.int32)
         return ScaleByBatchGaussNewtonState(zero, jnp.copy(zero), jnp.zeros((), jnp.float32))
@@ -191,6 +193,7 @@ def scale_by_batch_gauss_newton(
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, ScaleByBatchGaussNewtonState]:
         apart = curvature_value_fn is not None
+        check_undivided(params, _NAME)
         params = None if params is None else as_arrays(params)
         objective = as_objective(
             curvature_value_fn if apart else value_fn,

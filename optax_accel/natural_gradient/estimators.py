@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optax_accel._mesh_axes import filled_like
 from optax_accel._random import hash_bits
 from optax_accel.natural_gradient.likelihoods import Likelihood, recognize
 from optax_accel.objective import Objective
@@ -81,12 +82,27 @@ def output_gradients(
     batch = _Batch(objective, outputs, num_examples, dtype, *_share(objective, dtype), key, step)
     if estimator == "empirical":
         return _from_gradients(batch)
-    unknown = ""
-    if likelihood is None:
-        likelihood, unknown = recognize(objective, outputs)
+    likelihood, unknown = _likelihood(objective, outputs, likelihood)
     if likelihood is None:
         return _from_loss_hessian(batch, estimator, unknown)
     return _from_likelihood(batch, estimator, likelihood)
+
+
+def _likelihood(
+    objective: Objective, outputs: chex.ArrayTree, given: Likelihood | None
+) -> tuple[Likelihood | None, str]:
+    """The likelihood, given or shown by the loss; or None, and why the loss shows none.
+
+    Raises:
+      ValueError: the loss shows another one than the given.
+    """
+    shown, unknown = recognize(objective, outputs)
+    if given is not None and shown not in (None, given):
+        raise ValueError(
+            f"`likelihood` is {given!r}, but the program of the loss shows {shown!r}: leave "
+            "`likelihood` out, or give the one of the loss."
+        )
+    return given or shown, unknown
 
 
 def _share(objective: Objective, dtype: Any) -> tuple[jax.Array | None, jax.Array | None]:
@@ -204,14 +220,15 @@ def _slope(
     if len(leaves) != 1 or leaves[0].ndim < (2 if likelihood == "categorical" else 1):
         shapes = [leaf.shape for leaf in leaves]
         raise ValueError(
-            f"likelihood {likelihood!r} needs outputs that are one array, (examples, ..., classes) "
-            f"for 'categorical'; `predict` returns the shapes {shapes}. Leave `likelihood` out: "
-            "the loss then decides."
+            f"likelihood {likelihood!r} needs outputs that are one array with the examples along "
+            "its first axis, and the classes along the last one for 'categorical'; `predict` "
+            f"returns the shapes {shapes}. Return such an array; where it is several and "
+            "`likelihood` was given, leave that out, and the loss decides."
         )
     (out,) = leaves
 
     def slope(point: jax.Array) -> jax.Array:
-        point = objective.vary(jnp.broadcast_to(point, out.shape))
+        point = objective.vary(filled_like(point, out))
         gradient = jax.grad(objective.loss_of_outputs)(jax.tree.unflatten(treedef, [point]))
         return jax.tree.leaves(gradient)[0]
 
@@ -402,9 +419,7 @@ def loss_root(
       ValueError: the outputs are not one array, though a likelihood is given; or the loss shows no
         likelihood, and an example has too many outputs to do without one.
     """
-    unknown = ""
-    if likelihood is None:
-        likelihood, unknown = recognize(objective, outputs)
+    likelihood, unknown = _likelihood(objective, outputs, likelihood)
     dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(outputs)), jnp.float32)
     flat, restore = _flatten(outputs, num_examples, dtype)
 

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from optax_accel._masking import Mask, resolve
@@ -230,7 +231,14 @@ def _count_examples(outputs: chex.ArrayTree) -> int:
 
     Raises:
       ValueError: the outputs have no common leading axis, or it is empty.
+      TypeError: none of the outputs is real floating-point.
     """
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(outputs)]
+    if dtypes and not any(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+        raise TypeError(
+            "K-FAC takes gradients at the outputs of `predict`, which must be real floating-point "
+            f"numbers; got the dtypes {', '.join(map(str, dtypes))}. Return logits, say, no labels."
+        )
     shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(outputs)]
     sizes = {shape[0] if shape else 0 for shape in shapes}
     if len(sizes) != 1 or sizes == {0}:

@@ -51,6 +51,7 @@ from optax_accel._arguments import (
 from optax_accel._derivatives import LinearFunction
 from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select
+from optax_accel._mesh_axes import check_undivided
 from optax_accel._numerics import max_norm, stack
 from optax_accel.natural_gradient.conjugate_gradients import Solution, solve
 from optax_accel.natural_gradient.levenberg_marquardt import (
@@ -198,6 +199,7 @@ def hessian_free(
         curvature_value_fn: Any = None,
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, HessianFreeState]:
+        check_undivided(params, _NAME)
         params = None if params is None else as_arrays(params)
         chosen = None if params is None else resolve(params, mask)
 
@@ -256,6 +258,7 @@ class _Settings:
 def _initial_state(settings: _Settings, params: chex.ArrayTree) -> HessianFreeState:
     check_params(params, _NAME)
     check_selected(params, settings.mask, _NAME)
+    check_undivided(params, _NAME)
     announce_cost(
         Cost(
             f"up to {settings.max_iterations} iterations of conjugate gradients, one "

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
+from optax_accel._mesh_axes import filled_like
 from optax_accel.natural_gradient.layouts import Shape
 
 # A function of values, the numbers of its operands and of its results.
@@ -242,7 +243,8 @@ class Program:
 
     def zeros(self, number: int) -> jax.Array:
         """Zeros in the shape of a value."""
-        return jnp.zeros(self.shape(number), self.avals[number].dtype)
+        aval = self.avals[number]
+        return filled_like(jnp.zeros((), aval.dtype), aval)
 
 
 @dataclasses.dataclass(frozen=True)

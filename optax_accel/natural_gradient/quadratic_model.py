@@ -36,6 +36,7 @@ from jax import lax
 from optax_accel._arguments import as_arrays, check_inner, check_number, value_of
 from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select
+from optax_accel._mesh_axes import check_undivided
 from optax_accel._numerics import max_norm
 from optax_accel.curvature import blocks
 from optax_accel.natural_gradient.levenberg_marquardt import (
@@ -156,6 +157,7 @@ def quadratic_model(
     def init_fn(params: chex.ArrayTree) -> QuadraticModelState:
         check_params(params, _NAME)
         check_selected(params, mask, _NAME)
+        check_undivided(params, _NAME)
         if settings.every is not None:
             announce_damping(settings.every)
         announce_cost(Cost(settings.cost()))
@@ -189,6 +191,7 @@ def quadratic_model(
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, QuadraticModelState]:
         due = of_damping(refresh)
+        check_undivided(params, _NAME)
         params = None if params is None else as_arrays(params)
         chosen = None if params is None else resolve(params, mask)
 

@@ -49,6 +49,15 @@ class Batch(NamedTuple):
     generic: Any
     weights: jax.Array
 
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """What is not known before the step."""
+        return self.values, self.gradients, self.generic, self.weights
+
+    def with_arrays(self, arrays: tuple[Any, ...]) -> Batch:
+        """The same batch with other arrays."""
+        return Batch(self.objective, self.blocks, self.num_examples, *arrays)
+
 
 def update_curvature(
     options: Options,

@@ -261,6 +261,24 @@ def test_no_layer_at_all():
             ValueError,
             r"a plain function of the parameters; build it as .*Objective\(predict, loss\)",
         ),
+        (
+            lambda: oa.kfac(0.1, LINEAR, example={"x": X}).update(
+                {"w": np.ones((2, 3))},
+                oa.kfac(0.1, LINEAR, example={"x": X}).init(ONE),
+                {"w": np.ones((2, 3))},
+                value_fn=LINEAR,
+                x=X,
+            ),
+            ValueError,
+            "these are not the parameters that `init` was called with",
+        ),
+        (
+            lambda: oa.kfac(0.1, oa.Objective(lambda p: jnp.argmax(X @ p["w"], 1), jnp.sum)).init(
+                ONE
+            ),
+            TypeError,
+            "must be real floating-point numbers; got the dtypes int32. Return logits",
+        ),
     ],
 )
 def test_wrong_examples(build, error, message):
