@@ -21,7 +21,7 @@ _FIRST_WINDOW, _GROWTH = 10, 0.5
 # The preconditioner is (diagonal + damping) ** 0.75 (Martens, 2010, section 4.7).
 _POWER = 0.75
 # Entries above which an array is not joined with others: a copy of it would take longer.
-LARGEST_JOINED = 2**20
+LARGEST_JOINED = 2**16
 
 
 class Solution(NamedTuple):
