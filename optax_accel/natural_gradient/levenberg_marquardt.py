@@ -14,7 +14,7 @@ Nocedal, Wright, `Numerical optimization <https://doi.org/10.1007/978-0-387-4006
 algorithm 4.1.
 
 The thresholds, the period :math:`T_1 = 5` and :math:`\omega_1 = (19/20)^{T_1}` are those of
-section 6.5, as programs that follow it have them (the damping of BackPACK's authors, and the
+section 6.5, as programs written after the paper have them (public K-FAC optimizers, and the
 examples of the authors' own TensorFlow package); the text itself was not at hand.  These start
 from :math:`\lambda = 150`, which is for losses far larger than a mean cross entropy: here
 ``initial`` has to be chosen.  They add the strength :math:`\eta` of an L2 penalty to the damping;

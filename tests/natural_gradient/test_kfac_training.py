@@ -279,6 +279,18 @@ def test_no_layer_at_all():
             TypeError,
             "must be real floating-point numbers; got the dtypes int32. Return logits",
         ),
+        (
+            lambda: oa.kfac(0.1, LINEAR, example={"x": X}, likelihood="categorical").update(
+                ONE,
+                oa.kfac(0.1, LINEAR, example={"x": X}, likelihood="categorical").init(ONE),
+                ONE,
+                value_fn=LINEAR,
+                x=X,
+                y=X,
+            ),
+            ValueError,
+            "`likelihood` is 'categorical', but the program of the loss shows 'gaussian'",
+        ),
     ],
 )
 def test_wrong_examples(build, error, message):
