@@ -95,7 +95,7 @@ def squared_modulus(gradient: jax.Array) -> jax.Array:
 
 def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """The quotient in the wider of the two dtypes, 0 where the denominator is."""
-    usable = denominator > 0
+    usable = denominator != 0  # NaN stays NaN, which then can be seen
     wide = jnp.promote_types(numerator.dtype, denominator.dtype)
     safe = jnp.where(usable, denominator, jnp.ones_like(denominator)).astype(wide)
     quotient = numerator.astype(wide) / safe

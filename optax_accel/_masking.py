@@ -19,7 +19,7 @@ from optax_accel.objective import Objective
 Mask: TypeAlias = chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None
 
 
-def resolve(params: chex.ArrayTree, mask: Mask) -> chex.ArrayTree | None:
+def resolve(params: chex.ArrayTree, mask: Mask, name: str = "mask") -> chex.ArrayTree | None:
     """A boolean for every leaf of the parameters, or None, which means all of them.
 
     It is None without a mask and for Optax's placeholder, which stands for any tree.
@@ -47,7 +47,7 @@ def resolve(params: chex.ArrayTree, mask: Mask) -> chex.ArrayTree | None:
         return jax.tree.map(spread, booleans, params)
     except ValueError as error:
         raise ValueError(
-            "`mask` must be a pytree of booleans like the parameters (or a prefix of it), or a "
+            f"`{name}` must be a pytree of booleans like the parameters (or a prefix of it), or a "
             f"function that returns one: {error}"
         ) from error
 

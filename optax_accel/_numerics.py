@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from optax_accel._mesh_axes import explicit_mesh
+
 # Larger constants are made on the device: a program is compiled sooner than they are sent.
 _SENT = 2**22
 # Larger arrays are reduced one by one: their copies would take longer than they save.
@@ -127,7 +129,8 @@ def _joined(tree: chex.ArrayTree) -> list[jax.Array]:
     What is done to each is compiled for each, in two or three kernels where it is a reduction.
     """
     leaves = list(map(jnp.asarray, jax.tree.leaves(tree)))
-    if jax.device_count() > 1:  # the leaves may be sharded
+    # They may be sharded; Explicit axes are part of their types on a single device, too.
+    if jax.device_count() > 1 or explicit_mesh(leaves) is not None:
         return leaves
     arrays, small = list[jax.Array](), dict[Any, list[jax.Array]]()
     for leaf in leaves:

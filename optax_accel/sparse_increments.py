@@ -44,6 +44,7 @@ from optax_accel._arguments import (
     with_checked_init,
 )
 from optax_accel._masking import Mask, resolve
+from optax_accel._mesh_axes import check_undivided
 from optax_accel._random import as_key
 
 Selection: TypeAlias = Literal["gradient", "random", "magnitude"]
@@ -139,9 +140,10 @@ def sparse_increments(
             zeros = jnp.zeros(())
             return SparseIncrementsState(count, jnp.zeros(()), zeros, base.init(jnp.zeros(())))
         check_floating_leaves(params, "sparse_increments")
+        check_undivided(params, "sparse_increments")
         params = as_arrays(params)
         leaves, structure = _flatten(params)
-        whole = jax.tree.leaves(resolve(params, dense)) or [False] * len(leaves)
+        whole = jax.tree.leaves(resolve(params, dense, "dense")) or [False] * len(leaves)
         indices: list[Any] = [
             optax.MaskedNode()
             if is_whole
@@ -201,6 +203,7 @@ def sparse_increments(
     ) -> tuple[chex.ArrayTree, SparseIncrementsState]:
         if decay_selected and params is None:
             raise ValueError(optax.NO_PARAMS_MSG)
+        check_undivided(updates, "sparse_increments")
         gradients, structure = _flatten(updates)
         indices = structure.flatten_up_to(state.selected_indices)
         means = structure.flatten_up_to(state.mean_magnitudes)

@@ -28,8 +28,12 @@ def _fitting(factory: Callable[..., Any], argument: str) -> Callable[..., Any]:
             rank = settings.get(argument, min([_RANK, max(sides, default=_RANK)]))
             return factory(learning_rate, **{**settings, argument: rank}).init(params)
 
-        update = factory(learning_rate, **{argument: _RANK, **settings}).update
-        return optax.GradientTransformationExtraArgs(init, update)  # its state knows the rank
+        tx = factory(learning_rate, **{argument: _RANK, **settings})
+
+        def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+            return tx.update(updates, state, params, **extra_args)  # whose state knows the rank
+
+        return optax.GradientTransformationExtraArgs(init, update)
 
     def matrices(params: Any) -> list[Any]:
         return [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1 and leaf.size]

@@ -165,7 +165,8 @@ def layouts(
                 f"the rank is {rank}, but the smaller side of the largest matrix is {largest}. "
                 "Lower the rank."
                 if largest
-                else "no parameter has two axes or more. Use optax.adam for these."
+                else "no parameter has two axes or more, or `dimension_numbers` leaves out "
+                "all that have. Use optax.adam for these."
             )
         )
     return [layout if fit else None for layout, fit in zip(found, fits, strict=True)]

@@ -50,6 +50,7 @@ from optax_accel._arguments import (
     with_checked_init,
 )
 from optax_accel._masking import Mask
+from optax_accel._mesh_axes import check_undivided
 from optax_accel._random import as_key
 from optax_accel.low_rank._subspaces import (
     METHODS,
@@ -89,6 +90,7 @@ class ScaleByAdaRankGradState(NamedTuple):
       nu: their second moments; real, in at least float32.
       subspace_rank: the rank of each matrix, int32; ``optax.MaskedNode`` for what is not projected.
       start_norm: the norm of the reduced gradient when the subspace was new, likewise.
+      allocated_rank: ``max_rank``; int32 scalar.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
@@ -97,6 +99,7 @@ class ScaleByAdaRankGradState(NamedTuple):
     nu: chex.ArrayTree
     subspace_rank: chex.ArrayTree
     start_norm: chex.ArrayTree
+    allocated_rank: jax.Array
 
 
 class _Subspace(NamedTuple):
@@ -157,9 +160,10 @@ def scale_by_adarankgrad(
 
     Returns:
       A transformation with state :class:`ScaleByAdaRankGradState`. With the extra argument
-      ``refresh`` the loop decides instead: ``False`` keeps all subspaces, ``True`` replaces all,
-      ``"cold"`` without use of the old ones. :func:`~optax_accel.refresh_at` gives it for the rule
-      ``"period"`` only, because the step alone does not tell when a gradient has become small.
+      ``refresh`` the loop decides instead: ``True`` replaces all subspaces, ``"cold"`` without use
+      of the old ones, and for the rule ``"period"`` ``False`` keeps all. With the other rules
+      ``False`` means ``None``, because no loop knows from the step when a gradient has become
+      small; :func:`~optax_accel.refresh_at` drives the rule ``"period"`` only.
 
     Raises:
       ValueError: an argument outside its range; in ``init``: a rank above the smaller side of every
@@ -201,12 +205,13 @@ def scale_by_adarankgrad(
 
     def init_fn(params: chex.ArrayTree) -> ScaleByAdaRankGradState:
         count = jnp.zeros((), jnp.int32)
+        if rule == "period":  # else the step alone does not tell when a refresh is due
+            announce_eigenspace(static_integer("refresh_every", refresh_every, 1), 0)
         if is_placeholder(params):
-            if rule == "period":  # else the step alone does not tell when a refresh is due
-                announce_eigenspace(static_integer("refresh_every", refresh_every, 1), 0)
             # What is reduced has other shapes than the parameters: nothing counts as like them.
-            return ScaleByAdaRankGradState(count, *(jnp.zeros(()) for _ in range(5)))
+            return ScaleByAdaRankGradState(count, *(jnp.zeros(()) for _ in range(6)))
         check_floating_leaves(params, "scale_by_adarankgrad")
+        check_undivided(params, "scale_by_adarankgrad")
         params = as_arrays(params)
         size = known_rank("max_rank", max_rank)
         leaves, structure = flatten(params)
@@ -233,6 +238,7 @@ def scale_by_adarankgrad(
             zeros_for_squares(structure.unflatten(mu)),
             per_matrix(jnp.int32),
             per_matrix(jnp.result_type(float)),
+            jnp.array(size, jnp.int32),
         )
 
     def replaced(
@@ -277,6 +283,7 @@ def scale_by_adarankgrad(
         due = jnp.ones(layout.stack_shape, bool)
         if mode is None:
             due &= (count == 0) if rule == "convergence" else (count % refresh_every == 0)
+            due |= old.start_norm == 0  # no subspace yet: gradients were zero or not finite
             if rule != "period":
                 norm = _norms(layout, reduce(layout, gradient, old.basis))
                 due |= norm <= convergence * old.start_norm
@@ -300,8 +307,11 @@ def scale_by_adarankgrad(
     ) -> tuple[chex.ArrayTree, ScaleByAdaRankGradState]:
         del params, extra_args
         mode = of_eigenspace(refresh)
+        if mode is False and rule != "period":
+            mode = None
+        check_undivided(updates, "scale_by_adarankgrad")
         gradients, structure = flatten(updates)
-        fields = [structure.flatten_up_to(field) for field in state[1:]]
+        fields = [structure.flatten_up_to(field) for field in state[1:6]]
         subspaces = [_Subspace(*parts) for parts in zip(*fields, strict=True)]
         found = [
             None if isinstance(subspace.basis, optax.MaskedNode) else layout
@@ -333,7 +343,7 @@ def scale_by_adarankgrad(
             )
         ]
         return structure.unflatten(new_updates), ScaleByAdaRankGradState(
-            moments.count, basis, moments.mu, moments.nu, rank, start_norm
+            moments.count, basis, moments.mu, moments.nu, rank, start_norm, state.allocated_rank
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -493,7 +503,7 @@ class LowRankBytes(NamedTuple):
     effective: int
 
 
-def low_rank_bytes(state: chex.ArrayTree, max_rank: int) -> LowRankBytes:
+def low_rank_bytes(state: chex.ArrayTree) -> LowRankBytes:
     """The bytes of AdaRankGrad's state, as allocated and at the current ranks.
 
     Static shapes allocate ``max_rank`` directions; a run that would restart with the effective
@@ -502,13 +512,12 @@ def low_rank_bytes(state: chex.ArrayTree, max_rank: int) -> LowRankBytes:
     Args:
       state: the state of an optimizer that contains :func:`scale_by_adarankgrad`, of arrays whose
         values are known (outside of ``jit``).
-      max_rank: the largest rank, with which the optimizer was built.
 
     Returns:
       Both sizes, of bases and moments; those of parameters that are not projected count in both.
 
     Raises:
-      ValueError: there is no such state in it.
+      ValueError: there is no such state in it, or its values are not known.
 
     Example:
       >>> import jax.numpy as jnp
@@ -516,17 +525,23 @@ def low_rank_bytes(state: chex.ArrayTree, max_rank: int) -> LowRankBytes:
       >>> tx = oa.scale_by_adarankgrad(4)
       >>> gradient = jnp.ones((6, 5))  # of rank 1
       >>> _, state = tx.update(gradient, tx.init(gradient))
-      >>> oa.low_rank_bytes(state, max_rank=4)  # (5 + 2 * 6) numbers of 4 bytes for each direction
+      >>> oa.low_rank_bytes(state)  # (5 + 2 * 6) numbers of 4 bytes for each direction
       LowRankBytes(allocated=272, effective=68)
     """
 
     def is_state(node: Any) -> bool:
         return isinstance(node, ScaleByAdaRankGradState)
 
-    check_count("max_rank", max_rank, 1)
     found = [node for node in jax.tree.leaves(state, is_leaf=is_state) if is_state(node)]
     if not found:
         raise ValueError("low_rank_bytes found no state of scale_by_adarankgrad.")
+    if not all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found)) or any(
+        isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(found)
+    ):
+        raise ValueError(
+            "low_rank_bytes reads the ranks in the state, whose values must be known: call it "
+            "outside of jit, on arrays."
+        )
     allocated, effective = 0, 0
     for node in found:
         moments, structure = flatten(node.mu)
@@ -539,6 +554,6 @@ def low_rank_bytes(state: chex.ArrayTree, max_rank: int) -> LowRankBytes:
             size = sum(array.nbytes for array in (mu, nu, *([basis] if projected else [])))
             allocated += size
             if projected:
-                size = round(size * float(np.mean(rank)) / max_rank)
+                size = round(size * float(np.mean(rank)) / int(node.allocated_rank))
             effective += size
     return LowRankBytes(allocated, effective)

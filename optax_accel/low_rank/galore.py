@@ -50,6 +50,8 @@ from optax_accel._arguments import (
     with_checked_init,
 )
 from optax_accel._masking import Mask
+from optax_accel._mesh_axes import check_undivided
+from optax_accel._numerics import stack
 from optax_accel._random import as_key
 from optax_accel.low_rank._subspaces import (
     METHODS,
@@ -187,11 +189,12 @@ def scale_by_galore(
 
     def init_fn(params: chex.ArrayTree) -> ScaleByGaLoreState:
         count = jnp.zeros((), jnp.int32)
+        announce_eigenspace(spacing or static_integer("refresh_every", refresh_every, 1), 0)
         if is_placeholder(params):
-            announce_eigenspace(spacing or static_integer("refresh_every", refresh_every, 1), 0)
             # What is reduced has other shapes than the parameters: nothing counts as like them.
             return ScaleByGaLoreState(count, jnp.zeros(()), base.init(jnp.zeros(())))
         check_floating_leaves(params, "scale_by_galore")
+        check_undivided(params, "scale_by_galore")
         params = as_arrays(params)
         size = known_rank("rank", rank)
         leaves, structure = flatten(params)
@@ -226,24 +229,26 @@ def scale_by_galore(
     ) -> list[Any]:
         indices = [index for index, layout in enumerate(found) if layout is not None]
         step_key = jax.random.fold_in(key, state.count)
-        cold = (state.count == 0) | (mode == "cold")
+        old = [bases[index] for index in indices]
+        # No basis yet: this is the first step, or gradients were not finite.
+        missing = [~jnp.any(basis) for basis in old]
+        cold = stack(missing).any() | (mode == "cold")
 
         def new(index: int) -> jax.Array:
             layout, leaf_key = found[index], jax.random.fold_in(step_key, index)
             assert layout is not None
             return new_basis(layout, gradients[index], bases[index], leaf_key, cold)
 
-        old = [bases[index] for index in indices]
         if mode == "cold" or (mode is not None and spacing == 0):
             new_ones = [new(index) for index in indices]
         elif spacing == 0:
-            due = state.count % refresh_every == 0
+            due = (state.count % refresh_every == 0) | stack(missing).any()
             new_ones = lax.cond(due, lambda: [new(index) for index in indices], lambda: old)
         else:
             new_ones = []
             for position, (index, basis) in enumerate(zip(indices, old, strict=True)):
                 due = (state.count - stagger * position) % refresh_every == 0
-                due = due | (state.count == 0)
+                due |= missing[position]
                 new_ones.append(
                     lax.cond(due, functools.partial(new, index), lambda basis=basis: basis)
                 )
@@ -262,6 +267,7 @@ def scale_by_galore(
     ) -> tuple[chex.ArrayTree, ScaleByGaLoreState]:
         del params
         mode = of_eigenspace(refresh)
+        check_undivided(updates, "scale_by_galore")
         gradients, structure = flatten(updates)
         bases = structure.flatten_up_to(state.low_rank_basis)
         found = [

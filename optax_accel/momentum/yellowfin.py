@@ -41,6 +41,7 @@ from optax_accel._arguments import (
     static_integer,
     with_checked_init,
 )
+from optax_accel._mesh_axes import check_undivided
 from optax_accel._numerics import one_minus_power, total
 
 # Constants of the authors' code: `EPS`, `LARGE_FLOAT_VAL` and the root of `stat_protect_fac`.
@@ -222,6 +223,7 @@ def scale_by_yellowfin(
 
     def init_fn(params: chex.ArrayTree) -> ScaleByYellowFinState:
         check_floating_leaves(params, "scale_by_yellowfin")
+        check_undivided(params, "scale_by_yellowfin")
         dtype = jnp.result_type(float)
         return ScaleByYellowFinState(
             count=jnp.zeros((), jnp.int32),

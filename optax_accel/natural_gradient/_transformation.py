@@ -148,6 +148,8 @@ def _check_factors(
     options: Options, state: ScaleByKFACState, blocks: tuple[Block, ...], dtypes: Sequence[Any]
 ) -> None:
     """Raises if the factors are those of a network with other parameters."""
+    if known_integer(options.max_size) is None:  # Optax's injection made an array of it
+        return
     new = jax.eval_shape(lambda: initial_state(options, as_key(0), blocks, dtypes).factors)
     kept, needed = ([leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (state.factors, new))
     if kept != needed:

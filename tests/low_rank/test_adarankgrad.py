@@ -115,7 +115,7 @@ def test_stacked_layers_have_a_rank_each():
     tx = oa.scale_by_adarankgrad(4, dimension_numbers=Axes(1, 2))
     _, state = tx.update(gradient, tx.init(gradient))
     assert state.subspace_rank.tolist() == [1, 3, 2]
-    assert oa.low_rank_bytes((state,), 4).effective < oa.low_rank_bytes(state, 4).allocated
+    assert oa.low_rank_bytes((state,)).effective < oa.low_rank_bytes(state).allocated
     # Only the second has converged, and only it is replaced.
     change = gradient.at[1].multiply(0.01).at[0].multiply(2.0)
     _, new = tx.update(change, state._replace(count=state.count + 1))
@@ -149,4 +149,17 @@ def test_wrong_values(kwargs, message):
 
 def test_bytes_need_a_state():
     with pytest.raises(ValueError, match="found no state of scale_by_adarankgrad"):
-        oa.low_rank_bytes(optax.adam(0.1).init(jnp.zeros(3)), 2)
+        oa.low_rank_bytes(optax.adam(0.1).init(jnp.zeros(3)))
+    tx = oa.adarankgrad(0.1, 2)
+    with pytest.raises(ValueError, match="whose values must be known"):
+        oa.low_rank_bytes(jax.eval_shape(tx.init, jnp.zeros((3, 3))))
+
+
+def test_only_the_period_can_be_driven_from_the_host():
+    """Beside an element that `refresh_at` drives, the rule of convergence still decides."""
+    gradients = [jnp.float32(RNG.normal(size=(4, 3))) * size for size in (1, 0.01, 0.01)]
+    for rule, replaced in (("either", True), ("period", False)):
+        tx = oa.scale_by_adarankgrad(1, refresh=rule)
+        _, state = tx.update(gradients[0], tx.init(gradients[0]), refresh="cold")
+        _, new = tx.update(gradients[1], state, refresh=False)
+        assert (new.start_norm != state.start_norm) == replaced

@@ -172,6 +172,30 @@ def test_gradients_that_are_not_finite_leave_the_basis_alone():
     tree_equal(after, before)
 
 
+@pytest.mark.parametrize("stagger", [0, 3])
+def test_a_first_gradient_that_is_not_finite_is_made_up_for(stagger):
+    tx = oa.scale_by_galore(1, optax.identity(), refresh_every=9, stagger=stagger)
+    gradient = jnp.float32(RNG.normal(size=(4, 3)))
+    first, second = bases(tx, [gradient * np.nan, gradient])
+    assert not first[0].any()
+    assert second[0].any()
+
+
+def test_what_is_not_finite_can_be_seen():
+    for tx in (oa.galore(0.1, 1), oa.adarankgrad(0.1, 1), oa.sift(0.1, 0.5)):
+        gradient = jnp.float32(RNG.normal(size=(4, 3)))
+        updates, _ = updates_for(tx, [gradient, gradient, gradient * np.nan, gradient])
+        assert jnp.isnan(updates[-1]).any()
+
+
+def test_divided_parameters_on_explicit_axes_are_refused():
+    mesh = jax.make_mesh((8,), ("data",))
+    params = jax.device_put(jnp.ones((16, 8)), jax.NamedSharding(mesh, jax.P("data")))
+    for tx in (oa.galore(0.1, 1), oa.adarankgrad(0.1, 1), oa.sift(0.1, 0.5)):
+        with pytest.raises(ValueError, match=r"axis_types=.*Auto"):
+            tx.init(params)
+
+
 def test_memory_on_a_language_model():
     """The GPT of 0.8 million parameters: width 128, 4 blocks, vocabulary 65."""
     blocks = {"qkv": (128, 384), "out": (128, 128), "up": (128, 512), "down": (512, 128)}

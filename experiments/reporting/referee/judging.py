@@ -172,8 +172,10 @@ def simulate_tuning(
     The intervals are Student's, which stand here for the bootstrap's.
 
     >>> flat, uneven = np.full(2, 0.05), np.array([0.05, 0.04])
-    >>> [round(simulate_tuning(r, flat, uneven, spread=0.005), 1) for r in ("once", "each seed")]
-    [0.5, 0.1]
+    >>> simulate_tuning("once", flat, uneven, spread=0.005) > 0.4
+    True
+    >>> simulate_tuning("each seed", flat, uneven, spread=0.005) < 0.06
+    True
 
     Args:
       rule: ``"once"`` for one tuning by the lowest mean error, ``"smallest"`` for the first trial
