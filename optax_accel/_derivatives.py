@@ -229,7 +229,26 @@ def gauss_newton_of(
 ) -> LinearFunction:
     """The Gauss-Newton matrix of ``loss_of(outputs_of(params, kwargs), kwargs)``."""
     outputs, push, pull = jacobian_of(mode, outputs_of, params, kwargs)
+    check_outputs("The Gauss-Newton matrix", outputs, jnp.inexact)
     return Partial(congruence, push, loss_hessian_of(mode, loss_of, outputs, kwargs), pull)
+
+
+def check_outputs(taker: str, outputs: chex.ArrayTree, kind: Any) -> None:
+    """Raises ``TypeError`` if the loss has no gradient at network outputs.
+
+    Args:
+      taker: what takes that gradient, for the message.
+      outputs: of the network, arrays or their shapes and dtypes.
+      kind: what the dtypes must be, ``jnp.floating`` or, with complex ones, ``jnp.inexact``.
+    """
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(outputs)]
+    if not all(jnp.issubdtype(dtype, kind) for dtype in dtypes):
+        real = "real " if kind is jnp.floating else ""
+        raise TypeError(
+            f"{taker} takes gradients at the outputs of `predict`, which must be {real}"
+            f"floating-point numbers; got the dtypes {', '.join(map(str, dtypes))}. Return logits, "
+            "say, no labels."
+        )
 
 
 def loss_hessian_of(

@@ -743,6 +743,7 @@ class Objective:
 
         Raises:
           ValueError: the objective was built from a value function.
+          TypeError: an output of ``predict`` is not floating point.
         """
         self._need_predict("gauss_newton")
         params, mode, functions = self.vary(params), self.hvp_mode, self._functions

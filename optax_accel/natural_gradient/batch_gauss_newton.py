@@ -58,6 +58,7 @@ from optax_accel._arguments import (
     static_integer,
     value_of,
 )
+from optax_accel._derivatives import check_outputs
 from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select
 from optax_accel._means import joined_over, shares_of, vary_over
@@ -126,7 +127,9 @@ def scale_by_batch_gauss_newton(
 
     Args:
       damping: :math:`\lambda > 0`, float or schedule; default 1e-2, for losses of about 1 that are
-        means over examples.
+        means over examples. With ``"cholesky"`` a smaller damping than :math:`8 \varepsilon
+        \operatorname{tr} R^\top J J^\top R`, with the machine epsilon :math:`\varepsilon`, counts
+        as that: it would be lost in rounding errors.
       solver: ``"cg"`` (default), conjugate gradients, never forms the Jacobian; ``"cholesky"``
         forms the matrix of the system, for a few hundred outputs in all.
       max_iterations: the most iterations of CG, at least 1; default 50.
@@ -148,9 +151,10 @@ def scale_by_batch_gauss_newton(
 
     Raises:
       ValueError: an argument outside its range, here; in ``update``: missing ``value_fn`` or
-        ``params``, an objective without ``predict``, or more outputs than can do without a
-        likelihood.
-      TypeError: an argument of another kind; parameters that are not real floating point.
+        ``params``, an objective without ``predict``, a batch without examples, or more outputs than
+        can do without a likelihood.
+      TypeError: an argument of another kind; parameters or outputs that are not real floating
+        point.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -247,6 +251,8 @@ def batch_gauss_newton(
         ``LevenbergMarquardt(1.0, minimum=1e-3)``, at the price of two losses and a product every
         five steps. The model is always right about the batch that a step is fitted to: on small
         batches the minimum is what keeps steps from following the noise, and has to be tuned.
+        With ``"cholesky"`` a damping below the rounding errors of the matrix counts as large as
+        they are, :math:`8 \varepsilon \operatorname{tr} R^\top J J^\top R`.
       trust_region: a :class:`TrustRegion`, which bounds the length of steps in the metric of the
         Gauss-Newton matrix; ``None`` (default) for none.
       solver: ``"cg"`` (default), conjugate gradients, never forms the Jacobian; ``"cholesky"``
@@ -358,7 +364,13 @@ class _Rows(NamedTuple):
         """The map at some parameters."""
         axis = objective.axis_name
         outputs, push, pull = objective.jacobian(position)
+        check_outputs("The Gauss-Newton matrix", outputs, jnp.floating)
         shapes = [leaf.shape for leaf in jax.tree.leaves(outputs)]
+        if any(0 in shape[:1] for shape in shapes):
+            raise ValueError(
+                f"{_NAME} counts examples along the leading axis of the outputs of `predict`, "
+                f"which must not be empty; got the shapes {shapes}. Leave out empty batches."
+            )
         leading = {shape[:1] for shape in shapes}
         num_examples = shapes[0][0] if len(leading) == 1 and shapes[0] else 1
         root = loss_root(objective, outputs, likelihood, num_examples)
@@ -507,10 +519,10 @@ def _cholesky(
     strength: jax.Array,
 ) -> tuple[chex.ArrayTree, jax.Array, jax.Array]:
     """The solution, the squared norm of the residual, and no iterations."""
-    solve = _decomposed(settings, rows, right, strength)
+    solve, used = _decomposed(settings, rows, right, strength)
 
     def solution(right: jax.Array, rest: chex.ArrayTree) -> chex.ArrayTree:
-        rest = jax.tree.map(lambda r: r / strength.astype(r.dtype), rest)
+        rest = jax.tree.map(lambda r: r / used.astype(r.dtype), rest)
         return jax.tree.map(jnp.add, rows.times(solve(right - rows.transposed(rest))), rest)
 
     def residual_of(direction: chex.ArrayTree) -> chex.ArrayTree:
@@ -530,8 +542,12 @@ def _cholesky(
 
 def _decomposed(
     settings: _Settings, rows: _Rows, like: jax.Array, strength: jax.Array
-) -> Callable[[jax.Array], jax.Array]:
-    """Solves with the matrix of the system, which all replicas form and decompose."""
+) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
+    """Solves with the matrix of the system, which all replicas form and decompose.
+
+    Returns:
+      What solves, and the damping that it is done with.
+    """
     axis, size = rows.axis_name, like.size
     replicas, first = (1, 0) if axis is None else (lax.axis_size(axis), lax.axis_index(axis) * size)
 
@@ -544,15 +560,16 @@ def _decomposed(
     kernel = joined_over(kernel, axis, axis=1)
     kernel = (kernel + kernel.T) / 2
     # Less damping than this would be lost in the rounding errors of the decomposition.
-    least = 8 * jnp.finfo(kernel.dtype).eps * jnp.trace(kernel)
-    diagonal = jnp.maximum(strength, least) * jnp.eye(len(kernel), dtype=kernel.dtype)
+    limits = jnp.finfo(kernel.dtype)
+    used = jnp.maximum(strength, 8 * limits.eps * jnp.trace(kernel) + limits.tiny)
+    diagonal = used * jnp.eye(len(kernel), dtype=kernel.dtype)
     factor = jax.scipy.linalg.cho_factor(kernel + diagonal)
 
     def solve(right: jax.Array) -> jax.Array:
         solution = jax.scipy.linalg.cho_solve(factor, joined_over(right.ravel(), axis))
         return lax.dynamic_slice_in_dim(solution, first, size).reshape(like.shape)
 
-    return solve
+    return solve, used
 
 
 def _sum(tree: chex.ArrayTree, axis_name: str | None) -> chex.ArrayTree:

@@ -70,7 +70,11 @@ def solve(
       max_iterations: bound on the number of iterations.
       tolerance: decrease of the damped model, per iteration and relative to its whole decrease,
         below which the iterations end.
+
+    Raises:
+      ValueError: ``start`` is the direction of other parameters.
     """
+    _check_start(start, gradient)
     packing = Packing(gradient, largest=LARGEST_JOINED)
     gradient, start = packing.pack(gradient), packing.pack(start)
     of_gradient = power_of_two(max_norm(gradient))
@@ -116,6 +120,23 @@ def solve(
         last.num_iterations.astype(last.value.dtype),
         last.broken.astype(last.value.dtype),
     )
+
+
+def _check_start(start: chex.ArrayTree, gradient: chex.ArrayTree) -> None:
+    """Raises if a direction to start from is that of other parameters."""
+    kept, needed = (
+        {
+            jax.tree_util.keystr(path) or "params": leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (start, gradient)
+    )
+    if [*kept.items()] != [*needed.items()]:  # the order matters, too
+        raise ValueError(
+            "hessian_free: these are not the parameters that `init` was called with. The direction "
+            f"that it starts from has the shapes {kept}, the gradient has {needed}. After a change "
+            "of the network call `init` again."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

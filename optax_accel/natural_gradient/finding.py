@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_accel._derivatives import check_outputs
 from optax_accel._masking import Mask, resolve
 from optax_accel.natural_gradient.following import follow
 from optax_accel.natural_gradient.grouping import UNUSED, Grouping
@@ -231,14 +232,9 @@ def _count_examples(outputs: chex.ArrayTree) -> int:
 
     Raises:
       ValueError: the outputs have no common leading axis, or it is empty.
-      TypeError: none of the outputs is real floating-point.
+      TypeError: an output is not real floating-point.
     """
-    dtypes = [leaf.dtype for leaf in jax.tree.leaves(outputs)]
-    if dtypes and not any(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
-        raise TypeError(
-            "K-FAC takes gradients at the outputs of `predict`, which must be real floating-point "
-            f"numbers; got the dtypes {', '.join(map(str, dtypes))}. Return logits, say, no labels."
-        )
+    check_outputs("K-FAC", outputs, jnp.floating)
     shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(outputs)]
     sizes = {shape[0] if shape else 0 for shape in shapes}
     if len(sizes) != 1 or sizes == {0}:

@@ -158,8 +158,9 @@ def hessian_free(
 
     Raises:
       ValueError: an argument outside its range, here; in ``update``: missing ``value_fn`` or
-        ``params``, or an objective without ``predict``.
-      TypeError: an argument of another kind; parameters that are not real floating point.
+        ``params``, other parameters than those of ``init``, or an objective without ``predict``.
+      TypeError: an argument of another kind; parameters that are not real floating point, outputs
+        that are not floating point.
 
     Example:
       >>> import jax.numpy as jnp, optax

@@ -152,6 +152,22 @@ def test_little_damping_loses_no_digits_in_float32():
         assert np.linalg.norm(new - exact) < 5e-3 * np.linalg.norm(exact)
 
 
+def test_cholesky_with_damping_that_rounding_hides():
+    """It is raised to what remains: 0 would divide by 0, and 1e-9 magnify rounding errors."""
+    x = jnp.sin(jnp.arange(12.0)).reshape(4, 3)  # of rank 2
+    objective = oa.Objective(lambda w: x @ w, lambda out: 0.5 * jnp.sum((out - 1) ** 2))
+    w = jnp.zeros((3, 1))
+    exact = np.linalg.lstsq(x, np.ones((4, 1)), rcond=1e-5)[0]
+    tx, grads = oa.scale_by_batch_gauss_newton(solver="cholesky"), objective.grad(w)
+
+    @jax.jit
+    def solve(damping: Any) -> jax.Array:
+        return tx.update(grads, tx.init(w), w, value_fn=objective, damping=damping)[0]
+
+    for damping in (0.0, 1e-9):
+        np.testing.assert_allclose(-solve(damping), exact, rtol=1e-2)
+
+
 @pytest.mark.parametrize(
     "dtype", [jnp.float32, pytest.param(jnp.float64, marks=[pytest.mark.slow])]
 )
@@ -277,5 +293,12 @@ def test_says_what_is_missing():
     many = oa.Objective(lambda w: w[None], lambda out: jnp.sum(jnp.cosh(out)))
     with pytest.raises(ValueError, match=r"most 256 outputs; this network has 300.*'gaussian'"):
         tx.update(params, state, params, value_fn=many)
+    for outputs, error, message in (
+        (lambda w: w[:0, None], ValueError, r"must not be empty; got the shapes \[\(0, 1\)\]"),
+        (lambda w: w.astype(int), TypeError, "floating-point numbers; got the dtypes int32"),
+    ):
+        objective = oa.Objective(outputs, lambda out: jnp.sum(1.0 * out**2))
+        with pytest.raises(error, match=message):
+            tx.update(params, state, params, value_fn=objective)
     with pytest.raises(TypeError, match="real floating-point parameters"):
         tx.init(jnp.arange(3))

@@ -449,5 +449,14 @@ def test_wrong_calls():
         tx.update(x, tx.init(x), x, value_fn=quadratic(np.ones(3)), curvature_value_fn=1)
     with pytest.raises(TypeError, match="real floating-point"):
         tx.init({"a": jnp.ones(3, int)})
+    for other in ({"b": x}, {"a": x[:2]}):
+        objective = oa.Objective(lambda p: jax.tree.leaves(p)[0], lambda out: jnp.sum(out**2))
+        with pytest.raises(
+            ValueError, match=r"not the parameters that `init` .*\{\"\['a'\]\": \(3,\)"
+        ):
+            tx.update(other, tx.init({"a": x}), other, value_fn=objective)
+    labels = oa.Objective(lambda x: x.astype(int), lambda out: jnp.sum(1.0 * out))
+    with pytest.raises(TypeError, match="floating-point numbers; got the dtypes int32"):
+        tx.update(x, tx.init(x), x, value_fn=labels)
     with pytest.raises(ValueError, match="its own `mask=`"):
         optax.masked(tx, {"a": True, "b": False}).init({"a": x, "b": x})
