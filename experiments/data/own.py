@@ -120,7 +120,8 @@ class FilesOptions(cli.Options):
         for field in dataclasses.fields(FilesOptions):
             name, value = field.name, getattr(self, field.name)
             if value != field.default and task not in _USED[name]:
-                belongs = " and ".join(_USED[name])
+                *others, last = _USED[name]
+                belongs = f"{', '.join(others)} and {last}" if others else last
                 kind = "tasks" if len(_USED[name]) > 1 else "task"
                 reason = "has sizes of its own" if name == "image_size" else "does not use it"
                 raise DataError(f"{name} is for the {kind} {belongs}; {task} {reason}")

@@ -205,16 +205,14 @@ def load_arrays(location: Path, options: FilesOptions) -> Task:
         x = x[..., np.newaxis]
     check_size(location, 4 * x.size)
     picture = x.ndim == 4 and min(x.shape[1:3]) >= 4
-    pixels: Any = None
+    bytes_ = x.dtype == np.uint8
     if options.no_standardize:
-        bytes_ = x.dtype == np.uint8
-        x = x.astype(np.float32) / np.float32(255 if bytes_ else 1)
-        pixels = (0.0, 255.0) if picture and bytes_ else None
+        scale: Any = (0.0, _brightest(x, notes) if bytes_ else 1.0)
+        x = x.astype(np.float32) / np.float32(scale[1])
     else:
         notes.append("inputs are standardized by the training split, along the last axis")
-        bytes_ = x.dtype == np.uint8
         x, scale = standardize(x, splits[0])
-        pixels = scale if picture and bytes_ else None
+    pixels = scale if picture and bytes_ else None
     return finish(
         "arrays",
         location,
@@ -237,25 +235,33 @@ def _load_unlabeled(
     """The task `arrays` for a model of the pictures themselves, whose labels are not read."""
     parts = {split: read(array) for split, array in _by_split(name, described).items()}
     for part in parts.values():
-        if part.ndim not in (3, 4) or part.dtype.kind not in "uif" or not len(part):
+        if part.ndim not in (3, 4) or part.dtype.kind not in "uifb" or not len(part):
             raise DataError(
                 f"{location}: {name} is {part.dtype} of shape {part.shape}, expected pictures of "
                 "shape (N, height, width) or (N, height, width, channels)"
             )
     x = np.concatenate([*parts.values()])
     check_size(location, 4 * x.size)
-    x = (x[..., np.newaxis] if x.ndim == 3 else x).astype(np.float32)
+    told: list[str] = []
+    brightest = _brightest(x, told) if x.dtype.kind in "ui" else 1.0
+    x = (x[..., np.newaxis] if x.ndim == 3 else x).astype(np.float32) / np.float32(brightest)
     check_finite(f"{location}: {name}", x)
-    if next(iter(parts.values())).dtype.kind in "ui":
-        x = x / np.float32(255)
     if x.min() < 0 or x.max() > 1:
         raise DataError(
             f"{location}: {name} goes from {x.min():g} to {x.max():g} (whole numbers divided by "
-            "255), expected bytes, or numbers from 0 to 1"
+            "255), expected bytes, truth values, or numbers from 0 to 1"
         )
     counts = {split: len(part) for split, part in parts.items()}
     splits, notes = divide(location, counts, len(x), options)
-    return finish_generative("arrays", x, splits, str(options.problem_type), notes)
+    return finish_generative("arrays", x, splits, str(options.problem_type), [*notes, *told])
+
+
+def _brightest(x: np.ndarray, notes: list[str]) -> float:
+    """The whole number that stands for 1: 255, or 1 where there are only 0 and 1, which is told."""
+    if x.max() > 1:
+        return 255.0
+    notes.append("inputs hold only the numbers 0 and 1 and are taken as they are, not as bytes")
+    return 1.0
 
 
 def _open_arrays(location: Path) -> tuple[Callable[[str], np.ndarray], Mapping[str, str]]:

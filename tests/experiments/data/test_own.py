@@ -111,6 +111,12 @@ def test_numbers_to_predict(tmp_path):
         ("a,label\n" + ",0\n,1\n" * 9, {}, "column 'a' has no entry"),
         ("s,label\nx,0\n", {"split_column": "s"}, "the split of row 1 is 'x', expected train"),
         ("a,label\n1,0\n", {"x": "a"}, "x is for the task arrays; table does not use it"),
+        (
+            "a,label\n1,0\n",
+            {"image_size": 8},
+            "for the tasks image_folder and imagenet_folder; table",
+        ),
+        ("a,label\n1,0\n", {"max_length": 8}, "for the tasks text and text_lm; table"),
         ("a,label\n1,0\n", {"test_fraction": 0.9}, "their sum must be below 1"),
         ("a,label\n1,0\n", {"problem_type": "ranking"}, "unknown problem_type 'ranking'"),
     ],
@@ -219,6 +225,16 @@ def test_arrays(tmp_path):
     assert 0.9 < scores.train.x.max() <= 1
     np.savez(path, x=images / 100)
     assert_fails("from 0 to 1", "arrays", data_dir=path, problem_type="autoencoder")
+    for kind, told in ((bool, False), (np.uint8, True), (np.int64, True)):
+        np.savez(path, x=(images > 99).astype(kind))
+        binary = data.load_task("arrays", data_dir=path, problem_type="autoencoder")
+        np.testing.assert_array_equal(np.unique(binary.train.x), [0, 1])
+        assert ("only the numbers 0 and 1" in binary.describe()) is told
+    np.savez(path, x=(images > 99).astype(np.uint8), y=y)
+    binary = data.load_task("arrays", data_dir=path, no_standardize=True)
+    np.testing.assert_array_equal(np.unique(binary.train.x), [0, 1])
+    assert binary.train.pixels == (0.0, 1.0)
+    assert "only the numbers 0 and 1" in binary.describe()
     np.save(folder / "x.npy", x)
     np.save(folder / "y.npy", y)
     assert data.load_task("arrays", data_dir=folder).num_classes == 3
