@@ -237,8 +237,7 @@ def run(options: Options, groups: dict[str, list[Method]], console: Console) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
-    cli.check_file("--json", options.json)
-    cli.check_file("--html", options.html)
+    cli.check_files({"--json": options.json, "--html": options.html})
     # The tree, its gradient, its update and a state of two trees for the method and its base each.
     cli.check_memory(4 * 8 * options.parameters, f"a tree of {options.parameters:,} parameters")
     groups, console = grouped(options.methods), cli.console(100)

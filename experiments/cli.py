@@ -363,15 +363,26 @@ def shortened(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def check_file(option: str, path: Path | None) -> None:
-    """Raises `UsageError` if the file that an option names cannot be written."""
-    if path is None:
-        return
-    if path.exists() and not path.is_file():
-        raise UsageError(f"{option} {path} is not a file; give another one")
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise UsageError(f"{option} {path}: the folder {parent} cannot be written to")
+def check_files(files: Mapping[str, Path | None]) -> None:
+    """Checks the files that a command will write.
+
+    Args:
+      files: paths by the options that name them; None where an option is not given.
+
+    Raises:
+      UsageError: a file cannot be written, or two options name the same one.
+    """
+    options: dict[Path, str] = {}
+    for option, path in files.items():
+        if path is None:
+            continue
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{option} {path} is not a file; give another one")
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise UsageError(f"{option} {path}: the folder {parent} cannot be written to")
+        if (other := options.setdefault(path.resolve(), option)) != option:
+            raise UsageError(f"{other} and {option} name the same file {path}; give two files")
 
 
 def host_memory() -> float:

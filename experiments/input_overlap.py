@@ -77,8 +77,7 @@ def make(options: Options) -> tuple[Plan, Program]:
       ValueError: an option is wrong.
     """
     options.check()
-    cli.check_file("--trace", options.trace)
-    cli.check_file("--html", options.html)
+    cli.check_files({"--trace": options.trace, "--html": options.html})
     plan = prepare(
         TrainingOptions(
             task=options.task,

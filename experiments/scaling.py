@@ -75,8 +75,7 @@ def _check(options: Options) -> tuple[Programs, list[Method], list[str], list[Me
     Raises:
       UsageError, DataError: an option is wrong.
     """
-    cli.check_file("--json", options.json)
-    cli.check_file("--html", options.html)
+    cli.check_files({"--json": options.json, "--html": options.html})
     cluster.check_virtual_devices(options.devices)
     data.check_classification(options.task)
     cli.check_known("model", options.model, models.list())

@@ -316,8 +316,7 @@ def rows(results: Mapping[str, Any]) -> list[list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     options = cli.parse(Options(), argv, PROG)
-    cli.check_file("--json", options.json)
-    cli.check_file("--html", options.html)
+    cli.check_files({"--json": options.json, "--html": options.html})
     console = cli.console(100)
     with cli.usage():
         study = check(options)

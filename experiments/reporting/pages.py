@@ -58,7 +58,8 @@ def study(
     settings = [("command", source["command_line"]), *source["environment"].items()]
     settings += [("date", source["date"]), ("load", source["load"])]
     for name, value in plain_options(options).items():
-        if value not in (None, False, "") and name not in PLACES:
+        given = value is not None and value is not False and value != ""  # 0 is given: 0 == False
+        if given and name not in PLACES:
             settings.append((name.replace("_", " "), value))
     return render(
         "study.html",

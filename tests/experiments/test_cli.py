@@ -202,9 +202,15 @@ def test_what_the_system_refuses_is_one_line(tmp_path, capsys):
     assert error.startswith("error: [Errno 2] No such file or directory: ")
     assert error.count("\n") == 1
     (tmp_path / "a").mkdir()
-    cli.check_file("--json", tmp_path / "b" / "c.json")
+    cli.check_files(
+        {"--json": tmp_path / "b" / "c.json", "--html": tmp_path / "c", "--trace": None}
+    )
     with pytest.raises(UsageError, match=r"--json .*a is not a file; give another one"):
-        cli.check_file("--json", tmp_path / "a")
+        cli.check_files({"--json": tmp_path / "a"})
+    with pytest.raises(
+        UsageError, match=r"^--json and --html name the same file .*; give two files"
+    ):
+        cli.check_files({"--json": tmp_path / "c", "--html": tmp_path / "a" / ".." / "c"})
 
 
 def test_names_are_shown_as_they_are(monkeypatch, capsys):

@@ -14,6 +14,8 @@ from experiments.reporting import pages, tables
 class Options(cli.DryRunOptions):
     task: str = "digits"
     rounds: int = 5
+    seed: int = 1
+    quick: bool = False
     runs_dir: Path = Path("runs")
     name: str | None = None
 
@@ -25,7 +27,7 @@ def test_page_of_a_study() -> None:
     view.add_row("plain", "1,234.5 (1,000–2,000)")
     view.add_row("whole", "", style="bold")
     console.print(view)
-    options = Options(rounds=7, runs_dir=Path("/somewhere"), name="mine")
+    options = Options(rounds=7, seed=0, runs_dir=Path("/somewhere"), name="mine")
     picture = {"a picture": b"<svg/>"}
     page = pages.study("Head & line", "python -m x", options, console.printed, picture)
     assert "<h1>Head &amp; line</h1>" in page
@@ -35,6 +37,8 @@ def test_page_of_a_study() -> None:
     assert '<td title="ms per step: 1,234.5 (1,000–2,000)">1,234.5 (1,000–2,000)</td>' in page
     assert page.count('<tr class="best">') == 1
     assert "data:image/svg+xml;base64,PHN2Zy8+" in page
-    assert "<td>python -m x --rounds 7</td>" in page
+    assert "<td>python -m x --rounds 7 --seed 0</td>" in page
+    assert "<td>seed</td><td>0</td>" in page
+    assert "<td>quick</td>" not in page
     assert "/somewhere" not in page
     assert "mine" not in page
