@@ -33,7 +33,8 @@ def test_compares_on_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert run(*sizes, "--runs-dir", str(tmp_path), "--name", "tiny") == 0
     out = capsys.readouterr().out
     methods = list(study.default_methods("digits_mlp"))
-    assert set(methods) | {"kfac_jax"} == set(study.CANDIDATES)
+    # kfac-jax runs where it is installed, five of Optax's recent optimizers where they are named.
+    assert set(methods) < set(study.CANDIDATES) - {"kfac_jax"}
     for name in methods:
         assert name in out
     assert "fewest steps: " in out
