@@ -194,7 +194,7 @@ def other_configuration(ground: Ground) -> Survived:
     """Continues the run with another learning rate."""
     run = ground.half_done("configuration")
     before = run.files()
-    run.refused("is a run with learning_rate 0.003, now 0.125", "--learning-rate", "0.125")
+    run.refused("is a run with --learning-rate 0.003, now 0.125", "--learning-rate", "0.125")
     expect(run.files() == before, "the folder has changed")
     return Survived([0])
 
