@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -45,6 +46,7 @@ from optax_accel._arguments import (
 )
 from optax_accel._masking import Mask, resolve
 from optax_accel._mesh_axes import check_undivided
+from optax_accel._numerics import zeros
 from optax_accel._random import as_key
 
 Selection: TypeAlias = Literal["gradient", "random", "magnitude"]
@@ -137,8 +139,8 @@ def sparse_increments(
         count = jnp.zeros((), jnp.int32)
         if is_placeholder(params):
             # What is selected has other shapes than the parameters: nothing counts as like them.
-            zeros = jnp.zeros(())
-            return SparseIncrementsState(count, jnp.zeros(()), zeros, base.init(jnp.zeros(())))
+            some, other = jnp.zeros(()), jnp.zeros(())
+            return SparseIncrementsState(count, some, other, base.init(jnp.zeros(())))
         check_floating_leaves(params, "sparse_increments")
         check_undivided(params, "sparse_increments")
         params = as_arrays(params)
@@ -147,12 +149,12 @@ def sparse_increments(
         indices: list[Any] = [
             optax.MaskedNode()
             if is_whole
-            else _start(leaf, _selected_size(rate, leaf), selection, jax.random.fold_in(key, i))
+            else _start(leaf, _selected_size(rate, leaf), selection, key, i)
             for i, (leaf, is_whole) in enumerate(zip(leaves, whole, strict=True))
         ]
         several = by_gradient and known_integer(warmup_gradients) != 1
         magnitudes = [
-            jnp.zeros(leaf.shape if several and not is_whole else (), _real_dtype(leaf))
+            zeros(leaf.shape if several and not is_whole else (), _real_dtype(leaf))
             for leaf, is_whole in zip(leaves, whole, strict=True)
         ]
         return SparseIncrementsState(
@@ -164,12 +166,11 @@ def sparse_increments(
 
     def _seen(leaves: list[jax.Array], indices: list[Any]) -> list[jax.Array]:
         """The parameters of the inner optimizer: increments, which are zero, or weights."""
-        taken = map(_take, leaves, indices)
         if decay_selected:
-            return list(taken)
+            return list(map(_take, leaves, indices))
         return [
-            part if isinstance(index, optax.MaskedNode) else jnp.zeros_like(part)
-            for part, index in zip(taken, indices, strict=True)
+            leaf if isinstance(index, optax.MaskedNode) else zeros(index.shape, leaf.dtype)
+            for leaf, index in zip(leaves, indices, strict=True)
         ]
 
     def chosen(
@@ -260,12 +261,15 @@ def _selected_size(rate: float, leaf: jax.Array) -> int:
     return min(math.floor(rate * leaf.size) + 1, leaf.size)
 
 
-def _start(leaf: jax.Array, size: int, selection: Selection, key: jax.Array) -> jax.Array:
-    """The entries before the first gradient."""
+def _start(
+    leaf: jax.Array, size: int, selection: Selection, key: jax.Array, position: int
+) -> jax.Array:
+    """The entries of the leaf at a position before the first gradient."""
     if selection == "magnitude":
         return _largest(jnp.abs(leaf), size)
     if selection == "gradient":  # whatever they are, the first gradient replaces them
-        return jnp.arange(size, dtype=jnp.int32)
+        return jnp.array(np.arange(size, dtype=np.int32))
+    key = jax.random.fold_in(key, position)
     return jnp.sort(jax.random.choice(key, leaf.size, (size,), replace=False)).astype(jnp.int32)
 
 

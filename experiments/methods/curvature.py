@@ -62,7 +62,7 @@ HESSIAN_SUBSPACE = (
         "SGD outside the dominant Hessian subspace",
         oa.bulk_sgd,
         tracker=oa.BlockTracker(),
-        first_step=7.0,
+        first_step=5.6,
         fidelity="faithful",
     ),
     _subspace_method(
@@ -70,7 +70,7 @@ HESSIAN_SUBSPACE = (
         "SGD inside the dominant Hessian subspace (diagnostic)",
         oa.dom_sgd,
         tracker=oa.BlockTracker(),
-        first_step=7.0,
+        first_step=5.6,
         fidelity="faithful",
     ),
     _subspace_method(
@@ -78,7 +78,7 @@ HESSIAN_SUBSPACE = (
         "SGD with the dominant component halved",
         functools.partial(oa.interpolated_sgd, dominant_weight=0.5, bulk_weight=1.0),
         tracker=oa.BlockTracker(),
-        first_step=7.0,
+        first_step=5.6,
         fidelity="our reading",
         paper=Paper("Zakarin and Singh, 2025", "https://arxiv.org/abs/2505.11972"),
     ),
@@ -87,7 +87,7 @@ HESSIAN_SUBSPACE = (
         "Bulk-SGD, the subspace refreshed when it has moved",
         oa.bulk_sgd,
         tracker=oa.BlockTracker(refresh_every="adaptive", max_refresh_every=LONGEST_PERIOD),
-        first_step=7.0,
+        first_step=5.6,
         fidelity="our reading",
     ),
     _subspace_method(
@@ -102,7 +102,7 @@ HESSIAN_SUBSPACE = (
         "Bulk-SGD, the subspace from gradients of the mean outputs",
         oa.bulk_sgd,
         tracker=oa.GradientTracker(),
-        first_step=5.0,
+        first_step=3.5,
         fidelity="our reading",
     ),
 )
@@ -129,7 +129,7 @@ NATURAL_GRADIENT = (
         from_context=_network,
         gradients_per_step=2,
         period=KFAC_PERIOD,
-        first_step=3.0,
+        first_step=2.6,
         needs_objective=True,
         time_targets={"cycle": 5.0, "between": 2.0},
     ),
