@@ -36,7 +36,8 @@ def test_every_method_needs_what_its_description_says(case: Case) -> None:
     if found.requires:
         with pytest.raises(ValueError, match="value_fn"):
             traced_update(tx)
-    assert bool(found.refreshes) == (case.refresh is not None)
+    # GaLore's bases, which the gauntlet refreshes in the graph.
+    assert bool(found.refreshes) == (case.refresh is not None or case.name == "galore")
     assert "unknown" not in str(found)
 
 
