@@ -11,8 +11,8 @@ def hold_out(
     """Draws examples at random, of every class the same share.
 
     These are the rows of `sklearn.model_selection.train_test_split(numpy.arange(count),
-    test_size=size, stratify=classes, random_state=seed)`; see there for the algorithm
-    (`StratifiedShuffleSplit`, `ShuffleSplit`).
+    test_size=size, stratify=classes, random_state=seed)`, whose documentation describes the
+    algorithm under `StratifiedShuffleSplit` and `ShuffleSplit`.
 
     Example:
       >>> left, drawn = hold_out(6, 2, classes=np.array([0, 0, 0, 1, 1, 1]))

@@ -252,10 +252,8 @@ def scale_by_galore(
                 new_ones.append(
                     lax.cond(due, functools.partial(new, index), lambda basis=basis: basis)
                 )
-        return [
-            dict(zip(indices, new_ones, strict=True)).get(index, basis)
-            for index, basis in enumerate(bases)
-        ]
+        replacements = dict(zip(indices, new_ones, strict=True))
+        return [replacements.get(index, basis) for index, basis in enumerate(bases)]
 
     def update_fn(
         updates: chex.ArrayTree,
