@@ -36,7 +36,7 @@ from optax_accel.low_rank import adarankgrad, galore, low_rank_bytes
 from optax_accel.low_rank import scale_by_adarankgrad, scale_by_galore
 
 # A few entries of each tensor
-from optax_accel.sparse_increments import SparseIncrementsState, sift, sparse_increments
+from optax_accel.sparse import SparseIncrementsState, sift, sparse_increments
 
 # Gradient sampling
 from optax_accel.sampling import SampleGradientsState, sample_gradients
