@@ -39,9 +39,9 @@ from optax_accel.low_rank import scale_by_adarankgrad, scale_by_galore
 from optax_accel.sparse import SparseIncrementsState, sift, sparse_increments
 
 # Gradient sampling
-from optax_accel.sampling import SampleGradientsState, sample_gradients
-from optax_accel.sampling import bernoulli_per_element, bernoulli_per_tensor
-from optax_accel.sampling import stoch_grad_adam
+from optax_accel.gradients import SampleGradientsState, sample_gradients
+from optax_accel.gradients import bernoulli_per_element, bernoulli_per_tensor
+from optax_accel.gradients import stoch_grad_adam
 
 # Extragradient
 from optax_accel.extrapolation import ExtragradientState, extragradient

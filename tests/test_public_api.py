@@ -18,7 +18,15 @@ import optax
 import pytest
 
 import optax_accel as oa
-from optax_accel import curvature, low_rank, natural_gradient, sparse, topologies, workers
+from optax_accel import (
+    curvature,
+    gradients,
+    low_rank,
+    natural_gradient,
+    sparse,
+    topologies,
+    workers,
+)
 from tests.helpers import least_squares
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +58,9 @@ def test_all_is_sorted_and_complete() -> None:
     assert set(oa.__all__) == exported | set(NAMESPACES)
 
 
-@pytest.mark.parametrize("package", [oa, curvature, low_rank, natural_gradient, sparse, workers])
+@pytest.mark.parametrize(
+    "package", [oa, curvature, gradients, low_rank, natural_gradient, sparse, workers]
+)
 def test_packages_list_what_they_import(package: Any) -> None:
     imported = {
         alias.name
