@@ -254,7 +254,7 @@ def show(
     console.print()
     console.print(report.ranks_table(results["ranks"]))
     console.print()
-    console.print(report.verdicts_table(study, judgements))
+    console.print(report.verdicts_table(study.claims, judgements))
     console.print()
 
 

@@ -27,9 +27,10 @@ FIELDS = (
 FOLDER = Path("evidence")
 _HEAD = """# Verdicts
 
-What `python -m experiments.referee STUDY` and the commands `survey` and `brief_review` found, from
-the files in `evidence/`: lines are only ever added, so an earlier verdict that a later run refutes
-stays here. An ellipsis stands for the end of an interval that has none.
+What `python -m experiments.referee STUDY`, `python -m experiments.protocols STUDY` and the commands
+`survey` and `brief_review` found, from the files in `evidence/`: lines are only ever added, so an
+earlier verdict that a later run refutes stays here. An ellipsis stands for the end of an interval
+that has none.
 """
 
 

@@ -301,6 +301,69 @@ class LowerError:
         return (theirs - ours)[..., rows].mean(axis=-1) + self.slack
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Within:
+    """Margin of "the method's value lies between two bounds", the mean of settings.
+
+    Attributes:
+      method: name of the contestant that the claim is about.
+      low: the least value that the claim allows.
+      high: the greatest one.
+      among: names of the settings that count; all if empty.
+    """
+
+    method: str
+    low: float = -math.inf
+    high: float = math.inf
+    among: tuple[str, ...] = ()
+
+    def __call__(self, view: View) -> np.ndarray:
+        """The distance from the nearer bound, positive between the two."""
+        rows = _rows(view.results, self.among)
+        values = view.errors[..., view.number(self.method)][..., rows].mean(axis=-1)
+        return np.minimum(values - self.low, self.high - values)
+
+
+@dataclasses.dataclass(frozen=True)
+class AllOf:
+    """Margin of a claim that says several things at once: the least of their margins.
+
+    Attributes:
+      margins: those of the parts, each a function of a `View`.
+    """
+
+    margins: tuple[Margin, ...]
+
+    def __call__(self, view: View) -> np.ndarray:
+        """The least margin of a view."""
+        return np.min([margin(view) for margin in self.margins], axis=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class InEverySeed:
+    """Judges by the margin of each seed: a claim holds where all of them are above 0.
+
+    This is the criterion of claims that say "in all seeds". It counts the seeds that were run and
+    says nothing about others, so it never stays undecided, and its interval is their range.
+
+    Attributes:
+      margin: a function of a `View`.
+    """
+
+    margin: Margin
+
+    def __call__(self, results: Results) -> Judgement:
+        """Judges the results."""
+        seeds = results.errors.shape[-1]
+        found = [
+            float(self.margin(mean_view(dataclasses.replace(results, errors=errors[..., None]))))
+            for errors in np.moveaxis(results.errors, -1, 0)
+        ]
+        verdict = HOLDS if min(found) > 0 else FAILS
+        note = f"{sum(margin > 0 for margin in found)} of {seeds} seeds"
+        return Judgement(verdict, float(np.mean(found)), min(found), max(found), seeds, note=note)
+
+
 def _rows(results: Results, names: tuple[str, ...]) -> list[int]:
     """The numbers of settings; of all of them if no name is given."""
     return [results.settings.index(name) for name in names or results.settings]

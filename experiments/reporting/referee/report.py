@@ -309,12 +309,12 @@ def ranks_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return view
 
 
-def verdicts_table(study: Study, judgements: Mapping[str, Judgement]) -> Table:
-    """The claims with their verdicts."""
+def verdicts_table(claims: Sequence[Claim], judgements: Mapping[str, Judgement]) -> Table:
+    """The claims with their verdicts, by their names."""
     view = tables.table(
         ["claim", "source", "here", "estimate [interval]", "seeds"], left=3, wrap=True
     )
-    for claim in study.claims:
+    for claim in claims:
         found = judgements[claim.name]
         estimate, low, high = (
             "…" if x is None else f"{x:.3g}" for x in (found.estimate, found.low, found.high)

@@ -254,7 +254,7 @@ class Study:
         cli.check_known("unit of cost", self.unit, UNITS)
         if not self.claims:
             raise UsageError(f"study {self.name} has no claim; give at least one")
-        _check_distinct(f"study {self.name}: claim", [claim.name for claim in self.claims])
+        check_distinct(f"study {self.name}: claim", [claim.name for claim in self.claims])
         for claim in self.claims:
             if not claim.criterion.strip():
                 raise UsageError(
@@ -262,7 +262,7 @@ class Study:
                     "counts as true before anything runs"
                 )
         for scale in self.scales.values():
-            _check_distinct(f"study {self.name}: setting", [s.name for s in scale.settings])
+            check_distinct(f"study {self.name}: setting", [s.name for s in scale.settings])
             if not 2 <= scale.seeds <= scale.most_seeds or scale.tuning_seeds < 1:
                 raise UsageError(
                     f"study {self.name} needs 1 or more seeds for tuning, 2 or more for the final "
@@ -290,13 +290,13 @@ class Study:
     def _parts(self) -> Iterator[tuple[Claim, Any]]:
         """What judges each claim: its function, and the margin of one by the bootstrap."""
         for claim in self.claims:
-            yield claim, claim.judge
-            yield claim, getattr(claim.judge, "margin", None)
+            for part in parts_of(claim):
+                yield claim, part
 
     def _check_setting(self, setting: Setting) -> None:
         names = [contestant.name for contestant in setting.contestants]
-        _check_distinct(f"{setting.name}: contestant", names)
-        _check_distinct(
+        check_distinct(f"{setting.name}: contestant", names)
+        check_distinct(
             f"{setting.name}: trial",
             [method.name for contestant in setting.contestants for method in contestant.trials],
         )
@@ -358,7 +358,23 @@ class Study:
         }
 
 
-def _check_distinct(what: str, names: list[str]) -> None:
+def parts_of(claim: Claim) -> Iterator[Any]:
+    """What judges a claim: its function, its margin, and the margins that this one is made of.
+
+    Args:
+      claim: the claim.
+
+    Returns:
+      Objects that may have attributes ``method``, ``rival``, ``among`` and others.
+    """
+    margin = getattr(claim.judge, "margin", None)
+    yield claim.judge
+    yield margin
+    yield from getattr(margin, "margins", ())
+
+
+def check_distinct(what: str, names: list[str]) -> None:
+    """Raises `UsageError` if a name is used twice; `what` says of what these are the names."""
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"{what} {name!r} is there more than once; give each its own name")

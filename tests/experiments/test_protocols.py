@@ -1,0 +1,233 @@
+"""`python -m experiments.protocols` as a person types it, on a study that trains nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from experiments import protocols
+from experiments.cli import UsageError
+from experiments.reporting.referee.judging import (
+    AllOf,
+    ByBootstrap,
+    InEverySeed,
+    LowerError,
+    Within,
+)
+from experiments.reporting.referee.protocols import (
+    ERROR,
+    Claim,
+    Contestant,
+    Measure,
+    Protocols,
+    Scale,
+    Setting,
+)
+from experiments.reporting.referee.study import FAILS, HOLDS, Results
+from experiments.runs import ledger
+
+RATES = (0.1, 0.2, 0.4)
+TINY = ("tiny", "--name", "tiny")
+
+
+class Runner:
+    """A run's error is its bias plus the distance of its rate from .2, and a little of its seed."""
+
+    trained: ClassVar[list[tuple[str, float, int]]] = []
+    interrupt_after = math.inf
+
+    def __init__(self, setting: Mapping[str, Any], data_dir: Path | None, folder: Path):
+        self.setting = setting
+
+    def config(self) -> dict[str, Any]:
+        return {"checksum": 1}
+
+    def gradients(self, options: Mapping[str, Any]) -> float:
+        return 100.0
+
+    def seconds(self) -> float:
+        return 0.036
+
+    def run(
+        self, options: Mapping[str, Any], runs: Sequence[tuple[float, int]]
+    ) -> Iterator[dict[str, Any]]:
+        for rate, seed in runs:
+            if len(self.trained) >= self.interrupt_after:
+                raise KeyboardInterrupt
+            self.trained.append((options["as"], rate, seed))
+            error = self.setting["base"] + options["bias"] + abs(rate - 0.2) + 0.001 * seed
+            lost = math.nan if options["bias"] > 0.3 else error
+            yield {"validation": lost, "error": lost, "state": options["bias"], "curve": [error, 1]}
+
+
+def member(name: str, bias: float, rates: tuple[float, ...] = RATES) -> Contestant:
+    return Contestant(name=name, options={"as": name, "bias": bias}, learning_rates=rates)
+
+
+def study() -> Protocols:
+    settings = tuple(
+        Setting(
+            name=name,
+            options={"base": base},
+            budget="100 steps",
+            contestants=(member("Free", 0.1), member("Ours, 5 %", 0.0), member("Broken", 0.5)),
+            files=name == "two",
+        )
+        for name, base in (("one", 0.1), ("two", 0.2))
+    )
+
+    def claim(name: str, judge: Any, measure: str = "error") -> Claim:
+        return Claim(
+            name=name, text=name, source="ours", criterion="> 0", judge=judge, measure=measure
+        )
+
+    ours = LowerError(method="Ours, 5 %", rival="Free", among=("one",))
+    return Protocols(
+        name="tiny",
+        summary="a study that trains nothing",
+        free_rival="Free",
+        measures={"error": ERROR, "state": Measure(text="a number", worst=1.0, form=".2f")},
+        scales={
+            "smoke": Scale(settings=settings[:1], tuning_seeds=1, seeds=2),
+            "small": Scale(settings=settings, tuning_seeds=2, seeds=3),
+        },
+        claims=(
+            claim("a", ByBootstrap(ours, settings=False)),
+            claim("b", InEverySeed(LowerError(method="Free", rival="Ours, 5 %", among=("one",)))),
+            claim("c", InEverySeed(Within(method="Free", high=0.2, among=("one",))), "state"),
+            claim("d", InEverySeed(AllOf((ours, Within(method="Broken", high=0.9))))),
+            claim("e", InEverySeed(LowerError(method="Free", rival="Broken", among=("two",)))),
+        ),
+    )
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory and the study."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(protocols.DATA, raising=False)
+    monkeypatch.setattr(Runner, "trained", [])
+    monkeypatch.setitem(protocols.STUDIES, "tiny", (study(), Runner))
+    return tmp_path
+
+
+def test_a_study(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert protocols.main((*TINY, "--data-dir", "DATA")) == 0
+    out = capsys.readouterr().out
+    ours = [run[1:] for run in Runner.trained if run[0] == "Ours, 5 %"][:9]
+    assert ours == [(r, s) for r in RATES for s in (0, 1)] + [(0.2, s) for s in (2, 3, 4)]
+    results = json.loads((here / "runs" / "tiny" / "results.json").read_text())
+    assert results["chosen"]["one"] == {"Free": 0.2, "Ours, 5 %": 0.2, "Broken": 0.1}
+    verdicts = {line["claim"]: line for line in results["verdicts"]}
+    assert {name: line["verdict"] for name, line in verdicts.items()} == {
+        "a": HOLDS,
+        "b": FAILS,
+        "c": HOLDS,
+        "d": FAILS,
+        "e": HOLDS,
+    }
+    assert verdicts["a"]["estimate"] == pytest.approx(0.1)
+    assert verdicts["b"]["note"] == "0 of 3 seeds"
+    assert (verdicts["a"]["unit"], verdicts["c"]["unit"]) == ("error", "state")
+    assert verdicts["a"]["runs"] == 18
+    assert verdicts["a"]["diverged"] == 6
+    assert verdicts["a"]["command"].endswith("protocols tiny --scale small --data-dir DATA")
+    assert ledger.read(here / "evidence" / "tiny.jsonl") == results["verdicts"]
+    assert "10.30 ± 0.06" in out
+    assert " 0.10" in out
+    assert "3 diverged" in out
+
+
+def test_settings_without_their_files_are_left_out(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert protocols.main((*TINY, "--dry-run")) == 0
+    out = capsys.readouterr().out
+    assert Runner.trained == []
+    assert not (here / "runs").exists()
+    # 3 contestants x (3 rates x 2 + 3) runs of 100 gradients of 0.036 seconds.
+    assert "27, finished ones included" in out
+    assert "about 2 min" in out
+    assert protocols.main(TINY) == 0
+    out = capsys.readouterr().out
+    assert "left out: two" in out
+    assert "(e)" not in out
+    lines = ledger.read(here / "evidence" / "tiny.jsonl")
+    assert [line["claim"] for line in lines] == ["a", "b", "c", "d"]
+
+
+def test_an_interrupted_study_continues(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (*TINY, "--scale", "smoke")
+    monkeypatch.setattr(Runner, "interrupt_after", 7)
+    assert protocols.main(arguments) == 130
+    assert "the same command continues" in capsys.readouterr().err
+    monkeypatch.setattr(Runner, "interrupt_after", math.inf)
+    assert protocols.main(arguments) == 0
+    assert len(Runner.trained) == len(set(Runner.trained)) == 15
+    assert not (here / "evidence").exists()  # what is tried out is no evidence
+    assert protocols.main((*TINY, "--scale", "small")) == 2
+    assert "holds a study with scale smoke, now small" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "no study given; valid: "),
+        (("huge",), "unknown study 'huge'; valid: "),
+        ((*TINY, "--settings", "one,three"), "unknown setting 'three'; valid: one, two"),
+    ],
+)
+def test_wrong_input(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert protocols.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_study_is_fair() -> None:
+    for name in protocols.STUDIES:
+        found, _ = protocols.find_study(name)
+        assert found.name == name
+
+
+def test_unfair_studies_are_refused() -> None:
+    fair = study()
+    fair.check()
+    (setting, _), first = fair.scales["small"].settings, fair.claims[0]
+
+    def of(*contestants: Contestant, seeds: int = 3) -> dict[str, Any]:
+        changed = dataclasses.replace(setting, contestants=contestants)
+        return {"scales": {"small": Scale(settings=(changed,), tuning_seeds=1, seeds=seeds)}}
+
+    free, ours = setting.contestants[:2]
+    cases: list[tuple[dict[str, Any], str]] = [
+        (of(free, member("Ours, 5 %", 0.0, (0.1,))), "Ours, 5 % has 1 rate, Free has 3"),
+        (of(ours), "lacks Free"),
+        (of(free, ours, member("ours 5", 0.0)), "'ours_5' is there more than once"),
+        (of(free, ours, seeds=1), "2 or more for the final runs, got 1 and 1"),
+        ({"claims": (dataclasses.replace(first, criterion=" "),)}, "has no criterion"),
+        ({"claims": (dataclasses.replace(first, measure="eror"),)}, "unknown measure of claim"),
+        ({"claims": (first, first)}, "claim 'a' is there more than once"),
+        (of(free, member("Others", 0.0)), "claim 'a' is about settings or contestants"),
+    ]
+    for change, message in cases:
+        changed = dataclasses.replace(fair, **{"claims": fair.claims[:1], **change})
+        with pytest.raises(UsageError, match=message):
+            changed.check()
+
+
+def test_a_claim_about_two_bounds() -> None:
+    results = Results.of_errors(["s"], ["m"], np.array([[[0.2, 0.4, 0.9]]]), "x")
+    found = InEverySeed(Within(method="m", low=0.3, high=1.0))(results)
+    assert found.verdict == FAILS
+    np.testing.assert_allclose((found.low, found.high), (-0.1, 0.1))
+    assert found.note == "2 of 3 seeds"
