@@ -216,6 +216,7 @@ def _elements(
             mask = mask(params) if callable(mask) else mask
             yield from _elements(enclosed["inner"], _masked(params, mask), f"{within}masked: ")
         elif maker == "partition" and {"transforms", "param_labels"} <= enclosed.keys():
+            jax.eval_shape(part.init, params)  # raises on labels without a transformation
             labels = enclosed["param_labels"]
             labels = labels(params) if callable(labels) else labels
             for group, inner in enclosed["transforms"].items():

@@ -44,6 +44,7 @@ from optax_accel._arguments import (
     check_integer,
     known_integer,
     static_integer,
+    shown,
 )
 
 EigenspaceRefresh: TypeAlias = bool | Literal["cold", "warm"] | None
@@ -110,8 +111,8 @@ def _check(refresh: Any) -> None:
     values = refresh if isinstance(refresh, Refresh) else (refresh,)
     if any(isinstance(value, jax.Array | np.ndarray | np.generic) for value in values):
         raise TypeError(
-            "`refresh` must be a static Python value, got an array: mark it with "
-            'jax.jit(step, static_argnames="refresh").'
+            f"`refresh` must be a static Python value, got {shown(refresh)}: give bool(...) of a "
+            'NumPy value, and mark the argument with jax.jit(step, static_argnames="refresh").'
         )
     if isinstance(refresh, Refresh):
         flags = all(flag in (None, False, True) for flag in (refresh.factors, refresh.damping))

@@ -139,6 +139,9 @@ def test_what_is_no_optimizer() -> None:
 
 
 def test_what_are_no_parameters() -> None:
+    unlabelled = optax.partition({"a": optax.adam(0.1)}, {"dense": "a", "b": "c"})
+    with pytest.raises(ValueError, match="no corresponding transformation"):
+        oa.describe(unlabelled, PROBLEM.params)
     with pytest.raises(ValueError, match="`params` must contain arrays, got None"):
         oa.describe(optax.adam(0.1), None)
     with pytest.raises(TypeError, match=r"the leaf \['name'\] is 'mlp'"):
