@@ -43,8 +43,8 @@ from optax_accel._arguments import (
     check_flag,
     check_integer,
     known_integer,
-    static_integer,
     shown,
+    static_integer,
 )
 
 EigenspaceRefresh: TypeAlias = bool | Literal["cold", "warm"] | None
