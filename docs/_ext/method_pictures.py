@@ -164,7 +164,8 @@ def picture(method: Method) -> str:
     svg = svg[svg.index("<svg") :].replace(TEXT, "currentColor")
     opening = f'<svg role="img" aria-label="{alternative(method)}"'
     svg = svg.replace("<svg", opening, 1)
-    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)  # a hundredth of a point is enough
+    # A hundredth of a point is enough for coordinates, which stand inside of tags.
+    svg = re.sub(r"(\d\.\d\d)\d+(?=[^<>]*>)", r"\1", svg)
     # An empty line would end the block of HTML in a page of Markdown.
     return "\n".join(line for line in svg.splitlines() if line.strip()) + "\n"
 
