@@ -38,6 +38,10 @@ from optax_accel.low_rank import scale_by_adarankgrad, scale_by_galore
 # A few entries of each tensor
 from optax_accel.sparse import SparseIncrementsState, sift, sparse_increments
 
+# Forward gradients, without back-propagation
+from optax_accel.gradients import ForwardGradientState, Taps
+from optax_accel.gradients import forward_gradient, forward_value_and_grad
+
 # Gradient sampling
 from optax_accel.gradients import SampleGradientsState, sample_gradients
 from optax_accel.gradients import bernoulli_per_element, bernoulli_per_tensor
@@ -93,6 +97,7 @@ __all__ = [
     "DynamicLossScaleState",
     "ExactTracker",
     "ExtragradientState",
+    "ForwardGradientState",
     "GNPState",
     "GradientTracker",
     "HessianFreeState",
@@ -123,6 +128,7 @@ __all__ = [
     "ScaleByQHMState",
     "ScaleByYellowFinState",
     "SparseIncrementsState",
+    "Taps",
     "Tracker",
     "TrustRegion",
     "WithSchedulesState",
@@ -149,6 +155,8 @@ __all__ = [
     "extra_adam",
     "extragradient",
     "extrap_sgd",
+    "forward_gradient",
+    "forward_value_and_grad",
     "galore",
     "gnp",
     "hessian_free",

@@ -259,6 +259,11 @@ class Objective:
         return self._functions.weight is not None
 
     @property
+    def is_accumulated(self) -> bool:
+        """Whether the objective sees its batch in micro-batches, made by :meth:`accumulated`."""
+        return self._micro is not None
+
+    @property
     def arguments(self) -> tuple[list[str], list[str], bool]:
         """The keyword arguments by name, the required ones, and whether ``**`` is taken."""
         functions = self._functions

@@ -153,6 +153,11 @@ OPTIMIZERS = (
         "reparametrize powerprop",
         lambda rate: oa.reparametrize(momentum_sgd(rate), oa.powerprop(2.0)),
     ),
+    Case(
+        "forward_gradient",
+        lambda rate: oa.forward_gradient(momentum_sgd(rate), num_samples=8),
+        (0.003, 0.01, 0.03, 0.1, 0.3),
+    ),
     Case("gnp", lambda rate: oa.gnp(momentum_sgd(rate), rho=0.1, alpha=0.8)),
     Case("gnp sharpness", lambda rate: oa.gnp(momentum_sgd(rate), rho=0.05, alpha=1.0), slow=True),
     natural(oa.kfac),

@@ -79,6 +79,9 @@ ELEMENTWISE: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "reparametrize": lambda mask: oa.reparametrize(
         oa.demon_sgd(0.1, decay_steps=9), oa.weight_norm(), mask=mask
     ),
+    "forward_gradient": lambda mask: oa.forward_gradient(
+        oa.demon_sgd(0.1, decay_steps=9), mask=mask
+    ),
     "gnp": lambda mask: oa.gnp(oa.demon_sgd(0.1, decay_steps=9), mask=mask),
     "extragradient": lambda mask: oa.extragradient(
         oa.stoch_grad_adam(0.1), 0.1, "filter_gaussian", trust_ratio=True, mask=mask

@@ -544,6 +544,7 @@ FACTORIES: dict[Callable[..., optax.GradientTransformationExtraArgs], dict[str, 
     oa.extragradient: {"inner": SGD, "extrapolation_rate": 0.1, "direction": "gaussian"},
     oa.extrap_sgd: {"learning_rate": 0.1, "extrapolation_rate": 0.05},
     oa.extra_adam: {"learning_rate": 0.1},
+    oa.forward_gradient: {"inner": SGD},
     oa.gnp: {"inner": SGD, "rho": 0.3},
     oa.dynamic_loss_scale: {"inner": SGD, "initial_scale": 4},
     # Damping that acts at once.

@@ -21,6 +21,7 @@ METHODS: dict[str, Callable[[Any], optax.GradientTransformationExtraArgs]] = {
     "project_to_bulk": lambda mask: oa.project_to_bulk(1, mask=mask),
     "bulk_sgd": lambda mask: oa.bulk_sgd(0.1, 1, mask=mask),
     "hessian_free": lambda mask: oa.hessian_free(max_iterations=2, mask=mask),
+    "forward_gradient": lambda mask: oa.forward_gradient(SGD, mask=mask),
     "gnp": lambda mask: oa.gnp(SGD, mask=mask),
     "extragradient": lambda mask: oa.extragradient(SGD, 0.2, mask=mask),
     "extragradient past": lambda mask: oa.extragradient(SGD, 0.2, "past", mask=mask),

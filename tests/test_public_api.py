@@ -489,6 +489,7 @@ FLAGS = {
 REQUIRED: dict[str, Any] = {
     "learning_rate": 0.1,
     "inner": optax.sgd(0.1),
+    "value_fn": abs,
     "extrapolation_rate": 0.1,
     "decay_steps": 9,
     "function": lambda carry, part, index: (carry, part),

@@ -47,6 +47,7 @@ FUNCTIONS = {
     "weight_norm_sgd": "weight_norm",
     "weight_norm_adam": "weight_norm",
     "powerprop_sgd": "powerprop",
+    "forward_gradient_sgd": "forward_gradient",
     "gnp_sgd": "gnp",
     "sam_sgd": "gnp",
     "post_local_sgd": "post_local_sgd",

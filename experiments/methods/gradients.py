@@ -19,6 +19,10 @@ def _gnp_sgd(learning_rate: Any, *, rho: float, alpha: float) -> optax.GradientT
     return oa.gnp(momentum_sgd(learning_rate), rho=rho, alpha=alpha)
 
 
+def _forward_sgd(learning_rate: Any, **options: Any) -> optax.GradientTransformation:
+    return oa.forward_gradient(momentum_sgd(learning_rate), **options)
+
+
 def _seeded(context: Context) -> dict[str, Any]:
     """The seed of a method's own randomness, as its key."""
     return {"key": context.seed}
@@ -103,6 +107,21 @@ EXTRAP_UNIFORM = dataclasses.replace(
     name="extrap_sgd_uniform",
     summary="the same with uniform noise in place of normal noise",
     factory=functools.partial(oa.extrap_sgd, direction="filter_uniform", extrapolation_rate=0.1),
+)
+
+FORWARD_GRADIENT = (
+    Method(
+        name="forward_gradient_sgd",
+        family="forward gradient",
+        summary="SGD on estimates of the gradient from forward-mode derivatives alone",
+        paper=Paper("Ren et al., 2023", "https://arxiv.org/abs/2210.03310"),
+        fidelity="faithful",
+        base="sgd",
+        # The noise of an estimate grows with the number of weights.
+        learning_rates=(0.0001, 0.0003, 0.001, 0.003, 0.01),
+        factory=_forward_sgd,
+        from_context=_seeded,
+    ),
 )
 
 GRADIENT_NORM = (

@@ -74,7 +74,7 @@ class Phase(NamedTuple):
 
 
 # Families whose update evaluates the network itself.
-_EVALUATING = ("extragradient", "gradient norm", "natural gradient")
+_EVALUATING = ("extragradient", "forward gradient", "gradient norm", "natural gradient")
 
 
 def _nothing(context: Context) -> Mapping[str, Any]:

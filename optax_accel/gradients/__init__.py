@@ -1,5 +1,10 @@
 """Gradients that are not plain back-propagation: what enters an optimizer is made differently."""
 
+from optax_accel.gradients.forward import (
+    ForwardGradientState,
+    forward_gradient,
+    forward_value_and_grad,
+)
 from optax_accel.gradients.masks import (
     SampleGradientsState,
     bernoulli_per_element,
@@ -7,11 +12,16 @@ from optax_accel.gradients.masks import (
     sample_gradients,
     stoch_grad_adam,
 )
+from optax_accel.gradients.taps import Taps
 
 __all__ = [
+    "ForwardGradientState",
     "SampleGradientsState",
+    "Taps",
     "bernoulli_per_element",
     "bernoulli_per_tensor",
+    "forward_gradient",
+    "forward_value_and_grad",
     "sample_gradients",
     "stoch_grad_adam",
 ]
