@@ -116,6 +116,15 @@ class TransformerLM(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits of shape (N, length, vocabulary_size), at least float32, of token ids."""
+        h = self.hidden(x)
+        logits = self.embedding.attend(h) if self.linear is None else self.linear(h)
+        return _common.as_logits(logits)
+
+    def hidden(self, x: jax.Array) -> jax.Array:
+        """What the logits are made of, of shape (N, length, embedding_size), of token ids.
+
+        A classifier that is fine-tuned from a language model starts from it.
+        """
         _common.check_tokens(self, x, self.input_shape)
         h = self.embedding(x)
         if self.positions is None:
@@ -127,6 +136,4 @@ class TransformerLM(nnx.Module):
         mask = _attention.causal_mask(h.shape[1])
         for layer in self.layers:
             h = layer(h, mask)
-        h = self.norm(h)
-        logits = self.embedding.attend(h) if self.linear is None else self.linear(h)
-        return _common.as_logits(logits)
+        return self.norm(h)

@@ -41,7 +41,7 @@ def load_windows(name: str, folder: Path, hub: str | None) -> Task:
     Raises:
       DataError: a file is missing or damaged, or shorter than a window.
     """
-    paths, texts = ([folder] * len(SPLITS), _read_hub(hub)) if hub else _read_files(name, folder)
+    paths, texts = ([folder] * len(SPLITS), _read_hub(hub)) if hub else read_files(name, folder)
     if name == "wikitext2":
         tokens, size = _word_ids(paths, texts)
     else:
@@ -68,8 +68,19 @@ def _read_hub(hub: str) -> list[str]:
     ]
 
 
-def _read_files(name: str, folder: Path) -> tuple[list[Path], list[str]]:
-    """The file and the text of each split."""
+def read_files(name: str, folder: Path) -> tuple[list[Path], list[str]]:
+    """The file and the text of each split.
+
+    Args:
+      name: ``"wikitext2"`` or ``"tiny_shakespeare"``.
+      folder: folder with the files.
+
+    Returns:
+      Three paths and three texts.
+
+    Raises:
+      DataError: a file is missing or damaged.
+    """
     if name == "wikitext2":
         paths = find(folder, _WIKITEXT_FILES, "WikiText-2")
         return paths, [read_text(path) for path in paths]
@@ -86,16 +97,28 @@ def _word_ids(paths: Sequence[Path], texts: Sequence[str]) -> tuple[list[np.ndar
     the one that stands for rare words.
     """
     ids: dict[str, int] = {}
-    words = _words_and_ends(paths[0], texts[0])
+    words = words_and_ends(paths[0], texts[0])
     tokens = [np.fromiter((ids.setdefault(word, len(ids)) for word in words), np.int32)]
     unknown = ids.setdefault("<unk>", len(ids))
     for path, text in zip(paths[1:], texts[1:], strict=True):
-        words = _words_and_ends(path, text)
+        words = words_and_ends(path, text)
         tokens.append(np.fromiter((ids.get(word, unknown) for word in words), np.int32))
     return tokens, len(ids)
 
 
-def _words_and_ends(path: Path, text: str) -> Iterator[str]:
+def words_and_ends(path: Path, text: str) -> Iterator[str]:
+    """The words of a text, and ``<eos>`` behind each line.
+
+    Args:
+      path: the file of the text, for error messages.
+      text: the text.
+
+    Yields:
+      The words.
+
+    Raises:
+      DataError: a line is too long.
+    """
     for _, line in lines(path, text):
         yield from line.split()
         yield "<eos>"

@@ -48,14 +48,25 @@ def load_sst2(name: str, folder: Path, hub: str | None) -> Task:
     Raises:
       DataError: a file is missing or damaged, or there are too few rows.
     """
-    path, arrays = (folder, _read_hub(hub)) if hub else _read_files(folder)
+    path, arrays = (folder, _read_hub(hub)) if hub else read_files(folder)
     splits = split_arrays(name, path, arrays)
     longest = max(len(_words(sentence)) for sentence in arrays["x_train"])
     splits, size = _tokenize(splits, min(longest, _MAX_TOKENS))
     return make_task(name, splits, num_classes=2, vocabulary_size=size)
 
 
-def _read_files(folder: Path) -> tuple[Path, Arrays]:
+def read_files(folder: Path) -> tuple[Path, Arrays]:
+    """A path for error messages, and the sentences and labels of both files.
+
+    Args:
+      folder: folder with the files.
+
+    Returns:
+      The path, and ``x_train``, ``y_train``, ``x_test`` and ``y_test``.
+
+    Raises:
+      DataError: a file is missing or damaged.
+    """
     paths = find(folder, _FILES, "SST-2")
     return paths[0], _arrays([read_sentences(path) for path in paths])
 

@@ -231,3 +231,19 @@ def test_a_claim_about_two_bounds() -> None:
     assert found.verdict == FAILS
     np.testing.assert_allclose((found.low, found.high), (-0.1, 0.1))
     assert found.note == "2 of 3 seeds"
+
+
+def test_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ("fine_tuning", "--scale", "smoke", "--name", "smoke")
+    assert protocols.main(arguments) == 0
+    results = json.loads((tmp_path / "runs" / "smoke" / "results.json").read_text())
+    scores = {name: runs[0]["scores"] for name, runs in results["final"]["digits"].items()}
+    assert scores["Full"]["state"] == scores["Full"]["trained"] == 1.0
+    # 16 x 64 + 16 entries, of which 52 and 1 are trained, beside all 170 of the new layer: a moment
+    # of each, and 10 of the old last layer's 170 gradients, which are zero.
+    trained = (52 + 1 + 9 + 1 + 170) / (1040 + 170 + 170)
+    assert scores["SIFT, 5 %"]["trained"] == pytest.approx(trained, rel=1e-6)
+    assert 0 < scores["SIFT, 5 %"]["outside"] < 1 - 53 / 1210  # less than of any entries
+    assert [line["claim"] for line in results["verdicts"]] == ["h"]
+    assert protocols.main((*arguments, "--dry-run")) == 0
