@@ -30,6 +30,8 @@ from experiments.reporting.referee.protocols import (
 FULL, SIFT, RANDOM, MAGNITUDE = "Full", "SIFT, {} %", "Random, {} %", "Magnitude, {} %"
 DIGITS, REVIEWS = "digits", "reviews"
 RATES = (0.0003, 0.001, 0.003, 0.01, 0.03)
+# The first run had those of the reviews, of which most contestants took the last one.
+DIGITS_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 
 
 def contestants(rates: tuple[float, ...] = RATES) -> tuple[Contestant, ...]:
@@ -81,7 +83,9 @@ def digits(**changes: Any) -> Setting:
     }
     steps = options["steps"]
     budget = f"{steps} steps of 32 of 300 digits moved by 2 pixels, all rates falling to zero"
-    return Setting(name=DIGITS, options=options, budget=budget, contestants=contestants())
+    return Setting(
+        name=DIGITS, options=options, budget=budget, contestants=contestants(DIGITS_RATES)
+    )
 
 
 def reviews(
