@@ -13,6 +13,7 @@ from models._registry import create, describe, draws_images, is_convolutional, l
 from models.capsnet import CapsNet
 from models.cnn import Cnn
 from models.efficientnet import EfficientNet
+from models.local_mixer import LocalMixer
 from models.lstm_lm import LstmLM
 from models.mlp import Mlp
 from models.mobilenet import MobileNetV2
@@ -32,6 +33,7 @@ __all__ = [
     "CifarResNet",
     "Cnn",
     "EfficientNet",
+    "LocalMixer",
     "LstmLM",
     "Mlp",
     "MobileNetV2",

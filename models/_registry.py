@@ -13,6 +13,7 @@ from models import _common
 from models.capsnet import CapsNet
 from models.cnn import Cnn
 from models.efficientnet import EfficientNet
+from models.local_mixer import LocalMixer
 from models.lstm_lm import LstmLM
 from models.mlp import Mlp
 from models.mobilenet import MobileNetV2
@@ -55,6 +56,15 @@ def _vit(width: int, num_layers: int, num_heads: int) -> dict[str, int]:
     }
 
 
+def _mixer(num_patches: int, channels: int, num_groups: int, num_blocks: int) -> dict[str, int]:
+    return {
+        "num_patches": num_patches,
+        "channels": channels,
+        "num_groups": num_groups,
+        "num_blocks": num_blocks,
+    }
+
+
 MODELS: dict[str, Entry] = {
     "mlp": Entry(Mlp),
     "cnn": Entry(Cnn, convolutional=True),
@@ -89,6 +99,9 @@ MODELS: dict[str, Entry] = {
     "vit_s": Entry(Vit, False, _vit(384, 12, 6)),
     "vit_b": Entry(Vit, False, _vit(768, 12, 12)),
     "vit_l": Entry(Vit, False, _vit(1024, 24, 16)),
+    "local_mixer_s": Entry(LocalMixer, False, _mixer(1, 256, 1, 1)),
+    "local_mixer_m": Entry(LocalMixer, False, _mixer(8, 512, 16, 4)),
+    "local_mixer_l": Entry(LocalMixer, False, _mixer(32, 2048, 64, 4)),
     "unet": Entry(UNet, True),
     "capsnet": Entry(CapsNet, True),
     "transformer": Entry(Transformer),
