@@ -182,19 +182,20 @@ class LocalMixer(nnx.Module):
 
     def _with_tapped_weights(self, locality: str, tap: Taps) -> LocalMixer:
         """The same network with a tap on each weight and bias of the layers inside the blocks."""
-        graphdef, params, rest = nnx.split(self, nnx.Param, ...)
+        graphdef, params = nnx.split(self)
 
         def tapped(path: tuple[Any, ...], w: jax.Array) -> jax.Array:
-            b, name = ([getattr(key, "key", None) for key in path] + [None])[1:3]
+            keys = [getattr(key, "key", None) for key in path]
+            name = keys[2] if len(keys) > 2 else None
             if name not in ("patches", "mixed", "grouped"):
                 return w
             # The normalization behind the other layers sees all groups.
             own = locality == "group" and name == "grouped"
-            loss = "network" if locality == "global" else f"block {b}"
+            loss = "network" if locality == "global" else f"block {keys[1]}"
             return tap(w, loss=loss, axes=(2,) if own else ())
 
         params = jax.tree_util.tree_map_with_path(tapped, params)
-        return nnx.merge(graphdef, params, rest, copy=True)
+        return nnx.merge(graphdef, params)
 
 
 class _Block(nnx.Module):
