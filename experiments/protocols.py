@@ -37,7 +37,7 @@ from experiments.reporting.referee import protocols as report
 from experiments.reporting.referee import report as referee
 from experiments.reporting.referee.protocols import Protocols, Runs, Setting
 from experiments.runs import folders, ledger
-from experiments.runs.records import RESULTS, versions
+from experiments.runs.records import RESULTS, provenance, versions
 from experiments.runs.study import StudyFolder
 from experiments.training.studies import fine_tuning
 from experiments.training.studies.protocol_runs import FINAL, KEPT, TUNING, Ring, Runner
@@ -207,6 +207,7 @@ def conclude(
     }
     lines = report.entries(report.judge(study, settings, final), about)
     record = {"config": config, "chosen": chosen, "final": final, "verdicts": lines}
+    record |= provenance(PROG, options)
     cli.write_atomic(folder / RESULTS, cli.to_json(record))
     return lines
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from rich.table import Table
 
-from experiments import step_cost
+from experiments import protocols, step_cost
 from experiments.reporting import comparison, survey, tables, trackers
+from experiments.reporting.referee.protocols import scores_table
 from experiments.training.studies.tracking import ENTRIES
 
 Record = dict[str, Any]
@@ -30,7 +31,7 @@ def write(records: Path, folder: Path) -> None:
     """
     for path in sorted(records.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
-        make = _typed if record.get("transcribed") else KINDS[path.stem]
+        make = _typed if record.get("transcribed") else KINDS.get(path.stem, _protocols)
         text = f"{make(record)}\n{_source(record)}"
         (folder / f"{path.stem}.md").write_text(text, encoding="utf-8")
 
@@ -65,6 +66,17 @@ def _comparison(record: Record) -> str:
         lines.append([f"{bold}{cell}{bold}" for cell in comparison.cells(row, config)])
     notes = "\n".join(f"- {note}" for note in comparison.footnotes(record))
     return f"{_markdown(names, lines)}\n\n{notes}"
+
+
+def _protocols(record: Record) -> str:
+    """A table for each setting of a study of whole procedures, with its budget in front of it."""
+    study, _ = protocols.STUDIES[record["config"]["protocols"]]
+    settings = {each.name: each for each in study.scales[record["config"]["scale"]].settings}
+    parts = []
+    for name in record["final"]:
+        view = scores_table(study, settings[name], record["chosen"][name], record["final"][name])
+        parts += [f"`{name}`: {settings[name].budget}", _printed(view)]
+    return "\n\n".join(parts)
 
 
 def _step_cost(record: Record) -> str:
