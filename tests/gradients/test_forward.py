@@ -14,6 +14,7 @@ import optax_accel as oa
 from optax_accel.gradients import forward
 
 TAPS = oa.Taps()
+SLOW = pytest.mark.slow  # what the gauntlet covers in another form
 X = np.array([[1.0, 2.0]], np.float32)
 W = np.array([[0.5, -0.5, 1.0], [0.25, 0.5, -1.0]], np.float32)
 EXACT = np.array([[0, 0.5, 0], [0, 1, 0]], np.float32)
@@ -112,7 +113,7 @@ def test_variances_are_those_of_the_closed_forms():
     np.testing.assert_allclose(found, [weights, activations, samples, signs], rtol=0.05)
 
 
-@pytest.mark.parametrize("perturb", ["weights", "activations"])
+@pytest.mark.parametrize("perturb", [pytest.param("weights", marks=SLOW), "activations"])
 @pytest.mark.parametrize("derivative", ["exact", "antithetic"])
 def test_as_many_orthogonal_samples_as_values_give_the_gradient(perturb, derivative):
     params, batch = a_network()
@@ -308,7 +309,7 @@ def test_as_an_element_of_the_chain():
     assert int(own.count) == 1
 
 
-@pytest.mark.parametrize("perturb", ["weights", "activations"])
+@pytest.mark.parametrize("perturb", [pytest.param("weights", marks=SLOW), "activations"])
 def test_half_precision(perturb):
     params, batch = a_network()
     half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
@@ -327,7 +328,7 @@ def test_half_precision(perturb):
         np.testing.assert_allclose(a.astype(np.float32), b, atol=0.05 * float(abs(b).max()))
 
 
-@pytest.mark.parametrize("perturb", ["weights", "activations"])
+@pytest.mark.parametrize("perturb", [pytest.param("weights", marks=SLOW), "activations"])
 def test_replicas_average_their_estimates(perturb):
     params, batch = a_network(examples=8)
     objective = oa.Objective(
@@ -403,7 +404,7 @@ class LinenNetwork(nn.Module):
         return tap(nn.Dense(2)(jnp.tanh(tap(nn.Dense(4)(x)))))
 
 
-@pytest.mark.parametrize("framework", ["nnx", "linen"])
+@pytest.mark.parametrize("framework", ["nnx", pytest.param("linen", marks=SLOW)])
 def test_taps_in_modules_of_flax(framework):
     _, batch = a_network()
     if framework == "nnx":
