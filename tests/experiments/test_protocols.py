@@ -247,3 +247,20 @@ def test_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < scores["SIFT, 5 %"]["outside"] < 1 - 53 / 1210  # less than of any entries
     assert [line["claim"] for line in results["verdicts"]] == ["h"]
     assert protocols.main((*arguments, "--dry-run")) == 0
+
+
+@pytest.mark.slow
+def test_local_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert protocols.main(("local_losses", "--scale", "smoke", "--name", "smoke")) == 0
+    results = json.loads((tmp_path / "runs" / "smoke" / "results.json").read_text())
+    runs = results["final"]["digits"]["Forward, local, activations, 1 pass"]
+    for scores in (run["scores"] for run in runs):
+        assert scores["noise of groups"][1] == pytest.approx(
+            scores["noise of groups"][0] * 2 ** scores["slope"], rel=1e-3
+        )
+        # Of few estimates, so that they are far from what many would give.
+        assert 0.5 < scores["closed"] < 1.5
+        assert 0 < scores["angle"] < 1 < scores["noise"]
+        assert len(scores["cosines"]) == 4  # two layers with bias
+    assert [line["claim"] for line in results["verdicts"]] == ["e", "f"]
