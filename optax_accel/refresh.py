@@ -137,6 +137,7 @@ def _is_one_of(value: Any, words: tuple[str, ...]) -> bool:
 class _EigenspacePeriods(NamedTuple):
     refresh_every: int | Literal["adaptive"]
     start_step: int
+    starts_anew: bool = True  # otherwise the first refresh is like all others: no further program
 
 
 class _FactorsPeriods(NamedTuple):
@@ -188,11 +189,13 @@ def announce_cost(cost: Cost) -> None:
         announced.append(cost)
 
 
-def announce_eigenspace(refresh_every: int | Literal["adaptive"], start_step: Any) -> None:
+def announce_eigenspace(
+    refresh_every: int | Literal["adaptive"], start_step: Any, *, starts_anew: bool = True
+) -> None:
     """Called by ``init`` of a method that follows an eigenspace."""
     announced = _announced.get()
     if announced is not None:
-        announced.append(_EigenspacePeriods(refresh_every, int(start_step)))
+        announced.append(_EigenspacePeriods(refresh_every, int(start_step), starts_anew))
 
 
 def announce_factors(factors_every: int, inverses_every: int) -> None:
@@ -252,6 +255,7 @@ def refresh_at(
 
     Returns:
       For trackers ``"cold"`` at the first step, ``"warm"`` when a refresh is due, else False; for
+      low-rank bases the same without ``"cold"``, which would be a further program to compile; for
       K-FAC ``"inverses"`` when factors and inverses are due, ``"factors"`` when only these are,
       else False; for damping that adapts whether it does; for a chain of several of these a
       :class:`Refresh`; None if ``tx`` has none of them.
@@ -427,6 +431,8 @@ def _eigenspace_at(
             "graph."
         )
     elapsed = step - periods.start_step
+    if not periods.starts_anew:
+        return "warm" if elapsed >= 0 and elapsed % periods.refresh_every == 0 else False
     if cold_start and elapsed == 0:
         return "cold"
     due = elapsed % periods.refresh_every == 0 or (elapsed < 10 and not cold_start)
@@ -465,7 +471,14 @@ def _periods_of(tx: Any) -> tuple[_Periods, ...]:
             "period instead, refresh_at(step, refresh_every=..., start_step=...); for K-FAC choose "
             "'inverses', 'factors' or False yourself."
         ) from error
-    distinct = tuple(dict.fromkeys(a for a in announced if not isinstance(a, Cost)))
+    periods = dict.fromkeys(a for a in announced if not isinstance(a, Cost))
+    distinct = tuple(  # beside a tracker low-rank bases start anew as it does
+        each
+        for each in periods
+        if not isinstance(each, _EigenspacePeriods)
+        or each.starts_anew
+        or each._replace(starts_anew=True) not in periods
+    )
     if len({type(periods) for periods in distinct}) < len(distinct):
         raise ValueError(
             "one value of `refresh` drives all trackers and all K-FAC of an optimizer, but these "

@@ -174,3 +174,12 @@ def test_the_period_is_given_once_and_the_start_is_a_step() -> None:
         oa.refresh_at(7, 5, refresh_every=7)
     with pytest.raises(ValueError, match=r"`start_step` must be at least 0, got -2"):
         oa.refresh_at(3, start_step=-2)
+
+
+def test_low_rank_bases_need_no_program_of_their_own_for_the_first_step():
+    bases = oa.galore(0.1, 2, refresh_every=2)
+    assert [oa.refresh_at(i, bases) for i in range(4)] == ["warm", False, "warm", False]
+    assert oa.refresh_at(1, bases, cold_start=False) is False
+    tracker = oa.BlockTracker(refresh_every=2)
+    both = optax.chain(bases, oa.project_to_bulk(1, tracker=tracker))
+    assert [oa.refresh_at(i, both) for i in range(3)] == ["cold", False, "warm"]

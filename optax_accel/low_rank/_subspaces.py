@@ -10,7 +10,7 @@ so that they can be sharded as the parameter is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import chex
@@ -32,6 +32,8 @@ METHODS = ("svd", "range_finder")
 # Power iterations of the range finder: with one, a gradient's norm is captured to a few per cent,
 # with two to well within one (Halko et al., 2011, section 4.5, and `tests/low_rank`).
 _POWER_ITERATIONS = 2
+# Most numbers of the matrices that are decomposed together: 64 MiB in float32.
+_MOST_TOGETHER = 2**24
 
 
 class DecayAfterStepState(NamedTuple):
@@ -64,11 +66,6 @@ class Layout(NamedTuple):
     def stack_shape(self) -> tuple[int, ...]:
         """The shape of one number for each matrix."""
         return tuple(self.shape[axis] for axis in self.stack)
-
-    def per_matrix(self, numbers: jax.Array) -> jax.Array:
-        """One number for each matrix, in axes that broadcast with all arrays of the state."""
-        kept = [self.shape[axis] if axis in self.stack else 1 for axis in range(len(self.shape))]
-        return numbers.reshape(kept)
 
     def matrix(self, array: jax.Array) -> jax.Array:
         """``(*stack, d, e)`` from an array like the parameter."""
@@ -254,10 +251,43 @@ def empty_basis(layout: Layout | None, rank: int, dtype: Any) -> Any:
     return optax.MaskedNode() if layout is None else jnp.zeros(layout.basis_shape(rank), dtype)
 
 
+def alike(
+    layouts: Mapping[int, Layout], gradients: Sequence[jax.Array], bases: Sequence[Any]
+) -> list[list[int]]:
+    """Parameters in groups whose matrices are decomposed as one stack.
+
+    A program with one decomposition for each shape is compiled sooner than with one for each
+    parameter.  A stack is a copy of its gradients, so that it has at most 2**24 numbers: large
+    matrices stay alone.
+
+    Args:
+      layouts: the layouts of the parameters that are projected, by their numbers.
+      gradients: the gradients of all parameters.
+      bases: the bases of all parameters.
+
+    Returns:
+      The numbers of the members of each group.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, layout in layouts.items():
+        shape = *layout.stack_shape, *layout.sizes
+        groups.setdefault((shape, gradients[i].dtype, bases[i].dtype), []).append(i)
+    parts = []
+    for (shape, *_), members in groups.items():
+        most = max(1, _MOST_TOGETHER // math.prod(shape))
+        parts += [members[i : i + most] for i in range(0, len(members), most)]
+    return parts
+
+
 def reduce(layout: Layout, gradient: jax.Array, basis: jax.Array) -> jax.Array:
     """``Q^H H`` in the axes of the parameter, in the gradient's dtype."""
-    columns = layout.basis_matrix(basis).astype(gradient.dtype)
-    return layout.reduced_array(jnp.conj(columns.mT) @ layout.matrix(gradient))
+    reduced = reduced_by(layout.basis_matrix(basis), layout.matrix(gradient))
+    return layout.reduced_array(reduced)
+
+
+def reduced_by(columns: jax.Array, matrix: jax.Array) -> jax.Array:
+    """``Q^H H`` of ``(*stack, d, r)`` and ``(*stack, d, e)``, in the dtype of the latter."""
+    return jnp.conj(columns.astype(matrix.dtype).mT) @ matrix
 
 
 def lead_back(
@@ -265,7 +295,8 @@ def lead_back(
 ) -> jax.Array:
     """``scale * Q N`` in the shape of the parameter."""
     columns = layout.basis_matrix(basis).astype(update.dtype)
-    return layout.like_parameter(scale * (columns @ layout.reduced_matrix(update))).astype(dtype)
+    # The factor goes to the smaller matrix.
+    return layout.like_parameter(columns @ (scale * layout.reduced_matrix(update))).astype(dtype)
 
 
 def widened(array: jax.Array) -> jax.Array:
@@ -352,16 +383,32 @@ def range_finder(matrix: jax.Array, columns: int, start: jax.Array) -> tuple[jax
     return vectors, jnp.flip(jnp.maximum(squares, 0), -1)
 
 
-def start_columns(key: chex.PRNGKey, old: jax.Array, columns: int, cold: jax.Array) -> jax.Array:
+def start_columns(random: jax.Array, old: jax.Array, columns: int, cold: Any) -> jax.Array:
     """Where `range_finder` starts: the old basis, if it is one, and random columns beside it.
 
     Args:
-      key: PRNG key of the refresh and the parameter.
+      random: what `random_columns` gave.
       old: the old basis, ``(*stack, d, r)``.
       columns: number of columns, at least r and at most d.
       cold: whether the old basis is left out and all columns are random.
     """
     *stack, size, rank = old.shape
-    random = jax.random.normal(key, (*stack, size, columns), jnp.finfo(old.dtype).dtype)
-    random = random.astype(old.dtype) / math.sqrt(size)
-    return random.at[..., :rank].set(jnp.where(cold, random[..., :rank], old))
+    start = random[:size, :columns].astype(old.dtype) / math.sqrt(size)
+    start = jnp.broadcast_to(start, (*stack, size, columns))
+    return start.at[..., :rank].set(jnp.where(cold, start[..., :rank], old))
+
+
+def random_columns(key: chex.PRNGKey, shapes: Iterable[tuple[int, int]]) -> jax.Array:
+    """Normal numbers from which all matrices of a refresh take theirs.
+
+    They are drawn once because the program of a generator is as long as the rest of a range finder.
+
+    Args:
+      key: PRNG key of the refresh.
+      shapes: ``(d, s)`` of each range finder.
+
+    Returns:
+      The numbers, float32, as many rows and columns as the largest one needs.
+    """
+    rows, columns = map(max, zip(*shapes, strict=True))
+    return jax.random.normal(key, (rows, columns), jnp.float32)

@@ -59,14 +59,17 @@ from optax_accel.low_rank._subspaces import (
     Layout,
     Method,
     Projection,
+    alike,
     decay_after_step,
     empty_basis,
     flatten,
     known_rank,
     layouts,
     lead_back,
+    random_columns,
     range_finder,
     reduce,
+    reduced_by,
     start_columns,
     svd,
     widened,
@@ -206,7 +209,8 @@ def scale_by_adarankgrad(
     def init_fn(params: chex.ArrayTree) -> ScaleByAdaRankGradState:
         count = jnp.zeros((), jnp.int32)
         if rule == "period":  # else the step alone does not tell when a refresh is due
-            announce_eigenspace(static_integer("refresh_every", refresh_every, 1), 0)
+            every = static_integer("refresh_every", refresh_every, 1)
+            announce_eigenspace(every, 0, starts_anew=False)
         if is_placeholder(params):
             # What is reduced has other shapes than the parameters: nothing counts as like them.
             return ScaleByAdaRankGradState(count, *(jnp.zeros(()) for _ in range(6)))
@@ -242,60 +246,91 @@ def scale_by_adarankgrad(
         )
 
     def replaced(
-        layout: Layout, gradient: jax.Array, old: _Subspace, leaf_key: jax.Array, cold: Any
-    ) -> _Subspace:
-        """The subspace of the current gradient, with the moments carried over to it."""
-        matrix, basis = layout.matrix(widened(gradient)), widened(layout.basis_matrix(old.basis))
+        gradient: jax.Array, old: _Subspace, step_key: jax.Array, cold: Any
+    ) -> tuple[_Subspace, jax.Array]:
+        """The subspaces of matrices, with the moments carried over, and what is reduced by them."""
+        matrix, basis = widened(gradient), widened(old.basis)
         size = basis.shape[-1]
         square = jnp.sum(jnp.abs(matrix) ** 2, axis=(-2, -1))
         if method == "svd":
             new, squares = svd(matrix, size)
             unseen = jnp.zeros_like(square)
         else:
-            columns = min(2 * size, *layout.sizes)
-            start = start_columns(leaf_key, basis, columns, cold)
+            columns = min(2 * size, *matrix.shape[-2:])
+            random = random_columns(step_key, [(matrix.shape[-2], columns)])
+            start = start_columns(random, basis, columns, cold)
             new, squares = range_finder(matrix, size, start)
             unseen = jnp.maximum(square - jnp.sum(squares, -1), 0)
         rank = _rank(squares, unseen, square, min_rank, size, rank_step, residual)
         column = lax.broadcasted_iota(jnp.int32, new.shape, new.ndim - 1)
         new = jnp.where(column < rank[..., None, None], new, 0)
         change = jnp.conj(new.mT) @ basis
-        mu = change.astype(old.mu.dtype) @ layout.reduced_matrix(old.mu)
-        nu = (jnp.abs(change) ** 2).astype(old.nu.dtype) @ layout.reduced_matrix(old.nu)
-        new_basis = layout.basis_array(new).astype(old.basis.dtype)
-        return _Subspace(
-            new_basis,
-            layout.reduced_array(mu),
-            layout.reduced_array(nu),
+        new = new.astype(old.basis.dtype)
+        reduced = reduced_by(new, gradient)
+        subspace = _Subspace(
+            new,
+            change.astype(old.mu.dtype) @ old.mu,
+            (jnp.abs(change) ** 2).astype(old.nu.dtype) @ old.nu,
             rank,
-            _norms(layout, reduce(layout, gradient, new_basis)).astype(old.start_norm.dtype),
+            _norms(reduced).astype(old.start_norm.dtype),
         )
+        return subspace, reduced
 
-    def subspace_at(
-        layout: Layout,
-        gradient: jax.Array,
-        old: _Subspace,
+    def subspaces_at(
+        members: list[int],
+        found: dict[int, Layout],
+        gradients: list[jax.Array],
+        subspaces: list[_Subspace],
+        reduced: list[jax.Array],
         count: jax.Array,
-        leaf_key: jax.Array,
         mode: EigenspaceRefresh,
-    ) -> _Subspace:
-        """The subspace of this step: the old one, or a new one for the matrices that are due."""
-        due = jnp.ones(layout.stack_shape, bool)
-        if mode is None:
-            due &= (count == 0) if rule == "convergence" else (count % refresh_every == 0)
-            due |= old.start_norm == 0  # no subspace yet: gradients were zero or not finite
-            if rule != "period":
-                norm = _norms(layout, reduce(layout, gradient, old.basis))
-                due |= norm <= convergence * old.start_norm
+    ) -> dict[int, tuple[_Subspace, jax.Array]]:
+        """The subspaces of this step, of members whose matrices have one shape.
 
-        def renewed() -> _Subspace:
-            new = replaced(layout, gradient, old, leaf_key, (count == 0) | (mode == "cold"))
-            chosen = due & jnp.isfinite(new.start_norm)
-            arrays = layout.per_matrix(chosen)
-            selected = _Subspace(arrays, arrays, arrays, chosen, chosen)
-            return jax.tree.map(jnp.where, selected, new, old)
+        They are the old ones, or new ones for the matrices that are due.
 
-        return renewed() if mode is not None else lax.cond(jnp.any(due), renewed, lambda: old)
+        Args:
+          members: numbers of the parameters.
+          found: layouts of all that are projected, by the number.
+          gradients: all gradients.
+          subspaces: the old subspaces of all parameters.
+          reduced: all gradients reduced by these.
+          count: number of updates made before.
+          mode: what the loop says about a refresh, but for False.
+
+        Returns:
+          For each member its subspace and the gradient that is reduced by it.
+        """
+
+        def is_due(i: int) -> jax.Array:
+            due, start_norm = jnp.ones(found[i].stack_shape, bool), subspaces[i].start_norm
+            if mode is None:
+                due &= (count == 0) if rule == "convergence" else (count % refresh_every == 0)
+                due |= start_norm == 0  # no subspace yet: gradients were zero or not finite
+                if rule != "period":
+                    norm = _norms(found[i].reduced_matrix(reduced[i]))
+                    due |= norm <= convergence * start_norm
+            return due
+
+        due = jnp.stack(list(map(is_due, members)))
+
+        def renewed() -> dict[int, tuple[_Subspace, jax.Array]]:
+            before = [_as_matrices(found[i], subspaces[i], reduced[i]) for i in members]
+            old = jax.tree.map(lambda *parts: jnp.stack(parts), *before)
+            matrix = jnp.stack([found[i].matrix(gradients[i]) for i in members])
+            cold = (count == 0) | (mode == "cold")
+            new = replaced(matrix, old[0], jax.random.fold_in(key, count), cold)
+            chosen = due & jnp.isfinite(new[0].start_norm)
+            matrices = chosen[..., None, None]
+            selected = _Subspace(matrices, matrices, matrices, chosen, chosen), matrices
+            new = jax.tree.map(jnp.where, selected, new, old)
+            parts = (jax.tree.map(lambda x, k=k: x[k], new) for k in range(len(members)))
+            return {i: _as_arrays(found[i], *part) for i, part in zip(members, parts, strict=True)}
+
+        if mode is not None:
+            return renewed()
+        kept = {i: (subspaces[i], reduced[i]) for i in members}
+        return lax.cond(jnp.any(due), renewed, lambda: kept)
 
     def update_fn(
         updates: chex.ArrayTree,
@@ -313,35 +348,29 @@ def scale_by_adarankgrad(
         gradients, structure = flatten(updates)
         fields = [structure.flatten_up_to(field) for field in state[1:6]]
         subspaces = [_Subspace(*parts) for parts in zip(*fields, strict=True)]
-        found = [
-            None if isinstance(subspace.basis, optax.MaskedNode) else layout
-            for subspace, layout in zip(subspaces, layouts_of(updates, 1), strict=True)
+        found = {
+            i: layout
+            for i, layout in enumerate(layouts_of(updates, 1))
+            if layout is not None and not isinstance(subspaces[i].basis, optax.MaskedNode)
+        }
+        reduced = [
+            reduce(found[i], gradient, subspaces[i].basis) if i in found else gradient
+            for i, gradient in enumerate(gradients)
         ]
-        reduced = list(gradients)
-        step_key = jax.random.fold_in(key, state.count)
-        for i, layout in enumerate(found):
-            if layout is None:
-                continue
-            if mode is not False:
-                leaf_key = jax.random.fold_in(step_key, i)
-                subspaces[i] = subspace_at(
-                    layout, gradients[i], subspaces[i], state.count, leaf_key, mode
-                )
-            reduced[i] = reduce(layout, gradients[i], subspaces[i].basis)
+        for members in alike(found, gradients, fields[0]) if mode is not False else ():
+            new = subspaces_at(members, found, gradients, subspaces, reduced, state.count, mode)
+            for i, (subspace, gradient) in new.items():
+                subspaces[i], reduced[i] = subspace, gradient
         basis, mu, nu, rank, start_norm = (
             structure.unflatten([subspace[field] for subspace in subspaces]) for field in range(5)
         )
         scaled, moments = adam.update(
             structure.unflatten(reduced), optax.ScaleByAdamState(state.count, mu, nu)
         )
-        new_updates = [
-            update
-            if layout is None
-            else lead_back(layout, update, subspace.basis, scale, update.dtype)
-            for layout, update, subspace in zip(
-                found, structure.flatten_up_to(scaled), subspaces, strict=True
-            )
-        ]
+        new_updates = structure.flatten_up_to(scaled)
+        for i, layout in found.items():
+            update = new_updates[i]
+            new_updates[i] = lead_back(layout, update, subspaces[i].basis, scale, update.dtype)
         return structure.unflatten(new_updates), ScaleByAdaRankGradState(
             moments.count, basis, moments.mu, moments.nu, rank, start_norm, state.allocated_rank
         )
@@ -383,10 +412,33 @@ def _rank(
     return jnp.where(jnp.any(enough, -1), first, largest).astype(jnp.int32)
 
 
-def _norms(layout: Layout, reduced: jax.Array) -> jax.Array:
-    """The Frobenius norm of each matrix of a stack of reduced gradients."""
-    matrix = widened(layout.reduced_matrix(reduced))
-    return jnp.sqrt(jnp.sum(jnp.abs(matrix) ** 2, axis=(-2, -1)))
+def _norms(matrices: jax.Array) -> jax.Array:
+    """The Frobenius norm of each matrix of a stack."""
+    return jnp.sqrt(jnp.sum(jnp.abs(widened(matrices)) ** 2, axis=(-2, -1)))
+
+
+def _as_matrices(
+    layout: Layout, subspace: _Subspace, reduced: jax.Array
+) -> tuple[_Subspace, jax.Array]:
+    """A subspace and a reduced gradient in the axes of a parameter, as matrices."""
+    matrices = subspace._replace(
+        basis=layout.basis_matrix(subspace.basis),
+        mu=layout.reduced_matrix(subspace.mu),
+        nu=layout.reduced_matrix(subspace.nu),
+    )
+    return matrices, layout.reduced_matrix(reduced)
+
+
+def _as_arrays(
+    layout: Layout, subspace: _Subspace, reduced: jax.Array
+) -> tuple[_Subspace, jax.Array]:
+    """The inverse of `_as_matrices`."""
+    arrays = subspace._replace(
+        basis=layout.basis_array(subspace.basis),
+        mu=layout.reduced_array(subspace.mu),
+        nu=layout.reduced_array(subspace.nu),
+    )
+    return arrays, layout.reduced_array(reduced)
 
 
 def adarankgrad(

@@ -60,12 +60,14 @@ from optax_accel.low_rank._subspaces import (
     Layout,
     Method,
     Projection,
+    alike,
     decay_after_step,
     empty_basis,
     flatten,
     known_rank,
     layouts,
     lead_back,
+    random_columns,
     range_finder,
     reduce,
     replaced,
@@ -189,7 +191,8 @@ def scale_by_galore(
 
     def init_fn(params: chex.ArrayTree) -> ScaleByGaLoreState:
         count = jnp.zeros((), jnp.int32)
-        announce_eigenspace(spacing or static_integer("refresh_every", refresh_every, 1), 0)
+        every = spacing or static_integer("refresh_every", refresh_every, 1)
+        announce_eigenspace(every, 0, starts_anew=False)
         if is_placeholder(params):
             # What is reduced has other shapes than the parameters: nothing counts as like them.
             return ScaleByGaLoreState(count, jnp.zeros(()), base.init(jnp.zeros(())))
@@ -206,54 +209,68 @@ def scale_by_galore(
         inner_state = base.init(structure.unflatten(reduced))
         return ScaleByGaLoreState(count, structure.unflatten(bases), inner_state)
 
-    def new_basis(
-        layout: Layout, gradient: jax.Array, old: jax.Array, leaf_key: jax.Array, cold: Any
-    ) -> jax.Array:
-        matrix, basis = layout.matrix(widened(gradient)), layout.basis_matrix(old)
+    def columns_of(layout: Layout, basis: jax.Array) -> int:
+        """Number of columns of the range finder."""
+        return min(basis.shape[layout.other[-1]] + _OVERSAMPLING, *layout.sizes)
+
+    def new_bases(
+        members: list[int],
+        found: dict[int, Layout],
+        gradients: list[jax.Array],
+        old: list[Any],
+        random: jax.Array | None,
+        cold: jax.Array,
+    ) -> dict[int, jax.Array]:
+        """The bases of members whose matrices have one shape, decomposed as a stack."""
+        matrix = jnp.stack([found[i].matrix(widened(gradients[i])) for i in members])
+        basis = jnp.stack([found[i].basis_matrix(old[i]) for i in members])
         size = basis.shape[-1]
-        if method == "svd":
+        if random is None:
             new, _ = svd(matrix, size)
         else:
-            columns = min(size + _OVERSAMPLING, *layout.sizes)
+            first = members[0]
+            columns = columns_of(found[first], old[first])
             new, _ = range_finder(
-                matrix, size, start_columns(leaf_key, widened(basis), columns, cold)
+                matrix, size, start_columns(random, widened(basis), columns, cold)
             )
-        return layout.basis_array(replaced(new, basis))
+        new = replaced(new, basis)
+        return {i: found[i].basis_array(part) for i, part in zip(members, new, strict=True)}
 
     def refreshed(
-        state: ScaleByGaLoreState,
-        found: list[Layout | None],
+        count: jax.Array,
+        found: dict[int, Layout],
         gradients: list[jax.Array],
-        bases: list[Any],
+        old: list[Any],
         mode: EigenspaceRefresh,
-    ) -> list[Any]:
-        indices = [index for index, layout in enumerate(found) if layout is not None]
-        step_key = jax.random.fold_in(key, state.count)
-        old = [bases[index] for index in indices]
+    ) -> dict[int, jax.Array]:
+        """The bases of this step, by the numbers of the parameters that are projected."""
+        kept = {i: old[i] for i in found}
         # No basis yet: this is the first step, or gradients were not finite.
-        missing = [~jnp.any(basis) for basis in old]
-        cold = stack(missing).any() | (mode == "cold")
+        missing = {i: ~jnp.any(basis) for i, basis in kept.items()}
+        cold = stack(list(missing.values())).any() | (mode == "cold")
 
-        def new(index: int) -> jax.Array:
-            layout, leaf_key = found[index], jax.random.fold_in(step_key, index)
-            assert layout is not None
-            return new_basis(layout, gradients[index], bases[index], leaf_key, cold)
+        def new(groups: list[list[int]]) -> dict[int, jax.Array]:
+            random = None
+            if method == "range_finder":
+                shapes = [(found[i].sizes[0], columns_of(found[i], old[i])) for i, *_ in groups]
+                random = random_columns(jax.random.fold_in(key, count), shapes)
+            made: dict[int, jax.Array] = {}
+            for members in groups:
+                made |= new_bases(members, found, gradients, old, random, cold)
+            return made
 
+        groups = alike(found, gradients, old)
         if mode == "cold" or (mode is not None and spacing == 0):
-            new_ones = [new(index) for index in indices]
-        elif spacing == 0:
-            due = (state.count % refresh_every == 0) | stack(missing).any()
-            new_ones = lax.cond(due, lambda: [new(index) for index in indices], lambda: old)
-        else:
-            new_ones = []
-            for position, (index, basis) in enumerate(zip(indices, old, strict=True)):
-                due = (state.count - stagger * position) % refresh_every == 0
-                due |= missing[position]
-                new_ones.append(
-                    lax.cond(due, functools.partial(new, index), lambda basis=basis: basis)
-                )
-        replacements = dict(zip(indices, new_ones, strict=True))
-        return [replacements.get(index, basis) for index, basis in enumerate(bases)]
+            return new(groups)
+        if spacing == 0:
+            due = (count % refresh_every == 0) | stack(list(missing.values())).any()
+            return lax.cond(due, lambda: new(groups), lambda: kept)
+        for position, (i, basis) in enumerate(list(kept.items())):
+            due = ((count - stagger * position) % refresh_every == 0) | missing[i]
+            kept |= lax.cond(
+                due, functools.partial(new, [[i]]), lambda i=i, basis=basis: {i: basis}
+            )
+        return kept
 
     def update_fn(
         updates: chex.ArrayTree,
@@ -268,25 +285,25 @@ def scale_by_galore(
         check_undivided(updates, "scale_by_galore")
         gradients, structure = flatten(updates)
         bases = structure.flatten_up_to(state.low_rank_basis)
-        found = [
-            None if isinstance(basis, optax.MaskedNode) else layout
-            for basis, layout in zip(bases, layouts_of(updates, 1), strict=True)
-        ]
-        if mode is not False:
-            bases = refreshed(state, found, gradients, bases, mode)
+        found = {
+            i: layout
+            for i, layout in enumerate(layouts_of(updates, 1))
+            if layout is not None and not isinstance(bases[i], optax.MaskedNode)
+        }
+        if mode is not False and found:
+            new = refreshed(state.count, found, gradients, bases, mode)
+            bases = [new.get(i, basis) for i, basis in enumerate(bases)]
         reduced = [
-            gradient if layout is None else reduce(layout, gradient, basis)
-            for layout, gradient, basis in zip(found, gradients, bases, strict=True)
+            reduce(found[i], gradient, bases[i]) if i in found else gradient
+            for i, gradient in enumerate(gradients)
         ]
         scaled, inner_state = base.update(
             structure.unflatten(reduced), state.inner_state, None, refresh=refresh, **extra_args
         )
-        new_updates = [
-            update if layout is None else lead_back(layout, update, basis, scale, gradient.dtype)
-            for layout, update, basis, gradient in zip(
-                found, structure.flatten_up_to(scaled), bases, gradients, strict=True
-            )
-        ]
+        new_updates = structure.flatten_up_to(scaled)
+        for i, layout in found.items():
+            dtype = gradients[i].dtype
+            new_updates[i] = lead_back(layout, new_updates[i], bases[i], scale, dtype)
         return structure.unflatten(new_updates), ScaleByGaLoreState(
             optax.safe_increment(state.count), structure.unflatten(bases), inner_state
         )
