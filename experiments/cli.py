@@ -526,7 +526,12 @@ def parse(default: T, argv: Sequence[str] | None, prog: str) -> T:
                 args=words,
                 prog=prog,
                 default=grouped,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+                config=(
+                    tyro.conf.OmitArgPrefixes,
+                    tyro.conf.FlagCreatePairsOff,
+                    # Each option has its text; a search of the sources takes half of the time.
+                    tyro.conf.HelptextFromCommentsOff,
+                ),
             )
     except SystemExit as stop:
         if stop.code not in (0, None):
