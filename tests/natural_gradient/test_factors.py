@@ -22,7 +22,7 @@ from tests.natural_gradient.test_finding import (
     N,
     captured,
     captured_case,
-    loss,
+    loss_slope,
     marked,
     tree,
 )
@@ -33,32 +33,38 @@ def test_second_moments_of_each_example(x64, name):
     """Of scales and shifts, and EKFAC's in the standard basis: those of separate gradients."""
     predict, _, _ = CASES[name]
     params, network, outputs, values, gradients, _ = captured_case(name)
-    slope = jax.grad(loss)(outputs)
+
+    def second_moments(params: Any, slope: np.ndarray) -> list[jax.Array]:
+        jacobian = jax.jacrev(lambda p: N * jnp.sum((predict(p) * slope).reshape(N, -1), axis=1))
+        return jax.tree.leaves(jax.tree.map(lambda g: jnp.mean(g**2, axis=0), jacobian(params)))
+
+    def statistics(block: Any, values: Any, gradients: Any) -> Any:
+        if not block.kronecker:
+            return stats.diagonal_statistics(block, values, gradients, N, jnp.float64)
+        slices = (block.num_slices,) if block.stacked else ()
+        basis = stats.Kronecker(
+            *(
+                Eigen(jnp.ones((*slices, n)), jnp.broadcast_to(jnp.eye(n), (*slices, n, n)))
+                for n in block.matrix_shape
+            )
+        )
+        tied = block.kind == "tied"
+        of_basis = stats.tied_eigen_statistics if tied else stats.eigen_statistics
+        return of_basis(block, values, gradients, N, basis, jnp.float64, lambda t: t)
 
     @jax.jit
-    def second_moments(params: Any) -> Any:
-        jacobian = jax.jacrev(lambda p: N * jnp.sum((predict(p) * slope).reshape(N, -1), axis=1))
-        return jax.tree.map(lambda g: jnp.mean(g**2, axis=0), jacobian(params))
+    def both(params: Any, *read: Any) -> Any:
+        moments, pairs = second_moments(params, loss_slope(outputs)), []
+        for block in network.blocks:
+            if block.kronecker and block.kind == "embedding":
+                continue
+            leaves = {i: moments[i] for i in block.leaves}
+            want = block.to_matrix(leaves) if block.kronecker else leaves[block.leaves[0]]
+            pairs.append((statistics(block, *read), want))
+        return pairs
 
-    moments = jax.tree.leaves(second_moments(params))
-    for block in network.blocks:
-        leaves = {i: moments[i] for i in block.leaves}
-        if not block.kronecker:
-            (i,) = block.leaves
-            got = stats.diagonal_statistics(block, values, gradients, N, jnp.float64)
-            np.testing.assert_allclose(got, leaves[i], rtol=1e-10)
-        elif block.kind != "embedding":
-            slices = (block.num_slices,) if block.stacked else ()
-            basis = stats.Kronecker(
-                *(
-                    Eigen(jnp.ones((*slices, n)), jnp.broadcast_to(jnp.eye(n), (*slices, n, n)))
-                    for n in block.matrix_shape
-                )
-            )
-            tied = block.kind == "tied"
-            statistics = stats.tied_eigen_statistics if tied else stats.eigen_statistics
-            got = statistics(block, values, gradients, N, basis, jnp.float64, lambda t: t)
-            np.testing.assert_allclose(got, block.to_matrix(leaves), rtol=1e-10, atol=1e-12)
+    for got, want in both(params, values, gradients):
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
 
 
 def test_factors_of_a_convolution(x64):
@@ -81,7 +87,7 @@ def test_factors_of_a_convolution(x64):
         block, values, gradients, jnp.ones(N), stats.side_shapes(block, 99), jnp.float64
     )
     np.testing.assert_allclose(got.inputs, rows.T @ rows / len(rows), rtol=1e-12)
-    slopes = N * jax.grad(loss)(outputs).reshape(-1, 4)
+    slopes = N * loss_slope(outputs).reshape(-1, 4)
     np.testing.assert_allclose(got.outputs, slopes.T @ slopes / N, rtol=1e-12)
     assert len(rows) == len(slopes)
 
@@ -95,7 +101,7 @@ def test_factors_of_an_embedding(x64):
         block, values, gradients, jnp.ones(N), stats.side_shapes(block, 99), jnp.float64
     )
     np.testing.assert_allclose(got.inputs, np.bincount(TOKENS.ravel()) / TOKENS.size)
-    slopes = N * jax.grad(loss)(outputs).reshape(-1, 3)
+    slopes = N * loss_slope(outputs).reshape(-1, 3)
     np.testing.assert_allclose(got.outputs, slopes.T @ slopes / N, rtol=1e-12)
 
 

@@ -32,6 +32,11 @@ def loss(outputs: jax.Array) -> jax.Array:
     return 0.5 * jnp.sum((outputs - targets) ** 2) / len(outputs)
 
 
+def loss_slope(outputs: jax.Array) -> np.ndarray:
+    """The gradient of the loss with respect to the outputs."""
+    return (np.asarray(outputs) - normal(*outputs.shape, seed=9)) / len(outputs)
+
+
 def tree(**shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
     return {name: normal(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
 
@@ -809,6 +814,17 @@ def gradients_of(block: Any, values: Any, gradients: Any, generic: Any) -> dict[
     return dict(zip(block.leaves, block.from_matrix(matrix), strict=True))
 
 
+def outputs_and_gradient(predict: Any, params: Any) -> tuple[jax.Array, Any]:
+    """Of the network as it is written."""
+
+    def loss_and_outputs(p: Any) -> tuple[jax.Array, jax.Array]:
+        outputs = predict(p)
+        return loss(outputs), outputs
+
+    gradient, outputs = jax.jit(jax.grad(loss_and_outputs, has_aux=True))(params)
+    return outputs, gradient
+
+
 @pytest.mark.parametrize("name", marked([*CASES, *RULES, *COUPLED]))
 def test_what_is_found(x64, name):
     """The kinds; for every block the gradient that `jax.grad` gives, from inputs and outputs."""
@@ -817,10 +833,12 @@ def test_what_is_found(x64, name):
     assert {n: b.kind for b in network.blocks for n in b.names} == {
         f"['{key}']": kind for key, kind in expected.items()
     }
-    np.testing.assert_allclose(outputs, predict(params), rtol=1e-12)
-    want = jax.tree.leaves(jax.grad(lambda p: loss(predict(p)))(params))
-    for block in network.blocks:
-        for i, got in gradients_of(block, *read).items():
+    plain, gradient = outputs_and_gradient(predict, params)
+    np.testing.assert_allclose(outputs, plain, rtol=1e-12)
+    want = jax.tree.leaves(gradient)
+    found = jax.jit(lambda read: [gradients_of(block, *read) for block in network.blocks])(read)
+    for gradients in found:
+        for i, got in gradients.items():
             np.testing.assert_allclose(got, want[i], rtol=1e-10, atol=1e-12)
             assert np.isfinite(want[i]).all()
 
@@ -831,8 +849,8 @@ def test_what_is_not_found(x64, name):
     params = jax.tree.map(jnp.asarray, tree(**shapes))
     network, outputs, _, _, generic = captured(predict, params)
     assert {(block.kind, block.reason) for block in network.blocks} == {("generic", reason)}
-    np.testing.assert_allclose(outputs, predict(params), rtol=1e-12)
-    gradient = jax.grad(lambda p: loss(predict(p)))(params)
+    plain, gradient = outputs_and_gradient(predict, params)
+    np.testing.assert_allclose(outputs, plain, rtol=1e-12)
     for got, want in zip(generic.values(), jax.tree.leaves(gradient), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-12)
 
