@@ -264,3 +264,21 @@ def test_local_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert 0 < scores["angle"] < 1 < scores["noise"]
         assert len(scores["cosines"]) == 4  # two layers with bias
     assert [line["claim"] for line in results["verdicts"]] == ["e", "f"]
+
+
+@pytest.mark.slow
+def test_low_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tinyshakespeare.txt").write_text(
+        "To be, or not to be: that is the question.\n" * 99
+    )
+    arguments = ("low_memory", "--scale", "smoke", "--name", "smoke", "--data-dir", str(tmp_path))
+    assert protocols.main(arguments) == 0
+    results = json.loads((tmp_path / "runs" / "smoke" / "results.json").read_text())
+    final = results["final"]["tiny_shakespeare"]
+    scores = {name: runs[0]["scores"] for name, runs in final.items()}
+    assert scores["Adam"]["state"] == 1 > scores["GaLore, high rank, short period"]["state"]
+    assert scores["GaLore, high rank, short period"]["refresh"] > 0
+    assert 0.25 <= scores["AdaRankGrad"]["rank"] <= 1
+    assert len(scores["AdaRankGrad"]["rank of matrix 0"]) == 4  # each step was read
+    assert [line["claim"] for line in results["verdicts"]] == ["a", "b", "c", "d"]
