@@ -42,6 +42,9 @@ from optax_accel.sparse import SparseIncrementsState, sift, sparse_increments
 from optax_accel.gradients import ForwardGradientState, Taps
 from optax_accel.gradients import forward_gradient, forward_value_and_grad
 
+# Epochs sampled instead of trained
+from optax_accel.sparse import GradSampState, gradsamp, sample_epoch, skip_epoch
+
 # Gradient sampling
 from optax_accel.gradients import SampleGradientsState, sample_gradients
 from optax_accel.gradients import bernoulli_per_element, bernoulli_per_tensor
@@ -99,6 +102,7 @@ __all__ = [
     "ExtragradientState",
     "ForwardGradientState",
     "GNPState",
+    "GradSampState",
     "GradientTracker",
     "HessianFreeState",
     "InterpolateSubspacesState",
@@ -159,6 +163,7 @@ __all__ = [
     "forward_value_and_grad",
     "galore",
     "gnp",
+    "gradsamp",
     "hessian_free",
     "inject_hyperparams",
     "interpolate_subspaces",
@@ -182,6 +187,7 @@ __all__ = [
     "quadratic_model",
     "refresh_at",
     "reparametrize",
+    "sample_epoch",
     "sample_gradients",
     "scale_by_adabound",
     "scale_by_adarankgrad",
@@ -196,6 +202,7 @@ __all__ = [
     "scale_by_qhm",
     "scale_by_yellowfin",
     "sift",
+    "skip_epoch",
     "snapshot_schedule",
     "sparse_increments",
     "state_shardings",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -90,6 +91,22 @@ def hash_bits(
         index = index + position * np.uint32(stride % 2**32)
         stride *= shape[axis]
     return _mix(index ^ words[0], words[1])
+
+
+def hash_normal(
+    key: chex.PRNGKey,
+    shape: tuple[int, ...],
+    dtype: Any,
+    step: jax.Array,
+    first: chex.Numeric = 0,
+) -> jax.Array:
+    """Standard normal numbers from :func:`hash_bits`, of 23 bits each, up to 5.3 in size.
+
+    They are compiled sooner than those of ``jax.random.normal``.
+    """
+    bits = hash_bits(key, shape, step, first) >> 9
+    uniform = (bits.astype(jnp.float32) + 0.5) / 2**22 - 1  # exact, and never -1 or 1
+    return (lax.erf_inv(uniform) * math.sqrt(2)).astype(dtype)
 
 
 def _mix(bits: jax.Array, word: Any = 0) -> jax.Array:

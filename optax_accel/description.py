@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_accel._arguments import check_numeric_leaves, shown
-from optax_accel.refresh import Cost, announcements
+from optax_accel.refresh import Cost, SampledEpochs, announcements
 
 _PASS_ON = {"with_extra_args_support", "with_checked_init"}
 _HEADINGS = ("element", "state", "arrays", "bytes", "a step costs, besides its gradient")
@@ -154,11 +154,7 @@ def describe(
         else:
             parts = list(_parts(part))
         costs = list(dict.fromkeys(a for a in announced if isinstance(a, Cost)))
-        refreshes += [
-            ", ".join(f"{name} {value}" for name, value in periods._asdict().items())
-            for periods in announced
-            if not isinstance(periods, Cost)
-        ]
+        refreshes += [_periods(a) for a in announced if not isinstance(a, Cost)]
         needed = [name for cost in costs for name in cost.requires]
         needed += [name for inner in parts for name in _required(inner.update)]
         requires += needed
@@ -172,6 +168,13 @@ def describe(
     return Description(
         tuple(elements), tuple(dict.fromkeys(requires)), tuple(dict.fromkeys(refreshes))
     )
+
+
+def _periods(announced: Any) -> str:
+    """The periods that a method announces, in words."""
+    if isinstance(announced, SampledEpochs):
+        return f"sampled epochs of {announced.steps_per_epoch} steps"
+    return ", ".join(f"{name} {value}" for name, value in announced._asdict().items())
 
 
 def _cost(costs: list[Cost], parts: list[Any]) -> tuple[str, int | None]:

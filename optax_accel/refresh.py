@@ -17,9 +17,14 @@ reaches every element of a chain; this is what it means to each:
 ``"warm"``       refresh the current basis       factors and inverses  adapt
 ``"factors"``    nothing                         factors               nothing
 ``"inverses"``   refresh (the tracker says how)  factors and inverses  adapt
+``"sample"``     nothing                         nothing               nothing
 :class:`Refresh`  its ``eigenspace``              its ``factors`` and   its ``damping``
                                                  ``inverses``
 ===============  ==============================  ====================  ====================
+
+``"sample"`` is for the steps of the epochs that :func:`~optax_accel.gradsamp` samples instead of
+training them: with it, it returns a sampled update, with ``None`` it decides in the graph, and with
+any other value it trains.
 
 :func:`refresh_at` gives the value for each step of a whole chain; :class:`RefreshSchedule` does so
 where a tracker chooses its period on the way.
@@ -29,6 +34,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias, overload
@@ -49,7 +55,7 @@ from optax_accel._arguments import (
 
 EigenspaceRefresh: TypeAlias = bool | Literal["cold", "warm"] | None
 FactorsRefresh: TypeAlias = Literal[False, "factors", "inverses"] | None
-_WORDS = ("cold", "warm", "factors", "inverses")
+_WORDS = ("cold", "warm", "factors", "inverses", "sample")
 
 
 class Refresh(NamedTuple):
@@ -84,7 +90,7 @@ def of_eigenspace(refresh: Any) -> EigenspaceRefresh:
     _check(refresh)
     if isinstance(refresh, Refresh):
         return refresh.eigenspace
-    return {"factors": False, "inverses": True}.get(refresh, refresh)
+    return {"factors": False, "inverses": True, "sample": False}.get(refresh, refresh)
 
 
 def of_factors(refresh: Any) -> FactorsRefresh:
@@ -96,6 +102,8 @@ def of_factors(refresh: Any) -> FactorsRefresh:
         return "factors" if refresh.factors else (None if refresh.factors is None else False)
     if refresh is None or refresh is False:
         return refresh
+    if refresh == "sample":
+        return False
     return "factors" if refresh == "factors" else "inverses"
 
 
@@ -104,7 +112,13 @@ def of_damping(refresh: Any) -> bool | None:
     _check(refresh)
     if isinstance(refresh, Refresh):
         return refresh.damping
-    return None if refresh is None else refresh not in (False, "factors")
+    return None if refresh is None else refresh not in (False, "factors", "sample")
+
+
+def of_sampling(refresh: Any) -> bool | None:
+    """The meaning of the argument ``refresh`` for epochs that are sampled instead of trained."""
+    _check(refresh)
+    return None if refresh is None else refresh == "sample"
 
 
 def _check(refresh: Any) -> None:
@@ -122,8 +136,8 @@ def _check(refresh: Any) -> None:
     elif _is_one_of(refresh, _WORDS):
         return
     raise ValueError(
-        "`refresh` must be None, True, False, one of 'cold', 'warm', 'factors', 'inverses', or an "
-        f"optax_accel.Refresh of these; got {refresh!r}."
+        "`refresh` must be None, True, False, one of 'cold', 'warm', 'factors', 'inverses', "
+        f"'sample', or an optax_accel.Refresh of the first four; got {refresh!r}."
     )
 
 
@@ -149,6 +163,27 @@ class _DampingPeriod(NamedTuple):
     every: int
 
 
+class SampledEpochs(NamedTuple):
+    """Which steps belong to epochs that are sampled instead of trained.
+
+    Attributes:
+      steps_per_epoch: number of steps in an epoch.
+      is_sampled: whether the epoch of a zero-based number is sampled.
+    """
+
+    steps_per_epoch: int
+    is_sampled: Callable[[int], bool]
+
+    def trained_before(self, step: int) -> int:
+        """The number of steps before one that train."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        trained = sum(not self.is_sampled(number) for number in range(epoch))
+        return trained * self.steps_per_epoch + within
+
+    def __str__(self) -> str:
+        return f"SampledEpochs(steps_per_epoch={self.steps_per_epoch})"
+
+
 class Cost(NamedTuple):
     """What a method evaluates in a step, as it tells :func:`~optax_accel.describe`.
 
@@ -163,7 +198,7 @@ class Cost(NamedTuple):
     requires: tuple[str, ...] = ("value_fn",)
 
 
-_Periods: TypeAlias = _EigenspacePeriods | _FactorsPeriods | _DampingPeriod
+_Periods: TypeAlias = _EigenspacePeriods | _FactorsPeriods | _DampingPeriod | SampledEpochs
 # What methods announce while somebody calls the `init` of an optimizer to learn of it.
 _announced: contextvars.ContextVar[list[_Periods | Cost] | None] = contextvars.ContextVar(
     "announced", default=None
@@ -215,6 +250,13 @@ def announce_damping(every: int) -> None:
         announced.append(_DampingPeriod(static_integer("every", every, 1)))
 
 
+def announce_sampled_epochs(epochs: Callable[[], SampledEpochs]) -> None:
+    """Called by ``init`` of a method that samples epochs; ``epochs`` is called if anybody asks."""
+    announced = _announced.get()
+    if announced is not None:
+        announced.append(epochs())
+
+
 @overload
 def refresh_at(
     step: int,
@@ -258,7 +300,9 @@ def refresh_at(
       low-rank bases the same without ``"cold"``, which would be a further program to compile; for
       K-FAC ``"inverses"`` when factors and inverses are due, ``"factors"`` when only these are,
       else False; for damping that adapts whether it does; for a chain of several of these a
-      :class:`Refresh`; None if ``tx`` has none of them.
+      :class:`Refresh`; None if ``tx`` has none of them. Around all that, ``"sample"`` in the epochs
+      that :func:`~optax_accel.gradsamp` samples, else what the optimizer inside of it gets at the
+      number of steps that trained, or False.
 
     Raises:
       ValueError: ``step`` below 0; ``tx`` has two trackers, or K-FAC twice, at different periods or
@@ -292,24 +336,32 @@ def refresh_at(
             "give refresh_at either the optimizer or `refresh_every` and `start_step`: they are "
             "read from the optimizer."
         )
-    return _joined(step, _periods_of(tx), lambda periods: _eigenspace_at(step, periods, cold_start))
+    return _joined(step, _periods_of(tx), functools.partial(_eigenspace_at, cold_start=cold_start))
 
 
 def _joined(
     step: int,
     all_periods: tuple[_Periods, ...],
-    eigenspace_at: Callable[[_EigenspacePeriods], EigenspaceRefresh],
+    eigenspace_at: Callable[[int, _EigenspacePeriods], EigenspaceRefresh],
 ) -> RefreshLike:
     """One value for all that an optimizer keeps; None if that is nothing."""
+    for periods in all_periods:
+        if isinstance(periods, SampledEpochs):
+            if periods.is_sampled(step // periods.steps_per_epoch):
+                return "sample"
+            step = periods.trained_before(step)
+            others = tuple(other for other in all_periods if other is not periods)
+            return _joined(step, others, eigenspace_at) if others else False
     eigenspace: Any = None
     factors: Any = None
     damping: Any = None
     for periods in all_periods:
         if isinstance(periods, _EigenspacePeriods):
-            eigenspace = eigenspace_at(periods)
+            eigenspace = eigenspace_at(step, periods)
         elif isinstance(periods, _FactorsPeriods):
             factors = _factors_at(step, periods)
         else:
+            assert isinstance(periods, _DampingPeriod)
             damping = step % periods.every == 0
     present = [value for value in (eigenspace, factors, damping) if value is not None]
     if len(present) < 2:
@@ -388,9 +440,7 @@ class RefreshSchedule:
           ValueError: ``step`` below 0, or ``state`` holds no step of a next refresh.
         """
         step = static_integer("step", step, 0)
-        return _joined(
-            step, self._periods, lambda periods: self._eigenspace_at(step, periods, state)
-        )
+        return _joined(step, self._periods, functools.partial(self._eigenspace_at, state=state))
 
     def _eigenspace_at(
         self, step: int, periods: _EigenspacePeriods, state: chex.ArrayTree

@@ -539,6 +539,7 @@ FACTORIES: dict[Callable[..., optax.GradientTransformationExtraArgs], dict[str, 
         "decay_selected": True,
         "selection": "random",  # which does not wait for a gradient
     },
+    oa.gradsamp: {"inner": SGD, "steps_per_epoch": 1, "start": 1, "period": 2},
     oa.sample_gradients: {"rescale": True},
     oa.stoch_grad_adam: {"learning_rate": 0.1},
     oa.extragradient: {"inner": SGD, "extrapolation_rate": 0.1, "direction": "gaussian"},

@@ -334,7 +334,7 @@ def decay_after_step(
     ) -> tuple[chex.ArrayTree, DecayAfterStepState]:
         del extra_args
         if params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise ValueError("weight decay needs the parameters: tx.update(grads, state, params).")
         factor = value_of(learning_rate, state.count) * weight_decay
 
         def decayed(update: jax.Array, param: jax.Array) -> jax.Array:

@@ -203,7 +203,10 @@ def sparse_increments(
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, SparseIncrementsState]:
         if decay_selected and params is None:
-            raise ValueError(optax.NO_PARAMS_MSG)
+            raise ValueError(
+                "sparse_increments needs the parameters for `decay_selected`: "
+                "tx.update(grads, state, params)."
+            )
         check_undivided(updates, "sparse_increments")
         gradients, structure = _flatten(updates)
         indices = structure.flatten_up_to(state.selected_indices)
