@@ -498,7 +498,6 @@ REQUIRED: dict[str, Any] = {
     "step": 0,
     "steps_per_epoch": 2,
     "epoch": 0,
-    "key": 0,
     "previous": X,
     "num_workers": 8,
     "objective": LINEAR,

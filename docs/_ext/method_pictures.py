@@ -30,6 +30,7 @@ from experiments.reporting import figures
 
 FOLDER = Path(__file__).parents[1] / "images" / "methods"
 STEPS = 60
+EPOCH = 5  # steps
 WORKERS = 8  # of methods whose workers keep parameters of their own; each has its own minimum
 SCHEDULED = ("momentum decay", "cyclical schedules")  # families whose rule is a course over the run
 
@@ -117,6 +118,7 @@ def _build(
     return method.build(
         rate,
         total_steps=STEPS,
+        steps_per_epoch=EPOCH,
         num_classes=1,
         axis_name="workers" if workers > 1 else None,
         num_workers=workers,

@@ -1,4 +1,4 @@
-"""Adam with a small state: moments in low-rank subspaces, or of a few entries of each tensor."""
+"""Methods that take less: Adam with a small state, and epochs that take no gradients."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import jax
 import optax
 
 import optax_accel as oa
-from experiments.methods.method import Method, Paper
-from experiments.methods.optax_methods import ADAM_RATES
+from experiments.methods.method import STEPS_PER_EPOCH, Method, Paper
+from experiments.methods.optax_methods import ADAM_RATES, SGD_RATES, momentum_sgd
 
 # Matrices move by a quarter of Adam's steps.
 _RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
@@ -39,6 +39,18 @@ def _fitting(factory: Callable[..., Any], argument: str) -> Callable[..., Any]:
         return [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1 and leaf.size]
 
     return build
+
+
+def _gradsamp(
+    learning_rate: Any,
+    steps_per_epoch: int,
+    statistics: Any = "tensor",
+    scale: float = 1.0,
+    key: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """GradSamp at the epochs that `Method.refresh` knows of, which has no settings."""
+    sampled = {"statistics": statistics, "scale": scale, "key": key}
+    return oa.gradsamp(momentum_sgd(learning_rate), steps_per_epoch, **sampled)
 
 
 LOW_RANK = (
@@ -75,5 +87,20 @@ SPARSE = (
         base="adam",
         learning_rates=ADAM_RATES,
         factory=functools.partial(oa.sift, rate=0.05),
+    ),
+    Method(
+        name="gradsamp",
+        family="sparse",
+        summary="SGD with momentum 0.9; every third epoch is sampled from the last, not trained",
+        paper=Paper("Revanth et al., 2024", "https://arxiv.org/abs/2406.07332"),
+        fidelity="our reading",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        factory=_gradsamp,
+        from_context=lambda context: {
+            "steps_per_epoch": context.steps_per_epoch,
+            "key": context.seed,
+        },
+        period=6 * STEPS_PER_EPOCH,  # two sampled ones; those of the start are over after one
     ),
 )

@@ -19,6 +19,8 @@ from optax_accel.curvature.block_tracker import SHORTEST_PERIOD
 # The costs that the catalogue states are those of a linear layer and ten classes.
 _LAYER = {"w": jax.ShapeDtypeStruct((128, 64), jnp.float32)}
 _CLASSES = 10
+# Where nobody says how long an epoch is, as where steps are timed.
+STEPS_PER_EPOCH = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class Context:
       total_steps: length of the run, at which schedules end.
       num_classes: number of classes; the dominant subspace has one direction per class (Gur-Ari
         et al., 2018).
+      steps_per_epoch: number of steps in an epoch.
       seed: seed of the method's own randomness.
       axis_name: mesh axis of the workers, for methods with `Method.per_worker`; None for a single
         worker.
@@ -41,6 +44,7 @@ class Context:
 
     total_steps: int
     num_classes: int
+    steps_per_epoch: int = STEPS_PER_EPOCH
     seed: int = 0
     axis_name: str | None = None
     num_workers: int = 1
@@ -98,8 +102,8 @@ class Method:
       from_context: the keyword arguments of `factory` that depend on the run.
       gradients_per_step: mini-batch gradients that a step takes.
       tracker: how it follows the dominant subspace; None if it does not.
-      period: number of steps after which the forms of the step (`refresh`) repeat; of a tracker
-        that chooses its periods, the longest one.
+      period: number of steps after which the forms of the step (`refresh`) repeat, and by which
+        those of the start are over; of a tracker that chooses its periods, the longest one.
       per_worker: whether each worker keeps a state of its own and takes its own gradient.
       needs_objective: whether it finds the layers of the network in the objective (K-FAC).
       time_targets: highest ratios to the base's time that this project accepts, by what is timed:
@@ -161,6 +165,7 @@ class Method:
         *,
         total_steps: int,
         num_classes: int,
+        steps_per_epoch: int = STEPS_PER_EPOCH,
         seed: int = 0,
         axis_name: str | None = None,
         num_workers: int = 1,
@@ -174,6 +179,7 @@ class Method:
           learning_rate: a float, a schedule or a traced scalar.
           total_steps: length of the run, at which schedules end.
           num_classes: number of classes; the dominant subspace has one direction per class.
+          steps_per_epoch: number of steps in an epoch.
           seed: seed of the method's own randomness.
           axis_name: mesh axis of the workers, for methods with `per_worker`; ``None`` for a single
             worker.
@@ -207,6 +213,7 @@ class Method:
         context = Context(
             total_steps=total_steps,
             num_classes=num_classes,
+            steps_per_epoch=steps_per_epoch,
             seed=seed,
             axis_name=axis_name,
             num_workers=num_workers,
@@ -221,14 +228,22 @@ class Method:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @functools.cached_property
-    def _on_a_linear_layer(self) -> optax.GradientTransformationExtraArgs:
-        """The optimizer of `_LAYER`, from which periods and sizes can be read."""
+    def _on_a_linear_layer(self) -> Callable[[int], optax.GradientTransformationExtraArgs]:
+        """The optimizer of `_LAYER` by steps per epoch: periods and sizes can be read from it."""
         objective = oa.Objective(lambda params: jnp.zeros((1, 128)) @ params["w"], jnp.sum)
         arguments: dict[str, Any] = {"total_steps": 100, "num_classes": _CLASSES}
-        with jax.transfer_guard("allow"):  # the first to ask may be a guarded training loop
-            return self.build(0.1, objective=objective, **arguments)
 
-    def refresh(self, step: int, *, cold_start: bool = True) -> bool | str | None:
+        @functools.cache
+        def build(steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
+            arguments["steps_per_epoch"] = steps_per_epoch
+            with jax.transfer_guard("allow"):  # the first to ask may be a guarded training loop
+                return self.build(0.1, objective=objective, **arguments)
+
+        return build
+
+    def refresh(
+        self, step: int, *, cold_start: bool = True, steps_per_epoch: int = STEPS_PER_EPOCH
+    ) -> bool | str | None:
         """The static ``refresh`` argument of the update at a step, known before the run.
 
         A tracker that chooses its periods is planned at the shortest one: the most that it costs.
@@ -238,6 +253,7 @@ class Method:
           step: zero-based training step.
           cold_start: whether the first estimate of the subspace comes from Lanczos iterations,
             rather than growing from a random basis over the first ten steps.
+          steps_per_epoch: number of steps in an epoch, as for `build`.
 
         Returns:
           What :func:`optax_accel.refresh_at` says about the optimizer with the catalogue's
@@ -250,11 +266,14 @@ class Method:
         """
         if self.refresh_every == "adaptive":
             return oa.refresh_at(step, refresh_every=SHORTEST_PERIOD, cold_start=cold_start)
-        refresh = oa.refresh_at(step, self._on_a_linear_layer, cold_start=cold_start)
+        tx = self._on_a_linear_layer(steps_per_epoch)
+        refresh = oa.refresh_at(step, tx, cold_start=cold_start)
         assert not isinstance(refresh, oa.Refresh)  # as no entry has a tracker and K-FAC
         return refresh
 
-    def schedule(self, *, cold_start: bool = True) -> Callable[[int, Any], Any]:
+    def schedule(
+        self, *, cold_start: bool = True, steps_per_epoch: int = STEPS_PER_EPOCH
+    ) -> Callable[[int, Any], Any]:
         """The ``refresh`` argument of each update of one run, or of runs stepped together.
 
         A tracker that chooses its periods says in its state when it is due; of several runs the
@@ -262,13 +281,15 @@ class Method:
 
         Args:
           cold_start: as for `refresh`.
+          steps_per_epoch: as for `refresh`.
 
         Returns:
           A function of the zero-based step and of the state before it, which contains that of the
           optimizer.
         """
         with jax.transfer_guard("allow"):
-            return oa.RefreshSchedule(self._on_a_linear_layer, cold_start=cold_start)
+            tx = self._on_a_linear_layer(steps_per_epoch)
+            return oa.RefreshSchedule(tx, cold_start=cold_start)
 
     def products(self, refresh: Any, params: Any, num_classes: int) -> int:
         """Hessian-vector products that an update takes.
@@ -292,7 +313,7 @@ class Method:
           Further gradients, Hessian-vector products of a (warm) refresh with ten classes, the size
           of the optimizer's state in copies of the parameters, and what the first step takes.
         """
-        shapes = jax.eval_shape(self._on_a_linear_layer.init, _LAYER)
+        shapes = jax.eval_shape(self._on_a_linear_layer(STEPS_PER_EPOCH).init, _LAYER)
         state = sum(leaf.size for leaf in jax.tree.leaves(shapes)) / _LAYER["w"].size
         costs = [f"state {state:.3g} x the parameters"]
         if self.first_step is not None:

@@ -167,6 +167,23 @@ def _powerprop(rate: float) -> Iterates:
     return np.array(path)
 
 
+def _skipping_epochs(rate: float) -> Iterates:
+    """SGD with momentum in epochs of ten steps; the eighth only repeats the seventh's mean step."""
+    x, buffer, path, start = np.array(NOISY.start), np.zeros(3), [], np.zeros(3)
+    for step in range(STEPS):
+        epoch, within = divmod(step, 10)
+        if epoch != 7:
+            buffer = 0.9 * buffer + NOISY.gradient(x, step)
+            x_next = x - rate * buffer
+        else:
+            x_next = x + np.mean(x - start) if within == 0 else x
+        if within == 0:
+            start = x
+        x = x_next
+        path.append(x)
+    return np.stack(path)
+
+
 def _at_the_worst_point(rho: float, alpha: float) -> Callable[[np.ndarray, int], np.ndarray]:
     """(1 - alpha) times the gradient and alpha times the one rho along its direction."""
 
@@ -277,6 +294,11 @@ CALCULATIONS: Mapping[str, tuple[str, float, Callable[[], Iterates]]] = {
         _SGD,
         lambda: heavy_ball(constant(_SGD), gradient=_at_the_worst_point(0.1, 0.8)),
     ),
+    "gradsamp": (
+        "Revanth et al., 2024, abstract; without noise",
+        _SGD,
+        lambda: _skipping_epochs(_SGD),
+    ),
     # The Hessian is diagonal: its dominant eigenvector is the last coordinate.
     "bulk_sgd": (
         "Song et al., 2025",
@@ -289,6 +311,10 @@ CALCULATIONS: Mapping[str, tuple[str, float, Callable[[], Iterates]]] = {
         lambda: heavy_ball(constant(_SGD), mask=(0.0, 0.0, 1.0)),
     ),
 }
+
+
+# What would be random otherwise.
+_SETTINGS: dict[str, dict[str, Any]] = {"gradsamp": {"scale": 0.0}}
 
 
 def references(method: str) -> list[Reference]:
@@ -309,7 +335,7 @@ def references(method: str) -> list[Reference]:
                 kind=FORMULA,
                 source=source,
                 learning_rate=rate,
-                settings={},
+                settings=_SETTINGS.get(method, {}),
                 problem=NOISY,
                 iterates=iterates,
                 total_steps=STEPS,

@@ -90,12 +90,17 @@ class Plan:
 
     def refresh_at(self, step: int) -> bool | str | None:
         """The static `refresh` argument planned for a step from 0 on; see `Method.refresh`."""
-        # The Lanczos iteration of a cold start is a loop.
-        return self.method.refresh(step, cold_start=not self.loops_convolutions_slowly)
+        return self.method.refresh(step, **self._refresh_options)
 
     def refresh_schedule(self) -> Callable[[int, Any], Any]:
         """The static `refresh` argument of each step of a run; see `Method.schedule`."""
-        return self.method.schedule(cold_start=not self.loops_convolutions_slowly)
+        return self.method.schedule(**self._refresh_options)
+
+    @property
+    def _refresh_options(self) -> dict[str, Any]:
+        # The Lanczos iteration of a cold start is a loop.
+        cold_start = not self.loops_convolutions_slowly
+        return {"cold_start": cold_start, "steps_per_epoch": self.steps_per_epoch}
 
     def config(self) -> dict[str, Any]:
         """All that decides the numbers, as plain JSON."""

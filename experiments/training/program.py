@@ -268,6 +268,7 @@ def make_optimizer(plan: Plan, model: Model) -> optax.GradientTransformationExtr
         plan.learning_rate,
         total_steps=plan.steps,
         num_classes=plan.task.num_directions,
+        steps_per_epoch=plan.steps_per_epoch,
         seed=plan.options.seed,
         axis_name=None if plan.workers is None else parallel.AXIS,
         num_workers=plan.workers or 1,

@@ -187,6 +187,7 @@ class Trainer:
             rest=split[0][2], x=self.train_x[rows], y=self.train_y[rows]
         )
         examples = len(plan.task.train.y)
+        self.steps_per_epoch = examples // plan.batch_size
         self.order = np.stack([self._batches(seed, examples) for seed in self.seeds])
         # A fixed sub-sample per seed: redrawn at every refresh, its noise alone would move the
         # subspace.
@@ -233,6 +234,7 @@ class Trainer:
             learning_rate,
             total_steps=self.plan.steps,
             num_classes=self.plan.task.num_directions,
+            steps_per_epoch=self.steps_per_epoch,
             seed=seed,
             axis_name=WORKERS if method.per_worker else None,
             num_workers=self.plan.workers,
@@ -282,7 +284,9 @@ class Trainer:
 
     def refresh(self, method: Method, step: int) -> bool | str | None:
         """The static ``refresh`` argument planned for a method's step; see `Method.refresh`."""
-        return method.refresh(step, cold_start=self.cold_start)
+        return method.refresh(
+            step, cold_start=self.cold_start, steps_per_epoch=self.steps_per_epoch
+        )
 
     def step_cost(self, method: Method, products: Any) -> Any:
         """What steps with so many Hessian-vector products cost, in mini-batch gradients.
@@ -507,7 +511,9 @@ class Runs:
     gradient_evaluations: float = 0.0
 
     def __post_init__(self) -> None:
-        self._refresh_at = self.method.schedule(cold_start=self.trainer.cold_start)
+        self._refresh_at = self.method.schedule(
+            cold_start=self.trainer.cold_start, steps_per_epoch=self.trainer.steps_per_epoch
+        )
 
     def advance(self, step: int) -> jax.Array:
         """Makes one step of every run.
@@ -533,7 +539,8 @@ class Runs:
             refresh=refresh,
         )
         products = trainer.step_products(self.method, refresh)
-        self.gradient_evaluations += trainer.step_cost(self.method, products)
+        if refresh != "sample":
+            self.gradient_evaluations += trainer.step_cost(self.method, products)
         if refresh == "cold":
             progress.tell(f"{name}: finding the subspace ({products} products)")
         return loss

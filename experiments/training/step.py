@@ -158,7 +158,8 @@ def train_step(
       curvature: the batch on which curvature is estimated, with the entries of ``batch``.
         ``None``: ``batch`` itself.
       refresh: static; what the optimizer does about its curvature estimate in this step
-        (``Method.refresh``). ``None`` for methods without curvature or to decide in the graph.
+        (``Method.refresh``). ``None`` for methods without curvature or to decide in the graph. With
+        ``"sample"`` (`optax_accel.gradsamp`) neither the loss nor its gradient is evaluated.
       axis_name: axis over which replicas are averaged (``pmap``, ``shard_map``). Batch
         normalization uses the statistics of each replica's own batch, and its running statistics
         are averaged.
@@ -167,12 +168,12 @@ def train_step(
     Returns:
       The new state and scalar metrics, the same on all replicas: ``loss``, the training loss at
       the point where the method evaluated it (the current one, except for extragradient: the
-      extrapolated point), and ``finite``, whether that loss, the new parameters, the other
-      variables and the optimizer's moments (arrays shaped like a parameter) all are finite, or the
-      loss scale has left the step out and fallen. With ``options.norms_every`` also
-      ``gradient_norm``, the Euclidean norm over all parameters of the gradient that the optimizer
-      was given, without its loss scale, and ``update_norm``, that of the update, learning rate
-      included; of several workers the means of theirs.
+      extrapolated point; NaN of a step that evaluates none), and ``finite``, whether that loss,
+      if any, the new parameters, the other variables and the optimizer's moments (arrays shaped
+      like a parameter) all are finite, or the loss scale has left the step out and fallen. With
+      ``options.norms_every`` also ``gradient_norm``, the Euclidean norm over all parameters of the
+      gradient that the optimizer was given, without its loss scale, and ``update_norm``, that of
+      the update, learning rate included; of several workers the means of theirs.
     """
 
     def loss_on(objective: oa.Objective, batch: Batch, num_micro_batches: int) -> oa.Objective:
@@ -185,8 +186,16 @@ def train_step(
     scale = find_in_state(state.opt_state, "loss_scale")
     loss = loss_on(objective, batch, options.accumulate)
     scaled = loss if scale is None else loss.scaled(scale)
-    value, grads = scaled.value_and_grad(state.params)
-    value, rest = value if loss.has_aux else (value, state.rest)
+    sampled = refresh == "sample"  # an epoch that is not trained: nothing is evaluated
+    if sampled:
+        value, grads = (
+            jnp.full((), jnp.nan, jnp.float32),
+            jax.tree.map(jnp.zeros_like, state.params),
+        )
+        rest = state.rest
+    else:
+        value, grads = scaled.value_and_grad(state.params)
+        value, rest = value if loss.has_aux else (value, state.rest)
 
     evaluated = objective if options.value_fn is None else options.value_fn
     extra_args: dict[str, Any] = {
@@ -213,7 +222,12 @@ def train_step(
         norms = _norms(grads, updates, norm_names(opt_state), new.step, options.norms_every)
         if scale is not None and "gradient_norm" in norms:
             norms["gradient_norm"] /= scale
-    metrics = _metrics(value, state, new, norms, axis_name if options.per_worker else None)
+        if sampled and "gradient_norm" in norms:
+            norms["gradient_norm"] = value
+    alarming = jnp.zeros(()) if sampled else None
+    metrics = _metrics(
+        value, state, new, norms, axis_name if options.per_worker else None, alarming
+    )
     if options.ema is not None:
         new = new._replace(average=_moving_average(new, options.ema))
     if options.skip_non_finite:
@@ -257,18 +271,22 @@ def _metrics(
     after: TrainState,
     norms: dict[str, jax.Array],
     axis_name: str | None,
+    alarming: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """``loss``, ``finite`` and norms of a step; over the workers of an axis, if one is named."""
+    """``loss``, ``finite`` and norms of a step; over the workers of an axis, if one is named.
+
+    ``alarming`` stands for the loss where ``finite`` looks at it.
+    """
     # A method that evaluates the loss elsewhere keeps that value in its state. Reporting it lets
     # XLA drop the pass at the current parameters where the method has no use for it.
     evaluated = find_in_state(after.opt_state, "objective_value")
     loss = value if evaluated is None else evaluated
-    alarming = loss
+    alarming = loss if alarming is None else alarming
     scale = find_in_state(before.opt_state, "loss_scale")
     if scale is not None:  # an overflow is no alarm as long as a lower scale may help
         left_out = ~find_in_state(after.opt_state, "gradient_finite")
         fell = find_in_state(after.opt_state, "loss_scale") < scale
-        alarming = jnp.where(left_out & fell, 0, loss)
+        alarming = jnp.where(left_out & fell, 0, alarming)
     check = _total((after.params, after.rest, _shaped_like(after.opt_state, after.params)))
     if axis_name is not None:
         loss, alarming, check, norms = lax.pmean((loss, alarming, check, norms), axis_name)

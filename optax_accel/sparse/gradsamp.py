@@ -11,14 +11,14 @@ At the start of a sampled epoch the parameters move once, by a sample of the inc
 :math:`\Delta` in each ``"tensor"`` or in the whole ``"model"``, or of each ``"element"``
 :math:`\mu = \Delta` and :math:`s = |\Delta|`.
 
-`GradSamp <https://arxiv.org/abs/2406.07332>`_, 2024.  Our reading: only the abstract is public,
-which says that at epochs chosen periodically or at random training is skipped, and the parameters
-of the previous epoch get element-wise Gaussian noise with parameters that are estimated from the
-difference of the two previous epochs' parameters.  The three estimators, the number of epochs
-before the first sampled one, and that the optimizer, its schedules and the statistics of batch
-normalization stand still meanwhile are ours.  With the statistics of a tensor the sample does not
-know where :math:`\Delta` pointed, so that it is close to isotropic noise: compare it with skipping
-epochs and doing nothing.
+Revanth, Channappayya and Mohan, `Minimizing energy costs in deep learning model training
+<https://arxiv.org/abs/2406.07332>`_, 2024.  Our reading, of the abstract: at epochs chosen
+periodically or at random training is skipped, and the parameters of the previous epoch get
+element-wise Gaussian noise, whose parameters are estimated from the difference between those of the
+two previous epochs.  The three estimators, the number of epochs before the first sampled one, and
+that the optimizer, its schedules and the statistics of batch normalization stand still meanwhile
+are ours.  With the statistics of a tensor the sample does not know where :math:`\Delta` pointed, so
+that it is close to isotropic noise: compare it with skipping epochs and doing nothing.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def gradsamp(
       [0.9, 0.81, 0.729, 0.6561, 0.5022, 0.5022]
 
     References:
-      `GradSamp <https://arxiv.org/abs/2406.07332>`_, 2024, abstract.
+      Revanth et al., `Minimizing energy costs <https://arxiv.org/abs/2406.07332>`_, 2024, abstract.
     """
     check_inner(inner)
     check_count("steps_per_epoch", steps_per_epoch, 1)

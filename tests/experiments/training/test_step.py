@@ -51,6 +51,29 @@ def test_step_is_the_textbook_step(mlp, batch):
     )
 
 
+def test_a_sampled_epoch_evaluates_nothing(norm_dropout, batch):
+    graphdef, params, rest = norm_dropout
+    tx = oa.gradsamp(optax.sgd(0.1), 1, period=2, start=1)
+    state = init_state(tx, params, rest)
+    options = StepOptions(norms_every=1)
+
+    @functools.partial(jax.jit, static_argnames="refresh")
+    def step(state, refresh):
+        objective = networks.objective(graphdef)
+        return train_step(tx, objective, state, batch, refresh=refresh, options=options)
+
+    before, _ = step(step(state, False)[0], False)
+    after, metrics = step(before, "sample")
+    tree_equal(after.rest, before.rest)
+    tree_equal(after.opt_state.inner_state, before.opt_state.inner_state)
+    assert np.isnan(metrics["loss"])
+    assert np.isnan(metrics["gradient_norm"])
+    assert metrics["finite"]
+    assert metrics["update_norm"] > 0
+    computed = {refresh: step.lower(before, refresh).as_text() for refresh in (False, "sample")}
+    assert ["exponential" in text for text in computed.values()] == [True, False]  # of the loss
+
+
 def test_step_is_pure_and_keeps_the_structure(norm_dropout, batch):
     graphdef, params, rest = norm_dropout
     tx = optax.with_extra_args_support(optax.sgd(0.1, momentum=0.9))
