@@ -77,15 +77,16 @@ class ForwardGradientState(NamedTuple):
       rng_key: the PRNG key given at construction; step ``t`` draws from ``fold_in(rng_key, t)``.
       objective_value: the loss at the parameters of the last step, with ``axis_name`` in the
         Objective the mean over the replicas; infinity before the first step; float32 scalar.
-      directional_derivatives: the derivatives of the loss along the directions of the last step,
-        summed over the examples; 0 before the first step; float32 of shape ``(num_samples,)``.
+      draws: how many directions each sample has drawn, int32 of shape ``(num_samples,)``, which is
+        also where ``update`` knows their number from if Optax's ``inject_hyperparams`` has made an
+        array of it.
       inner_state: state of the inner transformation.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
     rng_key: chex.PRNGKey
     objective_value: jax.Array
-    directional_derivatives: jax.Array
+    draws: jax.Array
     inner_state: chex.ArrayTree
 
 
@@ -177,9 +178,7 @@ def forward_gradient(
                 count=jnp.zeros((), jnp.int32),
                 rng_key=jnp.copy(initial_key),
                 objective_value=jnp.full((), jnp.inf, jnp.float32),
-                directional_derivatives=jnp.zeros(
-                    static_integer("num_samples", num_samples, 1), jnp.float32
-                ),
+                draws=jnp.zeros(static_integer("num_samples", num_samples, 1), jnp.int32),
                 inner_state=inner.init(params),
             )
 
@@ -191,12 +190,11 @@ def forward_gradient(
             value_fn: Any = None,
             **extra_args: Any,
         ) -> tuple[chex.ArrayTree, ForwardGradientState]:
-            value, slopes, estimate = _estimate(
+            value, estimate = _estimate(
                 value_fn,
                 params,
                 jax.random.fold_in(state.rng_key, state.count),
-                # The state knows it where Optax's inject_hyperparams made it an array.
-                _Options(perturb, len(state.directional_derivatives), directions, derivative),
+                _Options(perturb, len(state.draws), directions, derivative),
                 mask,
                 extra_args,
             )
@@ -213,7 +211,7 @@ def forward_gradient(
                 count=optax.safe_increment(state.count),
                 rng_key=state.rng_key,
                 objective_value=value.astype(jnp.float32),
-                directional_derivatives=slopes,
+                draws=optax.safe_increment(state.draws),
                 inner_state=inner_state,
             )
 
@@ -270,8 +268,7 @@ def forward_value_and_grad(
     _check_options(perturb, num_samples, directions, derivative)
     num_samples = static_integer("num_samples", num_samples, 1)
     options = _Options(perturb, num_samples, directions, derivative)
-    value, _, estimate = _estimate(value_fn, params, as_key(key), options, mask, kwargs)
-    return value, estimate
+    return _estimate(value_fn, params, as_key(key), options, mask, kwargs)
 
 
 class _Options(NamedTuple):
@@ -290,8 +287,8 @@ def _estimate(
     options: _Options,
     mask: Mask,
     kwargs: dict[str, Any],
-) -> tuple[jax.Array, jax.Array, chex.ArrayTree]:
-    """The loss, its derivatives along the directions, and the estimate of its gradient."""
+) -> tuple[jax.Array, chex.ArrayTree]:
+    """The loss and the estimate of its gradient."""
 
     def objective_of(arguments: dict[str, Any]) -> Objective:
         return as_objective(
@@ -305,20 +302,19 @@ def _estimate(
     chosen = resolve(params, mask)
     part = select(params, chosen)
     if options.perturb == "weights":
-        value, slopes, estimate = _by_weights(objective_of(kwargs), part, key, options)
+        value, estimate = _by_weights(objective_of(kwargs), part, key, options)
     else:
         check_taps(value_fn)
-        value, slopes, estimate = _by_activations(
+        value, estimate = _by_activations(
             lambda taps: objective_of({**kwargs, "tap": taps}), part, key, options
         )
     estimate = jax.tree.map(lambda e, p: e.astype(p.dtype), estimate, part)
-    estimate = merge(estimate, jax.tree.map(jnp.zeros_like, params), chosen)
-    return value, slopes.astype(jnp.float32), estimate
+    return value, merge(estimate, jax.tree.map(jnp.zeros_like, params), chosen)
 
 
 def _by_weights(
     objective: Objective, params: chex.ArrayTree, key: jax.Array, options: _Options
-) -> tuple[jax.Array, jax.Array, chex.ArrayTree]:
+) -> tuple[jax.Array, chex.ArrayTree]:
     _, num, directions, derivative = options
     leaves, treedef = jax.tree.flatten(params)
     block = [_drawn(key, i, (num, *p.shape), directions) for i, p in enumerate(leaves)]
@@ -339,7 +335,7 @@ def _by_weights(
         slopes = slope[None]
     else:
         value, slopes = jax.vmap(of_sample, out_axes=(None, 0))(block)
-    return value, slopes, blocks.combine(slopes.astype(jnp.float32) / num, block)
+    return value, blocks.combine(slopes.astype(jnp.float32) / num, block)
 
 
 def _difference(
@@ -354,7 +350,7 @@ def _by_activations(
     params: chex.ArrayTree,
     key: jax.Array,
     options: _Options,
-) -> tuple[jax.Array, jax.Array, chex.ArrayTree]:
+) -> tuple[jax.Array, chex.ArrayTree]:
     _, num, directions, derivative = options
     plain = objective_of(Taps())
     params = plain.vary(params)
@@ -380,7 +376,7 @@ def _by_activations(
         tapped[:] = taps.tapped
         return taps.losses, [tap.array for tap in taps.tapped]
 
-    def of_sample(sample: jax.Array) -> tuple[Any, list[jax.Array]]:
+    def of_sample(sample: jax.Array) -> list[jax.Array]:
         zero = jnp.zeros((), jnp.float32)
         at = functools.partial(losses_at, sample=sample)
         if derivative == "exact":
@@ -388,17 +384,15 @@ def _by_activations(
         else:
             along = at(zero)[1]
             slopes = _difference(lambda distance: at(distance)[0], zero)(jnp.ones_like(zero))
-        pulled = [
+        return [
             _share(slopes[tap.loss], tap.axes, direction.ndim) * direction.astype(jnp.float32)
             for tap, direction in zip(tapped, along, strict=True)
         ]
-        return {loss: jnp.sum(slope) for loss, slope in slopes.items()}, pulled
 
     if num == 1:
-        slopes, pulled = of_sample(jnp.zeros((), jnp.int32))
-        slopes = jax.tree.map(lambda slope: slope[None], slopes)
+        pulled = of_sample(jnp.zeros((), jnp.int32))
     else:
-        slopes, pulled = jax.vmap(of_sample)(jnp.arange(num))
+        pulled = jax.vmap(of_sample)(jnp.arange(num))
         pulled = [jnp.mean(each, axis=0) for each in pulled]
 
     def segments(params: chex.ArrayTree, offsets: dict[str, jax.Array]) -> tuple[Any, Any]:
@@ -406,7 +400,7 @@ def _by_activations(
         value = objective_of(taps).local(params)
         return value, taps.arrays
 
-    offsets = plain.vary({name: jnp.zeros((), jnp.float32) for name in slopes})
+    offsets = plain.vary({tap.loss: jnp.zeros((), jnp.float32) for tap in tapped})
     (value, arrays), pull = jax.vjp(segments, params, offsets)
     one = jnp.ones_like(value)
     weights = pull((one, [jnp.zeros_like(x) for x in arrays]))[1]
@@ -414,8 +408,7 @@ def _by_activations(
         (weights[tap.loss] * each).astype(x.dtype)
         for tap, each, x in zip(tapped, pulled, arrays, strict=True)
     ]
-    total = sum(weights[loss] * slope.astype(jnp.float32) for loss, slope in slopes.items())
-    return plain.mean((value, total, pull((one, pulled))[0]))
+    return plain.mean((value, pull((one, pulled))[0]))
 
 
 def _share(slopes: jax.Array, axes: tuple[int, ...], ndim: int) -> jax.Array:

@@ -175,8 +175,8 @@ class Cutting(Taps):
     """Keeps the activations and ends every derivative there.
 
     Args:
-      offsets: a number for each loss, added to its mean: the derivative with respect to it is how
-        much the mean counts in the objective.
+      offsets: a number for each loss that a tap names, added to its mean: the derivative with
+        respect to it is how much the mean counts in the objective.
     """
 
     def __init__(self, offsets: dict[str, jax.Array]):
@@ -191,7 +191,7 @@ class Cutting(Taps):
     def mean(self, losses: jax.Array, *, loss: str = "loss", copies: bool = False) -> jax.Array:
         """The mean plus the number for that loss."""
         value = super().mean(losses, loss=loss, copies=copies)
-        return value + self._offsets[loss].astype(value.dtype)
+        return value + self._offsets.get(loss, jnp.zeros(())).astype(value.dtype)
 
 
 _WITH_TAPS = (
