@@ -6,12 +6,14 @@ What does a method's `update` cost on a tree of 10 million parameters, where the
 the optimizer, and which multiple is that of the time that its bytes, read and written once, need at
 the bandwidth of a copy; what does it cost in a whole training step of a dense model; how long does
 that step take to compile; for K-FAC, at twice the batch, what do its whole cycle and a step between
-refreshes cost (beside the package `kfac_jax`, where that is installed); and how long does a person
-wait for the first step, compilation included, of a GPT, of the dense model and of a small
-convolutional network? Method and base run side by side (A B, B A, A B, ...), compiled, with donated
-buffers, waiting for every result, so that a busy moment of the machine hits both. A ratio is the
-median of the ratios of such pairs; the quartiles beside it say how far to trust it. First steps
-start from empty caches, in rounds that each begin with Adam.
+refreshes cost (beside the package `kfac_jax`, where that is installed); for low-rank and sparse
+methods, on a GPT, what do a step between refreshes and one with a refresh by a range finder cost,
+and how long do these take to compile; and how long does a person wait for the first step,
+compilation included, of a GPT, of the dense model and of a small convolutional network? Method and
+base run side by side (A B, B A, A B, ...), compiled, with donated buffers, waiting for every
+result, so that a busy moment of the machine hits both. A ratio is the median of the ratios of such
+pairs; the quartiles beside it say how far to trust it. First steps start from empty caches, in
+rounds that each begin with Adam.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from experiments.training.studies import first_step, method_cost
 COMPILE_REPEATS = 5  # at most: a compilation takes a second
 
 PROG = "python -m experiments.bench"
+QUESTIONS = ("update", "step", "natural", "low_memory", "low_memory_compile", "compile")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,9 @@ class Options(cli.DryRunOptions):
 
     methods: str | None = None
     """Methods to time beside their bases, separated by commas; default: all."""
+    tables: str | None = None
+    """Tables to make, separated by commas: update, step, natural, low_memory, low_memory_compile,
+    compile; default: all."""
     repeats: int = 40
     """Number of rounds, each of which times every method once beside its base."""
     parameters: int = 10_000_000
@@ -155,6 +161,21 @@ def grouped(names: str | None) -> dict[str, list[Method]]:
     return groups
 
 
+def chosen_tables(names: str | None) -> tuple[str, ...]:
+    """The names of the tables to make.
+
+    Args:
+      names: some of `QUESTIONS`, separated by commas; None for all of them.
+
+    Raises:
+      UsageError: a name is unknown.
+    """
+    chosen = QUESTIONS if names is None else tuple(name.strip() for name in names.split(","))
+    for name in chosen:
+        cli.check_known("table", name, QUESTIONS)
+    return chosen
+
+
 def run(options: Options, groups: dict[str, list[Method]], console: Console) -> dict[str, Any]:
     """Times everything and prints one table per question.
 
@@ -173,7 +194,8 @@ def run(options: Options, groups: dict[str, list[Method]], console: Console) -> 
             "other programs keep the machine busy: mind the quartiles, or come back later"
         )
     side = max(1, math.isqrt(options.parameters // 10))
-    batch = method_cost.BATCH_SIZE
+    batch, gpt = method_cost.BATCH_SIZE, first_step.NETWORKS["gpt"]
+    gpt_words = "GPT of 0.8 million parameters"
     questions: dict[str, tuple[str, Callable[..., list[timing.Case]]]] = {
         "update": (
             f"update + apply, {10 * side * side:,} parameters",
@@ -184,14 +206,24 @@ def run(options: Options, groups: dict[str, list[Method]], console: Console) -> 
             f"K-FAC's cycle and its steps between, batch {2 * batch}",
             method_cost.natural_cases,
         ),
+        "low_memory": (
+            f"training step, {gpt_words}",
+            functools.partial(method_cost.low_memory_cases, network=gpt),
+        ),
+        "low_memory_compile": (
+            f"compilation of the step, {gpt_words}",
+            functools.partial(method_cost.low_memory_compile_cases, network=gpt),
+        ),
         "compile": ("compilation of the step", method_cost.compile_cases),
     }
+    wanted = chosen_tables(options.tables)
+    questions = {name: question for name, question in questions.items() if name in wanted}
     compilations = min(options.repeats, COMPILE_REPEATS)
     results: dict[str, Any] = {"machine": machine, "repeats": options.repeats}
     networks = [*first_step.NETWORKS] if options.first_steps else []
     progress.expect(len(questions) * len(groups) + len(networks))
     for key, (title, make) in questions.items():
-        repeats, warm_ups = (compilations, 1) if key == "compile" else (options.repeats, 2)
+        repeats, warm_ups = (compilations, 1) if "compile" in key else (options.repeats, 2)
         results[key] = [
             row
             for base in progress.each(
@@ -241,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The tree, its gradient, its update and a state of two trees for the method and its base each.
     cli.check_memory(4 * 8 * options.parameters, f"a tree of {options.parameters:,} parameters")
     groups, console = grouped(options.methods), cli.console(100)
+    chosen_tables(options.tables)
     if options.dry_run:
         methods = sum(map(len, groups.values())) - len(groups)
         lines = {

@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
+import jax
+import optax
 import pytest
 from rich.console import Console
 
 from experiments import bench
 from experiments.methods import METHODS
-from experiments.training.studies import first_step
+from experiments.training.studies import first_step, method_cost
 from experiments.training.studies.method_cost import Network
 
 
@@ -51,6 +54,29 @@ def test_ratios_and_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert (row["ratio"] is None) == (row["base"] is None)
 
 
+def test_low_memory_between_refreshes_and_with_one() -> None:
+    def network() -> Network:
+        return Network(2, "mlp", (6, 6, 1), hidden_sizes=(33,))
+
+    group = [METHODS[name] for name in ("adam", "galore", "sift")]
+    cases = method_cost.low_memory_cases("adam", group, network)
+    compilations = method_cost.low_memory_compile_cases("adam", group, network)
+    names = ["adam", "galore, between", "galore, refresh", "sift, between"]
+    assert [case.name for case in cases] == [case.name for case in compilations] == names
+    assert [case.target for case in cases] == [None, 1.15, 3.0, 1.15]
+    assert [case.target for case in compilations] == [None, 2.0, 2.0, 2.0]
+    for case, renews in zip(cases[1:3], (False, True), strict=True):
+        before = max(abs(basis).max() for basis in _bases(case.carry))
+        assert case.time() > 0
+        assert before == 0
+        assert (max(abs(basis).max() for basis in _bases(case.carry)) > 0) == renews
+    assert method_cost.low_memory_cases("adam", group[:1], network) == []
+
+
+def _bases(state: Any) -> list[Any]:
+    return jax.tree.leaves(optax.tree.get(state.opt_state, "low_rank_basis"))
+
+
 def test_time_to_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     cleared: list[int] = []
     monkeypatch.setattr("jax.clear_caches", lambda: cleared.append(1))  # other tests need them
@@ -79,6 +105,7 @@ def test_time_to_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--repeats", "0"], ["--repeats", "at least 1", "0"]),
         (["--methods", "sgd,demon"], ["'demon'", "demon_sgd"]),
         (["--methods", "sgd"], ["base methods"]),
+        (["--tables", "step,steps"], ["'steps'", "low_memory"]),
         (["--repeat", "3"], ["--repeat", "--repeats"]),
     ],
 )

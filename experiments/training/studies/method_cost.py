@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import importlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,6 +23,14 @@ from experiments.training.step import init_state, train_step
 
 COMPILE_TARGET = 2.0  # of methods without curvature, whose step has one form
 NATURAL_COMPILE_TARGET = 3.0  # of each form of the step
+# Low-rank and sparse methods are timed on a language model, with a range finder, at settings with
+# which their state is at most a third of Adam's.
+LOW_MEMORY: Mapping[str, Mapping[str, Any]] = {
+    "galore": {"rank": 32, "method": "range_finder"},
+    "adarankgrad": {"max_rank": 32},
+    "sift": {"rate": 0.01},
+}
+BETWEEN_TARGET, REFRESH_TARGET = 1.15, 3.0  # of their steps without and with a refresh
 BATCH_SIZE = 128
 NUM_CLASSES = 10
 TOTAL_STEPS = 10_000
@@ -156,14 +165,17 @@ class Network:
         graphdef, self.params, self.rest = networks.split(network)
         self.objective = networks.objective(graphdef)
 
-    def build(self, method: Method) -> optax.GradientTransformationExtraArgs:
-        """The optimizer of a method for this network."""
+    def build(
+        self, method: Method, settings: Mapping[str, Any] = MappingProxyType({})
+    ) -> optax.GradientTransformationExtraArgs:
+        """The optimizer of a method for this network, with settings in place of the catalogue's."""
         return method.build(
             LEARNING_RATE,
             total_steps=TOTAL_STEPS,
             num_classes=NUM_CLASSES,
             objective=self.objective.bind(rest=self.rest, **self.batch),
             likelihood=losses.LIKELIHOODS["cross_entropy"],
+            **settings,
         )
 
     def training_step(self, tx: optax.GradientTransformationExtraArgs) -> Any:
@@ -182,6 +194,7 @@ class Network:
         refresh: Callable[[int], Any],
         *,
         target: float | None = None,
+        settings: Mapping[str, Any] = MappingProxyType({}),
     ) -> Case:
         """Whole periods of training steps, at least ten steps.
 
@@ -190,8 +203,9 @@ class Network:
           method: the method.
           refresh: the argument ``refresh`` from the number of the step.
           target: highest acceptable ratio to the base.
+          settings: of the method, in place of the catalogue's.
         """
-        tx = self.build(method)
+        tx = self.build(method, settings)
         step = self.training_step(tx)
         return Case(
             name=method.name,
@@ -294,6 +308,89 @@ def _kfac_jax_case(network: Network, base: str, method: Method) -> Case | None:
     return Case("kfac-jax", base, call, carry, method.period)
 
 
+def low_memory_cases(
+    base: str, group: Sequence[Method], network: Callable[[], Network]
+) -> list[Case]:
+    """Steps of low-rank and sparse methods between refreshes, and such with a refresh.
+
+    Args:
+      base: name of the base.
+      group: the base, then its methods.
+      network: makes what is trained.
+
+    Returns:
+      The cases, none where only the base is left.
+    """
+    methods = [method for method in group if method.name in LOW_MEMORY]
+    if not methods:
+        return []
+    trained, one = network(), functools.partial(dataclasses.replace, period=1)
+    cases = [one(trained.step_case(base, group[0], lambda step: None))]
+    for method in methods:
+        settings = LOW_MEMORY[method.name]
+        for name, refresh, target in _low_memory_forms(method):
+            always = functools.partial(lambda refresh, step: refresh, refresh)
+            case = trained.step_case(base, method, always, target=target, settings=settings)
+            cases.append(one(case, name=name))
+    return cases
+
+
+def _low_memory_forms(method: Method) -> list[tuple[str, bool | None, float]]:
+    """Names of the steps of a method, their ``refresh`` and the target of their time."""
+    forms: list[tuple[str, bool | None, float]] = [
+        (f"{method.name}, between", False, BETWEEN_TARGET)
+    ]
+    if method.family == "low rank":
+        forms.append((f"{method.name}, refresh", True, REFRESH_TARGET))
+    return forms
+
+
+def low_memory_compile_cases(
+    base: str, group: Sequence[Method], network: Callable[[], Network]
+) -> list[Case]:
+    """Tracing and compiling the steps of `low_memory_cases`.
+
+    Args:
+      base: name of the base.
+      group: the base, then its methods.
+      network: makes what is trained.
+
+    Returns:
+      The cases, none where only the base is left.
+    """
+    methods = [method for method in group if method.name in LOW_MEMORY]
+    if not methods:
+        return []
+    trained = network()
+    cases = [_compile_case(trained, base, None, group[0], [None], None)]
+    for method in methods:
+        for name, refresh, _ in _low_memory_forms(method):
+            settings = LOW_MEMORY[method.name]
+            case = _compile_case(trained, name, base, method, [refresh], COMPILE_TARGET, settings)
+            cases.append(case)
+    return cases
+
+
+def _compile_case(
+    network: Network,
+    name: str,
+    base: str | None,
+    method: Method,
+    forms: Iterable[Any],
+    target: float | None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> Case:
+    """Tracing and compiling the step of a method in some forms of its static ``refresh``."""
+    tx = network.build(method, settings)
+    state = jax.eval_shape(functools.partial(init_state, tx), network.params, network.rest)
+
+    def call(i: int, carry: None) -> None:
+        for form in forms:
+            network.training_step(tx).lower(state, network.batch, refresh=form).compile()
+
+    return Case(name, base, call, None, 1, target)
+
+
 def compile_cases(base: str, group: Sequence[Method]) -> list[Case]:
     """Tracing and compiling the steps of `step_cases`, in all forms of their static `refresh`.
 
@@ -306,15 +403,9 @@ def compile_cases(base: str, group: Sequence[Method]) -> list[Case]:
     network = Network()
 
     def case(name: str, method: Method, forms: Iterable[Any], target: float | None) -> Case:
-        tx = network.build(method)
-        state = jax.eval_shape(functools.partial(init_state, tx), network.params, network.rest)
-
-        def call(i: int, carry: None) -> None:
-            for form in forms:
-                network.training_step(tx).lower(state, network.batch, refresh=form).compile()
-
-        is_base = method.name == base
-        return Case(name, None if is_base else base, call, None, 1, None if is_base else target)
+        if method.name == base:
+            return _compile_case(network, name, None, method, forms, None)
+        return _compile_case(network, name, base, method, forms, target)
 
     cases = []
     for method in group:
