@@ -37,11 +37,12 @@ from experiments.reporting.referee import local_losses as claims_of_local_losses
 from experiments.reporting.referee import low_memory as claims_of_low_memory
 from experiments.reporting.referee import protocols as report
 from experiments.reporting.referee import report as referee
+from experiments.reporting.referee import skipped_epochs as claims_of_skipped_epochs
 from experiments.reporting.referee.protocols import Protocols, Runs, Setting
 from experiments.runs import folders, ledger
 from experiments.runs.records import RESULTS, provenance, versions
 from experiments.runs.study import StudyFolder
-from experiments.training.studies import fine_tuning, local_losses, low_memory
+from experiments.training.studies import fine_tuning, local_losses, low_memory, skipped_epochs
 from experiments.training.studies.protocol_runs import FINAL, KEPT, TUNING, Ring, Runner
 
 PROG = "python -m experiments.protocols"
@@ -53,6 +54,7 @@ STUDIES: dict[str, tuple[Protocols, MakeRunner]] = {
         (claims_of_fine_tuning.STUDY, fine_tuning.Runner),
         (claims_of_local_losses.STUDY, local_losses.Runner),
         (claims_of_low_memory.STUDY, low_memory.Runner),
+        (claims_of_skipped_epochs.STUDY, skipped_epochs.Runner),
     )
 }
 DATA = "OPTAX_ACCEL_DATA"
@@ -196,7 +198,7 @@ def conclude(
     settings: Sequence[Setting],
     folder: Path,
     config: dict[str, Any],
-    chosen: Mapping[str, Mapping[str, float]],
+    chosen: report.Chosen,
     final: Runs,
 ) -> list[dict[str, Any]]:
     """Judges the runs and writes `results.json`; returns the verdicts as the ledger has them."""
@@ -211,7 +213,7 @@ def conclude(
         "versions": versions(),
         "date": ledger.today(),
     }
-    lines = report.entries(report.judge(study, settings, final), about)
+    lines = report.entries(report.judge(study, settings, chosen, final), about)
     record = {"config": config, "chosen": chosen, "final": final, "verdicts": lines}
     record |= provenance(PROG, options)
     cli.write_atomic(folder / RESULTS, cli.to_json(record))
@@ -221,7 +223,7 @@ def conclude(
 def show(
     study: Protocols,
     settings: Sequence[Setting],
-    chosen: Mapping[str, Mapping[str, float]],
+    chosen: report.Chosen,
     final: Runs,
     console: Console,
 ) -> None:
@@ -232,7 +234,7 @@ def show(
         console.print(f"{setting.name}: {setting.budget}", soft_wrap=True)
         console.print(scores)
     console.print()
-    judgements = report.judge(study, settings, final)
+    judgements = report.judge(study, settings, chosen, final)
     if judgements:
         found = {claim.name: judgement for claim, judgement in judgements.items()}
         console.print(referee.verdicts_table(list(judgements), found))

@@ -135,6 +135,7 @@ def test_a_study(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
     assert verdicts["a"]["estimate"] == pytest.approx(0.1)
     assert verdicts["b"]["note"] == "0 of 3 seeds"
+    assert verdicts["e"]["note"] == "3 of 3 seeds; tuned to other rates: Free 0.2, Broken 0.1"
     assert (verdicts["a"]["unit"], verdicts["c"]["unit"]) == ("error", "state")
     assert verdicts["a"]["runs"] == 18
     assert verdicts["a"]["diverged"] == 6
@@ -282,3 +283,16 @@ def test_low_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.25 <= scores["AdaRankGrad"]["rank"] <= 1
     assert len(scores["AdaRankGrad"]["rank of matrix 0"]) == 4  # each step was read
     assert [line["claim"] for line in results["verdicts"]] == ["a", "b", "c", "d"]
+
+
+def test_skipped_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert protocols.main(("skipped_epochs", "--scale", "smoke", "--name", "smoke")) == 0
+    results = json.loads((tmp_path / "runs" / "smoke" / "results.json").read_text())
+    scores = {name: runs[0]["scores"] for name, runs in results["final"]["digits"].items()}
+    # Of nine epochs that of number 7 is skipped; without it, and without a sample, others differ.
+    assert {name: each["gradients"] for name, each in scores.items()} == pytest.approx(
+        {"30 epochs": 1.0, "22 epochs": 8 / 9, "GradSamp, tensor": 8 / 9}, rel=1e-6
+    )
+    assert len({each["error"] for each in scores.values()}) > 1
+    assert [line["claim"] for line in results["verdicts"]] == ["a"]

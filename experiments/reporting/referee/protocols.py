@@ -27,6 +27,7 @@ from experiments.reporting.statistics import mean_and_error
 
 Run = Mapping[str, Any]  # "learning_rate", "seed" and "scores", which are None where not finite
 Runs = Mapping[str, Mapping[str, Sequence[Run]]]  # of each contestant in each setting
+Chosen = Mapping[str, Mapping[str, float]]  # the rate of each contestant in each setting
 VALIDATION = "validation"  # the score that chooses the rate, the lowest one
 
 
@@ -275,12 +276,47 @@ def diverged(run: Run) -> bool:
     return any(value is None for value in run["scores"].values())
 
 
-def judge(studied: Protocols, settings: Sequence[Setting], final: Runs) -> dict[Claim, Judgement]:
-    """What the runs say about each claim whose settings and contestants take part."""
-    claims = [claim for claim in studied.claims if studied.takes_part(claim, settings)]
-    return {
-        claim: claim.judge(results(studied, settings, final, claim.measure)) for claim in claims
-    }
+def judge(
+    studied: Protocols, settings: Sequence[Setting], chosen: Chosen, final: Runs
+) -> dict[Claim, Judgement]:
+    """What the runs say about each claim whose settings and contestants take part.
+
+    One tuning decides for all seeds, and neighboring rates often have validation scores that differ
+    by little: a note says where the compared contestants were tuned to different rates, so that
+    the verdict may be about these.
+
+    Args:
+      studied: the study.
+      settings: those that were run.
+      chosen: the rate of each contestant in each setting.
+      final: the final runs.
+
+    Returns:
+      The judgements, in the order of the claims.
+    """
+    judgements = {}
+    for claim in studied.claims:
+        if studied.takes_part(claim, settings):
+            found = claim.judge(results(studied, settings, final, claim.measure))
+            note = "; ".join(filter(None, [found.note, *_other_rates(claim, chosen)]))
+            judgements[claim] = dataclasses.replace(found, note=note)
+    return judgements
+
+
+def _other_rates(claim: Claim, chosen: Chosen) -> list[str]:
+    """The compared contestants that have different rates, in the first setting where they do."""
+    notes: dict[str, None] = {}
+    for part in parts_of(claim):
+        pair = [getattr(part, role, None) for role in ("method", "rival")]
+        if None in pair:
+            continue
+        for name in getattr(part, "among", ()) or chosen:
+            rates = {str(who): chosen[name][str(who)] for who in pair}
+            if len(set(rates.values())) > 1:
+                words = ", ".join(f"{who} {rate:g}" for who, rate in rates.items())
+                notes[f"tuned to other rates: {words}"] = None
+                break
+    return list(notes)
 
 
 def entries(judgements: Mapping[Claim, Judgement], about: Mapping[str, Any]) -> list[Any]:
