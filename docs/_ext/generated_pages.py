@@ -41,6 +41,7 @@ FUNCTIONS = {
     "cyclical2_sgd": "cyclical_schedule",
     "exp_range_sgd": "cyclical_schedule",
     "onecycle_sgd": "onecycle",
+    "gradsamp": "gradsamp",
     "onecycle_cosine_sgd": "onecycle",
     "vtpc_sgd": "vtpc_schedule",
     "snapshot_sgd": "snapshot_schedule",
