@@ -147,12 +147,12 @@ def forward_gradient(
         floating-point numbers.
 
     Example:
-      >>> import jax.numpy as jnp, optax
+      >>> import jax, jax.numpy as jnp, optax
       >>> import optax_accel as oa
       >>> loss = lambda w: 0.5 * jnp.sum(w**2)
       >>> tx = oa.forward_gradient(optax.sgd(0.1), num_samples=2, directions="orthogonal")
       >>> w = jnp.array([1.0, -2.0])
-      >>> updates, state = tx.update(w, tx.init(w), w, value_fn=loss)
+      >>> updates, state = jax.jit(lambda w: tx.update(w, tx.init(w), w, value_fn=loss))(w)
       >>> [round(float(u), 4) for u in updates]  # two samples of two weights: exact
       [-0.1, 0.2]
 

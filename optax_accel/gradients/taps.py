@@ -41,11 +41,11 @@ class Taps:
       >>> round(float(loss_fn(params, x, y)), 4)
       0.6931
       >>> tx = oa.forward_gradient(optax.sgd(0.1), perturb="activations")
-      >>> updates, state = tx.update(
-      ...     params, tx.init(params), params, value_fn=loss_fn, x=x, y=y
-      ... )  # the first argument, usually the gradient, is not used
-      >>> updates["w1"].shape
-      (4, 3)
+      >>> @jax.jit
+      ... def step(params, state):  # the first argument of update, the gradient, is not used
+      ...     updates, state = tx.update(params, state, params, value_fn=loss_fn, x=x, y=y)
+      ...     return optax.apply_updates(params, updates), state
+      >>> params, state = step(params, tx.init(params))
     """
 
     def __call__(
