@@ -44,6 +44,8 @@ from optax_accel.gradients import forward_gradient, forward_value_and_grad
 
 # Epochs sampled instead of trained
 from optax_accel.sparse import GradSampState, gradsamp, sample_epoch, skip_epoch
+# Feedback alignment
+from optax_accel.gradients import dfa_feedback, dfa_value_and_grad, feedback_alignment
 
 # Gradient sampling
 from optax_accel.gradients import SampleGradientsState, sample_gradients
@@ -152,6 +154,8 @@ __all__ = [
     "demon_sgd",
     "describe",
     "describe_layers",
+    "dfa_feedback",
+    "dfa_value_and_grad",
     "dmsgd",
     "dom_sgd",
     "dynamic_loss_scale",
@@ -159,6 +163,7 @@ __all__ = [
     "extra_adam",
     "extragradient",
     "extrap_sgd",
+    "feedback_alignment",
     "forward_gradient",
     "forward_value_and_grad",
     "galore",

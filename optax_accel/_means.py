@@ -72,6 +72,15 @@ def vary_over(tree: chex.ArrayTree, axis_name: str | None) -> chex.ArrayTree:
     return jax.tree.map(vary, tree)
 
 
+def vary_like(x: jax.Array, like: Any) -> jax.Array:
+    """Marks a value as differing between replicas of a ``shard_map`` wherever ``like`` does."""
+    kind = getattr(like, "manual_axis_type", None)
+    varying = getattr(like, "vma", None) if kind is None else kind.varying
+    for axis_name in varying or ():
+        x = vary_over(x, axis_name)
+    return x
+
+
 def mean_over(
     tree: chex.ArrayTree,
     axis_name: str | None,

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_accel._arguments import check_flag, check_integer
-from optax_accel._means import as_weight, is_inexact, shares_of, sum_dtype, vary_over, weighted
+from optax_accel._means import as_weight, is_inexact, shares_of, sum_dtype, vary_like, weighted
 
 
 def mean_over_micro_batches(
@@ -113,7 +113,7 @@ def mean_over_micro_batches(
     first = jnp.zeros((), jnp.int32)
     after, results = jax.eval_shape(lambda: function(carry, parts.at(first), first))
     total = jax.tree.map(lambda r: jnp.zeros(r.shape, sum_dtype(r.dtype)), results)
-    state = jax.tree.map(_vary_like, (carry, total), (after, results))
+    state = jax.tree.map(vary_like, (carry, total), (after, results))
     if unroll:
         for i in range(parts.num_equal):
             index = i + _zero_after(state[1]) if i else first
@@ -233,15 +233,6 @@ def _with_examples(leaves: list[Any]) -> list[bool]:
             "examples (objective.bind) instead of passing them with the batch."
         )
     return divided
-
-
-def _vary_like(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Marks a value as differing between replicas of a ``shard_map`` wherever ``like`` does."""
-    kind = getattr(like, "manual_axis_type", None)
-    varying = getattr(like, "vma", None) if kind is None else kind.varying
-    for axis_name in varying or ():
-        x = vary_over(x, axis_name)
-    return x
 
 
 def _zero_after(tree: chex.ArrayTree) -> jax.Array:

@@ -489,6 +489,39 @@ class Objective:
 
         return self._copy(of_new)
 
+    def with_predict(
+        self, change: Callable[[Callable[..., Any], bool], Callable[..., Any]]
+    ) -> Objective:
+        """The objective of another network, or of this one with another derivative.
+
+        Args:
+          change: maps ``predict``, and whether it returns a pair with auxiliary outputs, to the
+            function that takes its place and has the same arguments and results.
+
+        Returns:
+          An objective of the same arguments, with the same loss.
+
+        Raises:
+          ValueError: the objective was built from a value function.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import optax_accel as oa
+          >>> objective = oa.Objective(lambda w, x: w * x, lambda outputs: jnp.mean(outputs))
+          >>> doubled = objective.with_predict(
+          ...     lambda predict, has_aux: lambda w, x: predict(2 * w, x)
+          ... )
+          >>> float(doubled(jnp.ones(3), x=jnp.ones(3)))
+          2.0
+        """
+        self._need_predict("with_predict")
+        has_aux = "predict" in self._functions.aux_of
+
+        def changed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+            return change(function, has_aux) if name == "predict" else function
+
+        return self._copy(changed)
+
     # -- means -------------------------------------------------------------------------------
 
     def batch_weight(self, **kwargs: Any) -> jax.Array | None:

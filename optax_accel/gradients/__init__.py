@@ -1,5 +1,10 @@
 """Gradients that are not plain back-propagation: what enters an optimizer is made differently."""
 
+from optax_accel.gradients.feedback_alignment import (
+    dfa_feedback,
+    dfa_value_and_grad,
+    feedback_alignment,
+)
 from optax_accel.gradients.forward import (
     ForwardGradientState,
     forward_gradient,
@@ -20,6 +25,9 @@ __all__ = [
     "Taps",
     "bernoulli_per_element",
     "bernoulli_per_tensor",
+    "dfa_feedback",
+    "dfa_value_and_grad",
+    "feedback_alignment",
     "forward_gradient",
     "forward_value_and_grad",
     "sample_gradients",

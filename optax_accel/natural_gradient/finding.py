@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr
 
 from optax_accel._derivatives import check_outputs
 from optax_accel._masking import Mask, resolve
@@ -125,27 +126,7 @@ def find(
         examples.
     """
     check_example(method, objective, example)
-    leaves, treedef = jax.tree.flatten(dict(example or {}))
-    is_array = [hasattr(leaf, "shape") and not isinstance(leaf, np.generic) for leaf in leaves]
-
-    def predict(params: chex.ArrayTree, arrays: list[Any]) -> chex.ArrayTree:
-        remaining = iter(arrays)
-        arguments = [
-            next(remaining) if traced else leaf
-            for traced, leaf in zip(is_array, leaves, strict=True)
-        ]
-        return objective.outputs(params, **jax.tree.unflatten(treedef, arguments))
-
-    arrays = [leaf for traced, leaf in zip(is_array, leaves, strict=True) if traced]
-    try:
-        closed, outputs = jax.make_jaxpr(predict, return_shape=True)(params, arrays)
-    except Exception as error:
-        summary = next(iter(str(error).strip().splitlines()), "")
-        raise ValueError(
-            f"`predict` cannot be evaluated: {type(error).__name__}: {summary}\nIt was called with "
-            f"the parameters {_summary(params)} and the example {_summary(dict(example or {}))}, "
-            "which must have the structure, shapes and dtypes of those of a training step."
-        ) from error
+    closed, outputs = trace(objective.outputs, params, example)
     paths = jax.tree_util.tree_leaves_with_path(params)
     names = [jax.tree_util.keystr(path) or "params" for path, _ in paths]
     selected = [True] * len(names) if mask is None else jax.tree.leaves(resolve(params, mask))
@@ -153,6 +134,39 @@ def find(
     follower = follow(closed, len(names), num_examples)
     blocks = tuple(Grouping(follower).blocks(names, selected))
     return Network(blocks, num_examples, follower.program, jax.tree.structure(outputs))
+
+
+def trace(
+    predict: Callable[..., Any], params: chex.ArrayTree, example: Example
+) -> tuple[ClosedJaxpr, Any]:
+    """The program of ``predict(params, **example)``, and the shapes and dtypes of its results.
+
+    The arguments of the program are the leaves of the parameters, then the arrays of the example.
+
+    Raises:
+      ValueError: ``predict`` cannot be evaluated.
+    """
+    leaves, treedef = jax.tree.flatten(dict(example or {}))
+    is_array = [hasattr(leaf, "shape") and not isinstance(leaf, np.generic) for leaf in leaves]
+
+    def of_arrays(params: chex.ArrayTree, arrays: list[Any]) -> Any:
+        remaining = iter(arrays)
+        arguments = [
+            next(remaining) if traced else leaf
+            for traced, leaf in zip(is_array, leaves, strict=True)
+        ]
+        return predict(params, **jax.tree.unflatten(treedef, arguments))
+
+    arrays = [leaf for traced, leaf in zip(is_array, leaves, strict=True) if traced]
+    try:
+        return jax.make_jaxpr(of_arrays, return_shape=True)(params, arrays)
+    except Exception as error:
+        summary = next(iter(str(error).strip().splitlines()), "")
+        raise ValueError(
+            f"`predict` cannot be evaluated: {type(error).__name__}: {summary}\nIt was called with "
+            f"the parameters {_summary(params)} and the example {_summary(dict(example or {}))}, "
+            "which must have the structure, shapes and dtypes of those of a training step."
+        ) from error
 
 
 def check_example(method: str, objective: Objective, example: Example) -> None:

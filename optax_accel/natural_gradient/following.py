@@ -616,18 +616,24 @@ class Follower:
         return self.program.same_integer(one.number, other.number)
 
 
-def follow(closed: ClosedJaxpr, num_parameters: int, num_examples: int) -> Follower:
+def follow(
+    closed: ClosedJaxpr, num_parameters: int, num_examples: int, num_outputs: int | None = None
+) -> Follower:
     """Follows the parameters through the program of a network.
 
     Args:
       closed: the program.
       num_parameters: how many of its first arguments are parameters.
       num_examples: the leading axis of its outputs.
+      num_outputs: how many of its results are outputs; those after them are auxiliary, and nothing
+        is known of their axes. None: all are outputs.
     """
     avals = [var.aval for var in closed.jaxpr.invars]
     program = Program(avals[:num_parameters], avals[num_parameters:])
     views = {number: _whole(i, program.shape(number)) for i, number in enumerate(program.inputs)}
-    examples = of_outputs(num_examples, len(closed.jaxpr.outvars))
+    count = len(closed.jaxpr.outvars)
+    num_outputs = count if num_outputs is None else num_outputs
+    examples = of_outputs(num_examples, num_outputs) + [NOWHERE] * (count - num_outputs)
     follower = Follower(closed, program, views, num_examples, examples)
     for number in program.outputs:
         follower.refuse(number, (number,), "is an output itself")

@@ -30,6 +30,7 @@ class Program:
     Attributes:
       avals: what is known of the values' shapes and dtypes, by number.
       steps: the program.
+      names: of the operations that the steps are, empty for steps that are not in the program.
       loops: steps that are loops which are looked into, by their index.
       constants: values that are known, by number.
       inputs: numbers of the parameters.
@@ -47,6 +48,7 @@ class Program:
         """
         self.avals: list[Any] = []
         self.steps: list[Step] = []
+        self.names: list[str] = []
         self.loops: dict[int, Loop] = {}
         self.constants: dict[int, Any] = {}
         self.inputs, self.arguments = self._new(trained), self._new(data)
@@ -93,6 +95,7 @@ class Program:
         self.steps.append(
             (jaxpr_as_fun(ClosedJaxpr(single, ())), tuple(arguments.values()), results)
         )
+        self.names.append(eqn.primitive.name)
         for dependent in (self.data, self.trained):
             if not dependent.isdisjoint(operands):
                 dependent.update(results)
@@ -146,6 +149,7 @@ class Program:
         results = self._new(avals)
         self.loops[len(self.steps)] = loop
         self.steps.append((loop.run, operands, results))
+        self.names.append("scan")
         for inside, dependent in ((loop.body.data, self.data), (loop.body.trained, self.trained)):
             computed = zip(results, loop.body.outputs, strict=True)
             dependent.update(number for number, inner in computed if inner in inside)
@@ -165,6 +169,7 @@ class Program:
         """Adds a value that the program itself does not compute; returns its number."""
         (number,) = self._new([aval])
         self.steps.append((function, operands, (number,)))
+        self.names.append("")
         return number
 
     def _new(self, avals: Sequence[Any]) -> tuple[int, ...]:
