@@ -32,6 +32,7 @@ from rich.console import Console
 
 from experiments import cli, progress
 from experiments.cli import UsageError
+from experiments.reporting.referee import feedback as claims_of_feedback
 from experiments.reporting.referee import fine_tuning as claims_of_fine_tuning
 from experiments.reporting.referee import local_losses as claims_of_local_losses
 from experiments.reporting.referee import low_memory as claims_of_low_memory
@@ -42,7 +43,13 @@ from experiments.reporting.referee.protocols import Protocols, Runs, Setting
 from experiments.runs import folders, ledger
 from experiments.runs.records import RESULTS, provenance, versions
 from experiments.runs.study import StudyFolder
-from experiments.training.studies import fine_tuning, local_losses, low_memory, skipped_epochs
+from experiments.training.studies import (
+    feedback,
+    fine_tuning,
+    local_losses,
+    low_memory,
+    skipped_epochs,
+)
 from experiments.training.studies.protocol_runs import FINAL, KEPT, TUNING, Ring, Runner
 
 PROG = "python -m experiments.protocols"
@@ -51,6 +58,7 @@ MakeRunner = Callable[[Mapping[str, Any], Path | None, Path], Runner]
 STUDIES: dict[str, tuple[Protocols, MakeRunner]] = {
     study.name: (study, make)
     for study, make in (
+        (claims_of_feedback.STUDY, feedback.Runner),
         (claims_of_fine_tuning.STUDY, fine_tuning.Runner),
         (claims_of_local_losses.STUDY, local_losses.Runner),
         (claims_of_low_memory.STUDY, low_memory.Runner),

@@ -44,6 +44,7 @@ from optax_accel.gradients import forward_gradient, forward_value_and_grad
 
 # Epochs sampled instead of trained
 from optax_accel.sparse import GradSampState, gradsamp, sample_epoch, skip_epoch
+
 # Feedback alignment
 from optax_accel.gradients import dfa_feedback, dfa_value_and_grad, feedback_alignment
 

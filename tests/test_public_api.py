@@ -525,17 +525,31 @@ REQUIRED: dict[str, Any] = {
     "step_size": 9,
     "transition_steps": 9,
 }
+# The same for functions that need other values under these names.
+WEIGHTS = [jnp.ones((2, 3)), jnp.ones((3, 2))]
+REQUIRED_BY: dict[Any, dict[str, Any]] = {
+    oa.feedback_alignment: {
+        "objective": oa.Objective(lambda p: jnp.eye(2) @ p[0] @ p[1], jnp.mean),
+        "params": WEIGHTS,
+    },
+    oa.dfa_feedback: {"params": WEIGHTS},
+}
+
+
+def required_by(function: Any) -> dict[str, Any]:
+    """Values for the arguments that have no default."""
+    return {
+        name: (REQUIRED | REQUIRED_BY.get(function, {}))[name]
+        for name, other in inspect.signature(function).parameters.items()
+        if other.default is inspect.Parameter.empty and other.kind is not other.VAR_KEYWORD
+    }
 
 
 @pytest.mark.parametrize("flag", FLAGS)
 @pytest.mark.parametrize("value", ["no", 1, jnp.array(True)], ids=["word", "number", "array"])
 def test_flags_are_booleans(flag: str, value: Any) -> None:
     function, parameter = FLAGS[flag]
-    required = {
-        name: REQUIRED[name]
-        for name, other in inspect.signature(function).parameters.items()
-        if other.default is inspect.Parameter.empty
-    }
+    required = required_by(function)
     with pytest.raises(TypeError, match=f"`{parameter.name}` must be True(,| or) False.*, got "):
         function(**required, **{parameter.name: value})
     function(**required, **{parameter.name: np.bool_(True)})
@@ -569,11 +583,7 @@ WORDS = {
 @pytest.mark.parametrize("option", WORDS)
 def test_options_name_the_words_they_take(option: str) -> None:
     build, argument, words = WORDS[option]
-    required = {
-        name: REQUIRED[name]
-        for name, other in inspect.signature(build).parameters.items()
-        if other.default is inspect.Parameter.empty and other.kind is not other.VAR_KEYWORD
-    }
+    required = required_by(build)
     with pytest.raises(ValueError, match=argument) as caught:
         build(**{**required, argument: "wrong"})
     assert all(repr(word) in str(caught.value) for word in (*words, "wrong"))
