@@ -251,6 +251,25 @@ def test_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+def test_feedback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert protocols.main(("feedback", "--scale", "smoke", "--name", "smoke")) == 0
+    results = json.loads((tmp_path / "runs" / "smoke" / "results.json").read_text())
+    final = results["final"]["CNN, 50 %"]
+    for name, runs in final.items():
+        for scores in (run["scores"] for run in runs):
+            angles = np.reshape(scores["angles"], (5, 3))  # at five times, of three layers
+            if name == "Back-propagation":
+                assert angles.max() < 0.1
+                continue
+            # The gradient of the last layer is the true one.
+            assert angles[:, 2].max() < 0.1
+            assert 20 < angles[:, :2].max() < 160
+            assert scores["angle"] == pytest.approx(angles[2].max(), abs=1e-3)  # two steps
+    assert [line["claim"] for line in results["verdicts"]] == ["a"]
+
+
+@pytest.mark.slow
 def test_local_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert protocols.main(("local_losses", "--scale", "smoke", "--name", "smoke")) == 0

@@ -128,11 +128,10 @@ STUDY = Protocols(
     scales={
         "smoke": Scale(
             settings=settings(
-                ("tanh MLP", CNN),
-                (1.0,),
+                (CNN,),
+                (0.5,),
                 (0.03,),
                 task="digits",
-                hidden_sizes=[8, 8],
                 channels=[2, 2],
                 steps=4,
                 batch_size=256,
