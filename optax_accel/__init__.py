@@ -57,6 +57,9 @@ from optax_accel.gradients import stoch_grad_adam
 from optax_accel.extrapolation import ExtragradientState, extragradient
 from optax_accel.extrapolation import extra_adam, extrap_sgd
 
+# Ensembles in place of gradients
+from optax_accel.data_assimilation import ESMDAState, enkf, esmda, esmda_step
+
 # Natural gradient
 from optax_accel.natural_gradient import HessianFreeState, ScaleByKFACState, describe_layers
 from optax_accel.natural_gradient import LevenbergMarquardt, QuadraticModelState, TrustRegion
@@ -101,6 +104,7 @@ __all__ = [
     "DecentralizedState",
     "Description",
     "DynamicLossScaleState",
+    "ESMDAState",
     "ExactTracker",
     "ExtragradientState",
     "ForwardGradientState",
@@ -161,6 +165,9 @@ __all__ = [
     "dom_sgd",
     "dynamic_loss_scale",
     "ekfac",
+    "enkf",
+    "esmda",
+    "esmda_step",
     "extra_adam",
     "extragradient",
     "extrap_sgd",

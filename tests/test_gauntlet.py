@@ -130,6 +130,8 @@ CASES = (
             rate, nesterov=True
         ),
     ),
+    # The grid is one of the noise's standard deviation: there is no learning rate.
+    Case("esmda", lambda noise: oa.esmda(num_members=24, noise=noise), (0.3, 0.4, 0.5, 0.7, 1.0)),
 )
 
 
@@ -301,9 +303,13 @@ def test_trains_mixed_precision(run: Runner) -> None:
 OURS = [case for case in CASES if case.name != "with_schedules adamw"]
 
 
-# Behind Optax's own Adam, whose `eps` of 1e-8 is 0 in float16, there is nothing left to survive.
+# Behind Optax's own Adam, whose `eps` of 1e-8 is 0 in float16, there is nothing left to survive;
+# ESMDA ignores gradients.
 @pytest.mark.parametrize(
-    "case", as_params([case for case in OURS if case.name != "interpolate_subspaces after adam"])
+    "case",
+    as_params(
+        case for case in OURS if case.name not in ("interpolate_subspaces after adam", "esmda")
+    ),
 )
 def test_half_precision_survives_zero_and_tiny_gradients(case: Case) -> None:
     """Numbers whose squares, and an `eps` that, are 0 in float16 are divided by in float32."""
@@ -574,6 +580,8 @@ FACTORIES: dict[Callable[..., optax.GradientTransformationExtraArgs], dict[str, 
     oa.decentlam: {"learning_rate": 0.1, "topology": oa.topologies.ring(1)},
     oa.dmsgd: {"learning_rate": 0.1, "topology": oa.topologies.ring(1)},
     oa.post_local_sgd: {"inner": SGD, "local_steps": 2, "switch_step": 1},
+    oa.esmda: {"num_members": 8, "noise": 0.5, "inflation": 1.1, "alphas": (2.0, 2.0)},
+    oa.enkf: {"num_members": 8, "noise": 0.5, "inflation": 1.1},
 }
 
 
@@ -768,5 +776,6 @@ def test_the_gauntlet_covers_every_factory() -> None:
     nothing_but = {"scale_by_adabound", "scale_by_batch_gauss_newton", "scale_by_qhm"}
     nothing_but |= {"scale_by_qh_adam", "scale_by_aggmo", "scale_by_yellowfin"}
     nothing_but |= {"scale_by_galore", "scale_by_adarankgrad", "sparse_increments"}
+    nothing_but |= {"enkf"}
     apart = {"dynamic_loss_scale", "quadratic_model"}
     assert {f.__name__ for f in returns} - run == nothing_but | apart

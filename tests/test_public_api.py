@@ -519,6 +519,8 @@ REQUIRED: dict[str, Any] = {
     "rank": 1,
     "rate": 0.5,
     "max_rank": 1,
+    "num_members": 2,
+    "noise": 0.1,
     "num_products": 1,
     "base_value": 0.1,
     "peak_value": 1.0,
