@@ -507,8 +507,9 @@ def adarankgrad(
       >>> tx = oa.adarankgrad(learning_rate=0.4, max_rank=4)
       >>> params = {"w": jnp.zeros((6, 5))}
       >>> state = tx.init(params)
+      >>> update = jax.jit(tx.update)
       >>> for _ in range(50):
-      ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+      ...     updates, state = update(jax.grad(loss)(params), state, params)
       ...     params = optax.apply_updates(params, updates)
       >>> int(optax.tree.get(state, "subspace_rank")["w"]), bool(loss(params) < 0.1)
       (1, True)
