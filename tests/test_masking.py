@@ -62,10 +62,15 @@ def updated(tx: Any, grads: Any, params: Any, value_fn: Any, **extra: Any) -> An
 @ALL
 def test_a_module_of_booleans_is_a_tree(make: Callable[[Any], Any]) -> None:
     """Although it can be called; functions, also partial ones, are functions."""
-    grads = jax.grad(OBJECTIVE)(NET)
     mask = Net(w=True, v=False)
     functions = (lambda net: mask), jax.tree_util.Partial(lambda m, net: m, mask)
-    results = [updated(make(m), grads, NET, OBJECTIVE) for m in (mask, *functions)]
+
+    @jax.jit
+    def with_each(net: Net) -> list[Any]:
+        grads = jax.grad(OBJECTIVE)(net)
+        return [updated(make(m), grads, net, OBJECTIVE) for m in (mask, *functions)]
+
+    results = with_each(NET)
     for result in results[1:]:
         tree_equal(result, results[0])
 

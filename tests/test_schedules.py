@@ -32,7 +32,7 @@ SCHEDULES: dict[str, Callable[[], optax.Schedule]] = {
 
 
 def values(schedule: optax.Schedule, counts: Any) -> np.ndarray:
-    return np.asarray(jax.vmap(schedule)(jnp.asarray(counts)))
+    return np.asarray(jax.jit(jax.vmap(schedule))(jnp.asarray(counts)))
 
 
 # What all have in common -----------------------------------------------------------------------
@@ -58,17 +58,20 @@ def test_traceable(name: str) -> None:
 def test_inside_an_optimizer(name: str) -> None:
     schedule = SCHEDULES[name]()
     expected = -values(schedule, jnp.arange(9))
-    for tx in (
+    optimizers = (
         optax.sgd(schedule),
         optax.inject_hyperparams(optax.sgd)(schedule),
         oa.with_schedules(optax.sgd, learning_rate=schedule)(),
-    ):
-        state, updates = tx.init(jnp.zeros(())), []
-        update = jax.jit(tx.update)
-        for _ in range(9):
-            step, state = update(jnp.ones(()), state)
-            updates.append(step)
-        np.testing.assert_allclose(updates, expected, rtol=RTOL)
+    )
+
+    def updates(tx: optax.GradientTransformation) -> jax.Array:
+        def step(state: Any, _: None) -> Any:
+            return tx.update(jnp.ones(()), state)[::-1]
+
+        return jax.lax.scan(step, tx.init(jnp.zeros(())), length=9)[1]
+
+    for seen in jax.jit(lambda: [updates(tx) for tx in optimizers])():
+        np.testing.assert_allclose(seen, expected, rtol=RTOL)
 
 
 @pytest.mark.usefixtures("x64")
