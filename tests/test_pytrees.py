@@ -35,7 +35,7 @@ TREES = st.recursive(
     max_leaves=5,
 ).filter(lambda tree: tree is not None)
 FEW = hypothesis.settings(
-    max_examples=15,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     database=None,
