@@ -159,7 +159,7 @@ def test_convolutions_against_gradients_by_hand():
     def gradients(params):
         def aligned(kind):
             names = list(matrices)[1:] if kind == "cdfa" else list(matrices)
-            feedback = {name: matrices[name] for name in names}
+            feedback = "product" if kind == "fa" else {name: matrices[name] for name in names}
             found = oa.feedback_alignment(objective, params, {"x": x}, kind=kind, feedback=feedback)
             return found.grad(params, **batch)
 
@@ -180,6 +180,8 @@ def test_convolutions_against_gradients_by_hand():
         direct = of_first((error @ matrices["['c2']"]).reshape(h1.shape))[0]
         rest = {"c2": c2, "d1": d1, "bias": bias, "d2": h3.T @ error}
         by_hand = {"dfa": {"c1": direct, **rest}, "cdfa": {"c1": of_first(below)[0], **rest}}
+        # From layer to layer through the initial weights: back-propagation at the first step.
+        by_hand["fa"] = objective.grad(params, **batch)
         return {kind: aligned(kind) for kind in by_hand}, by_hand
 
     found, by_hand = jax.device_get(gradients(params))
