@@ -303,6 +303,24 @@ def test_modes_agree():
     assert np.any(found["dfa"]["a"] != found["fa"]["a"])
 
 
+def test_pmap_and_explicit_axes():
+    params = {"a": jnp.ones((3, 4)) / 3, "b": jnp.arange(8.0).reshape(4, 2) / 8}
+    batch = normal_tree({"x": (4, 3), "y": (4, 2)})
+    aligned = oa.feedback_alignment(MLP, params, {"x": batch["x"]})
+    want = jax.jit(aligned.grad)(params, **batch)
+    parts = jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]), batch)
+    replicas = aligned.averaged_over("data")
+    found = jax.pmap(lambda batch: replicas.grad(params, **batch), axis_name="data")(parts)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    sharded = jax.device_put(batch, jax.NamedSharding(mesh, P("data")))
+    global_view = jax.jit(aligned.grad)(
+        jax.device_put(params, jax.NamedSharding(mesh, P())), **sharded
+    )
+    for name in params:
+        np.testing.assert_allclose(found[name][1], want[name], rtol=2e-6)
+        np.testing.assert_allclose(global_view[name], want[name], rtol=2e-6)
+
+
 @jax.custom_vjp
 def one_way(x):
     return x
