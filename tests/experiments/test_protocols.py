@@ -315,3 +315,16 @@ def test_skipped_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     )
     assert len({each["error"] for each in scores.values()}) > 1
     assert [line["claim"] for line in results["verdicts"]] == ["a"]
+
+
+def test_continual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert protocols.main(("continual", "--scale", "smoke", "--name", "smoke")) == 0
+    results = json.loads((tmp_path / "runs" / "smoke" / "results.json").read_text())
+    final = results["final"]["digits_50"]
+    for runs in final.values():
+        assert [run["scores"]["sparsity"] for run in runs] == [0.5, 0.5]
+        assert len(runs[0]["scores"]["real_increase"]) == 5
+    one, other = (final[name][0]["scores"]["real_increase"] for name in ("Magnitude", "Directed"))
+    assert one != other
+    assert [line["claim"] for line in results["verdicts"]] == ["d1c"]
