@@ -19,8 +19,12 @@ def _gnp_sgd(learning_rate: Any, *, rho: float, alpha: float) -> optax.GradientT
     return oa.gnp(momentum_sgd(learning_rate), rho=rho, alpha=alpha)
 
 
-def _forward_sgd(learning_rate: Any, **options: Any) -> optax.GradientTransformation:
-    return oa.forward_gradient(momentum_sgd(learning_rate), **options)
+def _forward_sgd(
+    learning_rate: Any, *, num_samples: int = 1, directions: Any = "normal", key: Any = 0
+) -> optax.GradientTransformation:
+    return oa.forward_gradient(
+        momentum_sgd(learning_rate), num_samples=num_samples, directions=directions, key=key
+    )
 
 
 def _seeded(context: Context) -> dict[str, Any]:

@@ -294,6 +294,11 @@ CALCULATIONS: Mapping[str, tuple[str, float, Callable[[], Iterates]]] = {
         _SGD,
         lambda: heavy_ball(constant(_SGD), gradient=_at_the_worst_point(0.1, 0.8)),
     ),
+    "forward_gradient_sgd": (
+        "Ren et al., 2023, section 3; as many orthogonal directions as weights",
+        _SGD,
+        lambda: heavy_ball(constant(_SGD)),
+    ),
     "gradsamp": (
         "Revanth et al., 2024, abstract; without noise",
         _SGD,
@@ -314,7 +319,10 @@ CALCULATIONS: Mapping[str, tuple[str, float, Callable[[], Iterates]]] = {
 
 
 # What would be random otherwise.
-_SETTINGS: dict[str, dict[str, Any]] = {"gradsamp": {"scale": 0.0}}
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "forward_gradient_sgd": {"num_samples": 3, "directions": "orthogonal"},
+    "gradsamp": {"scale": 0.0},
+}
 
 
 def references(method: str) -> list[Reference]:

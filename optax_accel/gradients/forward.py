@@ -43,6 +43,7 @@ from optax_accel._arguments import check_choice, check_count, check_inner, stati
 from optax_accel._derivatives import derivative as derivative_of
 from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select, with_fixed_leaves
+from optax_accel._means import sum_dtype
 from optax_accel._mesh_axes import check_undivided
 from optax_accel._numerics import norm
 from optax_accel._random import as_key, hash_bits
@@ -317,7 +318,8 @@ def _by_weights(
 ) -> tuple[jax.Array, chex.ArrayTree]:
     _, num, directions, derivative = options
     leaves, treedef = jax.tree.flatten(params)
-    block = [_drawn(key, i, (num, *p.shape), directions) for i, p in enumerate(leaves)]
+    dtype = blocks.scalar_dtype(params)
+    block = [_drawn(key, i, (num, *p.shape), dtype, directions) for i, p in enumerate(leaves)]
     block = jax.tree.unflatten(treedef, block)
     if directions == "orthogonal":
         size = blocks.dimension(params)
@@ -335,7 +337,7 @@ def _by_weights(
         slopes = slope[None]
     else:
         value, slopes = jax.vmap(of_sample, out_axes=(None, 0))(block)
-    return value, blocks.combine(slopes.astype(jnp.float32) / num, block)
+    return value, blocks.combine(slopes.astype(dtype) / num, block)
 
 
 def _difference(
@@ -359,7 +361,7 @@ def _by_activations(
     tapped: list[Tapped] = []
 
     def draw(sample: jax.Array, index: int, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-        block = _drawn(key, index, (num, *x.shape), directions)
+        block = _drawn(key, index, (num, *x.shape), sum_dtype(x.dtype), directions)
         if directions == "orthogonal":
             block = _orthogonal_behind(block, len(axes))
         return block[sample]
@@ -385,7 +387,7 @@ def _by_activations(
             along = at(zero)[1]
             slopes = _difference(lambda distance: at(distance)[0], zero)(jnp.ones_like(zero))
         return [
-            _share(slopes[tap.loss], tap.axes, direction.ndim) * direction.astype(jnp.float32)
+            _share(slopes[tap.loss], tap.axes, direction)
             for tap, direction in zip(tapped, along, strict=True)
         ]
 
@@ -405,28 +407,32 @@ def _by_activations(
     one = jnp.ones_like(value)
     weights = pull((one, [jnp.zeros_like(x) for x in arrays]))[1]
     pulled = [
-        (weights[tap.loss] * each).astype(x.dtype)
+        (weights[tap.loss].astype(each.dtype) * each).astype(x.dtype)
         for tap, each, x in zip(tapped, pulled, arrays, strict=True)
     ]
     return plain.mean((value, pull((one, pulled))[0]))
 
 
-def _share(slopes: jax.Array, axes: tuple[int, ...], ndim: int) -> jax.Array:
-    """The derivatives of losses that an activation depends on, with axes of 1 behind them."""
+def _share(slopes: jax.Array, axes: tuple[int, ...], direction: jax.Array) -> jax.Array:
+    """A direction times the derivatives of the losses that its activation depends on."""
     others = [axis for axis in range(slopes.ndim) if axis not in axes]
-    moved = jnp.transpose(slopes.astype(jnp.float32), (*axes, *others))
+    dtype = sum_dtype(direction.dtype)
+    moved = jnp.transpose(slopes.astype(dtype), (*axes, *others))
     total = jnp.sum(moved, axis=tuple(range(len(axes), slopes.ndim)))
-    return total.reshape(*total.shape, *(1,) * (ndim - len(axes)))
+    behind = (1,) * (direction.ndim - len(axes))
+    return total.reshape(*total.shape, *behind) * direction.astype(dtype)
 
 
-def _drawn(key: jax.Array, index: int, shape: tuple[int, ...], directions: Directions) -> jax.Array:
-    """Independent float32 numbers of mean 0 and variance 1 for an array of that number."""
+def _drawn(
+    key: jax.Array, index: int, shape: tuple[int, ...], dtype: Any, directions: Directions
+) -> jax.Array:
+    """Independent numbers of mean 0 and variance 1, of float32 precision, for one array."""
     bits = hash_bits(key, shape, jnp.asarray(index, jnp.uint32))
     if directions == "signs":
-        return jnp.where(bits >> 31 == 1, 1.0, -1.0).astype(jnp.float32)
+        return jnp.where(bits >> 31 == 1, 1.0, -1.0).astype(dtype)
     # The odd multiples of 2**-23 in (-1, 1): neither end, where the inverse is infinite.
     uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-22 - 1
-    return math.sqrt(2) * lax.erf_inv(uniform)
+    return (math.sqrt(2) * lax.erf_inv(uniform)).astype(dtype)
 
 
 def _orthogonal(block: chex.ArrayTree, size: int) -> chex.ArrayTree:
