@@ -64,22 +64,32 @@ def check_equal(name, dtype, vector, losses):
 
 
 def cases():
-    """Every method; in every mode where modes can differ, mostly in the dtype that shows more."""
+    """Every method; in the modes that can differ, in the dtype that shows more.
+
+    `fsdp` divides what `jit` does and the state besides; `pmap` and `shard_map` both run a program
+    with a named axis. A method runs in one mode of each kind, the quick ones in float32, too; SGD
+    runs in all modes and dtypes.
+    """
     every = list(itertools.product(MODES, BOUNDS))
-    turns = itertools.cycle(every)
+    turns, named = itertools.cycle(every), itertools.cycle(("pmap", "shard_map"))
     for name, method in METHODS.items():
-        alike = (name not in TOGETHER or name in VARIANTS) and name != "sgd"
-        layouts = [next(turns)] if alike else every
-        if name in VARIANTS:  # eigenvectors of float32 are too coarse
-            layouts = [(layouts[0][0], "float64")]
-        for mode, dtype in layouts:
-            # Eigensolvers take seconds to compile. Of the modes that XLA divides and of those that
-            # name their axis one stands for both; SGD runs in all.
-            modes = {"sgd": MODES, "bulk_sgd": ("shard_map",)}.get(name, ("fsdp", "shard_map"))
-            quick = name in QUICK and mode in modes and dtype == "float32"
-            if (mode == "fsdp" and method.per_worker) or not (quick or alike or dtype == "float64"):
-                continue
-            yield pytest.param(name, mode, dtype, marks=[] if quick else pytest.mark.slow)
+        divided = "jit" if method.per_worker else "fsdp"
+        if name == "sgd":
+            layouts = every
+        elif name in VARIANTS:  # eigenvectors of float32 are too coarse
+            layouts = [(next(turns)[0], "float64")]
+        elif name not in TOGETHER:
+            layouts = [next(turns)]
+        else:
+            layouts = [(divided, "float64"), (next(named), "float64")]
+        quick = []
+        if name in QUICK:
+            # Eigensolvers take seconds to compile.
+            modes = {"sgd": MODES, "bulk_sgd": ("shard_map",)}.get(name, (divided, "shard_map"))
+            quick = [(mode, "float32") for mode in modes]
+        for mode, dtype in dict.fromkeys([*layouts, *quick]):
+            marks = [] if (mode, dtype) in quick else pytest.mark.slow
+            yield pytest.param(name, mode, dtype, marks=marks)
 
 
 @pytest.mark.parametrize(("name", "mode", "dtype"), list(cases()))
