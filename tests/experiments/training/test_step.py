@@ -36,10 +36,15 @@ def test_step_is_the_textbook_step(mlp, batch):
     opt_state = tx.init(expected)
     state = init_state(tx, params, rest)
     step = jax.jit(lambda s: train_step(tx, networks.objective(graphdef), s, batch))
+
+    @jax.jit
+    def textbook(params, opt_state):
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return loss, optax.apply_updates(params, updates), opt_state
+
     for _ in range(3):
-        loss, grads = jax.jit(jax.value_and_grad(loss_fn))(expected)
-        updates, opt_state = tx.update(grads, opt_state, expected)
-        expected = optax.apply_updates(expected, updates)
+        loss, expected, opt_state = textbook(expected, opt_state)
         state, metrics = step(state)
         np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
     assert int(state.step) == 3
@@ -113,8 +118,9 @@ def test_optimizer_gets_all_extra_arguments(mlp, batch):
     )
     new, metrics = step(state, curvature)
     seen = new.opt_state.seen
-    (loss, _), grads = networks.objective(graphdef).value_and_grad(params, rest=rest, **batch)
-    on_curvature = networks.objective(graphdef)(params, rest=rest, **curvature)
+    objective = networks.objective(graphdef)
+    (loss, _), grads = jax.jit(lambda p: objective.value_and_grad(p, rest=rest, **batch))(params)
+    on_curvature = jax.jit(lambda p: objective(p, rest=rest, **curvature))(params)
     np.testing.assert_allclose(seen["value"], loss, rtol=1e-6)
     np.testing.assert_allclose(seen["loss"], loss, rtol=1e-6)
     np.testing.assert_allclose(seen["curvature"], on_curvature, rtol=1e-6)
@@ -131,8 +137,8 @@ def test_logged_loss_is_the_one_the_method_evaluated(mlp, batch):
     graphdef, params, rest = mlp
     tx = spy(value=42.0)
     state = init_state(tx, params, rest)
-    _, metrics = train_step(tx, networks.objective(graphdef), state, batch)
-    assert float(metrics["loss"]) == 42.0
+    step = jax.jit(lambda s: train_step(tx, networks.objective(graphdef), s, batch))
+    assert float(step(state)[1]["loss"]) == 42.0
 
 
 def test_plain_dicts_train_too(batch):
@@ -144,13 +150,13 @@ def test_plain_dicts_train_too(batch):
     )
     tx, curvature = spy(), make_batch(7, seed=1)
     options = StepOptions(accumulate=2)
-    new, metrics = train_step(
-        tx, objective, init_state(tx, params), batch, curvature, refresh="warm", options=options
-    )
-    value, grads = objective.value_and_grad(params, **batch)
+    step = functools.partial(train_step, tx, objective, refresh="warm", options=options)
+    new, metrics = jax.jit(step)(init_state(tx, params), batch, curvature)
+    value, grads = jax.jit(lambda p: objective.value_and_grad(p, **batch))(params)
     seen = new.opt_state.seen
     tree_allclose((seen["grad"], seen["value"], metrics["loss"]), (grads, value, value), rtol=1e-6)
-    np.testing.assert_allclose(seen["curvature"], objective(params, **curvature), rtol=1e-6)
+    expected = jax.jit(lambda p: objective(p, **curvature))(params)
+    np.testing.assert_allclose(seen["curvature"], expected, rtol=1e-6)
     assert new.rest == ()
     assert metrics["finite"]
 
@@ -191,7 +197,8 @@ def test_replicas_average_to_the_global_batch(mlp, norm_dropout, batch):
 
     graphdef, *variables = mlp
     state = init_state(tx, *variables)
-    expected, metrics = train_step(tx, networks.objective(graphdef), state, batch)
+    step = jax.jit(lambda s: train_step(tx, networks.objective(graphdef), s, batch))
+    expected, metrics = step(state)
     replicas, replica_metrics = replicated(graphdef, state)
     for i in range(4):
         np.testing.assert_allclose(replica_metrics["loss"][i], metrics["loss"], rtol=1e-6)
@@ -224,13 +231,10 @@ def test_workers_keep_states_of_their_own(mlp, batch):
             tx, networks.objective(graphdef), state, part, axis_name="w", options=options
         )
 
-    workers, metrics = jax.jit(jax.vmap(one_worker, axis_name="w"))(parts)
-    alone = [
-        train_step(
-            tx, networks.objective(graphdef), state, jax.tree.map(lambda a, i=i: a[i], parts)
-        )
-        for i in range(4)
-    ]
+    together = jax.jit(jax.vmap(one_worker, axis_name="w"))
+    workers, metrics = together(parts)
+    step = jax.jit(lambda part: train_step(tx, networks.objective(graphdef), state, part))
+    alone = [step(jax.tree.map(lambda a, i=i: a[i], parts)) for i in range(4)]
     for i, (expected, _) in enumerate(alone):
         jax.tree.map(
             lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-6),
@@ -242,7 +246,7 @@ def test_workers_keep_states_of_their_own(mlp, batch):
     assert metrics["finite"].all()
     # What is wrong at one worker, all workers learn of.
     wrong = parts | {"x": parts["x"].at[2, 1, 0].set(jnp.nan)}
-    _, metrics = jax.vmap(one_worker, axis_name="w")(wrong)
+    _, metrics = together(wrong)
     assert not metrics["finite"].any()
 
 
@@ -278,9 +282,8 @@ def test_moment_that_overflows_is_told(mlp, batch):
     graphdef, params, rest = mlp
     # Finite gradients of 1e30, whose squares are not: Adam would never move again.
     tx = optax.with_extra_args_support(optax.chain(optax.scale(1e30), optax.adam(0.1)))
-    state, metrics = train_step(
-        tx, networks.objective(graphdef), init_state(tx, params, rest), batch
-    )
+    step = jax.jit(lambda s: train_step(tx, networks.objective(graphdef), s, batch))
+    state, metrics = step(init_state(tx, params, rest))
     assert np.isfinite(metrics["loss"])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
     assert not metrics["finite"]
@@ -461,10 +464,10 @@ def test_schedule_free_is_evaluated_at_its_average(mlp, batch):
 def test_norms_are_those_of_gradient_and_update(mlp, batch, loss_scale):
     graphdef, params, rest = mlp
     objective = networks.objective(graphdef)
-    (_, _), grads = objective.bind(rest=rest, **batch).value_and_grad(params)
+    grads = jax.jit(lambda p: objective.value_and_grad(p, rest=rest, **batch)[1])(params)
     tx = optax.with_extra_args_support(optax.sgd(0.1))
     tx = oa.dynamic_loss_scale(tx) if loss_scale else tx
-    step = functools.partial(train_step, tx, objective)
+    step = jax.jit(functools.partial(train_step, tx, objective), static_argnames="options")
     state = init_state(tx, params, rest)
     between, metrics = step(state, batch, options=StepOptions(norms_every=2))
     assert np.isnan([metrics["gradient_norm"], metrics["update_norm"]]).all()
