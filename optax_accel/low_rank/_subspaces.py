@@ -32,8 +32,8 @@ METHODS = ("svd", "range_finder")
 # Power iterations of the range finder: with one, a gradient's norm is captured to a few per cent,
 # with two to well within one (Halko et al., 2011, section 4.5, and `tests/low_rank`).
 _POWER_ITERATIONS = 2
-# Most numbers of the matrices that are decomposed together: 64 MiB in float32.
-_MOST_TOGETHER = 2**24
+# Most numbers of the matrices that are decomposed together: 8 MiB in float32.
+_MOST_TOGETHER = 2**21
 
 
 class DecayAfterStepState(NamedTuple):
@@ -257,7 +257,7 @@ def alike(
     """Parameters in groups whose matrices are decomposed as one stack.
 
     A program with one decomposition for each shape is compiled sooner than with one for each
-    parameter.  A stack is a copy of its gradients, so that it has at most 2**24 numbers: large
+    parameter.  A stack is a copy of its gradients, so that it has at most 2**21 numbers: large
     matrices stay alone.
 
     Args:
