@@ -42,6 +42,11 @@ from optax_accel.sparse import SparseIncrementsState, sift, sparse_increments
 from optax_accel.gradients import ForwardGradientState, Taps
 from optax_accel.gradients import forward_gradient, forward_value_and_grad
 
+# Pruning
+from optax_accel.sparse import KeepPrunedState, SharpnessDirectedState
+from optax_accel.sparse import keep_pruned, sharpness_directed, smallest_entries
+from optax_accel.sparse import el2n_scores, predicted_increase, select_examples
+
 # Epochs sampled instead of trained
 from optax_accel.sparse import GradSampState, gradsamp, sample_epoch, skip_epoch
 
@@ -113,6 +118,7 @@ __all__ = [
     "GradientTracker",
     "HessianFreeState",
     "InterpolateSubspacesState",
+    "KeepPrunedState",
     "LearningRateCurve",
     "LevenbergMarquardt",
     "LowRankBytes",
@@ -138,6 +144,7 @@ __all__ = [
     "ScaleByQHAdamState",
     "ScaleByQHMState",
     "ScaleByYellowFinState",
+    "SharpnessDirectedState",
     "SparseIncrementsState",
     "Taps",
     "Tracker",
@@ -165,6 +172,7 @@ __all__ = [
     "dom_sgd",
     "dynamic_loss_scale",
     "ekfac",
+    "el2n_scores",
     "enkf",
     "esmda",
     "esmda_step",
@@ -181,6 +189,7 @@ __all__ = [
     "inject_hyperparams",
     "interpolate_subspaces",
     "interpolated_sgd",
+    "keep_pruned",
     "kfac",
     "learning_rate_range_test",
     "low_rank_bytes",
@@ -189,6 +198,7 @@ __all__ = [
     "onecycle",
     "post_local_sgd",
     "powerprop",
+    "predicted_increase",
     "project_to_bulk",
     "project_to_dominant",
     "qh_adam",
@@ -214,8 +224,11 @@ __all__ = [
     "scale_by_qh_adam",
     "scale_by_qhm",
     "scale_by_yellowfin",
+    "select_examples",
+    "sharpness_directed",
     "sift",
     "skip_epoch",
+    "smallest_entries",
     "snapshot_schedule",
     "sparse_increments",
     "state_shardings",

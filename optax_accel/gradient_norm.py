@@ -156,7 +156,7 @@ def _gnp(
             mean = objective.averaged_over(axis_name)
             objective, point = objective.local, mean.vary(params)
             first = objective.grad(point)
-        ahead, length = _perturb(point, first, radius, resolve(params, mask))
+        ahead, length = perturb(point, first, radius, resolve(params, mask))
         second = objective.grad(ahead)
         mixed = jax.tree.map(
             lambda g, h: ((1 - weight) * _widen(g) + weight * _widen(h)).astype(g.dtype),
@@ -179,7 +179,7 @@ def _gnp(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _perturb(
+def perturb(
     params: chex.ArrayTree, gradient: chex.ArrayTree, radius: Any, chosen: chex.ArrayTree | None
 ) -> tuple[chex.ArrayTree, jax.Array]:
     """The point at that distance along the gradient, and the norm of the gradient."""

@@ -117,6 +117,12 @@ OPTIMIZERS = (
         matrices=True,
     ),
     Case("sift", lambda rate: oa.sift(rate, 1.0), ADAM_RATES),
+    Case(
+        "sharpness_directed",
+        lambda rate: oa.sharpness_directed(
+            momentum_sgd(rate), sparsity=0.5, prune_step=100, refresh_every=2
+        ),
+    ),
     Case("gradsamp", lambda rate: oa.gradsamp(momentum_sgd(rate), 5, scale=0.1)),
     Case("stoch_grad_adam", lambda rate: oa.stoch_grad_adam(rate, rate=0.8, key=0), ADAM_RATES),
     subspace("bulk_sgd", oa.bulk_sgd, oa.BlockTracker(), optimizes="bulk"),

@@ -545,6 +545,17 @@ FACTORIES: dict[Callable[..., optax.GradientTransformationExtraArgs], dict[str, 
         "decay_selected": True,
         "selection": "random",  # which does not wait for a gradient
     },
+    oa.sharpness_directed: {
+        "inner": SGD,
+        "rho": 0.3,
+        "sparsity": 0.5,
+        "prune_step": 10,
+        "refresh_every": 1,
+    },
+    oa.keep_pruned: {
+        "inner": SGD,
+        "pruned": {"dense": {"w": np.eye(4, 2, dtype=bool)}, "b": np.zeros(2, bool)},
+    },
     oa.gradsamp: {"inner": SGD, "steps_per_epoch": 1, "start": 1, "period": 2},
     oa.sample_gradients: {"rescale": True},
     oa.stoch_grad_adam: {"learning_rate": 0.1},
@@ -780,5 +791,5 @@ def test_the_gauntlet_covers_every_factory() -> None:
     nothing_but |= {"scale_by_qh_adam", "scale_by_aggmo", "scale_by_yellowfin"}
     nothing_but |= {"scale_by_galore", "scale_by_adarankgrad", "sparse_increments"}
     nothing_but |= {"enkf"}
-    apart = {"dynamic_loss_scale", "quadratic_model"}
+    apart = {"keep_pruned", "dynamic_loss_scale", "quadratic_model"}
     assert {f.__name__ for f in returns} - run == nothing_but | apart

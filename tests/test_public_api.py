@@ -500,6 +500,8 @@ REQUIRED: dict[str, Any] = {
     "steps_per_epoch": 2,
     "epoch": 0,
     "previous": X,
+    "sparsity": 0.5,
+    "prune_step": 3,
     "num_workers": 8,
     "objective": LINEAR,
     "params": X,

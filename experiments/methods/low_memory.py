@@ -1,4 +1,4 @@
-"""Methods that take less: Adam with a small state, and epochs that take no gradients."""
+"""Methods that take less: Adam with a small state, weights pruned, epochs without gradients."""
 
 from __future__ import annotations
 
@@ -39,6 +39,23 @@ def _fitting(factory: Callable[..., Any], argument: str) -> Callable[..., Any]:
         return [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1 and leaf.size]
 
     return build
+
+
+def _sharpness_directed(
+    learning_rate: Any,
+    prune_step: int,
+    rho: float = 0.05,
+    sparsity: float = 0.5,
+    refresh_every: int = 100,
+) -> optax.GradientTransformationExtraArgs:
+    return oa.sharpness_directed(
+        momentum_sgd(learning_rate),
+        rho,
+        sparsity=sparsity,
+        prune_step=prune_step,
+        refresh_every=refresh_every,
+        mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+    )
 
 
 def _gradsamp(
@@ -87,6 +104,18 @@ SPARSE = (
         base="adam",
         learning_rates=ADAM_RATES,
         factory=functools.partial(oa.sift, rate=0.05),
+    ),
+    Method(
+        name="sharpness_directed",
+        family="sparse",
+        summary="SGD with momentum 0.9, flat along the half of the weights pruned at the end",
+        paper=Paper("Ren and Honavar, 2024", "https://arxiv.org/abs/2401.05667"),
+        fidelity="our reading",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        factory=_sharpness_directed,
+        from_context=lambda context: {"prune_step": context.total_steps},
+        gradients_per_step=2,
     ),
     Method(
         name="gradsamp",

@@ -139,7 +139,7 @@ class Method:
     @property
     def evaluates_network(self) -> bool:
         """Whether every update evaluates the network itself, not only where it refreshes."""
-        return self.family in _EVALUATING
+        return self.family in _EVALUATING or self.gradients_per_step > 1
 
     @property
     def phases(self) -> list[Phase]:
