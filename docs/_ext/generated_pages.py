@@ -42,6 +42,7 @@ FUNCTIONS = {
     "exp_range_sgd": "cyclical_schedule",
     "onecycle_sgd": "onecycle",
     "gradsamp": "gradsamp",
+    "sharpness_directed": "sharpness_directed",
     "onecycle_cosine_sgd": "onecycle",
     "vtpc_sgd": "vtpc_schedule",
     "snapshot_sgd": "snapshot_schedule",
