@@ -336,7 +336,7 @@ def _by_weights(
         value, slope = of_sample(jax.tree.map(lambda b: b[0], block))
         slopes = slope[None]
     else:
-        value, slopes = jax.vmap(of_sample, out_axes=(None, 0))(block)
+        value, slopes = jax.vmap(of_sample, out_axes=(None, 0), axis_size=num)(block)
     return value, blocks.combine(slopes.astype(dtype) / num, block)
 
 
