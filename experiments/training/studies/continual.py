@@ -22,7 +22,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,107 +88,18 @@ def loss(params: PyTree, x: jax.Array, y: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(own, y % CLASSES).mean()
 
 
-def kept_by_magnitude(params: PyTree, sparsity: float) -> PyTree:
-    """Which entries stay: all but the smallest of each matrix of the trunk.
+def matrices_of_trunk(params: PyTree) -> PyTree:
+    """The tensors that are pruned.
 
     Args:
       params: parameters as `init` makes them.
-      sparsity: share of the entries of each matrix that goes, rounded to a whole number of them; of
-        equal magnitudes those of lower indices go.
 
     Returns:
-      Booleans like the parameters.
+      Booleans, one for each tensor.
     """
-
-    def kept(path: Any, leaf: jax.Array) -> jax.Array:
-        if leaf.ndim < 2 or path[0].key != "trunk":
-            return jnp.ones(leaf.shape, bool)
-        gone = jnp.argsort(jnp.abs(leaf).ravel())[: round(sparsity * leaf.size)]
-        return jnp.ones(leaf.size, bool).at[gone].set(False).reshape(leaf.shape)
-
-    return jax.tree_util.tree_map_with_path(kept, params)
-
-
-class DirectedState(NamedTuple):
-    """State of `directed`.
-
-    Attributes:
-      steps_done: number of updates; int32 scalar.
-      kept: which entries the coming pruning leaves, booleans like the parameters.
-      inner_state: state of the inner optimizer.
-    """
-
-    steps_done: jax.Array
-    kept: PyTree
-    inner_state: PyTree
-
-
-def directed(
-    inner: optax.GradientTransformation, rho: float, sparsity: float, refresh_every: int = 10
-) -> optax.GradientTransformationExtraArgs:
-    """Steps along the gradient where the entries to be pruned are perturbed.
-
-    The perturbation is ``rho`` times the gradient of these entries, divided by its norm, so that
-    the loss becomes flat in the directions that the pruning takes; with all entries it is that of
-    sharpness-aware minimization. ``update`` needs the loss as ``value_fn``.
-
-    Args:
-      inner: the optimizer that takes the step.
-      rho: length of the perturbation.
-      sparsity: share of the entries of each matrix of the trunk that the pruning will take, the
-        smallest ones.
-      refresh_every: updates between choices of these entries.
-
-    Returns:
-      The transformation, with state `DirectedState`.
-    """
-
-    def init_fn(params: PyTree) -> DirectedState:
-        kept = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
-        return DirectedState(jnp.zeros((), jnp.int32), kept, inner.init(params))
-
-    def update_fn(
-        updates: PyTree,
-        state: DirectedState,
-        params: PyTree | None = None,
-        *,
-        value_fn: Callable[[PyTree], jax.Array],
-        **extra_args: Any,
-    ) -> tuple[PyTree, DirectedState]:
-        kept = lax.cond(
-            state.steps_done % refresh_every == 0,
-            lambda: kept_by_magnitude(params, sparsity),
-            lambda: state.kept,
-        )
-        direction = _masked(updates, jax.tree.map(jnp.logical_not, kept))
-        length = optax.tree.norm(direction)
-        scale = rho / jnp.where(length > 0, length, 1)
-        ahead = jax.grad(value_fn)(optax.tree.add_scale(params, scale, direction))
-        updates, inner_state = inner.update(ahead, state.inner_state, params)
-        return updates, DirectedState(state.steps_done + 1, kept, inner_state)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def predicted_increase(
-    objective: Callable[[PyTree], jax.Array], params: PyTree, kept: PyTree
-) -> jax.Array:
-    """What a pruning adds to a loss, by its gradient and one Hessian product.
-
-    With d the change of the parameters it is ``g.d + d.(H d) / 2``, exact for quadratic losses.
-
-    Args:
-      objective: the loss.
-      params: the parameters before the pruning.
-      kept: which entries it leaves, booleans like the parameters.
-
-    Returns:
-      A scalar.
-    """
-    change = jax.tree.map(lambda leaf, keep: jnp.where(keep, 0, -leaf), params, kept)
-    gradient, product = jax.jvp(jax.grad(objective), (params,), (change,))
-    half = optax.tree.add_scale(gradient, 0.5, product)
-    return optax.tree.vdot(half, change)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.ndim > 1 and path[0].key == "trunk", params
+    )
 
 
 class Runner:
@@ -292,9 +203,9 @@ class Runner:
         choice = options.get("examples", "all")
         first = 0 if choice == "all" else round(WARM_UP * steps)
         schedule = optax.linear_schedule(rate, 0.0, steps)
-        tx = transformation(options, schedule, self.setting["sparsity"])
+        tx = transformation(options, schedule, self.setting["sparsity"], steps)
 
-        def steps_with(kept: PyTree | None, pool: jax.Array, size: Any) -> Any:
+        def steps_with(gone: PyTree | None, pool: jax.Array, size: Any) -> Any:
             def step(carry: tuple[PyTree, PyTree], draw: jax.Array) -> tuple[Any, None]:
                 params, state = carry
                 batch = pool[(draw * size).astype(jnp.int32)]
@@ -302,7 +213,7 @@ class Runner:
                 gradients = jax.grad(objective)(params)
                 updates, state = tx.update(gradients, state, params, value_fn=objective)
                 params = optax.apply_updates(params, updates)
-                return (params if kept is None else _masked(params, kept), state), None
+                return (params if gone is None else _without(params, gone), state), None
 
             return step
 
@@ -310,14 +221,15 @@ class Runner:
         pool, size = self._choose(choice, carry[0], x, y, rows, count)
         carry, _ = lax.scan(steps_with(None, pool, size), carry, draws[first:last])
         params, state = carry
-        kept = kept_by_magnitude(params, self.setting["sparsity"])
-        pruned = _masked(params, kept)
+        sparsity = self.setting["sparsity"]
+        gone = oa.smallest_entries(params, sparsity, mask=matrices_of_trunk)
+        pruned = _without(params, gone)
         objective = functools.partial(loss, x=x[rows], y=y[rows])
         grown = {
-            "predicted": predicted_increase(objective, params, kept),
+            "predicted": oa.predicted_increase(objective, params, gone),
             "real": objective(pruned) - objective(params),
         }
-        (params, _), _ = lax.scan(steps_with(kept, pool, size), (pruned, state), draws[last:])
+        (params, _), _ = lax.scan(steps_with(gone, pool, size), (pruned, state), draws[last:])
         return params, grown
 
     def _choose(
@@ -331,8 +243,7 @@ class Runner:
             return rows[:quarter], quarter
         outputs = logits(params, x[rows])
         own = jnp.take_along_axis(outputs, (y[rows] // CLASSES)[:, None, None], axis=1)[:, 0]
-        wrong = jax.nn.softmax(own) - jax.nn.one_hot(y[rows] % CLASSES, CLASSES)
-        scores = jnp.linalg.norm(wrong, axis=-1)
+        scores = oa.el2n_scores(own, y[rows] % CLASSES)
         scores = jnp.where(jnp.arange(len(rows)) < count, scores, -1.0)  # without the padding
         return rows[jnp.argsort(-scores)[:quarter]], quarter
 
@@ -359,12 +270,12 @@ class Runner:
         }
 
 
-def _masked(params: PyTree, kept: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf, keep: jnp.where(keep, leaf, 0), params, kept)
+def _without(params: PyTree, gone: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf, out: jnp.where(out, 0, leaf), params, gone)
 
 
 def transformation(
-    options: Mapping[str, Any], schedule: optax.Schedule, sparsity: float
+    options: Mapping[str, Any], schedule: optax.Schedule, sparsity: float, steps: int
 ) -> optax.GradientTransformationExtraArgs:
     """How a contestant steps.
 
@@ -373,6 +284,7 @@ def transformation(
         ``rho``.
       schedule: the learning rate.
       sparsity: share of the entries that the coming pruning takes.
+      steps: number of steps before it.
 
     Returns:
       The transformation.
@@ -381,6 +293,13 @@ def transformation(
     if options["rule"] == "sam":
         return oa.gnp(sgd, rho=options["rho"], alpha=1.0)
     if options["rule"] == "directed":
-        return directed(sgd, options["rho"], sparsity)
+        return oa.sharpness_directed(
+            sgd,
+            options["rho"],
+            sparsity=sparsity,
+            prune_step=steps + 1,  # the runner prunes, all contestants alike
+            refresh_every=10,
+            mask=matrices_of_trunk,
+        )
     assert options["rule"] == "plain"
     return optax.with_extra_args_support(sgd)

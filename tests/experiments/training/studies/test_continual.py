@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from experiments.training.studies import continual
-from experiments.training.studies.continual import Runner, init, kept_by_magnitude
+from experiments.training.studies.continual import Runner, init
 
 
-def test_pruning_takes_the_smallest_entries_of_each_matrix_of_the_trunk() -> None:
-    params = {
-        "trunk": [{"kernel": np.array([[0.1, -3.0], [0.2, 0.0]]), "bias": np.zeros(2)}],
-        "heads": {"kernel": np.zeros((2, 10)), "bias": np.zeros(10)},
+def test_the_matrices_of_the_trunk_are_pruned() -> None:
+    chosen = continual.matrices_of_trunk(init(0, (3, 4)))
+    assert chosen == {
+        "trunk": [{"kernel": True, "bias": False}],
+        "heads": {"kernel": False, "bias": False},
     }
-    kept = kept_by_magnitude(params, 0.75)
-    assert kept["trunk"][0]["kernel"].tolist() == [[False, True], [False, False]]
-    assert all(leaf.all() for leaf in (kept["trunk"][0]["bias"], *kept["heads"].values()))
 
 
 def test_every_example_is_told_by_the_head_of_its_task() -> None:
@@ -31,30 +26,6 @@ def test_every_example_is_told_by_the_head_of_its_task() -> None:
     own = outputs[np.arange(5), y // 2]
     expected = np.log(np.exp(own).sum(axis=1)) - own[np.arange(5), y % 2]
     assert float(continual.loss(params, x, y)) == pytest.approx(expected.mean(), rel=1e-5)
-
-
-def test_directed_steps_and_the_predicted_increase_of_a_quadratic(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    hessian, w = jnp.array([[2.0, 1.0], [1.0, 3.0]]), jnp.array([1.0, 0.2])
-    linear = jnp.array([0.5, -1.0]) - hessian @ w  # so that the gradient there is (0.5, -1)
-    kept = jnp.array([True, False])  # the second entry goes
-    monkeypatch.setattr(continual, "kept_by_magnitude", lambda params, sparsity: kept)
-
-    def objective(w: jax.Array) -> jax.Array:
-        return 0.5 * w @ hessian @ w + linear @ w
-
-    @jax.jit
-    def step(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-        tx = continual.directed(optax.sgd(1.0), 0.05, 0.5)
-        updates, _ = tx.update(jax.grad(objective)(w), tx.init(w), w, value_fn=objective)
-        return updates, continual.predicted_increase(objective, w, kept)
-
-    updates, predicted = step(w)
-    np.testing.assert_allclose(updates, [-0.45, 1.15], rtol=1e-6)
-    assert float(predicted) == pytest.approx(0.26, rel=1e-5)
-    real = objective(jnp.where(kept, w, 0)) - objective(w)
-    assert float(real) == pytest.approx(0.26, rel=1e-5)
 
 
 def test_forgetting_is_what_is_lost_of_all_tasks_but_the_last(tmp_path) -> None:
