@@ -58,6 +58,12 @@ from optax_accel.gradients import SampleGradientsState, sample_gradients
 from optax_accel.gradients import bernoulli_per_element, bernoulli_per_tensor
 from optax_accel.gradients import stoch_grad_adam
 
+# Sampled tensor operations
+from optax_accel.gradients import SampledProductGradientsState, SampledTerms, sample_products
+from optax_accel.gradients import sample_terms, sampled_product_gradients
+from optax_accel.gradients import sampled_conv, sampled_conv_general_dilated
+from optax_accel.gradients import sampled_dot_general, sampled_matmul
+
 # Extragradient
 from optax_accel.extrapolation import ExtragradientState, extragradient
 from optax_accel.extrapolation import extra_adam, extrap_sgd
@@ -134,6 +140,8 @@ __all__ = [
     "ReparametrizeState",
     "RoundRobinTracker",
     "SampleGradientsState",
+    "SampledProductGradientsState",
+    "SampledTerms",
     "ScaleByAdaBoundState",
     "ScaleByAdaRankGradState",
     "ScaleByAggMoState",
@@ -212,6 +220,13 @@ __all__ = [
     "reparametrize",
     "sample_epoch",
     "sample_gradients",
+    "sample_products",
+    "sample_terms",
+    "sampled_conv",
+    "sampled_conv_general_dilated",
+    "sampled_dot_general",
+    "sampled_matmul",
+    "sampled_product_gradients",
     "scale_by_adabound",
     "scale_by_adarankgrad",
     "scale_by_aggmo",

@@ -72,11 +72,17 @@ def vary_over(tree: chex.ArrayTree, axis_name: str | None) -> chex.ArrayTree:
     return jax.tree.map(vary, tree)
 
 
+def varying_axes(x: Any) -> frozenset[str]:
+    """The axes of a ``shard_map`` along which an array, or what stands for one, differs."""
+    kind = jax.typeof(x) if isinstance(x, jax.Array) else x
+    manual = getattr(kind, "manual_axis_type", None)
+    varying = getattr(kind, "vma", None) if manual is None else manual.varying
+    return frozenset(varying or ())
+
+
 def vary_like(x: jax.Array, like: Any) -> jax.Array:
     """Marks a value as differing between replicas of a ``shard_map`` wherever ``like`` does."""
-    kind = getattr(like, "manual_axis_type", None)
-    varying = getattr(like, "vma", None) if kind is None else kind.varying
-    for axis_name in varying or ():
+    for axis_name in varying_axes(like):
         x = vary_over(x, axis_name)
     return x
 
