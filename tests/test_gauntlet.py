@@ -99,6 +99,12 @@ CASES = (
         oa.scale_by_demon_adam(decay_steps=NUM_STEPS, form="ema"),
         rates=ADAM_RATES,
     ),
+    chained(
+        "sampled_product_gradients",
+        oa.sampled_product_gradients(
+            0.5, min_samples=1, where="backward", method="bernoulli", uniform="k/n"
+        ),
+    ),
     chained("sample_gradients", oa.sample_gradients(0.5, key=1, rescale=True)),
     chained(
         "sample_gradients per tensor",
@@ -557,6 +563,12 @@ FACTORIES: dict[Callable[..., optax.GradientTransformationExtraArgs], dict[str, 
         "pruned": {"dense": {"w": np.eye(4, 2, dtype=bool)}, "b": np.zeros(2, bool)},
     },
     oa.gradsamp: {"inner": SGD, "steps_per_epoch": 1, "start": 1, "period": 2},
+    # Pairs, which Optax's injection leaves as they are: they decide shapes.
+    oa.sampled_product_gradients: {
+        "ratio": (0.5, 0.5),
+        "min_samples": (1, 1),
+        "where": "backward",
+    },
     oa.sample_gradients: {"rescale": True},
     oa.stoch_grad_adam: {"learning_rate": 0.1},
     oa.extragradient: {"inner": SGD, "extrapolation_rate": 0.1, "direction": "gaussian"},

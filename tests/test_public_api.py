@@ -537,6 +537,9 @@ REQUIRED_BY: dict[Any, dict[str, Any]] = {
         "params": WEIGHTS,
     },
     oa.dfa_feedback: {"params": WEIGHTS},
+    oa.sample_terms: {"weights": X, "num_samples": 1},
+    oa.sampled_matmul: {"a": X, "b": jnp.ones((2, 1))},
+    oa.sampled_conv: {"lhs": X, "rhs": X, "window_strides": (), "padding": "SAME"},
 }
 
 

@@ -306,9 +306,9 @@ def sampled_dot_general(
         scores=scores,
         norm_rows=norm_rows,
     )
-    from optax_accel.gradients import _flax_products
+    from optax_accel.gradients._flax_products import SampledProduct
 
-    return _flax_products.SampledProduct("dot_general", sampling, rngs)
+    return SampledProduct("dot_general", sampling, rngs)
 
 
 def sampled_conv_general_dilated(
@@ -389,6 +389,6 @@ def sampled_conv_general_dilated(
         scores=scores,
         norm_rows=norm_rows,
     )
-    from optax_accel.gradients import _flax_products
+    from optax_accel.gradients._flax_products import SampledProduct
 
-    return _flax_products.SampledProduct("conv_general_dilated", sampling, rngs)
+    return SampledProduct("conv_general_dilated", sampling, rngs)

@@ -216,6 +216,12 @@ class Sampling:
         counts = None if num_samples is None else _pair("num_samples", num_samples, where)
         fewest = _pair("min_samples", min_samples, where)
         for share in shares or ():
+            if isinstance(share, jax.Array):
+                raise TypeError(
+                    "`ratio` decides shapes and must be a Python number, got an array. Under "
+                    "optax.inject_hyperparams use optax_accel.inject_hyperparams, which keeps "
+                    "static arguments as they are."
+                )
             check_number("ratio", share, 0, 1, open_low=True)
         for name, pair in (("num_samples", counts or ()), ("min_samples", fewest)):
             for count in pair:
