@@ -202,16 +202,13 @@ class Aligned:
         return jnp.concatenate(parts)[:count].astype(rows.dtype)
 
 
-def align(
-    closed: ClosedJaxpr, params: chex.ArrayTree, outputs: Any, num_outputs: int, kind: str
-) -> Aligned:
+def align(closed: ClosedJaxpr, params: chex.ArrayTree, outputs: Any, kind: str) -> Aligned:
     """Finds the layers of a network that can be aligned.
 
     Args:
-      closed: the program of the network, whose results are the outputs and auxiliary outputs.
+      closed: the program of the network, whose results are the output and auxiliary outputs.
       params: its parameters.
       outputs: shapes and dtypes of the outputs.
-      num_outputs: how many results are outputs.
       kind: ``"dfa"``, ``"cdfa"`` or ``"fa"``.
 
     Raises:
@@ -221,7 +218,7 @@ def align(
     num_examples, width = _check_shape(outputs)
     paths = jax.tree_util.tree_leaves_with_path(params)
     names = [jax.tree_util.keystr(path) or "params" for path, _ in paths]
-    follower = follow(closed, len(names), num_examples, num_outputs)
+    follower = follow(closed, len(names), num_examples, num_outputs=1)
     program = follower.program
     found, unaligned = _layers(follower, names, kind == "fa")
     found = [layer for layer in found if not (kind == "cdfa" and layer.convolution)]

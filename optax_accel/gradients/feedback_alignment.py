@@ -142,7 +142,7 @@ def feedback_alignment(
     check_flag("binary", binary)
     check_example("feedback_alignment", objective, example)
     closed, outputs = trace(objective.outputs, params, example)
-    found = align(closed, params, outputs, len(jax.tree.leaves(outputs)), kind)
+    found = align(closed, params, outputs, kind)
     if found.unaligned:
         reasons = "".join(f"\n  {name} {reason}" for name, reason in found.unaligned)
         warnings.warn(
@@ -168,7 +168,7 @@ def feedback_alignment(
 
             closed, result = jax.make_jaxpr(network, return_shape=True)(params)
             outputs = result[0] if has_aux else result
-            program = align(closed, params, outputs, len(jax.tree.leaves(outputs)), kind)
+            program = align(closed, params, outputs, kind)
             _check_same(program, matrices)
             leaves = program.evaluate(jax.tree.leaves(params), matrices)
             return jax.tree.unflatten(jax.tree.structure(result), leaves)
