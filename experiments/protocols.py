@@ -33,6 +33,7 @@ from rich.console import Console
 from experiments import cli, progress
 from experiments.cli import UsageError
 from experiments.reporting.referee import continual as claims_of_continual
+from experiments.reporting.referee import data_assimilation as claims_of_data_assimilation
 from experiments.reporting.referee import feedback as claims_of_feedback
 from experiments.reporting.referee import fine_tuning as claims_of_fine_tuning
 from experiments.reporting.referee import local_losses as claims_of_local_losses
@@ -46,6 +47,7 @@ from experiments.runs.records import RESULTS, provenance, versions
 from experiments.runs.study import StudyFolder
 from experiments.training.studies import (
     continual,
+    data_assimilation,
     feedback,
     fine_tuning,
     local_losses,
@@ -62,6 +64,7 @@ STUDIES: dict[str, tuple[Protocols, MakeRunner]] = {
     for study, make in (
         (claims_of_feedback.STUDY, feedback.Runner),
         (claims_of_continual.STUDY, continual.Runner),
+        (claims_of_data_assimilation.STUDY, data_assimilation.Runner),
         (claims_of_fine_tuning.STUDY, fine_tuning.Runner),
         (claims_of_local_losses.STUDY, local_losses.Runner),
         (claims_of_low_memory.STUDY, low_memory.Runner),
