@@ -10,7 +10,7 @@ so that they can be sharded as the parameter is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import chex
@@ -32,8 +32,6 @@ METHODS = ("svd", "range_finder")
 # Power iterations of the range finder: with one, a gradient's norm is captured to a few per cent,
 # with two to well within one (Halko et al., 2011, section 4.5, and `tests/low_rank`).
 _POWER_ITERATIONS = 2
-# Most numbers of the matrices that are decomposed together: 8 MiB in float32.
-_MOST_TOGETHER = 2**21
 
 
 class DecayAfterStepState(NamedTuple):
@@ -249,34 +247,6 @@ def known_rank(name: str, rank: Any) -> int:
 def empty_basis(layout: Layout | None, rank: int, dtype: Any) -> Any:
     """What a state holds before the first refresh; ``MaskedNode`` for what is not projected."""
     return optax.MaskedNode() if layout is None else jnp.zeros(layout.basis_shape(rank), dtype)
-
-
-def alike(
-    layouts: Mapping[int, Layout], gradients: Sequence[jax.Array], bases: Sequence[Any]
-) -> list[list[int]]:
-    """Parameters in groups whose matrices are decomposed as one stack.
-
-    A program with one decomposition for each shape is compiled sooner than with one for each
-    parameter.  A stack is a copy of its gradients, so that it has at most 2**21 numbers: large
-    matrices stay alone.
-
-    Args:
-      layouts: the layouts of the parameters that are projected, by their numbers.
-      gradients: the gradients of all parameters.
-      bases: the bases of all parameters.
-
-    Returns:
-      The numbers of the members of each group.
-    """
-    groups: dict[Any, list[int]] = {}
-    for i, layout in layouts.items():
-        shape = *layout.stack_shape, *layout.sizes
-        groups.setdefault((shape, gradients[i].dtype, bases[i].dtype), []).append(i)
-    parts = []
-    for (shape, *_), members in groups.items():
-        most = max(1, _MOST_TOGETHER // math.prod(shape))
-        parts += [members[i : i + most] for i in range(0, len(members), most)]
-    return parts
 
 
 def reduce(layout: Layout, gradient: jax.Array, basis: jax.Array) -> jax.Array:

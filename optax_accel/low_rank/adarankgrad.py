@@ -59,7 +59,6 @@ from optax_accel.low_rank._subspaces import (
     Layout,
     Method,
     Projection,
-    alike,
     decay_after_step,
     empty_basis,
     flatten,
@@ -276,61 +275,47 @@ def scale_by_adarankgrad(
         )
         return subspace, reduced
 
-    def subspaces_at(
-        members: list[int],
-        found: dict[int, Layout],
-        gradients: list[jax.Array],
-        subspaces: list[_Subspace],
-        reduced: list[jax.Array],
+    def subspace_at(
+        layout: Layout,
+        gradient: jax.Array,
+        old: _Subspace,
+        kept: jax.Array,
         count: jax.Array,
         mode: EigenspaceRefresh,
-    ) -> dict[int, tuple[_Subspace, jax.Array]]:
-        """The subspaces of this step, of members whose matrices have one shape.
-
-        They are the old ones, or new ones for the matrices that are due.
+    ) -> tuple[_Subspace, jax.Array]:
+        """The subspace of this step: the old one, or a new one for the matrices that are due.
 
         Args:
-          members: numbers of the parameters.
-          found: layouts of all that are projected, by the number.
-          gradients: all gradients.
-          subspaces: the old subspaces of all parameters.
-          reduced: all gradients reduced by these.
+          layout: of the parameter.
+          gradient: the parameter's gradient.
+          old: its subspace.
+          kept: the gradient reduced by it.
           count: number of updates made before.
           mode: what the loop says about a refresh, but for False.
 
         Returns:
-          For each member its subspace and the gradient that is reduced by it.
+          The subspace and the gradient that is reduced by it.
         """
+        due = jnp.ones(layout.stack_shape, bool)
+        if mode is None:
+            due &= (count == 0) if rule == "convergence" else (count % refresh_every == 0)
+            due |= old.start_norm == 0  # no subspace yet: gradients were zero or not finite
+            if rule != "period":
+                due |= _norms(layout.reduced_matrix(kept)) <= convergence * old.start_norm
 
-        def is_due(i: int) -> jax.Array:
-            due, start_norm = jnp.ones(found[i].stack_shape, bool), subspaces[i].start_norm
-            if mode is None:
-                due &= (count == 0) if rule == "convergence" else (count % refresh_every == 0)
-                due |= start_norm == 0  # no subspace yet: gradients were zero or not finite
-                if rule != "period":
-                    norm = _norms(found[i].reduced_matrix(reduced[i]))
-                    due |= norm <= convergence * start_norm
-            return due
-
-        due = jnp.stack(list(map(is_due, members)))
-
-        def renewed() -> dict[int, tuple[_Subspace, jax.Array]]:
-            before = [_as_matrices(found[i], subspaces[i], reduced[i]) for i in members]
-            old = jax.tree.map(lambda *parts: jnp.stack(parts), *before)
-            matrix = jnp.stack([found[i].matrix(gradients[i]) for i in members])
+        def renewed() -> tuple[_Subspace, jax.Array]:
+            before = _as_matrices(layout, old, kept)
             cold = (count == 0) | (mode == "cold")
-            new = replaced(matrix, old[0], jax.random.fold_in(key, count), cold)
+            step_key = jax.random.fold_in(key, count)
+            new = replaced(layout.matrix(gradient), before[0], step_key, cold)
             chosen = due & jnp.isfinite(new[0].start_norm)
             matrices = chosen[..., None, None]
             selected = _Subspace(matrices, matrices, matrices, chosen, chosen), matrices
-            new = jax.tree.map(jnp.where, selected, new, old)
-            parts = (jax.tree.map(lambda x, k=k: x[k], new) for k in range(len(members)))
-            return {i: _as_arrays(found[i], *part) for i, part in zip(members, parts, strict=True)}
+            return _as_arrays(layout, *jax.tree.map(jnp.where, selected, new, before))
 
         if mode is not None:
             return renewed()
-        kept = {i: (subspaces[i], reduced[i]) for i in members}
-        return lax.cond(jnp.any(due), renewed, lambda: kept)
+        return lax.cond(jnp.any(due), renewed, lambda: (old, kept))
 
     def update_fn(
         updates: chex.ArrayTree,
@@ -357,10 +342,10 @@ def scale_by_adarankgrad(
             reduce(found[i], gradient, subspaces[i].basis) if i in found else gradient
             for i, gradient in enumerate(gradients)
         ]
-        for members in alike(found, gradients, fields[0]) if mode is not False else ():
-            new = subspaces_at(members, found, gradients, subspaces, reduced, state.count, mode)
-            for i, (subspace, gradient) in new.items():
-                subspaces[i], reduced[i] = subspace, gradient
+        for i, layout in found.items() if mode is not False else ():
+            subspaces[i], reduced[i] = subspace_at(
+                layout, gradients[i], subspaces[i], reduced[i], state.count, mode
+            )
         basis, mu, nu, rank, start_norm = (
             structure.unflatten([subspace[field] for subspace in subspaces]) for field in range(5)
         )

@@ -26,6 +26,7 @@ parameters, stacks of matrices, convolution kernels as matrices of windows and i
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import chex
@@ -60,7 +61,6 @@ from optax_accel.low_rank._subspaces import (
     Layout,
     Method,
     Projection,
-    alike,
     decay_after_step,
     empty_basis,
     flatten,
@@ -213,28 +213,21 @@ def scale_by_galore(
         """Number of columns of the range finder."""
         return min(basis.shape[layout.other[-1]] + _OVERSAMPLING, *layout.sizes)
 
-    def new_bases(
-        members: list[int],
-        found: dict[int, Layout],
-        gradients: list[jax.Array],
-        old: list[Any],
+    def new_basis(
+        layout: Layout,
+        gradient: jax.Array,
+        old: jax.Array,
         random: jax.Array | None,
         cold: jax.Array,
-    ) -> dict[int, jax.Array]:
-        """The bases of members whose matrices have one shape, decomposed as a stack."""
-        matrix = jnp.stack([found[i].matrix(widened(gradients[i])) for i in members])
-        basis = jnp.stack([found[i].basis_matrix(old[i]) for i in members])
+    ) -> jax.Array:
+        matrix, basis = layout.matrix(widened(gradient)), layout.basis_matrix(old)
         size = basis.shape[-1]
         if random is None:
             new, _ = svd(matrix, size)
         else:
-            first = members[0]
-            columns = columns_of(found[first], old[first])
-            new, _ = range_finder(
-                matrix, size, start_columns(random, widened(basis), columns, cold)
-            )
-        new = replaced(new, basis)
-        return {i: found[i].basis_array(part) for i, part in zip(members, new, strict=True)}
+            start = start_columns(random, widened(basis), columns_of(layout, old), cold)
+            new, _ = range_finder(matrix, size, start)
+        return layout.basis_array(replaced(new, basis))
 
     def refreshed(
         count: jax.Array,
@@ -249,27 +242,21 @@ def scale_by_galore(
         missing = {i: ~jnp.any(basis) for i, basis in kept.items()}
         cold = stack(list(missing.values())).any() | (mode == "cold")
 
-        def new(groups: list[list[int]]) -> dict[int, jax.Array]:
+        def new(numbers: Collection[int]) -> dict[int, jax.Array]:
             random = None
             if method == "range_finder":
-                shapes = [(found[i].sizes[0], columns_of(found[i], old[i])) for i, *_ in groups]
+                shapes = [(found[i].sizes[0], columns_of(found[i], old[i])) for i in numbers]
                 random = random_columns(jax.random.fold_in(key, count), shapes)
-            made: dict[int, jax.Array] = {}
-            for members in groups:
-                made |= new_bases(members, found, gradients, old, random, cold)
-            return made
+            return {i: new_basis(found[i], gradients[i], old[i], random, cold) for i in numbers}
 
-        groups = alike(found, gradients, old)
         if mode == "cold" or (mode is not None and spacing == 0):
-            return new(groups)
+            return new(found)
         if spacing == 0:
             due = (count % refresh_every == 0) | stack(list(missing.values())).any()
-            return lax.cond(due, lambda: new(groups), lambda: kept)
+            return lax.cond(due, lambda: new(found), lambda: kept)
         for position, (i, basis) in enumerate(list(kept.items())):
             due = ((count - stagger * position) % refresh_every == 0) | missing[i]
-            kept |= lax.cond(
-                due, functools.partial(new, [[i]]), lambda i=i, basis=basis: {i: basis}
-            )
+            kept |= lax.cond(due, functools.partial(new, [i]), lambda i=i, basis=basis: {i: basis})
         return kept
 
     def update_fn(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -165,28 +164,6 @@ def test_refreshes_in_the_graph_and_from_the_host(stagger):
     outside = bases(tx, gradients, functools.partial(oa.refresh_at, tx=tx))
     tree_allclose(outside, inside, rtol=1e-6)
     assert not any(leaf.any() for leaf in bases(tx, gradients[:1], lambda _: False)[0])
-
-
-@pytest.mark.parametrize("build", [oa.scale_by_galore, oa.scale_by_adarankgrad])
-def test_matrices_of_a_shape_are_decomposed_together(monkeypatch, build):
-    """Tall and wide ones alike, and each gets what it would get alone."""
-    gradients = [jnp.float32(RNG.normal(size=s)) for s in [(6, 4), (4, 6), (6, 4), (5, 3)]]
-    tx, stacks = build(2, method="range_finder"), []
-
-    def counted(matrix, *args):
-        stacks.append(matrix.shape)
-        return _subspaces.range_finder(matrix, *args)
-
-    monkeypatch.setattr(sys.modules[build.__module__], "range_finder", counted)
-
-    def first_update():
-        return jax.jit(functools.partial(tx.update, refresh=True))(gradients, tx.init(gradients))
-
-    together = first_update()
-    assert stacks == [(3, 4, 6), (1, 3, 5)]
-    monkeypatch.setattr(_subspaces, "_MOST_TOGETHER", 2 * 6 * 4)
-    tree_allclose(first_update(), together, rtol=1e-4, atol=1e-6)
-    assert stacks[2:] == [(2, 4, 6), (1, 4, 6), (1, 3, 5)]
 
 
 def test_gradients_that_are_not_finite_leave_the_basis_alone():
