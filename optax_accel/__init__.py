@@ -1,7 +1,7 @@
 """Training-acceleration methods from the literature as composable Optax transformations."""
 # ruff: noqa: I001  (grouped by family, not by module name)
 
-from optax_accel import curvature
+from optax_accel import curvature, equilibrium
 
 # The loss as a value
 from optax_accel.accumulation import mean_over_micro_batches
@@ -79,6 +79,9 @@ from optax_accel.natural_gradient import ScaleByBatchGaussNewtonState, batch_gau
 from optax_accel.natural_gradient import scale_by_batch_gauss_newton
 from optax_accel.natural_gradient import ekfac, hessian_free, kfac, scale_by_ekfac, scale_by_kfac
 
+# Equilibrium layers, and Anderson acceleration of training itself
+from optax_accel.equilibrium import AndersonAccelerationState, anderson_acceleration, deq
+
 # Gradient norm penalty
 from optax_accel.gradient_norm import GNPState, gnp
 
@@ -111,6 +114,7 @@ from optax_accel.hyperparams import inject_hyperparams, static_arguments
 from optax_accel.sharding import state_shardings
 
 __all__ = [
+    "AndersonAccelerationState",
     "BlockTracker",
     "DecentralizedState",
     "Description",
@@ -162,6 +166,7 @@ __all__ = [
     "adarankgrad",
     "aggmo",
     "aggmo_betas",
+    "anderson_acceleration",
     "batch_gauss_newton",
     "bernoulli_per_element",
     "bernoulli_per_tensor",
@@ -172,6 +177,7 @@ __all__ = [
     "demon_adam",
     "demon_schedule",
     "demon_sgd",
+    "deq",
     "describe",
     "describe_layers",
     "dfa_feedback",
@@ -182,6 +188,7 @@ __all__ = [
     "ekfac",
     "el2n_scores",
     "enkf",
+    "equilibrium",
     "esmda",
     "esmda_step",
     "extra_adam",

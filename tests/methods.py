@@ -103,6 +103,10 @@ OPTIMIZERS = (
     Case("qhm", lambda rate: oa.qhm(rate, beta=0.9), (0.03, 0.1, 0.3, 1.0, 3.0)),
     Case("qh_adam", oa.qh_adam, ADAM_RATES),
     Case("aggmo", oa.aggmo),
+    Case(
+        "anderson_acceleration",
+        lambda rate: oa.anderson_acceleration(optax.sgd(rate), 3, ridge=0.01),
+    ),
     Case("yellowfin", oa.yellowfin, (0.1, 0.3, 1.0, 3.0, 10.0)),
     Case(
         "galore",

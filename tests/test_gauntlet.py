@@ -575,6 +575,7 @@ FACTORIES: dict[Callable[..., optax.GradientTransformationExtraArgs], dict[str, 
     oa.extrap_sgd: {"learning_rate": 0.1, "extrapolation_rate": 0.05},
     oa.extra_adam: {"learning_rate": 0.1},
     oa.forward_gradient: {"inner": SGD},
+    oa.anderson_acceleration: {"inner": SGD, "memory": 2},
     oa.gnp: {"inner": SGD, "rho": 0.3},
     oa.dynamic_loss_scale: {"inner": SGD, "initial_scale": 4},
     # Damping that acts at once.

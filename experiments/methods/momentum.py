@@ -1,10 +1,12 @@
-"""Momentum: Demon and the schedules that it is compared with, QHM, AggMo, YellowFin."""
+"""Momentum: Demon and its rivals, QHM, AggMo, YellowFin, Anderson acceleration."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from typing import Any
+
+import optax
 
 import optax_accel as oa
 from experiments.methods.method import Context, Method, Paper
@@ -70,6 +72,14 @@ MOMENTUM_DECAY = (
     _rival("onecycle_momentum_sgd", "momentum 0.95, 0.85, 0.95", momentum="onecycle", peak=0.95),
 )
 
+
+def _anderson_sgd(
+    learning_rate: Any, memory: int = 5, momentum: float = 0.9, **settings: Any
+) -> optax.GradientTransformationExtraArgs:
+    sgd = optax.sgd(learning_rate, momentum)
+    return oa.anderson_acceleration(sgd, memory, **settings)
+
+
 OTHER_MOMENTUM = (
     Method(
         name="qhm",
@@ -113,5 +123,16 @@ OTHER_MOMENTUM = (
         learning_rates=YELLOWFIN_FACTORS,
         factory=oa.yellowfin,
         time_targets={"step": 1.3},
+    ),
+    Method(
+        name="anderson_sgd",
+        family="momentum",
+        summary="SGD whose last five iterates are mixed every fifth step, if the loss falls",
+        paper=Paper("Scieur et al., 2016", "https://arxiv.org/abs/1606.04133"),
+        fidelity="our reading",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        factory=_anderson_sgd,
+        period=5,
     ),
 )
