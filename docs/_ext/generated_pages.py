@@ -41,6 +41,7 @@ FUNCTIONS = {
     "cyclical2_sgd": "cyclical_schedule",
     "exp_range_sgd": "cyclical_schedule",
     "onecycle_sgd": "onecycle",
+    "anderson_sgd": "anderson_acceleration",
     "gradsamp": "gradsamp",
     "sharpness_directed": "sharpness_directed",
     "onecycle_cosine_sgd": "onecycle",

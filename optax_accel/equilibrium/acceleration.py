@@ -273,8 +273,10 @@ def _mix(
 
     after = jax.tree.map(next_moves, iterates, params, updates)
     gram = total(jax.tree.leaves(jax.tree.map(inner_products, after, iterates, params)))
+    finite = jnp.isfinite(gram).all()  # LAPACK complains of the rest
+    gram = jnp.where(finite, gram, jnp.eye(present.size, dtype=gram.dtype))
     gram /= jnp.maximum(jnp.linalg.norm(gram, 2), jnp.finfo(gram.dtype).tiny)
-    weights = mixing_weights(gram[None], present, ridge, 0.0)[0]
+    weights = jnp.where(finite, mixing_weights(gram[None], present, ridge, 0.0)[0], jnp.nan)
 
     def mixed(after: jax.Array, update: jax.Array) -> jax.Array:
         # Absent iterates have weight 0, but may be anything.

@@ -68,7 +68,7 @@ def test_the_forms_of_the_step_repeat_after_a_period(name: str) -> None:
         assert fresh.refresh(0) == method.refresh(0)
     forms = [method.refresh(step) for step in range(method.period, 3 * method.period)]
     assert forms[: method.period] == forms[method.period :]
-    periodic = name in ("batch_gauss_newton", "galore", "gradsamp")  # damping, bases, epochs
+    periodic = name in ("anderson_sgd", "batch_gauss_newton", "galore", "gradsamp")
     nothing = method.tracker is None and not method.needs_objective and not periodic
     assert (method.refresh(0) is None) == nothing
 
@@ -148,6 +148,7 @@ CASES = {
     "weight_norm_sgd": "reparametrize weight_norm",
     "weight_norm_adam": "reparametrize weight_norm adam",
     "powerprop_sgd": "reparametrize powerprop",
+    "anderson_sgd": "anderson_acceleration",
     "forward_gradient_sgd": "forward_gradient",
     "gnp_sgd": "gnp",
     "sam_sgd": "gnp sharpness",
