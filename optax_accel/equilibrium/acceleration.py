@@ -127,7 +127,7 @@ def anderson_acceleration(
       >>> for _ in range(10):
       ...     updates, state = tx.update(jax.grad(loss)(params), state, params, value_fn=loss)
       ...     params = optax.apply_updates(params, updates)
-      >>> bool(loss(params) < 1e-8), int(state.accepted)  # gradient descent alone: 0.005
+      >>> bool(loss(params) < 1e-6), int(state.accepted)  # gradient descent alone: 0.005
       (True, 2)
 
     References:
