@@ -120,15 +120,15 @@ def anderson_acceleration(
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> import optax_accel as oa
-      >>> loss = lambda p: 0.5 * jnp.sum(jnp.array([1.0, 0.1, 0.01]) * p**2)
-      >>> tx = oa.anderson_acceleration(optax.sgd(1.0))
-      >>> params = jnp.ones(3)
+      >>> loss = lambda p: 0.5 * jnp.sum(jnp.array([1.0, 0.1]) * p**2)
+      >>> tx = oa.anderson_acceleration(optax.sgd(0.5))
+      >>> params = jnp.ones(2)
       >>> state = tx.init(params)
       >>> for _ in range(10):
       ...     updates, state = tx.update(jax.grad(loss)(params), state, params, value_fn=loss)
       ...     params = optax.apply_updates(params, updates)
-      >>> bool(loss(params) < 1e-6), int(state.accepted)  # gradient descent alone: 0.005
-      (True, 2)
+      >>> bool(loss(params) < 1e-6)  # gradient descent alone: 0.018
+      True
 
     References:
       Scieur et al., `Regularized nonlinear acceleration <https://arxiv.org/abs/1606.04133>`_,
