@@ -40,6 +40,7 @@ from experiments.reporting.referee import local_losses as claims_of_local_losses
 from experiments.reporting.referee import low_memory as claims_of_low_memory
 from experiments.reporting.referee import protocols as report
 from experiments.reporting.referee import report as referee
+from experiments.reporting.referee import sampled_operations as claims_of_sampled_operations
 from experiments.reporting.referee import skipped_epochs as claims_of_skipped_epochs
 from experiments.reporting.referee.protocols import Protocols, Runs, Setting
 from experiments.runs import folders, ledger
@@ -52,6 +53,7 @@ from experiments.training.studies import (
     fine_tuning,
     local_losses,
     low_memory,
+    sampled_operations,
     skipped_epochs,
 )
 from experiments.training.studies.protocol_runs import FINAL, KEPT, TUNING, Ring, Runner
@@ -68,6 +70,7 @@ STUDIES: dict[str, tuple[Protocols, MakeRunner]] = {
         (claims_of_fine_tuning.STUDY, fine_tuning.Runner),
         (claims_of_local_losses.STUDY, local_losses.Runner),
         (claims_of_low_memory.STUDY, low_memory.Runner),
+        (claims_of_sampled_operations.STUDY, sampled_operations.Runner),
         (claims_of_skipped_epochs.STUDY, skipped_epochs.Runner),
     )
 }

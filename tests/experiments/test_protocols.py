@@ -270,6 +270,20 @@ def test_feedback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+def test_sampled_operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert protocols.main(("sampled_operations", "--scale", "smoke", "--name", "smoke")) == 0
+    results = json.loads((tmp_path / "runs" / "smoke" / "results.json").read_text())
+    final = results["final"]["digits"]
+    scores = {name: runs[0]["scores"] for name, runs in final.items()}
+    assert scores["Exact"]["flops"] == 1
+    assert scores["Exact"]["bias"] == scores["Exact"]["variance"] == 0
+    assert scores["Top-k, 40 %"]["variance"] < 1e-6 < scores["CRS, 40 %"]["variance"]
+    assert 0.3 < scores["Top-k, 40 %"]["flops"] < 0.7
+    assert {line["claim"] for line in results["verdicts"]} == {"a", "b", "c", "d"}
+
+
+@pytest.mark.slow
 def test_local_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert protocols.main(("local_losses", "--scale", "smoke", "--name", "smoke")) == 0
