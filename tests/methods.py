@@ -165,6 +165,15 @@ OPTIMIZERS = (
         lambda rate: oa.reparametrize(momentum_sgd(rate), oa.powerprop(2.0)),
     ),
     Case(
+        "sampled_product_gradients",
+        lambda rate: optax.chain(
+            oa.sampled_product_gradients(
+                0.5, min_samples=1, where="backward", method="bernoulli", uniform="k/n"
+            ),
+            momentum_sgd(rate),
+        ),
+    ),
+    Case(
         "forward_gradient",
         lambda rate: oa.forward_gradient(momentum_sgd(rate), num_samples=8),
         (0.003, 0.01, 0.03, 0.1, 0.3),

@@ -99,12 +99,6 @@ CASES = (
         oa.scale_by_demon_adam(decay_steps=NUM_STEPS, form="ema"),
         rates=ADAM_RATES,
     ),
-    chained(
-        "sampled_product_gradients",
-        oa.sampled_product_gradients(
-            0.5, min_samples=1, where="backward", method="bernoulli", uniform="k/n"
-        ),
-    ),
     chained("sample_gradients", oa.sample_gradients(0.5, key=1, rescale=True)),
     chained(
         "sample_gradients per tensor",

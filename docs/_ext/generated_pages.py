@@ -51,6 +51,7 @@ FUNCTIONS = {
     "weight_norm_adam": "weight_norm",
     "powerprop_sgd": "powerprop",
     "forward_gradient_sgd": "forward_gradient",
+    "sampled_products_sgd": "sampled_product_gradients",
     "gnp_sgd": "gnp",
     "sam_sgd": "gnp",
     "post_local_sgd": "post_local_sgd",

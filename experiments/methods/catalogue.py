@@ -33,6 +33,7 @@ METHODS: dict[str, Method] = {
         *learning_rates.CYCLICAL_SCHEDULES,
         *schedules.SCHEDULES,
         *reparametrization.REPARAMETRIZATION,
+        *gradients.SAMPLED_PRODUCTS,
         *gradients.FORWARD_GRADIENT,
         *gradients.GRADIENT_NORM,
         *low_memory.LOW_RANK,

@@ -27,6 +27,20 @@ def _forward_sgd(
     )
 
 
+def _sampled_sgd(
+    learning_rate: Any,
+    *,
+    ratio: float = 0.5,
+    method: Any = "top_k",
+    where: Any = "forward",
+    key: Any = 0,
+) -> optax.GradientTransformation:
+    return optax.chain(
+        oa.sampled_product_gradients(ratio, key=key, method=method, where=where),
+        momentum_sgd(learning_rate),
+    )
+
+
 def _seeded(context: Context) -> dict[str, Any]:
     """The seed of a method's own randomness, as its key."""
     return {"key": context.seed}
@@ -111,6 +125,20 @@ EXTRAP_UNIFORM = dataclasses.replace(
     name="extrap_sgd_uniform",
     summary="the same with uniform noise in place of normal noise",
     factory=functools.partial(oa.extrap_sgd, direction="filter_uniform", extrapolation_rate=0.1),
+)
+
+SAMPLED_PRODUCTS = (
+    Method(
+        name="sampled_products_sgd",
+        family="sampled products",
+        summary="SGD on gradients of products of which the largest half of the terms is computed",
+        paper=Paper("Adelman et al., 2021", "https://arxiv.org/abs/1805.08079"),
+        fidelity="faithful",
+        base="sgd",
+        learning_rates=SGD_RATES,
+        factory=_sampled_sgd,
+        from_context=_seeded,
+    ),
 )
 
 FORWARD_GRADIENT = (

@@ -78,7 +78,13 @@ class Phase(NamedTuple):
 
 
 # Families whose update evaluates the network itself.
-_EVALUATING = ("extragradient", "forward gradient", "gradient norm", "natural gradient")
+_EVALUATING = (
+    "extragradient",
+    "forward gradient",
+    "gradient norm",
+    "natural gradient",
+    "sampled products",
+)
 
 
 def _nothing(context: Context) -> Mapping[str, Any]:

@@ -83,6 +83,7 @@ class Runner:
             params, x=x, y=y
         ))  # fmt: skip
         analysis = gradient.lower(self._network(0)[1]).compile().cost_analysis()
+        assert analysis is not None
         return float(analysis["flops"])
 
     def _errors(self, params: PyTree) -> dict[str, float]:

@@ -150,6 +150,7 @@ CASES = {
     "powerprop_sgd": "reparametrize powerprop",
     "anderson_sgd": "anderson_acceleration",
     "forward_gradient_sgd": "forward_gradient",
+    "sampled_products_sgd": "sampled_product_gradients",
     "gnp_sgd": "gnp",
     "sam_sgd": "gnp sharpness",
 }
