@@ -20,6 +20,7 @@ import pytest
 import optax_accel as oa
 from optax_accel import (
     curvature,
+    equilibrium,
     gradients,
     low_rank,
     natural_gradient,
@@ -31,7 +32,7 @@ from tests.helpers import least_squares
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(oa.__file__).parent  # in the checkout or where the wheel is installed
-NAMESPACES = {"curvature": curvature, "topologies": topologies}
+NAMESPACES = {"curvature": curvature, "equilibrium": equilibrium, "topologies": topologies}
 PUBLIC = {
     f"{module.__name__}.{name}": value
     for module in (oa, *NAMESPACES.values())
@@ -59,7 +60,7 @@ def test_all_is_sorted_and_complete() -> None:
 
 
 @pytest.mark.parametrize(
-    "package", [oa, curvature, gradients, low_rank, natural_gradient, sparse, workers]
+    "package", [oa, curvature, equilibrium, gradients, low_rank, natural_gradient, sparse, workers]
 )
 def test_packages_list_what_they_import(package: Any) -> None:
     imported = {
@@ -537,6 +538,8 @@ REQUIRED_BY: dict[Any, dict[str, Any]] = {
         "params": WEIGHTS,
     },
     oa.dfa_feedback: {"params": WEIGHTS},
+    oa.deq: {"f": lambda z, params, x: 0.5 * z, "z0": X, "x": None},
+    equilibrium.solve: {"solver": equilibrium.fixed_point(2), "f": jnp.cos, "z0": X},
     oa.sample_terms: {"weights": X, "num_samples": 1},
     oa.sampled_matmul: {"a": X, "b": jnp.ones((2, 1))},
     oa.sampled_conv: {"lhs": X, "rhs": X, "window_strides": (), "padding": "SAME"},

@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_accel._arguments import check_integer, check_number, shown
+from optax_accel._arguments import check_flag, check_integer, check_number, shown
 from optax_accel._random import as_key
 from optax_accel.equilibrium.solvers import (
     FixedPointReport,
@@ -166,6 +166,7 @@ def deq(
     solver = anderson() if solver is None else solver
     backward_solver = broyden() if backward_solver is None else backward_solver
     _check_options(solver, backward_solver, gradient)
+    check_flag("batched", batched)
     z0 = jax.tree.map(jnp.asarray, z0)
     _check_state(z0, batched)
     _check_image(f, z0, params, x)

@@ -42,7 +42,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_accel._arguments import check_choice, check_integer, check_number
+from optax_accel._arguments import check_choice, check_flag, check_integer, check_number
 
 Stop = Literal["absolute", "relative"]
 Loop = Literal["while", "unrolled"]
@@ -403,7 +403,20 @@ def solve(
 
     Returns:
       The state, and the report.
+
+    Raises:
+      TypeError: ``batched`` or ``differentiable`` is not True or False.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_accel as oa
+      >>> solver = oa.equilibrium.broyden(10, 1e-6)
+      >>> z, report = oa.equilibrium.solve(solver, jnp.cos, jnp.ones(()), batched=False)
+      >>> round(float(z), 4), bool(report.converged)
+      (0.7391, True)
     """
+    check_flag("batched", batched)
+    check_flag("differentiable", differentiable)
     pack, unpack = _packing(z0, batched)
 
     def image_of(z: jax.Array) -> jax.Array:

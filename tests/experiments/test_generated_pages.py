@@ -69,7 +69,7 @@ def test_nothing_is_left_out(
     pages = {path.stem for path in (tmp_path / "methods").glob("*.md")} - {"index"}
     assert pages == {name for name, method in METHODS.items() if method.fidelity != "Optax"}
     index = (tmp_path / "api" / "index.rst").read_text(encoding="utf-8").split()
-    modules = {"curvature", "topologies"}
+    modules = {"curvature", "equilibrium", "topologies"}
     assert {f"optax_accel.{name}" for name in set(oa.__all__) - modules} <= set(index)
     listed = {name for name in index if name.startswith("optax_accel.")}
     assert {f"optax_accel.curvature.{name}" for name in oa.curvature.__all__} <= listed | {
