@@ -255,7 +255,16 @@ GROUPS: Mapping[str, Group] = {
     "output": Group(
         "What is measured, printed and written.",
         (
-            *("eval_every", "panels", "sections", "bins", "name", "runs_dir", "evidence_dir"),
+            *(
+                "eval_every",
+                "panels",
+                "sections",
+                "tables",
+                "bins",
+                "name",
+                "runs_dir",
+                "evidence_dir",
+            ),
             *("overwrite", "json", "html", "trace", "list", "dry_run"),
         ),
     ),

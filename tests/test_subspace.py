@@ -433,7 +433,9 @@ def test_errors_teach():
         tx.update(params, state, params, value_fn=1.0)
     with pytest.raises(TypeError, match="static_argnames"):
         tx.update(params, state, params, value_fn=quadratic, refresh=jnp.array(True))
-    with pytest.raises(ValueError, match=r"'warm', 'factors', .*Refresh of these; got 'hot'"):
+    with pytest.raises(
+        ValueError, match=r"'warm', 'factors', .*Refresh of the first four; got 'hot'"
+    ):
         tx.update(params, state, params, value_fn=quadratic, refresh="hot")
     with pytest.raises(ValueError, match="Give interpolate_subspaces its own `mask="):
         optax.masked(tx, {"a": True, "b": False}).init({"a": params, "b": params})
