@@ -41,6 +41,7 @@ from optax_accel._arguments import (
     check_choice,
     check_count,
     check_dtype,
+    check_flag,
     check_floating_leaves,
     check_inner,
     check_learning_rate,
@@ -54,6 +55,7 @@ from optax_accel._masking import Mask
 from optax_accel._mesh_axes import check_undivided
 from optax_accel._numerics import stack
 from optax_accel._random import as_key
+from optax_accel.low_rank._eight_bits import in_eight_bits
 from optax_accel.low_rank._subspaces import (
     METHODS,
     PROJECTIONS,
@@ -314,6 +316,7 @@ def galore(
     mask: Mask = None,
     dimension_numbers: DimensionNumbers = None,
     mu_dtype: Any = None,
+    eight_bits: bool = False,
     key: chex.PRNGKey | int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore: AdamW whose moments live in a low-rank subspace of each matrix's gradient.
@@ -349,6 +352,9 @@ def galore(
         kernels of (inputs, heads, size) take ``GaLoreDimensionNumbers(0, (1, 2))``.
       mu_dtype: dtype of the first moment, e.g. ``jnp.bfloat16``; ``None`` (default) is that of the
         parameters.
+      eight_bits: whether both moments are kept in eight bits with a scale for each 2,048 entries,
+        as in the authors' 8-bit GaLore and in Dettmers et al. (2022); the codes, powers of
+        2 ** (1/6) with stochastic rounding, are ours. False (default) keeps them whole.
       key: PRNG key or integer seed of the range finder.
 
     Returns:
@@ -378,7 +384,15 @@ def galore(
     check_number("eps", eps, 0)
     check_number("weight_decay", weight_decay, 0)
     check_dtype("mu_dtype", mu_dtype)
+    check_flag("eight_bits", eight_bits)
+    if eight_bits and mu_dtype is not None:
+        raise ValueError(
+            f"`mu_dtype` {mu_dtype!r} and `eight_bits` both choose how the first moment is kept: "
+            "leave one out."
+        )
     adam = scale_by_adam("galore", b1, b2, eps, eps_before_correction=True, mu_dtype=mu_dtype)
+    if eight_bits:
+        adam = in_eight_bits(adam)
     decays = isinstance(weight_decay, jax.Array) or weight_decay != 0
     chain = optax.chain(
         scale_by_galore(
