@@ -82,7 +82,8 @@ class Options(cli.DryRunOptions):
     """Judge claims about whole procedures of training by runs that can refute them."""
 
     study: str | None = None
-    """Study; it may also stand first, without the option's name."""
+    """Study: feedback, continual, data_assimilation, fine_tuning, local_losses, low_memory,
+    sampled_operations or skipped_epochs; it may also stand first, without the option's name."""
     scale: str = "small"
     """smoke (to try a study out: its verdicts do not go into the ledger), small (minutes on two
     cores), medium or full."""

@@ -77,7 +77,8 @@ class Options(cli.DryRunOptions):
     """Judge the claims of a paper by runs that can refute them."""
 
     study: str | None = None
-    """Study; it may also stand first, without the option's name."""
+    """Study: demon, subspaces, stoch_grad_adam (also with _vit, _unet) or extrapolation (also with
+    _lstm, _transformer); it may also stand first, without the option's name."""
     scale: str = "small"
     """small (minutes to an hour on two cores), medium or full (the paper's networks)."""
     data_dir: Path | None = None

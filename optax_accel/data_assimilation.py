@@ -526,8 +526,12 @@ def targets_of(
       name: the method's.
 
     Raises:
-      ValueError: the loss is not a weighted sum of squares.
+      ValueError: the loss is not a weighted sum of squares, or there are no examples.
     """
+    if outputs.size == 0:
+        raise ValueError(
+            f"{name} needs at least one example, the outputs have the shape {outputs.shape}."
+        )
     zeros, ones = (  # marked as varying, or the gradient would be summed over the replicas
         structure.unflatten([filled_like(jnp.asarray(value, outputs.dtype), outputs)])
         for value in (0, 1)

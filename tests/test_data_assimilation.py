@@ -508,3 +508,13 @@ def test_wrong_arguments_of_the_plain_step(change: dict[str, Any], message: str)
     }
     with pytest.raises(ValueError, match=message):
         oa.esmda_step(**settings | change)
+
+
+def test_a_batch_without_examples_is_refused() -> None:
+    params, x = jnp.ones((3, 1)), jnp.ones((0, 3))
+    objective = oa.Objective(lambda w: x @ w, lambda outputs: jnp.mean(outputs**2))
+    tx = oa.esmda(num_members=4, noise=0.1)
+    with pytest.raises(ValueError, match="esmda needs at least one example"):
+        jax.eval_shape(
+            lambda state: tx.update(params, state, params, value_fn=objective), tx.init(params)
+        )

@@ -230,7 +230,8 @@ def sample_epoch(
     :func:`gradsamp` does both inside of an optimizer.
 
     Args:
-      key: PRNG key or integer seed of the noise.
+      key: PRNG key or integer seed of the noise; a new one at each epoch, such as
+        ``jax.random.fold_in(key, epoch)``, or the noise repeats.
       params: the parameters at the end of the last epoch, real floating-point arrays.
       previous: the parameters at its start, of the same structure and shapes.
       statistics: of what mean and standard deviation of the increment :math:`\Delta` are taken: of

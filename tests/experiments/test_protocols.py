@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -267,6 +268,12 @@ def test_feedback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert 20 < angles[:, :2].max() < 160
             assert scores["angle"] == pytest.approx(angles[2].max(), abs=1e-3)  # two steps
     assert [line["claim"] for line in results["verdicts"]] == ["a"]
+
+
+def test_help_names_every_study(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        protocols.main(("--help",))
+    assert set(protocols.STUDIES) <= set(re.findall(r"\w+", capsys.readouterr().out))
 
 
 @pytest.mark.slow
