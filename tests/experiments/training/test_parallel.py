@@ -38,6 +38,8 @@ QUICK = ("sgd", "stoch_grad_adam", "bulk_sgd", "extrap_sgd_past", "decentlam")
 ELEMENTWISE = ("base", "adaptive rates", "recent optimizers", "momentum", "momentum decay")
 ELEMENTWISE += ("cyclical schedules", "schedules")
 EXCEPT = ("lamb", "yellowfin", "plateau_sgd", "muon", "prodigy")
+# Where an axis has a name, each device chooses the largest terms of its own examples.
+OWN_TERMS = ("sampled_products_sgd",)
 TOGETHER = [n for n, m in METHODS.items() if m.family not in ELEMENTWISE or n in EXCEPT]
 # Those that differ from another method in numbers or in what is done to averaged gradients.
 VARIANTS = ("dom_sgd", "interpolated_sgd", "bulk_sgd_adaptive", "optimistic_sgd")
@@ -80,6 +82,8 @@ def cases():
             layouts = [(next(turns)[0], "float64")]
         elif name not in TOGETHER:
             layouts = [next(turns)]
+        elif name in OWN_TERMS:
+            layouts = [(divided, "float64")]
         else:
             layouts = [(divided, "float64"), (next(named), "float64")]
         quick = []
