@@ -115,13 +115,6 @@ OPTIMIZERS = (
         matrices=True,
     ),
     Case(
-        "galore eight bits",
-        lambda rate: oa.galore(rate, 1, refresh_every=2, scale=1.0, eight_bits=True),
-        (0.001, 0.003, 0.01, 0.03, 0.1),
-        matrices=True,
-        slow=True,
-    ),
-    Case(
         "adarankgrad",
         lambda rate: oa.adarankgrad(rate, 2, refresh_every=2, scale=1.0),
         (0.001, 0.003, 0.01, 0.03, 0.1),

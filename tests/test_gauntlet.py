@@ -99,6 +99,13 @@ CASES = (
         oa.scale_by_demon_adam(decay_steps=NUM_STEPS, form="ema"),
         rates=ADAM_RATES,
     ),
+    Case(
+        "galore eight bits",
+        lambda rate: oa.galore(rate, 1, refresh_every=2, scale=1.0, eight_bits=True),
+        (0.001, 0.003, 0.01, 0.03, 0.1),
+        matrices=True,
+        slow=True,
+    ),
     chained("sample_gradients", oa.sample_gradients(0.5, key=1, rescale=True)),
     chained(
         "sample_gradients per tensor",
