@@ -18,7 +18,7 @@ def test_contestants_cost_the_same_but_for_the_filter_and_try_as_many_settings()
         members = setting.options["members"]
         assert costs.pop(ENKF) == members / 2
         assert set(costs.values()) == {2 * members}
-        assert {len(c.learning_rates) for c in setting.contestants} == {3}
+        assert {len(c.learning_rates) for c in setting.contestants} == {4}
 
 
 def test_scores_of_an_ensemble() -> None:
