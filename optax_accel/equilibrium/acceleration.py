@@ -193,8 +193,8 @@ def _anderson_acceleration(
         if safeguard:
             why = "compare the loss after an extrapolation with that after the plain step"
             objective = as_objective(value_fn, extra_args, method=name, params=params, why=why)
-        elif params is None:
-            raise ValueError(f"{name} needs `params`: tx.update(grads, state, params).")
+        else:
+            check_params(params, name, "tx.update(grads, state, params)")
         if value_fn is not None:
             extra_args["value_fn"] = value_fn
         plain, inner_state = inner.update(
