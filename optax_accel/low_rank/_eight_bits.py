@@ -118,13 +118,17 @@ def encoded(moment: jax.Array, dtype: Any, bits: jax.Array) -> tuple[jax.Array, 
     padded = padded.at[:size].set(moment.ravel().astype(jnp.float32)).reshape(-1, BLOCK)
     scales = jnp.max(jnp.abs(padded), axis=1)
     relative = jnp.abs(padded) / jnp.where(scales > 0, scales, 1)[:, None]
-    exponent = largest + _STEPS_PER_OCTAVE * jnp.log2(jnp.maximum(relative, 1e-37))
-    low = jnp.clip(jnp.floor(exponent), 0, largest - 1)
-    below, above = _values(low, largest), _values(low + 1, largest)
-    share = (relative - below) / (above - below)
     drawn = (bits.ravel() >> 8).astype(jnp.float32) * jnp.float32(2**-24)
     chance = jnp.zeros(padded.size, jnp.float32).at[:size].set(drawn).reshape(padded.shape)
-    codes = jnp.sign(padded) * (low + (chance < share).astype(jnp.float32))
+    # A value x between the values a and b of neighboring codes rounds up where chance < (x - a) /
+    # (b - a); as b / a = 2 ** (1/6), that is where x's place between the codes exceeds `threshold`.
+    # One floor decides: two could be compiled to different sides of a value that is a code's own.
+    threshold = _STEPS_PER_OCTAVE * jnp.log2(1 + chance * (2 ** (1 / _STEPS_PER_OCTAVE) - 1))
+    exponent = largest + _STEPS_PER_OCTAVE * jnp.log2(jnp.maximum(relative, 1e-37))
+    numbers = jnp.clip(jnp.floor(exponent + 1 - threshold), 1, largest)
+    smallest = _values(jnp.ones(()), largest)
+    numbers = jnp.where(relative < smallest, chance * smallest < relative, numbers)
+    codes = jnp.sign(padded) * numbers
     finite = jnp.isfinite(scales)
     codes = jnp.where(finite[:, None], codes, 0).ravel()[:size].reshape(shape).astype(dtype)
     return codes, jnp.where(finite, scales, jnp.nan)
