@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import mmap
@@ -68,6 +69,16 @@ def pytest_runtest_teardown() -> None:
     if MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_in_any_order(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each test draws the same numbers from its module's `RNG`, whichever tests ran before it."""
+    module = getattr(request, "module", None)
+    if hasattr(module, "RNG"):
+        monkeypatch.setattr(module, "RNG", copy.deepcopy(module.RNG))
 
 
 @pytest.fixture
