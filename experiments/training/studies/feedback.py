@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,14 @@ from flax import nnx
 
 import models
 import optax_accel as oa
-from experiments import cli, data, timing
 from experiments.training.replicas import Replica
+from experiments.training.studies.image_runs import ImageRunner, PyTree, seconds_of
 
-PyTree = Any
 _MEASURED = 256  # most training examples that the angles are measured on
 _TIMES = 4  # how often they are, besides after one epoch
 
 
-class Runner:
+class Runner(ImageRunner):
     """Trains one network on a part of a task's training data, see `protocol_runs.Runner`.
 
     The steps are not scanned: XLA runs convolutions in loops slowly on a CPU.
@@ -36,49 +35,32 @@ class Runner:
     """
 
     def __init__(self, setting: Mapping[str, Any], data_dir: Path | None, folder: Path):
-        del folder
-        self.setting = setting
-        self.task = data.load_classification(setting["task"], data_dir=data_dir)
-        pixels = self.task.train.x
-        axes = tuple(range(pixels.ndim - 1))
-        self._mean, self._deviation = (
-            f(pixels, axis=axes, keepdims=True) for f in (np.mean, np.std)
-        )
+        super().__init__(setting, data_dir, folder)
         self._graphdef, _ = self._network(0)
         self._objective = oa.Objective(
             lambda params, x: nnx.merge(self._graphdef, params)(x),
             lambda logits, y: jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y)),
         )
-        self._programs: dict[str, Callable[..., Any]] = {}
-
-    def config(self) -> dict[str, Any]:
-        """Checksums of the data."""
-        return {"data": self.task.checksums}
-
-    def gradients(self, options: Mapping[str, Any]) -> float:
-        """Number of steps; every contestant computes one gradient in each."""
-        del options
-        return float(self.setting["steps"])
 
     def seconds(self) -> float:
         """Seconds of a gradient by back-propagation."""
         _, params = self._network(0)
-        x, y = self._batch(self._order(0)[0][0])
+        x, y = self.batch(self._order(0)[0][0])
         call = functools.partial(jax.jit(self._objective.grad), params, x=x, y=y)
-        timing.timed(call)
-        return min(timing.timed(call)[1] for _ in range(5))
+        return seconds_of(call)
 
     def run(self, options: Mapping[str, Any], runs: Sequence[Replica]) -> Iterator[dict[str, Any]]:
         """Trains runs one after the other; see `protocol_runs.Runner`."""
-        step = self._program("step", self._step, options)
-        angles = self._program("angles", self._angles, options)
+        step = self.program("step", self._step, options)
+        angles = self.program("angles", self._angles, options)
+        outputs = self.program("outputs", self._outputs)
         steps = self.setting["steps"]
         times = {round(steps * i / _TIMES) for i in range(_TIMES + 1)}
         for rate, seed in runs:
             _, params = self._network(seed)
             state, start, key = self._optimizer(rate).init(params), params, jax.random.key(seed)
             order, epoch = self._order(seed)
-            sample = self._batch(np.unique(order[:epoch])[:_MEASURED])
+            sample = self.batch(np.unique(order[:epoch])[:_MEASURED])
             scores: dict[str, Any] = {"angles": []}
             for i in range(steps + 1):
                 if i in times or i == min(epoch, steps):
@@ -88,21 +70,9 @@ class Runner:
                     if i in times:
                         scores["angles"] += found.tolist()
                 if i < steps:
-                    batch = self._batch(order[i])
+                    batch = self.batch(order[i])
                     params, state = step(params, state, start, key, jnp.float32(rate), *batch)
-            yield scores | self._errors(params)
-
-    def _errors(self, params: PyTree) -> dict[str, float]:
-        """Shares of wrong answers on the validation and the test split."""
-        outputs = self._program(
-            "outputs", lambda _, params, x: self._objective.outputs(params, x=x)
-        )
-        wrong = {}
-        for name, split in (("validation", self.task.validation), ("error", self.task.test)):
-            logits = np.asarray(outputs(params, self._standardized(split.x)))
-            share = float(np.mean(logits.argmax(axis=-1) != split.y))
-            wrong[name] = share if np.isfinite(logits).all() else float("nan")
-        return wrong
+            yield scores | self.errors(functools.partial(outputs, params))
 
     # -- the network and its data --------------------------------------------------------------
 
@@ -119,31 +89,14 @@ class Runner:
         sizes, activation = self.setting["hidden_sizes"], network.split()[0]
         return nnx.split(models.Mlp(hidden_sizes=sizes, activation=activation, **common))
 
-    def _standardized(self, x: Any) -> jax.Array:
-        return (jnp.asarray(x) - self._mean) / jnp.maximum(self._deviation, 1e-6)
-
-    def _batch(self, rows: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        return self._standardized(self.task.train.x[rows]), jnp.asarray(self.task.train.y[rows])
-
     def _order(self, seed: int) -> tuple[np.ndarray, int]:
         """The rows of each step, from a part of the data that the seed chooses, and of an epoch."""
-        total, size = len(self.task.train.y), self.setting["batch_size"]
-        part = np.random.default_rng(seed).permutation(total)[
-            : round(total * self.setting["share"])
-        ]
-        batches = iter(data.index_batches(len(part), batch_size=size, seed=seed))
-        steps = self.setting["steps"]
-        return part[np.stack([np.asarray(next(batches)) for _ in range(steps)])], len(part) // size
+        total = len(self.task.train.y)
+        size = round(total * self.setting["share"])
+        part = np.random.default_rng(seed).permutation(total)[:size]
+        return self.order(seed, part), size // self.setting["batch_size"]
 
     # -- programs ------------------------------------------------------------------------------
-
-    def _program(
-        self, what: str, function: Callable[..., Any], options: Mapping[str, Any] | None = None
-    ) -> Callable[..., Any]:
-        name = f"{what}: {cli.to_json(dict(options or {}))}"
-        if name not in self._programs:
-            self._programs[name] = jax.jit(functools.partial(function, dict(options or {})))
-        return self._programs[name]
 
     def _optimizer(self, rate: Any) -> optax.GradientTransformation:
         schedule = optax.linear_schedule(rate, 0.0, self.setting["steps"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,10 +15,9 @@ from jax import lax
 
 import models
 import optax_accel as oa
-from experiments import cli, data, timing
 from experiments.training.replicas import Replica
+from experiments.training.studies.image_runs import ImageRunner, PyTree, seconds_of
 
-PyTree = Any
 LAYERS = ("patches", "mixed", "grouped")  # what learns from local losses, in each block
 CHANNEL_LAYERS = ("mixed", "grouped")
 
@@ -88,7 +86,7 @@ class _Shifted(oa.Taps):
         return self._tap.mean(losses, **options)
 
 
-class Runner:
+class Runner(ImageRunner):
     """Trains LocalMixer on one task, see `protocol_runs.Runner`.
 
     Args:
@@ -98,21 +96,6 @@ class Runner:
       folder: not used.
     """
 
-    def __init__(self, setting: Mapping[str, Any], data_dir: Path | None, folder: Path):
-        del folder
-        self.setting = setting
-        self.task = data.load_classification(setting["task"], data_dir=data_dir)
-        pixels = self.task.train.x
-        axes = tuple(range(pixels.ndim - 1))
-        self._mean, self._deviation = (
-            f(pixels, axis=axes, keepdims=True) for f in (np.mean, np.std)
-        )
-        self._programs: dict[str, Callable[..., Any]] = {}
-
-    def config(self) -> dict[str, Any]:
-        """Checksums of the data."""
-        return {"data": self.task.checksums}
-
     def gradients(self, options: Mapping[str, Any]) -> float:
         """Number of steps; one with forward gradients costs about 1 + passes gradients."""
         return float(self.setting["steps"] * (1 + options.get("passes", 0)))
@@ -121,25 +104,22 @@ class Runner:
         """Seconds of a gradient by back-propagation."""
         graphdef, params = self._network(0)
         loss = functools.partial(self._loss, graphdef, {"locality": "global"})
-        batch = self._batch(self._order(0)[0])
+        batch = self.batch(self.order(0)[0])
         call = functools.partial(jax.jit(jax.grad(loss)), params, *batch)
-        timing.timed(call)
-        return min(timing.timed(call)[1] for _ in range(5))
+        return seconds_of(call)
 
     def run(self, options: Mapping[str, Any], runs: Sequence[Replica]) -> Iterator[dict[str, Any]]:
         """Trains runs one after the other, by one compiled program; see `protocol_runs.Runner`."""
-        train = self._program("train", self._train, options)
+        train = self.program("train", self._train, options)
         for rate, seed in runs:
             _, start = self._network(seed)
-            trained, wrong = train(
-                start, jnp.float32(rate), jax.random.key(seed), self._order(seed)
-            )
+            trained, wrong = train(start, jnp.float32(rate), jax.random.key(seed), self.order(seed))
             scores: dict[str, Any] = dict(
                 zip(("validation", "error"), map(float, wrong), strict=True)
             )
             if options["gradient"] == "forward":
-                noise = self._program("noise", self._noise, options)
-                batch = self._batch(self._order(seed)[0])
+                noise = self.program("noise", self._noise, options)
+                batch = self.batch(self.order(seed)[0])
                 found = noise(trained, jax.random.key(seed + 1), *batch)
                 scores |= {"noise": float(found["noise"]), "angle": 1 - float(found["cosine"])}
                 scores["cosines"] = [float(cosine) for cosine in found["cosines"]]
@@ -150,11 +130,11 @@ class Runner:
     def _before_the_first_step(self, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
         """The variance against its closed form, and against the number of groups."""
         _, start = self._network(seed)
-        batch, key = self._batch(self._order(seed)[0]), jax.random.key(seed + 2)
-        closed = self._program("closed", self._closed_form, options)
+        batch, key = self.batch(self.order(seed)[0]), jax.random.key(seed + 2)
+        closed = self.program("closed", self._closed_form, options)
         noises = []
         for groups in options["groups"]:
-            noise = self._program(
+            noise = self.program(
                 f"noise of {groups} groups",
                 functools.partial(self._noise, num_groups=groups, layers=CHANNEL_LAYERS),
                 options,
@@ -194,29 +174,7 @@ class Runner:
         model = nnx.merge(graphdef, params)
         return model.loss(x, y, locality=options["locality"], perturb=perturb, tap=tap)
 
-    def _standardized(self, x: Any) -> jax.Array:
-        return (jnp.asarray(x) - self._mean) / jnp.maximum(self._deviation, 1e-6)
-
-    def _batch(self, rows: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        return self._standardized(self.task.train.x[rows]), jnp.asarray(self.task.train.y[rows])
-
-    def _order(self, seed: int) -> np.ndarray:
-        batches = iter(
-            data.index_batches(
-                len(self.task.train.y), batch_size=self.setting["batch_size"], seed=seed
-            )
-        )
-        return np.stack([np.asarray(next(batches)) for _ in range(self.setting["steps"])])
-
     # -- programs ------------------------------------------------------------------------------
-
-    def _program(
-        self, what: str, function: Callable[..., Any], options: Mapping[str, Any]
-    ) -> Callable[..., Any]:
-        name = f"{what}: {cli.to_json(dict(options))}"
-        if name not in self._programs:
-            self._programs[name] = jax.jit(functools.partial(function, dict(options)))
-        return self._programs[name]
 
     def _train(
         self, options: Mapping[str, Any], params: PyTree, rate: Any, key: Any, order: Any
@@ -230,7 +188,7 @@ class Runner:
                 tx, perturb="activations", num_samples=options["passes"], key=key
             )
         tx = optax.with_extra_args_support(tx)
-        x, y = self._standardized(self.task.train.x), jnp.asarray(self.task.train.y)
+        x, y = self.standardized(self.task.train.x), jnp.asarray(self.task.train.y)
 
         def step(carry: tuple[PyTree, PyTree], rows: jax.Array) -> tuple[Any, None]:
             params, state = carry
@@ -246,7 +204,7 @@ class Runner:
         finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
         wrong = []
         for split in (self.task.validation, self.task.test):
-            logits = nnx.merge(graphdef, params)(self._standardized(split.x))
+            logits = nnx.merge(graphdef, params)(self.standardized(split.x))
             share = jnp.mean(jnp.argmax(logits, axis=-1) != split.y)
             wrong.append(jnp.where(finite, share, jnp.nan))
         return params, wrong

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax import lax
 
 import models
 import optax_accel as oa
-from experiments import cli, data, timing
 from experiments.training.replicas import Replica
+from experiments.training.studies.image_runs import ImageRunner, PyTree, seconds_of
 
-PyTree = Any
 
-
-class Runner:
+class Runner(ImageRunner):
     """Trains a perceptron by Adam, see `protocol_runs.Runner`.
 
     Args:
@@ -32,69 +29,46 @@ class Runner:
     """
 
     def __init__(self, setting: Mapping[str, Any], data_dir: Path | None, folder: Path):
-        del folder
-        self.setting = setting
-        self.task = data.load_classification(setting["task"], data_dir=data_dir)
-        self._mean, self._deviation = (f(self.task.train.x) for f in (np.mean, np.std))
+        super().__init__(setting, data_dir, folder)
         self._graphdef, _ = self._network(0)
         self._objective = oa.Objective(
             lambda params, x: nnx.merge(self._graphdef, params)(x),
             lambda logits, y: jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y)),
         )
-        self._programs: dict[str, Callable[..., Any]] = {}
-
-    def config(self) -> dict[str, Any]:
-        """Checksums of the data."""
-        return {"data": self.task.checksums}
-
-    def gradients(self, options: Mapping[str, Any]) -> float:
-        """Number of steps; every contestant computes one gradient in each."""
-        del options
-        return float(self.setting["steps"])
 
     def seconds(self) -> float:
         """Seconds of an exact gradient."""
         call = functools.partial(jax.jit(self._objective.grad), self._network(0)[1])
-        x, y = self._batch(self._order(0)[0])
-        timing.timed(functools.partial(call, x=x, y=y))
-        return min(timing.timed(functools.partial(call, x=x, y=y))[1] for _ in range(5))
+        x, y = self.batch(self.order(0)[0])
+        return seconds_of(functools.partial(call, x=x, y=y))
 
     def run(self, options: Mapping[str, Any], runs: Sequence[Replica]) -> Iterator[dict[str, Any]]:
         """Trains runs one after the other; see `protocol_runs.Runner`."""
-        train = self._program("train", self._train, options)
-        spread = self._program("spread", self._spread, options)
+        train = self.program("train", self._train, options)
+        spread = self.program("spread", self._spread, options)
+        outputs = self.program("outputs", self._outputs)
         flops = self._flops(options) / self._flops({})
         for rate, seed in runs:
             _, start = self._network(seed)
-            order, key = self._order(seed), jax.random.key(seed)
-            x, y = self._batch(order)
+            order, key = self.order(seed), jax.random.key(seed)
+            x, y = self.batch(order)
             params = train(start, x, y, key, jnp.float32(rate))
             bias, variance = spread(start, x[0], y[0], key)
             yield {
                 "flops": flops,
                 "bias": float(bias),
                 "variance": float(variance),
-                **self._errors(params),
+                **self.errors(functools.partial(outputs, params)),
             }
 
     def _flops(self, options: Mapping[str, Any]) -> float:
-        x, y = self._batch(self._order(0)[0])
+        x, y = self.batch(self.order(0)[0])
         gradient = jax.jit(lambda params: self._sampled(options, jax.random.key(0)).grad(
             params, x=x, y=y
         ))  # fmt: skip
         analysis = gradient.lower(self._network(0)[1]).compile().cost_analysis()
         assert analysis is not None
         return float(analysis["flops"])
-
-    def _errors(self, params: PyTree) -> dict[str, float]:
-        """Shares of wrong answers on the validation and the test split, by exact products."""
-        outputs = self._program("outputs", self._outputs, {})
-        wrong = {}
-        for name, split in (("validation", self.task.validation), ("error", self.task.test)):
-            logits = np.asarray(outputs(params, self._standardized(split.x)))
-            share = float(np.mean(logits.argmax(axis=-1) != split.y))
-            wrong[name] = share if np.isfinite(logits).all() else float("nan")
-        return wrong
 
     # -- the network and its data --------------------------------------------------------------
 
@@ -109,27 +83,7 @@ class Runner:
             )
         )
 
-    def _standardized(self, x: Any) -> jax.Array:
-        return (jnp.asarray(x) - self._mean) / self._deviation
-
-    def _batch(self, rows: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        return self._standardized(self.task.train.x[rows]), jnp.asarray(self.task.train.y[rows])
-
-    def _order(self, seed: int) -> np.ndarray:
-        """The rows of each step, (steps, batch size)."""
-        size = self.setting["batch_size"]
-        batches = iter(data.index_batches(len(self.task.train.y), batch_size=size, seed=seed))
-        return np.stack([np.asarray(next(batches)) for _ in range(self.setting["steps"])])
-
     # -- programs ------------------------------------------------------------------------------
-
-    def _program(
-        self, what: str, function: Callable[..., Any], options: Mapping[str, Any]
-    ) -> Callable[..., Any]:
-        name = f"{what}: {cli.to_json(dict(options))}"
-        if name not in self._programs:
-            self._programs[name] = jax.jit(functools.partial(function, dict(options)))
-        return self._programs[name]
 
     def _sampled(self, options: Mapping[str, Any], key: jax.Array) -> oa.Objective:
         return (
