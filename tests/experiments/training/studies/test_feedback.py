@@ -30,7 +30,7 @@ def test_parts_of_the_data_are_drawn_by_the_seed() -> None:
 def test_angles_are_those_between_the_matrices_of_two_gradients() -> None:
     study = runner()
     _, params = study._network(0)
-    x, y = study._batch(np.arange(8))
+    x, y = study.batch(np.arange(8))
     options, key = {"kind": "dfa"}, jax.random.key(3)
 
     @jax.jit
