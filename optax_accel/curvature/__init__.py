@@ -16,6 +16,14 @@ from optax_accel.curvature.fishers import empirical_fisher, fisher, gradient_cov
 from optax_accel.curvature.gradient_tracker import GradientTracker
 from optax_accel.curvature.hessians import functional_hessian, gauss_newton, hessian
 from optax_accel.curvature.operators import CurvatureOperator
+from optax_accel.curvature.preconditioners import (
+    Preconditioner,
+    adagrad_preconditioner,
+    adam_preconditioner,
+    preconditioned,
+    rmsprop_preconditioner,
+    sgd_preconditioner,
+)
 from optax_accel.curvature.round_robin_tracker import RoundRobinTracker
 from optax_accel.curvature.traces import EnergyShares, energy_shares, frobenius_norm, trace
 from optax_accel.curvature.tracking import Eigenspace, Tracker
@@ -29,9 +37,12 @@ __all__ = [
     "Estimate",
     "ExactTracker",
     "GradientTracker",
+    "Preconditioner",
     "RoundRobinTracker",
     "SpectralDensity",
     "Tracker",
+    "adagrad_preconditioner",
+    "adam_preconditioner",
     "block_iteration",
     "empirical_fisher",
     "energy_shares",
@@ -43,6 +54,9 @@ __all__ = [
     "hessian",
     "lanczos",
     "lobpcg",
+    "preconditioned",
+    "rmsprop_preconditioner",
+    "sgd_preconditioner",
     "spectral_density",
     "subspace_sweep",
     "trace",
