@@ -185,6 +185,8 @@ LIMITS: Mapping[str, Range] = {
     "tolerance": Range(0, 1, "()"),
     "ema": Range(0, 1, "()"),
     "target": Range(0, 1, "(]"),
+    "reach": Range(0, 1e3, "(]"),
+    "resolution": COUNT,
     "delay": Range(0, 60, "()"),
 }
 _KINDS: Mapping[type, str] = {
@@ -215,7 +217,7 @@ GROUPS: Mapping[str, Group] = {
         "Data and how they are read.",
         (
             *("task", "problem", "data_dir", "image_size", "augment", "examples", "chunk"),
-            *("data_workers", "prefetch", "delay"),
+            *("data_workers", "prefetch", "delay", "run"),
         ),
     ),
     "files": Group("Files of your own: tasks image_folder, arrays, text, text_lm and table.", ()),
@@ -258,6 +260,9 @@ GROUPS: Mapping[str, Group] = {
             *(
                 "eval_every",
                 "panels",
+                "slices",
+                "reach",
+                "resolution",
                 "sections",
                 "tables",
                 "bins",

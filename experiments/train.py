@@ -40,7 +40,7 @@ from experiments.runs.records import CONFIG, check_same, read_config, versions, 
 from experiments.runs.source import read_source, same_source, write_source
 from experiments.training import cluster
 from experiments.training.non_finite import NonFiniteError
-from experiments.training.options import Options, listing
+from experiments.training.options import Options, from_record, listing
 from experiments.training.plan import Plan, prepare
 from experiments.training.program import Program, build
 from experiments.training.studies import forecast
@@ -109,21 +109,9 @@ def read_options(argv: Sequence[str] | None, typed: Options, record: Any) -> Opt
     """
     if record is None:
         return typed
-    saved = dict(record["options"])
-    try:
-        for name in ("data_dir", "runs_dir"):
-            saved[name] = None if saved[name] is None else Path(saved[name])
-        saved |= {"name": typed.name, "runs_dir": typed.runs_dir}
-        default = Options(**saved)
-        default.check()
-    except (KeyError, TypeError):
-        raise UsageError(
-            f"{typed.folder / CONFIG} is of another version of this command; give another --name"
-        ) from None
-    except UsageError as error:
-        raise UsageError(
-            f"{typed.folder / CONFIG} is damaged: {error}; give another --name"
-        ) from None
+    default = dataclasses.replace(
+        from_record(record["options"], typed.folder), name=typed.name, runs_dir=typed.runs_dir
+    )
     return cli.parse(default, argv, PROG)
 
 

@@ -44,6 +44,8 @@ def study(
     options: Any,
     printed: Sequence[Any],
     pictures: Mapping[str, bytes] | None = None,
+    template: str = "study.html",
+    **content: Any,
 ) -> str:
     """The page of a study: what it printed, with tables that sort, its pictures and settings.
 
@@ -53,6 +55,8 @@ def study(
       options: its options, a dataclass.
       printed: the texts and tables that it printed, see `experiments.cli.Printer`.
       pictures: SVG files by what they show.
+      template: the name of a file in `templates/` that extends `study.html`.
+      **content: the further values that it shows.
     """
     source = provenance(command, options)
     settings = [("command", source["command_line"]), *source["environment"].items()]
@@ -62,11 +66,12 @@ def study(
         if given and name not in PLACES:
             settings.append((name.replace("_", " "), value))
     return render(
-        "study.html",
+        template,
         title=title,
         parts=list(_parts(printed)),
         pictures=pictures or {},
         settings=settings,
+        **content,
     )
 
 
@@ -95,7 +100,7 @@ def write_study(path: Path, title: str, command: str, options: Any, **shown: Any
       title: the heading.
       command: what is typed before the options.
       options: its options, a dataclass.
-      **shown: `printed` and `pictures`, as for `study`.
+      **shown: `printed`, `pictures`, `template` and what it shows, as for `study`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     cli.write_atomic(path, study(title, command, options, **shown))

@@ -213,7 +213,11 @@ class Checkpoints:
                 if number.isdecimal() and int(number) <= step:
                     shutil.rmtree(path, ignore_errors=True)
 
-    def restore(self, target: PyTree) -> Restored:
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints, the first one first; those found damaged do not count."""
+        return sorted(self._steps())
+
+    def restore(self, target: PyTree, at: int | None = None) -> Restored:
         """Restores the latest checkpoint that is whole.
 
         A damaged one is passed over, with a line to `warn`. It stays on disk until a later save
@@ -223,6 +227,7 @@ class Checkpoints:
           target: a pytree of arrays or ``jax.ShapeDtypeStruct`` like the one saved; leaves come
             back with its shardings; where it names none, on the first device (on all devices in a
             run of several processes).
+          at: the last step that counts as one of them; default: all count.
 
         Returns:
           The step, the state and the record.
@@ -236,7 +241,11 @@ class Checkpoints:
         kinds = _kinds(leaves)
         if not self._steps():
             raise CheckpointError(f"no checkpoint in {self._directory}")
-        while (step := self.latest()) is not None:
+
+        def latest() -> int | None:
+            return max((s for s in self._steps() if at is None or s <= at), default=None)
+
+        while (step := latest()) is not None:
             try:
                 record = _together(lambda: self._read_record(step))
                 _check_same({name: x[0] for name, x in record["leaves"].items()}, kinds, step)

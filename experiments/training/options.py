@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from experiments import cli, data, methods
 from experiments.cli import UsageError
 from experiments.data import augmentation
 from experiments.runs import folders, remote_runs
+from experiments.runs.records import CONFIG
 from experiments.training import losses, parallel
 from experiments.training.precision import PRECISIONS
 
@@ -203,6 +204,35 @@ class Options(
             task = data.short_name(self.task, self.data_dir)
             name = f"train-{task}-{self.chosen_method.name}-{self.seed}"
         return folders.locate(self.runs_dir, name, name)
+
+
+def from_record(saved: Mapping[str, Any], folder: Path) -> Options:
+    """The options of the run in a folder.
+
+    Args:
+      saved: the options as its `config.json` holds them.
+      folder: the folder, which may have been moved since.
+
+    Returns:
+      The options, with the name and the place that the folder has now.
+
+    Raises:
+      UsageError: the record is not one of these options.
+    """
+    values = dict(saved)
+    try:
+        values["data_dir"] = None if values["data_dir"] is None else Path(values["data_dir"])
+        options = Options(**values | {"name": folder.name, "runs_dir": folder.parent})
+        options.check()
+    except (KeyError, TypeError):
+        raise UsageError(
+            f"{folder / CONFIG} is of another version of this command; give another --name"
+        ) from None
+    except UsageError as error:
+        raise UsageError(
+            f"{folder / CONFIG} is damaged: {error}; give another --name"
+        ) from None
+    return options
 
 
 # What the options alone can be wrong in, beyond the types and ranges of `cli.Options.check`: names
