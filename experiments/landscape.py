@@ -162,7 +162,7 @@ def find_point(options: Options, kinds: list[str]) -> Point | None:
     if "trajectory" in kinds and len(point.steps) < landscape.LEAST_POINTS:
         if options.slices is not None:
             raise UsageError(
-                f"--slices trajectory needs {landscape.LEAST_POINTS} checkpoints, and {options.run} "
+                f"--slices trajectory needs {landscape.LEAST_POINTS} checkpoints, {options.run} "
                 f"has {len(point.steps)}; leave it out, or train with a higher --keep"
             )
         kinds.remove("trajectory")

@@ -19,7 +19,7 @@ from experiments.reporting.figures import COLORS, LINES, styled
 
 Record = Mapping[str, Any]
 COLOR_MAP = "viridis"
-# Losses above so many times the lowest one have the same color: what lies farther up hides the rest.
+# Losses above so many times the lowest one have the same color; they would hide the rest.
 HIGHEST = 1e4
 
 
@@ -105,6 +105,17 @@ def _limits(record: Record) -> tuple[float, float]:
     return low, max(min(high, HIGHEST * low), low * (1 + 1e-6))
 
 
+def _panels(number: int, size: tuple[float, float], **shared: Any) -> tuple[Figure, list[Axes]]:
+    """A figure with panels, two in a row."""
+    columns = min(number, 2)
+    rows = math.ceil(number / columns)
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows))
+    grid = [*np.atleast_1d(figure.subplots(rows, columns, **shared)).ravel()]
+    for axes in grid[number:]:
+        axes.remove()
+    return figure, grid[:number]
+
+
 @styled
 def draw_lines(record: Record) -> Figure:
     """The loss along each direction.
@@ -113,8 +124,7 @@ def draw_lines(record: Record) -> Figure:
       record: as for `tell`.
     """
     kinds = list(dict.fromkeys(line["name"].split()[0] for line in record["lines"]))
-    figure = Figure(figsize=(5.2 * max(len(kinds), 1), 4.2))
-    grid = np.atleast_1d(figure.subplots(1, len(kinds)))
+    figure, grid = _panels(len(kinds), (5.4, 3.8), sharey=True)
     for axes, kind in zip(grid, kinds, strict=True):
         of_kind = [line for line in record["lines"] if line["name"].split()[0] == kind]
         for i, line in enumerate(of_kind):
@@ -129,12 +139,12 @@ def draw_lines(record: Record) -> Figure:
             )
         axes.plot([0], [record["loss"]], "o", color=COLORS[0], markersize=4)
         values = np.concatenate([_array(line["losses"]) for line in of_kind])
-        if np.nanmin(values) > 0:
+        if np.nanmin(values, initial=np.inf) > 0:
             axes.set_yscale("log")
         axes.set_title(kind.capitalize())
         axes.set_xlabel("distance, lengths of the weights")
         axes.legend(fontsize=9)
-    grid[0].set_ylabel("loss")
+        axes.set_ylabel("loss")
     return figure
 
 
@@ -146,8 +156,7 @@ def draw_planes(record: Record) -> Figure:
       record: as for `tell`.
     """
     planes = record["planes"]
-    figure = Figure(figsize=(4.8 * len(planes) + 0.8, 4.6))
-    grid = np.atleast_1d(figure.subplots(1, len(planes)))
+    figure, grid = _panels(len(planes), (5.2, 4.4))
     low, high = _limits(record)
     norm = LogNorm(low, high)
     for axes, plane in zip(grid, planes, strict=True):

@@ -229,9 +229,7 @@ def from_record(saved: Mapping[str, Any], folder: Path) -> Options:
             f"{folder / CONFIG} is of another version of this command; give another --name"
         ) from None
     except UsageError as error:
-        raise UsageError(
-            f"{folder / CONFIG} is damaged: {error}; give another --name"
-        ) from None
+        raise UsageError(f"{folder / CONFIG} is damaged: {error}; give another --name") from None
     return options
 
 

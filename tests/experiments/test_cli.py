@@ -26,6 +26,7 @@ COMMANDS = (
         "ensembles",
         "fault_drill",
         "input_overlap",
+        "landscape",
         "launch",
     ),
     *("lr_range_test", "natural_gradient", "scaling", "solvers", "step_cost", "subspace_study"),

@@ -24,6 +24,7 @@ COMMANDS = {
     "ensembles": "--kind single --learning-rates 0.1 --seeds 2 --steps 8",
     "fault_drill": "--quick",
     "input_overlap": "--steps 5",
+    "landscape": "--steps 8 --resolution 5",
     "launch": "-- train --steps 3",
     "lr_range_test": "--seeds 1 --steps 8",
     "natural_gradient": "--methods sgd --steps 20 --seeds 1",

@@ -439,8 +439,10 @@ def measure(
       not finite is None.
 
     Raises:
-      ValueError: see `find_directions`.
+      ValueError: the loss at the point is not finite; see also `find_directions`.
     """
+    if not np.isfinite(loss := float(point.objective(point.params))):
+        raise ValueError(f"the loss at the end of the training is {loss}; lower the learning rate")
     directions = find_directions(point, kinds, seed)
     landscape = Landscape(point.objective, point.params, directions.by_name, point.chunk)
     operator = curvature.hessian(point.objective, point.params)
@@ -488,7 +490,7 @@ def measure(
             }
         )
     return {
-        "loss": rounded(landscape(np.zeros((1, len(paths))))[0]),
+        "loss": rounded(loss),
         "length": rounded(directions.length),
         "eigenvalues": [rounded(value) for value in directions.eigenvalues],
         "converged": directions.converged,

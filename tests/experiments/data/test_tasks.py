@@ -9,6 +9,7 @@ from experiments import (
     compare,
     data,
     ensembles,
+    landscape,
     lr_range_test,
     methods,
     scaling,
@@ -18,7 +19,7 @@ from experiments import (
 )
 from experiments.training import losses
 
-COMMANDS = (compare, ensembles, lr_range_test, scaling, solvers, survey, trackers)
+COMMANDS = (compare, ensembles, landscape, lr_range_test, scaling, solvers, survey, trackers)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__.split(".")[-1])
