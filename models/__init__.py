@@ -12,6 +12,7 @@
 from models._registry import create, describe, draws_images, is_convolutional, list
 from models.capsnet import CapsNet
 from models.cnn import Cnn
+from models.deq_flow import DeqFlow
 from models.efficientnet import EfficientNet
 from models.local_mixer import LocalMixer
 from models.lstm_lm import LstmLM
@@ -32,6 +33,7 @@ __all__ = [
     "CapsNet",
     "CifarResNet",
     "Cnn",
+    "DeqFlow",
     "EfficientNet",
     "LocalMixer",
     "LstmLM",

@@ -12,6 +12,7 @@ from flax import nnx
 from models import _common
 from models.capsnet import CapsNet
 from models.cnn import Cnn
+from models.deq_flow import DeqFlow
 from models.efficientnet import EfficientNet
 from models.local_mixer import LocalMixer
 from models.lstm_lm import LstmLM
@@ -103,6 +104,7 @@ MODELS: dict[str, Entry] = {
     "local_mixer_m": Entry(LocalMixer, False, _mixer(8, 512, 16, 4)),
     "local_mixer_l": Entry(LocalMixer, False, _mixer(32, 2048, 64, 4)),
     "unet": Entry(UNet, True),
+    "deq_flow": Entry(DeqFlow, convolutional=True),
     "capsnet": Entry(CapsNet, True),
     "transformer": Entry(Transformer),
     "transformer_lm": Entry(TransformerLM),

@@ -297,6 +297,7 @@ SCORES = {
     "translation": "perplexity",
     "autoencoder": "negative bound (nats per image), `samples.png`",
     "score_matching": "denoising loss, `samples.png`",
+    "flow": "end-point error in pixels",
 }
 
 

@@ -128,6 +128,12 @@ def load_mnist(name: str, folder: Path, hub: str | None) -> Task:
     return _make(name, splits)
 
 
+def has_mnist(folder: Path) -> bool:
+    """Whether a folder holds files of MNIST, by their names."""
+    places = [folder / place / _MNIST_FILES["x_train"] for place in _MNISTS["mnist"][1]]
+    return exists(folder / "mnist.npz") or any(exists(plain_or_gzipped(p)) for p in places)
+
+
 def _read_mnist(source: str, folder: Path) -> tuple[Path, Arrays]:
     npz = folder / f"{source}.npz"
     if exists(npz):

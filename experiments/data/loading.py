@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 
 from experiments import cli
-from experiments.data import images, language, segmentation, sentences, translation
+from experiments.data import (
+    images,
+    language,
+    moving_digits,
+    segmentation,
+    sentences,
+    translation,
+)
 from experiments.data.own import FilesOptions, check_finite
 from experiments.data.own_tasks import LOADERS
 from experiments.data.readers.files import DataError
@@ -53,8 +60,9 @@ def load_task(name: str, *, data_dir: str | Path | None = None, **options: Any) 
     Args:
       name: one of `DEFAULTS`, or `MODULE:TASK`, which imports a module that registers the task.
       data_dir: folder with the files, or `hf:...` or `tfds:...`; `None` takes the value of the
-        environment variable OPTAX_ACCEL_DATA. The digits need none. For `OWN_TASKS` it is a file
-        or folder of one's own, and has to be given.
+        environment variable OPTAX_ACCEL_DATA. The digits need none, and `moving_digits_flow` takes
+        them where there is no MNIST. For `OWN_TASKS` it is a file or folder of one's own, and has
+        to be given.
       **options: how files of one's own are read, e.g. `label_column="price"`; the fields of
         `own.FilesOptions`, which describes them.
 
@@ -76,6 +84,8 @@ def load_task(name: str, *, data_dir: str | Path | None = None, **options: Any) 
     if name in ("digits", "vae_digits", "ncsn_digits"):
         return images.load_digits(name)
     location = data_dir or os.environ.get(ENVIRONMENT_VARIABLE)
+    if name == "moving_digits_flow" and not _names_mnist(data_dir, location):
+        return moving_digits.load_moving_digits(None)
     hub = None if hub_of(location) is None else str(location)
     if hub and name in ("imagenet_folder", "segmentation"):
         raise DataError(f"task {name!r} reads a folder with files, not {hub}")
@@ -84,6 +94,8 @@ def load_task(name: str, *, data_dir: str | Path | None = None, **options: Any) 
         return images.load_imagenet(folder, files.image_size or 224)
     if name == "segmentation":
         return segmentation.load_membranes(folder)
+    if name == "moving_digits_flow":
+        return moving_digits.load_moving_digits(folder, hub)
     return _LOADERS[name](name, folder, hub)
 
 
@@ -105,6 +117,13 @@ def load_classification(name: str, *, data_dir: str | Path | None = None, **opti
     task = load_task(name, data_dir=data_dir, **options)
     check_classifier(task)
     return task
+
+
+def _names_mnist(data_dir: str | Path | None, location: str | Path | None) -> bool:
+    """Whether MNIST is to be read: a person names data, or its files are in the usual folder."""
+    if data_dir or hub_of(location) is not None:
+        return True
+    return location is not None and images.has_mnist(Path(os.path.expanduser(location)))
 
 
 def _read_options(options: dict[str, Any]) -> FilesOptions:

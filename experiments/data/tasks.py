@@ -42,7 +42,7 @@ class Defaults:
       target_accuracy: validation accuracy that a good run of that model reaches; 0 for tasks whose
         runs are not compared by accuracy.
       kind: "classification", "regression", "segmentation", "language", "translation",
-        "autoencoder" or "score_matching".
+        "autoencoder", "score_matching" or "flow".
       model_options: options of the model.
       loss: name of a loss in `losses.LOSSES`.
       method: name of a method in `methods`.
@@ -131,6 +131,9 @@ _TABLE: dict[str, Defaults] = {
         learning_rate=0.001,
         batch_size=8,
     ),
+    "moving_digits_flow": Defaults(
+        "deq_flow", kind="flow", loss="flow", method="adam", learning_rate=0.001, batch_size=16
+    ),
     "vae_mnist": _VAE,
     "vae_digits": dataclasses.replace(_VAE, model_options={"hidden_sizes": (256, 128)}),
     "ncsn_digits": dataclasses.replace(_NCSN, model_options={"width": 16}),
@@ -174,6 +177,7 @@ LOSSES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "translation": ("cross_entropy",),
         "autoencoder": ("elbo",),
         "score_matching": ("score_matching",),
+        "flow": ("flow",),
     }
 )
 
@@ -323,7 +327,7 @@ class Split:
         of the source plus that of the target.
       y: the labels, int32, of each example (N,), pixel (N, height, width) or position (N, length),
         where `IGNORED` counts for nothing; for an autoencoder and for score matching the examples
-        themselves.
+        themselves; for optical flow how each pixel moves, float32 (N, height, width, 2).
       pixels: mean and standard deviation by which images were standardized, so that the bytes of
         the file are `x * std + mean`; `None` for anything but images.
     """

@@ -12,7 +12,7 @@ import optax
 
 from experiments.data.tasks import LOSSES as LOSSES_OF_KIND
 from experiments.data.tasks import Defaults
-from models import capsnet, ncsn, vae
+from models import capsnet, deq_flow, ncsn, vae
 
 
 def _cross_entropy(outputs: jax.Array, y: jax.Array, *, label_smoothing: float = 0.0) -> jax.Array:
@@ -54,6 +54,10 @@ def _score_matching(outputs: ncsn.NcsnOutputs, y: jax.Array) -> jax.Array:
     return jnp.mean(ncsn.denoising_score_matching(outputs))
 
 
+def _flow(outputs: jax.Array, y: jax.Array) -> jax.Array:
+    return deq_flow.correction_loss(outputs, y)
+
+
 LossFn = Callable[[Any, jax.Array], jax.Array]
 LOSSES: dict[str, Callable[..., jax.Array]] = {
     "cross_entropy": _cross_entropy,
@@ -61,6 +65,7 @@ LOSSES: dict[str, Callable[..., jax.Array]] = {
     "elbo": _elbo,
     "margin": _margin,
     "score_matching": _score_matching,
+    "flow": _flow,
 }
 # Losses of single models, which take the place of their tasks' defaults.
 LOSS_OF_MODEL = {"capsnet": "margin"}
@@ -82,6 +87,7 @@ def find_loss(loss: str | LossFn, *, label_smoothing: float = 0.0) -> LossFn:
     * ``margin`` is the loss of a capsule network, `models.capsnet.margin_loss`, and for a network
       that rebuilds its inputs also `models.capsnet.reconstruction_loss` (see `reads_labels`).
     * ``score_matching`` is that of a score network, `models.ncsn.denoising_score_matching`.
+    * ``flow`` is the absolute error of optical flow, `models.deq_flow.correction_loss`.
 
     All are means over the examples.
 
@@ -139,6 +145,20 @@ def reads_labels(loss: LossFn, model: Any) -> bool:
       model: the model.
     """
     return loss is _margin and getattr(model, "reconstructs", False)
+
+
+def other_scores(loss: LossFn, outputs: Any, y: jax.Array) -> dict[str, jax.Array]:
+    """What an evaluation reports besides the loss and the accuracy, means over the examples.
+
+    Args:
+      loss: what `find_loss` returns.
+      outputs: those of a model in evaluation mode.
+      y: the labels.
+
+    Returns:
+      For the loss ``flow`` the ``end_point_error``, `models.deq_flow.end_point_error`.
+    """
+    return {"end_point_error": deq_flow.end_point_error(outputs, y)} if loss is _flow else {}
 
 
 def scores_of_classes(outputs: Any) -> jax.Array:

@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 import optax_accel as oa
-from experiments.training.losses import LossFn, find_loss, reads_labels, scores_of_classes
+from experiments.training.losses import (
+    LossFn,
+    find_loss,
+    other_scores,
+    reads_labels,
+    scores_of_classes,
+)
 
 PyTree = Any
 
@@ -105,7 +111,8 @@ def evaluate(
       ``loss``, as the loss defines it; for integer labels ``accuracy``, the share of them for which
       the output of that class is the largest; and where examples have many labels ``counted``, the
       share that is not -1. Divided by it, loss and accuracy are means over the labels that count;
-      all three are means over examples before, so that batches of any size can be averaged.
+      all three are means over examples before, so that batches of any size can be averaged. Some
+      losses add `losses.other_scores`.
 
     Raises:
       ValueError: unknown loss.
@@ -115,7 +122,7 @@ def evaluate(
     model.eval()
     inputs = (batch["x"], y) if reads_labels(loss_fn, model) else (batch["x"],)
     outputs = jax.tree.map(_at_least_float32, model(*inputs))
-    scores = {"loss": loss_fn(outputs, y)}
+    scores = {"loss": loss_fn(outputs, y)} | other_scores(loss_fn, outputs, y)
     if jnp.issubdtype(y.dtype, jnp.integer):
         correct = jnp.argmax(scores_of_classes(outputs), axis=-1) == y  # never where y is -1
         scores["accuracy"] = jnp.mean(correct.astype(jnp.float32))

@@ -49,8 +49,9 @@ class ModelOptions(cli.Options):
     the model is the task's default too."""
     loss: str | None = None
     """Loss: cross_entropy, mse (half the squared distance to the one-hot label), margin (of a
-    capsule network), elbo (of a variational autoencoder) or score_matching (of a score network);
-    default: the one of the task, or margin for the model capsnet."""
+    capsule network), elbo (of a variational autoencoder), score_matching (of a score network) or
+    flow (absolute errors of optical flow); default: the one of the task, or margin for the model
+    capsnet."""
     label_smoothing: float = 0.0
     """Share of each label that training spreads evenly over all classes; cross_entropy only."""
 

@@ -98,7 +98,8 @@ class Program:
         Returns:
           ``loss``, where there are classes to predict ``accuracy``, both over the labels that
           count, for one number to predict ``rmse``, the root of the mean squared error in the units
-          of the file, and of language ``perplexity``, e to the loss.
+          of the file, of language ``perplexity``, e to the loss, and of optical flow
+          ``end_point_error``, in pixels.
         """
         runner = self.runner
         state = averaged(runner.consensus(state))
@@ -113,7 +114,7 @@ class Program:
         counted = totals.pop("counted", float(len(split)))
         means: dict[str, float] = {
             name: totals[name] / counted if counted else math.nan
-            for name in ("loss", "accuracy")
+            for name in ("loss", "accuracy", "end_point_error")
             if name in totals
         }
         if self.plan.task.label_scale:  # the root mean square, in the units of the labels
@@ -153,6 +154,8 @@ def build(plan: Plan) -> Program:
         scores.append("rmse")
     if _predicts_tokens(plan.task):
         scores.append("perplexity")
+    if plan.task.defaults.kind == "flow":
+        scores.append("end_point_error")
     return Program(
         plan,
         tx,

@@ -37,6 +37,7 @@ from experiments.training.options import Options
 from experiments.training.plan import prepare
 from experiments.training.program import Program, build, evaluation_batch, statistics
 from tests.experiments.data.files import (
+    arrays,
     membranes,
     write_imagenet,
     write_pairs,
@@ -494,6 +495,13 @@ def test_early_stopping(runs, monkeypatch, capsys):
             marks=pytest.mark.slow,
         ),
         ("vae_digits", lambda folder: None, {"hidden_sizes": [8]}, {"loss"}),
+        pytest.param(
+            "moving_digits_flow",
+            lambda folder: np.savez(folder / "mnist.npz", **arrays((28, 28), rows=10_000)),
+            {"width": 2, "radius": 1, "steps": 2, "corrections": 1},
+            {"loss", "end_point_error"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "ncsn_digits",
             lambda folder: None,

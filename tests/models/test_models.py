@@ -46,7 +46,10 @@ class Tiny(NamedTuple):
 
 
 # For those that do not accept images of (32, 32, 3) or 64 token ids.
-INPUT_SHAPES: dict[str, tuple[int, ...]] = {"transformer_translator": (10, 12)}
+INPUT_SHAPES: dict[str, tuple[int, ...]] = {
+    "transformer_translator": (10, 12),
+    "deq_flow": (32, 32, 2),
+}
 VGG = {"input_shape": (32, 32, 3), "depth": 11, "width": 2, "hidden_sizes": (8,)}
 VGG |= {"dropout_rate": 0.0, "norm": "batch"}
 MOBILENET = {"stages": [(1, 8, 1, 1), (2, 8, 2, 1)], "dropout_rate": 0.0, "small_images": True}

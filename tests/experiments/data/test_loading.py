@@ -25,7 +25,7 @@ NEEDED = {
 }
 
 
-NEED_NOTHING = {"digits", "vae_digits", "ncsn_digits"}
+NEED_NOTHING = {"digits", "vae_digits", "ncsn_digits", "moving_digits_flow"}
 
 
 @pytest.mark.parametrize("name", sorted({*data.TASKS} - NEED_NOTHING - {*data.OWN_TASKS}))
