@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 
 from optax_accel._arguments import check_choice
 from optax_accel._derivatives import LinearFunction, congruence, jacobian_of
+from optax_accel._masking import Mask
 from optax_accel._means import fixed_if_unused, shares_of, weighted
 from optax_accel.curvature import blocks
 from optax_accel.curvature.operators import Batch, Batches, CurvatureOperator, build, has_axis
@@ -25,6 +26,7 @@ def fisher(
     *,
     likelihood: Literal["categorical", "gaussian"] = "categorical",
     batches: Batches | None = None,
+    where: Mask = None,
     **batch: Any,
 ) -> CurvatureOperator:
     """The Fisher information of the model's predictive distribution, exact: nothing is sampled.
@@ -44,6 +46,9 @@ def fisher(
         output of shape ``()`` is one example.
       batches: data in batches, a re-iterable of dicts of keyword arguments of the objective; their
         leaves' leading axis counts examples, and the last batch may be smaller.
+      where: the leaves that the operator acts on, the others being held fixed: a pytree of booleans
+        like the parameters (or a prefix of it), or a function of them that returns one; ``None``
+        (default): all.
       **batch: one batch in memory instead of ``batches``: the keyword arguments of the objective.
         Neither is needed if the objective holds its data.
 
@@ -71,11 +76,16 @@ def fisher(
     """
     check_choice("likelihood", likelihood, ("categorical", "gaussian"))
     linearize = functools.partial(_fisher, likelihood)
-    return build(f"fisher, {likelihood}", linearize, objective, params, batches, batch)
+    return build(f"fisher, {likelihood}", linearize, objective, params, batches, where, batch)
 
 
 def empirical_fisher(
-    objective: Objective, params: chex.ArrayTree, *, batches: Batches | None = None, **batch: Any
+    objective: Objective,
+    params: chex.ArrayTree,
+    *,
+    batches: Batches | None = None,
+    where: Mask = None,
+    **batch: Any,
 ) -> CurvatureOperator:
     """The empirical Fisher matrix: the second moment of the per-example gradients.
 
@@ -89,6 +99,9 @@ def empirical_fisher(
       params: the parameters at which the curvature is taken.
       batches: data in batches, a re-iterable of dicts of keyword arguments of the objective; their
         leaves' leading axis counts examples, and the last batch may be smaller.
+      where: the leaves that the operator acts on, the others being held fixed: a pytree of booleans
+        like the parameters (or a prefix of it), or a function of them that returns one; ``None``
+        (default): all.
       **batch: one batch in memory instead of ``batches``: the keyword arguments of the objective.
         One of the two is needed, because an objective that holds its data cannot be cut into
         examples.
@@ -116,12 +129,24 @@ def empirical_fisher(
       <https://arxiv.org/abs/1905.12558>`_, 2019.
     """
     return build(
-        "empirical_fisher", _gradient_moment, objective, params, batches, batch, per_example=True
+        "empirical_fisher",
+        _gradient_moment,
+        objective,
+        params,
+        batches,
+        where,
+        batch,
+        per_example=True,
     )
 
 
 def gradient_covariance(
-    objective: Objective, params: chex.ArrayTree, *, batches: Batches | None = None, **batch: Any
+    objective: Objective,
+    params: chex.ArrayTree,
+    *,
+    batches: Batches | None = None,
+    where: Mask = None,
+    **batch: Any,
 ) -> CurvatureOperator:
     """The covariance of the per-example gradients: the empirical Fisher matrix, centred.
 
@@ -133,6 +158,9 @@ def gradient_covariance(
       params: the parameters at which the curvature is taken.
       batches: data in batches, a re-iterable of dicts of keyword arguments of the objective; their
         leaves' leading axis counts examples, and the last batch may be smaller.
+      where: the leaves that the operator acts on, the others being held fixed: a pytree of booleans
+        like the parameters (or a prefix of it), or a function of them that returns one; ``None``
+        (default): all.
       **batch: one batch in memory instead of ``batches``: the keyword arguments of the objective.
         One of the two is needed, because an objective that holds its data cannot be cut into
         examples.
@@ -161,6 +189,7 @@ def gradient_covariance(
         objective,
         params,
         batches,
+        where,
         batch,
         per_example=True,
         centred=True,

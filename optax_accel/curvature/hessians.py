@@ -7,12 +7,18 @@ from typing import Any
 import chex
 
 from optax_accel._derivatives import LinearFunction
+from optax_accel._masking import Mask
 from optax_accel.curvature.operators import Batch, Batches, CurvatureOperator, build
 from optax_accel.objective import Objective
 
 
 def hessian(
-    objective: Objective, params: chex.ArrayTree, *, batches: Batches | None = None, **batch: Any
+    objective: Objective,
+    params: chex.ArrayTree,
+    *,
+    batches: Batches | None = None,
+    where: Mask = None,
+    **batch: Any,
 ) -> CurvatureOperator:
     """The Hessian of the loss.
 
@@ -21,6 +27,9 @@ def hessian(
       params: the parameters at which the curvature is taken.
       batches: data in batches, a re-iterable of dicts of keyword arguments of the objective; their
         leaves' leading axis counts examples, and the last batch may be smaller.
+      where: the leaves that the operator acts on, the others being held fixed: a pytree of booleans
+        like the parameters (or a prefix of it), or a function of them that returns one; ``None``
+        (default): all.
       **batch: one batch in memory instead of ``batches``: the keyword arguments of the objective.
         Neither is needed if the objective holds its data.
 
@@ -44,11 +53,16 @@ def hessian(
       >>> curvature.hessian(objective, w, batches=data).dense().tolist()
       [[1.0, 1.0], [1.0, 2.0]]
     """
-    return build("hessian", _hessian, objective, params, batches, batch)
+    return build("hessian", _hessian, objective, params, batches, where, batch)
 
 
 def gauss_newton(
-    objective: Objective, params: chex.ArrayTree, *, batches: Batches | None = None, **batch: Any
+    objective: Objective,
+    params: chex.ArrayTree,
+    *,
+    batches: Batches | None = None,
+    where: Mask = None,
+    **batch: Any,
 ) -> CurvatureOperator:
     """The generalized Gauss-Newton matrix of the loss, positive semidefinite for convex losses.
 
@@ -57,6 +71,9 @@ def gauss_newton(
       params: the parameters at which the curvature is taken.
       batches: data in batches, a re-iterable of dicts of keyword arguments of the objective; their
         leaves' leading axis counts examples, and the last batch may be smaller.
+      where: the leaves that the operator acts on, the others being held fixed: a pytree of booleans
+        like the parameters (or a prefix of it), or a function of them that returns one; ``None``
+        (default): all.
       **batch: one batch in memory instead of ``batches``: the keyword arguments of the objective.
         Neither is needed if the objective holds its data.
 
@@ -81,11 +98,16 @@ def gauss_newton(
       Schraudolph, `Fast curvature matrix-vector products
       <https://doi.org/10.1162/08997660260028683>`_, 2002.
     """
-    return build("gauss_newton", _gauss_newton, objective, params, batches, batch)
+    return build("gauss_newton", _gauss_newton, objective, params, batches, where, batch)
 
 
 def functional_hessian(
-    objective: Objective, params: chex.ArrayTree, *, batches: Batches | None = None, **batch: Any
+    objective: Objective,
+    params: chex.ArrayTree,
+    *,
+    batches: Batches | None = None,
+    where: Mask = None,
+    **batch: Any,
 ) -> CurvatureOperator:
     """The functional Hessian, ``hessian - gauss_newton``: the curvature of the network itself.
 
@@ -96,6 +118,9 @@ def functional_hessian(
       params: the parameters at which the curvature is taken.
       batches: data in batches, a re-iterable of dicts of keyword arguments of the objective; their
         leaves' leading axis counts examples, and the last batch may be smaller.
+      where: the leaves that the operator acts on, the others being held fixed: a pytree of booleans
+        like the parameters (or a prefix of it), or a function of them that returns one; ``None``
+        (default): all.
       **batch: one batch in memory instead of ``batches``: the keyword arguments of the objective.
         Neither is needed if the objective holds its data.
 
@@ -120,7 +145,9 @@ def functional_hessian(
       Singh, Bachmann, Hofmann, `Analytic insights into structure and rank of neural network Hessian
       maps <https://arxiv.org/abs/2106.16225>`_, 2021.
     """
-    return build("functional_hessian", _functional_hessian, objective, params, batches, batch)
+    return build(
+        "functional_hessian", _functional_hessian, objective, params, batches, where, batch
+    )
 
 
 def _hessian(objective: Objective, params: chex.ArrayTree, batch: Batch) -> LinearFunction:

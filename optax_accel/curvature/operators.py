@@ -27,6 +27,11 @@ that holds its data already needs neither, except for the last two operators.
 
 Compiled code is kept with the objective: operators built later from the same objective, at other
 parameters or on other data of the same shapes, do not compile again.
+
+``where=`` takes the curvature of a part of the parameters, such as a layer or the matrices of LoRA,
+while the loss still sees the others at their values: the matrix has the rows and columns of the
+selected leaves alone. Only these are differentiated, so products cost less, and the others may be
+of any dtype. In vectors, ``optax.MaskedNode`` stands in place of a leaf that is held fixed.
 """
 
 from __future__ import annotations
@@ -43,6 +48,7 @@ from jax import lax
 from optax_accel._arguments import check_real_leaves
 from optax_accel._derivatives import Constants, LinearFunction
 from optax_accel._extra_args import check_params
+from optax_accel._masking import Mask, merge, resolve, select
 from optax_accel.curvature import blocks
 from optax_accel.objective import Objective
 
@@ -259,6 +265,7 @@ def build(
     objective: Objective,
     params: chex.ArrayTree,
     batches: Batches | None,
+    where: Mask,
     batch: dict[str, Any],
     *,
     per_example: bool = False,
@@ -273,6 +280,7 @@ def build(
       objective: the loss.
       params: the parameters at which the curvature is taken.
       batches: data in batches; None for one batch in memory.
+      where: which leaves of the parameters the operator acts on; None for all of them.
       batch: the keyword arguments of one batch in memory; empty with ``batches``.
       per_example: whether the batch must have at least one example.
       centred: whether the operator needs the mean gradient of the whole data.
@@ -283,7 +291,8 @@ def build(
     Raises:
       TypeError: ``objective`` is not an Objective, ``batches`` is not a re-iterable of dicts, an
         argument of the objective is missing, or a parameter is not real.
-      ValueError: both ``batches`` and a batch were given, or the data is empty.
+      ValueError: both ``batches`` and a batch were given, the data is empty, or ``where`` does not
+        fit the parameters or selects none of them.
     """
     if not isinstance(objective, Objective):
         raise TypeError(
@@ -292,17 +301,24 @@ def build(
             "that what is compiled for it is found again."
         )
     check_params(params, name, f"{name}(objective, params, ...)")
-    check_real_leaves(params, name)
+    chosen = _chosen_leaves(name, objective, params, where)
+    part = select(params, chosen)
+    advice = "leave it out with `where=`" if chosen is None else "set `where` to False there"
+    check_real_leaves(part, name, advice)
     traced = _traced((params, batch))
-    linearize = _compiled(name, linearize, objective, traced)
-    gradient = _compiled("gradient", _gradient, objective, traced)
+    if chosen is not None and objective.hvp_mode == "finite_difference":
+        # Their products hold a function, in which no tracer of a compiled step may stay.
+        objective = objective.precompose(functools.partial(_put_back, chosen, params))
+        params, chosen = part, None
+    linearize = _compiled(name, linearize, objective, traced, chosen)
+    gradient = _compiled("gradient", _gradient, objective, traced, chosen)
 
     if batches is None:
         batch = _select(name, objective, batch)
         if per_example and _count_examples(name, batch) == 0:
             raise ValueError(f"{name}: the batch must have at least one example, it has none.")
         mean = (gradient(params, batch),) if centred else ()
-        return CurvatureOperator(name, params, linearize(params, batch, *mean))
+        return CurvatureOperator(name, part, linearize(params, batch, *mean))
 
     if batch:
         raise ValueError(
@@ -322,7 +338,35 @@ def build(
     def terms() -> Iterable[tuple[LinearFunction, float]]:
         return ((linearize(params, each, *mean), weight) for each, weight in weighted_batches())
 
-    return CurvatureOperator(name, params, None, terms)
+    return CurvatureOperator(name, part, None, terms)
+
+
+def _chosen_leaves(
+    name: str, objective: Objective, params: chex.ArrayTree, where: Mask
+) -> chex.ArrayTree | None:
+    """A boolean for every leaf of the parameters, None for all of them."""
+    if where is None:
+        return None
+    if "where" in objective.arguments[0]:
+        raise TypeError(
+            f"{name}: `where` selects leaves of the parameters, but this objective takes an "
+            f"argument `where` of its own: give that one in `batches`, as {name}(objective, "
+            "params, batches=[{'where': ...}]), or fix it first, as in objective.bind(where=...)."
+        )
+    chosen = resolve(params, where, "where")
+    selected = jax.tree.leaves(chosen)
+    if selected and not any(selected):
+        raise ValueError(
+            f"{name}: `where` is False for all {len(selected)} leaves of the parameters; set it to "
+            "True for one of them at least."
+        )
+    return None if all(selected) else chosen
+
+
+def _put_back(
+    chosen: chex.ArrayTree, whole: chex.ArrayTree, part: chex.ArrayTree
+) -> chex.ArrayTree:
+    return merge(part, whole, chosen)
 
 
 def _check_reiterable(name: str, batches: Any) -> None:
@@ -371,25 +415,49 @@ def _gradient(objective: Objective, params: chex.ArrayTree, batch: Batch) -> che
 
 
 def _compiled(
-    name: str, function: Callable[..., Any], objective: Objective, traced: bool
+    name: str,
+    function: Callable[..., Any],
+    objective: Objective,
+    traced: bool,
+    chosen: chex.ArrayTree | None = None,
 ) -> Callable[..., Any]:
     """``function`` of an objective; compiled code lives as long as the objective.
 
+    With ``chosen`` it is the function of those leaves, the others being arguments of the program.
+
     Flags and strings in a batch are constants of the program, as they are without ``jit``.
     """
+    whole, leaves = function, None
+    if chosen is not None:
+        whole = functools.partial(_of_part, function, chosen)
+        leaves = (tuple(jax.tree.leaves(chosen)), jax.tree.structure(chosen))
     if traced:
-        return functools.partial(function, objective)
+        return functools.partial(whole, objective)
     cache: dict[Any, Callable[..., Any]] = vars(objective).setdefault("_compiled", {})
 
     def call(params: chex.ArrayTree, batch: Batch, *args: Any) -> Any:
         arrays, constants = Constants.split(batch)
 
         def from_arrays(params: chex.ArrayTree, arrays: list[Any], *args: Any) -> Any:
-            return function(objective, params, constants.join(arrays), *args)
+            return whole(objective, params, constants.join(arrays), *args)
 
-        return cache.setdefault((name, constants), jax.jit(from_arrays))(params, arrays, *args)
+        return cache.setdefault((name, leaves, constants), jax.jit(from_arrays))(
+            params, arrays, *args
+        )
 
     return call
+
+
+def _of_part(
+    function: Callable[..., Any],
+    chosen: chex.ArrayTree,
+    objective: Objective,
+    params: chex.ArrayTree,
+    batch: Batch,
+    *args: Any,
+) -> Any:
+    of_part = objective.precompose(functools.partial(_put_back, chosen, params))
+    return function(of_part, select(params, chosen), batch, *args)
 
 
 def has_axis(leaf: Any) -> bool:
