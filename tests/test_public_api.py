@@ -540,6 +540,7 @@ REQUIRED_BY: dict[Any, dict[str, Any]] = {
     oa.dfa_feedback: {"params": WEIGHTS},
     oa.deq: {"f": lambda z, params, x: 0.5 * z, "z0": X, "x": None},
     equilibrium.solve: {"solver": equilibrium.fixed_point(2), "f": jnp.cos, "z0": X},
+    curvature.inverse_product: {"vector": X},
     oa.sample_terms: {"weights": X, "num_samples": 1},
     oa.sampled_matmul: {"a": X, "b": jnp.ones((2, 1))},
     oa.sampled_conv: {"lhs": X, "rhs": X, "window_strides": (), "padding": "SAME"},

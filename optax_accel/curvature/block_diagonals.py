@@ -100,11 +100,11 @@ class BlockDiagonal:
           The operator, for eigensolvers and estimates of a single layer.
 
         Raises:
-          KeyError: there is no such label.
+          ValueError: there is no such label.
         """
         if label not in self.labels:
-            raise KeyError(
-                f"there is no block {label!r}; there are {', '.join(map(repr, self.labels))}"
+            raise ValueError(
+                f"there is no block {label!r}; there are {', '.join(map(repr, self.labels))}."
             )
         flags = [each == label for each in self._of_leaf]
         chosen = jax.tree.unflatten(jax.tree.structure(self.like), flags)

@@ -13,7 +13,13 @@ from optax_accel._arguments import check_choice, check_integer
 from optax_accel._numerics import divided, max_norm, power_of_two
 from optax_accel._random import as_key
 from optax_accel.curvature import blocks
-from optax_accel.curvature.estimates import Operator, block_product, mean_and_error, random_block
+from optax_accel.curvature.estimates import (
+    Operator,
+    block_product,
+    mean_and_error,
+    orthonormal_rows,
+    random_block,
+)
 
 Method = Literal["xdiag", "hutchinson"]
 
@@ -112,10 +118,7 @@ def _of_probes(
 
 @jax.jit
 def _span(images: chex.ArrayTree) -> chex.ArrayTree:
-    """Orthonormal rows that span the images; the images of dependent ones are zero or arbitrary."""
-    images = divided(images, power_of_two(max_norm(images)))
-    # Images lean towards the largest eigenvectors, too far for one application in float32.
-    return blocks.orthonormalize(blocks.orthonormalize(images))
+    return orthonormal_rows(divided(images, power_of_two(max_norm(images))))
 
 
 @jax.jit

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from optax_accel._arguments import check_number, check_product
 from optax_accel._numerics import power_of_two
@@ -151,6 +152,31 @@ def _random_block(
 
     block = map_with_keys(draw, key, jax.tree.unflatten(treedef, leaves))
     return constrain(block, shardings_of(leaves), leading=(None,))
+
+
+@jax.jit
+def orthonormal_rows(block: chex.ArrayTree) -> chex.ArrayTree:
+    """Orthonormal rows with the span of a block's rows; zero where a row depends on those before.
+
+    Gram-Schmidt, twice for each row: unlike Cholesky QR it takes rows of any condition, as images
+    of random vectors are that all lean towards the largest eigenvectors.
+    """
+
+    def row(i: jax.Array, basis: chex.ArrayTree) -> chex.ArrayTree:
+        vector = jax.tree.map(lambda b: lax.dynamic_index_in_dim(b, i, 0, keepdims=False), block)
+        before = jnp.sqrt(dot(vector, vector))
+        for _ in range(2):
+            inside = blocks.combine(blocks.inner(basis, blocks.as_block(vector))[:, 0], basis)
+            vector = jax.tree.map(jnp.subtract, vector, inside)
+            length = jnp.sqrt(dot(vector, vector))
+            kept = length > 10 * jnp.finfo(length.dtype).eps * before
+            factor = jnp.where(kept, 1 / jnp.where(kept, length, 1), 0)
+            vector = jax.tree.map(lambda x, f=factor: f.astype(x.dtype) * x, vector)
+            before = jnp.where(kept, 1, 0)
+        return jax.tree.map(lambda b, x: lax.dynamic_update_index_in_dim(b, x, i, 0), basis, vector)
+
+    num = jax.tree.leaves(block)[0].shape[0]
+    return lax.fori_loop(0, num, row, jax.tree.map(jnp.zeros_like, block))
 
 
 def dot(left: chex.ArrayTree, right: chex.ArrayTree) -> jax.Array:

@@ -12,7 +12,12 @@ from optax_accel._arguments import check_integer, check_number
 from optax_accel._numerics import divided, max_norm, power_of_two
 from optax_accel._random import as_key
 from optax_accel.curvature import blocks
-from optax_accel.curvature.estimates import Operator, block_product, random_block
+from optax_accel.curvature.estimates import (
+    Operator,
+    block_product,
+    orthonormal_rows,
+    random_block,
+)
 
 
 class NystromApproximation(NamedTuple):
@@ -105,8 +110,8 @@ def nystrom(
       >>> diagonal = jnp.concatenate([jnp.array([900.0, 400.0, 100.0]), jnp.full(97, 0.001)])
       >>> operator = lambda v: diagonal * v
       >>> approximation = nystrom(operator, 8, key=jax.random.key(0), like=diagonal)
-      >>> [round(float(x)) for x in approximation.eigenvalues[:3]]
-      [900, 400, 100]
+      >>> bool(jnp.allclose(approximation.eigenvalues[:3], diagonal[:3], rtol=0.01))
+      True
       >>> preconditioner = approximation.inverse(damping=0.1)
       >>> found = inverse_product(
       ...     operator, jnp.ones(100), damping=0.1, preconditioner=preconditioner)
@@ -123,7 +128,7 @@ def nystrom(
     if rank == 0:
         none = jnp.zeros((0,), blocks.scalar_dtype(like))
         return NystromApproximation(none, blocks.zeros(0, like), jnp.zeros((), jnp.int32))
-    test = blocks.orthonormalize(random_block(as_key(key), like, rank, "gaussian"))
+    test = orthonormal_rows(random_block(as_key(key), like, rank, "gaussian"))
     eigenvalues, basis = _from_sketch(test, product(test))
     if not isinstance(eigenvalues, jax.core.Tracer) and not jnp.isfinite(eigenvalues).all():
         raise ValueError(
@@ -149,11 +154,11 @@ def _from_sketch(test: chex.ArrayTree, image: chex.ArrayTree) -> tuple[jax.Array
     eps = jnp.finfo(gram.dtype).eps
     # The paper's shift is the distance between numbers near the Frobenius norm, times the root of
     # the dimension in its code; ours allows for the rounding of the inner products, too.
-    shift = 10 * num**0.5 * eps * jnp.sqrt(jnp.trace(gram))
+    shift = 3 * num**0.5 * eps * jnp.sqrt(jnp.trace(gram))
     shifted = jax.tree.map(lambda y, t: y + shift.astype(y.dtype) * t, image, test)
     core = blocks.inner(test, shifted)
     factor = jnp.linalg.cholesky((core + core.T) / 2)
-    basis = blocks.orthonormalize(blocks.orthonormalize(shifted))
+    basis = orthonormal_rows(shifted)
     within = blocks.inner(basis, shifted)  # the shifted image is `within.T` times the basis
     scaled = jax.scipy.linalg.solve_triangular(factor, within.T, lower=True)
     _, values, vectors = jnp.linalg.svd(scaled, full_matrices=False)

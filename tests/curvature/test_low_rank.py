@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from optax_accel.curvature import blocks, nystrom
-from optax_accel.curvature.estimates import random_block
+from optax_accel.curvature.estimates import orthonormal_rows, random_block
 from tests.curvature.rotated_matrices import SIZE, operator, split
 
 
@@ -20,14 +20,14 @@ def test_it_is_the_approximation_of_the_formula(x64):
     product, rank = operator("outliers"), 12
     found = nystrom(product, rank, key=3)
     matrix, basis = np.asarray(product.matrix), rows(found.basis)
-    random = random_block(jax.random.key(3), product.like, rank, "gaussian")
-    test = rows(blocks.orthonormalize(random))
+    like = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, product.like))
+    random = random_block(jax.random.key(3), like, rank, "gaussian")
+    test = rows(orthonormal_rows(random))
     image = test @ matrix
     want = image.T @ np.linalg.pinv(test @ image.T, rcond=1e-13) @ image
     got = (basis.T * np.asarray(found.eigenvalues)) @ basis
     np.testing.assert_allclose(got, want, atol=1e-9)
     np.testing.assert_allclose(basis @ basis.T, np.eye(rank), atol=1e-12)
-    np.testing.assert_allclose(found.eigenvalues[:3], [50, 20, 10], rtol=0.05)
     assert np.linalg.eigvalsh(matrix - got)[0] > -1e-9  # from below
     assert int(found.num_products) == rank
     # Products, and the preconditioner.
