@@ -1,0 +1,371 @@
+"""The study of the edge of stability: what the curvature does where full-batch training is unstable.
+
+Gradient descent, heavy ball, Adam, RMSprop, Muon and Bulk-SGD train small networks on the whole of
+a small training set. Along each run the largest eigenvalue of the Hessian is read, and that of the
+Hessian preconditioned as the optimizer does, relative to the value above which a quadratic makes
+the optimizer diverge. From a run's first reading above this threshold on, or its last quarter where
+it never gets there, it counts as at the edge. Time averages of gradient descent are held against
+its central flow. The claims are those of the papers, at this project's size; the criteria were
+fixed before the first run, the learning rates were chosen in trials on another seed, so that runs
+get to the edge.
+
+References:
+  Cohen, Kaur, Li, Kolter, Talwalkar, `Gradient descent on neural networks typically occurs at the
+  edge of stability <https://arxiv.org/abs/2103.00065>`_, ICLR 2021; Cohen et al., `Adaptive
+  gradient methods at the edge of stability <https://arxiv.org/abs/2207.14484>`_, 2022; Cohen,
+  Damian, Talwalkar, Kolter, Lee, `Understanding optimization in deep learning with central flows
+  <https://arxiv.org/abs/2410.24206>`_, ICLR 2025; Song, Ahn, Yun, `Does SGD really happen in tiny
+  subspaces? <https://arxiv.org/abs/2405.16002>`_, ICLR 2025.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.reporting.referee.judging import InEverySeed, LowerError, Margin, Within
+from experiments.reporting.referee.protocols import (
+    Claim,
+    Contestant,
+    Measure,
+    Protocols,
+    Scale,
+    Setting,
+)
+
+GD, BALL, ADAM = "Gradient descent", "Heavy ball", "Adam"
+RMSPROP, MUON, BULK = "RMSprop", "Muon", "Bulk-SGD"
+# Moments of so short runs forget in a hundred steps; the papers' decays of 0.999 and 0.99 need
+# longer ones. The first moment's decay is the papers', as is the momentum.
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    GD: {"optimizer": "sgd", "flow": True},
+    BALL: {"optimizer": "momentum", "momentum": 0.9},
+    ADAM: {"optimizer": "adam", "b1": 0.9, "b2": 0.99},
+    RMSPROP: {"optimizer": "rmsprop", "decay": 0.99},
+    MUON: {"optimizer": "muon"},
+    BULK: {"optimizer": "bulk_sgd"},
+}
+
+
+def setting(
+    name: str, task: str, model: str, rates: Mapping[str, float], *, flow: bool, **changes: Any
+) -> Setting:
+    """One network on a part of one training set.
+
+    Args:
+      name: of the setting.
+      task: name of the task.
+      model: name of the model.
+      rates: the learning rate of each contestant.
+      flow: whether gradient descent is held against its flows, which are slow for convolutions.
+      **changes: ``examples``, ``steps`` and other options of the setting, see the runner.
+
+    Returns:
+      The setting.
+    """
+    options = {
+        "task": task,
+        "model": model,
+        "model_options": {},
+        "loss": "mse",
+        "examples": 200,
+        "steps": 600,
+        "every": 5,  # odd: oscillations of period two are read on both sides
+        "directions": 10,
+        **changes,
+    }
+    contestants = tuple(
+        Contestant(
+            name=who,
+            options={key: value for key, value in OPTIONS[who].items() if flow or key != "flow"},
+            learning_rates=(rate,),
+        )
+        for who, rate in rates.items()
+    )
+    return Setting(
+        name=name,
+        options=options,
+        budget=f"{options['steps']} steps on all of {options['examples']} examples, loss "
+        f"{options['loss']}",
+        contestants=contestants,
+        files=task != "digits",
+    )
+
+
+_2021, _2022, _2025 = "Cohen et al., 2021", "Cohen et al., 2022", "Cohen et al., 2025"
+
+
+def claims(name: str, *, flow: bool) -> tuple[Claim, ...]:
+    """The claims about one setting.
+
+    Args:
+      name: of the setting.
+      flow: whether they are also about gradient descent's flows.
+
+    Returns:
+      The claims, each with a name that starts with a letter.
+    """
+
+    def claim(
+        letter: str, text: str, source: str, criterion: str, measure: str, margin: Margin
+    ) -> Claim:
+        return Claim(
+            name=f"{letter}, {name}",
+            text=text,
+            source=source,
+            criterion=f"{criterion}: in every seed",
+            judge=InEverySeed(margin),
+            measure=measure,
+        )
+
+    def within(who: str, **bounds: float) -> Within:
+        return Within(method=who, among=(name,), **bounds)
+
+    def hovers(letter: str, who: str, threshold: str, source: str) -> Claim:
+        return claim(
+            letter,
+            f"{who}: the (preconditioned) sharpness hovers at {threshold}",
+            source,
+            f"median over the second half of the time at the edge, over {threshold}, in "
+            "[0.9, 1.15]",
+            "hover",
+            within(who, low=0.9, high=1.15),
+        )
+
+    found = [
+        claim(
+            "a",
+            "gradient descent sharpens progressively, up to 2 / learning rate",
+            f"{_2021}, section 3.1",
+            "sharpness at the first step over 2 / learning rate, in a run that later reaches 1, "
+            "below 0.75",
+            "start",
+            within(GD, high=0.75),
+        ),
+        hovers("b", GD, "2 / learning rate", f"{_2021}, section 3.2"),
+        claim(
+            "c",
+            "at the edge its loss is not monotone over short spans",
+            f"{_2021}, section 3.3",
+            "share of the steps at the edge that raise the loss at least 0.1",
+            "short",
+            within(GD, low=0.1),
+        ),
+        claim(
+            "d",
+            "but falls over long ones",
+            f"{_2021}, section 3.3",
+            "mean loss in the last tenth of the time at the edge over that in the first below 1",
+            "long",
+            within(GD, high=1.0),
+        ),
+        hovers("e", BALL, "2 (1 + momentum) / learning rate", f"{_2021}, section 4, appendix B"),
+        hovers("f", ADAM, "(2 + 2 b1) / ((1 - b1) learning rate)", f"{_2022}, section 3"),
+        hovers("g", RMSPROP, "2 / learning rate", f"{_2022}, appendix"),
+        claim(
+            "h",
+            "at Adam's edge the sharpness itself may go on rising",
+            f"{_2022}, section 4",
+            "mean sharpness in the last tenth of the time at the edge over that in the first "
+            "above 1.1",
+            "growth",
+            within(ADAM, low=1.1),
+        ),
+        claim(
+            "i",
+            "without the dominant directions training goes on as well",
+            "Song et al., 2025, section 3",
+            f"log10 of the last tenth's mean loss over the first loss: {BULK}'s at most 0.1 above "
+            f"{GD}'s",
+            "progress",
+            LowerError(method=BULK, rival=GD, slack=0.1, among=(name,)),
+        ),
+        claim(
+            "j",
+            "without them nothing holds the sharpness at 2 / learning rate",
+            "ours",
+            f"median sharpness of {BULK} over the second half of the time at the edge, over "
+            "2 / learning rate, above 1.2",
+            "hover",
+            within(BULK, low=1.2),
+        ),
+        claim(
+            "k",
+            "Muon, which has no preconditioner that stands still, is at an edge along its updates",
+            "ours",
+            "half of the summed curvature along the updates d, d^T H d / 2, over the summed "
+            "decrease that the gradient promises, -g^T d, over the second half of the run, in "
+            "[0.8, 1.1]",
+            "balance",
+            within(MUON, low=0.8, high=1.1),
+        ),
+    ]
+    if flow:
+        found += [
+            claim(
+                "l",
+                "the central flow predicts where gradient descent is in the mean",
+                f"{_2025}, section 3",
+                "distance of the time-averaged iterates from the central flow over that from the "
+                "gradient flow, mean of the time at the edge, below 0.25",
+                "flow_distance",
+                within(GD, high=0.25),
+            ),
+            claim(
+                "m",
+                "it predicts the time-averaged loss",
+                f"{_2025}, section 3",
+                "median relative error of the predicted time-averaged loss at the edge below 0.1",
+                "flow_loss",
+                within(GD, high=0.1),
+            ),
+            claim(
+                "n",
+                "it predicts the size of the oscillations",
+                f"{_2025}, section 3",
+                "trace of the predicted covariance over the variance of the iterates around "
+                "their moving average, both averaged over the time at the edge, in [0.75, 1.33]",
+                "flow_variance",
+                within(GD, low=0.75, high=1.33),
+            ),
+        ]
+    return tuple(found)
+
+
+def _mlp(name: str, task: str, rates: Mapping[str, float], width: int, **changes: Any) -> Setting:
+    options = {"hidden_sizes": [width, width]}
+    return setting(name, task, "mlp", rates, flow=True, model_options=options, **changes)
+
+
+def _cnn(name: str, task: str, rates: Mapping[str, float], width: int, **changes: Any) -> Setting:
+    options = {"channels": [width, width], "activation": "tanh"}
+    return setting(name, task, "cnn", rates, flow=False, model_options=options, **changes)
+
+
+def _gpt(name: str, rates: Mapping[str, float], width: int, **changes: Any) -> Setting:
+    options = {"embedding_size": width, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+    return setting(
+        name,
+        "tiny_shakespeare",
+        "transformer_lm",
+        rates,
+        flow=False,
+        model_options=options,
+        loss="cross_entropy",
+        **changes,
+    )
+
+
+def _rates(gd: float, ball: float, adam: float, rmsprop: float, muon: float) -> dict[str, float]:
+    rates = {GD: gd, BALL: ball, ADAM: adam, RMSPROP: rmsprop, MUON: muon}
+    return rates | {BULK: gd}
+
+
+_OF_MLP = _rates(0.2, 0.02, 0.003, 0.001, 0.01)
+_OF_CNN = _rates(0.1, 0.02, 0.003, 0.001, 0.01)
+_OF_GPT = _rates(0.5, 0.1, 0.01, 0.003, 0.02)
+_INFINITE = float("inf")
+
+STUDY = Protocols(
+    name="edge_of_stability",
+    summary="sharpness against its threshold, and central flows, of full-batch training",
+    free_rival=GD,
+    measures={
+        "loss": Measure(text="mean training loss of the last tenth", worst=_INFINITE, form=".4f"),
+        "progress": Measure(text="log10 of that over the first loss", worst=_INFINITE, form=".2f"),
+        "start": Measure(
+            text="sharpness over its threshold at the first step, of a run that reaches it later",
+            worst=_INFINITE,
+            form=".2f",
+        ),
+        "hover": Measure(
+            text="preconditioned sharpness over its threshold, median of the second half of the "
+            "time at the edge",
+            worst=_INFINITE,
+            form=".3f",
+        ),
+        "raw": Measure(
+            text="sharpness over 2 / learning rate, the same median", worst=_INFINITE, form=".3g"
+        ),
+        "growth": Measure(
+            text="sharpness in the last tenth of the time at the edge over that in the first",
+            worst=_INFINITE,
+            form=".2f",
+        ),
+        "balance": Measure(
+            text="half of the curvature along the updates over the decrease that the gradient "
+            "promises, second half of the run",
+            worst=_INFINITE,
+            form=".3f",
+        ),
+        "short": Measure(text="share of the steps at the edge that raise the loss", worst=0.0),
+        "long": Measure(
+            text="loss in the last tenth of the time at the edge over that in the first",
+            worst=_INFINITE,
+            form=".3f",
+        ),
+        "flow_distance": Measure(
+            text="distance of the time-averaged iterates from the central flow over that from the "
+            "gradient flow",
+            worst=_INFINITE,
+            form=".3f",
+        ),
+        "flow_loss": Measure(
+            text="relative error of the predicted time-averaged loss", worst=_INFINITE
+        ),
+        "flow_variance": Measure(
+            text="predicted over measured variance of the oscillations",
+            worst=_INFINITE,
+            form=".3f",
+        ),
+    },
+    scales={
+        "smoke": Scale(
+            settings=(
+                _mlp("digits_mlp", "digits", _OF_MLP, 4, examples=20, steps=20, directions=2),
+            ),
+            tuning_seeds=1,
+            seeds=2,
+        ),
+        "small": Scale(
+            settings=(
+                _mlp("digits_mlp", "digits", _OF_MLP, 32),
+                _cnn("digits_cnn", "digits", _OF_CNN, 8),
+                _gpt("shakespeare_gpt", _OF_GPT, 16, examples=16, length=32),
+            ),
+            tuning_seeds=1,
+            seeds=3,
+        ),
+        "medium": Scale(
+            settings=(
+                _mlp("mnist5k_mlp", "mnist5k", _OF_MLP, 64, examples=1_000, steps=2_000),
+                _cnn("cifar10_5k_cnn", "cifar10_5k", _OF_CNN, 16, examples=1_000, steps=2_000),
+                _gpt("shakespeare_gpt", _OF_GPT, 64, examples=32, length=64, steps=2_000),
+            ),
+            tuning_seeds=1,
+            seeds=3,
+        ),
+        "full": Scale(
+            settings=(
+                _mlp("mnist5k_mlp", "mnist5k", _OF_MLP, 200, examples=5_000, steps=6_000),
+                _cnn("cifar10_5k_cnn", "cifar10_5k", _OF_CNN, 32, examples=5_000, steps=6_000),
+                _gpt("shakespeare_gpt", _OF_GPT, 128, examples=128, length=64, steps=6_000),
+            ),
+            tuning_seeds=1,
+            seeds=5,
+        ),
+    },
+    claims=tuple(
+        claim
+        for name, flow in (
+            ("digits_mlp", True),
+            ("digits_cnn", False),
+            ("shakespeare_gpt", False),
+            ("mnist5k_mlp", True),
+            ("cifar10_5k_cnn", False),
+        )
+        for claim in claims(name, flow=flow)
+    ),
+    left_out="batches smaller than the training set; the central flows of Adam and RMSprop; flows "
+    "of convolutions and of the language model",
+)
