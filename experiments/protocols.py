@@ -34,6 +34,7 @@ from experiments import cli, progress
 from experiments.cli import UsageError
 from experiments.reporting.referee import continual as claims_of_continual
 from experiments.reporting.referee import data_assimilation as claims_of_data_assimilation
+from experiments.reporting.referee import edge_of_stability as claims_of_edge_of_stability
 from experiments.reporting.referee import feedback as claims_of_feedback
 from experiments.reporting.referee import fine_tuning as claims_of_fine_tuning
 from experiments.reporting.referee import local_losses as claims_of_local_losses
@@ -49,6 +50,7 @@ from experiments.runs.study import StudyFolder
 from experiments.training.studies import (
     continual,
     data_assimilation,
+    edge_of_stability,
     feedback,
     fine_tuning,
     local_losses,
@@ -67,6 +69,7 @@ STUDIES: dict[str, tuple[Protocols, MakeRunner]] = {
         (claims_of_feedback.STUDY, feedback.Runner),
         (claims_of_continual.STUDY, continual.Runner),
         (claims_of_data_assimilation.STUDY, data_assimilation.Runner),
+        (claims_of_edge_of_stability.STUDY, edge_of_stability.Runner),
         (claims_of_fine_tuning.STUDY, fine_tuning.Runner),
         (claims_of_local_losses.STUDY, local_losses.Runner),
         (claims_of_low_memory.STUDY, low_memory.Runner),
@@ -82,8 +85,9 @@ class Options(cli.DryRunOptions):
     """Judge claims about whole procedures of training by runs that can refute them."""
 
     study: str | None = None
-    """Study: feedback, continual, data_assimilation, fine_tuning, local_losses, low_memory,
-    sampled_operations or skipped_epochs; it may also stand first, without the option's name."""
+    """Study: feedback, continual, data_assimilation, edge_of_stability, fine_tuning, local_losses,
+    low_memory, sampled_operations or skipped_epochs; it may also stand first, without the option's
+    name."""
     scale: str = "small"
     """smoke (to try a study out: its verdicts do not go into the ledger), small (minutes on two
     cores), medium or full."""

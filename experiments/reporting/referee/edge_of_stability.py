@@ -1,4 +1,4 @@
-"""The study of the edge of stability: what the curvature does where full-batch training is unstable.
+"""The study of the edge of stability: curvature where full-batch training is just unstable.
 
 Gradient descent, heavy ball, Adam, RMSprop, Muon and Bulk-SGD train small networks on the whole of
 a small training set. Along each run the largest eigenvalue of the Hessian is read, and that of the
@@ -233,7 +233,7 @@ def claims(name: str, *, flow: bool) -> tuple[Claim, ...]:
 
 
 def _mlp(name: str, task: str, rates: Mapping[str, float], width: int, **changes: Any) -> Setting:
-    options = {"hidden_sizes": [width, width]}
+    options = {"hidden_sizes": [width] * 3}
     return setting(name, task, "mlp", rates, flow=True, model_options=options, **changes)
 
 
@@ -261,9 +261,9 @@ def _rates(gd: float, ball: float, adam: float, rmsprop: float, muon: float) -> 
     return rates | {BULK: gd}
 
 
-_OF_MLP = _rates(0.2, 0.02, 0.003, 0.001, 0.01)
-_OF_CNN = _rates(0.1, 0.02, 0.003, 0.001, 0.01)
-_OF_GPT = _rates(0.5, 0.1, 0.01, 0.003, 0.02)
+_OF_MLP = _rates(0.14, 0.3, 0.003, 0.001, 0.01)
+_OF_CNN = _rates(0.13, 0.25, 0.003, 0.001, 0.01)
+_OF_GPT = _rates(0.5, 0.5, 0.01, 0.003, 0.02)
 _INFINITE = float("inf")
 
 STUDY = Protocols(
@@ -330,8 +330,8 @@ STUDY = Protocols(
         "small": Scale(
             settings=(
                 _mlp("digits_mlp", "digits", _OF_MLP, 32),
-                _cnn("digits_cnn", "digits", _OF_CNN, 8),
-                _gpt("shakespeare_gpt", _OF_GPT, 16, examples=16, length=32),
+                _cnn("digits_cnn", "digits", _OF_CNN, 8, steps=400),
+                _gpt("shakespeare_gpt", _OF_GPT, 16, examples=16, length=16, steps=400),
             ),
             tuning_seeds=1,
             seeds=3,
