@@ -263,7 +263,10 @@ def _rates(gd: float, ball: float, adam: float, rmsprop: float, muon: float) -> 
 
 _OF_MLP = _rates(0.14, 0.3, 0.003, 0.001, 0.01)
 _OF_CNN = _rates(0.13, 0.25, 0.003, 0.001, 0.01)
-_OF_GPT = _rates(0.5, 0.5, 0.01, 0.003, 0.02)
+_OF_GPT = _rates(0.1, 0.1, 0.003, 0.001, 0.01)
+# Every contestant of the language model compiles for a minute: the small scale has the four whose
+# steps and readings are the cheapest.
+_OF_SMALL_GPT = {who: _OF_GPT[who] for who in (GD, BALL, ADAM, MUON)}
 _INFINITE = float("inf")
 
 STUDY = Protocols(
@@ -331,10 +334,10 @@ STUDY = Protocols(
             settings=(
                 _mlp("digits_mlp", "digits", _OF_MLP, 32),
                 _cnn("digits_cnn", "digits", _OF_CNN, 8, steps=400),
-                _gpt("shakespeare_gpt", _OF_GPT, 16, examples=16, length=16, steps=400),
+                _gpt("shakespeare_gpt", _OF_SMALL_GPT, 16, examples=16, length=16, steps=300),
             ),
             tuning_seeds=1,
-            seeds=3,
+            seeds=2,
         ),
         "medium": Scale(
             settings=(

@@ -186,8 +186,11 @@ def start_flow(
     """
     basis = blocks.orthonormalize(jax.random.normal(key, (tracked, params.shape[0])))
 
-    def sweep(carry: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, ...], None]:
-        return track(loss, params, *carry)[1:], None
+    def sweep(
+        carry: tuple[jax.Array, jax.Array], _: None
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        found = track(loss, params, *carry)
+        return (found[1], found[2]), None
 
     (basis, shift), _ = lax.scan(sweep, (basis, jnp.zeros(())), length=sweeps)
     return FlowPoint(params, basis, shift)
@@ -263,7 +266,7 @@ def central_flow(
 
     def one(point: FlowPoint, _: None) -> tuple[FlowPoint, FlowReading]:
         first = None
-        for _ in range(substeps):
+        for _part in range(substeps):
             point, reading = flow_step(
                 loss, point, learning_rate, time=1 / substeps, unstable=unstable
             )
@@ -296,7 +299,7 @@ def gradient_flow(
 
     def one(params: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
         before = params
-        for _ in range(substeps):
+        for _part in range(substeps):
             params = params - learning_rate / substeps * jax.grad(loss)(params)
         return params, before
 

@@ -357,7 +357,8 @@ def scores_of(course: Course, ratios: np.ndarray, rate: float, every: int) -> di
     """
     first = edge_of(ratios)
     late = slice((first + len(ratios)) // 2, None)
-    raw = course.readings.sharpness * rate / 2
+    sharpness = np.asarray(course.readings.sharpness)
+    raw = sharpness * rate / 2
     losses, at_edge = course.losses, course.losses[first * every :]
     half = len(ratios) // 2
     bend = course.readings.bend[half:].sum() / 2
@@ -368,7 +369,7 @@ def scores_of(course: Course, ratios: np.ndarray, rate: float, every: int) -> di
         "start": float(ratios[0]) if (ratios >= 1).any() else float("nan"),
         "hover": float(np.median(ratios[late])),
         "raw": float(np.median(raw[late])),
-        "growth": _growth(course.readings.sharpness[first:]),
+        "growth": _growth(sharpness[first:]),
         "balance": float(bend / promised),
         "short": float(np.mean(np.diff(at_edge) > 0)),
         "long": _growth(at_edge),
