@@ -12,6 +12,7 @@ where no folder of them is given. `runs/<name>/` then holds
     config.json             what was run: the same command continues it, another one is refused
     <setting>/              the scores of its runs, tuning and final
     results.json            chosen rates, scores, verdicts
+    *.png, *.svg            of the edge of stability: its pictures
 
 and `evidence/<study>.jsonl`, the ledger, one line more for each verdict.
 """
@@ -32,6 +33,8 @@ from rich.console import Console
 
 from experiments import cli, progress
 from experiments.cli import UsageError
+from experiments.reporting import edge_of_stability as pictures_of_edge_of_stability
+from experiments.reporting import figures
 from experiments.reporting.referee import continual as claims_of_continual
 from experiments.reporting.referee import data_assimilation as claims_of_data_assimilation
 from experiments.reporting.referee import edge_of_stability as claims_of_edge_of_stability
@@ -77,6 +80,8 @@ STUDIES: dict[str, tuple[Protocols, MakeRunner]] = {
         (claims_of_skipped_epochs.STUDY, skipped_epochs.Runner),
     )
 }
+# What else a study draws of its final runs, and the names of these pictures.
+PICTURES = {claims_of_edge_of_stability.STUDY.name: pictures_of_edge_of_stability}
 DATA = "OPTAX_ACCEL_DATA"
 
 
@@ -223,7 +228,7 @@ def conclude(
     chosen: report.Chosen,
     final: Runs,
 ) -> list[dict[str, Any]]:
-    """Judges the runs and writes `results.json`; returns the verdicts as the ledger has them."""
+    """Judges the runs and writes results and pictures; returns the ledger's verdicts."""
     about = {
         "study": study.name,
         "scale": options.scale,
@@ -239,6 +244,9 @@ def conclude(
     record = {"config": config, "chosen": chosen, "final": final, "verdicts": lines}
     record |= provenance(PROG, options)
     cli.write_atomic(folder / RESULTS, cli.to_json(record))
+    if study.name in PICTURES:
+        for name, figure in PICTURES[study.name].pictures(final):
+            figures.write(folder, name, figure)
     return lines
 
 
@@ -295,9 +303,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
     config["data"] = {s.name: ring.runner.config() for s, ring in zip(settings, rings, strict=True)}
     names = tuple(setting.name for setting in settings)
-    place = StudyFolder(
-        folder, config, "a study", "protocols", (RESULTS,), names, options.overwrite
-    )
+    drawn = PICTURES[study.name].names(names) if study.name in PICTURES else []
+    files = (RESULTS, *figures.files(*drawn))
+    place = StudyFolder(folder, config, "a study", "protocols", files, names, options.overwrite)
     console = cli.console(130)
     counted = [
         count(study, options.scale, setting, ring.runner)
