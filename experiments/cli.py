@@ -179,6 +179,7 @@ LIMITS: Mapping[str, Range] = {
     **dict.fromkeys(("learning_rate", "minimum", "maximum", "clip"), RATE),
     **dict.fromkeys(("memory_gib", "time_factor", "budget_seconds"), POSITIVE),
     "weight_decay": Range(0, 3e38),
+    "follow_threshold": Range(0, 3e38),
     "label_smoothing": Range(0, 1, "[)"),
     "smoothing": Range(0, 1, "[)"),
     "stop_factor": Range(1, math.inf, "()"),

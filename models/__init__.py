@@ -13,6 +13,7 @@ from models._registry import create, describe, draws_images, is_convolutional, l
 from models.capsnet import CapsNet
 from models.cnn import Cnn
 from models.deq_flow import DeqFlow
+from models.detector import Detector
 from models.efficientnet import EfficientNet
 from models.local_mixer import LocalMixer
 from models.lstm_lm import LstmLM
@@ -34,6 +35,7 @@ __all__ = [
     "CifarResNet",
     "Cnn",
     "DeqFlow",
+    "Detector",
     "EfficientNet",
     "LocalMixer",
     "LstmLM",

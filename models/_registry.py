@@ -13,6 +13,7 @@ from models import _common
 from models.capsnet import CapsNet
 from models.cnn import Cnn
 from models.deq_flow import DeqFlow
+from models.detector import Detector
 from models.efficientnet import EfficientNet
 from models.local_mixer import LocalMixer
 from models.lstm_lm import LstmLM
@@ -105,6 +106,7 @@ MODELS: dict[str, Entry] = {
     "local_mixer_l": Entry(LocalMixer, False, _mixer(32, 2048, 64, 4)),
     "unet": Entry(UNet, True),
     "deq_flow": Entry(DeqFlow, convolutional=True),
+    "detector": Entry(Detector, True),
     "capsnet": Entry(CapsNet, True),
     "transformer": Entry(Transformer),
     "transformer_lm": Entry(TransformerLM),

@@ -23,6 +23,7 @@ iterators save and restore their position (`get_state`, `set_state`) and so can 
 | `multi30k` | 29,000 / 1,014 / 1,000 | Multi30k, English to German |
 | `segmentation` | 384 / 48 / 48 crops of 24 / 3 / 3 pictures | ISBI 2012, membranes |
 | `moving_digits_flow` | 4,000 / 500 / 500 pairs of pictures | MNIST, or none |
+| `digits_detection` | 2,000 / 500 / 500 | MNIST; without a folder none |
 | `vae_mnist` | 55,000 / 5,000 / 10,000 | MNIST |
 | `vae_digits`, `ncsn_digits` | as `digits` | none |
 | `ncsn_cifar10_5k` | as `cifar10_5k` | as `cifar10_5k` |
@@ -31,8 +32,8 @@ iterators save and restore their position (`get_state`, `set_state`) and so can 
 
 The sizes are those of the public files. Where these have no validation split, it is ours: the last
 5,000 training rows, or, for the subsets (the first 5,000 training rows, of SST-2 1,000), as many
-rows after them. The modules `images`, `moving_digits`, `segmentation`, `sentences`, `language` and
-`translation` say which files they look for and what they make of them.
+rows after them. The modules `images`, `moving_digits`, `segmentation`, `detection`, `sentences`,
+`language` and `translation` say which files they look for and what they make of them.
 
 `own_tasks` says what the tasks that read a person's own files expect, `own.FilesOptions` how they
 are told about columns, splits and labels; `register` adds tasks written in Python.

@@ -12,6 +12,7 @@ import numpy as np
 
 from experiments import cli
 from experiments.data import (
+    detection,
     images,
     language,
     moving_digits,
@@ -89,6 +90,8 @@ def load_task(name: str, *, data_dir: str | Path | None = None, **options: Any) 
     hub = None if hub_of(location) is None else str(location)
     if hub and name in ("imagenet_folder", "segmentation"):
         raise DataError(f"task {name!r} reads a folder with files, not {hub}")
+    if name == detection.NAME:
+        return _load_detection(hub, data_dir)
     folder = Path(hub) if hub else data_folder(name, data_dir)
     if name == "imagenet_folder":
         return images.load_imagenet(folder, files.image_size or 224)
@@ -97,6 +100,17 @@ def load_task(name: str, *, data_dir: str | Path | None = None, **options: Any) 
     if name == "moving_digits_flow":
         return moving_digits.load_moving_digits(folder, hub)
     return _LOADERS[name](name, folder, hub)
+
+
+def _load_detection(hub: str | None, data_dir: str | Path | None) -> Task:
+    """The task of finding digits: those of a folder with MNIST's files, else the embedded ones."""
+    if hub:
+        raise DataError(
+            f"task {detection.NAME!r} reads a folder with MNIST's files, not {hub}; without any it "
+            "takes the embedded digits"
+        )
+    named = data_dir or os.environ.get(ENVIRONMENT_VARIABLE)
+    return detection.load_digits_detection(data_folder(detection.NAME, named) if named else None)
 
 
 def load_classification(name: str, *, data_dir: str | Path | None = None, **options: Any) -> Task:

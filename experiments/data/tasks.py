@@ -41,8 +41,8 @@ class Defaults:
       model: name of a model in `models`.
       target_accuracy: validation accuracy that a good run of that model reaches; 0 for tasks whose
         runs are not compared by accuracy.
-      kind: "classification", "regression", "segmentation", "language", "translation",
-        "autoencoder", "score_matching" or "flow".
+      kind: "classification", "regression", "segmentation", "detection", "language",
+        "translation", "autoencoder", "score_matching" or "flow".
       model_options: options of the model.
       loss: name of a loss in `losses.LOSSES`.
       method: name of a method in `methods`.
@@ -134,6 +134,14 @@ _TABLE: dict[str, Defaults] = {
     "moving_digits_flow": Defaults(
         "deq_flow", kind="flow", loss="flow", method="adam", learning_rate=0.001, batch_size=16
     ),
+    "digits_detection": Defaults(
+        "detector",
+        kind="detection",
+        loss="detection",
+        method="adam",
+        learning_rate=0.003,
+        batch_size=16,
+    ),
     "vae_mnist": _VAE,
     "vae_digits": dataclasses.replace(_VAE, model_options={"hidden_sizes": (256, 128)}),
     "ncsn_digits": dataclasses.replace(_NCSN, model_options={"width": 16}),
@@ -173,6 +181,7 @@ LOSSES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "classification": ("cross_entropy", "mse", "margin"),
         "regression": ("mse",),
         "segmentation": ("cross_entropy",),
+        "detection": ("detection",),
         "language": ("cross_entropy",),
         "translation": ("cross_entropy",),
         "autoencoder": ("elbo",),
@@ -326,8 +335,9 @@ class Split:
         channels), or token ids, int32 of shape (N, length), which for translation is the length
         of the source plus that of the target.
       y: the labels, int32, of each example (N,), pixel (N, height, width) or position (N, length),
-        where `IGNORED` counts for nothing; for an autoencoder and for score matching the examples
-        themselves; for optical flow how each pixel moves, float32 (N, height, width, 2).
+        where `IGNORED` counts for nothing; boxes of a picture (N, boxes, 5), float32, see
+        `detection`; for an autoencoder and for score matching the examples themselves; for optical
+        flow how each pixel moves, float32 (N, height, width, 2).
       pixels: mean and standard deviation by which images were standardized, so that the bytes of
         the file are `x * std + mean`; `None` for anything but images.
     """
@@ -422,6 +432,7 @@ class Task:
         labels = {
             "classification": f", {self.num_classes} classes",
             "segmentation": f", {self.num_classes} classes of pixels",
+            "detection": f", boxes of {self.num_classes} classes",
             "regression": f", {cli.plural(self.num_classes, 'number')} to predict",
         }.get(self.defaults.kind, "")
         tokens = f", {self.vocabulary_size:,} different tokens" if self.vocabulary_size else ""

@@ -14,6 +14,7 @@ from rich.console import Console
 
 import models
 from experiments import cli, data
+from experiments.data.following import BatchChooser, FollowingBatches, following_batches
 from experiments.data.prefetch import DevicePrefetcher
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.records import number
@@ -28,6 +29,7 @@ from experiments.training.sampling import NUMBER, write_samples
 from experiments.training.step import TrainState
 
 PyTree = Any
+Batches = DevicePrefetcher | FollowingBatches
 # The picture of what a generative model draws at the end.
 SAMPLES = "samples.png"
 
@@ -106,6 +108,8 @@ def train(plan: Plan, program: Program, console: Console) -> int | None:
                 history.tell(activity)  # the step is under way, and waited for below
             if trace.done(metrics):
                 console.print(f"profile: {trace.file}", soft_wrap=True)
+            if isinstance(batches, FollowingBatches):
+                batches.tell(metrics["share"])
             run.step += 1
             history.add(run.step, metrics, batches.get_state())
             stopped_by = stop_requested()
@@ -157,8 +161,19 @@ def train(plan: Plan, program: Program, console: Console) -> int | None:
 # What a run works with -------------------------------------------------------------------------
 
 
-def open_batches(plan: Plan, program: Program) -> DevicePrefetcher:
+def open_batches(plan: Plan, program: Program) -> Batches:
     """The batches of the run from its start on, each placed on the devices ahead of its use."""
+    if plan.follows:
+        return following_batches(
+            plan.task.train,
+            batch_size=plan.batch_size,
+            seed=plan.options.seed,
+            chooser=BatchChooser(plan.options.follow_threshold),
+            shard=grain.sharding.ShardByJaxProcess(),
+            workers=plan.options.data_workers,
+            put=program.runner.put_batch,
+            prefetch=plan.options.prefetch,
+        )
     dataset = data.batches(
         plan.task.train,
         batch_size=plan.batch_size,
@@ -210,9 +225,7 @@ def curvature_batch(plan: Plan, program: Program) -> PyTree:
 # Saving and restoring --------------------------------------------------------------------------
 
 
-def restore(
-    program: Program, saved: Checkpoints, batches: DevicePrefetcher, history: History
-) -> Run:
+def restore(program: Program, saved: Checkpoints, batches: Batches, history: History) -> Run:
     """The run at its latest checkpoint, or at its start; batches and metrics go there, too."""
     runner, patience = program.runner, program.plan.options.early_stopping
     with jax.transfer_guard("allow"):  # Orbax and its checks move arrays in their own ways
@@ -227,7 +240,7 @@ def restore(
     return run
 
 
-def save(run: Run, program: Program, saved: Checkpoints, batches: DevicePrefetcher) -> None:
+def save(run: Run, program: Program, saved: Checkpoints, batches: Batches) -> None:
     """Starts to save a checkpoint; the metrics up to it are on disk already."""
     kept = {
         "batches": batches.get_state(),

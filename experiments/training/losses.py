@@ -12,7 +12,7 @@ import optax
 
 from experiments.data.tasks import LOSSES as LOSSES_OF_KIND
 from experiments.data.tasks import Defaults
-from models import capsnet, deq_flow, ncsn, vae
+from models import capsnet, deq_flow, detector, ncsn, vae
 
 
 def _cross_entropy(outputs: jax.Array, y: jax.Array, *, label_smoothing: float = 0.0) -> jax.Array:
@@ -58,6 +58,20 @@ def _flow(outputs: jax.Array, y: jax.Array) -> jax.Array:
     return deq_flow.correction_loss(outputs, y)
 
 
+def _detection(outputs: detector.DetectorOutputs, y: jax.Array) -> jax.Array:
+    return jnp.mean(detector.detection_loss(outputs, y))
+
+
+def _small_boxes(outputs: detector.DetectorOutputs, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    losses = detector.cell_losses(outputs, y)
+    return detector.small_and_all(losses.boxes, losses.targets)
+
+
+def _small_classes(outputs: detector.DetectorOutputs, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    losses = detector.cell_losses(outputs, y)
+    return detector.small_and_all(losses.classes, losses.targets)
+
+
 LossFn = Callable[[Any, jax.Array], jax.Array]
 LOSSES: dict[str, Callable[..., jax.Array]] = {
     "cross_entropy": _cross_entropy,
@@ -66,7 +80,12 @@ LOSSES: dict[str, Callable[..., jax.Array]] = {
     "margin": _margin,
     "score_matching": _score_matching,
     "flow": _flow,
+    "detection": _detection,
 }
+# The loss of a group of a batch and that of all of it, means over the examples, by the name that
+# `--follow` has for it.
+Group = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
+GROUPS: dict[str, Group] = {"box": _small_boxes, "class": _small_classes}
 # Losses of single models, which take the place of their tasks' defaults.
 LOSS_OF_MODEL = {"capsnet": "margin"}
 # The distribution whose parameters are the outputs, by loss, where K-FAC knows one.
@@ -88,6 +107,7 @@ def find_loss(loss: str | LossFn, *, label_smoothing: float = 0.0) -> LossFn:
       that rebuilds its inputs also `models.capsnet.reconstruction_loss` (see `reads_labels`).
     * ``score_matching`` is that of a score network, `models.ncsn.denoising_score_matching`.
     * ``flow`` is the absolute error of optical flow, `models.deq_flow.correction_loss`.
+    * ``detection`` is that of a detector, `models.detector.detection_loss`; its labels are boxes.
 
     All are means over the examples.
 
@@ -148,7 +168,7 @@ def reads_labels(loss: LossFn, model: Any) -> bool:
 
 
 def other_scores(loss: LossFn, outputs: Any, y: jax.Array) -> dict[str, jax.Array]:
-    """What an evaluation reports besides the loss and the accuracy, means over the examples.
+    """What an evaluation reports besides the loss and the accuracy, or needs for that.
 
     Args:
       loss: what `find_loss` returns.
@@ -156,8 +176,11 @@ def other_scores(loss: LossFn, outputs: Any, y: jax.Array) -> dict[str, jax.Arra
       y: the labels.
 
     Returns:
-      For the loss ``flow`` the ``end_point_error``, `models.deq_flow.end_point_error`.
+      For the loss ``flow`` the ``end_point_error``, `models.deq_flow.end_point_error`, the mean
+      over the examples; for ``detection`` the ``detections``, rows of `models.detector.detections`.
     """
+    if loss is _detection:
+        return {"detections": detector.detections(outputs)}
     return {"end_point_error": deq_flow.end_point_error(outputs, y)} if loss is _flow else {}
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 
 import optax_accel as oa
 from experiments.training.losses import (
+    Group,
     LossFn,
     find_loss,
     other_scores,
@@ -40,7 +41,12 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef[Any], PyTree, PyTree]:
     return graphdef, params, rest
 
 
-def objective(graphdef: nnx.GraphDef[Any], loss: str | LossFn = "cross_entropy") -> oa.Objective:
+def objective(
+    graphdef: nnx.GraphDef[Any],
+    loss: str | LossFn = "cross_entropy",
+    *,
+    group: Group | None = None,
+) -> oa.Objective:
     """The training loss of a model: the mean over the examples of a batch, in training mode.
 
     The objective takes ``x``, ``y`` and ``rest`` by name: inputs, labels, and the model's other
@@ -58,6 +64,9 @@ def objective(graphdef: nnx.GraphDef[Any], loss: str | LossFn = "cross_entropy")
     Args:
       graphdef: static part of the model.
       loss: one of `LOSSES`, or a function of outputs and labels.
+      group: gives of outputs and labels the loss of a group and that of all, scalars that are means
+        over the examples. The auxiliary output is then a pair, ``rest`` and these two; over
+        micro-batches and replicas they are averaged one by one. ``None``: there is no group.
 
     Returns:
       The objective; ``bind`` and ``given`` fix what it takes by name.
@@ -86,7 +95,11 @@ def objective(graphdef: nnx.GraphDef[Any], loss: str | LossFn = "cross_entropy")
             after = jax.tree.map(lambda new, old: old if _is_key(old) else new, after, rest)
         return outputs, after
 
-    return oa.Objective(predict, lambda outputs, y: loss_fn(outputs, y), has_aux="predict")
+    if group is None:
+        return oa.Objective(predict, lambda outputs, y: loss_fn(outputs, y), has_aux="predict")
+    return oa.Objective(
+        predict, lambda outputs, y: (loss_fn(outputs, y), group(outputs, y)), has_aux="both"
+    )
 
 
 def evaluate(

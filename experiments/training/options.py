@@ -10,7 +10,7 @@ from typing import Any
 import models
 from experiments import cli, data, methods
 from experiments.cli import UsageError
-from experiments.data import augmentation
+from experiments.data import augmentation, following
 from experiments.runs import folders, remote_runs
 from experiments.runs.records import CONFIG
 from experiments.training import losses, parallel
@@ -31,6 +31,12 @@ class DataOptions(cli.Options):
     augment: str | None = None
     """Augmentations of the training images, separated by commas: any of randaugment, crop, flip,
     cutout, mixup."""
+    follow: str = "none"
+    """Let the loss decide on the next batch, for pictures with boxes: where small objects have less
+    than --follow-threshold of the loss of the boxes (box) or of the classes (class), four pictures
+    are stitched into each of the next batch. none: never."""
+    follow_threshold: float = following.THRESHOLD
+    """Share of the loss, with --follow."""
     data_workers: int = 0
     """Threads that read and augment batches ahead of time; with 0 the thread that moves batches to
     the device does it."""
@@ -50,8 +56,8 @@ class ModelOptions(cli.Options):
     loss: str | None = None
     """Loss: cross_entropy, mse (half the squared distance to the one-hot label), margin (of a
     capsule network), elbo (of a variational autoencoder), score_matching (of a score network) or
-    flow (absolute errors of optical flow); default: the one of the task, or margin for the model
-    capsnet."""
+    flow (absolute errors of optical flow) or detection (of a detector); default: the one of the
+    task, or margin for the model capsnet."""
     label_smoothing: float = 0.0
     """Share of each label that training spreads evenly over all classes; cross_entropy only."""
 
@@ -239,6 +245,7 @@ def from_record(saved: Mapping[str, Any], folder: Path) -> Options:
 NAMES: tuple[tuple[str, str, Sequence[str]], ...] = (
     ("model", "model", models.list()),
     ("loss", "loss", tuple(losses.LOSSES)),
+    ("--follow loss", "follow", ("none", *losses.GROUPS)),
     ("precision", "precision", tuple(PRECISIONS)),
     ("--value-fn-precision", "value_fn_precision", ("f32", "bf16")),
     ("parallel mode", "parallel", parallel.MODES),

@@ -17,6 +17,7 @@ import models
 from experiments import cli, data, methods
 from experiments.cli import UsageError
 from experiments.data import augmentation
+from experiments.data.following import PER_STITCHED
 from experiments.training import cluster, losses, parallel
 from experiments.training.options import Options, check, read_model_options, tasks_of
 
@@ -77,6 +78,11 @@ class Plan:
         """Whether XLA would run convolutions in a loop, many times slower (jax#12868)."""
         return self.devices[0].platform == "cpu" and models.is_convolutional(self.model)
 
+    @property
+    def follows(self) -> bool:
+        """Whether the loss decides of which kind the next batch is."""
+        return self.options.follow != "none"
+
     def is_due(self, step: int, every: int) -> bool:
         """Whether something is to be done behind a step; behind the last one it always is."""
         return step % every == 0 or step == self.steps
@@ -114,6 +120,8 @@ class Plan:
             "loss": self.loss,
             "label_smoothing": self.options.label_smoothing,
             "augment": list(self.augment),
+            "follow": self.options.follow,
+            "follow_threshold": self.options.follow_threshold if self.follows else None,
             "method": self.method.name,
             "learning_rate": self.learning_rate,
             "steps": self.steps,
@@ -234,6 +242,25 @@ SIZES: tuple[cli.Rule[Plan], ...] = (
         lambda p: (
             "--augment mixup mixes labels, and the loss margin takes one class per image; "
             "leave one of them out"
+        ),
+    ),
+    cli.Rule(
+        lambda p: not p.augment or p.task.defaults.kind != "detection",
+        lambda p: f"--augment does not move boxes, the labels of {p.task.name}; leave it out",
+    ),
+    cli.Rule(
+        lambda p: not p.follows or p.task.defaults.kind == "detection",
+        lambda p: (
+            f"--follow {p.options.follow} is for pictures with boxes, such as those of "
+            f"digits_detection, not for {p.task.name}; leave it out"
+        ),
+    ),
+    cli.Rule(
+        lambda p: not p.follows or PER_STITCHED * p.batch_size <= len(p.task.train),
+        lambda p: (
+            f"--follow: a stitched batch of {p.batch_size} takes {PER_STITCHED * p.batch_size} of "
+            f"the {len(p.task.train)} training pictures of {p.task.name}; use a --batch-size of at "
+            f"most {len(p.task.train) // PER_STITCHED}"
         ),
     ),
     _no_more_than_examples("batch_size"),

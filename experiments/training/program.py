@@ -22,6 +22,7 @@ from experiments import cli, data
 from experiments.cli import UsageError
 from experiments.runs.metric_files import TIMES
 from experiments.training import losses, networks, parallel
+from experiments.training.average_precision import precisions
 from experiments.training.optimizers import find_in_state, wrap
 from experiments.training.plan import Plan
 from experiments.training.precision import PRECISIONS
@@ -69,6 +70,7 @@ class Program:
         """Names of all numbers that a row of the metrics can hold."""
         return [
             *("step", "epoch", "loss", "learning_rate", *norm_names(self.shapes.opt_state)),
+            *(["share"] if self.plan.follows else []),
             *jax.eval_shape(statistics, self.shapes.opt_state),
             *(f"validation_{name}" for name in self.scores),
             *TIMES,
@@ -98,17 +100,20 @@ class Program:
         Returns:
           ``loss``, where there are classes to predict ``accuracy``, both over the labels that
           count, for one number to predict ``rmse``, the root of the mean squared error in the units
-          of the file, of language ``perplexity``, e to the loss, and of optical flow
-          ``end_point_error``, in pixels.
+          of the file, of language ``perplexity``, e to the loss, of optical flow
+          ``end_point_error``, in pixels, and of boxes ``average_precision``, that of all and of
+          small ones.
         """
         runner = self.runner
         state = averaged(runner.consensus(state))
         totals: dict[str, float] = {}
+        found: list[Any] = []  # boxes, of a detector
         # Whole multiples of the devices.
         size = max(evaluation_batch(self.plan.task) // runner.mesh.size, 1) * runner.mesh.size
         for batch in data.in_order(split, size, self.plan.options.data_workers):
             number, placed = len(batch["y"]), runner.put_whole(batch)
             scores = jax.device_get(self.compiled_scores(state.params, state.rest, placed))
+            found.append(scores.pop("detections", None))
             for name, value in scores.items():
                 totals[name] = totals.get(name, 0.0) + float(value) * number
         counted = totals.pop("counted", float(len(split)))
@@ -122,6 +127,8 @@ class Program:
             means["rmse"] = scale * math.sqrt(2 * means["loss"])
         if _predicts_tokens(self.plan.task):
             means["perplexity"] = math.exp(min(means["loss"], 700.0))
+        if self.plan.loss == "detection":
+            means |= precisions(np.concatenate(found), split.y)
         return means
 
 
@@ -156,14 +163,17 @@ def build(plan: Plan) -> Program:
         scores.append("perplexity")
     if plan.task.defaults.kind == "flow":
         scores.append("end_point_error")
+    if plan.loss == "detection":
+        scores += ["average_precision", "average_precision_small"]
+    runner = parallel.Parallel(plan.options.parallel, plan.devices, step, workers=plan.workers)
     return Program(
         plan,
         tx,
-        parallel.Parallel(plan.options.parallel, plan.devices, step, workers=plan.workers),
+        runner,
         make_state,
         shapes,
         model.graphdef,
-        jax.jit(model.evaluate),
+        jax.jit(model.evaluate, out_shardings=runner.replicated),
         tuple(scores),
     )
 
@@ -189,7 +199,8 @@ class Model:
             self.graphdef, arrays = self._describe(plan.options.precision)
             value_fn_graphdef, _ = self._describe(plan.options.value_fn_precision)
         loss = losses.find_loss(plan.loss, label_smoothing=plan.options.label_smoothing)
-        self.objective = networks.objective(self.graphdef, loss)
+        group = losses.GROUPS.get(plan.options.follow)
+        self.objective = networks.objective(self.graphdef, loss, group=group)
         self.value_fn = networks.objective(value_fn_graphdef, loss)
         named = f"model {plan.model} with the options {json.dumps(plan.model_options)}"
         _check_memory(plan, arrays, named)
@@ -305,6 +316,7 @@ def make_step(plan: Plan, model: Model, tx: optax.GradientTransformationExtraArg
         skip_non_finite=plan.options.non_finite == "skip",
         ema=plan.options.ema,
         value_fn=model.value_fn,
+        shares=plan.follows,
         norms_every=plan.options.norms_every,
     )
 

@@ -58,6 +58,8 @@ class StepOptions:
       value_fn: the objective on which the optimizer evaluates the loss itself, and products with
         its curvature, e.g. that of the same model computing in float32. ``None``: the objective
         that is differentiated.
+      shares: whether the auxiliary output of the objective is a pair, the model's variables and
+        the losses of a group and of all (see `networks.objective`), whose ratio the metrics hold.
       norms_every: in every how many steps the metrics hold the norms that `norm_names` lists, which
         are NaN in the others; 0 for never.
     """
@@ -68,6 +70,7 @@ class StepOptions:
     skip_non_finite: bool = False
     ema: float | None = None
     value_fn: oa.Objective | None = None
+    shares: bool = False
     norms_every: int = 0
 
 
@@ -173,7 +176,9 @@ def train_step(
       like a parameter) all are finite, or the loss scale has left the step out and fallen. With
       ``options.norms_every`` also ``gradient_norm``, the Euclidean norm over all parameters of the
       gradient that the optimizer was given, without its loss scale, and ``update_norm``, that of
-      the update, learning rate included; of several workers the means of theirs.
+      the update, learning rate included; of several workers the means of theirs. With
+      ``options.shares`` also ``share``, the group's loss over that of all, both summed over all
+      examples, replicas and workers before; NaN where there is no loss.
     """
 
     def loss_on(objective: oa.Objective, batch: Batch, num_micro_batches: int) -> oa.Objective:
@@ -196,6 +201,10 @@ def train_step(
     else:
         value, grads = scaled.value_and_grad(state.params)
         value, rest = value if loss.has_aux else (value, state.rest)
+    share = {}
+    if options.shares:
+        rest, parts = (rest, (jnp.zeros(()), jnp.zeros(()))) if sampled else rest
+        share = {"share": _share(parts, axis_name if options.per_worker else None)}
 
     evaluated = objective if options.value_fn is None else options.value_fn
     extra_args: dict[str, Any] = {
@@ -228,11 +237,18 @@ def train_step(
     metrics = _metrics(
         value, state, new, norms, axis_name if options.per_worker else None, alarming
     )
+    metrics |= share
     if options.ema is not None:
         new = new._replace(average=_moving_average(new, options.ema))
     if options.skip_non_finite:
         new = _where(metrics["finite"], new, state)._replace(step=new.step)
     return new, metrics
+
+
+def _share(parts: tuple[jax.Array, jax.Array], axis_name: str | None) -> jax.Array:
+    """The loss of the group over that of all; both are averaged over the axis before, if any."""
+    part, whole = parts if axis_name is None else lax.pmean(parts, axis_name)
+    return part.astype(jnp.float32) / whole.astype(jnp.float32)
 
 
 def _norms(

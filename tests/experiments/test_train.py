@@ -27,6 +27,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 import models
 from experiments import data, train
+from experiments.data import detection
 from experiments.methods import METHODS, Method
 from experiments.runs import folders
 from experiments.runs.checkpoints import Checkpoints
@@ -343,6 +344,64 @@ def test_augmented_run_resumes_bit_by_bit(runs):
     # Neither workers nor prefetching change a number.
     assert train.main([*quick, "--name", "other", "--data-workers", "2", "--prefetch", "0"]) == 0
     assert untimed(runs / "other") == expected
+
+
+@pytest.fixture
+def few_pictures(monkeypatch):
+    """The task of finding digits with few pictures."""
+    monkeypatch.setattr(detection.load_digits_detection, "__defaults__", ((80, 8, 8),))
+    monkeypatch.delenv("OPTAX_ACCEL_DATA", raising=False)
+
+
+@pytest.mark.slow
+def test_run_whose_batches_follow_the_loss_resumes_bit_by_bit(runs, few_pictures, capsys):
+    quick = [*QUICK, "--runs-dir", str(runs), "--task", "digits_detection", "--follow", "box"]
+    quick += ["--model-options", '{"width": 2, "depth": 0}', "--batch-size", "4"]
+    quick += ["--checkpoint-every", "6"]
+    assert train.main([*quick, "--name", "run"]) == 0
+    shares = [row["share"] for row in rows(runs / "run")]
+    # Both kinds of batches are there; of stitched ones small objects are nearly all.
+    assert min(shares) < 0.5 < 0.7 < shares[0]
+    expected, again = resumed(runs, "run", 12)
+    assert again == expected
+    result = json.loads((runs / "run" / "result.json").read_text())
+    assert {"test_average_precision", "test_average_precision_small"} < result.keys()
+    # The position has the share of the last step, so that a run may stop behind any step.
+    with Checkpoints(runs / "run" / "checkpoints") as checkpoints:
+        options = json.loads((runs / "run" / "config.json").read_text())["options"]
+        chosen = Options(**options | {"runs_dir": runs, "data_dir": None})
+        program = build(prepare(chosen))
+        kept = checkpoints.restore(program.runner.abstract_state(program.make_state)).data
+    chooser = kept["batches"]["chooser"]
+    assert chooser["share"] == pytest.approx(shares[-1], rel=1e-6)
+    # The first batch is stitched, then those behind a share below the threshold.
+    stitched = 1 + sum(share < 0.1 for share in shares[:-1])
+    assert chooser["counts"] == {"regular": 12 - stitched, "stitched": stitched}
+    # Neither workers nor prefetching nor devices change what is chosen.
+    more = ["--data-workers", "2", "--prefetch", "0", "--parallel", "shard_map", "--devices", "2"]
+    assert train.main([*quick, "--name", "other", *more]) == 0
+    others = [row["share"] for row in rows(runs / "other")]
+    np.testing.assert_allclose(others, shares, rtol=1e-3)
+    capsys.readouterr()
+    assert train.main([*quick, "--name", "run", "--resume", "--follow", "class"]) == 2
+    assert "is a run with follow box, now class" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--follow", "small"], "unknown --follow loss 'small'; valid: none, box, class"),
+        (["--task", "digits", "--follow", "box"], "--follow box is for pictures with boxes"),
+        (["--follow", "box", "--batch-size", "21"], "takes 84 of the 80 training pictures"),
+        (["--follow-threshold", "-1"], "--follow-threshold must be at least 0"),
+        (["--augment", "flip"], "--augment does not move boxes"),
+    ],
+)
+def test_what_batches_that_follow_the_loss_need(runs, few_pictures, arguments, message, capsys):
+    task = ["--task", "digits_detection", "--devices", "1"]
+    assert train.main(["--runs-dir", str(runs), *task, *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not runs.exists()
 
 
 EVERYTHING = ["--method", "extrap_sgd", "--accumulate", "4", "--precision", "f16", "--ema", "0.9"]

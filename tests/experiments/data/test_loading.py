@@ -25,7 +25,9 @@ NEEDED = {
 }
 
 
-NEED_NOTHING = {"digits", "vae_digits", "ncsn_digits", "moving_digits_flow"}
+NEED_NOTHING = {
+    *("digits", "vae_digits", "ncsn_digits", "moving_digits_flow", "digits_detection"),
+}
 
 
 @pytest.mark.parametrize("name", sorted({*data.TASKS} - NEED_NOTHING - {*data.OWN_TASKS}))

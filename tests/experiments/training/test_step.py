@@ -56,6 +56,43 @@ def test_step_is_the_textbook_step(mlp, batch):
     )
 
 
+def squares(outputs, y):
+    """The loss of the examples of class 0, and of all."""
+    losses = jnp.sum(outputs**2, axis=-1)
+    return jnp.mean(jnp.where(y == 0, losses, 0)), jnp.mean(losses)
+
+
+@pytest.mark.parametrize("mode", ["jit", "shard_map", "pmap", "per worker", "accumulated"])
+def test_share_of_a_group_is_that_of_all_examples(mlp, batch, mode):
+    """Both losses are summed over the replicas before they are divided: a mean of the replicas'
+    own shares would be another number."""
+    graphdef, params, rest = mlp
+    tx = optax.with_extra_args_support(optax.sgd(0.1))
+    workers = 4 if mode == "per worker" else None
+    options = StepOptions(
+        shares=True, per_worker=workers is not None, accumulate=4 if mode == "accumulated" else 1
+    )
+    objective = networks.objective(graphdef, group=squares)
+
+    def step(state, batch, curvature, *, refresh, axis_name):
+        return train_step(tx, objective, state, batch, axis_name=axis_name, options=options)
+
+    name = mode if mode in ("jit", "shard_map", "pmap") else "jit"
+    parallel = Parallel(name, jax.devices()[:4], step, workers=workers)
+    state = parallel.init(lambda: init_state(tx, params, rest))
+    batch = {"x": np.asarray(batch["x"]), "y": np.sort(np.asarray(batch["y"]))}
+    _, metrics = parallel.step(state, parallel.put_batch(batch))
+    outputs = networks.objective(graphdef).outputs(params, rest=rest, **batch)
+    losses = np.sum(np.square(outputs), axis=-1)
+    parts = [losses[batch["y"] == 0].sum(), losses.sum()]
+    np.testing.assert_allclose(metrics["share"], parts[0] / parts[1], rtol=1e-5)
+    shares = [
+        (part * (y == 0)).sum() / part.sum()
+        for part, y in zip(np.split(losses, 4), np.split(batch["y"], 4), strict=True)
+    ]
+    assert abs(np.mean(shares) - parts[0] / parts[1]) > 1e-3
+
+
 def test_a_sampled_epoch_evaluates_nothing(norm_dropout, batch):
     graphdef, params, rest = norm_dropout
     tx = oa.gradsamp(optax.sgd(0.1), 1, period=2, start=1)
