@@ -15,8 +15,10 @@ from models.cnn import Cnn
 from models.deq_flow import DeqFlow
 from models.detector import Detector
 from models.efficientnet import EfficientNet
+from models.equilibrium_lm import EquilibriumLM
 from models.local_mixer import LocalMixer
 from models.lstm_lm import LstmLM
+from models.mdeq import Mdeq
 from models.mlp import Mlp
 from models.mobilenet import MobileNetV2
 from models.ncsn import Ncsn
@@ -37,8 +39,10 @@ __all__ = [
     "DeqFlow",
     "Detector",
     "EfficientNet",
+    "EquilibriumLM",
     "LocalMixer",
     "LstmLM",
+    "Mdeq",
     "Mlp",
     "MobileNetV2",
     "Ncsn",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -253,12 +253,16 @@ class WeightNormalized(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The output of the layer for `x`."""
+        return self.folded()(x)
+
+    def folded(self) -> Any:
+        """The plain layer of the same function: a copy, so that the parameters stay unchanged."""
         direction = self.layer.kernel[...]
         axes = tuple(range(direction.ndim - 1))
         factor = jnp.expand_dims(self.length[...], axes) / _lengths(direction)
-        layer = nnx.clone(self.layer)  # so that its parameters stay unchanged
+        layer = nnx.clone(self.layer)
         layer.kernel[...] = (direction * factor).astype(direction.dtype)
-        return layer(x)
+        return layer
 
 
 def _lengths(kernel: jax.Array) -> jax.Array:
@@ -268,20 +272,46 @@ def _lengths(kernel: jax.Array) -> jax.Array:
 
 
 def normalize_weights(model: nnx.Module) -> None:
-    """Puts `WeightNormalized` around every linear layer and convolution of a model, in place."""
+    """Puts `WeightNormalized` around every linear layer and convolution of a model, in place.
+
+    Those that a model has normalized itself stay as they are.
+    """
     layers = [
         (path, module)
         for path, module in nnx.iter_modules(model)
         if isinstance(module, nnx.Linear | nnx.Conv | nnx.ConvTranspose)
     ]
-    for (*parents, name), layer in layers:
-        owner: Any = model
-        for part in parents:
-            owner = owner[part] if isinstance(part, int) else getattr(owner, str(part))
-        if isinstance(name, int):
-            owner[name] = WeightNormalized(layer)
-        else:
-            setattr(owner, str(name), WeightNormalized(layer))
+    for path, layer in layers:
+        owner = owner_of(model, path)
+        if not isinstance(owner, WeightNormalized):
+            replace(owner, path[-1], WeightNormalized(layer))
+
+
+def owner_of(model: nnx.Module, path: Sequence[Any]) -> Any:
+    """The module, list or other container in which the module of a path stands.
+
+    Args:
+        model: The model.
+        path: As `nnx.iter_modules` gives it.
+    """
+    owner: Any = model
+    for part in path[:-1]:
+        owner = owner[part] if isinstance(part, int) else getattr(owner, str(part))
+    return owner
+
+
+def replace(owner: Any, name: Any, module: nnx.Module) -> None:
+    """Puts a module in place of another one.
+
+    Args:
+        owner: As `owner_of` gives it.
+        name: The last part of the path.
+        module: The new one.
+    """
+    if isinstance(name, int):
+        owner[name] = module
+    else:
+        setattr(owner, str(name), module)
 
 
 def halve_by_maximum(x: jax.Array) -> jax.Array:

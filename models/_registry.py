@@ -15,8 +15,10 @@ from models.cnn import Cnn
 from models.deq_flow import DeqFlow
 from models.detector import Detector
 from models.efficientnet import EfficientNet
+from models.equilibrium_lm import EquilibriumLM
 from models.local_mixer import LocalMixer
 from models.lstm_lm import LstmLM
+from models.mdeq import Mdeq
 from models.mlp import Mlp
 from models.mobilenet import MobileNetV2
 from models.ncsn import Ncsn
@@ -108,10 +110,12 @@ MODELS: dict[str, Entry] = {
     "deq_flow": Entry(DeqFlow, convolutional=True),
     "detector": Entry(Detector, True),
     "capsnet": Entry(CapsNet, True),
+    "mdeq_tiny": Entry(Mdeq, True),
     "transformer": Entry(Transformer),
     "transformer_lm": Entry(TransformerLM),
     "transformer_translator": Entry(TransformerTranslator),
     "lstm_lm": Entry(LstmLM),
+    "equilibrium_lm": Entry(EquilibriumLM),
     "vae": Entry(Vae),
     "ncsn": Entry(Ncsn, convolutional=True),
 }

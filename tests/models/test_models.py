@@ -59,6 +59,9 @@ VIT = {"patch_size": 4, "embedding_size": 8, "num_layers": 1, "num_heads": 2}
 VIT |= {"feedforward_size": 16}
 CAPSNET = {"channels": 4, "capsule_types": 2, "kernel_size": 3, "reconstruction": False}
 CAPSNET |= {"length_scale": 10.0}
+# Few steps, differentiated: a fixed point is as exact as its solver.
+STEPS = {"solver": "fixed_point", "max_steps": 2, "gradient": "unrolled", "dropout_rate": 0.0}
+MDEQ = {"width": 4, "num_groups": 2, "expansion": 1, "head_channels": (2, 2), "final_channels": 4}
 # One entry for each architecture that classifies; the others have their own tests.
 TINY = {
     "mlp": Tiny(models.Mlp),
@@ -75,6 +78,7 @@ TINY = {
     ),
     "unet": Tiny(models.UNet, {"width": 2, "depth": 1}),
     "capsnet": Tiny(models.CapsNet, CAPSNET),
+    "mdeq": Tiny(models.Mdeq, MDEQ | STEPS),
     "transformer": Tiny(
         models.Transformer, {"input_shape": (6,), "feedforward_size": 32}, num_tokens=11
     ),
@@ -82,6 +86,11 @@ TINY = {
         models.TransformerLM,
         {"input_shape": (6,), "embedding_size": 8, "num_layers": 1, "num_heads": 2}
         | {"dropout_rate": 0.0},
+        num_tokens=4,
+    ),
+    "equilibrium_lm": Tiny(
+        models.EquilibriumLM,
+        {"input_shape": (6,), "embedding_size": 8, "num_layers": 1, "num_heads": 2} | STEPS,
         num_tokens=4,
     ),
     "lstm_lm": Tiny(
