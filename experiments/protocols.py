@@ -45,6 +45,7 @@ from experiments.reporting.referee import low_memory as claims_of_low_memory
 from experiments.reporting.referee import protocols as report
 from experiments.reporting.referee import report as referee
 from experiments.reporting.referee import sampled_operations as claims_of_sampled_operations
+from experiments.reporting.referee import scale as claims_of_scale
 from experiments.reporting.referee import skipped_epochs as claims_of_skipped_epochs
 from experiments.reporting.referee.protocols import Protocols, Runs, Setting
 from experiments.runs import folders, ledger
@@ -59,6 +60,7 @@ from experiments.training.studies import (
     local_losses,
     low_memory,
     sampled_operations,
+    scale,
     skipped_epochs,
 )
 from experiments.training.studies.protocol_runs import FINAL, KEPT, TUNING, Ring, Runner
@@ -77,6 +79,7 @@ STUDIES: dict[str, tuple[Protocols, MakeRunner]] = {
         (claims_of_local_losses.STUDY, local_losses.Runner),
         (claims_of_low_memory.STUDY, low_memory.Runner),
         (claims_of_sampled_operations.STUDY, sampled_operations.Runner),
+        (claims_of_scale.STUDY, scale.Runner),
         (claims_of_skipped_epochs.STUDY, skipped_epochs.Runner),
     )
 }
@@ -91,8 +94,8 @@ class Options(cli.DryRunOptions):
 
     study: str | None = None
     """Study: feedback, continual, data_assimilation, edge_of_stability, fine_tuning, local_losses,
-    low_memory, sampled_operations or skipped_epochs; it may also stand first, without the option's
-    name."""
+    low_memory, sampled_operations, scale or skipped_epochs; it may also stand first, without the
+    option's name."""
     scale: str = "small"
     """smoke (to try a study out: its verdicts do not go into the ledger), small (minutes on two
     cores), medium or full."""

@@ -349,3 +349,23 @@ def test_continual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = (final[name][0]["scores"]["real_increase"] for name in ("Magnitude", "Directed"))
     assert one != other
     assert [line["claim"] for line in results["verdicts"]] == ["d1c"]
+
+
+@pytest.mark.slow
+def test_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert protocols.main(("scale", "--scale", "smoke", "--name", "smoke")) == 0
+    results = json.loads((tmp_path / "runs" / "smoke" / "results.json").read_text())
+    final = results["final"]["digits"]
+    scores = {name: [run["scores"] for run in runs] for name, runs in final.items()}
+    assert [each["stitched"] for each in scores["Regular"]] == [0, 0]
+    assert [each["stitched"] for each in scores["Stitched"]] == [1, 1]
+    assert [each["seen"] for each in scores["Stitched"]] == [4, 4]
+    # Without stitching both readings are of the same step, and with it of another one.
+    for each in scores["Regular"]:
+        assert each["ap"] == each["ap (pictures)"]
+    # The random mix has as many stitched batches as the run with feedback, of each seed.
+    for mixed, led in zip(scores["Random mix"], scores["Feedback, box loss"], strict=True):
+        assert mixed["stitched"] == led["stitched"]
+        assert 1 / 6 <= led["stitched"] < 1  # the first batch is stitched
+    assert [line["claim"] for line in results["verdicts"]] == ["a", "b", "c", "d", "e"]
