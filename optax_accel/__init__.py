@@ -14,6 +14,10 @@ from optax_accel.subspace import InterpolateSubspacesState, interpolate_subspace
 from optax_accel.subspace import project_to_bulk, project_to_dominant
 from optax_accel.subspace import bulk_sgd, dom_sgd, interpolated_sgd
 
+# The curvature that an optimizer sees, watched while it trains
+from optax_accel.curvature.monitor import CurvatureRecord, MonitorCurvatureState
+from optax_accel.curvature.monitor import monitor_curvature
+
 # What an optimizer consists of
 from optax_accel.description import Description, describe
 
@@ -116,6 +120,7 @@ from optax_accel.sharding import state_shardings
 __all__ = [
     "AndersonAccelerationState",
     "BlockTracker",
+    "CurvatureRecord",
     "DecentralizedState",
     "Description",
     "DynamicLossScaleState",
@@ -132,6 +137,7 @@ __all__ = [
     "LearningRateCurve",
     "LevenbergMarquardt",
     "LowRankBytes",
+    "MonitorCurvatureState",
     "Objective",
     "OneCycle",
     "PostLocalSGDState",
@@ -210,6 +216,7 @@ __all__ = [
     "low_rank_bytes",
     "mean_over_micro_batches",
     "momentum_onecycle_schedule",
+    "monitor_curvature",
     "onecycle",
     "post_local_sgd",
     "powerprop",

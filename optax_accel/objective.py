@@ -709,6 +709,43 @@ class Objective:
         """The gradient at ``params``, like ``params`` in structure, shapes and dtypes."""
         return self.without_aux.value_and_grad(params, **kwargs)[1]
 
+    def value_and_grad_of_parts(
+        self, params: chex.ArrayTree, **kwargs: Any
+    ) -> tuple[jax.Array, chex.ArrayTree, jax.Array, int]:
+        """The loss, its gradient, and how long the gradients of the batch's parts are.
+
+        The parts are the micro-batches of :meth:`accumulated` on each of the replicas.  How much
+        longer their gradients are than the mean tells the noise of the gradient.
+
+        Args:
+          params: the parameters.
+          **kwargs: the arguments of the batch that are not bound to the objective.
+
+        Returns:
+          ``(value, gradient, squared_norm, number)``: the mean over the parts of the squared
+          Euclidean norms of their gradients, scalar, and the number of parts, 1 of a whole batch.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import optax_accel as oa
+          >>> objective = oa.Objective.from_value_fn(lambda w, x: w * jnp.mean(x))
+          >>> parts = objective.accumulated(2, x=jnp.array([1.0, 3.0]))
+          >>> value, gradient, squared_norm, number = parts.value_and_grad_of_parts(1.0)
+          >>> float(gradient), float(squared_norm), number
+          (2.0, 5.0, 2)
+        """
+
+        def one(functions: Functions, params: chex.ArrayTree, kwargs: dict[str, Any]) -> Any:
+            value, gradient = jax.value_and_grad(lambda p: functions.value(p, kwargs))(params)
+            return value, gradient, norm(gradient) ** 2
+
+        result = self._over_parts(lambda fn: fn, one, self.vary(params), kwargs)
+        value, gradient, squared_norm = self.mean(result, **kwargs)
+        number = 1 if self._micro is None else self._micro.number
+        if self.axis_name is not None:
+            number *= lax.axis_size(self.axis_name)
+        return value, gradient, squared_norm, number
+
     def outputs(self, params: chex.ArrayTree, **kwargs: Any) -> chex.ArrayTree:
         """The network outputs ``predict(params)`` of this replica's batch, without ``aux``.
 

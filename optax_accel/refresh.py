@@ -22,6 +22,9 @@ reaches every element of a chain; this is what it means to each:
                                                  ``inverses``
 ===============  ==============================  ====================  ====================
 
+:func:`~optax_accel.monitor_curvature` records with the words of which trackers refresh, and with
+the ``monitor`` of a :class:`Refresh`; it has a period of its own.
+
 ``"sample"`` is for the steps of the epochs that :func:`~optax_accel.gradsamp` samples instead of
 training them: with it, it returns a sampled update, with ``None`` it decides in the graph, and with
 any other value it trains.
@@ -69,17 +72,20 @@ class Refresh(NamedTuple):
       inverses: whether K-FAC refreshes factors and inverses, default False.
       damping: whether damping and trust region adapt, default False; None lets them decide in the
         graph.
+      monitor: whether :func:`~optax_accel.monitor_curvature` records, in the words of
+        ``eigenspace``: default False; None lets it decide in the graph.
 
     Example:
       >>> import optax_accel as oa
       >>> oa.Refresh(eigenspace="warm", factors=True)
-      Refresh(eigenspace='warm', factors=True, inverses=False, damping=False)
+      Refresh(eigenspace='warm', factors=True, inverses=False, damping=False, monitor=False)
     """
 
     eigenspace: EigenspaceRefresh = False
     factors: bool | None = False
     inverses: bool = False
     damping: bool | None = False
+    monitor: EigenspaceRefresh = False
 
 
 RefreshLike: TypeAlias = bool | str | Refresh | None
@@ -91,6 +97,14 @@ def of_eigenspace(refresh: Any) -> EigenspaceRefresh:
     if isinstance(refresh, Refresh):
         return refresh.eigenspace
     return {"factors": False, "inverses": True, "sample": False}.get(refresh, refresh)
+
+
+def of_monitor(refresh: Any) -> EigenspaceRefresh:
+    """The meaning of the argument ``refresh`` for a monitor of the curvature."""
+    if isinstance(refresh, Refresh):
+        _check(refresh)
+        return refresh.monitor
+    return False if refresh == "inverses" else of_eigenspace(refresh)
 
 
 def of_factors(refresh: Any) -> FactorsRefresh:
@@ -131,7 +145,8 @@ def _check(refresh: Any) -> None:
     if isinstance(refresh, Refresh):
         flags = all(flag in (None, False, True) for flag in (refresh.factors, refresh.damping))
         flags = flags and isinstance(refresh.inverses, bool)
-        if flags and _is_one_of(refresh.eigenspace, ("cold", "warm")):
+        spaces = (refresh.eigenspace, refresh.monitor)
+        if flags and all(_is_one_of(word, ("cold", "warm")) for word in spaces):
             return
     elif _is_one_of(refresh, _WORDS):
         return
@@ -161,6 +176,11 @@ class _FactorsPeriods(NamedTuple):
 
 class _DampingPeriod(NamedTuple):
     every: int
+
+
+class _MonitorPeriods(NamedTuple):
+    every: int
+    start_step: int
 
 
 class SampledEpochs(NamedTuple):
@@ -198,7 +218,9 @@ class Cost(NamedTuple):
     requires: tuple[str, ...] = ("value_fn",)
 
 
-_Periods: TypeAlias = _EigenspacePeriods | _FactorsPeriods | _DampingPeriod | SampledEpochs
+_Periods: TypeAlias = (
+    _EigenspacePeriods | _FactorsPeriods | _DampingPeriod | _MonitorPeriods | SampledEpochs
+)
 # What methods announce while somebody calls the `init` of an optimizer to learn of it.
 _announced: contextvars.ContextVar[list[_Periods | Cost] | None] = contextvars.ContextVar(
     "announced", default=None
@@ -248,6 +270,13 @@ def announce_damping(every: int) -> None:
     announced = _announced.get()
     if announced is not None:
         announced.append(_DampingPeriod(static_integer("every", every, 1)))
+
+
+def announce_monitor(every: int, start_step: int) -> None:
+    """Called by ``init`` of a monitor of the curvature."""
+    announced = _announced.get()
+    if announced is not None:
+        announced.append(_MonitorPeriods(every, start_step))
 
 
 def announce_sampled_epochs(epochs: Callable[[], SampledEpochs]) -> None:
@@ -336,13 +365,16 @@ def refresh_at(
             "give refresh_at either the optimizer or `refresh_every` and `start_step`: they are "
             "read from the optimizer."
         )
-    return _joined(step, _periods_of(tx), functools.partial(_eigenspace_at, cold_start=cold_start))
+    return _joined(
+        step, _periods_of(tx), functools.partial(_eigenspace_at, cold_start=cold_start), cold_start
+    )
 
 
 def _joined(
     step: int,
     all_periods: tuple[_Periods, ...],
     eigenspace_at: Callable[[int, _EigenspacePeriods], EigenspaceRefresh],
+    cold_start: bool,
 ) -> RefreshLike:
     """One value for all that an optimizer keeps; None if that is nothing."""
     for periods in all_periods:
@@ -351,19 +383,22 @@ def _joined(
                 return "sample"
             step = periods.trained_before(step)
             others = tuple(other for other in all_periods if other is not periods)
-            return _joined(step, others, eigenspace_at) if others else False
+            return _joined(step, others, eigenspace_at, cold_start) if others else False
     eigenspace: Any = None
     factors: Any = None
     damping: Any = None
+    monitor: Any = None
     for periods in all_periods:
         if isinstance(periods, _EigenspacePeriods):
             eigenspace = eigenspace_at(step, periods)
+        elif isinstance(periods, _MonitorPeriods):
+            monitor = _eigenspace_at(step, _EigenspacePeriods(*periods), cold_start)
         elif isinstance(periods, _FactorsPeriods):
             factors = _factors_at(step, periods)
         else:
             assert isinstance(periods, _DampingPeriod)
             damping = step % periods.every == 0
-    present = [value for value in (eigenspace, factors, damping) if value is not None]
+    present = [value for value in (eigenspace, factors, damping, monitor) if value is not None]
     if len(present) < 2:
         return present[0] if present else None
     return Refresh(
@@ -371,6 +406,7 @@ def _joined(
         factors=bool(factors),
         inverses=factors == "inverses",
         damping=bool(damping),
+        monitor=False if monitor is None else monitor,
     )
 
 
@@ -440,7 +476,8 @@ class RefreshSchedule:
           ValueError: ``step`` below 0, or ``state`` holds no step of a next refresh.
         """
         step = static_integer("step", step, 0)
-        return _joined(step, self._periods, functools.partial(self._eigenspace_at, state=state))
+        at = functools.partial(self._eigenspace_at, state=state)
+        return _joined(step, self._periods, at, self._cold_start)
 
     def _eigenspace_at(
         self, step: int, periods: _EigenspacePeriods, state: chex.ArrayTree

@@ -30,6 +30,7 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -101,12 +102,7 @@ def sgd_preconditioner(momentum: float = 0.0, nesterov: bool = False) -> Precond
     check_number("momentum", momentum, 0, 1, open_high=True)
     check_flag("nesterov", nesterov)
 
-    def diagonal(state: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTree:
-        if momentum:
-            _states("sgd_preconditioner", state, (optax.TraceState,), "optax.sgd(momentum=...)")
-        return _ones_like(params)
-
-    return Preconditioner(diagonal, lambda rate: _stable(momentum, nesterov) / rate)
+    return Preconditioner(Ones(bool(momentum)), lambda rate: _stable(momentum, nesterov) / rate)
 
 
 def adam_preconditioner(
@@ -317,6 +313,22 @@ def preconditioned(
     if isinstance(operator, Partial):
         return Partial(_sandwich, operator, factors)
     return lambda vector: _sandwich(operator, factors, vector)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ones:
+    """The diagonal of :func:`sgd_preconditioner`: with it the preconditioned operator is itself.
+
+    Attributes:
+      has_momentum: whether the state has to hold that of ``optax.trace``.
+    """
+
+    has_momentum: bool
+
+    def __call__(self, state: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTree:
+        if self.has_momentum:
+            _states("sgd_preconditioner", state, (optax.TraceState,), "optax.sgd(momentum=...)")
+        return _ones_like(params)
 
 
 class _Preconditioned(CurvatureOperator):
