@@ -579,6 +579,7 @@ FACTORIES: dict[Callable[..., optax.GradientTransformationExtraArgs], dict[str, 
     oa.anderson_acceleration: {"inner": SGD, "memory": 2},
     oa.gnp: {"inner": SGD, "rho": 0.3},
     oa.dynamic_loss_scale: {"inner": SGD, "initial_scale": 4},
+    oa.monitor_curvature: {"inner": SGD},
     # Damping that acts at once.
     oa.scale_by_kfac: {"objective": PROBLEM.objective(), "damping": 1.0, "damping_kind": "eigen"},
     oa.scale_by_ekfac: {"objective": PROBLEM.objective(), "damping": 1.0},
@@ -805,5 +806,5 @@ def test_the_gauntlet_covers_every_factory() -> None:
     nothing_but |= {"scale_by_qh_adam", "scale_by_aggmo", "scale_by_yellowfin"}
     nothing_but |= {"scale_by_galore", "scale_by_adarankgrad", "sparse_increments"}
     nothing_but |= {"enkf"}
-    apart = {"keep_pruned", "dynamic_loss_scale", "quadratic_model"}
+    apart = {"keep_pruned", "dynamic_loss_scale", "quadratic_model", "monitor_curvature"}
     assert {f.__name__ for f in returns} - run == nothing_but | apart

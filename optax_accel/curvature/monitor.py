@@ -31,6 +31,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any, NamedTuple
 
 import chex
@@ -44,7 +45,6 @@ from optax_accel._arguments import (
     check_flag,
     check_inner,
     check_integer,
-    check_learning_rate,
     check_number,
     is_placeholder,
     value_of,
@@ -74,7 +74,6 @@ from optax_accel.curvature.tracking import (
 from optax_accel.objective import Objective
 from optax_accel.refresh import (
     Cost,
-    EigenspaceRefresh,
     RefreshLike,
     announce_cost,
     announce_monitor,
@@ -168,7 +167,7 @@ def monitor_curvature(
     every: int = 200,
     start_step: int = 0,
     preconditioner: Preconditioner | None = None,
-    learning_rate: optax.ScalarOrSchedule | None = None,
+    inner_learning_rate: optax.ScalarOrSchedule | None = None,
     tracker: CurvatureTracker | None = None,
     num_smallest: int = 0,
     trace_probes: int = 0,
@@ -177,7 +176,6 @@ def monitor_curvature(
     noise_scale: bool = False,
     noise_decay: float = 0.9,
     batch_size: int = 1,
-    seed: int = 0,
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Records the curvature that an optimizer sees, every few steps; its updates pass unchanged.
@@ -219,10 +217,10 @@ def monitor_curvature(
       start_step: the step of the first record; default 0.
       preconditioner: what ``inner`` divides its steps by, e.g.
         :func:`~optax_accel.curvature.adam_preconditioner`; None (default): no effective sharpness.
-      learning_rate: the rate, or its schedule of the updates made, for the stability threshold;
+      inner_learning_rate: the rate of ``inner``, or its schedule, for the stability threshold;
         None (default): the ``learning_rate`` in the state, as ``inject_hyperparams`` keeps it.
       tracker: how the eigenspaces are followed; default ``BlockTracker(oversampling=1)``. Its
-        ``refresh_every`` is not used.
+        ``refresh_every`` is not used; its ``seed`` is that of all random vectors.
       num_smallest: how many smallest eigenvalues are followed, at most half of the dimension;
         default 0.
       trace_probes: random vectors for the trace, at least 0; default 0, no trace.
@@ -231,11 +229,10 @@ def monitor_curvature(
       density_records: how many of the last densities are kept, whose mean is the running one.
       noise_scale: whether the noise scale is estimated, from the parts in which the objective sees
         its batch: micro-batches (``objective.accumulated``) or replicas (``axis_name``).
-      noise_decay: decay of the running means behind it, in [0, 1); default 0.9 (ours; McCandlish et
-        al., appendix A.1, average both without saying how).
+      noise_decay: decay of the running means behind it, in [0, 1); default 0.9 (ours: McCandlish et
+        al., appendix A.1, average both over the steps, whose ratio alone would be biased).
       batch_size: number of examples in a batch, over all its parts: the unit of the noise scale;
         default 1, which states it in batches.
-      seed: seed of the random vectors; default 0.
       mask: pytree of booleans like the parameters (or a prefix of it), or a function from the
         parameters to one: the leaves whose curvature is watched; the others are held fixed in all
         that is recorded. None (default): all.
@@ -255,7 +252,8 @@ def monitor_curvature(
       >>> import optax_accel as oa
       >>> loss = lambda p: 0.5 * jnp.sum(jnp.array([10.0, 1.0, 0.1]) * p**2)
       >>> tx = oa.monitor_curvature(
-      ...     optax.sgd(0.1), preconditioner=oa.curvature.sgd_preconditioner(), learning_rate=0.1)
+      ...     optax.sgd(0.1), preconditioner=oa.curvature.sgd_preconditioner(),
+      ...     inner_learning_rate=0.1)
       >>> params = jnp.ones(3)
       >>> grads = jax.grad(loss)(params)
       >>> updates, state = tx.update(grads, tx.init(params), params, value_fn=loss)
@@ -278,8 +276,8 @@ def monitor_curvature(
         every=every,
         start_step=start_step,
         preconditioner=preconditioner,
-        learning_rate=learning_rate,
-        tracker=BlockTracker(oversampling=1, seed=seed) if tracker is None else tracker,
+        inner_learning_rate=inner_learning_rate,
+        tracker=BlockTracker(oversampling=1) if tracker is None else tracker,
         num_smallest=num_smallest,
         trace_probes=trace_probes,
         density_products=density_products,
@@ -287,7 +285,6 @@ def monitor_curvature(
         noise_scale=noise_scale,
         noise_decay=noise_decay,
         batch_size=batch_size,
-        seed=seed,
         mask=mask,
     )
     return optax.GradientTransformationExtraArgs(monitor.init, monitor.update)
@@ -312,7 +309,7 @@ class _Monitor:
     every: int
     start_step: int
     preconditioner: Preconditioner | None
-    learning_rate: optax.ScalarOrSchedule | None
+    inner_learning_rate: optax.ScalarOrSchedule | None
     tracker: CurvatureTracker
     num_smallest: int
     trace_probes: int
@@ -321,7 +318,6 @@ class _Monitor:
     noise_scale: bool
     noise_decay: float
     batch_size: int
-    seed: int
     mask: Mask
 
     def __post_init__(self) -> None:
@@ -331,12 +327,12 @@ class _Monitor:
                 f"optax_accel.BlockTracker() or ExactTracker(), got {self.tracker!r}."
             )
         lowest = {"num_directions": 1, "every": 1, "density_records": 1, "batch_size": 1}
-        for name in ("start_step", "num_smallest", "trace_probes", "density_products", "seed"):
+        for name in ("start_step", "num_smallest", "trace_probes", "density_products"):
             lowest[name] = 0
         for name, low in lowest.items():
             check_integer(name, getattr(self, name), low)
-        if self.learning_rate is not None:
-            check_learning_rate(self.learning_rate)
+        if self.inner_learning_rate is not None:
+            check_number("inner_learning_rate", self.inner_learning_rate, 0, allow_schedule=True)
         check_number("noise_decay", self.noise_decay, 0, 1, open_high=True)
         check_flag("noise_scale", self.noise_scale)
 
@@ -420,14 +416,14 @@ class _Monitor:
 
     def _rate(self, inner_state: Any, count: jax.Array) -> Any:
         """The learning rate of a step."""
-        if self.learning_rate is not None:
-            return value_of(self.learning_rate, count)
+        if self.inner_learning_rate is not None:
+            return value_of(self.inner_learning_rate, count)
         found = optax.tree.get_all_with_path(inner_state, "learning_rate")
         if not found:
             raise ValueError(
                 f"{_NAME} needs the learning rate for the stability threshold of its "
                 "`preconditioner`, and the state of the optimizer has none: give "
-                "`learning_rate=`, a number or the schedule, or make the optimizer with "
+                "`inner_learning_rate=`, a number or the schedule, or make the optimizer with "
                 "optax_accel.inject_hyperparams."
             )
         return found[-1][1]
@@ -448,7 +444,7 @@ class _Monitor:
         gradient, inner_state = extra_args.get("grad"), state.inner_state
         applied = updates
         if self.inner is not None:
-            handed_on = {name: value for name, value in given.items() if value is not None}
+            handed_on = _taken_by(self.inner.update, given)
             applied, inner_state = self.inner.update(
                 updates, inner_state, params, **handed_on, **extra_args
             )
@@ -499,7 +495,7 @@ class _Monitor:
         old: MonitorCurvatureState,
         objective: Objective,
         step: _Step,
-        cold: EigenspaceRefresh,
+        cold: bool | None,
         count: jax.Array,
     ) -> MonitorCurvatureState:
         """The state with a new record, or with the old one where numbers are not finite."""
@@ -511,7 +507,7 @@ class _Monitor:
         gradient = own if step.gradient is None else step.gradient
         direction, length = unit(step.update, like)
         slope, _ = unit(gradient, like)
-        key = jax.random.fold_in(jax.random.key(self.seed), count)
+        key = jax.random.fold_in(jax.random.key(self.tracker.seed), count)
         (along, against), trace = quotients(
             product, [direction, slope], self.trace_probes, key, like
         )
@@ -625,6 +621,20 @@ class _Monitor:
         positive = moments[0] > 0
         ratio = jnp.where(positive, moments[1] / jnp.where(positive, moments[0], 1), jnp.inf)
         return {"noise_scale": self.batch_size * ratio, "noise_moments": moments}
+
+
+def _taken_by(update: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of the monitor's own extra arguments that were given and that ``inner`` takes.
+
+    Optax's SAM, for one, refuses arguments that it does not know.
+    """
+    parameters = inspect.signature(update).parameters
+    takes_all = any(other.kind is other.VAR_KEYWORD for other in parameters.values())
+    return {
+        name: value
+        for name, value in given.items()
+        if value is not None and (takes_all or name in parameters)
+    }
 
 
 def _dtype(name: str, dtype: Any) -> Any:

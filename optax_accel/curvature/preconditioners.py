@@ -326,6 +326,7 @@ class Ones:
     has_momentum: bool
 
     def __call__(self, state: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTree:
+        """Ones, shaped like the parameters."""
         if self.has_momentum:
             _states("sgd_preconditioner", state, (optax.TraceState,), "optax.sgd(momentum=...)")
         return _ones_like(params)

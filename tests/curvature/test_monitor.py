@@ -1,0 +1,390 @@
+"""The monitor of the curvature: its numbers, and that it changes nothing."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import optax_accel as oa
+from optax_accel.curvature import (
+    Preconditioner,
+    SpectralDensity,
+    adam_preconditioner,
+    sgd_preconditioner,
+)
+
+RATE = 0.05
+BATCH = {
+    "x": np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32),
+    "y": np.random.default_rng(1).normal(size=(8, 2)).astype(np.float32),
+}
+PARAMS = {
+    "w": np.random.default_rng(2).normal(size=(3, 2)).astype(np.float32),
+    "c": np.array([0.3, -0.2], np.float32),
+}
+OBJECTIVE = oa.Objective(
+    lambda p, x: jnp.tanh(x @ p["w"] + p["c"][None]),
+    lambda outputs, y: jnp.mean(jnp.sum((outputs - y) ** 2, axis=-1)),
+)
+SIZE = 8
+
+
+def wide(tree):
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), tree)
+
+
+def step(tx, state, params, refresh=None, objective=OBJECTIVE, **batch):
+    batch = batch or BATCH
+    grads = objective.grad(params, **batch)
+    updates, state = tx.update(grads, state, params, value_fn=objective, refresh=refresh, **batch)
+    return optax.apply_updates(params, updates), state, grads, updates
+
+
+def dense_hessian(params, **batch):
+    flat, unravel = ravel_pytree(params)
+    return np.asarray(jax.hessian(lambda p: OBJECTIVE(unravel(p), **(batch or BATCH)))(flat))
+
+
+def test_records_are_those_of_the_dense_matrix(x64):
+    params, batch = wide(PARAMS), wide(BATCH)
+    tx = oa.monitor_curvature(
+        optax.adam(RATE),
+        3,
+        every=2,
+        preconditioner=adam_preconditioner(),
+        inner_learning_rate=RATE,
+        tracker=oa.ExactTracker(tolerance=1e-12),
+        num_smallest=2,
+        trace_probes=4,
+        density_products=8,
+        density_records=2,
+    )
+    run = jax.jit(functools.partial(step, tx))
+    state = tx.init(params)
+    for _ in range(2):
+        params, state, *_ = run(state, params, **batch)
+    before, (params, state, grads, updates) = params, run(state, params, **batch)
+    record = state.record
+    hessian = dense_hessian(before, **batch)
+    eigenvalues, vectors = np.linalg.eigh(hessian)
+    g, d = (np.asarray(ravel_pytree(tree)[0]) for tree in (grads, updates))
+    assert int(record.recorded_step) == 2
+    assert int(state.num_records) == 2
+    np.testing.assert_allclose(record.leading_eigenvalues, eigenvalues[::-1][:3], rtol=1e-8)
+    np.testing.assert_allclose(record.smallest_eigenvalues, eigenvalues[:2], atol=1e-3)
+    assert record.sharpness == record.leading_eigenvalues[0]
+    # The preconditioner of this step, by Cohen et al. 2022, equation 2.
+    nu = np.asarray(ravel_pytree(state.inner_state[0].nu)[0])
+    p = (1 - 0.9**3) * (np.sqrt(nu / (1 - 0.999**3)) + 1e-8)
+    effective = np.linalg.eigvalsh(hessian / np.sqrt(np.outer(p, p)))[::-1]
+    np.testing.assert_allclose(record.effective_eigenvalues, effective[:3], rtol=1e-6)
+    np.testing.assert_allclose(record.stability_threshold, 38 / RATE, rtol=1e-6)
+    np.testing.assert_allclose(record.stability_ratio, effective[0] / (38 / RATE), rtol=1e-6)
+    for name, v in (("update", d), ("gradient", g)):
+        quotient = getattr(record, f"{name}_curvature")
+        np.testing.assert_allclose(quotient, v @ hessian @ v / (v @ v), rtol=1e-10)
+        share = np.linalg.norm(vectors[:, -3:].T @ v) / np.linalg.norm(v)
+        np.testing.assert_allclose(getattr(record, f"{name}_alignment"), share, rtol=1e-6)
+    np.testing.assert_allclose(record.predicted_decrease, -g @ d - d @ hessian @ d / 2, rtol=1e-10)
+    actual = OBJECTIVE(before, **batch) - OBJECTIVE(params, **batch)
+    np.testing.assert_allclose(record.actual_decrease, actual, rtol=1e-10)
+    np.testing.assert_allclose(record.recorded_loss, OBJECTIVE(before, **batch), rtol=1e-12)
+    # Both densities have all eight nodes, so that their mean value is a quadratic form.
+    density = SpectralDensity(record.density_nodes, record.density_weights, 16, SIZE)
+    np.testing.assert_allclose(record.density_nodes[1], eigenvalues, rtol=1e-6, atol=1e-8)
+    assert abs(float(density.moment(0).value) - 1) < 1e-10
+    # Four random signs: a bound of three standard deviations of Hutchinson's estimator.
+    spread = np.sqrt(2 * (np.sum(hessian**2) - np.sum(np.diag(hessian) ** 2)) / 4)
+    assert abs(float(record.hessian_trace) - np.trace(hessian)) < 3 * spread
+
+
+def test_the_default_tracker_follows_both_ends(x64):
+    params, batch = wide(PARAMS), wide(BATCH)
+    tx = oa.monitor_curvature(optax.sgd(RATE), 2, every=1, num_smallest=2)
+    run = jax.jit(functools.partial(step, tx), static_argnames="refresh")
+    state = tx.init(params)
+    for i in range(12):
+        before = params
+        params, state, *_ = run(state, params, refresh="warm" if i else "cold", **batch)
+    eigenvalues = np.linalg.eigvalsh(dense_hessian(before, **batch))
+    np.testing.assert_allclose(state.record.leading_eigenvalues, eigenvalues[::-1][:2], rtol=1e-3)
+    np.testing.assert_allclose(state.record.smallest_eigenvalues, eigenvalues[:2], atol=5e-3)
+
+
+def muon():
+    return optax.contrib.muon(RATE)
+
+
+def sam():
+    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.01))
+    return optax.contrib.sam(optax.sgd(RATE), ascent, opaque_mode=True)
+
+
+INNER = {
+    "adam": lambda: optax.adam(RATE),
+    "muon": muon,
+    "schedule_free": lambda: optax.contrib.schedule_free_adamw(RATE),
+    "sam": sam,
+    "gnp": lambda: oa.gnp(optax.sgd(RATE, momentum=0.9)),
+    "kfac": lambda: oa.kfac(RATE, OBJECTIVE.bind(**BATCH), damping=0.1),
+    "bulk_sgd": lambda: oa.bulk_sgd(RATE, 2),
+    "partition": lambda: optax.partition(
+        {"a": optax.adam(RATE), "b": optax.sgd(RATE)}, {"w": "a", "c": "b"}
+    ),
+    "multi_steps": lambda: optax.MultiSteps(optax.adam(RATE), 2).gradient_transformation(),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("adam", "partition") else [pytest.mark.slow])
+        for name in INNER
+    ],
+)
+def test_updates_and_states_are_those_without_the_monitor(name):
+    inner = optax.with_extra_args_support(INNER[name]())
+    monitored = oa.monitor_curvature(inner, every=2)
+    extra = {}
+    if name == "sam":
+        extra = {"grad_fn": lambda p, _: OBJECTIVE.grad(p, **BATCH)}
+
+    def run(tx, refresh, params, state):
+        grads = OBJECTIVE.grad(params, **BATCH)
+        updates, state = tx.update(
+            grads, state, params, value_fn=OBJECTIVE.bind(**BATCH), refresh=refresh, **extra
+        )
+        return updates, optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(run, static_argnums=(0, 1))
+    plain, watched = (PARAMS, inner.init(PARAMS)), (PARAMS, monitored.init(PARAMS))
+    for i in range(3):
+        words = oa.Refresh(eigenspace="cold", factors=True, inverses=True) if i == 0 else False
+        with_record = (
+            words._replace(monitor="cold")
+            if i == 0
+            else oa.Refresh(monitor="warm" if i == 2 else False)
+        )
+        expected, *plain = compiled(inner, words, *plain)
+        updates, *watched = compiled(monitored, with_record, *watched)
+        for a, b in zip(
+            jax.tree.leaves((expected, plain[1])),
+            jax.tree.leaves((updates, watched[1].inner_state)),
+            strict=True,
+        ):
+            if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+                a, b = jax.random.key_data(a), jax.random.key_data(b)
+            np.testing.assert_array_equal(a, b)
+    assert int(watched[1].num_records) == 2
+    assert float(watched[1].record.sharpness) > 0
+
+
+def test_in_the_graph_it_records_at_its_period():
+    tx = oa.monitor_curvature(optax.sgd(RATE), every=2, start_step=1)
+    run = jax.jit(functools.partial(step, tx))
+    params, state, steps = PARAMS, tx.init(PARAMS), []
+    for _ in range(5):
+        params, state, *_ = run(state, params)
+        steps.append(int(state.record.recorded_step))
+    assert steps == [-1, 1, 1, 3, 3]
+
+
+def test_as_last_element_it_sees_the_update():
+    tx = optax.chain(optax.sgd(RATE), oa.monitor_curvature(every=1))
+    around = oa.monitor_curvature(optax.sgd(RATE), every=1)
+    states = [
+        jax.jit(functools.partial(step, each, refresh="warm"))(each.init(PARAMS), PARAMS)[1]
+        for each in (tx, around)
+    ]
+    last, whole = states[0][-1].record, states[1].record
+    for name, expected in whole._asdict().items():
+        if expected is not None:
+            np.testing.assert_allclose(getattr(last, name), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_that_is_not_finite_is_counted_and_not_recorded():
+    tx = oa.monitor_curvature(optax.sgd(RATE), every=1, num_smallest=1)
+    run = jax.jit(functools.partial(step, tx, refresh="warm"))
+    params, state, *_ = run(tx.init(PARAMS), PARAMS)
+    bad = BATCH | {"x": BATCH["x"] * np.nan}
+    _, after, *_ = run(state, params, **bad)
+    assert (int(after.num_records), int(after.num_skipped)) == (1, 1)
+    for old, new in zip(*map(jax.tree.leaves, (state.record, after.record)), strict=True):
+        np.testing.assert_array_equal(old, new)
+    params, after, *_ = run(after, params)
+    assert (int(after.num_records), int(after.num_skipped)) == (2, 1)
+
+
+def noise_of(gradients):
+    """The unbiased estimates from the gradients of parts, (parts, size), by their definition."""
+    mean = gradients.mean(axis=0)
+    noise = np.sum(gradients.var(axis=0, ddof=1)) / len(gradients)
+    return mean @ mean - noise, noise
+
+
+def test_the_noise_scale_is_that_of_the_parts():
+    tx = oa.monitor_curvature(optax.sgd(RATE), noise_scale=True, batch_size=8)
+    parts = OBJECTIVE.accumulated(4, unroll=True, **BATCH)
+    state = tx.init(PARAMS)
+    grads = parts.grad(PARAMS)
+    update = jax.jit(functools.partial(tx.update, value_fn=parts, refresh="warm"))
+    _, state = update(grads, state, PARAMS)
+    # Every fourth example belongs to the same part.
+    gradients = np.stack(
+        [
+            ravel_pytree(OBJECTIVE.grad(PARAMS, **{k: v[i::4] for k, v in BATCH.items()}))[0]
+            for i in range(4)
+        ]
+    )
+    expected = noise_of(gradients)
+    np.testing.assert_allclose(state.record.noise_moments, expected, rtol=1e-4)
+    ratio = expected[1] / expected[0] if expected[0] > 0 else np.inf
+    np.testing.assert_allclose(state.record.noise_scale, 8 * ratio, rtol=1e-4)
+    whole = OBJECTIVE.bind(**BATCH)
+    with pytest.raises(ValueError, match="from the parts of a batch"):
+        tx.update(grads, state, PARAMS, value_fn=whole, refresh="warm")
+
+
+@pytest.mark.slow
+def test_replicas_record_what_one_device_does():
+    kwargs = {"every": 1, "noise_scale": True, "trace_probes": 1}
+    tx = oa.monitor_curvature(optax.sgd(RATE), **kwargs)
+    state = tx.init(PARAMS)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mean = OBJECTIVE.averaged_over("data")
+
+    def replica(state, x, y):
+        return step(tx, state, PARAMS, "warm", mean, x=x, y=y)[1].record
+
+    mapped = jax.shard_map(
+        replica,
+        mesh=mesh,
+        in_specs=(jax.P(), jax.P("data"), jax.P("data")),
+        out_specs=jax.P(),
+        check_vma=False,
+    )
+    spread = jax.jit(mapped)(state, BATCH["x"], BATCH["y"])
+
+    # Two micro-batches of the same halves, which `accumulated` takes as every other example.
+    order = np.array([0, 4, 1, 5, 2, 6, 3, 7])
+    parts = OBJECTIVE.accumulated(2, unroll=True, **{k: v[order] for k, v in BATCH.items()})
+    grads = parts.grad(PARAMS)
+    _, alone = jax.jit(functools.partial(tx.update, value_fn=parts, refresh="warm"))(
+        grads, state, PARAMS
+    )
+    for name, expected in alone.record._asdict().items():
+        if expected is not None:
+            np.testing.assert_allclose(
+                getattr(spread, name), expected, rtol=2e-4, atol=1e-5, err_msg=name
+            )
+
+
+def test_masks_and_narrow_parameters():
+    tx = oa.monitor_curvature(optax.sgd(RATE), 2, mask={"w": False, "c": True}, every=1)
+    run = jax.jit(functools.partial(step, tx, refresh="cold"))
+    _, state, *_ = run(tx.init(PARAMS), PARAMS)
+    part = dense_hessian(PARAMS)[:2, :2]  # `c` comes first
+    np.testing.assert_allclose(
+        state.record.leading_eigenvalues, np.linalg.eigvalsh(part)[::-1], rtol=1e-4
+    )
+    narrow = jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), PARAMS)
+    full = oa.monitor_curvature(optax.sgd(RATE), every=1)
+    run = jax.jit(functools.partial(step, full, refresh="cold"))
+    _, state, _, updates = run(full.init(narrow), narrow)
+    assert state.record.sharpness.dtype == jnp.float32
+    assert updates["w"].dtype == jnp.bfloat16
+    expected = np.linalg.eigvalsh(dense_hessian(PARAMS))[-1]
+    np.testing.assert_allclose(state.record.sharpness, expected, rtol=0.05)  # of three digits
+
+
+def test_the_learning_rate_comes_from_the_state_or_a_schedule():
+    pre = sgd_preconditioner()
+    injected = oa.inject_hyperparams(optax.sgd)(learning_rate=0.25)
+    tx = oa.monitor_curvature(injected, preconditioner=pre)
+    _, state, *_ = step(tx, tx.init(PARAMS), PARAMS, refresh="warm")
+    assert float(state.record.stability_threshold) == 8
+    assert state.effective_space is None  # the same as the leading one
+    schedule = optax.linear_schedule(1.0, 0.5, 1)
+    tx = oa.monitor_curvature(optax.sgd(schedule), preconditioner=pre, inner_learning_rate=schedule)
+    state = tx.init(PARAMS)
+    for expected in (2.0, 4.0):
+        _, state, *_ = step(tx, state, PARAMS, refresh="warm")
+        assert float(state.record.stability_threshold) == expected
+
+
+def test_wrong_settings_are_refused_at_once():
+    for name, value in {"every": 0, "num_directions": 0, "trace_probes": -1}.items():
+        with pytest.raises(ValueError, match=f"`{name}`"):
+            oa.monitor_curvature(optax.sgd(RATE), **{name: value})
+    with pytest.raises(ValueError, match=r"`num_directions` .* is 9, more than the 8 parameters"):
+        oa.monitor_curvature(optax.sgd(RATE), 9).init(PARAMS)
+    with pytest.raises(ValueError, match=r"`num_smallest` .* more than half of the 8 parameters"):
+        oa.monitor_curvature(optax.sgd(RATE), num_smallest=5).init(PARAMS)
+    with pytest.raises(ValueError, match="no ScaleByAdamState"):
+        oa.monitor_curvature(
+            optax.sgd(RATE), preconditioner=adam_preconditioner(), inner_learning_rate=RATE
+        ).init(PARAMS)
+    with pytest.raises(ValueError, match="needs the learning rate"):
+        oa.monitor_curvature(optax.sgd(RATE), preconditioner=sgd_preconditioner()).init(PARAMS)
+    with pytest.raises(TypeError, match="`preconditioner` must be"):
+        oa.monitor_curvature(optax.sgd(RATE), preconditioner=optax.identity())
+    with pytest.raises(TypeError, match="`tracker`"):
+        oa.monitor_curvature(optax.sgd(RATE), tracker=oa.GradientTracker())
+    tx = oa.monitor_curvature(optax.sgd(RATE))
+    with pytest.raises(ValueError, match="`value_fn` to take products"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    # In steps that are known to record nothing the loss is not needed.
+    tx.update(PARAMS, tx.init(PARAMS), PARAMS, refresh=False)
+
+
+def test_an_objective_without_second_derivatives_is_refused():
+    @jax.custom_vjp
+    def once(x):
+        return jnp.sum(x**2)
+
+    def backward(x, c):  # a kernel that has no derivative
+        doubled = jax.pure_callback(lambda v: 2 * np.asarray(v), jax.typeof(x), x)
+        return (c * doubled,)
+
+    once.defvjp(lambda x: (once(x), x), backward)
+    tx, params = oa.monitor_curvature(optax.sgd(RATE)), jnp.ones(3)
+    with pytest.raises(TypeError, match=r"cannot be differentiated twice.*hvp_mode"):
+        tx.update(params, tx.init(params), params, value_fn=once, refresh="warm")
+
+
+def test_a_preconditioner_of_ones_own_is_used():
+    twice = Preconditioner(
+        lambda state, params: jax.tree.map(lambda p: jnp.full(p.shape, 2.0), params),
+        lambda rate: 1 / rate,
+    )
+    tx = oa.monitor_curvature(optax.sgd(RATE), preconditioner=twice, inner_learning_rate=0.5)
+    run = jax.jit(functools.partial(step, tx, refresh="cold"))
+    record = run(tx.init(PARAMS), PARAMS)[1].record
+    np.testing.assert_allclose(record.effective_sharpness, record.sharpness / 2, rtol=1e-4)
+    np.testing.assert_allclose(record.stability_ratio, record.effective_sharpness / 2, rtol=1e-6)
+
+
+def test_the_host_drives_it_beside_a_method_with_another_period():
+    tx = oa.monitor_curvature(oa.bulk_sgd(RATE, 2), every=3)
+    words = [oa.refresh_at(i, tx) for i in range(4)]
+    assert words[0] == oa.Refresh(eigenspace="cold", monitor="cold")
+    assert words[1] == oa.Refresh()
+    assert words[3] == oa.Refresh(monitor="warm")
+    alone = oa.monitor_curvature(optax.sgd(RATE), every=2)
+    assert [oa.refresh_at(i, alone) for i in range(3)] == ["cold", False, "warm"]
+    assert [oa.RefreshSchedule(alone)(i, ()) for i in range(3)] == ["cold", False, "warm"]
+    described = oa.describe(alone, PARAMS)
+    assert any("every 2" in line for line in described.refreshes)
+
+
+def test_defaults_are_stated():
+    defaults = inspect.signature(oa.monitor_curvature).parameters
+    assert defaults["every"].default == 200
+    assert defaults["noise_scale"].default is False
