@@ -276,7 +276,11 @@ def announce_monitor(every: int, start_step: int) -> None:
     """Called by ``init`` of a monitor of the curvature."""
     announced = _announced.get()
     if announced is not None:
-        announced.append(_MonitorPeriods(every, start_step))
+        announced.append(
+            _MonitorPeriods(
+                static_integer("every", every, 1), static_integer("start_step", start_step, 0)
+            )
+        )
 
 
 def announce_sampled_epochs(epochs: Callable[[], SampledEpochs]) -> None:

@@ -42,11 +42,13 @@ from jax import lax
 
 from optax_accel._arguments import (
     as_arrays,
+    check_count,
     check_flag,
     check_inner,
-    check_integer,
     check_number,
     is_placeholder,
+    known_integer,
+    static_integer,
     value_of,
 )
 from optax_accel._extra_args import as_objective, check_params
@@ -330,7 +332,7 @@ class _Monitor:
         for name in ("start_step", "num_smallest", "trace_probes", "density_products"):
             lowest[name] = 0
         for name, low in lowest.items():
-            check_integer(name, getattr(self, name), low)
+            check_count(name, getattr(self, name), low)
         if self.inner_learning_rate is not None:
             check_number("inner_learning_rate", self.inner_learning_rate, 0, allow_schedule=True)
         check_number("noise_decay", self.noise_decay, 0, 1, open_high=True)
@@ -346,18 +348,20 @@ class _Monitor:
         check_selected(params, self.mask, _NAME)
         check_undivided(params, _NAME)
         announce_monitor(self.every, self.start_step)
-        announce_cost(Cost(f"curvature products, a gradient and a loss every {self.every} steps"))
+        every = known_integer(self.every) or "few"
+        announce_cost(Cost(f"curvature products, a gradient and a loss every {every} steps"))
         inner_state = () if self.inner is None else self.inner.init(params)
         params = as_arrays(params)
         selected = select(params, resolve(params, self.mask))
         if not is_placeholder(params):
             self._check(params, selected, inner_state)
-        leading = self.tracker.init(selected, self.num_directions)
+        k = static_integer("num_directions", self.num_directions, 1)
+        leading = self.tracker.init(selected, k)
         effective = smallest = None
         if self._tracks_effective:
-            effective = self.tracker.init(selected, self.num_directions)
-        if self.num_smallest:
-            smallest = new_space(self.tracker, selected, self.num_smallest, None)
+            effective = self.tracker.init(selected, k)
+        if num_smallest := static_integer("num_smallest", self.num_smallest, 0):
+            smallest = new_space(self.tracker, selected, num_smallest, None)
         zero = jnp.zeros((), jnp.int32)
         return MonitorCurvatureState(
             count=zero,
@@ -390,13 +394,16 @@ class _Monitor:
             return jnp.zeros(shape, dtype) if wanted else None
 
         effective = self.preconditioner is not None
-        density = (self.density_records, self.density_products)
+        smallest = static_integer("num_smallest", self.num_smallest, 0)
+        products = static_integer("density_products", self.density_products, 0)
+        density = (static_integer("density_records", self.density_records, 1), products)
+        probes = static_integer("trace_probes", self.trace_probes, 0)
         return CurvatureRecord(
             recorded_step=jnp.full((), -1, jnp.int32),
             recorded_loss=zeros(),
             sharpness=zeros(),
             leading_eigenvalues=zeros(k),
-            smallest_eigenvalues=zeros(self.num_smallest, wanted=bool(self.num_smallest)),
+            smallest_eigenvalues=zeros(smallest, wanted=smallest > 0),
             effective_sharpness=zeros(wanted=effective),
             effective_eigenvalues=zeros(k, wanted=effective),
             stability_threshold=zeros(wanted=effective),
@@ -407,11 +414,11 @@ class _Monitor:
             gradient_alignment=zeros(),
             predicted_decrease=zeros(),
             actual_decrease=zeros(),
-            hessian_trace=zeros(wanted=bool(self.trace_probes)),
+            hessian_trace=zeros(wanted=probes > 0),
             noise_scale=zeros(wanted=self.noise_scale),
             noise_moments=zeros(2, wanted=self.noise_scale),
-            density_nodes=zeros(*density, wanted=bool(self.density_products)),
-            density_weights=zeros(*density, wanted=bool(self.density_products)),
+            density_nodes=zeros(*density, wanted=products > 0),
+            density_weights=zeros(*density, wanted=products > 0),
         )
 
     def _rate(self, inner_state: Any, count: jax.Array) -> Any:
@@ -507,10 +514,11 @@ class _Monitor:
         gradient = own if step.gradient is None else step.gradient
         direction, length = unit(step.update, like)
         slope, _ = unit(gradient, like)
+        probes = 0
+        if before.hessian_trace is not None:
+            probes = static_integer("trace_probes", self.trace_probes, 1)
         key = jax.random.fold_in(jax.random.key(self.tracker.seed), count)
-        (along, against), trace = quotients(
-            product, [direction, slope], self.trace_probes, key, like
-        )
+        (along, against), trace = quotients(product, [direction, slope], probes, key, like)
 
         def followed(space: Eigenspace, product: Any) -> Eigenspace:
             given: Any = GivenProduct(product)
@@ -547,9 +555,9 @@ class _Monitor:
             }
         if smallest is not None:
             found["smallest_eigenvalues"] = smallest.eigenvalues
-        if self.trace_probes:
+        if probes:
             found["hessian_trace"] = trace
-        if self.density_products:
+        if before.density_nodes is not None:
             found |= self._density(before, product, key, like, old.num_records)
         if self.noise_scale:
             found |= self._noise(before, norm(own) ** 2, squared_norm, parts, old.num_records)
@@ -578,14 +586,16 @@ class _Monitor:
         self, before: CurvatureRecord, product: Any, key: jax.Array, like: Any, number: jax.Array
     ) -> dict[str, Any]:
         """The nodes and weights with those of a new probe in the place of the oldest ones."""
+        assert before.density_nodes is not None
+        num_records, num_products = before.density_nodes.shape
         found = spectral_density(
             product,
             key=jax.random.fold_in(key, 1),
             num_probes=1,
-            num_products=self.density_products,
+            num_products=num_products,
             like=like,
         )
-        row = number % self.density_records
+        row = number % num_records
 
         def put(kept: Any, new: jax.Array) -> jax.Array:
             return lax.dynamic_update_index_in_dim(kept, new[0].astype(kept.dtype), row, 0)
