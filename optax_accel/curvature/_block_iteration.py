@@ -16,7 +16,7 @@ from optax_accel.curvature import blocks
 from optax_accel.curvature.eigensolvers import (
     Eigenpairs,
     Loop,
-    Order,
+    PowerOrder,
     check_settings,
     is_accurate,
     no_pairs,
@@ -31,7 +31,7 @@ def subspace_sweep(
     basis: chex.ArrayTree,
     *,
     shift: jax.Array,
-    order: Order = "algebraic",
+    order: PowerOrder = "algebraic",
 ) -> tuple[jax.Array, chex.ArrayTree, jax.Array]:
     """One warm-started step of block power iteration with Rayleigh-Ritz: one block product.
 
@@ -73,12 +73,39 @@ def subspace_sweep(
 
 
 def _rayleigh_ritz(
-    basis: chex.ArrayTree, images: chex.ArrayTree, order: Order
+    basis: chex.ArrayTree, images: chex.ArrayTree, order: PowerOrder
 ) -> tuple[jax.Array, jax.Array]:
     projected = blocks.inner(basis, images)
     values, vectors = jnp.linalg.eigh((projected + projected.T) / 2)
     index = jnp.argsort(-score(values, order))
     return values[index], vectors[:, index]
+
+
+def _residual_norms(values: jax.Array, basis: chex.ArrayTree, images: chex.ArrayTree) -> jax.Array:
+    """``|w - theta u|`` of each value theta and rows u and w of a basis and its images."""
+
+    def residual_norm(theta: jax.Array, u: chex.ArrayTree, w: chex.ArrayTree) -> jax.Array:
+        return norm(jax.tree.map(lambda u, w: w.astype(theta.dtype) - theta * u, u, w))
+
+    return jax.vmap(residual_norm)(values, basis, images)
+
+
+def ritz_residual_norms(
+    basis: chex.ArrayTree, images: chex.ArrayTree, order: PowerOrder
+) -> jax.Array:
+    """The residual norms of the Ritz pairs that :func:`subspace_sweep` finds in a basis.
+
+    Args:
+      basis: orthonormal block of ``m`` vectors, leaves ``(m, *shape)``.
+      images: the products with its rows, of the same shapes.
+      order: which eigenvalues lead.
+
+    Returns:
+      ``|A v - theta v|`` of each pair, ``(m,)``, the leading one first.
+    """
+    values, vectors = _rayleigh_ritz(basis, images, order)
+    basis, images = (blocks.combine(vectors.T, block) for block in (basis, images))
+    return _residual_norms(values, basis, images)
 
 
 def _power(
@@ -129,17 +156,14 @@ def _assess(
     tolerance: Any,
     *,
     num_directions: int,
-    order: Order,
+    order: PowerOrder,
 ) -> _Sweep:
     """Ritz pairs of a basis with their residuals, from its images."""
     images = jax.tree.map(lambda w, u: w.astype(u.dtype), images, basis)
     values, vectors = _rayleigh_ritz(basis, images, order)
     basis, images = (blocks.combine(vectors.T, block) for block in (basis, images))
 
-    def residual_norm(theta: jax.Array, u: chex.ArrayTree, w: chex.ArrayTree) -> jax.Array:
-        return norm(jax.tree.map(lambda u, w: w.astype(theta.dtype) - theta * u, u, w))
-
-    residuals = jax.vmap(residual_norm)(values, basis, images)
+    residuals = _residual_norms(values, basis, images)
     # Eigenvalues outside the block lie, as far as the block can tell, beyond its last Ritz value.
     scores = score(values, order)
     gap = scores - scores[-1]
@@ -157,7 +181,7 @@ def _assess(
     )
 
 
-def _filter_interval(sweep: _Sweep, order: Order) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _filter_interval(sweep: _Sweep, order: PowerOrder) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Centre and half width of the unwanted interval, and the distance of the top from the centre.
 
     The ratio of the half width to the distance, sigma, sets the scaling.
@@ -177,7 +201,7 @@ def _filter_interval(sweep: _Sweep, order: Order) -> tuple[jax.Array, jax.Array,
 
 @functools.partial(jax.jit, static_argnames="order")
 def _filter_start(
-    sweep: _Sweep, *, order: Order
+    sweep: _Sweep, *, order: PowerOrder
 ) -> tuple[chex.ArrayTree, chex.ArrayTree, jax.Array]:
     """The filter's first two polynomials, the second from the products at hand, and sigma."""
     centre, radius, distance = _filter_interval(sweep, order)
@@ -197,7 +221,7 @@ def _filter_step(
     state: tuple[chex.ArrayTree, chex.ArrayTree, jax.Array],
     images: chex.ArrayTree,
     *,
-    order: Order,
+    order: PowerOrder,
 ) -> tuple[chex.ArrayTree, chex.ArrayTree, jax.Array]:
     """One degree of the three-term recurrence, scaled to stay of order one at the top."""
     centre, radius, distance = _filter_interval(sweep, order)
@@ -213,7 +237,7 @@ def _filter_step(
 
 
 @functools.partial(jax.jit, static_argnames="order")
-def _next_basis(sweep: _Sweep, filtered: chex.ArrayTree, *, order: Order) -> chex.ArrayTree:
+def _next_basis(sweep: _Sweep, filtered: chex.ArrayTree, *, order: PowerOrder) -> chex.ArrayTree:
     """The next orthonormal basis: of the filtered block, or by a power step without one."""
     if filtered is None:
         shift = jnp.maximum(-sweep.smallest, 0) * (order == "algebraic")
@@ -227,7 +251,7 @@ def block_iteration(
     num_directions: int | None = None,
     *,
     num_products: int,
-    order: Order = "algebraic",
+    order: PowerOrder = "algebraic",
     tolerance: float | None = None,
     chebyshev_degree: int = 0,
     smallest: Any = None,

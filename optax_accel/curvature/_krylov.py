@@ -18,7 +18,7 @@ from jax import lax
 
 from optax_accel._numerics import divided, max_norm, power_of_two
 from optax_accel.curvature import blocks
-from optax_accel.curvature.eigensolvers import Order, score
+from optax_accel.curvature.eigensolvers import Order, score, sorting_key
 
 _Process: TypeAlias = tuple[chex.ArrayTree, chex.ArrayTree, jax.Array]
 _Passes: TypeAlias = tuple[chex.ArrayTree, jax.Array, jax.Array, jax.Array]
@@ -46,7 +46,8 @@ def ritz_pairs(
       num_directions: how many pairs are returned, at most ``num_products``.
       num_products: dimension of the space, at most that of the vectors; so many vectors are kept.
       order: which eigenvalues lead: ``"algebraic"`` (default) the largest, ``"magnitude"`` the
-        largest in magnitude.
+        largest in magnitude, ``"smallest"`` the smallest, ``"both"`` the largest and the smallest
+        in turn.
 
     Returns:
       The Ritz values ``(k,)``, leading one first, the orthonormal block of the Ritz vectors, and
@@ -71,7 +72,12 @@ def ritz_pairs(
     if order == "magnitude":
         index = jnp.argsort(score(values, order))
         values, vectors = values[index], vectors[:, index]
-    values, vectors = values[::-1][:num_directions], vectors[:, ::-1][:, :num_directions]
+    if order in ("algebraic", "magnitude"):
+        values, vectors = values[::-1], vectors[:, ::-1]
+    else:
+        index = jnp.argsort(sorting_key(values, order))
+        values, vectors = values[index], vectors[:, index]
+    values, vectors = values[:num_directions], vectors[:, :num_directions]
     return values, blocks.combine(vectors.T, basis), smallest
 
 

@@ -16,17 +16,21 @@ from optax_accel._numerics import divided, max_norm, norm, power_of_two
 from optax_accel._random import as_key
 from optax_accel.curvature import blocks
 from optax_accel.curvature.eigensolvers import (
+    ORDERS,
     Eigenpairs,
     Loop,
     Order,
     check_settings,
     is_accurate,
     no_pairs,
+    outward,
     relative_tolerance,
     rounding_error,
     run_if,
     run_while,
     score,
+    sorting_key,
+    would_lead,
 )
 
 # Lanczos goes on while an eigenvector could still be hidden whose component in the random start is
@@ -149,7 +153,8 @@ def _ritz(process: _Process, order: Order) -> tuple[jax.Array, jax.Array, jax.Ar
     outside = jnp.where(outside < 0, outside, -1)
     values, vectors = jnp.linalg.eigh(projected + jnp.diag(jnp.where(used, 0, outside)))
     real = ~(values <= 0.75 * outside)  # so are values that are not finite
-    index = jnp.argsort(jnp.where(real, -score(values, order), jnp.inf))
+    first = jnp.sum(~real)  # those outside are the smallest
+    index = jnp.argsort(jnp.where(real, sorting_key(values, order, first), jnp.inf))
     values, vectors, real = values[index], vectors[:, index], real[index]
     last = jnp.maximum(length - 1, 0)
     residuals = beta * jnp.abs(vectors[last])
@@ -196,8 +201,7 @@ def _judge(
     ascending = jnp.sort(leading)
     middle = (ascending[1:] + ascending[:-1]) / 2
     margin = 0.1 * process.scale
-    outward = 1 if order == "algebraic" else jnp.sign(leading)
-    beyond = leading + jnp.sqrt(relative) * outward * jnp.abs(leading)
+    beyond = leading + jnp.sqrt(relative) * outward(leading, order) * jnp.abs(leading)
     places = jnp.concatenate([ascending[:1] - margin, middle, ascending[-1:] + margin, beyond])
     distances = places[:, None] - values[None, :]
     usable = jnp.isfinite(distances) & (distances != 0)
@@ -208,7 +212,7 @@ def _judge(
     # Ritz values closer than the tolerance count as one, and what would not lead does not count.
     near = jnp.min(jnp.abs(distances), axis=1) <= relative * process.scale
     limit = jnp.where(jnp.isfinite(process.settled[0]), _MISSED, _HIDDEN)
-    hidden = (component > limit) & ~near & (score(places, order) >= score(leading[-1], order))
+    hidden = (component > limit) & ~near & would_lead(places, leading, order)
     return accurate & jnp.isfinite(leading), jnp.any(hidden)
 
 
@@ -431,7 +435,8 @@ def lanczos(
       num_products: budget of products; at least ``num_directions``. More than the dimension are not
         used unless there are restarts.
       order: ``"algebraic"`` (default): the largest eigenvalues; ``"magnitude"``: the largest in
-        magnitude.
+        magnitude; ``"smallest"``: the smallest, the smallest one first; ``"both"``: the largest and
+        the smallest in turn, ``[::2]`` the largest and ``[1::2]`` the smallest.
       tolerance: relative error of the eigenvalues at which to stop; ``None`` (default): use the
         whole budget.
       max_basis: vectors kept, the memory of the process, at least ``num_directions + 3``; ``None``
@@ -466,7 +471,7 @@ def lanczos(
       SIAM J. Matrix Anal. Appl. 22, 2000. Haydock, *Solid State Physics* 35, 1980.
     """
     check_product("product", product)
-    check_settings(num_directions, num_products, order, tolerance, loop)
+    check_settings(num_directions, num_products, order, tolerance, loop, ORDERS)
     if max_basis is not None:
         check_integer("max_basis", max_basis, 1)
     size = blocks.dimension(like)

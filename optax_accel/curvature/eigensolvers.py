@@ -17,7 +17,7 @@ operator is; inside a compiled function, their ``jit`` adds nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import chex
@@ -28,7 +28,11 @@ from jax import lax
 from optax_accel._arguments import check_choice, check_integer, check_number
 from optax_accel.curvature import blocks
 
-Order = Literal["algebraic", "magnitude"]
+Order = Literal["algebraic", "magnitude", "smallest", "both"]
+# The orders whose leading eigenvalues a shifted power step can make the largest in magnitude.
+PowerOrder = Literal["algebraic", "magnitude"]
+ORDERS: tuple[Order, ...] = ("algebraic", "magnitude", "smallest", "both")
+POWER_ORDERS: tuple[PowerOrder, ...] = ("algebraic", "magnitude")
 Loop = Literal["graph", "host"]
 T = TypeVar("T")
 
@@ -80,20 +84,64 @@ def no_pairs(like: chex.ArrayTree) -> Eigenpairs:
 
 
 def check_settings(
-    num_directions: int, num_products: int, order: str, tolerance: float | None, loop: str
+    num_directions: int,
+    num_products: int,
+    order: str,
+    tolerance: float | None,
+    loop: str,
+    orders: Sequence[str] = POWER_ORDERS,
 ) -> None:
     """Raises if a setting that the solvers share is outside its range."""
     check_integer("num_directions", num_directions, 0)
     check_integer("num_products", num_products, 0)
-    check_choice("order", order, ("algebraic", "magnitude"))
+    check_choice("order", order, tuple(orders))
     check_choice("loop", loop, ("graph", "host"))
     if tolerance is not None:
         check_number("tolerance", tolerance, 0, 1, open_low=True, open_high=True)
 
 
 def score(eigenvalues: jax.Array, order: Order) -> jax.Array:
-    """Numbers by which eigenvalues are ordered: the largest leads."""
-    return eigenvalues if order == "algebraic" else jnp.abs(eigenvalues)
+    """Numbers by which eigenvalues are ordered: the largest leads.
+
+    With ``"both"``, where a place depends on all the others, it is the eigenvalue itself.
+    """
+    if order == "smallest":
+        return -eigenvalues
+    return jnp.abs(eigenvalues) if order == "magnitude" else eigenvalues
+
+
+def sorting_key(eigenvalues: jax.Array, order: Order, first: chex.Numeric = 0) -> jax.Array:
+    """Numbers by which eigenvalues are sorted: the one with the smallest number leads.
+
+    Args:
+      eigenvalues: ``(m,)``, ascending.
+      order: which eigenvalues lead. With ``"both"`` the largest comes first, then the smallest, the
+        second largest, the second smallest and so on.
+      first: the place of the first one that counts; those before it are no eigenvalues.
+    """
+    if order != "both":
+        return -score(eigenvalues, order)
+    num = eigenvalues.shape[0]
+    place = jnp.arange(num)
+    from_top, from_bottom = 2 * (num - 1 - place), 2 * (place - first) + 1
+    return jnp.minimum(from_top, from_bottom).astype(eigenvalues.dtype)
+
+
+def would_lead(eigenvalues: jax.Array, leading: jax.Array, order: Order) -> jax.Array:
+    """Whether eigenvalues would stand among the leading ones ``(k,)``, or beside the last."""
+    if order != "both":
+        return score(eigenvalues, order) >= score(leading[-1], order)
+    among = eigenvalues >= leading[::2][-1]
+    return among | (eigenvalues <= leading[1::2][-1]) if leading.shape[0] > 1 else among
+
+
+def outward(leading: jax.Array, order: Order) -> jax.Array | int:
+    """The signs of the directions in which eigenvalues lie that would lead even more."""
+    if order == "magnitude":
+        return jnp.sign(leading)
+    if order == "both":
+        return 1 - 2 * (jnp.arange(leading.shape[0]) % 2).astype(leading.dtype)
+    return 1 if order == "algebraic" else -1
 
 
 def relative_tolerance(tolerance: Any, eigenvalues: jax.Array) -> Any:

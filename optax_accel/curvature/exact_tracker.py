@@ -41,9 +41,11 @@ class ExactTracker(CurvatureTracker):
       tolerance: relative error of the eigenvalues; default 1e-4.
       cold_start_products: budget of products of a solve; ``None`` (default): 20 per direction.
       order: ``"algebraic"`` (default) follows the largest eigenvalues, ``"magnitude"`` the largest
-        in magnitude.
+        in magnitude, ``"smallest"`` the smallest, the smallest one first, ``"both"`` the largest
+        and the smallest in turn: ``eigenvalues[::2]`` the largest, ``[1::2]`` the smallest.
       curvature: the matrix whose eigenspace is followed: ``"hessian"`` (default) or
         ``"gauss_newton"`` (needs ``Objective(predict, loss)``).
+      residuals: whether the state holds ``residual_norms``; default False.
       accumulator_dtype: dtype of the linear algebra; ``None`` (default): each leaf's own, but at
         least float32.
       storage_dtype: dtype in which the basis is kept between steps, e.g. ``jnp.bfloat16``; ``None``
@@ -82,7 +84,7 @@ class ExactTracker(CurvatureTracker):
     ) -> Eigenspace:
         k = space.eigenvalues.shape[0]
         packing = blocks.Packing(params)
-        values, basis, _, used = solve(
+        found = solve(
             self,
             curvature_operator(self, objective, params),
             params,
@@ -91,5 +93,7 @@ class ExactTracker(CurvatureTracker):
             num_products=self.num_products(params, k, cold=True),
             tolerance=self.tolerance,
         )
-        memory, valid = ExactMemory(used), jnp.ones((), bool)
-        return accept(self, space, values, basis, memory, valid, packing)
+        memory, valid = ExactMemory(found.num_products), jnp.ones((), bool)
+        return accept(
+            self, space, found.values, found.basis, memory, valid, packing, found.residual_norms
+        )

@@ -12,7 +12,7 @@ from jax import lax
 
 from optax_accel._numerics import max_norm
 from optax_accel.curvature import blocks
-from optax_accel.curvature._block_iteration import subspace_sweep
+from optax_accel.curvature._block_iteration import ritz_residual_norms, subspace_sweep
 from optax_accel.curvature.tracking import (
     CurvatureTracker,
     Eigenspace,
@@ -63,6 +63,8 @@ class RoundRobinTracker(CurvatureTracker):
         in magnitude.
       curvature: the matrix whose eigenspace is followed: ``"hessian"`` (default) or
         ``"gauss_newton"`` (needs ``Objective(predict, loss)``).
+      residuals: whether the state holds ``residual_norms``; default False. They are those of the
+        last round's products, which were made at as many points.
       accumulator_dtype: dtype of the linear algebra; ``None`` (default): each leaf's own, but at
         least float32.
       storage_dtype: dtype in which the basis and its products are kept between steps, e.g.
@@ -74,6 +76,15 @@ class RoundRobinTracker(CurvatureTracker):
     """
 
     refresh_every: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.power_order is None:
+            raise ValueError(
+                f'`order="{self.order}"` is for BlockTracker and ExactTracker, got it for '
+                "RoundRobinTracker, which makes one power step in a round: too few to tell small "
+                'eigenvalues apart. Its orders are "algebraic" and "magnitude".'
+            )
 
     def num_products(self, params: chex.ArrayTree, num_directions: int, *, cold: bool) -> int:
         k = min(num_directions, blocks.dimension(params))
@@ -103,12 +114,11 @@ class RoundRobinTracker(CurvatureTracker):
         def start(old: Eigenspace) -> Eigenspace:
             k, packing = old.eigenvalues.shape[0], blocks.Packing(params)
             num_products = cold_start_products(self, params, k)
-            values, basis, smallest, _ = solve(
-                self, product, params, packing, k, num_products=num_products
-            )
-            shift = spectrum_shift(self, smallest)
+            found = solve(self, product, params, packing, k, num_products=num_products)
+            shift = spectrum_shift(self, found.smallest)
             memory = old.memory._replace(position=jnp.zeros((), jnp.int32), shift=shift)
-            return accept(self, old, values, basis, memory, jnp.isfinite(shift), packing)
+            valid, residuals = jnp.isfinite(shift), found.residual_norms
+            return accept(self, old, found.values, found.basis, memory, valid, packing, residuals)
 
         if cold:
             space = start(space)
@@ -144,14 +154,18 @@ class RoundRobinTracker(CurvatureTracker):
 
         def sweep(old: Eigenspace) -> Eigenspace:
             basis, images = load(self, (old.basis, old.memory.images), (params, params))
+            order = self.power_order
+            assert order is not None
+            residuals = ritz_residual_norms(basis, images, order) if self.residuals else None
             values, basis, smallest = subspace_sweep(
-                lambda _: images, basis, shift=shift, order=self.order
+                lambda _: images, basis, shift=shift, order=order
             )
             memory = RoundRobinMemory(
                 images=old.memory.images,
                 position=jnp.zeros((), jnp.int32),
                 shift=jnp.maximum(0.9 * shift, spectrum_shift(self, smallest)),
             )
-            return accept(self, old, values, basis, memory, jnp.ones((), bool))
+            valid = jnp.ones((), bool)
+            return accept(self, old, values, basis, memory, valid, residual_norms=residuals)
 
         return lax.cond(position_after == k, sweep, lambda old: old, space)

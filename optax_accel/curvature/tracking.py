@@ -1,4 +1,4 @@
-"""Tracking the dominant eigenspace of a curvature matrix along training: what trackers share.
+"""Tracking an eigenspace of a curvature matrix along training: what trackers share.
 
 A :class:`Tracker` is a value that says how the eigenspace is followed; an :class:`Eigenspace` is
 the estimate so far, arrays only. The trackers differ in what a refresh costs and in what it sees:
@@ -8,6 +8,9 @@ the estimate so far, arrays only. The trackers differ in what a refresh costs an
   much dearer than the others.
 * :class:`~optax_accel.GradientTracker`: no curvature product, only first derivatives.
 * :class:`~optax_accel.ExactTracker`: Lanczos to a tolerance, from scratch: the reference.
+
+They follow the dominant eigenspace, that of the largest eigenvalues, unless told otherwise: with
+``order="smallest"`` that of the smallest ones, with ``order="both"`` both ends of the spectrum.
 
 ``python -m experiments.trackers`` measures them against ARPACK.
 """
@@ -26,19 +29,22 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_accel._arguments import check_choice, check_integer
+from optax_accel._arguments import check_choice, check_flag, check_integer
 from optax_accel._derivatives import has_primitive
 from optax_accel._numerics import total, zeros
 from optax_accel.curvature import blocks
 from optax_accel.curvature._block_iteration import subspace_sweep
+from optax_accel.curvature._block_krylov import block_krylov
 from optax_accel.curvature._krylov import ritz_pairs
 from optax_accel.curvature._lanczos import lanczos
-from optax_accel.curvature.eigensolvers import Order
+from optax_accel.curvature.eigensolvers import ORDERS, Order, PowerOrder
 from optax_accel.objective import Objective
 
 
 class Eigenspace(NamedTuple):
     """An estimate of the leading eigenspace, and whether it can be relied on.
+
+    What leads is what the tracker's ``order`` says.
 
     Attributes:
       basis: orthonormal block, leaves ``(k, *leaf.shape)``, leading direction first; zeros before
@@ -49,6 +55,9 @@ class Eigenspace(NamedTuple):
         that are not finite changes neither basis nor eigenvalues.
       rejected: number of refreshes that were not accepted; int32 scalar.
       memory: whatever else the tracker keeps, a NamedTuple that it defines.
+      residual_norms: ``|H v - lambda v|`` of each direction, ``(k,)``, of the last refresh, if the
+        tracker was asked for them (``residuals=True``); else None. Within this distance of lambda
+        lies an eigenvalue of the matrix that the refresh saw.
     """
 
     basis: chex.ArrayTree
@@ -57,6 +66,7 @@ class Eigenspace(NamedTuple):
     accepted: jax.Array
     rejected: jax.Array
     memory: Any
+    residual_norms: jax.Array | None = None
 
     @property
     def usable(self) -> jax.Array:
@@ -176,13 +186,20 @@ class CurvatureTracker(BasisTracker):
     cold_start_products: int | None = None
     order: Order = "algebraic"
     curvature: Literal["hessian", "gauss_newton"] = "hessian"
+    residuals: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cold_start_products is not None:
             check_integer("cold_start_products", self.cold_start_products, 1)
-        check_choice("order", self.order, ("algebraic", "magnitude"))
+        check_choice("order", self.order, ORDERS)
         check_choice("curvature", self.curvature, ("hessian", "gauss_newton"))
+        check_flag("residuals", self.residuals)
+
+    @property
+    def power_order(self) -> PowerOrder | None:
+        """The order, where power steps can follow it."""
+        return self.order if self.order in ("algebraic", "magnitude") else None
 
 
 def vector_like(tracker: BasisTracker, params: chex.ArrayTree) -> chex.ArrayTree:
@@ -240,13 +257,16 @@ def or_random(
 
 def new_space(tracker: BasisTracker, params: chex.ArrayTree, k: int, memory: Any) -> Eigenspace:
     """An eigenspace of ``k`` directions without an estimate: a basis of zeros, not ready."""
+    dtype = blocks.scalar_dtype(vector_like(tracker, params))
+    residuals = isinstance(tracker, CurvatureTracker) and tracker.residuals
     return Eigenspace(
         basis=no_basis(tracker, params, k),
-        eigenvalues=jnp.zeros((k,), blocks.scalar_dtype(vector_like(tracker, params))),
+        eigenvalues=jnp.zeros((k,), dtype),
         ready=jnp.zeros((), bool),
         accepted=jnp.ones((), bool),
         rejected=jnp.zeros((), jnp.int32),
         memory=memory,
+        residual_norms=jnp.zeros((k,), dtype) if residuals else None,
     )
 
 
@@ -258,6 +278,7 @@ def accept(
     memory: Any,
     valid: jax.Array,
     packing: blocks.Packing | None = None,
+    residual_norms: jax.Array | None = None,
 ) -> Eigenspace:
     """The new estimate if it is finite, else the old one; with a ``packing``, basis is packed."""
     # The squared norms of the rows tell a basis from NaNs at the cost of a pass.
@@ -268,6 +289,9 @@ def accept(
         return store(tracker, basis if packing is None else packing.unpack(basis, axis=1))
 
     new = old._replace(basis=None, eigenvalues=values, ready=jnp.ones((), bool), memory=memory)
+    if old.residual_norms is not None:
+        assert residual_norms is not None
+        new = new._replace(residual_norms=residual_norms[: values.shape[0]])
     new = jax.tree.map(lambda n, o: jnp.where(valid, n, o), new, old._replace(basis=None))
     return new._replace(
         # A conditional, because what is selected would be fused with all that reads it.
@@ -325,7 +349,27 @@ def cold_start_products(tracker: CurvatureTracker, params: chex.ArrayTree, track
     size = blocks.dimension(params)
     if tracked == size or not tracked:
         return tracked
-    return min(max(tracker.cold_start_products or max(3 * tracked, 20), tracked), size)
+    # The smallest eigenvalues of a loss lie close together beside the largest ones.
+    usual = max(3 * tracked, 20) if tracker.power_order else max(6 * tracked, 40)
+    return min(max(tracker.cold_start_products or usual, tracked), size)
+
+
+class Solution(NamedTuple):
+    """Leading eigenpairs, solved for from scratch.
+
+    Attributes:
+      values: Ritz values, ``(k,)``, the leading one first.
+      basis: the orthonormal block of their vectors, packed.
+      smallest: the smallest Ritz value.
+      num_products: products used; int32 scalar.
+      residual_norms: ``(k,)``, if the tracker is asked for them; else None.
+    """
+
+    values: jax.Array
+    basis: tuple[jax.Array, ...]
+    smallest: jax.Array
+    num_products: jax.Array
+    residual_norms: jax.Array | None
 
 
 def solve(
@@ -337,18 +381,22 @@ def solve(
     *,
     num_products: int,
     tolerance: float | None = None,
-) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array, jax.Array]:
-    """Solves from scratch: leading Ritz values and vectors, the smallest value, products used.
-
-    The Ritz vectors are packed.
-    """
+) -> Solution:
+    """Solves from scratch for the leading eigenpairs."""
     like = vector_like(tracker, params)
+    residuals: jax.Array | None
     if num == blocks.dimension(params):  # the whole space: exact
-        zero = jnp.zeros((), blocks.scalar_dtype(like))
-        values, basis, smallest = subspace_sweep(
-            jax.vmap(product), blocks.identity(like), shift=zero, order=tracker.order
-        )
-        return values, packing.pack(basis, axis=1), smallest, jnp.asarray(num, jnp.int32)
+        if tracker.power_order is None or tracker.residuals:
+            values, whole, smallest, residuals = block_krylov(
+                jax.vmap(product), blocks.identity(like), depth=1, order=tracker.order
+            )
+        else:
+            zero, residuals = jnp.zeros((), blocks.scalar_dtype(like)), None
+            values, whole, smallest = subspace_sweep(
+                jax.vmap(product), blocks.identity(like), shift=zero, order=tracker.power_order
+            )
+        used = jnp.asarray(num, jnp.int32)
+        return Solution(values, packing.pack(whole, axis=1), smallest, used, residuals)
     key = jax.random.key(tracker.seed)
 
     def packed_product(packed: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -358,23 +406,22 @@ def solve(
         return tuple(x[0] for x in packing.random_block(key, like, 1, number))
 
     # Without a tolerance nothing is judged, so nothing that judges is compiled.
-    if tolerance is None and num_products <= 2 * num + 16:
+    if tolerance is None and num_products <= 2 * num + 16 and not tracker.residuals:
         values, basis, smallest = ritz_pairs(
             packed_product, draw, num, num_products=num_products, order=tracker.order
         )
-        used = jnp.asarray(num_products, jnp.int32)
-    else:
-        values, basis, _, used, _, smallest = lanczos(
-            packed_product,
-            jax.eval_shape(packing.pack, like),
-            num,
-            key=key,
-            num_products=num_products,
-            order=tracker.order,
-            tolerance=tolerance,
-            start=draw(0),
-        )
-    return values, basis, smallest, used
+        return Solution(values, basis, smallest, jnp.asarray(num_products, jnp.int32), None)
+    values, basis, residuals, used, _, smallest = lanczos(
+        packed_product,
+        jax.eval_shape(packing.pack, like),
+        num,
+        key=key,
+        num_products=num_products,
+        order=tracker.order,
+        tolerance=tolerance,
+        start=draw(0),
+    )
+    return Solution(values, basis, smallest, used, residuals if tracker.residuals else None)
 
 
 def _is_real_dtype(dtype: Any) -> bool:

@@ -239,7 +239,7 @@ def test_a_good_start_saves_products(x64):
     [
         ({"num_directions": -1}, "num_directions"),
         ({"num_products": 1}, "at least `num_directions`, 2, got 1"),
-        ({"order": "largest"}, "'algebraic', 'magnitude'; got 'largest'"),
+        ({"order": "largest"}, "'algebraic', 'magnitude', 'smallest', 'both'; got 'largest'"),
         ({"tolerance": 0.0}, "tolerance"),
         ({"max_basis": 4}, "at least `num_directions` \\+ 3, 5, got 4"),
         ({"loop": "scan"}, "'graph', 'host'; got 'scan'"),

@@ -31,6 +31,9 @@ TRACKERS: dict[str, oa.Tracker] = {
     "round_robin": oa.RoundRobinTracker(cold_start_products=9),
     "gradient": oa.GradientTracker(refresh_every=2),
     "gradient_rows": oa.GradientTracker(rows="gradient", refresh_every=1, buffer=4, decay=0.9),
+    "both": oa.BlockTracker(
+        refresh_every=2, cold_start_products=24, oversampling=1, order="both", residuals=True
+    ),
     "exact": oa.ExactTracker(refresh_every=4, cold_start_products=30),
 }
 each_tracker = pytest.mark.parametrize("tracker", TRACKERS.values(), ids=TRACKERS)
@@ -85,6 +88,8 @@ def test_counts_products(tracker: oa.Tracker) -> None:
         oa.GradientTracker: (0, 0),
         oa.ExactTracker: (30, 30),
     }[type(tracker)]
+    if getattr(tracker, "order", None) == "both":
+        want = (24, 4 * (K + 1))
     got = tuple(tracker.num_products(PARAMS, K, cold=cold) for cold in (True, False))
     assert got == want
     assert oa.BlockTracker().num_products(PARAMS, SIZE, cold=True) == SIZE
