@@ -17,7 +17,15 @@ eigenspace of the whole parameter vector; dominant means algebraically largest. 
 linear form with weights ``a`` and ``b``, which covers every linear interpolation (the second
 paper's own formula was not available to us).  Ours: the eigenspace is tracked (by default with
 warm-started block sweeps) instead of solved from scratch at every step, and on a curvature batch of
-the caller's choice instead of the whole training set.
+the caller's choice instead of the whole training set.  Ours, too: a number of directions that
+adapts, those whose eigenvalue exceeds a threshold, and subspaces in the metric of the optimizer.
+
+An optimizer that divides its step by a diagonal :math:`D` descends as plain SGD does in the
+coordinates :math:`z = D^{1/2} \theta`, where the Hessian is :math:`D^{-1/2} H D^{-1/2}` (Cohen et
+al., `Adaptive gradient methods at the edge of stability <https://arxiv.org/abs/2207.14484>`_, 2022,
+section 2). With ``metric="preconditioned"`` dominant directions are the leading eigenvectors
+:math:`U` of that matrix, and updates are projected there: :math:`P = D^{-1/2} U U^\top D^{1/2}`,
+orthogonal in the metric :math:`D`.
 """
 
 from __future__ import annotations
@@ -35,6 +43,7 @@ from jax import lax
 
 from optax_accel._arguments import (
     as_arrays,
+    check_choice,
     check_count,
     check_learning_rate,
     check_number,
@@ -45,7 +54,15 @@ from optax_accel._arguments import (
 from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select, with_fixed_leaves
 from optax_accel._mesh_axes import check_undivided
-from optax_accel.curvature import BlockTracker, Eigenspace, Tracker, blocks
+from optax_accel._metric import Metric, Roots, chain_in_metric, check_metric, scaled
+from optax_accel.curvature import (
+    BlockTracker,
+    Eigenspace,
+    GradientTracker,
+    Preconditioner,
+    Tracker,
+    blocks,
+)
 from optax_accel.objective import Objective
 from optax_accel.refresh import Cost, RefreshLike, announce_cost, announce_eigenspace, of_eigenspace
 
@@ -69,6 +86,8 @@ class InterpolateSubspacesState(NamedTuple):
       alignment_ema: its exponential moving average, started at the first value.
       active: whether the projection has been switched on; boolean scalar.
       next_refresh: the ``count`` at which the next refresh is due; int32 scalar.
+      num_dominant: with a threshold for the eigenvalues, how many of the tracked directions exceed
+        it and count as dominant, int32 scalar; None without.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
@@ -77,6 +96,7 @@ class InterpolateSubspacesState(NamedTuple):
     alignment_ema: jax.Array
     active: jax.Array
     next_refresh: jax.Array
+    num_dominant: jax.Array | None = None
 
 
 def interpolate_subspaces(
@@ -88,6 +108,8 @@ def interpolate_subspaces(
     start_step: int = 0,
     switch_alignment: float | None = None,
     alignment_decay: float = 0.9,
+    min_eigenvalue: optax.ScalarOrSchedule | None = None,
+    metric: Metric = "euclidean",
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Weights the dominant and the bulk component of the updates: ``a P d + b (I - P) d``.
@@ -113,6 +135,10 @@ def interpolate_subspaces(
       period :class:`~optax_accel.RefreshSchedule`.
 
     * ``grad``: the gradient, for trackers that follow gradients; default: the incoming updates.
+    * ``preconditioner_diagonal``: required with ``metric="preconditioned"``: the diagonal that the
+      optimizer divides its step by, a pytree like the parameters, positive. Entries that are
+      infinite take no part. ``Preconditioner.diagonal`` reads it from the state of the optimizer;
+      :func:`bulk_sgd` and its siblings do that themselves.
 
     Until there is a basis, updates pass unchanged. They also do after a refresh that met numbers
     that are not finite, until the next one that did not (``space.accepted``, ``space.rejected``).
@@ -132,6 +158,12 @@ def interpolate_subspaces(
         public replications of Song et al.).
       alignment_decay: decay of that moving average, in [0, 1); default 0.9, as in those
         replications.
+      min_eigenvalue: if not None, only directions whose eigenvalue at the last refresh is larger
+        count as dominant, at most ``num_directions``; float or schedule. The others stay tracked,
+        and ``num_dominant`` in the state says how many count. ``1 / learning_rate``, say, is half
+        of the curvature at which gradient descent becomes unstable (Cohen et al., 2021).
+      metric: in which metric directions are dominant and projections orthogonal: ``"euclidean"``
+        (default) or ``"preconditioned"``, that of the optimizer's preconditioner.
       mask: pytree of booleans like the parameters, or a function from the parameters to one: True
         leaves take part, the others are held fixed in the curvature and their updates pass
         unchanged.  One at least has to be True.  Use this instead of ``optax.masked``, inside
@@ -168,6 +200,8 @@ def interpolate_subspaces(
         start_step=start_step,
         switch_alignment=switch_alignment,
         alignment_decay=alignment_decay,
+        min_eigenvalue=min_eigenvalue,
+        metric=metric,
         mask=mask,
     )
     return optax.GradientTransformationExtraArgs(interpolation.init, interpolation.update)
@@ -184,6 +218,8 @@ class _InterpolateSubspaces:
     start_step: int
     switch_alignment: float | None
     alignment_decay: float
+    min_eigenvalue: optax.ScalarOrSchedule | None
+    metric: Metric
     mask: Mask
 
     def __post_init__(self) -> None:
@@ -199,6 +235,10 @@ class _InterpolateSubspaces:
         if self.switch_alignment is not None:
             check_number("switch_alignment", self.switch_alignment, 0, 1)
         check_number("alignment_decay", self.alignment_decay, 0, 1, open_high=True)
+        check_choice("metric", self.metric, ("euclidean", "preconditioned"))
+        if self.min_eigenvalue is not None:
+            check_number("min_eigenvalue", self.min_eigenvalue, allow_schedule=True)
+            _check_sees_largest(self.tracker)
 
     def init(self, params: chex.ArrayTree) -> InterpolateSubspacesState:
         check_params(params, _NAME)
@@ -218,7 +258,8 @@ class _InterpolateSubspaces:
             )
         if jax.tree.leaves(params):  # a placeholder has none
             size = blocks.dimension(selected)
-            _check_trains(k, size, self.dominant_weight, self.bulk_weight)
+            most = k if self.min_eigenvalue is None else min(k, size - 1)
+            _check_trains(most, size, self.dominant_weight, self.bulk_weight)
         space = self.tracker.init(selected, k)
         # Two arrays, because one can be donated only once.
         alignment, alignment_ema = (jnp.zeros((), space.eigenvalues.dtype) for _ in range(2))
@@ -229,6 +270,7 @@ class _InterpolateSubspaces:
             alignment_ema=alignment_ema,
             active=jnp.zeros((), bool),
             next_refresh=jnp.array(self.start_step, jnp.int32),
+            num_dominant=None if self.min_eigenvalue is None else jnp.zeros((), jnp.int32),
         )
 
     def update(
@@ -241,6 +283,7 @@ class _InterpolateSubspaces:
         curvature_value_fn: Any = None,
         grad: chex.ArrayTree | None = None,
         refresh: RefreshLike = None,
+        preconditioner_diagonal: chex.ArrayTree | None = None,
         **extra_args: Any,
     ) -> tuple[chex.ArrayTree, InterpolateSubspacesState]:
         refresh = of_eigenspace(refresh)
@@ -248,6 +291,7 @@ class _InterpolateSubspaces:
         params = None if params is None else as_arrays(params)
         chosen = resolve(updates if params is None else params, self.mask)
         k = space.eigenvalues.shape[0]
+        roots = self._roots(preconditioner_diagonal, updates, chosen)
         started = count >= self.start_step
         if k > 0 and refresh is not False:
             check_params(params, _NAME, "tx.update(grads, state, params, value_fn=objective)")
@@ -259,6 +303,10 @@ class _InterpolateSubspaces:
                 ).precompose(lambda part: merge(part, params, chosen))
             selected = select(params, chosen)
             gradient = select(updates if grad is None else grad, chosen)
+            if roots is not None:
+                objective, selected, gradient = roots.change(
+                    objective, selected, gradient, is_update=grad is None
+                )
 
             def refreshed(old: Eigenspace) -> Eigenspace:
                 cold = {"cold": True, "warm": False}.get(refresh)  # type: ignore[arg-type]
@@ -277,8 +325,13 @@ class _InterpolateSubspaces:
             next_refresh = jnp.where(due, count + self.tracker.next_period(space), next_refresh)
 
         vector = select(updates, chosen)
-        everything = k == blocks.dimension(vector)
-        dominant, alignment = _dominant_component(vector, space, everything)
+        everything = k == blocks.dimension(vector) and self.min_eigenvalue is None
+        counted = num_dominant = None
+        if self.min_eigenvalue is not None:
+            least = jnp.asarray(value_of(self.min_eigenvalue, count), space.eigenvalues.dtype)
+            counted = (space.eigenvalues > least) & space.usable
+            num_dominant = jnp.sum(counted, dtype=jnp.int32)
+        dominant, alignment = _dominant_component(vector, space, everything, counted, roots)
         measured = space.usable & started
         alignment = jnp.where(measured, alignment, 0)
         alignment_ema = self._average(alignment, state, measured)
@@ -294,6 +347,7 @@ class _InterpolateSubspaces:
             alignment_ema=alignment_ema,
             active=active,
             next_refresh=next_refresh,
+            num_dominant=num_dominant,
         )
         return merge(weighted, updates, chosen), new_state
 
@@ -328,6 +382,30 @@ class _InterpolateSubspaces:
             needs_outputs=getattr(self.tracker, "curvature", None) == "gauss_newton",
         )
 
+    def _roots(
+        self, diagonal: chex.ArrayTree | None, updates: chex.ArrayTree, chosen: Any
+    ) -> Roots | None:
+        """The roots of the preconditioner's diagonal; None in the Euclidean metric."""
+        if self.metric == "euclidean":
+            return None
+        if diagonal is None:
+            raise ValueError(
+                f'{_NAME}(metric="preconditioned") needs the extra argument '
+                "`preconditioner_diagonal`, what the optimizer divides its step by. Call it as: "
+                "tx.update(updates, state, params, value_fn=objective, "
+                "preconditioner_diagonal=preconditioner.diagonal(optimizer_state, params)), or use "
+                'bulk_sgd(..., base=optax.adam, metric="preconditioned", preconditioner='
+                "optax_accel.curvature.adam_preconditioner()), which passes it."
+            )
+        given: Any = jax.tree.structure(diagonal)
+        want: Any = jax.tree.structure(updates)
+        if given != want:
+            raise ValueError(
+                f"`preconditioner_diagonal` of {_NAME} must be a pytree like the parameters, "
+                f"{want}, got {given}."
+            )
+        return Roots.of(select(diagonal, chosen))
+
     def _average(
         self, alignment: jax.Array, state: InterpolateSubspacesState, measured: jax.Array
     ) -> jax.Array:
@@ -358,6 +436,20 @@ class _InterpolateSubspaces:
         return jax.tree.map(weigh, vector, dominant)
 
 
+def _check_sees_largest(tracker: Tracker) -> None:
+    """Raises ``ValueError`` if a tracker's eigenvalues cannot be compared with a threshold."""
+    if isinstance(tracker, GradientTracker):
+        raise ValueError(
+            "a threshold for the eigenvalues needs a tracker that takes curvature products, such "
+            "as BlockTracker(); those of GradientTracker are energies of gradients."
+        )
+    if getattr(tracker, "order", "algebraic") in ("smallest", "both"):
+        raise ValueError(
+            "a threshold for the eigenvalues picks the largest ones: give the tracker "
+            f'`order="algebraic"`, got order="{tracker.order}".'  # type: ignore[attr-defined]
+        )
+
+
 def project_to_dominant(
     num_directions: int,
     *,
@@ -365,6 +457,8 @@ def project_to_dominant(
     start_step: int = 0,
     switch_alignment: float | None = None,
     alignment_decay: float = 0.9,
+    min_eigenvalue: optax.ScalarOrSchedule | None = None,
+    metric: Metric = "euclidean",
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Projects updates onto the dominant Hessian subspace: ``P d``.
@@ -378,6 +472,11 @@ def project_to_dominant(
       switch_alignment: if not None, tracking starts at ``start_step``, but the projection is
         switched on, for good, only when the moving average of chi_k exceeds this value, in [0, 1].
       alignment_decay: decay of that moving average, in [0, 1); default 0.9.
+      min_eigenvalue: if not None, only directions whose eigenvalue is larger count as dominant, at
+        most ``num_directions``; float or schedule.
+      metric: in which metric directions are dominant and projections orthogonal: ``"euclidean"``
+        (default) or ``"preconditioned"``, that of the optimizer's preconditioner, whose diagonal
+        ``update`` then takes; see :func:`interpolate_subspaces`.
       mask: pytree of booleans like the parameters, or a function from the parameters to one: True
         leaves take part, the others are held fixed in the curvature and their updates pass
         unprojected.
@@ -406,6 +505,8 @@ def project_to_dominant(
         start_step=start_step,
         switch_alignment=switch_alignment,
         alignment_decay=alignment_decay,
+        min_eigenvalue=min_eigenvalue,
+        metric=metric,
         mask=mask,
     )
 
@@ -417,6 +518,8 @@ def project_to_bulk(
     start_step: int = 0,
     switch_alignment: float | None = None,
     alignment_decay: float = 0.9,
+    min_eigenvalue: optax.ScalarOrSchedule | None = None,
+    metric: Metric = "euclidean",
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Removes the dominant Hessian subspace from updates: ``d - P d``.
@@ -430,6 +533,11 @@ def project_to_bulk(
       switch_alignment: if not None, tracking starts at ``start_step``, but the projection is
         switched on, for good, only when the moving average of chi_k exceeds this value, in [0, 1].
       alignment_decay: decay of that moving average, in [0, 1); default 0.9.
+      min_eigenvalue: if not None, only directions whose eigenvalue is larger count as dominant, at
+        most ``num_directions``; float or schedule.
+      metric: in which metric directions are dominant and projections orthogonal: ``"euclidean"``
+        (default) or ``"preconditioned"``, that of the optimizer's preconditioner, whose diagonal
+        ``update`` then takes; see :func:`interpolate_subspaces`.
       mask: pytree of booleans like the parameters, or a function from the parameters to one: True
         leaves take part, the others are held fixed in the curvature and their updates pass
         unprojected.
@@ -458,6 +566,8 @@ def project_to_bulk(
         start_step=start_step,
         switch_alignment=switch_alignment,
         alignment_decay=alignment_decay,
+        min_eigenvalue=min_eigenvalue,
+        metric=metric,
         mask=mask,
     )
 
@@ -473,6 +583,9 @@ def interpolated_sgd(
     start_step: int = 0,
     switch_alignment: float | None = None,
     alignment_decay: float = 0.9,
+    sharpness_factor: float | None = None,
+    metric: Metric = "euclidean",
+    preconditioner: Preconditioner | None = None,
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The base optimizer with its update's dominant and bulk components weighted.
@@ -494,6 +607,15 @@ def interpolated_sgd(
       switch_alignment: if not None, tracking starts at ``start_step``, but the projection is
         switched on, for good, only when the moving average of chi_k exceeds this value, in [0, 1].
       alignment_decay: decay of that moving average, in [0, 1); default 0.9.
+      sharpness_factor: c; if not None, only directions whose eigenvalue exceeds ``c /
+        learning_rate`` count as dominant, at most ``num_directions``. Gradient descent is stable
+        along a direction up to ``2 / learning_rate`` (Cohen et al., 2021), so that 2 takes those
+        at the edge of stability and 1 those half way there (ours).
+      metric: in which metric directions are dominant and projections orthogonal: ``"euclidean"``
+        (default) or ``"preconditioned"``, that of the base optimizer's ``preconditioner``.
+      preconditioner: with ``metric="preconditioned"``, the
+        :class:`~optax_accel.curvature.Preconditioner` of ``base``, such as
+        ``optax_accel.curvature.adam_preconditioner()``.
       mask: pytree of booleans like the parameters, or a function from the parameters to one: True
         leaves take part, the others are held fixed in the curvature and get the base optimizer's
         update.
@@ -522,6 +644,12 @@ def interpolated_sgd(
             "Under optax.inject_hyperparams use optax_accel.inject_hyperparams, which leaves it be."
         )
 
+    check_metric(metric, preconditioner)
+    min_eigenvalue = None
+    if sharpness_factor is not None:
+        check_number("sharpness_factor", sharpness_factor, 0)
+        min_eigenvalue = functools.partial(_over_rate, sharpness_factor, learning_rate)
+
     def make(mask: Mask) -> optax.GradientTransformation:
         projection = interpolate_subspaces(
             num_directions,
@@ -531,9 +659,13 @@ def interpolated_sgd(
             start_step=start_step,
             switch_alignment=switch_alignment,
             alignment_decay=alignment_decay,
+            min_eigenvalue=min_eigenvalue,
+            metric=metric,
             mask=mask,
         )
-        return optax.chain(factory(learning_rate), projection)
+        if preconditioner is None:
+            return optax.chain(factory(learning_rate), projection)
+        return chain_in_metric(factory(learning_rate), projection, preconditioner)
 
     make(mask)  # bad arguments show here
     return with_fixed_leaves(make, mask)
@@ -548,6 +680,9 @@ def dom_sgd(
     start_step: int = 0,
     switch_alignment: float | None = None,
     alignment_decay: float = 0.9,
+    sharpness_factor: float | None = None,
+    metric: Metric = "euclidean",
+    preconditioner: Preconditioner | None = None,
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Dom-SGD: the base optimizer restricted to the dominant subspace.
@@ -567,6 +702,15 @@ def dom_sgd(
       switch_alignment: if not None, tracking starts at ``start_step``, but the projection is
         switched on, for good, only when the moving average of chi_k exceeds this value, in [0, 1].
       alignment_decay: decay of that moving average, in [0, 1); default 0.9.
+      sharpness_factor: c; if not None, only directions whose eigenvalue exceeds ``c /
+        learning_rate`` count as dominant, at most ``num_directions``. Gradient descent is stable
+        along a direction up to ``2 / learning_rate`` (Cohen et al., 2021), so that 2 takes those
+        at the edge of stability and 1 those half way there (ours).
+      metric: in which metric directions are dominant and projections orthogonal: ``"euclidean"``
+        (default) or ``"preconditioned"``, that of the base optimizer's ``preconditioner``.
+      preconditioner: with ``metric="preconditioned"``, the
+        :class:`~optax_accel.curvature.Preconditioner` of ``base``, such as
+        ``optax_accel.curvature.adam_preconditioner()``.
       mask: pytree of booleans like the parameters, or a function from the parameters to one: True
         leaves take part, the others are held fixed in the curvature and their updates pass
         unprojected.
@@ -597,6 +741,9 @@ def dom_sgd(
         start_step=start_step,
         switch_alignment=switch_alignment,
         alignment_decay=alignment_decay,
+        sharpness_factor=sharpness_factor,
+        metric=metric,
+        preconditioner=preconditioner,
         mask=mask,
     )
 
@@ -610,6 +757,9 @@ def bulk_sgd(
     start_step: int = 0,
     switch_alignment: float | None = None,
     alignment_decay: float = 0.9,
+    sharpness_factor: float | None = None,
+    metric: Metric = "euclidean",
+    preconditioner: Preconditioner | None = None,
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Bulk-SGD: the base optimizer restricted to the complement of the dominant subspace.
@@ -626,6 +776,15 @@ def bulk_sgd(
       switch_alignment: if not None, tracking starts at ``start_step``, but the projection is
         switched on, for good, only when the moving average of chi_k exceeds this value, in [0, 1].
       alignment_decay: decay of that moving average, in [0, 1); default 0.9.
+      sharpness_factor: c; if not None, only directions whose eigenvalue exceeds ``c /
+        learning_rate`` count as dominant, at most ``num_directions``. Gradient descent is stable
+        along a direction up to ``2 / learning_rate`` (Cohen et al., 2021), so that 2 takes those
+        at the edge of stability and 1 those half way there (ours).
+      metric: in which metric directions are dominant and projections orthogonal: ``"euclidean"``
+        (default) or ``"preconditioned"``, that of the base optimizer's ``preconditioner``.
+      preconditioner: with ``metric="preconditioned"``, the
+        :class:`~optax_accel.curvature.Preconditioner` of ``base``, such as
+        ``optax_accel.curvature.adam_preconditioner()``.
       mask: pytree of booleans like the parameters, or a function from the parameters to one: True
         leaves take part, the others are held fixed in the curvature and their updates pass
         unprojected.
@@ -660,7 +819,19 @@ def bulk_sgd(
         start_step=start_step,
         switch_alignment=switch_alignment,
         alignment_decay=alignment_decay,
+        sharpness_factor=sharpness_factor,
+        metric=metric,
+        preconditioner=preconditioner,
         mask=mask,
+    )
+
+
+def _over_rate(
+    factor: chex.Numeric, learning_rate: optax.ScalarOrSchedule, count: jax.Array
+) -> jax.Array:
+    """``factor / learning_rate``; infinite at rate 0, where nothing is unstable."""
+    return jnp.asarray(factor, jnp.float32) / jnp.asarray(
+        value_of(learning_rate, count), jnp.float32
     )
 
 
@@ -708,9 +879,21 @@ def _coefficients(basis: chex.ArrayTree, vector: chex.ArrayTree, dtype: Any) -> 
 
 
 def _dominant_component(
-    vector: chex.ArrayTree, space: Eigenspace, everything: bool
+    vector: chex.ArrayTree,
+    space: Eigenspace,
+    everything: bool,
+    counted: jax.Array | None,
+    roots: Roots | None,
 ) -> tuple[chex.ArrayTree, jax.Array]:
-    """``P v`` in the basis' dtype, at least float32, and ``|P v| / |v|``."""
+    """``P v`` in the basis' dtype, at least float32, and ``|P v| / |v|``, in the metric.
+
+    Args:
+      vector: the update.
+      space: the tracked directions.
+      everything: whether they span the whole space.
+      counted: which of them count, ``(k,)``; None for all.
+      roots: those of the preconditioner; None in the Euclidean metric.
+    """
 
     def widen(v: jax.Array, b: jax.Array) -> jax.Array:
         return v.astype(jnp.promote_types(b.dtype, jnp.float32))
@@ -721,10 +904,13 @@ def _dominant_component(
         return jax.tree.map(jnp.zeros_like, wide), jnp.zeros((), dtype)
     # The biases and scales of a deep network are many small arrays of few shapes.
     packing = blocks.Packing(wide, largest=_PACKED)
-    packed, basis = packing.pack(wide), packing.pack(space.basis, axis=1)
+    inner = wide if roots is None else scaled(wide, roots.roots)
+    packed, basis = packing.pack(inner), packing.pack(space.basis, axis=1)
     block = blocks.as_block(packed)
     squared = blocks.inner(block, block)[0, 0]
     coefficients = _coefficients(basis, packed, dtype)
+    if counted is not None:
+        coefficients = jnp.where(counted, coefficients, 0)
     ratio = jnp.sum(coefficients**2) / jnp.where(squared > 0, squared, 1)
     alignment = jnp.sqrt(jnp.minimum(ratio, 1)).astype(dtype)
     if everything:
@@ -739,4 +925,5 @@ def _dominant_component(
         return functools.reduce(jnp.add, (weights[i] * b[i].astype(v.dtype) for i in range(k)))
 
     combined = tuple(map(combination, basis, packed, packing.joint))
-    return packing.unpack(combined), alignment
+    dominant = packing.unpack(combined)
+    return dominant if roots is None else scaled(dominant, roots.inverses), alignment

@@ -14,6 +14,7 @@ import scipy.sparse.linalg
 
 import optax_accel as oa
 from optax_accel import subspace
+from optax_accel.curvature import sgd_preconditioner
 
 DIAGONAL = np.array([10.0, 1.0, 0.1])
 
@@ -486,6 +487,8 @@ def test_wrappers_repeat_and_hand_on_every_argument(monkeypatch, name, inner, we
 
     monkeypatch.setattr(subspace, inner, record)
     values = {each: object() for each in parameters} | {"learning_rate": 0.1, "base": optax.sgd}
+    values |= {"metric": "preconditioned", "preconditioner": sgd_preconditioner()}
+    values |= {"sharpness_factor": 1.0}
     outer(**{each: values[each] for each in parameters})
     for each in shared:
         assert calls[0][each] is values[each]
