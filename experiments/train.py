@@ -11,6 +11,7 @@ number of devices: up to rounding). Its folder, `runs/<name>/`, holds what
     checkpoints/            the latest checkpoints
     result.json             scores of the test split, at the end
     samples.png             images drawn from the model, for tasks that train a generative one
+    detections.png          the boxes found in some test pictures, for tasks that train a detector
 
 SIGTERM, with which clusters announce that they take a machine back, saves a checkpoint and ends the
 run with exit code 0; Ctrl-C does the same with exit code 130. Of several processes (see

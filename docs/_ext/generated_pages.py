@@ -293,7 +293,7 @@ SCORES = {
     "classification": "accuracy",
     "regression": "root of the mean squared error",
     "segmentation": "accuracy of pixels",
-    "detection": "average precision of all and of small boxes",
+    "detection": "average precision of all and of small boxes, `detections.png`",
     "language": "perplexity",
     "translation": "perplexity",
     "autoencoder": "negative bound (nats per image), `samples.png`",

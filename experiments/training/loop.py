@@ -25,13 +25,15 @@ from experiments.training.non_finite import NonFinitePolicy
 from experiments.training.plan import Plan
 from experiments.training.profiling import StepTrace
 from experiments.training.program import Program
-from experiments.training.sampling import NUMBER, write_samples
+from experiments.training.sampling import NUMBER, write_detections, write_samples
 from experiments.training.step import TrainState
 
 PyTree = Any
 Batches = DevicePrefetcher | FollowingBatches
 # The picture of what a generative model draws at the end.
 SAMPLES = "samples.png"
+# The picture of what a detector finds at the end.
+DETECTIONS = "detections.png"
 
 
 @dataclasses.dataclass
@@ -155,6 +157,9 @@ def train(plan: Plan, program: Program, console: Console) -> int | None:
         console.print(f"drawing {NUMBER} images from the model")
         write_samples(program, run.state, plan.folder / SAMPLES)
         console.print(f"images drawn: {plan.folder / SAMPLES}", soft_wrap=True)
+    if plan.loss == "detection":
+        write_detections(program, run.state, plan.folder / DETECTIONS)
+        console.print(f"boxes drawn: {plan.folder / DETECTIONS}", soft_wrap=True)
     return None
 
 

@@ -366,6 +366,8 @@ def test_run_whose_batches_follow_the_loss_resumes_bit_by_bit(runs, few_pictures
     assert again == expected
     result = json.loads((runs / "run" / "result.json").read_text())
     assert {"test_average_precision", "test_average_precision_small"} < result.keys()
+    with Image.open(runs / "run" / "detections.png") as drawn:
+        assert drawn.size == (3 * (3 * 64 + 2) + 2, 3 * (3 * 64 + 2) + 2)  # of eight test pictures
     # The position has the share of the last step, so that a run may stop behind any step.
     with Checkpoints(runs / "run" / "checkpoints") as checkpoints:
         options = json.loads((runs / "run" / "config.json").read_text())["options"]
