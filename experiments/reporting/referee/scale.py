@@ -110,7 +110,7 @@ STUDY = Protocols(
         ),
         "small": Scale(
             settings=setting(
-                "digits", _RATES, steps=600, batch_size=16, width=8, pictures=2_000, held_out=300
+                "digits", (0.01,), steps=300, batch_size=16, width=8, pictures=2_000, held_out=150
             ),
             tuning_seeds=1,
             seeds=3,
