@@ -1,9 +1,10 @@
 """The task `moving_digits_flow`: digits that move over a texture, and how every pixel moves.
 
 The digits are MNIST's where its files are at hand, otherwise those of scikit-learn, scaled up. A
-picture shows one of them, bright, in front of a texture that stands still. From one picture to the
-next the digit moves by at most 4 pixels, whole or not; the flow is that displacement where the
-digit is, and 0 elsewhere. All is drawn by a seed: equal arguments make equal pictures.
+picture shows one of them, bright, in front of a texture. From one picture to the next the digit and
+the texture move by at most 4 pixels each, whole or not: the flow is the digit's displacement where
+the digit is, and the texture's elsewhere. All is drawn by a seed: equal arguments make equal
+pictures.
 """
 
 from __future__ import annotations
@@ -19,19 +20,18 @@ from experiments.data.drawing import hold_out
 from experiments.data.tasks import Split, Task, make_task
 
 SIZE = 32  # pixels of a picture's side
-MOST = 4.0  # pixels that a digit moves at most
+MOST = 4.0  # pixels that digit and ground move at most
 FRAMES = 8  # pictures of a sequence
 # Examples of the splits for training, validation and test; each draws its digits from its own.
 PAIRS = (4_000, 500, 500)
 _SPRITE = 28  # pixels of the side of a digit's picture
 _OUTSIDE = 6.0  # how far a digit's picture may stick out, which has a border of about four pixels
 _INSIDE = 0.5  # the share of the digit's own brightness from which on a pixel is the digit's
-# The background stays below the digits, whose brightness is at least 0.8.
-_DARKEST_DIGIT, _BRIGHTEST_GROUND = 0.8, 0.6
+_DARKEST_DIGIT, _BRIGHTEST_GROUND = 0.7, 0.6  # of 1
 
 
 class Sequences(NamedTuple):
-    """Pictures in which one digit moves.
+    """Pictures in which one digit moves over a ground that moves as well.
 
     Attributes:
       frames: (N, frames, 32, 32, 1), float32 from 0 to 1.
@@ -113,13 +113,24 @@ def pairs(sprites: np.ndarray, number: int, *, seed: int) -> Split:
     Returns:
       A split.
     """
-    drawn = sequences(sprites, number, seed=seed, frames=2)
+    return as_split(sequences(sprites, number, seed=seed, frames=2))
+
+
+def as_split(drawn: Sequences) -> Split:
+    """The first two pictures of each sequence, and the flow between them.
+
+    Args:
+      drawn: sequences of two pictures or more.
+
+    Returns:
+      A split of pairs.
+    """
     x = np.concatenate([drawn.frames[:, 0], drawn.frames[:, 1]], axis=-1)
     return Split(x, drawn.flows[:, 0])
 
 
 def sequences(sprites: np.ndarray, number: int, *, seed: int, frames: int = FRAMES) -> Sequences:
-    """Sequences of pictures, in each of which a digit moves evenly and turns back at the edges.
+    """Sequences of pictures: a digit moves evenly, and turns back at the edges, over its ground.
 
     Args:
       sprites: pictures of digits, (digits, 28, 28).
@@ -137,18 +148,16 @@ def sequences(sprites: np.ndarray, number: int, *, seed: int, frames: int = FRAM
         raise ValueError(f"frames must be at least 2, got {frames}")
     rng = np.random.default_rng(seed)
     chosen = sprites[rng.integers(len(sprites), size=number)]
-    length = MOST * np.sqrt(rng.uniform(size=number))  # even over the disk
-    angle = rng.uniform(0, 2 * np.pi, number)
-    steps = np.stack([length * np.sin(angle), length * np.cos(angle)], axis=-1)
-    positions = _reflected(steps, frames, rng)
-    brightness = rng.uniform(_DARKEST_DIGIT, 1.0, (number, 1, 1, 1)).astype(np.float32)
-    ground = _textures(rng, number)[:, None]
+    positions = _reflected(_displacements(rng, number), frames, rng)
+    drift = _displacements(rng, number)
     cover = place(chosen, positions)
-    moves = np.diff(positions, axis=1)[..., ::-1]  # right, then down
+    bright = 1 - (1 - _DARKEST_DIGIT) * _textures(rng, number, _SPRITE)
+    digits = place(chosen * bright, positions)
+    pictures = digits + (1 - cover) * _BRIGHTEST_GROUND * _ground(rng, drift, frames)
     inside = cover > _INSIDE
-    flows = np.where(inside[:, :-1, ..., None], moves[:, :, None, None], 0.0).astype(np.float32)
-    pictures = cover * brightness + (1 - cover) * ground
-    return Sequences(pictures[..., None].astype(np.float32), flows, inside)
+    moves = np.diff(positions, axis=1)[:, :, None, None]
+    flows = np.where(inside[:, :-1, ..., None], moves, drift[:, None, None, None])[..., ::-1]
+    return Sequences(pictures[..., None].astype(np.float32), flows.astype(np.float32), inside)
 
 
 def place(sprites: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -187,11 +196,26 @@ def _reflected(steps: np.ndarray, frames: int, rng: np.random.Generator) -> np.n
     return np.stack(path, axis=1)
 
 
-def _textures(rng: np.random.Generator, number: int) -> np.ndarray:
-    """Smooth random pictures (number, 32, 32), of two sizes of spots."""
-    total = np.zeros((number, SIZE, SIZE), np.float32)
-    for spots in (9, 17):
-        weights = _hats(np.linspace(0, spots - 1, SIZE), spots).astype(np.float32)
-        grid = rng.uniform(0, _BRIGHTEST_GROUND / 2, (number, spots, spots)).astype(np.float32)
+def _displacements(rng: np.random.Generator, number: int) -> np.ndarray:
+    """Down and right, (number, 2), evenly over the disk of the longest one."""
+    length = MOST * np.sqrt(rng.uniform(size=number))
+    angle = rng.uniform(0, 2 * np.pi, number)
+    return np.stack([length * np.sin(angle), length * np.cos(angle)], axis=-1)
+
+
+def _ground(rng: np.random.Generator, drift: np.ndarray, frames: int) -> np.ndarray:
+    """Textures (N, frames, 32, 32) that move by `drift` from frame to frame."""
+    margin = int(np.ceil(MOST * (frames - 1)))
+    texture = _textures(rng, len(drift), SIZE + 2 * margin + 1)
+    start = margin + np.zeros((len(drift), frames, 2))
+    return place(texture, -start + np.arange(frames)[:, None] * drift[:, None])
+
+
+def _textures(rng: np.random.Generator, number: int, side: int) -> np.ndarray:
+    """Smooth random pictures (number, side, side) from 0 to 1, of spots of two sizes."""
+    total = np.zeros((number, side, side), np.float32)
+    for size in (6, 12):
+        weights = _hats(np.arange(side) / size, side // size + 2).astype(np.float32)
+        grid = rng.uniform(0, 0.5, (number, *[weights.shape[1]] * 2)).astype(np.float32)
         total += weights @ grid @ weights.T
     return total

@@ -25,20 +25,26 @@ def warped(second, flow):
 
 
 def test_the_flow_warps_the_second_picture_onto_the_first(sprites):
-    drawn = moving_digits.sequences(sprites[0], 30, seed=3, frames=2)
-    far = []
+    drawn = moving_digits.sequences(sprites[0], 40, seed=3, frames=2)
+    after, before = {"digit": [], "ground": []}, {"digit": [], "ground": []}
     for frames, flows, inside in zip(drawn.frames[..., 0], drawn.flows, drawn.inside, strict=True):
-        # Away from the edges of the picture, and of the digit, where the ground shines through.
-        core = ndimage.binary_erosion(inside[0], iterations=2)
-        core[:4] = core[-4:] = core[:, :4] = core[:, -4:] = False
-        after, before = (
-            np.abs(each - frames[0])[core] for each in (warped(frames[1], flows[0]), frames[1])
+        moved, still = (
+            np.abs(each - frames[0]) for each in (warped(*frames[1:], *flows), frames[1])
         )
-        far.append((after.mean(), before.mean(), core.sum()))
-    after, before, number = np.asarray(far)[[core > 0 for *_, core in far]].T
-    assert number.sum() > 1_000
-    assert np.average(after, weights=number) < 0.02  # brightness between 0.8 and 1
-    assert np.average(before, weights=number) > 5 * np.average(after, weights=number)
+        # Away from the edges of the digit, where the ground shines through, from what the digit
+        # covers or uncovers, and from the edges of the picture.
+        both = ndimage.binary_dilation(inside[0] | inside[1], iterations=6)
+        for name, part in (
+            ("digit", ndimage.binary_erosion(inside[0], iterations=2)),
+            ("ground", ~both),
+        ):
+            part[:4] = part[-4:] = part[:, :4] = part[:, -4:] = False
+            after[name].extend(moved[part])
+            before[name].extend(still[part])
+    for name in after:
+        assert len(after[name]) > 500
+        # Interpolating twice blurs the textures a little.
+        assert np.mean(after[name]) < 0.3 * np.mean(before[name])
 
 
 def test_whole_displacements_are_exact():
@@ -54,7 +60,7 @@ def test_whole_displacements_are_exact():
     )
 
 
-def test_sequences_move_evenly_and_the_ground_stands_still(sprites):
+def test_sequences_move_evenly(sprites):
     drawn = moving_digits.sequences(sprites[1], 40, seed=0)
     assert drawn.frames.shape == (40, 8, 32, 32, 1)
     assert drawn.flows.shape == (40, 7, 32, 32, 2)
@@ -63,12 +69,11 @@ def test_sequences_move_evenly_and_the_ground_stands_still(sprites):
     assert drawn.frames.max() <= 1
     lengths = np.linalg.norm(drawn.flows, axis=-1)
     assert 3.8 < lengths.max() <= moving_digits.MOST + 1e-5
-    # Where the digit is the flow has one value, whose length stays; elsewhere it is 0.
-    assert (lengths[~drawn.inside[:, :-1]] == 0).all()
-    for sequence, inside in zip(lengths, drawn.inside, strict=True):
-        assert np.ptp(sequence[inside[:-1]]) < 1e-5
-    never = ~(drawn.inside.any(axis=1) | (np.ptp(drawn.frames[..., 0], axis=1) > 0))
-    assert 0.05 < never.mean() < 0.9
+    for flows, speeds, inside in zip(drawn.flows, lengths, drawn.inside[:, :-1], strict=True):
+        # The ground has one displacement, the digit one length: it turns back at the edges.
+        assert np.ptp(flows[~inside], axis=0).max() < 1e-5
+        assert np.ptp(speeds[inside]) < 1e-5
+    assert 0.05 < drawn.inside.mean() < 0.4
 
 
 def test_the_seed_decides(sprites):
