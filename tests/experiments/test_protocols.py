@@ -291,6 +291,27 @@ def test_sampled_operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.slow
+def test_equilibrium_flow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert protocols.main(("equilibrium_flow", "--scale", "smoke", "--name", "smoke")) == 0
+    results = json.loads((tmp_path / "runs" / "smoke" / "results.json").read_text())
+    final = results["final"]["moving_digits"]
+    for runs in final.values():
+        for scores in (run["scores"] for run in runs):
+            cold, warm = (
+                np.array(scores[f"steps of pairs {kind}"]) for kind in ("from zeros", "with reuse")
+            )
+            assert cold.shape == warm.shape == (7,)
+            assert cold[0] == warm[0]  # the first pair has no past
+            assert scores["steps"] == pytest.approx(cold[1:].mean(), rel=1e-5)
+            assert scores["reuse"] == pytest.approx(warm[1:].mean() / cold[1:].mean(), rel=1e-5)
+            assert min(scores["epe"], scores["digit"]) > 0
+    one, three = (final[name][0]["scores"]["epe"] for name in ("One output", "Three corrections"))
+    assert one != three
+    assert [line["claim"] for line in results["verdicts"]] == ["a", "b", "c"]
+
+
+@pytest.mark.slow
 def test_local_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert protocols.main(("local_losses", "--scale", "smoke", "--name", "smoke")) == 0
