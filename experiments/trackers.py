@@ -4,9 +4,10 @@
 
 Plain SGD trains the task's network on the squared error, as Song et al., "Does SGD really happen in
 tiny subspaces?" (2024). Every tracker follows the same path. At ten checkpoints, one drawn from
-each tenth of the run, ARPACK (`scipy.sparse.linalg.eigsh`, largest algebraic eigenvalues, relative
-accuracy 1e-6) solves for the Hessian of the whole training split, with which the basis of a
-Bulk-SGD step there is compared:
+each tenth of the run, ARPACK (`scipy.sparse.linalg.eigsh`, relative accuracy 1e-6) solves for the
+Hessian of the whole training split: for the largest algebraic eigenvalues, and for the smallest or
+both ends where a tracker follows these. With its eigenvectors the basis of a Bulk-SGD step there is
+compared:
 
 * `chi`: |chi_k of the tracked basis - chi_k of the exact one|, of the gradient of the whole split
   and of the mini-batch;

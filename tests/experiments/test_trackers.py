@@ -91,6 +91,15 @@ def test_prints_what_was_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str
     }
 
 
+@pytest.mark.slow
+def test_trackers_of_other_ends_are_held_against_their_own_reference(tmp_path: Path) -> None:
+    arguments = [*TINY, "--trackers", "block_both", "--repeats", "0", "--runs-dir", str(tmp_path)]
+    assert trackers.main([*arguments, "--name", "both"]) == 0
+    summary = json.loads((tmp_path / "both" / "results.json").read_text())["summary"]
+    # Of the largest eigenvalues alone, half of the directions would be strangers to it.
+    assert summary["block_both"]["mean cos2"] > 0.6
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -34,7 +34,7 @@ class Reference:
     """Exact leading eigenpairs.
 
     Attributes:
-      eigenvalues: ``(k,)``, the largest first.
+      eigenvalues: ``(k,)``, the leading one first.
       vectors: ``(dimension, k)``.
       products: number of products that it took.
       seconds: time that it took.
@@ -46,20 +46,36 @@ class Reference:
     seconds: float
 
 
-def arpack(product: Callable[[jax.Array], Any], size: int, k: int, **options: Any) -> Reference:
-    """The algebraically largest eigenpairs of a symmetric matrix, by SciPy's ARPACK.
+# ARPACK's words for the ends of the spectrum.
+_WHICH = {"algebraic": "LA", "smallest": "SA", "both": "BE"}
+
+
+def arpack(
+    product: Callable[[jax.Array], Any],
+    size: int,
+    k: int,
+    *,
+    order: str = "algebraic",
+    **options: Any,
+) -> Reference:
+    """Leading eigenpairs of a symmetric matrix, by SciPy's ARPACK.
 
     >>> arpack(lambda vector: jnp.arange(9.0) * vector, 9, 2, tol=1e-6).eigenvalues.round(3)
     array([8., 7.], dtype=float32)
+    >>> both = arpack(lambda vector: jnp.arange(9.0) * vector, 9, 3, order="both", tol=1e-6)
+    >>> abs(both.eigenvalues).round(3)
+    array([8., 0., 7.], dtype=float32)
 
     Args:
       product: the product of the matrix with a flat vector.
       size: number of rows of the matrix.
       k: number of eigenpairs.
+      order: ``"algebraic"``, the largest eigenvalues, ``"smallest"``, the smallest, or ``"both"``,
+        the largest and the smallest in turn.
       **options: further arguments of `scipy.sparse.linalg.eigsh`, such as ``tol`` and ``ncv``.
 
     Returns:
-      The eigenpairs, the largest first, and what they cost.
+      The eigenpairs, the leading one first, and what they cost.
     """
     count = 0
 
@@ -70,10 +86,13 @@ def arpack(product: Callable[[jax.Array], Any], size: int, k: int, **options: An
 
     operator = scipy.sparse.linalg.LinearOperator((size, size), counted, dtype=np.float32)
     (values, vectors), seconds = timing.timed(
-        lambda: scipy.sparse.linalg.eigsh(operator, k, which="LA", **options)
+        lambda: scipy.sparse.linalg.eigsh(operator, k, which=_WHICH[order], **options)
     )
-    order = np.argsort(-values)
-    return Reference(values[order], vectors[:, order], count, seconds)
+    index = np.argsort(values if order == "smallest" else -values)
+    if order == "both":  # of an odd number, ARPACK takes one more at the upper end
+        half = (k + 1) // 2
+        index = np.insert(index[:half], np.arange(1, k // 2 + 1), index[half:][::-1])
+    return Reference(values[index], vectors[:, index], count, seconds)
 
 
 @dataclasses.dataclass(frozen=True)
