@@ -54,7 +54,8 @@ class Eigenpairs(NamedTuple):
         tolerance (without one: half of the dtype's digits, ``eps ** 0.5``). With
         ``lanczos(tolerance=)`` it is true only if, in addition, a sequence from a fresh random
         vector, orthogonal to those pairs, has shown no eigenvalue that should stand among the
-        ``k``, so that copies of a multiple eigenvalue are counted. ``lanczos`` without a tolerance,
+        ``k``, so that copies of a multiple eigenvalue are counted. ``lanczos`` without a tolerance
+        or with ``confirm=False``,
         ``block_iteration`` and ``lobpcg`` judge each pair by itself: copies of which the start had
         no part may be missing.
       smallest: the smallest Ritz value seen, an estimate of the bottom of the spectrum; infinite if

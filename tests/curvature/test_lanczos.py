@@ -64,6 +64,23 @@ def test_lanczos_agrees_with_arpack(x64):
     assert pairs.num_products == 29
 
 
+def test_without_confirmation_it_stops_sooner(x64):
+    sure = solve("outliers", tolerance=1e-6)
+    quick = solve("outliers", tolerance=1e-6, confirm=False)
+    check(quick, "outliers", "algebraic", 3, 2e-6, one_sequence=True)
+    assert quick.converged.all()
+    assert quick.num_products < sure.num_products
+    # Of a double eigenvalue it has seen one copy only.
+    copies = jnp.array([3.0, 3.0, 1.0, 0.5, 0.2, 0.1])
+    options = {"num_products": 6, "tolerance": 1e-3, "loop": "host", "key": 0}
+    once = lanczos(functools.partial(scale, copies), copies, 2, confirm=False, **options)
+    both = lanczos(functools.partial(scale, copies), copies, 2, **options)
+    np.testing.assert_allclose(both.eigenvalues, [3, 3], rtol=1e-6)
+    np.testing.assert_allclose(once.eigenvalues, [3, 1], rtol=1e-6)
+    with pytest.raises(TypeError, match="`confirm` must be True or False"):
+        solve("outliers", confirm="no")
+
+
 def test_the_loop_in_the_graph_takes_the_same_steps(x64):
     options = {"num_products": 400, "tolerance": 1e-6, "max_basis": 10}
     hosted = solve("random", **options)
