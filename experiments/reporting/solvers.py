@@ -42,6 +42,30 @@ def table(rows: Sequence[dict[str, Any]], product_milliseconds: float) -> Table:
     return view
 
 
+def density_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Medians of time, with quartiles in brackets, and of the error.
+
+    Args:
+      rows: one row per program, as `experiments.training.studies.densities.measure` returns them.
+    """
+    columns = ["spectral density", "products", "milliseconds", "to ours", "error", "compile"]
+    view = tables.table(columns, left=1, wrap=True)
+    for row in rows:
+        if "milliseconds" not in row:
+            view.add_row(f"{row['name']}: {row['note']}")
+            continue
+        seconds = row["compile_seconds"]
+        view.add_row(
+            row["name"],
+            str(row["products"]),
+            tables.quartiles(row["milliseconds"], "{:.0f}".format),
+            f"{row['ratio'][1]:.2f}",
+            f"{row['error']:.4f}",
+            "" if seconds is None else f"{seconds:.1f} s",
+        )
+    return view
+
+
 def medians(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of results.csv: one per solver, with the medians of what has quartiles.
 

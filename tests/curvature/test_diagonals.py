@@ -37,6 +37,10 @@ def test_xdiag_is_what_its_definition_says(x64, name):
     want, error = by_definition(np.asarray(product.matrix), probes)
     np.testing.assert_allclose(flat(found.diagonal), want, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(flat(found.standard_error), error, rtol=1e-7, atol=1e-9)
+    stochtrace = pytest.importorskip("matfree.stochtrace")
+    if hasattr(stochtrace, "leave_one_out_xdiag"):
+        each = stochtrace.leave_one_out_xdiag()(lambda v: product.matrix @ v, jnp.asarray(probes.T))
+        np.testing.assert_allclose(flat(found.diagonal), np.mean(each, axis=0), atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

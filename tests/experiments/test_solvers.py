@@ -42,6 +42,14 @@ def test_every_solver_reaches_the_accuracy(
         else:
             assert row["note"]
     assert rows["lanczos"]["ratio"] == [1, 1, 1]
+    assert rows["lanczos, confirm=False"]["products"] <= rows["lanczos"]["products"]
+    assert "scipy eigsh, own stop" in rows
+    densities = {row["name"]: row for row in results["densities"]}
+    assert ("note" in densities["matfree, vmap"]) == (budget_seconds != "60")
+    for name in ("matfree, lax.map", "matfree, vmap"):
+        if "note" not in densities[name]:  # the same probes, so the same quadrature
+            error = densities["spectral_density"]["error"]
+            assert densities[name]["error"] == pytest.approx(error, abs=0.02)
     text = (tmp_path / "solvers-digits/results.csv").read_text()
     lines = list(csv.DictReader(text.splitlines()))
     assert [line["name"] for line in lines] == [row["name"] for row in results["solvers"]]

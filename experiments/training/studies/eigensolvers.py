@@ -149,6 +149,16 @@ class Search:
             "lanczos from the gradient", setting, lambda _: self._lanczos_to_tolerance(gradient)
         )
 
+    def unconfirmed_lanczos(self) -> Tool:
+        """The same, without the second sequence that looks for copies of eigenvalues."""
+
+        def run(start: PyTree) -> tuple[Any, Any]:
+            return self._lanczos(
+                start, num_products=MAX_PRODUCTS, tolerance=self.tolerance, confirm=False
+            )
+
+        return Tool("lanczos, confirm=False", f"own stop at {self.tolerance:g}", run)
+
     def _lanczos_to_tolerance(self, start: PyTree) -> tuple[Any, Any]:
         return self._lanczos(start, num_products=MAX_PRODUCTS, tolerance=self.tolerance)
 
@@ -236,30 +246,36 @@ class Search:
 
     # Others -----------------------------------------------------------------------------------
 
-    def scipy(self) -> Tool | None:
+    def _arpack(self, start: PyTree, vectors: int | None, tolerance: float) -> tuple[Any, Any]:
         """SciPy's ARPACK, whose vectors are NumPy arrays on the host."""
-        hessian, k = self.hessian, self.k
-        flat, unravel = ravel_pytree(hessian.params)
-        size = len(flat)
+        flat, unravel = ravel_pytree(self.hessian.params)
+        solution = arpack(
+            lambda vector: ravel(self.hessian.product(unravel(vector))),
+            len(flat),
+            self.k,
+            ncv=vectors,
+            tol=tolerance,
+            v0=np.asarray(ravel(start)),
+        )
+        return solution.eigenvalues, solution.products
 
-        def run(start: PyTree, vectors: int, tolerance: float) -> tuple[Any, Any]:
-            solution = arpack(
-                lambda vector: ravel(hessian.product(unravel(vector))),
-                size,
-                k,
-                ncv=vectors,
-                tol=tolerance,
-                v0=np.asarray(ravel(start)),
-            )
-            return solution.eigenvalues, solution.products
+    def scipy_with_own_stop(self) -> Tool | None:
+        """ARPACK as one calls it who has no reference, with its default number of vectors."""
+        run = functools.partial(self._arpack, vectors=None, tolerance=self.tolerance)
+        setting = f"own stop at {self.tolerance:g}"
+        return self.cheapest([Tool("scipy eigsh, own stop", setting, run)])
 
+    def scipy(self) -> Tool | None:
+        """ARPACK at its cheapest sufficient setting."""
+        k = self.k
+        size = blocks.dimension(self.hessian.params)
         sizes = dict.fromkeys(min(int(factor * k) + 1, size) for factor in SCIPY_VECTORS)
         return _fewest_products(
             self.cheapest(
                 Tool(
                     "scipy eigsh",
                     f"ncv {vectors}, tol {tolerance:g}",
-                    functools.partial(run, vectors=vectors, tolerance=tolerance),
+                    functools.partial(self._arpack, vectors=vectors, tolerance=tolerance),
                 )
                 for tolerance in SCIPY_TOLERANCES
             )
@@ -418,12 +434,17 @@ def find_tools(search: Search) -> list[Tool | Skipped]:
     lanczos = dataclasses.replace(lanczos, compile_seconds=max(0.0, first - second))
     enough = max(int(lanczos.run(start)[1]) for start in search.starts)
     searches: dict[str, Callable[[], Tool | Skipped | None]] = {
+        "lanczos without confirmation": search.unconfirmed_lanczos,
         "lanczos with a budget": lambda: search.lanczos_with_budget(enough),
         "lanczos from the gradient": search.lanczos_from_gradient,
         "block iteration": search.block_iteration,
         "SciPy": search.scipy,
+        "SciPy with its own stop": search.scipy_with_own_stop,
         "matfree": lambda: search.matfree(enough),
         "LOBPCG": lambda: search.lobpcg(enough),
+        "curvlinops": lambda: Skipped(
+            "curvlinops", "has products for PyTorch models, and takes SciPy's eigsh: see that row"
+        ),
     }
     if search.over_budget("", enough) is None:
         searches = {"compiled lanczos": search.compiled_lanczos} | searches
