@@ -442,9 +442,7 @@ def find_tools(search: Search) -> list[Tool | Skipped]:
         "SciPy with its own stop": search.scipy_with_own_stop,
         "matfree": lambda: search.matfree(enough),
         "LOBPCG": lambda: search.lobpcg(enough),
-        "curvlinops": lambda: Skipped(
-            "curvlinops", "has products for PyTorch models, and takes SciPy's eigsh: see that row"
-        ),
+        "curvlinops": lambda: Skipped("curvlinops", "PyTorch; takes SciPy's eigsh"),
     }
     if search.over_budget("", enough) is None:
         searches = {"compiled lanczos": search.compiled_lanczos} | searches
