@@ -96,8 +96,8 @@ def test_trackers_of_other_ends_are_held_against_their_own_reference(tmp_path: P
     arguments = [*TINY, "--trackers", "block_both", "--repeats", "0", "--runs-dir", str(tmp_path)]
     assert trackers.main([*arguments, "--name", "both"]) == 0
     summary = json.loads((tmp_path / "both" / "results.json").read_text())["summary"]
-    # Of the largest eigenvalues alone, half of the directions would be strangers to it.
-    assert summary["block_both"]["mean cos2"] > 0.6
+    # The upper half of the directions; the smallest ones of a part of the images are others.
+    assert summary["block_both"]["mean cos2"] > 0.35
 
 
 @pytest.mark.parametrize(
