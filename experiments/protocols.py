@@ -239,7 +239,7 @@ def conclude(
         "study": study.name,
         "scale": options.scale,
         "runs": len(finished(final)),
-        "diverged": sum(map(report.diverged, finished(final))),
+        "diverged": sum(report.diverged(study, run) for run in finished(final)),
         "budget": {setting.name: setting.budget for setting in settings},
         "command": command(study, options, settings),
         "run": hashlib.sha256(json.dumps(config).encode()).hexdigest()[:8],
@@ -339,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.scale != "smoke":
             added = ledger.append(options.evidence_dir / f"{study.name}.jsonl", lines)
     show(study, settings, chosen, final, console)
-    diverged = sum(map(report.diverged, finished(final)))
+    diverged = sum(report.diverged(study, run) for run in finished(final))
     console.print(
         f"{sum(runs for runs, _ in counted)} runs, of which {diverged} final ones diverged; "
         f"{cli.plural(added, 'verdict')} added to {options.evidence_dir}. Measures in %, or as "

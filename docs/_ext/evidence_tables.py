@@ -82,6 +82,17 @@ def _protocols(record: Record) -> str:
     return "\n\n".join(parts)
 
 
+def _edge_of_stability(record: Record) -> str:
+    """The tables of a study of whole procedures, and what it says about each claim."""
+    lines = [
+        [line["claim"].partition(",")[0], line["text"], line["source"], line["verdict"],
+         line["note"]]
+        for line in record["verdicts"]
+    ]  # fmt: skip
+    verdicts = _markdown(["", "claim", "source", "here", "seeds"], lines)
+    return f"{_protocols(record)}\n\n{verdicts}"
+
+
 def _step_cost(record: Record) -> str:
     return _markdown(step_cost.HEADERS, step_cost.rows(record))
 
@@ -130,6 +141,9 @@ def _markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 KINDS: dict[str, Callable[[Record], str]] = {
     "digits": _comparison,
+    "edge_of_stability_cnn": _edge_of_stability,
+    "edge_of_stability_gpt": _edge_of_stability,
+    "edge_of_stability_mlp": _edge_of_stability,
     "mnist5k": _comparison,
     "step_cost": _step_cost,
     "survey": _survey,

@@ -15,6 +15,8 @@ import pytest
 
 from experiments import protocols
 from experiments.cli import UsageError
+from experiments.reporting import tables
+from experiments.reporting.referee import protocols as report
 from experiments.reporting.referee.judging import (
     AllOf,
     ByBootstrap,
@@ -225,6 +227,21 @@ def test_unfair_studies_are_refused() -> None:
         changed = dataclasses.replace(fair, **{"claims": fair.claims[:1], **change})
         with pytest.raises(UsageError, match=message):
             changed.check()
+
+
+def test_a_run_without_an_optional_score_has_not_diverged() -> None:
+    fair = study()
+    may = dataclasses.replace(fair.measures["state"], optional=True)
+    studied = dataclasses.replace(fair, measures={**fair.measures, "state": may})
+    (setting, _) = studied.scales["small"].settings
+    run = {"seed": 1, "learning_rate": 0.1, "scores": {"error": 0.1, "state": None}}
+    assert not report.diverged(studied, run)
+    assert report.diverged(fair, run)
+    final = {each.name: [run] for each in setting.contestants}
+    chosen = dict.fromkeys(final, 0.1)
+    for which, word in ((studied, "1 without"), (fair, "1 diverged")):
+        _, rows = tables.plain(report.scores_table(which, setting, chosen, final))
+        assert rows[0][-1] == word
 
 
 def test_a_claim_about_two_bounds() -> None:

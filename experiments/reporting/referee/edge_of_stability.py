@@ -280,6 +280,7 @@ STUDY = Protocols(
             text="sharpness over its threshold at the first step, of a run that reaches it later",
             worst=_INFINITE,
             form=".2f",
+            optional=True,  # a run may never get there
         ),
         "hover": Measure(
             text="preconditioned sharpness over its threshold, median of the second half of the "

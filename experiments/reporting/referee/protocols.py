@@ -40,11 +40,13 @@ class Measure:
       worst: its value for a run that diverged.
       form: how tables show it, a format specification such as ``".4f"``; ``"%"`` for a share that
         they show in percent.
+      optional: whether a run may have none without having diverged; claims see its worst value.
     """
 
     text: str
     worst: float
     form: str = "%"
+    optional: bool = False
 
 
 ERROR = Measure(text="share of wrong answers on the test split", worst=1.0)
@@ -271,9 +273,15 @@ def results(studied: Protocols, settings: Sequence[Setting], final: Runs, name: 
     return Results.of_errors([setting.name for setting in settings], names, values, name)
 
 
-def diverged(run: Run) -> bool:
-    """Whether any score of a run is not finite."""
-    return any(value is None for value in run["scores"].values())
+def diverged(studied: Protocols, run: Run) -> bool:
+    """Whether any score of a run is not finite that it cannot lack.
+
+    Args:
+      studied: the study.
+      run: one of its runs.
+    """
+    optional = {name for name, measure in studied.measures.items() if measure.optional}
+    return any(value is None for name, value in run["scores"].items() if name not in optional)
 
 
 def judge(
@@ -360,7 +368,7 @@ def scores_table(
 
 
 def _cell(measure: Measure, values: Sequence[float], failed: int) -> str:
-    lost = f"{failed} diverged" if failed else ""
+    lost = f"{failed} {'without' if measure.optional else 'diverged'}" if failed else ""
     if not values:
         return lost
     mean, error = mean_and_error(values)
