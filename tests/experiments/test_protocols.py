@@ -250,6 +250,11 @@ def test_a_claim_about_two_bounds() -> None:
     assert found.verdict == FAILS
     np.testing.assert_allclose((found.low, found.high), (-0.1, 0.1))
     assert found.note == "2 of 3 seeds"
+    for lost in (np.inf, np.nan):  # diverged, or without the score
+        results = Results.of_errors(["s"], ["m"], np.array([[[0.4, lost]]]), "x")
+        found = InEverySeed(Within(method="m", low=0.3, high=1.0))(results)
+        assert (found.verdict, found.note) == (FAILS, "1 of 2 seeds")
+        assert found.estimate is found.low is found.high is None
 
 
 def test_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -344,7 +344,8 @@ class InEverySeed:
     """Judges by the margin of each seed: a claim holds where all of them are above 0.
 
     This is the criterion of claims that say "in all seeds". It counts the seeds that were run and
-    says nothing about others, so it never stays undecided, and its interval is their range.
+    says nothing about others, so it never stays undecided, and its interval is their range; there
+    is none where a margin is not finite.
 
     Attributes:
       margin: a function of a `View`.
@@ -359,8 +360,10 @@ class InEverySeed:
             float(self.margin(mean_view(dataclasses.replace(results, errors=errors[..., None]))))
             for errors in np.moveaxis(results.errors, -1, 0)
         ]
-        verdict = HOLDS if min(found) > 0 else FAILS
+        verdict = HOLDS if all(margin > 0 for margin in found) else FAILS
         note = f"{sum(margin > 0 for margin in found)} of {seeds} seeds"
+        if not np.isfinite(found).all():  # a run diverged, or lacks the score: no number says how
+            return Judgement(verdict, None, None, None, seeds, note=note)
         return Judgement(verdict, float(np.mean(found)), min(found), max(found), seeds, note=note)
 
 
