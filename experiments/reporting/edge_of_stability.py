@@ -72,7 +72,7 @@ def sharpness(runs: Runs) -> Figure:
             ratios, raw = (scores[f"{kind} along the run"] for kind in ("ratio", "raw ratio"))
             label = None if number else "over its threshold"
             _line(axes, scores["steps of curves"], ratios, color=_BLUE, label=label)
-            if raw != ratios:
+            if not np.allclose(_numbers(raw), _numbers(ratios), equal_nan=True):
                 label = None if number else "plain, over 2 / rate"
                 _line(axes, scores["steps of curves"], raw, color=_ORANGE, linewidth=1, label=label)
         axes.set_ylim(0, _top(of_name))
@@ -159,5 +159,8 @@ def flows(runs: Runs) -> Figure:
 
 def _line(axes: Axes, steps: Sequence[float], values: Sequence[float | None], **look: Any) -> None:
     """A curve; values that were not finite, stored as None, are left out."""
-    found = [np.nan if value is None else value for value in values]
-    axes.plot(steps, found, **{"linewidth": 1.5, **look})
+    axes.plot(steps, _numbers(values), **{"linewidth": 1.5, **look})
+
+
+def _numbers(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([np.nan if value is None else value for value in values])
