@@ -15,7 +15,7 @@ from typing import Any
 from rich.table import Table
 
 from experiments import protocols, step_cost
-from experiments.reporting import comparison, figures, survey, tables, trackers
+from experiments.reporting import comparison, survey, tables, trackers
 from experiments.reporting.referee.protocols import scores_table
 from experiments.training.studies.tracking import ENTRIES
 
@@ -23,7 +23,7 @@ Record = dict[str, Any]
 
 
 def write(records: Path, folder: Path) -> None:
-    """Writes a page with the table, or tables, of every record, and the pictures of some.
+    """Writes a page with the table, or tables, of every record.
 
     Args:
       records: the folder with the records.
@@ -34,9 +34,6 @@ def write(records: Path, folder: Path) -> None:
         make = _typed if record.get("transcribed") else KINDS.get(path.stem, _protocols)
         text = f"{make(record)}\n{_source(record)}"
         (folder / f"{path.stem}.md").write_text(text, encoding="utf-8")
-        pictures = protocols.PICTURES.get(record.get("config", {}).get("protocols"))
-        for name, figure in pictures.pictures(record["final"]) if pictures else ():
-            figures.write(folder, name, figure)
 
 
 def _source(record: Record) -> str:
