@@ -163,7 +163,7 @@ RATE = Range(0, 3e38, "(]")
 # The one table of what numbers may be, by the option's name; a command's `limits` come first.
 LIMITS: Mapping[str, Range] = {
     **dict.fromkeys(("steps", "epochs", "early_stopping", "eval_every", "checkpoint_every"), COUNT),
-    "norms_every": COUNT,
+    **dict.fromkeys(("norms_every", "monitor_every"), COUNT),
     **dict.fromkeys(("batch_size", "curvature_batch_size", "curvature_batch", "accumulate"), COUNT),
     **dict.fromkeys(("switch_step", "keep", "examples", "chunk", "parameters"), COUNT),
     **dict.fromkeys(("seeds", "members", "max_replicas"), Range(1, 1_000)),

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorboardX.summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
@@ -113,6 +114,16 @@ class MetricFiles:
 
     def _add_events(self, row: Row) -> None:
         values = [tensorboardX.summary.scalar(*item).value[0] for item in tagged(row).items()]
+        eigenvalues = [
+            value
+            for name, value in row.items()
+            if name.startswith("monitor/eigenvalue_") and value is not None
+        ]
+        if eigenvalues:
+            histogram = tensorboardX.summary.histogram(
+                "monitor/eigenvalues", np.array(eigenvalues), "auto"
+            )
+            values.append(histogram.value[0])
         event = Event(wall_time=time.time(), step=row["step"])
         event.summary.value.extend(values)
         self._events.write_event(event)
@@ -141,7 +152,7 @@ def tagged(row: Row) -> dict[str, float]:
         split, _, short = name.partition("_")
         if split == "validation":
             return f"validation/{short}"
-        return name if name.startswith("state/") else f"train/{name}"
+        return name if name.startswith(("state/", "monitor/")) else f"train/{name}"
 
     left_out = ("step", "epoch", "seconds")
     return {

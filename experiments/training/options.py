@@ -164,6 +164,11 @@ class OutputOptions(cli.DryRunOptions):
     norms_every: int = 1
     """Steps between those whose norms of gradient and update are in the metrics; they cost a few
     percent of the steps of small networks."""
+    monitor: bool = False
+    """Record the curvature that the optimizer sees (sharpness, effective sharpness against its
+    stability threshold, alignments and more) in the metrics; the training stays the same."""
+    monitor_every: int | None = None
+    """Steps between records of --monitor; default: 200."""
     log: str = "none"
     """Send the metrics to wandb (Weights & Biases), aim or mlflow, too, if that package is
     installed; a resumed run continues there. none: only to the run's folder."""
@@ -279,6 +284,17 @@ COMBINATIONS: tuple[cli.Rule[Options], ...] = (
         lambda o: o.curvature_batch_size is None or o.chosen_method.refresh_every is not None,
         lambda o: (
             f"--curvature-batch-size: method {o.chosen_method.name} uses no curvature; leave it out"
+        ),
+    ),
+    cli.Rule(
+        lambda o: o.monitor_every is None or o.monitor,
+        lambda o: "--monitor-every is the period of --monitor; give both or leave it out",
+    ),
+    cli.Rule(
+        lambda o: not o.monitor or not o.chosen_method.per_worker,
+        lambda o: (
+            f"--monitor watches parameters that all devices share, and method "
+            f"{o.chosen_method.name} has workers with their own; leave it out"
         ),
     ),
     cli.Rule(

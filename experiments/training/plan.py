@@ -18,11 +18,13 @@ from experiments import cli, data, methods
 from experiments.cli import UsageError
 from experiments.data import augmentation
 from experiments.data.following import PER_STITCHED
-from experiments.training import cluster, losses, parallel
+from experiments.training import cluster, losses, monitoring, parallel
 from experiments.training.options import Options, check, read_model_options, tasks_of
 
 # Validations that are printed where nobody says how many there are to be.
 MOST_LINES = 20
+# Steps between records of the curvature, as in `optax_accel.monitor_curvature`.
+MONITOR_EVERY = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +98,32 @@ class Plan:
 
     def refresh_at(self, step: int) -> bool | str | None:
         """The static `refresh` argument planned for a step from 0 on; see `Method.refresh`."""
-        return self.method.refresh(step, **self._refresh_options)
+        return self._with_records(step, self.method.refresh(step, **self._refresh_options))
 
     def refresh_schedule(self) -> Callable[[int, Any], Any]:
         """The static `refresh` argument of each step of a run; see `Method.schedule`."""
-        return self.method.schedule(**self._refresh_options)
+        schedule = self.method.schedule(**self._refresh_options)
+        return lambda step, state: self._with_records(step, schedule(step, state))
+
+    @property
+    def monitor_every(self) -> int | None:
+        """Steps between records of the curvature; None without a monitor."""
+        if not self.options.monitor:
+            return None
+        return self.options.monitor_every or MONITOR_EVERY
+
+    @property
+    def parts(self) -> int:
+        """Parts in which a step sees its batch: micro-batches on each of the replicas."""
+        replicas = self.options.parallel in ("pmap", "shard_map")
+        return self.options.accumulate * (len(self.devices) if replicas else 1)
+
+    def _with_records(self, step: int, refresh: Any) -> Any:
+        every = self.monitor_every
+        if every is None:
+            return refresh
+        cold_start = not self.loops_convolutions_slowly
+        return monitoring.with_records(refresh, step, every, cold_start=cold_start)
 
     @property
     def _refresh_options(self) -> dict[str, Any]:
@@ -138,7 +161,7 @@ class Plan:
             "workers": self.workers,
             "eval_every": self.eval_every,
             "norms_every": self.options.norms_every,
-        }
+        } | ({} if self.monitor_every is None else {"monitor_every": self.monitor_every})
 
     def machine(self) -> dict[str, Any]:
         """All that decides the numbers up to rounding only."""

@@ -21,7 +21,7 @@ import optax_accel as oa
 from experiments import cli, data
 from experiments.cli import UsageError
 from experiments.runs.metric_files import TIMES
-from experiments.training import losses, networks, parallel
+from experiments.training import losses, monitoring, networks, parallel
 from experiments.training.average_precision import precisions
 from experiments.training.optimizers import find_in_state, wrap
 from experiments.training.plan import Plan
@@ -88,6 +88,8 @@ class Program:
             return None
         plan = self.plan
         products = plan.method.products(refresh, self.shapes.params, plan.task.num_directions)
+        if not products:
+            return "recording the curvature for the first time"
         return f"finding the subspace ({products} products)"
 
     def evaluate(self, state: TrainState, split: data.Split) -> dict[str, float]:
@@ -289,12 +291,23 @@ def make_optimizer(plan: Plan, model: Model) -> optax.GradientTransformationExtr
         objective=model.example_objective() if plan.method.needs_objective else None,
         likelihood=losses.LIKELIHOODS.get(plan.loss),
     )
-    return wrap(
+    whole = wrap(
         tx,
         plan.learning_rate,
         clip=plan.options.clip,
         weight_decay=plan.options.weight_decay,
         precision=PRECISIONS[plan.options.precision],
+    )
+    if plan.monitor_every is None:
+        return whole
+    return monitoring.watch(
+        whole,
+        plan.method.name,
+        plan.learning_rate,
+        every=plan.monitor_every,
+        # A curvature batch, on which it is then recorded, may be of one part.
+        parts=plan.parts if plan.curvature_batch_size is None else 1,
+        batch_size=plan.batch_size,
     )
 
 
@@ -354,8 +367,12 @@ def statistics(opt_state: PyTree) -> dict[str, jax.Array]:
     Returns:
       By name what there is of momentum, alignment, consensus distance, loss scale and the top
       eigenvalue; then every other scalar field of the states and every injected or scheduled
-      hyperparameter but the learning rate, by its path, such as ``state/0/count``.
+      hyperparameter but the learning rate, by its path, such as ``state/0/count``; and what a
+      monitor of the curvature recorded in this step.
     """
+    monitored = monitoring.metrics(opt_state)
+    if isinstance(opt_state, oa.MonitorCurvatureState):
+        opt_state = opt_state.inner_state
     fields = {
         name: find_in_state(opt_state, name)
         for name in ("momentum", "alignment", "consensus_distance", "loss_scale", "eigenvalues")
@@ -370,7 +387,7 @@ def statistics(opt_state: PyTree) -> dict[str, jax.Array]:
         is_number = leaf.shape == () and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
         if is_number and id(leaf) not in told and _is_field(path):
             scalars[f"state/{jax.tree_util.keystr(path, simple=True, separator='/')}"] = leaf
-    return scalars
+    return scalars | monitored
 
 
 def _is_field(path: tuple[Any, ...]) -> bool:

@@ -1,0 +1,131 @@
+"""The monitor of a run's curvature: what it watches, when it records, which metrics it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import optax_accel as oa
+from optax_accel.curvature import (
+    Preconditioner,
+    adagrad_preconditioner,
+    adam_preconditioner,
+    rmsprop_preconditioner,
+    sgd_preconditioner,
+)
+from optax_accel.refresh import of_damping, of_eigenspace, of_factors
+
+PyTree = Any
+# The methods of the catalogue whose stability threshold is known, with what they divide steps by.
+PRECONDITIONERS: Mapping[str, Preconditioner] = {
+    "plain_sgd": sgd_preconditioner(),
+    "sgd": sgd_preconditioner(momentum=0.9),
+    "nesterov_sgd": sgd_preconditioner(momentum=0.9, nesterov=True),
+    "adam": adam_preconditioner(),
+    "adamw": adam_preconditioner(),
+    "nadam": adam_preconditioner(nesterov=True),
+    "rmsprop": rmsprop_preconditioner(),
+    "adagrad": adagrad_preconditioner(),
+}
+# Numbers of a record that are no metrics of their own.
+_NOT_SHOWN = ("recorded_step", "recorded_loss", "noise_moments", "density_nodes", "density_weights")
+_PLURALS = {
+    "leading_eigenvalues": "eigenvalue",
+    "smallest_eigenvalues": "smallest_eigenvalue",
+    "effective_eigenvalues": "effective_eigenvalue",
+}
+
+
+def watch(
+    tx: optax.GradientTransformation,
+    method: str,
+    learning_rate: float,
+    *,
+    every: int,
+    parts: int = 1,
+    batch_size: int = 1,
+) -> optax.GradientTransformationExtraArgs:
+    """Puts the monitor around an optimizer.
+
+    Args:
+      tx: the optimizer.
+      method: name of the method in it; those in `PRECONDITIONERS` get an effective sharpness.
+      learning_rate: its learning rate.
+      every: steps between records.
+      parts: parts in which a step sees its batch; from two on the noise scale is estimated.
+      batch_size: examples in a batch.
+
+    Returns:
+      The optimizer, whose state is an `optax_accel.MonitorCurvatureState`.
+    """
+    return oa.monitor_curvature(
+        tx,
+        every=every,
+        preconditioner=PRECONDITIONERS.get(method),
+        inner_learning_rate=learning_rate,
+        num_smallest=1,
+        noise_scale=parts > 1,
+        batch_size=batch_size,
+    )
+
+
+def with_records(refresh: Any, step: int, every: int, *, cold_start: bool) -> Any:
+    """The argument ``refresh`` of a step with that of the monitor joined to it.
+
+    >>> with_records(None, 0, 100, cold_start=True), with_records(None, 1, 100, cold_start=True)
+    ('cold', False)
+    >>> with_records("warm", 1, 100, cold_start=True)
+    Refresh(eigenspace='warm', factors=True, inverses=True, damping=True, monitor=False)
+
+    Args:
+      refresh: the argument for the method; None for one without curvature.
+      step: zero-based number of the step.
+      every: steps between records.
+      cold_start: whether the first record starts with Lanczos.
+
+    Returns:
+      A static value that means the same to the method.
+    """
+    if refresh == "sample":
+        return refresh
+    monitor = oa.refresh_at(step, refresh_every=every, cold_start=cold_start)
+    if refresh is None:
+        return monitor
+    factors = of_factors(refresh)
+    return oa.Refresh(
+        eigenspace=of_eigenspace(refresh),
+        factors=bool(factors),
+        inverses=factors == "inverses",
+        damping=of_damping(refresh),
+        monitor=monitor,
+    )
+
+
+def metrics(opt_state: PyTree) -> dict[str, jax.Array]:
+    """What the monitor recorded in the last step, NaN where it recorded nothing.
+
+    Args:
+      opt_state: the state of the optimizer.
+
+    Returns:
+      Scalars by names such as ``monitor/sharpness``; none without a monitor.
+    """
+    if not isinstance(opt_state, oa.MonitorCurvatureState):
+        return {}
+    record = opt_state.record
+    new = record.recorded_step == opt_state.count - 1
+    named: dict[str, jax.Array] = {}
+    for name, value in record._asdict().items():
+        if value is None or name in _NOT_SHOWN:
+            continue
+        if name not in _PLURALS:
+            named[name] = value
+            continue
+        for i in range(value.shape[0]):
+            named[f"{_PLURALS[name]}_{i + 1}"] = value[i]
+    shown = {f"monitor/{name}": jnp.where(new, value, jnp.nan) for name, value in named.items()}
+    return shown | {"monitor/skipped": opt_state.num_skipped}
