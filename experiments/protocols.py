@@ -38,6 +38,7 @@ from experiments.reporting import figures
 from experiments.reporting.referee import continual as claims_of_continual
 from experiments.reporting.referee import data_assimilation as claims_of_data_assimilation
 from experiments.reporting.referee import edge_of_stability as claims_of_edge_of_stability
+from experiments.reporting.referee import equilibrium as claims_of_equilibrium
 from experiments.reporting.referee import equilibrium_flow as claims_of_equilibrium_flow
 from experiments.reporting.referee import feedback as claims_of_feedback
 from experiments.reporting.referee import fine_tuning as claims_of_fine_tuning
@@ -56,6 +57,7 @@ from experiments.training.studies import (
     continual,
     data_assimilation,
     edge_of_stability,
+    equilibrium,
     equilibrium_flow,
     feedback,
     fine_tuning,
@@ -78,6 +80,7 @@ STUDIES: dict[str, tuple[Protocols, MakeRunner]] = {
         (claims_of_data_assimilation.STUDY, data_assimilation.Runner),
         (claims_of_edge_of_stability.STUDY, edge_of_stability.Runner),
         (claims_of_equilibrium_flow.STUDY, equilibrium_flow.Runner),
+        (claims_of_equilibrium.STUDY, equilibrium.Runner),
         (claims_of_fine_tuning.STUDY, fine_tuning.Runner),
         (claims_of_local_losses.STUDY, local_losses.Runner),
         (claims_of_low_memory.STUDY, low_memory.Runner),
@@ -96,9 +99,9 @@ class Options(cli.DryRunOptions):
     """Judge claims about whole procedures of training by runs that can refute them."""
 
     study: str | None = None
-    """Study: feedback, continual, data_assimilation, edge_of_stability, equilibrium_flow,
-    fine_tuning, local_losses, low_memory, sampled_operations, scale or skipped_epochs; it may also
-    stand first, without the option's name."""
+    """Study: feedback, continual, data_assimilation, edge_of_stability, equilibrium,
+    equilibrium_flow, fine_tuning, local_losses, low_memory, sampled_operations, scale or
+    skipped_epochs; it may also stand first, without the option's name."""
     scale: str = "small"
     """smoke (to try a study out: its verdicts do not go into the ledger), small (minutes on two
     cores), medium or full."""
