@@ -38,6 +38,7 @@ from jax import lax
 
 from optax_accel._arguments import check_flag, check_integer, check_number, shown
 from optax_accel._random import as_key
+from optax_accel.equilibrium import _optimistix
 from optax_accel.equilibrium.solvers import (
     FixedPointReport,
     FixedPointSolver,
@@ -103,9 +104,9 @@ def deq(
     params: chex.ArrayTree,
     x: chex.ArrayTree,
     *,
-    solver: FixedPointSolver | None = None,
+    solver: FixedPointSolver | Any | None = None,
     gradient: Gradient = "implicit",
-    backward_solver: FixedPointSolver | None = None,
+    backward_solver: FixedPointSolver | Any | None = None,
     corrections: int | None = None,
     batched: bool = True,
     axis_name: str | None = None,
@@ -122,7 +123,10 @@ def deq(
         examples, (examples, ...).  Zeros in the papers.
       params: the parameters, any pytree.
       x: the input of the layer, any pytree; tokens and other integers are allowed.
-      solver: of the forward pass; None (default) is ``anderson()``, the authors' choice.
+      solver: of the forward pass; None (default) is ``anderson()``, the authors' choice.  A solver
+        of the package optimistix, where that is installed, takes all examples as one problem,
+        decides by its own tolerances and takes at most 256 steps; not with ``corrections`` or
+        ``axis_name``.
       gradient: ``"implicit"`` (default), ``phantom(steps, damping)`` or ``"unrolled"``, which
         keeps all steps of the solver and takes the largest number of them.
       backward_solver: of the implicit gradient; None (default) is ``broyden()``, the authors'
@@ -176,6 +180,11 @@ def deq(
         segments = corrections
         if gradient == "unrolled":
             raise ValueError("`corrections` needs the gradient 'implicit' or phantom(...).")
+        if not isinstance(solver, FixedPointSolver):
+            raise ValueError(
+                "`corrections` needs a solver of optax_accel.equilibrium, whose steps it divides; "
+                f"got {shown(solver)}."
+            )
         steps = solver.max_steps // segments
         if steps < 2:
             raise ValueError(
@@ -375,10 +384,10 @@ def jacobian_penalty(
 
 def _check_options(solver: Any, backward_solver: Any, gradient: Any) -> None:
     for name, value in (("solver", solver), ("backward_solver", backward_solver)):
-        if not isinstance(value, FixedPointSolver):
+        if not isinstance(value, FixedPointSolver) and not _optimistix.is_solver(value):
             raise TypeError(
                 f"`{name}` must be a solver, as optax_accel.equilibrium.anderson(), broyden() or "
-                f"fixed_point() make; got {shown(value)}."
+                f"fixed_point() make, or one of optimistix; got {shown(value)}."
             )
     if not isinstance(gradient, Phantom) and gradient not in ("implicit", "unrolled"):
         raise ValueError(

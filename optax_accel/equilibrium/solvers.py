@@ -43,6 +43,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_accel._arguments import check_choice, check_flag, check_integer, check_number
+from optax_accel.equilibrium import _optimistix
 
 Stop = Literal["absolute", "relative"]
 Loop = Literal["while", "unrolled"]
@@ -380,7 +381,7 @@ class _Carry(NamedTuple):
 
 
 def solve(
-    solver: FixedPointSolver,
+    solver: FixedPointSolver | Any,
     f: Function,
     z0: chex.ArrayTree,
     *,
@@ -391,7 +392,8 @@ def solve(
     """Finds the fixed point of a function of pytrees.
 
     Args:
-      solver: the solver.
+      solver: the solver; one of the package optimistix, where that is installed, takes all examples
+        as one problem, decides by its own tolerances and takes at most 256 steps.
       f: maps a state to one of the same structure, shapes and dtypes.
       z0: where it starts: a pytree of floating-point arrays, the first axis of all of them the
         examples.
@@ -406,6 +408,7 @@ def solve(
 
     Raises:
       TypeError: ``batched`` or ``differentiable`` is not True or False.
+      ValueError: ``axis_name`` with a solver of optimistix.
 
     Example:
       >>> import jax.numpy as jnp
@@ -417,6 +420,11 @@ def solve(
     """
     check_flag("batched", batched)
     check_flag("differentiable", differentiable)
+    if _optimistix.is_solver(solver):
+        z, fields = _optimistix.solve(
+            solver, f, z0, batched=batched, axis_name=axis_name, differentiable=differentiable
+        )
+        return z, FixedPointReport(**fields)
     pack, unpack = _packing(z0, batched)
 
     def image_of(z: jax.Array) -> jax.Array:
@@ -439,10 +447,10 @@ def solve(
         carry = lax.fori_loop(0, solver.evaluations, lambda _, carry: body(carry), carry)
     else:
         carry = lax.while_loop(goes_on, body, carry)
-    fields = (
-        carry.residual, carry.relative_residual, carry.steps, carry.converged, carry.residuals
-    )  # fmt: skip
-    report = FixedPointReport(*fields)
+    report = FixedPointReport(
+        *(carry.residual, carry.relative_residual),
+        *(carry.steps, carry.converged, carry.residuals),
+    )
     if not batched:
         report = jax.tree.map(lambda field: field[..., 0], report)
     return unpack(carry.found), report
