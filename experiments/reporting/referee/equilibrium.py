@@ -106,30 +106,26 @@ def text(rates: tuple[float, ...], **options: Any) -> Setting:
     )
 
 
-def trains_as_well(
-    name: str, words: str, setting: str, measure: str, slack: float, method: str, rival: str
-) -> Claim:
+def trains_as_well(name: str, words: str, setting: str, method: str, rival: str) -> Claim:
     """The claim that one contestant is not worse than another one by more than a slack.
 
     Args:
       name: a letter.
       words: the claim.
       setting: where it is judged.
-      measure: ``"error"`` or ``"loss"``.
-      slack: by how much the method may be worse.
       method: who the claim is about.
       rival: with whom it is compared.
 
     Returns:
       The claim.
     """
-    what = "error" if measure == "error" else "loss"
+    measure, slack = ("loss", _NATS) if setting == TEXT else ("error", _POINTS)
     return Claim(
         name=name,
         text=words,
         source="Geng et al., 2021, section 5" if method == ONE else "Bai et al., 2019, section 4",
-        criterion=f"{setting}: test {what} of {rival}, less that of {method}, + {slack:g} > 0: all "
-        "of the 95 % bootstrap interval over seeds",
+        criterion=f"{setting}: test {measure} of {rival}, less that of {method}, + {slack:g} > 0: "
+        "all of the 95 % bootstrap interval over seeds",
         judge=ByBootstrap(
             LowerError(method=method, rival=rival, slack=slack, among=(setting,)), settings=False
         ),
@@ -175,8 +171,12 @@ def costs(time: str, angle: str, memory: str, setting: str) -> tuple[Claim, ...]
     """
     return (
         bounded(
-            *(time, "the one-step phantom gradient takes at most 0.6 of the implicit one's time"),
-            *(setting, "time", ONE, 0.6),
+            time,
+            "the one-step phantom gradient takes at most 0.6 of the implicit one's time",
+            setting,
+            "time",
+            ONE,
+            0.6,
         ),
         Claim(
             name=angle,
@@ -187,20 +187,29 @@ def costs(time: str, angle: str, memory: str, setting: str) -> tuple[Claim, ...]
             measure="angle",
         ),
         bounded(
-            *(memory, "memory of the implicit gradient does not depend on the solver's steps"),
-            *(setting, "growth", IMPLICIT, 1.05),
+            memory,
+            "memory of the implicit gradient does not depend on the solver's steps",
+            setting,
+            "growth",
+            IMPLICIT,
+            1.05,
         ),
     )
 
 
-_SMALL_MDEQ = {"width": 8, "num_groups": 4, "expansion": 2, "head_channels": [4, 8]}
+_SMALL_MDEQ: dict[str, Any] = {"width": 8, "num_groups": 4, "expansion": 2, "head_channels": [4, 8]}
 _SMALL_MDEQ |= {"final_channels": 32, "solver": "anderson", "max_steps": 6, "backward_steps": 6}
-_SMALL_LM = {"embedding_size": 32, "num_heads": 2, "feedforward_size": 64, "max_steps": 8}
+_SMALL_LM: dict[str, Any] = {
+    "embedding_size": 32,
+    "num_heads": 2,
+    "feedforward_size": 64,
+    "max_steps": 8,
+}
 _SMALL_LM |= {"backward_steps": 8, "loop": "while"}  # nothing but matrix products
 _RATES = (0.001, 0.003, 0.01)
 # Memory that is kept by the solver does not depend on its steps: Broyden keeps as many pairs as
 # Anderson's default.
-_TINY_MDEQ = {"solver": "broyden", "memory": 6}
+_TINY_MDEQ: dict[str, Any] = {"solver": "broyden", "memory": 6}
 
 
 STUDY = Protocols(
@@ -329,17 +338,26 @@ STUDY = Protocols(
     },
     claims=(
         trains_as_well(
-            *("a", "the one-step phantom gradient trains as well as the implicit one"),
-            *(PICTURES, "error", _POINTS, ONE, IMPLICIT),
+            "a",
+            "the one-step phantom gradient trains as well as the implicit one",
+            PICTURES,
+            ONE,
+            IMPLICIT,
         ),
         *costs("b", "c", "d", PICTURES),
         trains_as_well(
-            *("e", "the fixed point of two layers is as good as a stack of eight tied layers"),
-            *(TEXT, "loss", _NATS, IMPLICIT, STACK),
+            "e",
+            "the fixed point of two layers is as good as a stack of eight tied layers",
+            TEXT,
+            IMPLICIT,
+            STACK,
         ),
         trains_as_well(
-            *("f", "the one-step phantom gradient trains the Transformer as well, too"),
-            *(TEXT, "loss", _NATS, ONE, IMPLICIT),
+            "f",
+            "the one-step phantom gradient trains the Transformer as well, too",
+            TEXT,
+            ONE,
+            IMPLICIT,
         ),
         *costs("g", "h", "i", TEXT),
     ),

@@ -113,6 +113,7 @@ class Runner:
     def network(self, options: Mapping[str, Any], seed: int) -> tuple[Any, PyTree, PyTree]:
         """The network of a seed: static part, parameters, other variables."""
         chosen = dict(self.setting["model"]) | dict(options)
+        model: models.EquilibriumLM | models.Mdeq
         if self.reads_text:
             model = models.EquilibriumLM(
                 input_shape=(self.setting["length"],),
@@ -181,8 +182,9 @@ class Runner:
         Args:
           name: the option of the network.
         """
-        model = models.EquilibriumLM if self.reads_text else models.Mdeq
-        defaults = {key: p.default for key, p in inspect.signature(model).parameters.items()}
+        make: Any = models.EquilibriumLM if self.reads_text else models.Mdeq
+        known = inspect.signature(make.__init__).parameters
+        defaults = {key: parameter.default for key, parameter in known.items()}
         return int((defaults | dict(self.setting["model"]))[name])
 
 
