@@ -35,9 +35,18 @@ from experiments.reporting import pages, tables
 from experiments.training.studies import first_step, method_cost
 
 COMPILE_REPEATS = 5  # at most: a compilation takes a second
+MONITOR_REPEATS = 15  # at most: a record takes as long as ten steps
 
 PROG = "python -m experiments.bench"
-QUESTIONS = ("update", "step", "natural", "low_memory", "low_memory_compile", "compile")
+QUESTIONS = (
+    "update",
+    "step",
+    "natural",
+    "low_memory",
+    "low_memory_compile",
+    "compile",
+    "monitor",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +59,7 @@ class Options(cli.DryRunOptions):
     """Methods to time beside their bases, separated by commas; default: all."""
     tables: str | None = None
     """Tables to make, separated by commas: update, step, natural, low_memory, low_memory_compile,
-    compile; default: all."""
+    compile, monitor; default: all."""
     repeats: int = 40
     """Number of rounds, each of which times every method once beside its base."""
     parameters: int = 10_000_000
@@ -176,6 +185,33 @@ def chosen_tables(names: str | None) -> tuple[str, ...]:
     return chosen
 
 
+def monitor_tables(repeats: int, console: Console) -> dict[str, Any]:
+    """What watching the curvature costs Adam, printed for each network.
+
+    Args:
+      repeats: number of rounds.
+      console: where the tables are printed.
+
+    Returns:
+      The rows and the summary of each network.
+    """
+    results: dict[str, Any] = {}
+    for name in progress.each([*first_step.NETWORKS], "monitor, {}".format, expected=True):
+        network = first_step.NETWORKS[name]()
+        rows = timing.measure(method_cost.monitor_cases(network), repeats)
+        summary = method_cost.monitor_summary(network, rows)
+        results[name] = {"rows": rows, **summary}
+        target = method_cost.MONITOR_TARGET
+        console.print()
+        console.print(table(f"training step of Adam, its curvature watched, {name}", rows))
+        console.print(
+            f"at the default period the monitor adds {summary['time']:.1%} of the training time "
+            f"(<= {target:.0%} {'pass' if summary['time'] <= target else 'FAIL'}) and "
+            f"{summary['memory']:.2f} copies of the parameters"
+        )
+    return results
+
+
 def run(options: Options, groups: dict[str, list[Method]], console: Console) -> dict[str, Any]:
     """Times everything and prints one table per question.
 
@@ -221,7 +257,8 @@ def run(options: Options, groups: dict[str, list[Method]], console: Console) -> 
     compilations = min(options.repeats, COMPILE_REPEATS)
     results: dict[str, Any] = {"machine": machine, "repeats": options.repeats}
     networks = [*first_step.NETWORKS] if options.first_steps else []
-    progress.expect(len(questions) * len(groups) + len(networks))
+    watched = len(first_step.NETWORKS) if "monitor" in wanted else 0
+    progress.expect(len(questions) * len(groups) + watched + len(networks))
     for key, (title, make) in questions.items():
         repeats, warm_ups = (compilations, 1) if "compile" in key else (options.repeats, 2)
         results[key] = [
@@ -247,6 +284,8 @@ def run(options: Options, groups: dict[str, list[Method]], console: Console) -> 
                 f"bandwidth of a copy, beside each base: {bandwidths} GB/s; of the limit: the time "
                 "over that of the bytes that an update has to read and write once"
             )
+    if "monitor" in wanted:
+        results["monitor"] = monitor_tables(min(options.repeats, MONITOR_REPEATS), console)
     if options.first_steps:
         timed = dict.fromkeys(method for group in groups.values() for method in group)
         results["first_step"] = {}

@@ -24,7 +24,7 @@ from experiments.training.options import Options, check, read_model_options, tas
 # Validations that are printed where nobody says how many there are to be.
 MOST_LINES = 20
 # Steps between records of the curvature, as in `optax_accel.monitor_curvature`.
-MONITOR_EVERY = 200
+MONITOR_EVERY = 400
 
 
 @dataclasses.dataclass(frozen=True)

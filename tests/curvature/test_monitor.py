@@ -386,5 +386,5 @@ def test_the_host_drives_it_beside_a_method_with_another_period():
 
 def test_defaults_are_stated():
     defaults = inspect.signature(oa.monitor_curvature).parameters
-    assert defaults["every"].default == 200
+    assert defaults["every"].default == 400
     assert defaults["noise_scale"].default is False

@@ -23,7 +23,8 @@ def test_ratios_and_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     arguments = ["--repeats", "2", "--parameters", "1000", "--json", str(path)]
     page = tmp_path / "pages/bench.html"
     arguments += ["--first-steps", "0", "--html", str(page)]
-    assert bench.main([*arguments, "--methods", "demon_sgd,extrap_sgd_past"]) == 0
+    arguments += ["--methods", "demon_sgd,extrap_sgd_past", "--tables", "update,step,compile"]
+    assert bench.main(arguments) == 0
     out = capsys.readouterr().out
     assert "jax" in out
     assert "update + apply, 1,000 parameters" in out
@@ -75,6 +76,20 @@ def test_low_memory_between_refreshes_and_with_one() -> None:
 
 def _bases(state: Any) -> list[Any]:
     return jax.tree.leaves(optax.tree.get(state.opt_state, "low_rank_basis"))
+
+
+def test_what_a_monitor_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Network(2, "mlp", (3, 3, 1), hidden_sizes=(4,))
+    monkeypatch.setattr(first_step, "NETWORKS", {"tiny": lambda: network})
+    console = Console(width=120, record=True, file=io.StringIO())
+    found = bench.monitor_tables(1, console)["tiny"]
+    between, record = (row["ratio"][1] for row in found["rows"][1:])
+    assert found["time"] == pytest.approx(between - 1 + (record - between) / 400)
+    # Two spaces of two directions each, and some numbers.
+    assert 4 < found["memory"] < 4 + 60 / 80
+    text = console.export_text()
+    assert "curvature watched, tiny" in text
+    assert ("pass" if found["time"] <= 0.05 else "FAIL") in text
 
 
 def test_time_to_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -16,6 +17,7 @@ import numpy as np
 import optax
 
 import models
+import optax_accel as oa
 from experiments.methods import Method
 from experiments.timing import Case
 from experiments.training import losses, networks
@@ -31,6 +33,7 @@ LOW_MEMORY: Mapping[str, Mapping[str, Any]] = {
     "sift": {"rate": 0.01},
 }
 BETWEEN_TARGET, REFRESH_TARGET = 1.15, 3.0  # of their steps without and with a refresh
+MONITOR_TARGET = 0.05  # of the training time, at the monitor's default period
 BATCH_SIZE = 128
 NUM_CLASSES = 10
 TOTAL_STEPS = 10_000
@@ -422,3 +425,57 @@ def compile_cases(base: str, group: Sequence[Method]) -> list[Case]:
                 target = NATURAL_COMPILE_TARGET
             cases.append(case(method.name, method, forms_of_step, target))
     return cases
+
+
+def monitor_cases(network: Network) -> list[Case]:
+    """Steps of Adam, and of Adam with a monitor of its curvature, without and with a record.
+
+    Args:
+      network: what is trained.
+    """
+    watched = oa.monitor_curvature(
+        optax.adam(LEARNING_RATE),
+        preconditioner=oa.curvature.adam_preconditioner(),
+        inner_learning_rate=LEARNING_RATE,
+    )
+    # The cold start is left out: a run has one.
+    forms: dict[str, Any] = {
+        "adam": (optax.adam(LEARNING_RATE), None, 10),
+        "between": (watched, False, 10),
+    }
+    forms["record"] = (watched, "warm", 1)
+    cases = []
+    for name, (tx, refresh, period) in forms.items():
+        tx = optax.with_extra_args_support(tx)
+        step = network.training_step(tx)
+
+        def call(i: int, state: Any, step: Any = step, refresh: Any = refresh) -> Any:
+            return step(state, network.batch, refresh=refresh)
+
+        carry = jax.tree.map(jnp.copy, init_state(tx, network.params, network.rest))
+        cases.append(Case(name, None if name == "adam" else "adam", call, carry, period))
+    return cases
+
+
+def monitor_summary(network: Network, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What the monitor adds to a training.
+
+    Args:
+      network: what was trained.
+      rows: of `timing.measure`, for the cases of `monitor_cases`.
+
+    Returns:
+      ``"time"``, relative to the training with a record at the default period, from the medians,
+      and ``"memory"``, the bytes of its state relative to those of the parameters.
+    """
+    every = inspect.signature(oa.monitor_curvature).parameters["every"].default
+    _, between, record = (row["ratio"] and row["ratio"][1] for row in rows)
+    inner, watched = (case.carry.opt_state for case in monitor_cases(network)[:2])
+
+    def size(tree: Any) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+    return {
+        "time": between - 1 + (record - between) / every,
+        "memory": (size(watched) - size(inner)) / size(network.params),
+    }
