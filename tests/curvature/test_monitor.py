@@ -253,24 +253,29 @@ def test_the_noise_scale_is_that_of_the_parts():
 
 
 @pytest.mark.slow
-def test_replicas_record_what_one_device_does():
+@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+def test_replicas_record_what_one_device_does(mode):
     kwargs = {"every": 1, "noise_scale": True, "trace_probes": 1}
     tx = oa.monitor_curvature(optax.sgd(RATE), **kwargs)
     state = tx.init(PARAMS)
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     mean = OBJECTIVE.averaged_over("data")
 
     def replica(state, x, y):
         return step(tx, state, PARAMS, "warm", mean, x=x, y=y)[1].record
 
-    mapped = jax.shard_map(
-        replica,
-        mesh=mesh,
-        in_specs=(jax.P(), jax.P("data"), jax.P("data")),
-        out_specs=jax.P(),
-        check_vma=False,
-    )
-    spread = jax.jit(mapped)(state, BATCH["x"], BATCH["y"])
+    if mode == "pmap":
+        halves = [BATCH[name].reshape(2, 4, -1) for name in ("x", "y")]
+        both = jax.pmap(replica, "data", in_axes=(None, 0, 0))(state, *halves)
+        spread = jax.tree.map(lambda leaf: leaf[1], both)
+    else:
+        mapped = jax.shard_map(
+            replica,
+            mesh=jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)),
+            in_specs=(jax.P(), jax.P("data"), jax.P("data")),
+            out_specs=jax.P(),
+            check_vma=False,
+        )
+        spread = jax.jit(mapped)(state, BATCH["x"], BATCH["y"])
 
     # Two micro-batches of the same halves, which `accumulated` takes as every other example.
     order = np.array([0, 4, 1, 5, 2, 6, 3, 7])
@@ -283,6 +288,34 @@ def test_replicas_record_what_one_device_does():
         if expected is not None:
             np.testing.assert_allclose(
                 getattr(spread, name), expected, rtol=2e-4, atol=1e-5, err_msg=name
+            )
+
+
+@pytest.mark.slow
+def test_a_divided_batch_and_divided_parameters_change_no_record():
+    """One program over a mesh, as for data-parallel and fully sharded training."""
+    tx = oa.monitor_curvature(
+        optax.adam(RATE), preconditioner=adam_preconditioner(), inner_learning_rate=RATE, every=1
+    )
+    record = jax.jit(
+        lambda state, params, batch: step(tx, state, params, "cold", **batch)[1].record
+    )
+    rng = np.random.default_rng(3)
+    shapes = {"params": {"w": (6, 4), "c": (4,)}, "batch": {"x": (8, 6), "y": (8, 4)}}
+    params, batch = (
+        {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes[part].items()}
+        for part in ("params", "batch")
+    )
+    alone = record(tx.init(params), params, batch)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.NamedSharding(mesh, jax.P("data"))
+    spread_params, spread_batch = (jax.device_put(tree, rows) for tree in (params, batch))
+    state = jax.jit(tx.init)(spread_params)
+    spread = record(state, spread_params, spread_batch)
+    for name, expected in alone._asdict().items():
+        if expected is not None:
+            np.testing.assert_allclose(
+                getattr(spread, name), expected, rtol=2e-3, atol=1e-5, err_msg=name
             )
 
 
