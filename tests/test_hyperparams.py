@@ -71,6 +71,8 @@ def test_static_arguments_follow_the_annotations():
         "base",
         "tracker",
         "start_step",
+        "metric",
+        "preconditioner",
         "mask",
     )
     assert "rate" not in oa.static_arguments(oa.stoch_grad_adam)

@@ -502,6 +502,8 @@ REQUIRED: dict[str, Any] = {
     "epoch": 0,
     "previous": X,
     "sparsity": 0.5,
+    "dominant_weight": 1.0,
+    "bulk_weight": 0.0,
     "prune_step": 3,
     "num_workers": 8,
     "objective": LINEAR,

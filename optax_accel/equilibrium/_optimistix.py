@@ -13,7 +13,7 @@ import jax.numpy as jnp
 _TINY = 1e-8  # as in `solvers`
 
 
-def is_solver(value: Any) -> bool:
+def is_optimistix_solver(value: Any) -> bool:
     """Whether a value is an instance of a class of optimistix, or of one derived from it.
 
     Args:
@@ -22,7 +22,7 @@ def is_solver(value: Any) -> bool:
     return any(kind.__module__.split(".")[0] == "optimistix" for kind in type(value).__mro__)
 
 
-def solve(
+def solve_by_optimistix(
     solver: Any,
     f: Callable[[chex.ArrayTree], chex.ArrayTree],
     z0: chex.ArrayTree,

@@ -38,7 +38,7 @@ from jax import lax
 
 from optax_accel._arguments import check_flag, check_integer, check_number, shown
 from optax_accel._random import as_key
-from optax_accel.equilibrium import _optimistix
+from optax_accel.equilibrium._optimistix import is_optimistix_solver
 from optax_accel.equilibrium.solvers import (
     FixedPointReport,
     FixedPointSolver,
@@ -384,7 +384,7 @@ def jacobian_penalty(
 
 def _check_options(solver: Any, backward_solver: Any, gradient: Any) -> None:
     for name, value in (("solver", solver), ("backward_solver", backward_solver)):
-        if not isinstance(value, FixedPointSolver) and not _optimistix.is_solver(value):
+        if not isinstance(value, FixedPointSolver) and not is_optimistix_solver(value):
             raise TypeError(
                 f"`{name}` must be a solver, as optax_accel.equilibrium.anderson(), broyden() or "
                 f"fixed_point() make, or one of optimistix; got {shown(value)}."

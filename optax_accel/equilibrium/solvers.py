@@ -43,7 +43,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_accel._arguments import check_choice, check_flag, check_integer, check_number
-from optax_accel.equilibrium import _optimistix
+from optax_accel.equilibrium._optimistix import is_optimistix_solver, solve_by_optimistix
 
 Stop = Literal["absolute", "relative"]
 Loop = Literal["while", "unrolled"]
@@ -420,8 +420,8 @@ def solve(
     """
     check_flag("batched", batched)
     check_flag("differentiable", differentiable)
-    if _optimistix.is_solver(solver):
-        z, fields = _optimistix.solve(
+    if is_optimistix_solver(solver):
+        z, fields = solve_by_optimistix(
             solver, f, z0, batched=batched, axis_name=axis_name, differentiable=differentiable
         )
         return z, FixedPointReport(**fields)

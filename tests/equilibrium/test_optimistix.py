@@ -9,7 +9,7 @@ import pytest
 
 import optax_accel as oa
 from optax_accel import equilibrium as eq
-from optax_accel.equilibrium import _optimistix
+from optax_accel.equilibrium._optimistix import is_optimistix_solver
 
 W = np.array([[0.5, 0.2], [0.1, 0.4]], np.float32)
 X = np.linspace(-1.0, 1.0, 6, dtype=np.float32).reshape(3, 2)
@@ -26,8 +26,8 @@ def loss(w, solver, **options):
 
 def test_only_classes_of_optimistix_are_taken():
     derived = type("Mine", (type("Theirs", (), {"__module__": "optimistix._solver"}),), {})
-    assert _optimistix.is_solver(derived())
-    assert not _optimistix.is_solver(eq.anderson())
+    assert is_optimistix_solver(derived())
+    assert not is_optimistix_solver(eq.anderson())
     with pytest.raises(TypeError, match="or one of optimistix; got 3"):
         loss(W, 3)
     with pytest.raises(ValueError, match="`axis_name` 'i' needs a solver of optax_accel"):

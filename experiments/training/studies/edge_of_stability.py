@@ -371,7 +371,7 @@ def scores_of(course: Course, ratios: np.ndarray, rate: float, every: int) -> di
         "raw": float(np.median(raw[late])),
         "growth": _growth(sharpness[first:]),
         "balance": float(bend / promised),
-        "short": float(np.mean(at_edge[1:] > at_edge[:-1])),
+        "short": float(np.mean(np.diff(at_edge) > 0)) if len(at_edge) > 1 else float("nan"),
         "long": _growth(at_edge),
         "steps of curves": thinned(np.arange(len(ratios)) * every),
         "loss along the run": thinned(losses[::every][: len(ratios)]),

@@ -33,9 +33,7 @@ class ImageRunner:
         self.task = data.load_classification(setting["task"], data_dir=data_dir)
         pixels = self.task.train.x
         axes = tuple(range(pixels.ndim - 1))
-        self._mean, self._deviation = (
-            f(pixels, axis=axes, keepdims=True) for f in (np.mean, np.std)
-        )
+        self._mean, self._deviation = (f(pixels, axis=axes) for f in (np.mean, np.std))
         self._programs: dict[str, Callable[..., Any]] = {}
 
     def config(self) -> dict[str, Any]:
@@ -51,9 +49,12 @@ class ImageRunner:
         """Images whose channels have mean 0 and deviation 1 on the training split.
 
         Args:
-          x: images as in the task.
+          x: images as in the task, with any axes before.
         """
-        return (jnp.asarray(x) - self._mean) / jnp.maximum(self._deviation, 1e-6)
+        x = jnp.asarray(x)
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        mean, deviation = self._mean.reshape(shape), self._deviation.reshape(shape)
+        return (x - mean) / jnp.maximum(deviation, 1e-6)
 
     def batch(self, rows: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """Standardized images and labels of the training split.
