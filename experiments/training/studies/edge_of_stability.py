@@ -406,7 +406,9 @@ def flow_scores(
       Scores by their names in the study.
     """
     mean = moving_average(iterates)
-    before = _WINDOW // 2  # steps that a moving average starts later than what it averages
+    before = (
+        min(_WINDOW, len(iterates)) // 2
+    )  # steps that a moving average starts later than what it averages
     distances = {
         name: np.linalg.norm(mean - moving_average(path), axis=-1)
         for name, path in (("central", np.asarray(flow.params)), ("gradient", smooth))
