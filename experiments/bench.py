@@ -197,9 +197,9 @@ def monitor_tables(repeats: int, console: Console) -> dict[str, Any]:
     """
     results: dict[str, Any] = {}
     for name in progress.each([*first_step.NETWORKS], "monitor, {}".format, expected=True):
-        network = first_step.NETWORKS[name]()
-        rows = timing.measure(method_cost.monitor_cases(network), repeats)
-        summary = method_cost.monitor_summary(network, rows)
+        cases = method_cost.monitor_cases(first_step.NETWORKS[name]())
+        rows = timing.measure(cases, repeats)
+        summary = method_cost.monitor_summary(cases, rows)
         results[name] = {"rows": rows, **summary}
         target = method_cost.MONITOR_TARGET
         console.print()

@@ -457,12 +457,12 @@ def monitor_cases(network: Network) -> list[Case]:
     return cases
 
 
-def monitor_summary(network: Network, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def monitor_summary(cases: Sequence[Case], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """What the monitor adds to a training.
 
     Args:
-      network: what was trained.
-      rows: of `timing.measure`, for the cases of `monitor_cases`.
+      cases: those of `monitor_cases`.
+      rows: what `timing.measure` found of them.
 
     Returns:
       ``"time"``, relative to the training with a record at the default period, from the medians,
@@ -470,12 +470,12 @@ def monitor_summary(network: Network, rows: Sequence[Mapping[str, Any]]) -> dict
     """
     every = inspect.signature(oa.monitor_curvature).parameters["every"].default
     _, between, record = (row["ratio"] and row["ratio"][1] for row in rows)
-    inner, watched = (case.carry.opt_state for case in monitor_cases(network)[:2])
+    plain, watched = (case.carry for case in cases[:2])
 
     def size(tree: Any) -> int:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
     return {
         "time": between - 1 + (record - between) / every,
-        "memory": (size(watched) - size(inner)) / size(network.params),
+        "memory": (size(watched) - size(plain)) / size(plain.params),
     }
