@@ -48,7 +48,7 @@ are JPEG or PNG of at most 89,478,485 pixels, and lines of text have at most 1,0
 Whatever is wrong with a file is one `DataError` of one line.
 """
 
-from experiments.data.batches import batches, in_order, index_batches
+from experiments.data.batches import batches, in_order, index_batches, index_steps
 from experiments.data.loading import data_folder, load_classification, load_task, register
 from experiments.data.own import FilesOptions
 from experiments.data.prefetch import prefetch_to_device
@@ -94,6 +94,7 @@ __all__ = [
     "find_task",
     "in_order",
     "index_batches",
+    "index_steps",
     "load_classification",
     "load_task",
     "losses_of",

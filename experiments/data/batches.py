@@ -63,6 +63,30 @@ def index_batches(
     return iter(_dataset(lambda _, rows: rows, n, batch_size, seed, num_epochs, shard))
 
 
+def index_steps(n: int, *, batch_size: int, seed: int, steps: int) -> np.ndarray:
+    """The first batches of `index_batches`, for a whole training.
+
+    Example:
+      >>> from experiments.data import index_steps
+      >>> index_steps(10, batch_size=4, seed=0, steps=3).shape
+      (3, 4)
+
+    Args:
+      n: number of examples.
+      batch_size: examples per batch, at most `n`.
+      seed: seed of the order, at least 0.
+      steps: number of batches, at least 1.
+
+    Returns:
+      Indices, int32, (steps, batch_size).
+
+    Raises:
+      ValueError: a number is out of its range.
+    """
+    rows = index_batches(n, batch_size=batch_size, seed=seed)
+    return np.stack([np.asarray(next(rows), np.int32) for _ in range(steps)])
+
+
 def batches(
     split: Split,
     *,

@@ -216,8 +216,8 @@ class Trainer:
         self._average = {True: jax.jit(jax.vmap(average)), False: jax.jit(average)}
 
     def _batches(self, seed: int, examples: int) -> np.ndarray:
-        batches = iter(data.index_batches(examples, batch_size=self.plan.batch_size, seed=seed))
-        return np.stack([np.asarray(next(batches), np.int32) for _ in range(self.plan.steps)])
+        size, steps = self.plan.batch_size, self.plan.steps
+        return data.index_steps(examples, batch_size=size, seed=seed, steps=steps)
 
     def build(self, method: Method, learning_rate: Any, seed: int = 0) -> Any:
         """The method's Optax transformation for this plan.

@@ -136,9 +136,8 @@ class Runner:
 
     def order(self, seed: int) -> np.ndarray:
         """The numbers of the examples of every batch, (steps, batch size)."""
-        size = self.setting["batch_size"]
-        batches = iter(data.index_batches(len(self.train["y"]), batch_size=size, seed=seed))
-        return np.stack([np.asarray(next(batches)) for _ in range(self.setting["steps"])])
+        steps, size = self.setting["steps"], self.setting["batch_size"]
+        return data.index_steps(len(self.train["y"]), batch_size=size, seed=seed, steps=steps)
 
     def run(self, options: Mapping[str, Any], runs: Sequence[Replica]) -> Iterator[dict[str, Any]]:
         """Trains runs one after the other, by the same programs; see `protocol_runs.Runner`."""

@@ -116,9 +116,8 @@ class Runner:
         return {"x": jnp.asarray(split.x[rows]), "y": jnp.asarray(split.y[rows])}
 
     def _order(self, seed: int) -> np.ndarray:
-        size = self.setting["batch_size"]
-        batches = iter(data.index_batches(self.setting["pairs"], batch_size=size, seed=seed))
-        return np.stack([np.asarray(next(batches)) for _ in range(self.setting["steps"])])
+        steps, size = self.setting["steps"], self.setting["batch_size"]
+        return data.index_steps(self.setting["pairs"], batch_size=size, seed=seed, steps=steps)
 
     def _errors(self, program: _Program, state: TrainState, name: str) -> tuple[float, float]:
         """End-point errors of a split: of all pixels, and of those of digits."""

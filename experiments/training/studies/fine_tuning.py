@@ -318,12 +318,8 @@ class Runner:
         return losses.find_loss("cross_entropy")(self._logits(params, x), y)
 
     def _order(self, seed: int) -> np.ndarray:
-        batches = iter(
-            data.index_batches(
-                len(self.task.train.y), batch_size=self.setting["batch_size"], seed=seed
-            )
-        )
-        return np.stack([np.asarray(next(batches)) for _ in range(self.setting["steps"])])
+        steps, size = self.setting["steps"], self.setting["batch_size"]
+        return data.index_steps(len(self.task.train.y), batch_size=size, seed=seed, steps=steps)
 
     def _program(self, options: Mapping[str, Any]) -> Callable[..., Any]:
         """A whole training as one program of parameters, rate, key and rows of each batch."""

@@ -72,9 +72,8 @@ class ImageRunner:
           part: rows of the training split that are trained on; all by default.
         """
         part = np.arange(len(self.task.train.y)) if part is None else part
-        size = self.setting["batch_size"]
-        batches = iter(data.index_batches(len(part), batch_size=size, seed=seed))
-        return part[np.stack([np.asarray(next(batches)) for _ in range(self.setting["steps"])])]
+        steps, size = self.setting["steps"], self.setting["batch_size"]
+        return part[data.index_steps(len(part), batch_size=size, seed=seed, steps=steps)]
 
     def program(
         self,

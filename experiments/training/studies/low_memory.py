@@ -137,9 +137,8 @@ class Runner:
 
     def order(self, seed: int) -> np.ndarray:
         """The numbers of the windows of every batch, (steps, batch size)."""
-        size = self.setting["batch_size"]
-        batches = iter(data.index_batches(len(self._train["y"]), batch_size=size, seed=seed))
-        return np.stack([np.asarray(next(batches)) for _ in range(self.setting["steps"])])
+        steps, size = self.setting["steps"], self.setting["batch_size"]
+        return data.index_steps(len(self._train["y"]), batch_size=size, seed=seed, steps=steps)
 
     def _windows(self, split: data.Split, most: int | None) -> dict[str, np.ndarray]:
         """The tokens of a split, which follow each other, in windows of another length."""

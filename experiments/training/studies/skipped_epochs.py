@@ -204,12 +204,8 @@ class Runner:
         return params, jax.vmap(self.optimizer.init)(params), rest
 
     def _order(self, seed: int, epochs: int) -> np.ndarray:
-        batches = iter(
-            data.index_batches(
-                len(self.task.train.y), batch_size=self.setting["batch_size"], seed=seed
-            )
-        )
-        return np.stack([np.asarray(next(batches)) for _ in range(epochs * self.steps)])
+        steps, size = epochs * self.steps, self.setting["batch_size"]
+        return data.index_steps(len(self.task.train.y), batch_size=size, seed=seed, steps=steps)
 
     def _scores(
         self, options: Mapping[str, Any], params: PyTree, rest: PyTree

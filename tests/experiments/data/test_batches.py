@@ -17,6 +17,7 @@ def take(iterator, count):
 
 def test_every_epoch_is_a_new_order_of_all_indices():
     batches = take(data.index_batches(13, batch_size=4, seed=0), 9)
+    np.testing.assert_array_equal(data.index_steps(13, batch_size=4, seed=0, steps=9), batches)
     assert {batch.dtype for batch in batches} == {np.dtype("int32")}
     epochs = [np.concatenate(batches[i : i + 3]) for i in (0, 3, 6)]
     for epoch in epochs:
