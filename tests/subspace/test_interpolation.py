@@ -13,8 +13,8 @@ import pytest
 import scipy.sparse.linalg
 
 import optax_accel as oa
-from optax_accel import subspace
 from optax_accel.curvature import sgd_preconditioner
+from optax_accel.subspace import optimizers, projections
 
 DIAGONAL = np.array([10.0, 1.0, 0.1])
 
@@ -463,17 +463,17 @@ def test_errors_teach():
 
 
 @pytest.mark.parametrize(
-    ("name", "inner", "weights"),
+    ("module", "name", "inner", "weights"),
     [
-        ("project_to_dominant", "interpolate_subspaces", (1, 0)),
-        ("project_to_bulk", "interpolate_subspaces", (0, 1)),
-        ("interpolated_sgd", "interpolate_subspaces", None),
-        ("dom_sgd", "interpolated_sgd", (1, 0)),
-        ("bulk_sgd", "interpolated_sgd", (0, 1)),
+        (projections, "project_to_dominant", "interpolate_subspaces", (1, 0)),
+        (projections, "project_to_bulk", "interpolate_subspaces", (0, 1)),
+        (optimizers, "interpolated_sgd", "interpolate_subspaces", None),
+        (optimizers, "dom_sgd", "interpolated_sgd", (1, 0)),
+        (optimizers, "bulk_sgd", "interpolated_sgd", (0, 1)),
     ],
 )
-def test_wrappers_repeat_and_hand_on_every_argument(monkeypatch, name, inner, weights):
-    outer, signature = getattr(subspace, name), inspect.signature(getattr(subspace, inner))
+def test_wrappers_repeat_and_hand_on_every_argument(monkeypatch, module, name, inner, weights):
+    outer, signature = getattr(module, name), inspect.signature(getattr(module, inner))
     parameters = inspect.signature(outer).parameters
     shared = [each for each in signature.parameters if each in parameters]
     assert {"tracker", "start_step", "switch_alignment", "alignment_decay", "mask"} < set(shared)
@@ -485,7 +485,7 @@ def test_wrappers_repeat_and_hand_on_every_argument(monkeypatch, name, inner, we
         calls.append(signature.bind(*args, **kwargs).arguments)
         return optax.identity()
 
-    monkeypatch.setattr(subspace, inner, record)
+    monkeypatch.setattr(module, inner, record)
     values = {each: object() for each in parameters} | {"learning_rate": 0.1, "base": optax.sgd}
     values |= {"metric": "preconditioned", "preconditioner": sgd_preconditioner()}
     values |= {"sharpness_factor": 1.0}
