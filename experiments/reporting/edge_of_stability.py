@@ -18,6 +18,22 @@ from experiments.reporting.figures import COLORS, LINES, styled
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]  # of each contestant of one setting
 _BLACK, _BLUE, _ORANGE = COLORS[:3]
 _FLOWS = "steps of flows"  # the curve that tells a run with flows
+# Of the flows' panels: what is drawn, its label, color and width.
+_PANELS = {
+    "training loss": {
+        "loss, averaged": ("iterates, averaged", _BLACK, 2.0),
+        "loss, predicted": ("predicted", _BLUE, 1.2),
+        "loss of the stable flow": ("stable flow", _ORANGE, 1.2),
+    },
+    "distance of the midpoints": {
+        "distance from the central flow": ("central flow", _BLUE, 1.6),
+        "distance from the stable flow": ("stable flow", _ORANGE, 1.6),
+    },
+    "variance of the oscillation": {
+        "variance, measured": ("iterates", _BLACK, 2.0),
+        "variance, predicted": ("predicted", _BLUE, 1.2),
+    },
+}
 
 
 def pictures(final: Mapping[str, Runs]) -> Iterator[tuple[str, Figure]]:
@@ -96,64 +112,33 @@ def _top(runs: Sequence[Mapping[str, Any]]) -> float:
 
 @styled
 def flows(runs: Runs) -> Figure:
-    """Time averages of gradient descent against its flows: loss, distance, variance.
+    """Time averages of optimizers against their flows: loss, distance, variance.
 
     Args:
       runs: the runs of each contestant of one setting; those that have flows are drawn.
 
     Returns:
-      The picture.
+      The picture, with a row for each of them.
     """
-    figure = Figure(figsize=(11.5, 3.4), layout="constrained")
-    losses, distances, variances = figure.subplots(1, 3)
-    drawn = [run["scores"] for each in runs.values() for run in each if _FLOWS in run["scores"]]
-    for number, scores in enumerate(drawn):
-        for axes, steps, curves in (
-            (
-                losses,
-                _FLOWS,
-                {
-                    "loss, averaged": ("iterates, averaged", _BLACK, 2.0),
-                    "loss, predicted": ("predicted", _BLUE, 1.2),
-                    "loss of the gradient flow": ("gradient flow", _ORANGE, 1.2),
-                },
-            ),
-            (
-                distances,
-                _FLOWS,
-                {
-                    "distance from the central flow": ("central flow", _BLUE, 1.6),
-                    "distance from the gradient flow": ("gradient flow", _ORANGE, 1.6),
-                },
-            ),
-            (
-                variances,
-                "steps of variances",
-                {
-                    "variance, measured": ("iterates", _BLACK, 2.0),
-                    "variance, predicted": ("predicted", _BLUE, 1.2),
-                },
-            ),
-        ):
-            for key, (label, color, width) in curves.items():
-                _line(
-                    axes,
-                    scores[steps],
-                    scores[key],
-                    color=color,
-                    linewidth=width,
-                    label=None if number else label,
-                )
-    losses.set_yscale("log")
-    for axes, title in (
-        (losses, "training loss"),
-        (distances, "distance of the averaged iterates"),
-        (variances, "variance of the oscillation"),
-    ):
-        axes.set_title(title)
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.legend(fontsize=9)
+    drawn = {
+        name: found
+        for name, of_name in runs.items()
+        if (found := [run["scores"] for run in of_name if _FLOWS in run["scores"]])
+    }
+    figure = Figure(figsize=(11.5, 3.2 * len(drawn)), layout="constrained")
+    grid = figure.subplots(len(drawn), 3, squeeze=False)
+    for row, (name, of_name) in zip(grid, drawn.items(), strict=True):
+        for axes, (title, curves) in zip(row, _PANELS.items(), strict=True):
+            for number, scores in enumerate(of_name):
+                for key, (label, color, width) in curves.items():
+                    look = {"color": color, "linewidth": width}
+                    look["label"] = None if number else label
+                    _line(axes, scores[_FLOWS], scores[key], **look)
+            axes.set_title(f"{name}: {title}")
+            axes.set_xlabel("step")
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axes.legend(fontsize=9)
+        row[0].set_yscale("log")
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Full-batch training, the curvature along it, and gradient descent against its flows."""
+"""Full-batch training, the curvature along it, and optimizers against their flows."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ _SWEEPS = 2  # in every reading
 _FIRST_SWEEPS = 40  # before the first one
 _POINTS = 60  # of a curve that is kept
 _WINDOW = 40  # steps of a moving average, even: oscillations of period two cancel
+_WARM = 10  # flows begin after this part of a run: see `Runner`
 
 OPTIMIZERS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     "sgd": optax.sgd,
@@ -87,21 +88,29 @@ class Course(NamedTuple):
       readings: a `Reading` of arrays, (readings,).
       iterates: the parameters before each step, (steps, dimension), or nothing where no flow is
         compared with them.
+      moments: first and second moment, each (dimension,), and the number of gradients in them,
+        where the flows begin; nothing where the optimizer has no second moment.
     """
 
     losses: np.ndarray
     slopes: np.ndarray
     readings: Reading
     iterates: np.ndarray | None
+    moments: tuple[jax.Array, jax.Array, jax.Array] | None = None
 
 
 class Runner:
     """Trains networks on all of a small training set, see `protocol_runs.Runner`.
 
+    The flows begin after a tenth of a run, at the same weights and moments: the first large steps
+    leave every flow behind, and an adaptive optimizer is far above its threshold before its second
+    moment has grown (the authors' program does the same by its option ``--warm-start``).
+
     Args:
       setting: ``task``, ``model`` and ``model_options``, ``loss``, ``examples`` (the first ones of
         the training split), ``steps``, ``every``, the steps between readings of the curvature,
-        ``directions`` of Bulk-SGD, and for texts ``length`` of the windows.
+        ``directions`` of Bulk-SGD, ``unstable`` directions of the central flows, and for texts
+        ``length`` of the windows.
       data_dir: folder with the data files.
       folder: not used.
     """
@@ -126,6 +135,8 @@ class Runner:
         self.objective = oa.Objective(predict, lambda out: loss(out, jnp.asarray(self.y)))
         self._unravel = ravel_pytree(self._start)[1]
         self._readers: list[Callable[..., Any]] = []
+        # A multiple of the period of the readings, at least one step.
+        self.warm = max(1, setting["steps"] // _WARM // setting["every"]) * setting["every"]
         self._basis = jax.jit(lambda key: blocks.random_basis(key, self._start, TRACKED))
 
     def config(self) -> dict[str, Any]:
@@ -136,8 +147,9 @@ class Runner:
         """Number of gradients, products with the Hessian counted as two."""
         readings = self.setting["steps"] // self.setting["every"]
         products = TRACKED * _SWEEPS * (2 if options["optimizer"] != "sgd" else 1)
-        # Of the central flow: two sweeps, and derivatives of third order for six pairs, twice.
-        flow = 120 * self.setting["steps"] if options.get("flow") else 0
+        # Of the central flow, twice in a step: products, and four gradients for each pair.
+        unstable = self.setting["unstable"]
+        flow = 2 * unstable * (3 + 2 * unstable) * self.setting["steps"] * bool(options.get("flow"))
         return float(self.setting["steps"] + 2 * products * readings + flow)
 
     def seconds(self) -> float:
@@ -154,7 +166,7 @@ class Runner:
             ratios = np.asarray(course.readings.effective) / program.threshold
             scores = scores_of(course, ratios, rate, self.setting["every"])
             if course.iterates is not None:
-                scores |= self._flows(course, rate, edge_of(ratios) * self.setting["every"])
+                scores |= self._flows(course, rule_of(options, rate), ratios)
             yield scores | {"validation": scores["loss"]}
 
     def network(self, seed: int) -> tuple[Any, PyTree, PyTree]:
@@ -208,20 +220,24 @@ class Runner:
         """
         return self.objective(self._unravel(vector))
 
-    def _flows(self, course: Course, rate: float, edge: int) -> dict[str, Any]:
-        """Time averages of gradient descent against its central flow and the gradient flow."""
+    def _flows(self, course: Course, rule: central_flow.Rule, ratios: np.ndarray) -> dict[str, Any]:
+        """Time averages of an optimizer against its central and its stable flow."""
         assert course.iterates is not None
-        start, steps = jnp.asarray(course.iterates[0]), self.setting["steps"]
-        eta, key = jnp.float32(rate), jax.random.key(0)
-        flow = central_flow.central_flow(self.flat_loss, start, eta, key, steps=steps)
-        smooth = central_flow.gradient_flow(self.flat_loss, start, eta, steps=steps)
+        first, every = self.warm, self.setting["every"]
+        edge = edge_of(ratios[first // every :]) * every
+        mean, _ = midpoints(course.iterates[first - 1 :])
+        steps = len(mean)
+        where = (self.flat_loss, rule, jnp.asarray(mean[0]), course.moments)
+        flow = central_flow.central_flow(*where, steps=steps, unstable=self.setting["unstable"])
+        smooth = central_flow.stable_flow(*where, steps=steps)
         losses = jax.lax.map(self.flat_loss, smooth)
         return flow_scores(
-            course.iterates,
-            course.losses,
+            course.iterates[first - 1 :],
+            course.losses[first:-1],
             jax.tree.map(np.asarray, flow),
             np.asarray(smooth),
             np.asarray(losses),
+            first=first,
             edge=edge,
         )
 
@@ -255,13 +271,15 @@ class _Program:
         state = jax.jit(self._tx.init)(params)
         start = Tracked(self._runner.basis(seed), jnp.zeros(()))
         tracked = (start,) * (1 if self._is_plain else 2)
-        losses, slopes, readings, iterates = [], [], [], []
+        losses, slopes, readings, iterates, moments = [], [], [], [], None
         for number in range(setting["steps"]):
             refresh = oa.refresh_at(number, self._tx)
             before = params
             if self._keeps:
                 iterates.append(ravel_pytree(before)[0])
             params, state, updates, loss, slope = self._step(before, state, refresh=refresh)
+            if self._keeps and number == self._runner.warm:
+                moments = moments_of(state)
             losses.append(loss)
             slopes.append(slope)
             if number % setting["every"] == 0:
@@ -274,6 +292,7 @@ class _Program:
             slopes=np.asarray(jnp.stack(slopes)),
             readings=jax.tree.map(lambda *leaves: np.stack(leaves), *readings),
             iterates=np.asarray(jnp.stack(iterates)) if iterates else None,
+            moments=moments,
         )
 
     def _one_step(self, params: PyTree, state: PyTree, *, refresh: Any) -> tuple[Any, ...]:
@@ -380,6 +399,60 @@ def scores_of(course: Course, ratios: np.ndarray, rate: float, every: int) -> di
     }
 
 
+def rule_of(options: Mapping[str, Any], rate: float) -> central_flow.Rule:
+    """The rule that the flows of a contestant integrate.
+
+    Args:
+      options: of the contestant: gradient descent, RMSprop or Adam, as Optax has them.
+      rate: its learning rate.
+
+    Returns:
+      The rule.
+    """
+    if options["optimizer"] == "adam":
+        return central_flow.Rule(
+            learning_rate=rate, b1=options["b1"], b2=options["b2"], corrects=True
+        )
+    return central_flow.Rule(learning_rate=rate, b2=options.get("decay"))
+
+
+def moments_of(state: PyTree) -> tuple[jax.Array, jax.Array, jax.Array] | None:
+    """The moments of RMSprop or Adam, as vectors, and the number of gradients in them.
+
+    Args:
+      state: of the optimizer.
+
+    Returns:
+      First moment, second moment, number; nothing where there is no second moment. The first
+      moment is zero, and the number too, where the state has none.
+    """
+    square = optax.tree.get(state, "nu")
+    if square is None:
+        return None
+    square = ravel_pytree(square)[0]
+    mean = optax.tree.get(state, "mu")
+    mean = jnp.zeros_like(square) if mean is None else ravel_pytree(mean)[0]
+    return mean, square, jnp.asarray(optax.tree.get(state, "count", 0), square.dtype)
+
+
+def midpoints(iterates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Second-order midpoints, and the oscillation around them (Cohen et al., 2025, their program).
+
+    >>> mean, oscillation = midpoints(np.array([[1.0], [-1.0], [1.0], [-1.0]]) + 5)
+    >>> mean.ravel().tolist(), oscillation.ravel().tolist()
+    ([5.0, 5.0], [-1.0, 1.0])
+
+    Args:
+      iterates: (steps, dimension).
+
+    Returns:
+      Of all iterates but the first and the last the mean of the two means with their neighbors, in
+      which an oscillation of period two cancels and a straight path stays, and what is left.
+    """
+    mean = (iterates[:-2] + 2 * iterates[1:-1] + iterates[2:]) / 4
+    return mean, iterates[1:-1] - mean
+
+
 def flow_scores(
     iterates: np.ndarray,
     losses: np.ndarray,
@@ -387,55 +460,49 @@ def flow_scores(
     smooth: np.ndarray,
     smooth_losses: np.ndarray,
     *,
+    first: int,
     edge: int,
 ) -> dict[str, Any]:
-    """Measures of how well flows describe the time averages of gradient descent, and its curves.
-
-    All are moving averages over `_WINDOW` steps, also the flows, so that a bent path counts the
-    same on both sides.
+    """Measures of how well flows describe the time averages of an optimizer, and its curves.
 
     Args:
-      iterates: of gradient descent, (steps, dimension).
-      losses: there, (steps,).
+      iterates: of the optimizer, (steps + 2, dimension), from one before the flows begin to one
+        after they end.
+      losses: at all of them but the first and the last, (steps,).
       flow: what was read along the central flow, with the times 0, 1, ... on the leading axis.
-      smooth: the gradient flow at these times, (steps, dimension).
+      smooth: the stable flow at these times, (steps, dimension).
       smooth_losses: the loss there, (steps,).
-      edge: the first step at the edge of stability.
+      first: the step at which the flows begin.
+      edge: steps from there to the first one at the edge of stability.
 
     Returns:
       Scores by their names in the study.
     """
-    mean = moving_average(iterates)
-    before = (
-        min(_WINDOW, len(iterates)) // 2
-    )  # steps that a moving average starts later than what it averages
+    mean, oscillation = midpoints(iterates)
     distances = {
-        name: np.linalg.norm(mean - moving_average(path), axis=-1)
-        for name, path in (("central", np.asarray(flow.params)), ("gradient", smooth))
+        name: moving_average(np.linalg.norm(mean - np.asarray(path), axis=-1))
+        for name, path in (("central", flow.params), ("stable", smooth))
     }
     loss, predicted = moving_average(losses), moving_average(np.asarray(flow.predicted_loss))
-    # The oscillation is what is left of the iterates beside their average at the same time.
-    inner = iterates[before : before + len(mean)]
-    spread = moving_average(np.sum((inner - mean) ** 2, axis=-1))
-    variance = moving_average(moving_average(np.asarray(flow.variance)))
+    spread = moving_average(np.sum(oscillation**2, axis=-1))
+    variance = moving_average(np.asarray(flow.variance))
     # An average belongs to the edge where all that it averages does.
-    since = min(edge, len(mean) - 1)
-    of_variance = min(edge, len(spread) - 1)
-    central, gradient = (distances[name][since:].mean() for name in ("central", "gradient"))
+    at_edge = slice(min(edge, len(loss) - 1), None)
+    central, stable = (distances[name][at_edge].mean() for name in ("central", "stable"))
     return {
-        "flow_distance": float(central / gradient),
-        "flow_loss": float(np.median(np.abs(predicted - loss)[since:] / loss[since:])),
-        "flow_variance": float(variance[of_variance:].mean() / spread[of_variance:].mean()),
-        "steps of flows": thinned(np.arange(len(mean)) + before),
+        "flow_distance": float(central / stable),
+        "flow_loss": float(np.median(np.abs(predicted - loss)[at_edge] / loss[at_edge])),
+        "flow_variance": float(variance[at_edge].mean() / spread[at_edge].mean()),
+        "steps of flows": thinned(np.arange(len(loss)) + first + min(_WINDOW, len(losses)) // 2),
         "loss, averaged": thinned(loss),
         "loss, predicted": thinned(predicted),
         "loss of the central flow": thinned(moving_average(np.asarray(flow.loss))),
-        "loss of the gradient flow": thinned(moving_average(smooth_losses)),
+        "loss of the stable flow": thinned(moving_average(smooth_losses)),
         "distance from the central flow": thinned(distances["central"]),
-        "distance from the gradient flow": thinned(distances["gradient"]),
-        "steps of variances": thinned(np.arange(len(spread)) + 2 * before),
+        "distance from the stable flow": thinned(distances["stable"]),
         "variance, measured": thinned(spread),
         "variance, predicted": thinned(variance),
+        "ratio of the central flow": thinned(moving_average(np.asarray(flow.ratio))),
     }
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments.training.studies.central_flow import (
+    Rule,
     central_flow,
     covariance,
     curvature_slopes,
-    gradient_flow,
+    stable_flow,
 )
 
 RATE = 0.01
+DESCENT = Rule(learning_rate=RATE)
 EDGE = 2 / RATE
 
 
@@ -37,15 +40,14 @@ def test_central_flow_along_the_edge() -> None:
     With S = y + z: -<grad S, grad L> = (4 - y) + (2 - z), over |grad S|^2 / 2 = 1.
     """
     start = jnp.array([0.0, 1.0, 3.0])
-    key = jax.random.key(0)
-    found = central_flow(valley, start, jnp.float32(RATE), key, steps=200, tracked=2, unstable=1)
+    found = central_flow(valley, DESCENT, start, steps=200, unstable=1)
     x, y, z = np.asarray(found.params).T
     np.testing.assert_allclose(x, 0, atol=1e-6)
     np.testing.assert_allclose(y + z, 4, atol=2e-3)
     np.testing.assert_allclose(y - z, 2 - 4 * np.exp(-RATE * np.arange(200)), rtol=0.01, atol=0.01)
     np.testing.assert_allclose(found.variance[1:], 2, rtol=2e-2)
     np.testing.assert_allclose(
-        found.predicted_loss - found.loss, found.variance * found.sharpness / 2, rtol=1e-4
+        found.predicted_loss - found.loss, found.variance * found.ratio * EDGE / 2, rtol=1e-4
     )
 
 
@@ -83,8 +85,55 @@ def test_slopes_of_the_curvature() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_gradient_flow_of_a_quadratic() -> None:
-    path = gradient_flow(
-        lambda w: 2 * jnp.sum(w**2), jnp.ones(1), jnp.float32(0.01), steps=50, substeps=8
+def test_rmsprop_on_a_quadratic_finds_its_preconditioner() -> None:
+    """There every parameter oscillates with variance eta^2 / 4, and 2 P - H is singular.
+
+    Where H = [[2, 1], [1, 3]] all of the oscillation is along (1, 1), so that 2 P - H has to vanish
+    there: P = (3 / 2, 2), whatever the second moment was before.
+    """
+    hessian = jnp.array([[2.0, 1.0], [1.0, 3.0]])
+
+    def loss(w: jax.Array) -> jax.Array:
+        return w @ hessian @ w / 2
+
+    rule = Rule(learning_rate=RATE, b2=0.9)
+    moments = (jnp.zeros(2), jnp.array([4e-4, 9e-4]), jnp.float32(1))
+    found = central_flow(loss, rule, jnp.zeros(2), moments, steps=200, unstable=1)
+    np.testing.assert_allclose(found.ratio[-50:], 1, atol=1e-3)
+    np.testing.assert_allclose(found.variance[-50:], RATE**2 / 2, rtol=1e-2)
+    # Optax's RMSprop, from a small oscillation.
+    tx = optax.rmsprop(RATE, decay=0.9)
+
+    def step(carry: tuple[jax.Array, optax.OptState], _: None) -> tuple[tuple, jax.Array]:
+        w, state = carry
+        updates, state = tx.update(hessian @ w, state, w)
+        return (optax.apply_updates(w, updates), state), w
+
+    start = jnp.array([0.004, 0.006])
+    (_, state), path = jax.lax.scan(step, (start, tx.init(start)), length=400)
+    np.testing.assert_allclose(
+        np.mean(np.asarray(path[-100:]) ** 2, axis=0), RATE**2 / 4, rtol=0.05
     )
+    root = np.sqrt(np.asarray(optax.tree.get(state, "nu")))
+    np.testing.assert_allclose(root / RATE, [1.5, 2], rtol=0.05)
+
+
+def test_adam_on_a_quadratic_oscillates_by_the_rate_over_its_threshold() -> None:
+    """P = h / c and P eta = h |x|: the amplitude is eta / c, with b1 = 0.9 eta / 38."""
+    rule = Rule(learning_rate=RATE, b1=0.9, b2=0.99, corrects=True)
+    assert np.isclose(rule.threshold, 38)
+    moments = (jnp.zeros(1), jnp.array([1e-6]), jnp.float32(1_000))
+    found = central_flow(
+        lambda w: 3 * jnp.sum(w**2) / 2, rule, jnp.zeros(1), moments, steps=300, unstable=1
+    )
+    assert found.variance[0] == 0
+    np.testing.assert_allclose(found.ratio[-50:], 1, atol=1e-2)
+    np.testing.assert_allclose(found.variance[-50:], (RATE / 38) ** 2, rtol=2e-2)
+
+
+def test_stable_flow_of_a_quadratic() -> None:
+    """Also where it is so sharp that 64 Euler steps are needed in each step."""
+    curvatures = jnp.array([4.0, 3_000.0])
+    path = stable_flow(lambda w: curvatures @ w**2 / 2, DESCENT, jnp.ones(2), steps=50)
     np.testing.assert_allclose(path[:, 0], np.exp(-0.04 * np.arange(50)), rtol=5e-3)
+    np.testing.assert_allclose(path[1:, 1], 0, atol=1e-6)
