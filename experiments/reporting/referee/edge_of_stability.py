@@ -278,7 +278,13 @@ def _rates(
 
     Args:
       sharpness: of the network of the trials, seed 0, before its first step.
-      gd, adam, rmsprop, muon: rates found in trials.
+      gd: rate of gradient descent and of Bulk-SGD, from trials as the following ones.
+      adam: rate of Adam.
+      rmsprop: rate of RMSprop.
+      muon: rate of Muon.
+
+    Returns:
+      The rate of each contestant.
     """
     momentum = OPTIONS[BALL]["momentum"]
     ball = float(f"{2 * (1 + momentum) / sharpness / 3:.2g}")
