@@ -363,7 +363,7 @@ STUDY = Protocols(
         ),
         "small": Scale(
             settings=(
-                _mlp("digits_mlp", "digits", _OF_MLP, 32, steps=800),
+                _mlp("digits_mlp", "digits", _OF_MLP, 32),
                 _cnn("digits_cnn", "digits", _OF_CNN, 8, steps=400),
                 _gpt("shakespeare_gpt", _OF_SMALL_GPT, 16, examples=16, length=16, steps=300),
             ),
