@@ -66,10 +66,31 @@ def subspace_sweep(
     """
     check_product("products", products)
     check_choice("order", order, ("algebraic", "magnitude"))
-    images = products(basis)
+    values, basis, _ = power_step(products(basis), basis, lambda _: shift, order)
+    return values, basis, jnp.min(values)
+
+
+def power_step(
+    images: chex.ArrayTree,
+    basis: chex.ArrayTree,
+    shift_of: Callable[[jax.Array], jax.Array],
+    order: PowerOrder,
+) -> tuple[jax.Array, chex.ArrayTree, jax.Array]:
+    """What :func:`subspace_sweep` does with the products, by a shift that they decide.
+
+    Args:
+      images: the products with the rows of the basis, of the same shapes.
+      basis: orthonormal block of ``m`` vectors, leaves ``(m, *shape)``.
+      shift_of: gives the shift for the Ritz values ``(m,)``.
+      order: which eigenvalues lead.
+
+    Returns:
+      The Ritz values of the basis that came in, the new basis, and the shift.
+    """
     values, vectors = _rayleigh_ritz(basis, images, order)
+    shift = shift_of(values)
     shifted = _power(basis, images, values, shift)
-    return values, blocks.orthonormalize(shifted, rotation=vectors.T), jnp.min(values)
+    return values, blocks.orthonormalize(shifted, rotation=vectors.T), shift
 
 
 def _rayleigh_ritz(

@@ -13,7 +13,7 @@ from jax import lax
 
 from optax_accel._arguments import check_integer, check_number
 from optax_accel.curvature import blocks
-from optax_accel.curvature._block_iteration import ritz_residual_norms, subspace_sweep
+from optax_accel.curvature._block_iteration import power_step, ritz_residual_norms
 from optax_accel.curvature._block_krylov import block_krylov
 from optax_accel.curvature.tracking import (
     CurvatureTracker,
@@ -24,6 +24,7 @@ from optax_accel.curvature.tracking import (
     curvature_operator,
     load,
     new_space,
+    next_shift,
     no_basis,
     or_random,
     solve,
@@ -291,9 +292,9 @@ class BlockTracker(CurvatureTracker):
         depth = self._depth(params, jax.tree.leaves(basis)[0].shape[0])
         if self.storage_dtype is not None or depth is not None:  # storage has rounded it
             basis = blocks.orthonormalize(basis)
-        before, shift = basis, space.memory.shift
+        before = basis
         if depth is None:
-            values, basis, shift, residuals = self._power_steps(products, basis, shift)
+            values, basis, shift, residuals = self._power_steps(products, basis, space)
         else:
             values, basis, smallest, residuals = block_krylov(
                 products, basis, depth=depth, order=self.order
@@ -308,20 +309,18 @@ class BlockTracker(CurvatureTracker):
         return self._finish(space, values, basis, packing, shift, adaptive, residuals)
 
     def _power_steps(
-        self, products: Any, basis: tuple[jax.Array, ...], shift: jax.Array
+        self, products: Any, basis: tuple[jax.Array, ...], space: Eigenspace
     ) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array, jax.Array | None]:
         """Ritz values, the next basis, the next shift, and residual norms if they are wanted."""
-        order, values, residuals = self.power_order, jnp.zeros(()), None
+        order, values, residuals = self.power_order, space.eigenvalues, None
+        shift = space.memory.shift
         assert order is not None
         for _ in range(self.power_iterations):
             images = products(basis)
             if self.residuals:
                 residuals = ritz_residual_norms(basis, images, order)
-            same = functools.partial(_same, images)
-            values, basis, smallest = subspace_sweep(same, basis, shift=shift, order=order)
-            # Negative curvature seen before is forgotten slowly: the sweep damps what it shifts
-            # away, so a direction gone from the block may still be there in the spectrum.
-            shift = jnp.maximum(0.9 * shift, spectrum_shift(self, smallest))
+            shift_of = functools.partial(next_shift, self, shift, values)
+            values, basis, shift = power_step(images, basis, shift_of, order)
         return values, basis, shift, residuals
 
     def _adapted(self, old: AdaptivePeriod, drift: jax.Array) -> AdaptivePeriod:
@@ -360,9 +359,3 @@ class BlockTracker(CurvatureTracker):
         memory = BlockMemory(guard, shift.astype(old.memory.shift.dtype), adaptive)
         valid = jnp.isfinite(shift)
         return accept(self, old, values[:k], basis, memory, valid, packing, residuals)
-
-
-def _same(images: chex.ArrayTree, basis: chex.ArrayTree) -> chex.ArrayTree:
-    """The products with a basis that are there already."""
-    del basis
-    return images

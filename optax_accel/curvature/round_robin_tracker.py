@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import chex
@@ -12,7 +13,7 @@ from jax import lax
 
 from optax_accel._numerics import max_norm
 from optax_accel.curvature import blocks
-from optax_accel.curvature._block_iteration import ritz_residual_norms, subspace_sweep
+from optax_accel.curvature._block_iteration import power_step, ritz_residual_norms
 from optax_accel.curvature.tracking import (
     CurvatureTracker,
     Eigenspace,
@@ -21,6 +22,7 @@ from optax_accel.curvature.tracking import (
     curvature_operator,
     load,
     new_space,
+    next_shift,
     no_basis,
     or_random,
     solve,
@@ -157,13 +159,12 @@ class RoundRobinTracker(CurvatureTracker):
             order = self.power_order
             assert order is not None
             residuals = ritz_residual_norms(basis, images, order) if self.residuals else None
-            values, basis, smallest = subspace_sweep(
-                lambda _: images, basis, shift=shift, order=order
-            )
+            shift_of = functools.partial(next_shift, self, shift, old.eigenvalues)
+            values, basis, shift_after = power_step(images, basis, shift_of, order)
             memory = RoundRobinMemory(
                 images=old.memory.images,
                 position=jnp.zeros((), jnp.int32),
-                shift=jnp.maximum(0.9 * shift, spectrum_shift(self, smallest)),
+                shift=shift_after,
             )
             valid = jnp.ones((), bool)
             return accept(self, old, values, basis, memory, valid, residual_norms=residuals)

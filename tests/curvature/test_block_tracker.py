@@ -60,6 +60,35 @@ def refresh(space: Any, angle: Any, tracker: oa.BlockTracker = TRACKER, cold: bo
     return tracker.refresh(space, objective, jnp.ones(5), None, cold=cold)
 
 
+def test_negative_curvature_of_a_larger_spectrum_is_forgotten() -> None:
+    """A shift by its size would make every power step of the smaller spectrum nearly nothing."""
+    random = np.random.default_rng(0)
+    rotation = np.linalg.qr(random.standard_normal((12, 12)))[0]
+    spectrum = np.array([5.0, 4.0, *np.linspace(0.5, -0.5, 9), -1.0])
+    later = jnp.asarray((rotation * spectrum) @ rotation.T, jnp.float32)
+
+    @functools.partial(jax.jit, static_argnames=("tracker", "cold"))
+    def refresh(space: Any, matrix: Any, tracker: oa.Tracker, cold: bool) -> Any:
+        objective = oa.Objective.from_value_fn(lambda p: 0.5 * p @ matrix @ p)
+        return tracker.refresh(space, objective, jnp.ones(12), None, cold=cold)
+
+    earlier = jnp.diag(jnp.asarray([500.0, 400.0, *[1.0] * 9, -450.0], jnp.float32))
+    trackers: tuple[tuple[oa.Tracker, int], ...] = (
+        (oa.BlockTracker(), 1),
+        (oa.RoundRobinTracker(), 2),
+    )
+    for tracker, refreshes_of_a_sweep in trackers:
+        space = refresh(tracker.init(jnp.ones(12), 2), earlier, tracker, True)
+        if isinstance(tracker, oa.RoundRobinTracker):  # a half of a sweep has been made
+            space = refresh(space, earlier, tracker, False)
+        for _ in range(12 * refreshes_of_a_sweep):
+            space = refresh(space, later, tracker, False)
+        # With a shift of 450 the factor of a sweep is 450.5 / 454 instead of 1.5 / 4 at most.
+        cosines = np.asarray(space.basis) @ rotation[:, :2]
+        assert np.sum(cosines**2) / 2 > 0.999, tracker
+        np.testing.assert_allclose(space.eigenvalues, spectrum[:2], rtol=1e-2)
+
+
 def followed(angles: Any) -> tuple[list[int], list[Any]]:
     """The steps of the refreshes, and the spaces after them."""
     space = refresh(TRACKER.init(jnp.ones(5), 2), angles[0], cold=True)
