@@ -123,19 +123,26 @@ def stitch(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
       x: pictures, (4 n, height, width, channels), with even height and width.
-      y: their boxes, (4 n, boxes, 5): class, left, top, right, bottom; rows of class -1 are none.
+      y: their boxes, (4 n, boxes, 5), floating point: class, left, top, right, bottom; rows of
+        class -1 are none. A box that reaches out of its picture reaches into the next quarter.
 
     Returns:
       Pictures (n, height, width, channels) and boxes (n, 4 boxes, 5).
 
     Raises:
-      ValueError: the number of pictures is no multiple of 4, a side is odd, or the boxes have
-        another shape.
+      ValueError: the number of pictures is no multiple of 4, a side is odd or 0, or the boxes have
+        another shape or are whole numbers, whose halves may not be.
     """
-    if x.ndim != 4 or x.shape[1] % 2 or x.shape[2] % 2:
+    x, y = np.asarray(x), np.asarray(y)
+    if x.ndim != 4 or any(side % 2 or not side for side in x.shape[1:3]):
         raise ValueError(
             "stitch takes pictures (number, height, width, channels) of even height and width, "
             f"got {x.shape}; pad them"
+        )
+    if not np.issubdtype(y.dtype, np.floating):
+        raise ValueError(
+            "stitch halves the coordinates of boxes, which have to be floating point, got "
+            f"{y.dtype}; use y.astype(np.float32)"
         )
     if len(x) % 4 or not len(x):
         raise ValueError(f"stitch makes one picture of every four, got {len(x)}; give 4, 8, ...")

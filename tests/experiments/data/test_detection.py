@@ -127,3 +127,8 @@ def test_stitched_boxes(drawn):
 def test_what_cannot_be_stitched(x, y, message):
     with pytest.raises(ValueError, match=message):
         detection.stitch(np.zeros(x, np.float32), np.zeros(y, np.float32))
+
+
+def test_boxes_of_whole_numbers_are_refused():
+    with pytest.raises(ValueError, match=r"have to be floating point, got int32; use y.astype"):
+        detection.stitch(np.zeros((4, 4, 4, 1)), np.zeros((4, 1, 5), np.int32))
