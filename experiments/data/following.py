@@ -11,6 +11,7 @@ kind that has more of that group.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -60,15 +61,17 @@ class BatchChooser:
       counts: how often each kind was chosen.
 
     Raises:
-      ValueError: the threshold is negative or not a number, or the kinds are not two names.
+      ValueError: the threshold is no number or negative, or the kinds are not two names.
     """
 
     def __init__(self, threshold: float = THRESHOLD, kinds: tuple[str, str] = KINDS):
-        if not threshold >= 0:
-            raise ValueError(f"threshold must be at least 0, got {threshold}")
-        if len(kinds) != 2 or kinds[0] == kinds[1]:
-            raise ValueError(f"kinds must be two different names, got {kinds}")
-        self.threshold, self.kinds = threshold, tuple(kinds)
+        is_number = isinstance(threshold, numbers.Real) and not isinstance(threshold, bool)
+        if not (is_number and threshold >= 0):
+            raise ValueError(f"threshold must be a number of at least 0, got {threshold!r}")
+        names = tuple(kinds) if isinstance(kinds, tuple | list) else ()
+        if len(names) != 2 or names[0] == names[1] or not all(isinstance(n, str) for n in names):
+            raise ValueError(f"kinds must be two different names, got {kinds!r}")
+        self.threshold, self.kinds = threshold, names
         self.share = 0.0
         self.counts = dict.fromkeys(kinds, 0)
 
@@ -80,8 +83,11 @@ class BatchChooser:
 
         Returns:
           One of ``kinds``.
+
+        Raises:
+          ValueError: the share is not one number.
         """
-        self.share = float(share)
+        self.share = _scalar(share)
         more = math.isfinite(self.share) and self.share < self.threshold
         kind = self.kinds[more]
         self.counts[kind] += 1
@@ -101,13 +107,13 @@ class BatchChooser:
         Raises:
           ValueError: the kinds are others.
         """
-        if tuple(state["counts"]) != self.kinds:
+        if state["counts"].keys() != {*self.kinds}:
             raise ValueError(
                 f"the state is of the kinds {', '.join(state['counts'])}, this chooser's are "
                 f"{', '.join(self.kinds)}; make it with the same ones"
             )
         self.share = math.nan if state["share"] is None else float(state["share"])
-        self.counts = dict(state["counts"])
+        self.counts = {kind: state["counts"][kind] for kind in self.kinds}
 
 
 class FollowingBatches(Iterator[Any]):
@@ -133,16 +139,34 @@ class FollowingBatches(Iterator[Any]):
 
     Attributes:
       kind: the kind of the last batch; ``None`` before the first one.
+
+    Raises:
+      TypeError: the chooser is none, or the sources are not a mapping to iterators.
+      ValueError: the sources are of other kinds than the chooser's.
     """
 
     def __init__(self, sources: Mapping[str, Any], chooser: BatchChooser):
+        if not isinstance(chooser, BatchChooser):
+            raise TypeError(f"chooser must be a BatchChooser, got {chooser!r}")
+        if not isinstance(sources, Mapping):
+            raise TypeError(
+                "sources must be a dictionary from each kind to an iterator of batches, got "
+                f"{type(sources).__name__}"
+            )
         if sources.keys() != {*chooser.kinds}:
             raise ValueError(
-                f"sources are of {', '.join(sources)}, the chooser's kinds are "
+                f"sources are of {', '.join(map(str, sources))}, the chooser's kinds are "
                 f"{', '.join(chooser.kinds)}; give one for each kind"
             )
+        for kind, source in sources.items():
+            if not isinstance(source, Iterator):
+                raise TypeError(
+                    f"the source of {kind} must be an iterator, such as iter(batches), got "
+                    f"{type(source).__name__}"
+                )
         self._sources, self._chooser = dict(sources), chooser
         self._share: Any = chooser.share  # maybe on its way from the device
+        self._is_told = True
         self.kind: str | None = None
 
     def __enter__(self) -> FollowingBatches:
@@ -157,16 +181,30 @@ class FollowingBatches(Iterator[Any]):
         self.close()
 
     def __next__(self) -> Any:
+        if not self._is_told:
+            raise RuntimeError(
+                "the share of the last batch decides on the next one: call tell(share) before "
+                "asking for another batch"
+            )
         self.kind = self._chooser.choose(self._told())
-        return next(self._sources[self.kind])
+        batch = next(self._sources[self.kind])
+        self._is_told = False
+        return batch
 
     def tell(self, share: Any) -> None:
         """Takes the share of the last batch; it is waited for when the next batch is asked for.
 
         Args:
           share: a scalar, which may lie on a device and, of several processes, is the same in all.
+
+        Raises:
+          ValueError: the share is not one number.
         """
-        self._share = share
+        if np.shape(share) != ():
+            raise ValueError(
+                f"tell takes the share of the whole batch, one number, got shape {np.shape(share)}"
+            )
+        self._share, self._is_told = share, True
 
     def get_state(self) -> dict[str, Any]:
         """The positions of both kinds and the share that decides on the next batch."""
@@ -179,7 +217,7 @@ class FollowingBatches(Iterator[Any]):
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues at a position that `get_state` returned."""
         self._chooser.set_state(state["chooser"])
-        self._share = self._chooser.share
+        self._share, self._is_told = self._chooser.share, True
         for kind, source in self._sources.items():
             source.set_state(state["sources"][kind])
 
@@ -190,8 +228,18 @@ class FollowingBatches(Iterator[Any]):
                 source.close()
 
     def _told(self) -> float:
-        self._share = float(jax.device_get(self._share))
+        self._share = _scalar(jax.device_get(self._share))
         return self._share
+
+
+def _scalar(share: Any) -> float:
+    """The share as a number."""
+    try:
+        return float(share)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"a share is the loss of the group over all of the loss, one number, got {share!r}"
+        ) from None
 
 
 def following_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import grain
@@ -50,16 +51,64 @@ def test_a_chooser_goes_on_from_its_state():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"threshold": -0.1}, "threshold must be at least 0, got -0.1"),
-        ({"threshold": math.nan}, "threshold must be at least 0, got nan"),
+        ({"threshold": -0.1}, "threshold must be a number of at least 0, got -0.1"),
+        ({"threshold": math.nan}, "threshold must be a number of at least 0, got nan"),
+        ({"threshold": True}, "threshold must be a number of at least 0, got True"),
+        ({"threshold": "a"}, "threshold must be a number of at least 0, got 'a'"),
         ({"kinds": ("one", "one")}, "kinds must be two different names"),
+        ({"kinds": "ab"}, "kinds must be two different names, got 'ab'"),
+        ({"kinds": (1, 2)}, "kinds must be two different names"),
+        ({"kinds": None}, "kinds must be two different names, got None"),
     ],
 )
 def test_wrong_choosers(arguments, message):
     with pytest.raises(ValueError, match=message):
         BatchChooser(**arguments)
-    with pytest.raises(ValueError, match="sources are of a, the chooser's kinds are regular, st"):
-        FollowingBatches({"a": iter("a")}, BatchChooser())
+
+
+@pytest.mark.parametrize("share", ["a", None, [0.1, 0.2], np.zeros(2)])
+def test_a_share_is_one_number(share):
+    with pytest.raises(ValueError, match="one number"):
+        BatchChooser().choose(share)
+
+
+def test_the_share_of_a_batch_is_one_number():
+    batches = FollowingBatches({"regular": iter("a"), "stitched": iter("b")}, BatchChooser())
+    next(batches)
+    with pytest.raises(ValueError, match=r"one number, got shape \(2,\)"):
+        batches.tell(jnp.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("sources", "error", "message"),
+    [
+        ({"a": iter("a")}, ValueError, "sources are of a, the chooser's kinds are regular, st"),
+        ([iter("a")], TypeError, "a dictionary from each kind to an iterator of batches, got list"),
+        ({"regular": "a", "stitched": "b"}, TypeError, "source of regular must be an iterator"),
+    ],
+)
+def test_wrong_sources(sources, error, message):
+    with pytest.raises(error, match=message):
+        FollowingBatches(sources, BatchChooser())
+    with pytest.raises(TypeError, match="chooser must be a BatchChooser, got None"):
+        FollowingBatches(sources, None)
+
+
+def test_a_batch_whose_share_was_not_told_is_not_passed_over():
+    batches = FollowingBatches({"regular": iter("ab"), "stitched": iter("cd")}, BatchChooser())
+    assert next(batches) == "c"
+    with pytest.raises(RuntimeError, match=r"call tell\(share\) before asking for another batch"):
+        next(batches)
+    batches.tell(0.5)
+    assert next(batches) == "a"
+
+
+def test_the_order_of_the_kinds_in_a_saved_state_does_not_matter():
+    chooser = BatchChooser(kinds=("usual", "more"))
+    chooser.choose(0.05)
+    saved = json.loads(json.dumps(chooser.get_state(), sort_keys=True))
+    chooser.set_state(saved)
+    assert list(chooser.counts.items()) == [("usual", 0), ("more", 1)]
 
 
 def pictures(number: int = 24) -> Split:
