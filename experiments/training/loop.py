@@ -168,12 +168,12 @@ def train(plan: Plan, program: Program, console: Console) -> int | None:
 
 def open_batches(plan: Plan, program: Program) -> Batches:
     """The batches of the run from its start on, each placed on the devices ahead of its use."""
-    if plan.follows:
+    if plan.follow_threshold is not None:
         return following_batches(
             plan.task.train,
             batch_size=plan.batch_size,
             seed=plan.options.seed,
-            chooser=BatchChooser(plan.options.follow_threshold),
+            chooser=BatchChooser(plan.follow_threshold),
             shard=grain.sharding.ShardByJaxProcess(),
             workers=plan.options.data_workers,
             put=program.runner.put_batch,

@@ -10,7 +10,7 @@ from typing import Any
 import models
 from experiments import cli, data, methods
 from experiments.cli import UsageError
-from experiments.data import augmentation, following
+from experiments.data import augmentation
 from experiments.runs import folders, remote_runs
 from experiments.runs.records import CONFIG
 from experiments.training import losses, parallel
@@ -35,8 +35,8 @@ class DataOptions(cli.Options):
     """Let the loss decide on the next batch, for pictures with boxes: where small objects have less
     than --follow-threshold of the loss of the boxes (box) or of the classes (class), four pictures
     are stitched into each of the next batch. none: never."""
-    follow_threshold: float = following.THRESHOLD
-    """Share of the loss, with --follow."""
+    follow_threshold: float | None = None
+    """Share of the loss, with --follow; default 0.1."""
     data_workers: int = 0
     """Threads that read and augment batches ahead of time; with 0 the thread that moves batches to
     the device does it."""
@@ -296,6 +296,10 @@ COMBINATIONS: tuple[cli.Rule[Options], ...] = (
             f"--monitor watches parameters that all devices share, and method "
             f"{o.chosen_method.name} has workers with their own; leave it out"
         ),
+    ),
+    cli.Rule(
+        lambda o: o.follow_threshold is None or o.follow != "none",
+        lambda o: "--follow-threshold is the share of --follow; give both or leave it out",
     ),
     cli.Rule(
         lambda o: o.workers is None or o.chosen_method.per_worker,

@@ -17,7 +17,7 @@ import models
 from experiments import cli, data, methods
 from experiments.cli import UsageError
 from experiments.data import augmentation
-from experiments.data.following import PER_STITCHED
+from experiments.data.following import PER_STITCHED, THRESHOLD
 from experiments.training import cluster, losses, monitoring, parallel
 from experiments.training.options import Options, check, read_model_options, tasks_of
 
@@ -106,6 +106,14 @@ class Plan:
         return lambda step, state: self._with_records(step, schedule(step, state))
 
     @property
+    def follow_threshold(self) -> float | None:
+        """The share of the loss below which a stitched batch follows; None without `--follow`."""
+        if not self.follows:
+            return None
+        given = self.options.follow_threshold
+        return THRESHOLD if given is None else given
+
+    @property
     def monitor_every(self) -> int | None:
         """Steps between records of the curvature; None without a monitor."""
         if not self.options.monitor:
@@ -144,7 +152,7 @@ class Plan:
             "label_smoothing": self.options.label_smoothing,
             "augment": list(self.augment),
             "follow": self.options.follow,
-            "follow_threshold": self.options.follow_threshold if self.follows else None,
+            "follow_threshold": self.follow_threshold,
             "method": self.method.name,
             "learning_rate": self.learning_rate,
             "steps": self.steps,

@@ -396,6 +396,7 @@ def test_run_whose_batches_follow_the_loss_resumes_bit_by_bit(runs, few_pictures
         (["--task", "digits", "--follow", "box"], "--follow box is for pictures with boxes"),
         (["--follow", "box", "--batch-size", "21"], "takes 84 of the 80 training pictures"),
         (["--follow-threshold", "-1"], "--follow-threshold must be at least 0"),
+        (["--follow-threshold", "0.5"], "--follow-threshold is the share of --follow"),
         (["--augment", "flip"], "--augment does not move boxes"),
     ],
 )
