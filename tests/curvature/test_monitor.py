@@ -195,6 +195,31 @@ def test_in_the_graph_it_records_at_its_period():
     assert steps == [-1, 1, 1, 3, 3]
 
 
+def test_steps_without_a_record_need_none_of_it():
+    tx = oa.monitor_curvature(
+        optax.adam(RATE),
+        preconditioner=adam_preconditioner(),
+        inner_learning_rate=RATE,
+        num_smallest=1,
+    )
+    run = jax.jit(functools.partial(step, tx), static_argnames="refresh")
+    params, state, *_ = run(tx.init(PARAMS), PARAMS, "cold")
+    whole_params, whole, *_ = run(state, params, False)
+    light = state.without_records()
+    # Beyond the optimizer's own only three counters.
+    assert len(jax.tree.leaves(light)) == len(jax.tree.leaves(state.inner_state)) + 3
+    light_params, light, *_ = run(light, params, False)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (light_params, light.with_records_of(state)),
+        (whole_params, whole),
+    )
+    with pytest.raises(
+        ValueError, match=r"without_records\(\)`: use it in steps with `refresh=False"
+    ):
+        step(tx, light, params)
+
+
 def test_as_last_element_it_sees_the_update():
     tx = optax.chain(optax.sgd(RATE), oa.monitor_curvature(every=1))
     around = oa.monitor_curvature(optax.sgd(RATE), every=1)
