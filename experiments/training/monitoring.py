@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import optax_accel as oa
+from experiments.training.step import TrainState
 from optax_accel.curvature import (
     Preconditioner,
     adagrad_preconditioner,
@@ -17,7 +18,7 @@ from optax_accel.curvature import (
     rmsprop_preconditioner,
     sgd_preconditioner,
 )
-from optax_accel.refresh import of_damping, of_eigenspace, of_factors
+from optax_accel.refresh import of_damping, of_eigenspace, of_factors, of_monitor
 
 PyTree = Any
 # The methods of the catalogue whose stability threshold is known, with what they divide steps by.
@@ -73,12 +74,12 @@ def watch(
     )
 
 
-def with_records(refresh: Any, step: int, every: int, *, cold_start: bool) -> Any:
+def joined_refresh(refresh: Any, step: int, every: int, *, cold_start: bool) -> Any:
     """The argument ``refresh`` of a step with that of the monitor joined to it.
 
-    >>> with_records(None, 0, 100, cold_start=True), with_records(None, 1, 100, cold_start=True)
+    >>> joined_refresh(None, 0, 9, cold_start=True), joined_refresh(None, 1, 9, cold_start=True)
     ('cold', False)
-    >>> with_records("warm", 1, 100, cold_start=True)
+    >>> joined_refresh("warm", 1, 100, cold_start=True)
     Refresh(eigenspace='warm', factors=True, inverses=True, damping=True, monitor=False)
 
     Args:
@@ -105,6 +106,38 @@ def with_records(refresh: Any, step: int, every: int, *, cold_start: bool) -> An
     )
 
 
+def without_records(state: TrainState, refresh: Any) -> TrainState:
+    """The state that a step needs: without what the monitor keeps where it records nothing.
+
+    Args:
+      state: the state before the step.
+      refresh: the step's argument.
+
+    Returns:
+      The state; the same one without a monitor and for a step that may record.
+    """
+    monitor = state.opt_state
+    if not isinstance(monitor, oa.MonitorCurvatureState) or of_monitor(refresh) is not False:
+        return state
+    return state._replace(opt_state=monitor.without_records())
+
+
+def with_records(state: TrainState, before: TrainState) -> TrainState:
+    """The whole state after a step of `without_records`.
+
+    Args:
+      state: the state after the step.
+      before: the state before it.
+
+    Returns:
+      The state.
+    """
+    monitor = state.opt_state
+    if not isinstance(monitor, oa.MonitorCurvatureState) or monitor.record is not None:
+        return state
+    return state._replace(opt_state=monitor.with_records_of(before.opt_state))
+
+
 def metrics(opt_state: PyTree) -> dict[str, jax.Array]:
     """What the monitor recorded in the last step, NaN where it recorded nothing.
 
@@ -112,11 +145,15 @@ def metrics(opt_state: PyTree) -> dict[str, jax.Array]:
       opt_state: the state of the optimizer.
 
     Returns:
-      Scalars by names such as ``monitor/sharpness``; none without a monitor.
+      Scalars by names such as ``monitor/sharpness``; none without a monitor, and of a state
+      `without_records` only how many records were left out.
     """
     if not isinstance(opt_state, oa.MonitorCurvatureState):
         return {}
+    skipped = {"monitor/skipped": opt_state.num_skipped}
     record = opt_state.record
+    if record is None:
+        return skipped
     new = record.recorded_step == opt_state.count - 1
     named: dict[str, jax.Array] = {}
     for name, value in record._asdict().items():
@@ -128,4 +165,4 @@ def metrics(opt_state: PyTree) -> dict[str, jax.Array]:
         for i in range(value.shape[0]):
             named[f"{_PLURALS[name]}_{i + 1}"] = value[i]
     shown = {f"monitor/{name}": jnp.where(new, value, jnp.nan) for name, value in named.items()}
-    return shown | {"monitor/skipped": opt_state.num_skipped}
+    return shown | skipped

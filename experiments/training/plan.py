@@ -131,7 +131,7 @@ class Plan:
         if every is None:
             return refresh
         cold_start = not self.loops_convolutions_slowly
-        return monitoring.with_records(refresh, step, every, cold_start=cold_start)
+        return monitoring.joined_refresh(refresh, step, every, cold_start=cold_start)
 
     @property
     def _refresh_options(self) -> dict[str, Any]:

@@ -80,7 +80,9 @@ class Program:
         self, state: TrainState, batch: PyTree, curvature: PyTree, refresh: bool | str | None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """One step of a placed state on a placed batch; see `parallel.Parallel.step`."""
-        return self.runner.step(state, batch, curvature if refresh else None, refresh)
+        needed = monitoring.without_records(state, refresh)
+        new, metrics = self.runner.step(needed, batch, curvature if refresh else None, refresh)
+        return monitoring.with_records(new, state), metrics
 
     def cold_start(self, refresh: bool | str | None) -> str | None:
         """What a compiled step is busy with where it solves for a subspace; None where not."""

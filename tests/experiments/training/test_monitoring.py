@@ -17,6 +17,7 @@ from experiments.training import monitoring
 from experiments.training.options import Options, check
 from experiments.training.plan import MONITOR_EVERY
 from experiments.training.program import statistics
+from experiments.training.step import init_state
 
 PARAMS = {"w": jnp.array([1.0, 2.0, -1.0])}
 
@@ -46,6 +47,21 @@ def test_metrics_are_there_in_the_steps_that_record():
     assert tagged({"step": 1, "monitor/sharpness": 2.0}) == {"monitor/sharpness": 2.0}
 
 
+def test_what_the_monitor_keeps_waits_outside_of_steps_without_a_record():
+    tx = monitoring.watch(optax.sgd(0.1), "plain_sgd", 0.1, every=2)
+    state = init_state(tx, PARAMS)
+    assert monitoring.without_records(state, "warm") is state
+    assert monitoring.without_records(state, None) is state
+    light = monitoring.without_records(state, oa.Refresh(eigenspace="warm"))
+    assert statistics(light.opt_state).keys() == {"monitor/skipped"}
+    whole = monitoring.with_records(light, state)
+    assert jax.tree.structure(whole) == jax.tree.structure(state)
+    assert whole.opt_state.record is state.opt_state.record
+    plain = init_state(optax.sgd(0.1), PARAMS)
+    assert monitoring.without_records(plain, False) is plain
+    assert monitoring.with_records(plain, plain) is plain
+
+
 @pytest.mark.parametrize("name", monitoring.PRECONDITIONERS)
 def test_preconditioners_fit_the_methods_of_the_catalogue(name):
     tx = METHODS[name].build(0.1, total_steps=10, num_classes=2)
@@ -53,7 +69,7 @@ def test_preconditioners_fit_the_methods_of_the_catalogue(name):
 
 
 def test_the_monitor_has_a_period_of_its_own():
-    join = functools.partial(monitoring.with_records, every=4, cold_start=True)
+    join = functools.partial(monitoring.joined_refresh, every=4, cold_start=True)
     assert [join(None, step) for step in range(5)] == ["cold", False, False, False, "warm"]
     assert join("warm", 4).eigenspace == "warm"
     assert join("warm", 4).monitor == "warm"
