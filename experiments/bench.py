@@ -206,9 +206,14 @@ def monitor_tables(repeats: int, console: Console) -> dict[str, Any]:
         console.print(table(f"training step of Adam, its curvature watched, {name}", rows))
         console.print(
             f"at the default period the monitor adds {summary['time']:.1%} of the training time "
-            f"(<= {target:.0%} {'pass' if summary['time'] <= target else 'FAIL'}) and "
-            f"{summary['memory']:.2f} copies of the parameters"
+            f"(<= {target:.0%} {'pass' if summary['time'] <= target else 'FAIL'}), "
+            f"{summary['cpu']:.1%} of the CPU time, and {summary['memory']:.2f} copies of the "
+            "parameters"
         )
+        between, record = (
+            tables.quartiles(row["cpu_ratio"], "{:.2f}".format, "{:.3f}".format) for row in rows[1:]
+        )
+        console.print(f"CPU time, ratio to Adam: {between} between records, {record} with a record")
     return results
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -117,15 +118,25 @@ def measure(cases: Sequence[Case], repeats: int, warm_ups: int = 2) -> list[dict
       warm_ups: rounds before, whose times do not count.
 
     Returns:
-      Per case: name, base, target, quartiles of milliseconds and of the ratio to the base.
+      Per case: name, base, target, quartiles of milliseconds and of the ratio to the base, also of
+      CPU time, which other programs disturb less.
     """
     for case in cases:  # compiles every form of the call, and lets the caches settle
         for _ in range(warm_ups):
             case.time()
     base, *others = cases
     pairs = [case for other in others for case in (base, other)] or [base]
-    seconds = interleave([case.time for case in pairs], repeats)
+    cpu: list[list[float]] = [[] for _ in pairs]
+
+    def timer(i: int) -> float:
+        begin = time.process_time()
+        seconds = pairs[i].time()
+        cpu[i].append((time.process_time() - begin) / pairs[i].period)
+        return seconds
+
+    seconds = interleave([functools.partial(timer, i) for i in range(len(pairs))], repeats)
     base_seconds, other_seconds = seconds[::2], seconds[1::2]
+    base_cpu, other_cpu = np.array(cpu[::2]), np.array(cpu[1::2])
     rows = []
     for i, case in enumerate(cases):
         times = other_seconds[i - 1] if i else base_seconds
@@ -135,6 +146,7 @@ def measure(cases: Sequence[Case], repeats: int, warm_ups: int = 2) -> list[dict
                 "base": case.base,
                 "milliseconds": quartiles(1000 * times),
                 "ratio": quartiles(times / base_seconds[i - 1]) if i else None,
+                "cpu_ratio": quartiles(other_cpu[i - 1] / base_cpu[i - 1]) if i else None,
                 "target": case.target,
             }
         )

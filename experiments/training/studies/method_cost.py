@@ -20,7 +20,7 @@ import models
 import optax_accel as oa
 from experiments.methods import Method
 from experiments.timing import Case
-from experiments.training import losses, networks
+from experiments.training import losses, monitoring, networks
 from experiments.training.step import init_state, train_step
 
 COMPILE_TARGET = 2.0  # of methods without curvature, whose step has one form
@@ -450,7 +450,9 @@ def monitor_cases(network: Network) -> list[Case]:
         step = network.training_step(tx)
 
         def call(i: int, state: Any, step: Any = step, refresh: Any = refresh) -> Any:
-            return step(state, network.batch, refresh=refresh)
+            needed = monitoring.without_records(state, refresh)
+            new = step(needed, network.batch, refresh=refresh)
+            return monitoring.with_records(new, state)
 
         carry = jax.tree.map(jnp.copy, init_state(tx, network.params, network.rest))
         cases.append(Case(name, None if name == "adam" else "adam", call, carry, period))
@@ -465,17 +467,23 @@ def monitor_summary(cases: Sequence[Case], rows: Sequence[Mapping[str, Any]]) ->
       rows: what `timing.measure` found of them.
 
     Returns:
-      ``"time"``, relative to the training with a record at the default period, from the medians,
-      and ``"memory"``, the bytes of its state relative to those of the parameters.
+      ``"time"`` and ``"cpu"``, what it adds to wall and CPU time of a training with a record at the
+      default period, from the medians, relative to the training without; and ``"memory"``, the
+      bytes of its state relative to those of the parameters.
     """
     every = inspect.signature(oa.monitor_curvature).parameters["every"].default
-    _, between, record = (row["ratio"] and row["ratio"][1] for row in rows)
+
+    def added(ratio: str) -> float:
+        _, between, record = (row[ratio] and row[ratio][1] for row in rows)
+        return float(between - 1 + (record - between) / every)
+
     plain, watched = (case.carry for case in cases[:2])
 
     def size(tree: Any) -> int:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
     return {
-        "time": between - 1 + (record - between) / every,
+        "time": added("ratio"),
+        "cpu": added("cpu_ratio"),
         "memory": (size(watched) - size(plain)) / size(plain.params),
     }
