@@ -55,12 +55,15 @@ class DeqFlow(nnx.Module):
 
     Example:
         >>> import jax.numpy as jnp
-        >>> model = DeqFlow(input_shape=(8, 8, 2), width=4, radius=1, steps=6, corrections=3)
-        >>> x = jnp.ones((5, 8, 8, 2))
-        >>> model(x).shape  # the flow after each correction
+        >>> from flax import nnx
+        >>> options = {"input_shape": (8, 8, 2), "steps": 6, "corrections": 3}
+        >>> model = nnx.eval_shape(lambda: DeqFlow(**options))
+        >>> def outputs(model):
+        ...     return nnx.eval_shape(lambda model: model(jnp.ones((5, 8, 8, 2))), model)
+        >>> outputs(model).shape  # the flow after each correction
         (5, 3, 8, 8, 2)
         >>> model.eval()
-        >>> model(x).shape
+        >>> outputs(model).shape
         (5, 1, 8, 8, 2)
 
     Args:
