@@ -7,8 +7,8 @@ the optimizer diverge. From a run's first reading above this threshold on, or it
 it never gets there, it counts as at the edge. Time averages of gradient descent, RMSprop and Adam
 are held against their central flows. The claims are those of the papers, at this project's size;
 the criteria were fixed before the first run. The learning rates were chosen in trials on another
-seed, so that runs get to the edge; that of the heavy ball follows from the sharpness of that seed's
-first weights.
+seed, so that runs get to the edge; that of the heavy ball follows from the sharpness of the first
+weights.
 
 References:
   Cohen, Kaur, Li, Kolter, Talwalkar, `Gradient descent on neural networks typically occurs at the
@@ -277,7 +277,8 @@ def _rates(
     weights where they are near it.
 
     Args:
-      sharpness: of the network of the trials, seed 0, before its first step.
+      sharpness: of the network before its first step, as read in trials (of the language model in
+        an earlier run).
       gd: rate of gradient descent and of Bulk-SGD, from trials as the following ones.
       adam: rate of Adam.
       rmsprop: rate of RMSprop.
