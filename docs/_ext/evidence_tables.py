@@ -140,6 +140,7 @@ KINDS: dict[str, Callable[[Record], str]] = {
     "digits": _comparison,
     "edge_of_stability_cnn": _edge_of_stability,
     "edge_of_stability_gpt": _edge_of_stability,
+    "edge_of_stability_long": _edge_of_stability,
     "edge_of_stability_mlp": _edge_of_stability,
     "mnist5k": _comparison,
     "step_cost": _step_cost,
