@@ -134,7 +134,8 @@ def flows(runs: Runs) -> Figure:
                     look = {"color": color, "linewidth": width}
                     look["label"] = None if number else label
                     _line(axes, scores[_FLOWS], scores[key], **look)
-            axes.set_title(f"{name}: {title}")
+            axes.set_title(name)
+            axes.set_ylabel(title)
             axes.set_xlabel("step")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.legend(fontsize=9)
