@@ -7,6 +7,7 @@ import gc
 import itertools
 import mmap
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,23 @@ def compile_quickly() -> None:
 
 
 compile_quickly()
+
+# What one process of the tests has compiled is read by the other one and by later runs, which takes
+# a third off the time of tests. Names of files follow from the program, its flags and versions.
+COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
+MOST_BYTES = 2e9
+if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(COMPILED))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Empties the folder of compiled programs before a run if it has grown too large."""
+    if hasattr(config, "workerinput") or not COMPILED.exists():
+        return
+    if sum(file.stat().st_size for file in COMPILED.iterdir()) > MOST_BYTES:
+        shutil.rmtree(COMPILED)
+
 
 # Eight virtual devices, so that the parallel modes are tested on any machine. The number has to be
 # set before JAX starts its backends, which the first use of a device does.
