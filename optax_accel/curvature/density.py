@@ -5,25 +5,27 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from optax_accel._arguments import check_choice, check_integer, check_number
 from optax_accel._numerics import divided, max_norm, power_of_two
 from optax_accel._random import as_key
 from optax_accel.curvature import blocks
+from optax_accel.curvature.eigensolvers import Loop
 from optax_accel.curvature.estimates import (
     Estimate,
     Operator,
     block_product,
-    dot,
     mean_and_error,
     random_block,
 )
+from optax_accel.curvature.tracking import block_product as looped_product
 
 # Lanczos vectors are kept in chunks of this many, so that memory grows with the process.
 _CHUNK = 16
@@ -161,6 +163,7 @@ def spectral_density(
     num_products: int = 400,
     probes: Literal["rademacher", "gaussian"] = "rademacher",
     like: chex.ArrayTree = None,
+    loop: Loop = "host",
 ) -> SpectralDensity:
     """The distribution of the eigenvalues, by stochastic Lanczos quadrature.
 
@@ -180,6 +183,11 @@ def spectral_density(
       probes: distribution of the entries of the start vectors: ``"rademacher"`` (default) for
         random signs or ``"gaussian"``.
       like: structure, shapes and dtypes of the vectors; default: the operator's own.
+      loop: ``"host"`` (default) iterates in Python around compiled pieces, for any operator;
+        ``"graph"`` in a ``lax.fori_loop``, so that all of it can be one compiled function: call it
+        inside ``jit``. That saves the time between products, which counts where these take less
+        than a few milliseconds. XLA runs convolutions slowly inside loops on a CPU, and an operator
+        over ``batches`` cannot be traced. No process stops before its last step.
 
     Returns:
       Nodes and weights; ``.density(grid)`` evaluates the density, ``.moment(order)`` its moments.
@@ -209,16 +217,23 @@ def spectral_density(
     check_integer("num_probes", num_probes, 1)
     check_integer("num_products", num_products, num_probes)
     check_choice("probes", probes, ("rademacher", "gaussian"))
+    check_choice("loop", loop, ("graph", "host"))
     product, like = block_product(operator, like)
     num_steps = min(num_products // num_probes, blocks.dimension(like))
     if num_steps == 0:
         empty = jnp.zeros((num_probes, 0), blocks.scalar_dtype(like))
         return SpectralDensity(empty, empty, 0, 0)
 
-    vector, _ = _normalize(random_block(as_key(key), like, num_probes, probes), None)
-    previous, off = vector, jnp.zeros((num_probes,), blocks.scalar_dtype(like))
+    starts = random_block(as_key(key), like, num_probes, probes)
+    if loop == "graph":
+        nodes, weights = _in_graph(looped_product(operator, like), starts, num_steps)
+        return SpectralDensity(nodes, weights, num_probes * num_steps, blocks.dimension(like))
+
+    off = scale = jnp.zeros((num_probes,), blocks.scalar_dtype(like))
+    vector, _, _ = _normalize(starts, off)
+    previous = vector
     chunks: list[chex.ArrayTree] = []
-    diagonal, off_diagonal, scale = [], [], off
+    diagonal, off_diagonal = [], []
     for step in range(num_steps):
         if step % _CHUNK == 0:
             chunks.append(_open(vector))
@@ -226,25 +241,49 @@ def spectral_density(
             chunks[-1] = _put(chunks[-1], vector, step % _CHUNK)
         image = product(vector)
         if step == 0:  # the processes are those of the operator divided by the unit
-            unit = power_of_two(_max_norm(image))
-        residual, value = _recur(image, vector, previous, off, unit)
+            unit = _unit(image)
+        residual, value, scale = _recur(image, vector, previous, off, scale, unit)
         for chunk in chunks:
             residual = _project_out(residual, chunk)
-        scale = jnp.maximum(scale, jnp.abs(value))
         previous = vector
-        vector, off = _normalize(residual, scale)
-        scale = jnp.maximum(scale, off)
+        vector, off, scale = _normalize(residual, scale)
         diagonal.append(value)
         off_diagonal.append(off)
         # An exhausted process goes on with zero vectors, which add nodes of weight zero.
-        if not isinstance(off, jax.core.Tracer) and not off.any():
+        if not isinstance(off, jax.core.Tracer) and not np.any(off):
             break
-    nodes, weights = _quadrature(jnp.stack(diagonal, 1), jnp.stack(off_diagonal, 1))
+    nodes, weights = _quadrature(diagonal, off_diagonal, unit)
     num_products = num_probes * len(diagonal)
-    return SpectralDensity(unit * nodes, weights, num_products, blocks.dimension(like))
+    return SpectralDensity(nodes, weights, num_products, blocks.dimension(like))
 
 
 # -- the Lanczos processes, each function on all of them ------------------------------------------
+
+
+def _in_graph(
+    product: Operator, starts: chex.ArrayTree, num_steps: int
+) -> tuple[jax.Array, jax.Array]:
+    """All steps in a loop: nodes and weights."""
+    num = jax.tree.leaves(starts)[0].shape[0]
+    off = jnp.zeros((num,), blocks.scalar_dtype(starts))
+    vector, _, _ = _normalize(starts, off)
+
+    def step(i: jax.Array, state: Any) -> Any:
+        basis, vector, previous, off, scale, unit, diagonal, off_diagonal = state
+        image = product(vector)
+        # Here and not before the loop, which would compile the product twice.
+        unit = jnp.where(i == 0, _unit(image).astype(unit.dtype), unit)
+        basis = _put(basis, vector, i)
+        residual, value, scale = _recur(image, vector, previous, off, scale, unit)
+        following, off, scale = _normalize(_project_out(residual, basis), scale)
+        diagonal, off_diagonal = diagonal.at[i].set(value), off_diagonal.at[i].set(off)
+        return basis, following, vector, off, scale, unit, diagonal, off_diagonal
+
+    basis = jax.tree.map(lambda x: jnp.zeros((num, num_steps, *x.shape[1:]), x.dtype), starts)
+    coefficients = jnp.zeros((num_steps, num), off.dtype)
+    state = (basis, vector, vector, off, off, jnp.ones_like(off[0]), coefficients, coefficients)
+    *_, unit, diagonal, off_diagonal = lax.fori_loop(0, num_steps, step, state)
+    return _quadrature(list(diagonal), list(off_diagonal), unit)
 
 
 @jax.jit
@@ -258,56 +297,77 @@ def _open(vector: chex.ArrayTree) -> chex.ArrayTree:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(chunk: chex.ArrayTree, vector: chex.ArrayTree, index: int) -> chex.ArrayTree:
+def _put(chunk: chex.ArrayTree, vector: chex.ArrayTree, index: chex.Numeric) -> chex.ArrayTree:
     return jax.tree.map(lambda c, x: lax.dynamic_update_index_in_dim(c, x, index, 1), chunk, vector)
 
 
-_max_norm = jax.jit(max_norm)
+@jax.jit
+def _unit(image: chex.ArrayTree) -> jax.Array:
+    return power_of_two(max_norm(image))
 
 
 @jax.jit
-@functools.partial(jax.vmap, in_axes=(0, 0, 0, 0, None))
 def _recur(
     image: chex.ArrayTree,
     vector: chex.ArrayTree,
     previous: chex.ArrayTree,
     off: jax.Array,
+    scale: jax.Array,
     unit: jax.Array,
-) -> tuple[chex.ArrayTree, jax.Array]:
-    image = divided(image, unit)
-    value = dot(vector, image)
+) -> tuple[chex.ArrayTree, jax.Array, jax.Array]:
+    image = divided(jax.tree.map(lambda w, x: w.astype(x.dtype), image, vector), unit)
+    value = _dots(vector, image)
     residual = jax.tree.map(
-        lambda w, q, p: w - value.astype(w.dtype) * q - off.astype(w.dtype) * p,
-        image,
-        vector,
-        previous,
+        lambda w, q, p: w - _times(value, q) - _times(off, p), image, vector, previous
     )
-    return residual, value
+    return residual, value, jnp.maximum(scale, jnp.abs(value))
 
 
 @jax.jit
-@jax.vmap
 def _project_out(vector: chex.ArrayTree, basis: chex.ArrayTree) -> chex.ArrayTree:
-    coefficients = blocks.inner(basis, blocks.as_block(vector))[:, 0]
-    return jax.tree.map(jnp.subtract, vector, blocks.combine(coefficients, basis))
+    """The vectors, each without its components in its own rows, ``(num_probes, rows, *shape)``.
+
+    By products of each vector with the rows of all: more multiplications, but one pass over the
+    rows, where XLA takes many times as long for a batch of small products on a CPU.
+    """
+    num, num_rows = jax.tree.leaves(basis)[0].shape[:2]
+    merged = jax.tree.map(lambda b: b.reshape(-1, *b.shape[2:]), basis)
+    coefficients = blocks.inner(vector, merged)
+    own = jnp.repeat(jnp.eye(num, dtype=bool), num_rows, axis=1)
+    inside = blocks.combine(jnp.where(own, coefficients, 0), merged)
+    return jax.tree.map(jnp.subtract, vector, inside)
 
 
 @jax.jit
-def _normalize(block: chex.ArrayTree, scale: jax.Array | None) -> tuple[chex.ArrayTree, jax.Array]:
-    """Unit vectors and the lengths; zero for vectors that are rounding errors beside ``scale``."""
-    lengths = jnp.sqrt(jax.vmap(dot)(block, block))
-    if scale is not None:
-        # A cut of relative size c changes the quadrature by c**2 only: far below a rounding error.
-        lengths = jnp.where(lengths > 1000 * jnp.finfo(lengths.dtype).eps * scale, lengths, 0)
+def _normalize(
+    block: chex.ArrayTree, scale: jax.Array
+) -> tuple[chex.ArrayTree, jax.Array, jax.Array]:
+    """Unit vectors, the lengths before, and the larger of length and scale.
+
+    Vectors that are rounding errors beside ``scale`` become zero.
+    """
+    lengths = jnp.sqrt(_dots(block, block))
+    # A cut of relative size c changes the quadrature by c**2 only: far below a rounding error.
+    lengths = jnp.where(lengths > 1000 * jnp.finfo(lengths.dtype).eps * scale, lengths, 0)
     inverse = jnp.where(lengths > 0, 1 / jnp.where(lengths > 0, lengths, 1), 0)
-    return jax.vmap(lambda x, s: jax.tree.map(lambda leaf: leaf * s.astype(leaf.dtype), x))(
-        block, inverse
-    ), lengths
+    units = jax.tree.map(lambda x: _times(inverse, x), block)
+    return units, lengths, jnp.maximum(scale, lengths)
+
+
+def _dots(left: chex.ArrayTree, right: chex.ArrayTree) -> jax.Array:
+    return jnp.diagonal(blocks.inner(left, right))
+
+
+def _times(factors: jax.Array, rows: jax.Array) -> jax.Array:
+    return factors.astype(rows.dtype).reshape(-1, *[1] * (rows.ndim - 1)) * rows
 
 
 @jax.jit
-@jax.vmap
-def _quadrature(diagonal: jax.Array, off_diagonal: jax.Array) -> tuple[jax.Array, jax.Array]:
-    off = off_diagonal[:-1]
-    nodes, vectors = jnp.linalg.eigh(jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1))
-    return nodes, vectors[0] ** 2
+def _quadrature(
+    diagonal: list[jax.Array], off_diagonal: list[jax.Array], unit: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    def rule(diagonal: jax.Array, off: jax.Array) -> tuple[jax.Array, jax.Array]:
+        nodes, vectors = jnp.linalg.eigh(jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1))
+        return unit * nodes, vectors[0] ** 2
+
+    return jax.vmap(rule, in_axes=1)(jnp.stack(diagonal), jnp.stack(off_diagonal)[:-1])

@@ -99,6 +99,30 @@ def test_a_process_that_ends_before_the_others(x64, monkeypatch):
         np.testing.assert_allclose(spectrum.nodes[probe], [0, 2, 8], atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["outliers", "clustered"])
+def test_the_loop_in_the_graph_takes_the_same_steps(x64, name):
+    """With the products one after the other, as on one CPU device, and all at once."""
+    options = {"num_probes": 3, "num_products": 30}
+    matrix = jnp.asarray((ROTATION * SPECTRA[name]) @ ROTATION.T)
+    hosted = spectral_density(Matrix(matrix), key=0, **options)
+
+    @functools.partial(jax.jit, static_argnames="devices")
+    def compiled(matrix, devices):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax, "device_count", lambda: devices)
+            return spectral_density(Matrix(matrix), key=0, loop="graph", **options)
+
+    for devices in (1, 2):
+        graph = compiled(matrix, devices)
+        assert graph.num_products == 30
+        for order in (1, 2, 3):
+            got, want = graph.moment(order), hosted.moment(order)
+            np.testing.assert_allclose(got.value, want.value, rtol=1e-10)
+        places = jnp.array([0.5, 10.0, 50.0])
+        got, want = (spectrum.density(places, width=0.5) for spectrum in (graph, hosted))
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-12)
+
+
 def test_density_of_the_zero_matrix_and_of_nothing():
     zero = spectral_density(lambda v: 0 * v, key=0, num_probes=2, like=jnp.ones(5))
     np.testing.assert_array_equal(zero.nodes, 0)
@@ -178,6 +202,7 @@ def test_batches_and_shards_see_the_same_spectrum(network):
         ({"num_probes": 0}, ValueError, "`num_probes` must be at least 1"),
         ({"num_products": 7}, ValueError, "`num_products` must be at least 8"),
         ({"probes": "uniform"}, ValueError, "`probes` must be one of"),
+        ({"loop": "device"}, ValueError, "`loop` must be one of"),
         ({"like": None}, TypeError, "give `like=`"),
         ({"key": 0.5}, TypeError, "`key` must be a PRNG key"),
     ],
