@@ -69,8 +69,9 @@ class _Process(NamedTuple):
       settled: the leading Ritz values when the present sequence started, ``(k,)``; minus infinity
         in the first.
       finished: whether the present sequence can add no more, so that a new one starts.
+      full: whether it has, or there is no room for another row.
       confirmed: whether a sequence from a random start has left the leading values unchanged.
-      done: whether to stop.
+      going: whether to go on.
     """
 
     basis: chex.ArrayTree
@@ -87,8 +88,9 @@ class _Process(NamedTuple):
     errors: jax.Array
     settled: jax.Array
     finished: jax.Array
+    full: jax.Array
     confirmed: jax.Array
-    done: jax.Array
+    going: jax.Array
 
 
 def _norm(vector: chex.ArrayTree) -> jax.Array:
@@ -216,6 +218,19 @@ def _judge(
     return accurate & jnp.isfinite(leading), jnp.any(hidden)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw(key: chex.PRNGKey, treedef: Any, shapes: Any) -> tuple[chex.ArrayTree, chex.PRNGKey]:
+    """A random vector, and the key of the following ones."""
+    start_key, key = jax.random.split(key)
+    return blocks.random(start_key, jax.tree.unflatten(treedef, shapes)), key
+
+
+@jax.jit
+def _unless_zero(start: chex.ArrayTree, other: chex.ArrayTree) -> chex.ArrayTree:
+    usable = max_norm(start) > 0
+    return jax.tree.map(lambda s, x: jnp.where(usable, s, x).astype(x.dtype), start, other)
+
+
 @functools.partial(jax.jit, static_argnames="num_directions", donate_argnames="basis")
 def _begin(vector: chex.ArrayTree, basis: chex.ArrayTree, *, num_directions: int) -> _Process:
     dtype = blocks.scalar_dtype(vector)
@@ -237,8 +252,9 @@ def _begin(vector: chex.ArrayTree, basis: chex.ArrayTree, *, num_directions: int
         errors=jnp.zeros((capacity,), dtype),
         settled=jnp.full((num_directions,), -jnp.inf, dtype),
         finished=no,
+        full=no,
         confirmed=no,
-        done=no,
+        going=~no,
     )
 
 
@@ -253,6 +269,7 @@ def _absorb(
     process: _Process,
     image: chex.ArrayTree,
     tolerance: Any,
+    budget: Any,
     *,
     num_directions: int,
     order: Order,
@@ -288,22 +305,36 @@ def _absorb(
         scale=scale,
     )
     spans_all = length + 1 == blocks.dimension(vector)
-    new = new._replace(
-        finished=exhausted & ~spans_all,
-        confirmed=spans_all,
-        done=spans_all | ~jnp.isfinite(scale),
-    )
-    if tolerance is None:
-        return new
-    values, vectors, _, errors = _ritz(new, order)
-    accurate, hidden = _judge(new, values, vectors, errors, tolerance, order, num_directions)
-    # An exhausted space hides nothing but copies of its eigenvalues.
-    sure = jnp.all(accurate) & (exhausted | ~hidden) & (length + 1 >= num_directions)
-    unchanged = _unchanged(new, values, tolerance, order) if confirm else True
-    confirmed = spans_all | (sure & unchanged)
+    finished, confirmed = exhausted, spans_all
+    if tolerance is not None:
+        # Fewer vectors than pairs are not worth an eigenproblem.
+        sure, unchanged = lax.cond(
+            length + 1 >= num_directions,
+            lambda: _is_sure(new, exhausted, tolerance, order, num_directions),
+            lambda: (jnp.zeros_like(exhausted),) * 2,
+        )
+        finished, confirmed = exhausted | sure, spans_all | sure & (unchanged | (not confirm))
+    finished &= ~spans_all
+    going = jnp.isfinite(scale) & ~confirmed & (new.num_products < budget)
     return new._replace(
-        finished=(exhausted | sure) & ~spans_all, confirmed=confirmed, done=new.done | confirmed
+        finished=finished,
+        full=finished | (new.length == process.origin.shape[0]),
+        confirmed=confirmed,
+        going=going,
     )
+
+
+def _is_sure(
+    process: _Process, exhausted: jax.Array, tolerance: Any, order: Order, num_directions: int
+) -> tuple[jax.Array, jax.Array]:
+    """Whether the sequence has told all that it can, and whether that changed the leading values.
+
+    An exhausted space hides nothing but copies of its eigenvalues.
+    """
+    values, vectors, _, errors = _ritz(process, order)
+    accurate, hidden = _judge(process, values, vectors, errors, tolerance, order, num_directions)
+    sure = jnp.all(accurate) & (exhausted | ~hidden)
+    return sure, _unchanged(process, values, tolerance, order)
 
 
 def _unchanged(process: _Process, values: jax.Array, tolerance: Any, order: Order) -> jax.Array:
@@ -503,11 +534,11 @@ def lanczos(
     keep = before = capacity
     if capacity < num_products:
         keep, before = k + (capacity - k) // 2, k + (capacity - k) // 4
-    start_key, key = jax.random.split(as_key(key))
-    vector = blocks.random(start_key, like)
+    leaves, treedef = jax.tree.flatten(like)
+    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    vector, key = _draw(as_key(key), treedef, shapes)
     if start is not None:
-        usable = max_norm(start) > 0
-        vector = jax.tree.map(lambda s, x: jnp.where(usable, s, x).astype(x.dtype), start, vector)
+        vector = _unless_zero(start, vector)
     vector, basis = blocks.place(vector, like), blocks.zeros(capacity, like)
 
     def compress(process: _Process) -> _Process:
@@ -515,21 +546,23 @@ def lanczos(
         return _compress(basis, process, key, keep=keep, before=before, order=order)
 
     def step(process: _Process) -> _Process:
-        full = process.finished | (process.length == capacity)
-        process = run_if(loop, full, compress, process)
+        process = run_if(loop, process.full, compress, process)
         image = product(process.vector)
         basis, process = _take_basis(process)
         new = _absorb(
-            basis, process, image, tolerance, num_directions=k, order=order, confirm=bool(confirm)
+            basis,
+            process,
+            image,
+            tolerance,
+            num_products,
+            num_directions=k,
+            order=order,
+            confirm=bool(confirm),
         )
         return new._replace(basis=_insert(basis, process.vector, process.length))
 
-    process = run_while(
-        loop,
-        lambda process: (process.num_products < num_products) & ~process.done,
-        step,
-        _begin(vector, basis, num_directions=k),
-    )
+    process = _begin(vector, basis, num_directions=k)
+    process = run_while(loop, lambda process: process.going, step, process)
     return _conclude(process, tolerance, num_directions=k, order=order)
 
 
