@@ -131,7 +131,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     console.print()
     console.print(report.table(rows, 1000 * product_seconds))
     console.print(
-        f"\nMedians (quartiles) of {options.rounds} interleaved rounds, compilation apart. Every "
+        f"\nMedians (quartiles) of {options.rounds} interleaved rounds, compilation apart; CPU is "
+        "the median ratio of processor times, which a busy machine disturbs least. Every "
         "setting is the cheapest that was accurate from every start, found with the reference; "
         "“own stop” rows decide without it. The reference is ARPACK's, to a residual of 1e-6. A "
         "product inside a compiled loop takes "

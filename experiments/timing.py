@@ -34,6 +34,22 @@ def timed(call: Callable[[], T]) -> tuple[T, float]:
     return result, time.perf_counter() - begin
 
 
+def timed_cpu(call: Callable[[], T]) -> tuple[T, float, float]:
+    """As `timed`, with the seconds of processor time, of all cores, that this process took.
+
+    What else runs on a busy machine makes a call wait, but hardly adds to its processor time.
+
+    Args:
+      call: the function.
+
+    Returns:
+      What it returned, the seconds and the seconds of processor time.
+    """
+    begin = time.process_time()
+    result, seconds = timed(call)
+    return result, seconds, time.process_time() - begin
+
+
 def interleave(
     timers: Sequence[Callable[[], float]],
     rounds: int,
@@ -72,6 +88,23 @@ def interleave(
 def quartiles(values: Any) -> list[float]:
     """The lower quartile, the median and the upper quartile of all elements of an array."""
     return [float(value) for value in np.quantile(values, [0.25, 0.5, 0.75])]
+
+
+def cpu_quartiles(times: Sequence[float], base: Sequence[float]) -> dict[str, list[float]]:
+    """Quartiles of processor times, and of their ratios to those of the base in the same rounds.
+
+    >>> cpu_quartiles([0.5, 0.5], [1.0, 1.0])["cpu_ratio"]
+    [0.5, 0.5, 0.5]
+
+    Args:
+      times: seconds, one per round.
+      base: seconds of what it is compared with, one per round.
+    """
+    seconds = np.asarray(times)
+    return {
+        "cpu_milliseconds": quartiles(1000 * seconds),
+        "cpu_ratio": quartiles(seconds / np.asarray(base)),
+    }
 
 
 @dataclasses.dataclass

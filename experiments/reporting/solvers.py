@@ -9,7 +9,10 @@ from rich.table import Table
 
 from experiments.reporting import tables
 
-COLUMNS = ("name", "setting", "products", "milliseconds", "ratio", "error", "compile_seconds")
+COLUMNS = (
+    *("name", "setting", "products", "milliseconds", "ratio", "cpu_milliseconds", "cpu_ratio"),
+    *("error", "compile_seconds"),
+)
 
 
 def table(rows: Sequence[dict[str, Any]], product_milliseconds: float) -> Table:
@@ -21,7 +24,7 @@ def table(rows: Sequence[dict[str, Any]], product_milliseconds: float) -> Table:
         spent outside its products.
     """
     columns = ["solver", "setting", "products", "milliseconds", "outside products", "to lanczos"]
-    view = tables.table([*columns, "error", "compile"], left=2, wrap=True)
+    view = tables.table([*columns, "CPU", "error", "compile"], left=2, wrap=True)
     for row in rows:
         if "milliseconds" not in row:
             view.add_row(row["name"], row["note"])
@@ -36,6 +39,7 @@ def table(rows: Sequence[dict[str, Any]], product_milliseconds: float) -> Table:
             tables.quartiles(row["milliseconds"], "{:.0f}".format),
             f"{100 * share:.0f} %",
             f"{row['ratio'][1]:.2f}",
+            f"{row['cpu_ratio'][1]:.2f}",
             f"{row['error']:.0e}",
             "" if seconds is None else f"{seconds:.1f} s",
         )
@@ -48,7 +52,7 @@ def density_table(rows: Sequence[dict[str, Any]]) -> Table:
     Args:
       rows: one row per program, as `experiments.training.studies.densities.measure` returns them.
     """
-    columns = ["spectral density", "products", "milliseconds", "to ours", "error", "compile"]
+    columns = ["spectral density", "products", "milliseconds", "to ours", "CPU", "error", "compile"]
     view = tables.table(columns, left=1, wrap=True)
     for row in rows:
         if "milliseconds" not in row:
@@ -60,6 +64,7 @@ def density_table(rows: Sequence[dict[str, Any]]) -> Table:
             str(row["products"]),
             tables.quartiles(row["milliseconds"], "{:.0f}".format),
             f"{row['ratio'][1]:.2f}",
+            f"{row['cpu_ratio'][1]:.2f}",
             f"{row['error']:.4f}",
             "" if seconds is None else f"{seconds:.1f} s",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from experiments import progress, timing
 from experiments.training.studies.eigensolvers import Search, Skipped, compiled_for
 from experiments.training.studies.hessians import ChunkedHessian, mean_product, ravel
 from optax_accel import curvature
+from optax_accel.curvature import blocks
 from optax_accel.curvature.estimates import random_block
 
 PyTree = Any
@@ -47,8 +49,9 @@ def measure(search: Search) -> list[dict[str, Any]]:
       search: the comparison of eigensolvers on the same matrix, which knows the budget.
 
     Returns:
-      Per program: name and, if it runs, quartiles of milliseconds and of the ratio to ours, number
-      of products, median error, seconds of compilation; else a note that says why not.
+      Per program: name and, if it runs, quartiles of milliseconds and of the ratio to ours, both
+      also of processor time, number of products, median error, seconds of compilation; else a note
+      that says why not.
     """
     operator, rounds = _Operator(search.hessian), len(search.starts)
 
@@ -71,13 +74,19 @@ def measure(search: Search) -> list[dict[str, Any]]:
     programs: dict[str, Callable[[int], Spectrum]] = {"spectral_density": ours}
     compile_seconds: dict[str, float | None] = {"spectral_density": None}
     skipped: list[Skipped] = []
-    for name, mapped in (("matfree, lax.map", False), ("matfree, vmap", True)):
-        found = _matfree(search, name, mapped)
+    others: dict[str, Callable[[Search, str], Any]] = {
+        "spectral_density, compiled loop": _compiled,
+        "matfree, lax.map": functools.partial(_matfree, mapped=False),
+        "matfree, vmap": functools.partial(_matfree, mapped=True),
+    }
+    for name, make in others.items():
+        found = make(search, name)
         if isinstance(found, Skipped):
             skipped.append(found)
         else:
             programs[name], compile_seconds[name] = found
     errors: dict[str, list[float]] = {name: [] for name in programs}
+    cpu: dict[str, list[float]] = {name: [] for name in programs}
 
     def timer(name: str) -> Callable[[], float]:
         seeds = iter(range(rounds))
@@ -85,7 +94,8 @@ def measure(search: Search) -> list[dict[str, Any]]:
         def run() -> float:
             seed = next(seeds)
             progress.tell(f"timing {name}")
-            spectrum, seconds = timing.timed(lambda: jax.block_until_ready(programs[name](seed)))
+            spectrum, seconds, cpu_seconds = timing.timed_cpu(lambda: programs[name](seed))
+            cpu[name].append(cpu_seconds)
             errors[name].append(_distance(spectrum, reference))
             return seconds
 
@@ -98,12 +108,40 @@ def measure(search: Search) -> list[dict[str, Any]]:
             "products": NUM_PROBES * NUM_STEPS,
             "milliseconds": timing.quartiles(1000 * times),
             "ratio": timing.quartiles(times / seconds[0]),
+            **timing.cpu_quartiles(cpu[name], cpu["spectral_density"]),
             "error": float(np.median(errors[name])),
             "compile_seconds": compile_seconds[name],
         }
         for name, times in zip(programs, seconds, strict=True)
     ]
     return [*rows, *({"name": each.name, "note": each.note} for each in skipped)]
+
+
+def _compiled(search: Search, name: str) -> tuple[Callable[[int], Spectrum], float] | Skipped:
+    """Ours with the loop and the products in one program."""
+    if (skipped := search.over_budget(name, NUM_PROBES * NUM_STEPS)) is not None:
+        return skipped
+    hessian = search.hessian
+    like = jax.eval_shape(lambda: hessian.params)
+
+    def rules(linears: list[Any], key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        spectrum = curvature.spectral_density(
+            lambda v: mean_product(linears, v, lambda linear, v: linear(v)),
+            key=key,
+            num_probes=NUM_PROBES,
+            num_products=NUM_PROBES * NUM_STEPS,
+            like=like,
+            loop="graph",
+        )
+        return spectrum.nodes, spectrum.weights
+
+    compiled, seconds = compiled_for(rules, hessian.linears, jax.random.key(0))
+
+    def run(seed: int) -> Spectrum:
+        nodes, weights = compiled(hessian.linears, jax.random.key(seed))
+        return Spectrum(nodes, weights, NUM_PROBES * NUM_STEPS, blocks.dimension(like))
+
+    return run, seconds
 
 
 def _matfree(

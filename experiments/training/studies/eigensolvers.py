@@ -462,11 +462,13 @@ def measure(tools: Sequence[Tool | Skipped], search: Search) -> list[dict[str, A
 
     Returns:
       Per solver: name, setting, note and, if it runs, quartiles of milliseconds and of the ratio to
-      the first one, mean number of products, largest error, seconds of compilation.
+      the first one, both also of processor time, mean number of products, largest error, seconds of
+      compilation.
     """
     running = [tool for tool in tools if isinstance(tool, Tool)]
     products: dict[Tool, list[int]] = {tool: [] for tool in running}
     errors: dict[Tool, list[float]] = {tool: [] for tool in running}
+    cpu: dict[Tool, list[float]] = {tool: [] for tool in running}
 
     def timer(tool: Tool) -> Callable[[], float]:
         starts = iter(search.starts)
@@ -474,7 +476,8 @@ def measure(tools: Sequence[Tool | Skipped], search: Search) -> list[dict[str, A
         def run() -> float:
             start = next(starts)
             progress.tell(f"timing {tool.name}")
-            (values, count), seconds = timing.timed(lambda: tool.run(start))
+            (values, count), seconds, cpu_seconds = timing.timed_cpu(lambda: tool.run(start))
+            cpu[tool].append(cpu_seconds)
             products[tool].append(int(count))
             errors[tool].append(search.error(values))
             progress.advance()
@@ -497,6 +500,7 @@ def measure(tools: Sequence[Tool | Skipped], search: Search) -> list[dict[str, A
                 "note": "",
                 "milliseconds": timing.quartiles(1000 * times[tool]),
                 "ratio": timing.quartiles(times[tool] / seconds[0]),
+                **timing.cpu_quartiles(cpu[tool], cpu[running[0]]),
                 "products": float(np.mean(products[tool])),
                 "error": max(errors[tool]),
                 "compile_seconds": tool.compile_seconds,

@@ -133,7 +133,11 @@ def mean_product(linears: Sequence[Any], vector: PyTree, apply: Callable[..., Py
       vector: the vector to multiply.
       apply: makes one product.
     """
-    images = [apply(linear, vector) for linear in linears]
+    return _mean([apply(linear, vector) for linear in linears])
+
+
+@jax.jit
+def _mean(images: Sequence[PyTree]) -> PyTree:
     return jax.tree.map(lambda *leaves: functools.reduce(jnp.add, leaves) / len(leaves), *images)
 
 
