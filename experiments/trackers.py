@@ -12,14 +12,23 @@ compared:
 * `chi`: |chi_k of the tracked basis - chi_k of the exact one|, of the gradient of the whole split
   and of the mini-batch;
 * `cos2`: mean squared cosine of the two subspaces, |U^T V|^2 / k (Frobenius norm);
-* `eigenvalues`: largest relative error.
+* `eigenvalues`: largest relative error;
+* `residual`: largest |H u - theta u| that the state holds, on the examples that it saw, and in its
+  place on the whole split; both relative to the largest exact eigenvalue;
+* `directions`: how many count, beside how many should: with `sharpness_factor=c`, those with an
+  eigenvalue above c / learning rate, of which all errors of that tracker are.
+
+Trackers in the metric of a preconditioner (`metric="preconditioned"`) follow a path of Adam at rate
+0.001 from the same start, on the same batches, and are held against the eigenpairs of the
+preconditioned Hessian there.
 
 `used` is the basis that the step at the checkpoint projects with. `before` is the one before that
 step's refresh: where a refresh falls on the checkpoint, the oldest that any step projects with.
 
 Then Bulk-SGD steps are timed beside plain SGD steps, both as a user runs them: compiled, with
 donated buffers, the batch gathered by index, refreshes driven from the host at their usual rhythm.
-The cold start is left out. A tracker that chooses its periods is timed at their mean.
+The cold start is left out. A tracker that chooses its periods is timed at their mean; those in
+Adam's metric are not timed.
 """
 
 from __future__ import annotations
@@ -40,6 +49,7 @@ from experiments.runs import folders
 from experiments.runs.records import to_csv
 from experiments.runs.study import check_results, claim_results, write_results
 from experiments.training.studies import forecast, tracking
+from experiments.training.studies.hessians import Reference
 from experiments.training.studies.tracking import CHECKPOINTS, ENTRIES, Entry
 
 PROG = "python -m experiments.trackers"
@@ -115,15 +125,22 @@ def run(
     Returns:
       The results as plain JSON, and the rows of accuracy.csv.
     """
-    path = tracking.SgdPath(
-        task,
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        batch_size=options.batch_size,
-        curvature_batch=options.curvature_batch,
-        k=options.directions,
-        seed=options.seed,
-    )
+    # Always the path of SGD, with which the costs are measured.
+    metrics = {"euclidean", *(entry.metric for entry in entries.values())}
+    paths = {
+        metric: tracking.SgdPath(
+            task,
+            steps=options.steps,
+            learning_rate=options.learning_rate,
+            batch_size=options.batch_size,
+            curvature_batch=options.curvature_batch,
+            k=options.directions,
+            seed=options.seed,
+            metric=metric,
+        )
+        for metric in sorted(metrics)
+    }
+    path = paths["euclidean"]
     machine = timing.machine()
     console.print(", ".join(f"{key} {value}" for key, value in machine.items()))
     console.print(
@@ -131,8 +148,19 @@ def run(
         f"{path.dimension:,} parameters, squared error, SGD {options.learning_rate:g}, "
         f"batch {options.batch_size}, k = {path.k}; subset of {options.curvature_batch} examples"
     )
-    with progress.show(console, "trackers", options.steps):
-        rows, references, refreshes = tracking.accuracy(path, entries, console.print)
+    rows: list[dict[str, Any]] = []
+    solved, refreshes = dict[str, list[Reference]](), dict[str, int]()
+    for metric, each in paths.items():
+        followed = {name: entry for name, entry in entries.items() if entry.metric == metric}
+        if followed:
+            if metric == "preconditioned":
+                console.print(f"Adam {each.learning_rate:g}, in whose metric trackers follow")
+            with progress.show(console, "trackers", options.steps):
+                found = tracking.accuracy(each, followed, console.print)
+            rows += found[0]
+            solved[metric] = found[1]
+            refreshes |= found[2]
+    references = next(iter(solved.values()))
     arpack_seconds = float(np.median([reference.seconds for reference in references]))
     cost = []
     if options.repeats:

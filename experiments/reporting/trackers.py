@@ -33,8 +33,8 @@ class Check(NamedTuple):
     holds: bool
 
 
-def summarize(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
-    """The worst of a tracker's checkpoints after the first, and the mean of the cosines.
+def summarize(rows: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The worst of a tracker's checkpoints after the first, and means of cosines and directions.
 
     Args:
       rows: one row per checkpoint and tracker.
@@ -42,19 +42,22 @@ def summarize(rows: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
     """
     checkpoints = [row for row in rows if row["tracker"] == name]
     checkpoints = checkpoints[1:] or checkpoints
-    result: dict[str, float] = {}
+    result: dict[str, Any] = {}
     for prefix in ("", "before "):
         for key in ("chi full", "chi batch", "eigenvalues", "orthogonality"):
             result[prefix + key] = max(row[prefix + key] for row in checkpoints)
         cosines = [row[prefix + "cos2"] for row in checkpoints]
         result[prefix + "cos2"] = min(cosines)
         result[prefix + "mean cos2"] = float(np.mean(cosines))
+    for key in ("residual held", "residual"):
+        norms = [row[key] for row in checkpoints if row[key] is not None]
+        result[key] = max(norms) if norms else None
+    for key in ("directions", "exact directions"):
+        result[key] = float(np.mean([row[key] for row in checkpoints]))
     return result
 
 
-def checks(
-    summary: Mapping[str, Mapping[str, float]], cost: Sequence[dict[str, Any]]
-) -> list[Check]:
+def checks(summary: Mapping[str, Mapping[str, Any]], cost: Sequence[dict[str, Any]]) -> list[Check]:
     """What is asked of the default tracker and of the one without products.
 
     Args:
@@ -118,7 +121,7 @@ def checkpoint_tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
 
 def summary_table(
     trackers: Mapping[str, tuple[str, int | str, int]],
-    summary: Mapping[str, Mapping[str, float]],
+    summary: Mapping[str, Mapping[str, Any]],
     cost: Sequence[dict[str, Any]],
 ) -> Table:
     """One line per tracker.
@@ -130,16 +133,22 @@ def summary_table(
       cost: one row per tracker that was timed.
     """
     columns = ["tracker", "examples", "every", "refreshes", "chi full", "chi batch", "cos2"]
-    columns += ["lowest", "eigenvalues", "|UU'-I|", "products/step", "step / SGD step"]
-    columns += ["ARPACK / step"]
-    title = "worst checkpoint after the first (cos2: mean, lowest), and cost"
-    view = tables.table([*columns, "linear algebra"], title)
+    columns += ["lowest", "directions", "eigenvalues", "residual", "|UU'-I|", "products/step"]
+    columns += ["step / SGD step", "ARPACK / step"]
+    title = (
+        "worst checkpoint after the first (cos2: mean, lowest; directions: mean / exact; residual: "
+        "in the state / on the whole split), and cost"
+    )
+    view = tables.table([*columns, "linear algebra"], title, wrap=True)
     timed = {row["tracker"]: row for row in cost}
     for name, (examples, every, refreshes) in trackers.items():
         errors = summary[name]
         line = [name, examples, str(every), str(refreshes)]
         line += [f"{errors[key]:.4f}" for key in ("chi full", "chi batch", "mean cos2", "cos2")]
-        line += [f"{errors['eigenvalues']:.3f}", f"{errors['orthogonality']:.0e}"]
+        line += [_pair(errors, "directions", "exact directions", ".1f")]
+        line += [f"{errors['eigenvalues']:.3f}"]
+        line += [_pair(errors, "residual held", "residual", ".3f")]
+        line += [f"{errors['orthogonality']:.0e}"]
         if name in timed:
             row = timed[name]
             share = row["linear algebra"]
@@ -148,3 +157,11 @@ def summary_table(
             line += [f"{row['against ARPACK']:.0f}", "" if share is None else f"{share:.0%}"]
         view.add_row(*line)
     return view
+
+
+def _pair(errors: Mapping[str, Any], first: str, second: str, form: str) -> str:
+    """Two numbers, each a dash where there is none; nothing for a record without them."""
+    if first not in errors:
+        return ""
+    values = (errors[first], errors[second])
+    return " / ".join("–" if value is None else format(value, form) for value in values)

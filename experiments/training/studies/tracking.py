@@ -1,4 +1,8 @@
-"""Trackers of the dominant Hessian subspace on one path of SGD: their accuracy and their cost."""
+"""Trackers of the dominant Hessian subspace on one path of SGD: their accuracy and their cost.
+
+Those in the metric of a preconditioner follow a path of Adam from the same start, on the same
+batches.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +24,12 @@ from experiments import data, progress, timing
 from experiments.training import networks
 from experiments.training.studies.hessians import Reference, arpack
 from optax_accel import curvature
-from optax_accel.curvature.tracking import block_product
+from optax_accel.curvature.tracking import CurvatureTracker, block_product
 
 LOSS = "mse"
 CHECKPOINTS = 10
+# Of Kingma, Ba, "Adam" (2015), section 2; the rates that suit SGD make Adam diverge.
+ADAM_LEARNING_RATE = 0.001
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +41,16 @@ class Entry:
       examples: what its refreshes see: the fixed ``"subset"``, the mini-``"batch"`` of the step, or
         the ``"whole"`` training split.
       note: what is special about it.
+      metric: ``"euclidean"``, or ``"preconditioned"`` for the metric of Adam.
+      sharpness_factor: c, where only the directions count whose eigenvalue exceeds ``c /
+        learning_rate``.
     """
 
     tracker: oa.Tracker
     examples: str
     note: str
+    metric: str = "euclidean"
+    sharpness_factor: float | None = None
 
     @property
     def order(self) -> str:
@@ -60,6 +71,28 @@ ENTRIES: Mapping[str, Entry] = {
         oa.BlockTracker(order="smallest"), "subset", "the smallest eigenvalues"
     ),
     "block_both": Entry(oa.BlockTracker(order="both"), "subset", "both ends of the spectrum"),
+    # Half a way to the edge of stability, c = 1, is far above what short runs reach.
+    "block_sharp": Entry(
+        oa.BlockTracker(),
+        "subset",
+        "only eigenvalues above 0.1 / learning rate",
+        sharpness_factor=0.1,
+    ),
+    "block_in_adams_metric": Entry(
+        oa.BlockTracker(), "subset", "the preconditioned Hessian", metric="preconditioned"
+    ),
+    "krylov_in_adams_metric": Entry(
+        oa.BlockTracker(krylov_depth=2),
+        "subset",
+        "the same, twice the products",
+        metric="preconditioned",
+    ),
+    "adaptive_in_adams_metric": Entry(
+        oa.BlockTracker(refresh_every="adaptive", krylov_depth=2),
+        "subset",
+        "the same, refreshed when the subspace has moved",
+        metric="preconditioned",
+    ),
     "round_robin": Entry(oa.RoundRobinTracker(), "subset", "one product a step"),
     "gradient": Entry(oa.GradientTracker(), "batch", "gradients of the mean outputs"),
     "gradient_every_10": Entry(
@@ -75,16 +108,17 @@ ENTRIES: Mapping[str, Entry] = {
 
 
 class SgdPath:
-    """A network, the path of SGD that it follows, and what is compiled for them.
+    """A network, the path of SGD or Adam that it follows, and what is compiled for them.
 
     Args:
       task: the data; its default model is trained.
       steps: number of SGD steps, at least `CHECKPOINTS`.
-      learning_rate: learning rate of SGD.
+      learning_rate: learning rate of SGD; Adam's is `ADAM_LEARNING_RATE`.
       batch_size: number of examples in a mini-batch.
       curvature_batch: number of fixed examples that most trackers see.
       k: dimension of the subspace; None for the number of classes.
       seed: seed of the weights, the batches, the fixed examples and the checkpoints.
+      metric: ``"euclidean"`` for SGD, ``"preconditioned"`` for Adam.
 
     Attributes:
       checkpoints: the steps at which trackers are compared, one drawn from each tenth of the run.
@@ -100,8 +134,10 @@ class SgdPath:
         curvature_batch: int,
         k: int | None = None,
         seed: int = 0,
+        metric: str = "euclidean",
     ):
-        self.steps, self.learning_rate = steps, learning_rate
+        self.steps, self.metric = steps, metric
+        self.learning_rate = learning_rate if metric == "euclidean" else ADAM_LEARNING_RATE
         model = models.create(
             task.default_model,
             input_shape=task.input_shape,
@@ -147,16 +183,56 @@ class SgdPath:
         return {"subset": self.subset, "batch": batch, "whole": None}[entry.examples]
 
     @functools.cached_property
+    def descend(self) -> tuple[Callable[..., Any], Any]:
+        """The compiled step of the optimizer, and its state at the start.
+
+        The step takes state, parameters and gradient; it returns the next state, the next
+        parameters and the diagonal D of the preconditioner, None for SGD.
+        """
+        adam = self.metric == "preconditioned"
+        tx = (optax.adam if adam else optax.sgd)(self.learning_rate)
+
+        def step(state: Any, params: Any, gradient: Any) -> Any:
+            updates, state = tx.update(gradient, state, params)
+            diagonal = curvature.adam_preconditioner().diagonal(state, params) if adam else None
+            return state, optax.apply_updates(params, updates), diagonal
+
+        return jax.jit(step), tx.init(self.params)
+
+    def seen(self, index: Any, params: Any, diagonal: Any) -> tuple[oa.Objective, Any]:
+        """The loss in the coordinates ``D^(1/2) (theta - params)``, and its parameters there.
+
+        Args:
+          index: indices of the examples; None for all.
+          params: the parameters.
+          diagonal: D; None for the loss as it is.
+        """
+        objective = self.objective(index)
+        if diagonal is None:
+            return objective, params
+
+        def moved(step: Any) -> Any:
+            return jax.tree.map(lambda p, s, d: p + s / jnp.sqrt(d), params, step, diagonal)
+
+        return objective.precompose(moved), jax.tree.map(jnp.zeros_like, params)
+
+    @functools.cached_property
     def gradient(self) -> Callable[..., Any]:
-        """The compiled gradient, a function of the parameters and the examples' indices."""
-        return jax.jit(lambda params, index: self.objective(index).grad(params))
+        """The compiled gradient, of the parameters, the examples' indices and the diagonal."""
+
+        def gradient(params: Any, index: Any, diagonal: Any = None) -> Any:
+            objective, at = self.seen(index, params, diagonal)
+            return objective.grad(at)
+
+        return jax.jit(gradient)
 
     @functools.cached_property
     def hessian_product(self) -> Callable[..., Any]:
         """The compiled product of the whole split's Hessian with a flat vector."""
 
-        def product(params: Any, vector: Any) -> Any:
-            image = self.objective().hvp(params, self.unravel(vector))
+        def product(params: Any, diagonal: Any, vector: Any) -> Any:
+            objective, at = self.seen(None, params, diagonal)
+            image = objective.hvp(at, self.unravel(vector))
             return jax.flatten_util.ravel_pytree(image)[0]
 
         return jax.jit(product)
@@ -170,37 +246,52 @@ class Checkpoint:
     """What trackers are compared with at a step.
 
     Attributes:
-      references: the leading eigenpairs of the Hessian on the whole training split, by order.
+      product: the Hessian of the whole training split, on flat vectors.
+      references: its leading eigenpairs, by order.
       gradients: flat gradients by name: of the whole split, ``"full"``, and of the mini-batch,
         ``"batch"``.
     """
 
+    product: Callable[[Any], Any]
     references: Mapping[str, Reference]
     gradients: Mapping[str, np.ndarray]
 
-    def alignments(self, order: str) -> dict[str, float]:
+    def exact(self, order: str, least: float) -> tuple[np.ndarray, np.ndarray]:
+        """The exact eigenvalues above a threshold, and their eigenvectors as rows."""
+        reference = self.references[order]
+        counted = reference.eigenvalues > least
+        return reference.eigenvalues[counted], reference.vectors.T[counted]
+
+    def alignments(self, order: str, least: float) -> dict[str, float]:
         """The alignment chi_k of each gradient with the exact eigenspace.
 
         Args:
           order: which end of the spectrum it is of.
+          least: eigenvalues above it count.
         """
-        exact = self.references[order].vectors.T
+        _, vectors = self.exact(order, least)
         return {
-            name: float(np.linalg.norm(exact @ vector) / np.linalg.norm(vector))
+            name: float(np.linalg.norm(vectors @ vector) / np.linalg.norm(vector))
             for name, vector in self.gradients.items()
         }
 
-    def errors(self, space: curvature.Eigenspace, order: str) -> dict[str, float]:
+    def errors(
+        self, space: curvature.Eigenspace, order: str, least: float
+    ) -> dict[str, float | None]:
         """Errors of a tracked eigenspace.
 
         Args:
           space: the tracked eigenspace.
           order: which end of the spectrum it is of.
+          least: eigenvalues above it count, of the tracked ones and of the exact ones.
 
         Returns:
           ``chi full`` and ``chi batch``, the errors of the gradients' alignments; ``cos2``, the
-          mean squared cosine; ``eigenvalues``, the largest relative error; and ``orthogonality``,
-          the largest entry of ``|U U^T - I|``.
+          mean squared cosine; ``eigenvalues``, the largest relative error; ``orthogonality``,
+          the largest entry of ``|U U^T - I|``; ``directions`` and ``exact directions``, how many
+          count; ``residual held``, the largest residual norm that the state holds, None where it
+          holds none, and ``residual``, what the Hessian of the whole split makes of it, both
+          relative to the exact eigenvalue of the largest modulus.
         """
         basis = np.concatenate(
             [
@@ -209,29 +300,49 @@ class Checkpoint:
             ],
             axis=1,
         )
-        reference = self.references[order]
-        exact, values = reference.vectors, np.asarray(space.eigenvalues)
-        result = {
-            f"chi {name}": abs(np.linalg.norm(basis @ vector) - np.linalg.norm(exact.T @ vector))
+        orthogonality = np.max(np.abs(basis @ basis.T - np.eye(len(basis))))
+        values = np.asarray(space.eigenvalues)
+        counted = values > least
+        exact_values, exact = self.exact(order, least)
+        values, basis = values[counted], basis[counted]
+        result: dict[str, Any] = {
+            f"chi {name}": abs(np.linalg.norm(basis @ vector) - np.linalg.norm(exact @ vector))
             / np.linalg.norm(vector)
             for name, vector in self.gradients.items()
         }
-        result["cos2"] = np.linalg.norm(basis @ exact) ** 2 / len(basis)
-        result["eigenvalues"] = np.max(np.abs(values / reference.eigenvalues - 1))
-        result["orthogonality"] = np.max(np.abs(basis @ basis.T - np.eye(len(basis))))
-        return {name: float(value) for name, value in result.items()}
+        number = max(len(basis), len(exact))
+        result["cos2"] = np.linalg.norm(basis @ exact.T) ** 2 / number if number else 1
+        pairs = min(len(values), len(exact_values))
+        result["eigenvalues"] = np.max(np.abs(values[:pairs] / exact_values[:pairs] - 1), initial=0)
+        result["orthogonality"] = orthogonality
+        result |= {"directions": len(basis), "exact directions": len(exact)}
+        scale = np.max(np.abs(self.references[order].eigenvalues))
+        residuals = [
+            np.linalg.norm(np.asarray(self.product(vector)) - value * vector)
+            for value, vector in zip(values, basis, strict=True)
+        ]
+        result["residual"] = np.max(residuals, initial=0) / scale
+        held = space.residual_norms
+        if held is not None:
+            result["residual held"] = np.max(np.asarray(held)[counted], initial=0) / scale
+        return {name: float(value) for name, value in result.items()} | (
+            {"residual held": None} if held is None else {}
+        )
 
 
-def solve(path: SgdPath, params: Any, gradient: Any, orders: Iterable[str]) -> Checkpoint:
+def solve(
+    path: SgdPath, params: Any, diagonal: Any, batch: Any, orders: Iterable[str]
+) -> Checkpoint:
     """What trackers are compared with at some parameters.
 
     Args:
       path: the network and its data.
       params: the parameters.
-      gradient: gradient of the mini-batch there.
+      diagonal: the diagonal of the preconditioner; None for SGD.
+      batch: indices of the mini-batch there.
       orders: the ends of the spectrum that trackers follow.
     """
-    product = functools.partial(path.hessian_product, params)
+    product = functools.partial(path.hessian_product, params, diagonal)
     jax.block_until_ready(product(jnp.zeros(path.dimension)))  # compiles
     references = {
         order: arpack(
@@ -239,19 +350,22 @@ def solve(path: SgdPath, params: Any, gradient: Any, orders: Iterable[str]) -> C
         )
         for order in orders
     }
-    trees = {"full": path.gradient(params, None), "batch": gradient}
+    trees = {
+        name: path.gradient(params, index, diagonal)
+        for name, index in (("full", None), ("batch", batch))
+    }
     flat = {name: jax.flatten_util.ravel_pytree(tree)[0] for name, tree in trees.items()}
-    return Checkpoint(references, {name: np.asarray(vector) for name, vector in flat.items()})
+    return Checkpoint(product, references, {name: np.asarray(v) for name, v in flat.items()})
 
 
 def accuracy(
     path: SgdPath, entries: Mapping[str, Entry], say: Callable[[str], None]
 ) -> tuple[list[dict[str, Any]], list[Reference], dict[str, int]]:
-    """Follows SGD with every tracker and compares them at the checkpoints.
+    """Follows SGD, or Adam, with every tracker and compares them at the checkpoints.
 
     Args:
       path: the network and its data.
-      entries: the trackers by name.
+      entries: the trackers by name, all of the path's metric.
       say: prints a line of progress.
 
     Returns:
@@ -259,17 +373,18 @@ def accuracy(
       first order that there is; and by tracker, the number of refreshes
       behind the cold start.
     """
+    # What is compared also shows its residuals; what is timed leaves them out.
+    entries = {name: _with_residuals(entry) for name, entry in entries.items()}
 
     def refreshed(
-        space: Any, params: Any, gradient: Any, batch: Any, entry: Entry, cold: bool
+        space: Any, params: Any, diagonal: Any, batch: Any, entry: Entry, cold: bool
     ) -> Any:
-        objective = path.objective(path.index(entry, batch))
-        return entry.tracker.refresh(space, objective, params, gradient, cold=cold)
+        objective, at = path.seen(path.index(entry, batch), params, diagonal)
+        gradient = path.gradient(params, batch, diagonal)
+        return entry.tracker.refresh(space, objective, at, gradient, cold=cold)
 
     refresh = jax.jit(refreshed, static_argnames=("entry", "cold"), donate_argnames="space")
-    descend = jax.jit(
-        lambda params, grads: jax.tree.map(lambda p, g: p - path.learning_rate * g, params, grads)
-    )
+    descend, state = path.descend
     params, rows, references = path.params, [], []
     # The largest first, whose time the costs are compared with.
     orders = sorted({entry.order for entry in entries.values()})
@@ -278,39 +393,52 @@ def accuracy(
     refreshes = dict.fromkeys(entries, 0)
     for step in range(path.steps + 1):
         batch = path.batches[step]
-        gradient = path.gradient(params, batch)
+        # Projections come behind the optimizer, at the parameters before its step.
+        state, params_after, diagonal = descend(state, params, path.gradient(params, batch))
         checkpoint = None
         progress.tell(f"step {step} of {path.steps}" if step else "compiling")
         if step in path.checkpoints:
             progress.tell(f"step {step}: ARPACK's eigenvalues of the whole split")
-            checkpoint = solve(path, params, gradient, orders)
+            checkpoint = solve(path, params, diagonal, batch, orders)
             references.append(checkpoint.references[orders[0]])
             cost = f"{references[-1].seconds:.1f} s, {references[-1].products} products"
             say(f"step {step}: ARPACK {cost}")
         for name, entry in entries.items():
-            exact = entry.examples == "whole"
+            exact, measured = entry.examples == "whole", (entry.order, _least(path, entry))
             before = (
-                None
-                if checkpoint is None or exact
-                else checkpoint.errors(spaces[name], entry.order)
+                None if checkpoint is None or exact else checkpoint.errors(spaces[name], *measured)
             )
             if checkpoint if exact else step == next_refresh[name]:
                 cold = exact or step == 0
                 spaces[name] = refresh(
-                    spaces[name], params, gradient, batch, entry=entry, cold=cold
+                    spaces[name], params, diagonal, batch, entry=entry, cold=cold
                 )
                 next_refresh[name] = step + int(entry.tracker.next_period(spaces[name]))
                 refreshes[name] += exact or not cold
             if checkpoint is not None:
-                used = checkpoint.errors(spaces[name], entry.order)
+                used = checkpoint.errors(spaces[name], *measured)
                 row: dict[str, Any] = {"tracker": name, "step": step}
-                alignments = checkpoint.alignments(entry.order)
+                alignments = checkpoint.alignments(*measured)
                 row |= {f"exact chi {key}": chi for key, chi in alignments.items()}
                 row |= used | {f"before {key}": error for key, error in (before or used).items()}
                 rows.append(row)
-        params = descend(params, gradient)
+        params = params_after
         progress.advance(step > 0)
     return rows, references, refreshes
+
+
+def _with_residuals(entry: Entry) -> Entry:
+    """The same tracker, which keeps residuals if it takes curvature products."""
+    if not isinstance(entry.tracker, CurvatureTracker):
+        return entry
+    tracker = dataclasses.replace(entry.tracker, residuals=True)
+    return dataclasses.replace(entry, tracker=tracker)
+
+
+def _least(path: SgdPath, entry: Entry) -> float:
+    """The eigenvalue above which directions count."""
+    factor = entry.sharpness_factor
+    return -math.inf if factor is None else factor / path.learning_rate
 
 
 # Cost -------------------------------------------------------------------------------------------
@@ -327,7 +455,8 @@ def costs(
 
     Args:
       path: the network and its data.
-      entries: the trackers by name; those that solve on the whole split are left out.
+      entries: the trackers by name; those that solve on the whole split, and those in the metric
+        of a preconditioner, are left out.
       refreshes: how often each tracker refreshed along the path; one that chose its periods is
         timed at the mean of these.
       arpack_seconds: time of one reference solve.
@@ -336,7 +465,11 @@ def costs(
     Returns:
       One row per tracker.
     """
-    entries = {name: entry for name, entry in entries.items() if entry.examples != "whole"}
+    entries = {
+        name: entry
+        for name, entry in entries.items()
+        if entry.examples != "whole" and entry.metric == "euclidean"
+    }
     cases = [step_case(path, "sgd", None)]
     periods = {name: _period(path, entry, refreshes[name]) for name, entry in entries.items()}
     cases += [step_case(path, name, entry, periods[name]) for name, entry in entries.items()]
@@ -384,7 +517,8 @@ def step_case(path: SgdPath, name: str, entry: Entry | None, every: int = 1) -> 
     tx: Any = optax.sgd(path.learning_rate)
     period = 20
     if entry is not None:
-        tx = oa.bulk_sgd(path.learning_rate, path.k, tracker=entry.tracker)
+        factor = entry.sharpness_factor
+        tx = oa.bulk_sgd(path.learning_rate, path.k, tracker=entry.tracker, sharpness_factor=factor)
         # Round robin and gradient rows have another rhythm besides that of the refreshes.
         period = math.lcm(every, 10 if every == 1 else every) * (2 if every <= 10 else 1)
     tx = optax.with_extra_args_support(tx)
