@@ -370,11 +370,12 @@ def central_flow(
       The readings at the times 0, 1, ... steps - 1, with that axis in front.
     """
 
+    def part(point: FlowPoint, _: None) -> tuple[FlowPoint, FlowReading]:
+        return flow_step(loss, rule, point, time=1 / substeps, unstable=unstable)
+
     def one(point: FlowPoint, _: None) -> tuple[FlowPoint, FlowReading]:
-        point, first = flow_step(loss, rule, point, time=1 / substeps, unstable=unstable)
-        for _part in range(substeps - 1):
-            point, _other = flow_step(loss, rule, point, time=1 / substeps, unstable=unstable)
-        return track(loss, rule, point)[1], first
+        point, readings = lax.scan(part, point, length=substeps)
+        return track(loss, rule, point)[1], jax.tree.map(lambda each: each[0], readings)
 
     tracked = min(unstable + _EXTRA, params.shape[0])
     start = start_flow(loss, rule, params, moments, tracked=tracked)
