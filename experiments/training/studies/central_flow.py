@@ -282,7 +282,7 @@ def start_flow(
     one = jnp.ones_like(params)
     mean, square, count = moments or (jnp.zeros_like(params), one, jnp.zeros(()))
     random = jax.random.normal(jax.random.key(0), (tracked, params.shape[0]))
-    basis = blocks.orthonormalize(random * (square > 0)[None])
+    basis = blocks.orthonormalize(random)
     point = FlowPoint(params, mean, square, count, basis, jnp.zeros(()))
 
     def sweep(point: FlowPoint, _: None) -> tuple[FlowPoint, None]:

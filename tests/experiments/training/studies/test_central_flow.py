@@ -89,16 +89,19 @@ def test_rmsprop_on_a_quadratic_finds_its_preconditioner() -> None:
     """There every parameter oscillates with variance eta^2 / 4, and 2 P - H is singular.
 
     Where H = [[2, 1], [1, 3]] all of the oscillation is along (1, 1), so that 2 P - H has to vanish
-    there: P = (3 / 2, 2), whatever the second moment was before.
+    there: P = (3 / 2, 2), whatever the second moment was before. A third parameter, without a
+    gradient, stays where it is.
     """
     hessian = jnp.array([[2.0, 1.0], [1.0, 3.0]])
 
     def loss(w: jax.Array) -> jax.Array:
-        return w @ hessian @ w / 2
+        return w[:2] @ hessian @ w[:2] / 2
 
     rule = Rule(learning_rate=RATE, b2=0.9)
-    moments = (jnp.zeros(2), jnp.array([4e-4, 9e-4]), jnp.float32(1))
-    found = central_flow(loss, rule, jnp.zeros(2), moments, steps=200, unstable=1)
+    moments = (jnp.zeros(3), jnp.array([4e-4, 9e-4, 0.0]), jnp.float32(1))
+    start = jnp.array([0.0, 0.0, 7.0])
+    found = central_flow(loss, rule, start, moments, steps=200, unstable=1)
+    np.testing.assert_allclose(found.params[-1], start, atol=1e-6)
     np.testing.assert_allclose(found.ratio[-50:], 1, atol=1e-3)
     np.testing.assert_allclose(found.variance[-50:], RATE**2 / 2, rtol=1e-2)
     # Optax's RMSprop, from a small oscillation.
