@@ -247,6 +247,11 @@ def monitor_curvature(
       with a period of its own beside other methods. A loop on a CPU with convolutions needs it.
     * ``grad``: the gradient, without ``inner``.
 
+    Under mixed precision give a ``value_fn`` that computes in float32. With float16, wrap the whole
+    optimizer, :func:`~optax_accel.dynamic_loss_scale` included: its scale is in the gradient that
+    comes in, and in nothing that is recorded. A step that overflows, as any batch whose numbers are
+    not finite, is counted in ``num_skipped`` and never recorded.
+
     A record takes, by default, a gradient, a value of the loss, two products for the quotients and
     two for the sharpness; with a preconditioner two more; ``3 num_smallest`` for the smallest
     eigenvalues; one for each probe of the trace; ``density_products`` for a density.  The first

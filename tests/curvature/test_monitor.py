@@ -361,6 +361,42 @@ def test_masks_and_narrow_parameters():
     np.testing.assert_allclose(state.record.sharpness, expected, rtol=0.05)  # of three digits
 
 
+def test_with_a_loss_scale_it_records_what_it_does_without_one():
+    def in_float16(p):
+        p, x = optax.tree.cast((p, BATCH["x"]), jnp.float16)
+        error = jnp.tanh(x @ p["w"] + p["c"][None]) - jnp.asarray(BATCH["y"], jnp.float16)
+        return jnp.mean(jnp.sum(error**2, axis=-1))
+
+    def watched(inner):
+        return oa.monitor_curvature(
+            inner, every=1, preconditioner=adam_preconditioner(), inner_learning_rate=RATE
+        )
+
+    @jax.jit
+    def scaled_step(state):
+        scale = optax.tree.get(state, "loss_scale")
+        grads = jax.grad(lambda p: scale.astype(jnp.float16) * in_float16(p))(PARAMS)
+        return scaled.update(grads, state, PARAMS, value_fn=OBJECTIVE.bind(**BATCH))[1]
+
+    # 2^16 is infinite in float16: the first step is left out, its record counted.
+    scaled = watched(oa.dynamic_loss_scale(optax.adam(RATE), initial_scale=2.0**16))
+    state = scaled_step(scaled.init(PARAMS))
+    assert (int(state.num_records), int(state.num_skipped)) == (0, 1)
+    assert int(state.record.recorded_step) == -1
+    while not state.num_records:  # until the scale is low enough
+        state = scaled_step(state)
+    assert int(state.record.recorded_step) == int(state.num_skipped) < 8
+    plain = watched(optax.adam(RATE))
+    expected = jax.jit(functools.partial(step, plain))(plain.init(PARAMS), PARAMS)[1].record
+    # Its gradients have three digits; the curvature is that of `value_fn`.
+    for name, number in expected._asdict().items():
+        if number is not None and name != "recorded_step":
+            tight = name in ("recorded_loss", "sharpness", "leading_eigenvalues")
+            np.testing.assert_allclose(
+                getattr(state.record, name), number, rtol=1e-4 if tight else 2e-2, err_msg=name
+            )
+
+
 def test_the_learning_rate_comes_from_the_state_or_a_schedule():
     pre = sgd_preconditioner()
     injected = oa.inject_hyperparams(optax.sgd)(learning_rate=0.25)
