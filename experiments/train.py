@@ -12,6 +12,7 @@ number of devices: up to rounding). Its folder, `runs/<name>/`, holds what
     result.json             scores of the test split, at the end
     samples.png             images drawn from the model, for tasks that train a generative one
     detections.png          the boxes found in some test pictures, for tasks that train a detector
+    sharpness.png, ...      what --monitor recorded, as pictures (PNG and SVG), at the end
 
 SIGTERM, with which clusters announce that they take a machine back, saves a checkpoint and ends the
 run with exit code 0; Ctrl-C does the same with exit code 130. Of several processes (see
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import shlex
 import signal
 import sys
@@ -37,6 +39,7 @@ import optax_accel as oa
 from experiments import cli, data, progress
 from experiments.cli import UsageError
 from experiments.runs import folders
+from experiments.runs.metric_files import METRICS
 from experiments.runs.records import CONFIG, check_same, read_config, versions, write_config
 from experiments.runs.source import read_source, same_source, write_source
 from experiments.training import cluster
@@ -249,10 +252,22 @@ def run_and_report(plan: Plan, program: Program, console: Console, to_continue: 
     except KeyboardInterrupt:  # the second Ctrl-C
         stopped_by = signal.SIGINT
     if stopped_by is None:
+        if plan.options.monitor and cluster.is_main():
+            draw_curvature(plan.folder)
         return 0
     print(cli.printable(to_continue), file=sys.stderr)
     # A machine that is taken back is not a failure.
     return 0 if stopped_by == signal.SIGTERM else 128 + stopped_by
+
+
+def draw_curvature(folder: Path) -> None:
+    """Draws what the monitor of a finished run recorded into its folder."""
+    # Here, because Matplotlib takes long to import.
+    from experiments.reporting import curvature_pictures, figures
+
+    lines = (folder / METRICS[0]).read_text().splitlines()
+    for name, figure in curvature_pictures.of_run([json.loads(line) for line in lines]).items():
+        figures.write(folder, name, figure)
 
 
 def fail(message: str, code: int) -> int:

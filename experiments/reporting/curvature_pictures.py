@@ -5,7 +5,7 @@ They take arrays, whoever measured them: the metrics of a run, the states of a m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,42 @@ from numpy.typing import ArrayLike
 from experiments.reporting.figures import COLORS, LINES, styled
 
 _BLACK, _BLUE, _ORANGE, _GREEN = COLORS[:4]
+
+
+def of_run(rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
+    """The pictures of what the monitor of a run recorded.
+
+    >>> row = {"step": 1, "loss": 0.5, "monitor/sharpness": 2.0, "monitor/gradient_alignment": 0.3}
+    >>> list(of_run([row, {"step": 2, "loss": 0.4}]))
+    ['sharpness', 'alignment']
+
+    Args:
+      rows: the metrics of the run, each with its ``step``; those with ``monitor/sharpness`` hold a
+        record.
+
+    Returns:
+      By the names of their files: ``sharpness``, ``effective_sharpness`` against its threshold
+      where the optimizer has one, and ``alignment``; nothing where nothing was recorded.
+    """
+    recorded = [row for row in rows if row.get("monitor/sharpness") is not None]
+    if not recorded:
+        return {}
+
+    def column(name: str) -> list[float]:
+        return [np.nan if row.get(name) is None else row[name] for row in recorded]
+
+    steps, loss = column("step"), column("loss")
+    figures = {"sharpness": draw_sharpness(steps, column("monitor/sharpness"), loss=loss)}
+    if "monitor/stability_threshold" in recorded[0]:
+        figures["effective_sharpness"] = draw_sharpness(
+            steps,
+            column("monitor/effective_sharpness"),
+            column("monitor/stability_threshold"),
+            loss=loss,
+            title="Effective sharpness",
+        )
+    alignments = {name: column(f"monitor/{name}_alignment") for name in ("gradient", "update")}
+    return figures | {"alignment": draw_alignment(steps, alignments, k=1)}
 
 
 def _columns(steps: ArrayLike, **columns: ArrayLike | None) -> tuple[np.ndarray, ...]:

@@ -432,6 +432,23 @@ def test_run_with_everything_resumes_bit_by_bit(runs, capsys):
         assert f"a run with {name} " in capsys.readouterr().err
 
 
+def test_monitored_run_is_the_same_resumes_and_is_drawn(runs):
+    quick = [*QUICK, "--runs-dir", str(runs), "--method", "sgd", "--checkpoint-every", "6"]
+    watched = ["--monitor", "--monitor-every", "4"]
+    assert train.main([*quick, "--name", "plain"]) == 0
+    assert train.main([*quick, *watched, "--name", "run"]) == 0
+    lines = rows(runs / "run")
+    recorded = [row["step"] for row in lines if row.get("monitor/sharpness") is not None]
+    assert recorded == list(range(1, len(lines) + 1, 4))
+    for row, expected in zip(lines, rows(runs / "plain"), strict=True):
+        assert row["loss"] == expected["loss"]
+    for name in ("sharpness", "effective_sharpness", "alignment"):
+        assert (runs / "run" / f"{name}.png").stat().st_size > 10_000
+        assert (runs / "run" / f"{name}.svg").exists()
+    expected, again = resumed(runs, "run", 12)
+    assert again == expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fsdp", "pmap", "shard_map"])
 def test_everything_in_parallel(runs, mode):

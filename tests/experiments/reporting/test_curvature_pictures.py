@@ -73,3 +73,21 @@ def test_wrong_input() -> None:
         curvature_pictures.draw_spectrum(STEPS, np.arange(2.0), np.zeros((4, 2)))
     with pytest.raises(ValueError, match="at least one vector"):
         curvature_pictures.draw_alignment(STEPS, {})
+
+
+def test_pictures_of_a_run_hold_its_records():
+    rows = [
+        {"step": i, "loss": 1.0 / i, "monitor/sharpness": None if i % 2 else float(i)}
+        for i in range(1, 5)
+    ]
+    found = curvature_pictures.of_run(rows)
+    assert list(found) == ["sharpness", "alignment"]
+    line = found["sharpness"].axes[0].lines[0]
+    np.testing.assert_array_equal(line.get_xydata(), [[2, 2], [4, 4]])
+    limited = [row | {"monitor/stability_threshold": 40.0} for row in rows]
+    assert list(curvature_pictures.of_run(limited)) == [
+        "sharpness",
+        "effective_sharpness",
+        "alignment",
+    ]
+    assert curvature_pictures.of_run(rows[:1]) == {}
