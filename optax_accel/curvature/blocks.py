@@ -101,11 +101,23 @@ def rows(block: chex.ArrayTree, start: int, stop: int) -> chex.ArrayTree:
 
 def random(key: chex.PRNGKey, like: chex.ArrayTree) -> chex.ArrayTree:
     """A vector of uniform entries in [-1, 1), with the shapes and dtypes of ``like``."""
+    return _random(key, *_structure(like))
 
+
+def _structure(like: chex.ArrayTree) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:
+    leaves, treedef = jax.tree.flatten(like)
+    return treedef, tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+
+
+# Outside of `jit`, each of the operations would be a program: thirty, and seventy for a basis.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _random(
+    key: chex.PRNGKey, treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]
+) -> chex.ArrayTree:
     def leaf(leaf_key: jax.Array, x: Any) -> jax.Array:
         return _uniform(hash_bits(leaf_key, x.shape), x.dtype)
 
-    return map_with_keys(leaf, key, like)
+    return map_with_keys(leaf, key, jax.tree.unflatten(treedef, leaves))
 
 
 def _uniform(bits: jax.Array, dtype: Any) -> jax.Array:
@@ -135,8 +147,15 @@ def random_block(
 
 def random_basis(key: chex.PRNGKey, like: chex.ArrayTree, num: int) -> chex.ArrayTree:
     """A random orthonormal block of ``num`` vectors with the shapes and dtypes of ``like``."""
+    return _random_basis(key, *_structure(like), num)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _random_basis(
+    key: chex.PRNGKey, treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...], num: int
+) -> chex.ArrayTree:
     keys = jax.random.split(key, num)
-    return orthonormalize(jax.vmap(lambda each: random(each, like))(keys))
+    return orthonormalize(jax.vmap(lambda each: _random(each, treedef, leaves))(keys))
 
 
 def zeros(num: int, like: chex.ArrayTree) -> chex.ArrayTree:
