@@ -116,7 +116,7 @@ def _forward(graphdef, state, x):  # compiled once for all models of one structu
 
 
 class SameKeys:
-    """Keys for models of which only shapes are wanted: flax's take a second for hundreds of layers.
+    """Keys for models of which only shapes are wanted: flax's take seconds for hundreds of layers.
 
     A model with dropout needs more.
     """
@@ -126,6 +126,9 @@ class SameKeys:
 
     def params(self):
         return self.key
+
+    def __getitem__(self, name):  # of what is drawn at each call
+        return nnx.Rngs(0)[name]
 
 
 def abstract(name, **options):

@@ -9,7 +9,7 @@ from flax import nnx
 import models
 from models import ncsn
 from models.ncsn import denoising_score_matching
-from tests.models.test_models import count
+from tests.models.test_models import abstract, count
 
 TINY = {"input_shape": (6, 4, 1), "width": 2, "num_levels": 3}
 
@@ -18,7 +18,7 @@ TINY = {"input_shape": (6, 4, 1), "width": 2, "num_levels": 3}
 def model():
     """With parameters drawn by NumPy: to compile the drawing of all their shapes takes longer."""
     rng = np.random.default_rng(0)
-    model = nnx.eval_shape(lambda: models.create("ncsn", **TINY))
+    model = abstract("ncsn", **TINY)
     model.noise = nnx.Rngs(0).noise.fork()
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         about = 1 if path[-1] in ("scale", "shift") else 0
@@ -66,7 +66,7 @@ def by_the_layer_list(w, levels, colors):
 
 
 def test_parameters():
-    full = nnx.eval_shape(lambda: models.create("ncsn", input_shape=(32, 32, 3)))
+    full = abstract("ncsn", input_shape=(32, 32, 3))
     assert count(full) == by_the_layer_list(128, 10, 3) == 30_117_635
 
 
@@ -209,7 +209,7 @@ def test_training_lowers_the_loss(model):
     [pytest.param({"dtype": "bfloat16"}, marks=pytest.mark.slow), {"param_dtype": "float64"}],
 )
 def test_types(x64, options):
-    model = nnx.eval_shape(lambda: models.create("ncsn", **TINY | options))
+    model = abstract("ncsn", **TINY | options)
     dtype = options.get("param_dtype", "float32")
     x = jax.ShapeDtypeStruct((2, 6, 4, 1), dtype)
     outputs = nnx.eval_shape(lambda model, x: model(x), model, x)
@@ -255,7 +255,7 @@ def test_langevin_dynamics_follow_the_algorithm():
 
 
 def test_wrong_inputs():
-    model = nnx.eval_shape(lambda: models.create("ncsn", **TINY))
+    model = abstract("ncsn", **TINY)
     with pytest.raises(ValueError, match=r"Ncsn expects a batch of shape \(N, 6, 4, 1\)"):
         model(jnp.ones((2, 4, 4, 1)))
     with pytest.raises(ValueError, match=r"Ncsn expects a batch of shape \(N, 6, 4, 1\)"):
