@@ -264,9 +264,11 @@ def monitor_curvature(
       num_directions: k, how many leading eigenvalues are followed, at least 1 (default). The number
         of classes shows chi_k as Song et al. define it.
       every: steps between records; default 400 (ours). With Adam and its preconditioner a record
-        takes the time of 10 to 12 plain steps on three small networks, 2 to 3% of the training time
-        at this period; where the training step donates its state, the spaces in it make the other
-        steps 2 to 9% longer. ``python -m experiments.bench --tables monitor`` measures both.
+        takes the time of 10 to 14 plain steps on three small networks, 2 to 3.5% of the training
+        time at this period. The other steps take 2 to 9% longer where the spaces pass through a
+        step that donates its state, 1% on an MLP where they wait outside of it, as
+        :meth:`~optax_accel.MonitorCurvatureState.without_records` lets them (with other programs on
+        the machine, in CPU time). ``python -m experiments.bench --tables monitor`` measures both.
       start_step: the step of the first record; default 0.
       preconditioner: what ``inner`` divides its steps by, e.g.
         :func:`~optax_accel.curvature.adam_preconditioner`; None (default): no effective sharpness.
