@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"trackers-{data.short_name(options.task, options.data_dir)}-{options.learning_rate:g}"
     )
     folder = folders.locate(options.runs_dir, options.name, default)
-    console = cli.console(180)
+    console = cli.console(220)
     if options.dry_run:
         check_results(folder, PROG, FILES)
         steps, number = cli.plural(options.steps, "step"), cli.plural(len(entries), "tracker")

@@ -15,7 +15,7 @@ from typing import Any
 from rich.table import Table
 
 from experiments import protocols, step_cost
-from experiments.reporting import comparison, survey, tables, trackers
+from experiments.reporting import comparison, solvers, survey, tables, trackers
 from experiments.reporting.referee.protocols import scores_table
 from experiments.training.studies.tracking import ENTRIES
 
@@ -94,6 +94,14 @@ def _step_cost(record: Record) -> str:
     return _markdown(step_cost.HEADERS, step_cost.rows(record))
 
 
+def _solvers(record: Record) -> str:
+    views = (
+        solvers.table(record["solvers"], record["product_milliseconds"]),
+        solvers.density_table(record["densities"]),
+    )
+    return "\n\n".join(map(_printed, views))
+
+
 def _survey(record: Record) -> str:
     return "\n\n".join(
         _printed(view) for view in (survey.table(record), survey.claims_table(record))
@@ -107,6 +115,11 @@ def _trackers(record: Record) -> str:
 
 def _trackers_without_times(record: Record) -> str:
     return _of_trackers(record, ["tracker", "every", "refreshes", "chi full", "chi batch", "cos2"])
+
+
+def _trackers_with_residuals(record: Record) -> str:
+    columns = ["tracker", "every", "refreshes", "directions", "chi full", "cos2", "lowest"]
+    return _of_trackers(record, [*columns, "eigenvalues", "residual"])
 
 
 def _of_trackers(record: Record, columns: Sequence[str]) -> str:
@@ -143,8 +156,10 @@ KINDS: dict[str, Callable[[Record], str]] = {
     "edge_of_stability_long": _edge_of_stability,
     "edge_of_stability_mlp": _edge_of_stability,
     "mnist5k": _comparison,
+    "solvers_digits": _solvers,
     "step_cost": _step_cost,
     "survey": _survey,
     "trackers": _trackers,
     "trackers_fast": _trackers_without_times,
+    "trackers_metric": _trackers_with_residuals,
 }
