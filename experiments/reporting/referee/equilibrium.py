@@ -270,7 +270,7 @@ STUDY = Protocols(
             settings=(
                 pictures(
                     "digits",
-                    _RATES,
+                    (0.003,),
                     model=_SMALL_MDEQ,
                     steps=100,
                     pretrained=10,
@@ -278,10 +278,10 @@ STUDY = Protocols(
                     examples=None,
                 ),
                 text(
-                    _RATES,
+                    (0.003,),
                     model=_SMALL_LM,
                     length=32,
-                    steps=200,
+                    steps=100,
                     batch_size=16,
                     held_out=100,
                 ),
@@ -362,5 +362,5 @@ STUDY = Protocols(
         *costs("g", "h", "i", TEXT),
     ),
     left_out="optical flow, which has a study of its own; small trains a reduced MDEQ on the "
-    "digits and a Transformer of width 32",
+    "digits and a Transformer of width 32, all at one rate",
 )

@@ -23,7 +23,7 @@ import models
 from experiments import data, hlo
 from experiments.training import networks
 from experiments.training.replicas import Replica
-from experiments.training.step import TrainState, init_state, train_step
+from experiments.training.step import TrainState, init_state
 
 PyTree = Any
 CELL = "cell"  # the part of the network whose fixed point is wanted
@@ -80,6 +80,7 @@ class Runner:
             {name: array[:fewest] for name, array in part.items()} for part in others
         )
         self._programs: dict[str, _Program] = {}
+        self._update = jax.jit(self._updated)
 
     def config(self) -> dict[str, Any]:
         """Checksums of the data."""
@@ -146,12 +147,21 @@ class Runner:
             state, order = self.start(seed), self.order(seed)
             for number, rows in enumerate(order):
                 chosen = plain if number < self.setting["pretrained"] else program
-                state = chosen.step(state, self.batch(rows), jnp.float32(rate))
+                gradient, rest = chosen.gradient(*chosen.arguments(state, self.batch(rows)))
+                state = self._update(state, gradient, rest, jnp.float32(rate))
                 if number % 16 == 0:
                     jax.block_until_ready(state.params)
             scores = {"validation": program.score(state, self.validation)}
             scores["loss" if self.reads_text else "error"] = program.score(state, self.test)
             yield scores | self._measures(options, state, self.batch(order[-1]))
+
+    def _updated(
+        self, state: TrainState, gradient: PyTree, rest: PyTree, rate: jax.Array
+    ) -> TrainState:
+        tx = optimizer(self.setting, rate)
+        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return state._replace(step=state.step + 1, params=params, rest=rest, opt_state=opt_state)
 
     def _measures(
         self, options: Mapping[str, Any], state: TrainState, batch: Any
@@ -161,7 +171,8 @@ class Runner:
         far = {name: EXACT * self.depth(name) for name in DEPTHS}
         exact = self.program(_IMPLICIT | far | {"tolerance": 1e-6, "loop": "while"})
         own, reference = (
-            _flat(each.gradient(*each.arguments(state, batch))[CELL]) for each in (program, exact)
+            _flat(each.gradient(*each.arguments(state, batch))[0][CELL])
+            for each in (program, exact)
         )
         cosine = own @ reference / np.linalg.norm(own) / np.linalg.norm(reference)
         found = {
@@ -212,16 +223,12 @@ class _Program:
         self._graphdef, _, _ = runner.network(options, 0)
         self._objective = networks.objective(self._graphdef)
         self._compiled: Any = None
-        self.step = jax.jit(self._step, donate_argnums=0)
         self._evaluate = jax.jit(functools.partial(networks.evaluate, self._graphdef))
         self._residual = jax.jit(self._residual_of)
 
-    def _step(self, state: TrainState, batch: Any, rate: jax.Array) -> TrainState:
-        tx = optimizer(self._runner.setting, rate)
-        return train_step(tx, self._objective, state, batch, refresh=None)[0]
-
-    def _gradient(self, params: PyTree, rest: PyTree, batch: Any) -> PyTree:
-        return self._objective.value_and_grad(params, rest=rest, **batch)[1]
+    def _gradient(self, params: PyTree, rest: PyTree, batch: Any) -> tuple[PyTree, PyTree]:
+        (_, rest), gradient = self._objective.value_and_grad(params, rest=rest, **batch)
+        return gradient, rest
 
     def _residual_of(self, params: PyTree, rest: PyTree, x: jax.Array) -> jax.Array:
         model = nnx.merge(self._graphdef, params, rest, copy=True)
@@ -233,17 +240,20 @@ class _Program:
         """What the gradient takes."""
         return state.params, state.rest, batch
 
-    def compiled_gradient(self) -> Callable[..., PyTree]:
-        """The compiled gradient of the loss."""
+    def compiled_gradient(self) -> Callable[..., tuple[PyTree, PyTree]]:
+        """The compiled gradient of the loss, which training and measures share.
+
+        Compilation is most of the study's time where the steps of a solver are unrolled.
+        """
         if self._compiled is None:
             runner = self._runner
             arguments = self.arguments(runner.start(0), runner.batch(runner.order(0)[0]))
             self._compiled = jax.jit(self._gradient).lower(*arguments).compile()
-        compiled: Callable[..., PyTree] = self._compiled
+        compiled: Callable[..., tuple[PyTree, PyTree]] = self._compiled
         return compiled
 
-    def gradient(self, *arguments: Any) -> PyTree:
-        """The gradient of the loss of a batch."""
+    def gradient(self, *arguments: Any) -> tuple[PyTree, PyTree]:
+        """The gradient of the loss of a batch, and the other variables after the pass."""
         return self.compiled_gradient()(*arguments)
 
     def memory(self) -> int:
