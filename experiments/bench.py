@@ -8,12 +8,13 @@ the bandwidth of a copy; what does it cost in a whole training step of a dense m
 that step take to compile; for K-FAC, at twice the batch, what do its whole cycle and a step between
 refreshes cost (beside the package `kfac_jax`, where that is installed); for low-rank and sparse
 methods, on a GPT, what do a step between refreshes and one with a refresh by a range finder cost,
-and how long do these take to compile; and how long does a person wait for the first step,
-compilation included, of a GPT, of the dense model and of a small convolutional network? Method and
-base run side by side (A B, B A, A B, ...), compiled, with donated buffers, waiting for every
-result, so that a busy moment of the machine hits both. A ratio is the median of the ratios of such
-pairs; the quartiles beside it say how far to trust it. First steps start from empty caches, in
-rounds that each begin with Adam.
+and how long do these take to compile; what does the gradient of a fixed point cost beside a
+hand-written loop, in CPU time, and beside one block, in memory; and how long does a person wait for
+the first step, compilation included, of a GPT, of the dense model and of a small convolutional
+network? Method and base run side by side (A B, B A, A B, ...), compiled, with donated buffers,
+waiting for every result, so that a busy moment of the machine hits both. A ratio is the median of
+the ratios of such pairs; the quartiles beside it say how far to trust it. First steps start from
+empty caches, in rounds that each begin with Adam.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from rich.table import Table
 from experiments import cli, progress, timing
 from experiments.methods import METHODS, Method, get_methods
 from experiments.reporting import pages, tables
-from experiments.training.studies import first_step, method_cost
+from experiments.training.studies import equilibrium_cost, first_step, method_cost
 
 COMPILE_REPEATS = 5  # at most: a compilation takes a second
 MONITOR_REPEATS = 15  # at most: a record takes as long as ten steps
+EQUILIBRIUM_REPEATS = 9  # at most: a gradient evaluates a network more than a hundred times
 
 PROG = "python -m experiments.bench"
 QUESTIONS = (
@@ -46,6 +48,7 @@ QUESTIONS = (
     "low_memory_compile",
     "compile",
     "monitor",
+    "equilibrium",
 )
 
 
@@ -59,7 +62,7 @@ class Options(cli.DryRunOptions):
     """Methods to time beside their bases, separated by commas; default: all."""
     tables: str | None = None
     """Tables to make, separated by commas: update, step, natural, low_memory, low_memory_compile,
-    compile, monitor; default: all."""
+    compile, monitor, equilibrium; default: all."""
     repeats: int = 40
     """Number of rounds, each of which times every method once beside its base."""
     parameters: int = 10_000_000
@@ -217,6 +220,53 @@ def monitor_tables(repeats: int, console: Console) -> dict[str, Any]:
     return results
 
 
+def memory_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """Planned memory of gradients, beside one block and with many steps beside few.
+
+    Args:
+      title: whose memory it is.
+      rows: the rows of `equilibrium_cost.memory_rows`.
+    """
+    columns = ["gradient", "megabytes", "over one block", "target", "over few steps", "target"]
+    view = tables.table(columns, title)
+    for row in rows:
+        cells = []
+        for key in ("over_block", "growth"):
+            ratio, target = row[key], row[f"{key}_target"]
+            passes = "" if target is None else "pass" if ratio <= target else "FAIL"
+            cells += [f"{ratio:.2f}", f"<= {target:.2f} {passes}" if passes else ""]
+        view.add_row(row["name"], tables.short(row["bytes"][-1] / 1e6), *cells)
+    return view
+
+
+def equilibrium_tables(repeats: int, console: Console) -> dict[str, Any]:
+    """What the gradient of a fixed point costs, printed for each network.
+
+    Args:
+      repeats: number of rounds.
+      console: where the tables are printed.
+
+    Returns:
+      The rows of each network.
+    """
+    few, steps = equilibrium_cost.FEW_STEPS, equilibrium_cost.STEPS
+    results: dict[str, Any] = {}
+    names = [*equilibrium_cost.NETWORKS]
+    for name in progress.each(names, "equilibrium, {}".format, expected=True):
+        block = equilibrium_cost.NETWORKS[name]()
+        memory = equilibrium_cost.memory_rows(block, steps, few)
+        console.print()
+        console.print(memory_table(f"planned memory, {few} and {steps} steps, {name}", memory))
+        hand, phantom = (
+            timing.measure(cases, repeats, 1)
+            for cases in equilibrium_cost.time_cases(block, steps, equilibrium_cost.BACKWARD_STEPS)
+        )
+        console.print()
+        console.print(table(f"CPU time of the gradient of a fixed point, {name}", hand + phantom))
+        results[name] = {"memory": memory, "by_hand": hand, "phantom": phantom}
+    return results
+
+
 def run(options: Options, groups: dict[str, list[Method]], console: Console) -> dict[str, Any]:
     """Times everything and prints one table per question.
 
@@ -263,7 +313,8 @@ def run(options: Options, groups: dict[str, list[Method]], console: Console) -> 
     results: dict[str, Any] = {"machine": machine, "repeats": options.repeats}
     networks = [*first_step.NETWORKS] if options.first_steps else []
     watched = len(first_step.NETWORKS) if "monitor" in wanted else 0
-    progress.expect(len(questions) * len(groups) + watched + len(networks))
+    blocks = len(equilibrium_cost.NETWORKS) if "equilibrium" in wanted else 0
+    progress.expect(len(questions) * len(groups) + watched + blocks + len(networks))
     for key, (title, make) in questions.items():
         repeats, warm_ups = (compilations, 1) if "compile" in key else (options.repeats, 2)
         results[key] = [
@@ -291,6 +342,9 @@ def run(options: Options, groups: dict[str, list[Method]], console: Console) -> 
             )
     if "monitor" in wanted:
         results["monitor"] = monitor_tables(min(options.repeats, MONITOR_REPEATS), console)
+    if "equilibrium" in wanted:
+        repeats = min(options.repeats, EQUILIBRIUM_REPEATS)
+        results["equilibrium"] = equilibrium_tables(repeats, console)
     if options.first_steps:
         timed = dict.fromkeys(method for group in groups.values() for method in group)
         results["first_step"] = {}

@@ -7,14 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import optax
 import pytest
 from rich.console import Console
 
+import optax_accel as oa
 from experiments import bench
 from experiments.methods import METHODS
-from experiments.training.studies import first_step, method_cost
+from experiments.training.studies import equilibrium_cost, first_step, method_cost
 from experiments.training.studies.method_cost import Network
 
 
@@ -90,6 +92,36 @@ def test_what_a_monitor_adds(monkeypatch: pytest.MonkeyPatch) -> None:
     text = console.export_text()
     assert "curvature watched, tiny" in text
     assert ("pass" if found["time"] <= 0.05 else "FAIL") in text
+
+
+def test_what_a_fixed_point_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = equilibrium_cost.transformer(2, 8, 8)
+    monkeypatch.setattr(equilibrium_cost, "NETWORKS", {"tiny": lambda: block})
+    for name, steps in (("STEPS", 6), ("FEW_STEPS", 2)):
+        monkeypatch.setattr(equilibrium_cost, name, steps)
+    console = Console(width=120, record=True, file=io.StringIO())
+    found = bench.equilibrium_tables(1, console)["tiny"]
+    assert [row["target"] for row in found["by_hand"] + found["phantom"]] == [None, 1.15, None, 0.6]
+    sizes = {row["name"]: row["bytes"] for row in found["memory"]}
+    again = sizes["implicit, jax.checkpoint"]
+    assert sizes["one block"][1] < 2 * again[1] < 2 * sizes["implicit"][1]
+    assert again[1] < 1.02 * again[0] + 500  # the residuals that are reported
+    assert sizes["unrolled"][1] > 1.5 * sizes["unrolled"][0]
+    text = console.export_text()
+    assert "planned memory, 2 and 6 steps, tiny" in text
+    assert ("<= 1.10 pass" in text) or ("<= 1.10 FAIL" in text)
+
+
+def test_the_hand_written_loop_gives_the_same_gradient() -> None:
+    block = equilibrium_cost.transformer(2, 4, 4)
+    hand, layer = (
+        jax.jit(call)(*block.arguments)
+        for call in (
+            equilibrium_cost.by_hand(block, 12, 12),
+            equilibrium_cost.layer(block, "implicit", oa.equilibrium.anderson(12, 0.0)),
+        )
+    )
+    chex.assert_trees_all_close(hand, layer, rtol=1e-2, atol=1e-3)
 
 
 def test_time_to_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
