@@ -10,7 +10,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class Block(NamedTuple):
     state: PyTree
     params: PyTree
     x: PyTree
-    loop: str
+    loop: Literal["while", "unrolled"]
 
     @property
     def arguments(self) -> tuple[PyTree, PyTree, PyTree, PyTree]:
@@ -76,6 +76,7 @@ def mdeq(batch_size: int = 4, size: int = 16, **options: Any) -> Block:
     x = jax.random.normal(jax.random.key(0), (batch_size, size, size, width))
     half = (batch_size, size // 2, size // 2, width)
     # XLA runs convolutions in loops slowly on a CPU (jax#12868).
+    loop: Literal["while", "unrolled"]
     loop = "unrolled" if jax.default_backend() == "cpu" else "while"
     return _block(model.cell, (jnp.zeros_like(x), jnp.zeros(half)), (x, masks), loop)
 
@@ -101,7 +102,7 @@ def transformer(batch_size: int = 16, length: int = 64, width: int = 64) -> Bloc
     return _block(model.cell, state, (injected, masks), "while")
 
 
-def _block(cell: nnx.Module, state: PyTree, x: PyTree, loop: str) -> Block:
+def _block(cell: nnx.Module, state: PyTree, x: PyTree, loop: Literal["while", "unrolled"]) -> Block:
     graphdef, params = nnx.split(cell)
 
     def f(z: PyTree, params: PyTree, x: PyTree) -> PyTree:
@@ -189,7 +190,9 @@ def _anderson_by_hand(g: Any, start: PyTree, steps: int, *, unrolled: bool) -> P
         there = (jnp.arange(PAIRS) <= k).astype(z.dtype)
         gram = jnp.einsum("bmd,bnd,m,n->bmn", residuals, residuals, there, there)
         system = jnp.zeros((len(z), PAIRS + 1, PAIRS + 1)).at[:, 0, 1:].set(there)
-        system = system.at[:, 1:, 0].set(there).at[:, 1:, 1:].set(gram + RIDGE * jnp.eye(PAIRS))
+        system = (
+            system.at[:, 1:, 0].set(there).at[:, 1:, 1:].set(gram + RIDGE * jnp.eye(PAIRS)[None])
+        )
         side = jnp.zeros((len(z), PAIRS + 1, 1)).at[:, 0].set(1)
         weights = jnp.linalg.solve(system, side)[:, 1:, 0]
         return jnp.einsum("bm,bmd->bd", weights, images), inputs, images
