@@ -9,7 +9,8 @@ Three gradients:
 
 * implicit: the linear system above, solved for tangents and for cotangents by a fixed-point solver
   as well, :math:`u = J^T u + c`.  No step of the forward solver is kept, so memory does not depend
-  on their number.
+  on their number.  What one evaluation of f has to remember is kept while this system is solved; a
+  function in :func:`jax.checkpoint` is evaluated again in each step instead, with less memory.
 * phantom: from :math:`z^*`, as a constant, k damped steps
   :math:`z \leftarrow (1 - \tau) z + \tau f(z, \theta, x)` are differentiated.  It tends to the
   implicit gradient as k grows; :math:`k = \tau = 1` leaves the inverse out.
