@@ -36,6 +36,7 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from optax_accel._arguments import check_flag, check_integer, check_number, shown
 from optax_accel._random import as_key
@@ -224,7 +225,7 @@ def _layer(
             differentiable=True,
         )
     # Constants: neither mode of differentiation looks into the loop.
-    function, consts = jax.closure_convert(f, z0, params, x)
+    function, consts = _hoisted(f, z0, params, x)
     fixed = lax.stop_gradient((params, x, *consts))
     z, report = solve(
         solver,
@@ -240,6 +241,24 @@ def _layer(
         return z, report
     back = functools.partial(solve, backward_solver, batched=batched, axis_name=axis_name)
     return _implicit(_Static(function, back), z, (params, x, *consts)), report
+
+
+def _hoisted(
+    f: EquilibriumFunction, z: chex.ArrayTree, params: chex.ArrayTree, x: chex.ArrayTree
+) -> tuple[EquilibriumFunction | Any, list[Any]]:
+    """The function with all that it closes over as further arguments, and these.
+
+    ``jax.closure_convert`` leaves integers, booleans and PRNG keys inside, which must not be
+    tracers of another transformation where a derivative is taken later.
+    """
+    closed, image = jax.make_jaxpr(f, return_shape=True)(z, params, x)
+    structure, count = jax.tree.structure(image), len(closed.consts)
+
+    def function(z: Any, params: Any, x: Any, *consts: Any) -> Any:
+        run = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts[:count]))
+        return jax.tree.unflatten(structure, run(*jax.tree.leaves((z, params, x))))
+
+    return function, list(closed.consts)
 
 
 def _damped(damping: float, z: chex.ArrayTree, image: chex.ArrayTree) -> chex.ArrayTree:

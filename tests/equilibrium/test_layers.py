@@ -122,6 +122,29 @@ def test_what_f_closes_over_is_differentiated_and_integers_pass():
     assert all(bool(jnp.abs(g).max() > 0) for g in gradients)
 
 
+@pytest.mark.parametrize("through", ["jit", "scan"])
+def test_f_may_close_over_traced_integers_masks_and_keys(through):
+    """Derivatives that are taken outside of the program in which they are traced."""
+    w = jnp.asarray(W, jnp.float32)
+    tokens, mask, key = jnp.array([0, 2, 1]), jnp.array([True, False, True]), jax.random.key(0)
+
+    def value(w, tokens, mask, key):
+        def f(z, w, _):
+            drawn = jax.random.normal(key, z.shape) + jnp.eye(3, 2)[tokens]
+            return jnp.where(mask[:, None], jnp.tanh(z @ w + drawn), 0)
+
+        return jnp.sum(oa.deq(f, jnp.zeros((3, 2)), w, None)[0])
+
+    def scanned(w, *arguments):
+        several = jax.tree.map(lambda leaf: leaf[None], arguments)
+        return jax.lax.scan(lambda c, a: (c + value(w, *a), None), 0.0, several)[0]
+
+    function = {"jit": jax.jit(value), "scan": scanned}[through]
+    found = jax.grad(function)(w, tokens, mask, key)
+    expected = jax.grad(lambda w: value(w, tokens, mask, key))(w)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_memory_does_not_depend_on_the_steps_of_the_solver():
     """The bytes of the compiled gradient: constant for implicit and phantom, growing unrolled."""
     w, x = jnp.zeros((64, 64)), jnp.ones((32, 64))
