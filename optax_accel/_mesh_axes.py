@@ -13,7 +13,10 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import AbstractMesh, AxisType
+
+from optax_accel._means import varying_axes
 
 _Result = TypeVar("_Result")
 
@@ -76,6 +79,27 @@ def filled_like(value: Any, like: Any) -> jax.Array:
     if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
         return value
     return jax.sharding.reshard(value, jax.NamedSharding(sharding.mesh, sharding.spec))
+
+
+def placed_like(tree: Any, like: Any) -> Any:
+    """The tree with its leaves divided over devices as those of another one are.
+
+    Args:
+      tree: a pytree of arrays.
+      like: a pytree of the same structure and shapes, of arrays or of what stands for them.
+
+    Returns:
+      The tree: over Explicit axes each leaf lies where its model lies, and along the axes of a
+      ``shard_map`` all leaves differ along which any leaf of either tree does.
+    """
+    varying: frozenset[str] = frozenset().union(*map(varying_axes, jax.tree.leaves((tree, like))))
+
+    def place(leaf: jax.Array, like: Any) -> jax.Array:
+        leaf = filled_like(leaf, like)
+        missing = tuple(varying - varying_axes(leaf))
+        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(place, tree, like)
 
 
 def _sharding(leaf: Any) -> Any:

@@ -276,7 +276,8 @@ def _mix(
     finite = jnp.isfinite(gram).all()  # LAPACK complains of the rest
     gram = jnp.where(finite, gram, jnp.eye(present.size, dtype=gram.dtype))
     gram /= jnp.maximum(jnp.linalg.norm(gram, 2), jnp.finfo(gram.dtype).tiny)
-    weights = jnp.where(finite, mixing_weights(gram[None], present, ridge, 0.0)[0], jnp.nan)
+    weights, solved = mixing_weights(gram[None], present, ridge, 0.0)
+    weights = jnp.where(finite & solved[0], weights[0], jnp.nan)
 
     def mixed(after: jax.Array, update: jax.Array) -> jax.Array:
         # Absent iterates have weight 0, but may be anything.

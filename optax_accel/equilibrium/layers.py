@@ -39,14 +39,16 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from optax_accel._arguments import check_flag, check_integer, check_number, shown
+from optax_accel._mesh_axes import placed_like
 from optax_accel._random import as_key
-from optax_accel.equilibrium._optimistix import is_optimistix_solver
+from optax_accel.equilibrium._checks import checked_image, checked_state
 from optax_accel.equilibrium.solvers import (
     FixedPointReport,
     FixedPointSolver,
     anderson,
     broyden,
-    solve,
+    check_solver,
+    find,
 )
 
 
@@ -173,9 +175,8 @@ def deq(
     backward_solver = broyden() if backward_solver is None else backward_solver
     _check_options(solver, backward_solver, gradient)
     check_flag("batched", batched)
-    z0 = jax.tree.map(jnp.asarray, z0)
-    _check_state(z0, batched)
-    _check_image(f, z0, params, x)
+    z0 = checked_state("z0", z0, batched)
+    z0 = placed_like(z0, checked_image(f, (z0, params, x), "f(z, params, x)"))
     segments = 1
     if corrections is not None:
         check_integer("corrections", corrections, 1)
@@ -216,7 +217,7 @@ def _layer(
     axis_name: str | None,
 ) -> tuple[chex.ArrayTree, FixedPointReport]:
     if gradient == "unrolled":
-        return solve(
+        z, report, _ = find(
             solver,
             lambda z: f(z, params, x),
             lax.stop_gradient(z0),
@@ -224,10 +225,11 @@ def _layer(
             axis_name=axis_name,
             differentiable=True,
         )
+        return z, report
     # Constants: neither mode of differentiation looks into the loop.
     function, consts = _hoisted(f, z0, params, x)
     fixed = lax.stop_gradient((params, x, *consts))
-    z, report = solve(
+    z, report, diverged = find(
         solver,
         lambda z: function(z, *fixed),
         lax.stop_gradient(z0),
@@ -237,9 +239,10 @@ def _layer(
     z = lax.stop_gradient(z)
     if isinstance(gradient, Phantom):
         for _ in range(gradient.steps):
-            z = _damped(gradient.damping, z, f(z, params, x))
+            image = _damped(gradient.damping, z, f(z, params, x))
+            z = jax.tree.map(functools.partial(_held, diverged), z, image)
         return z, report
-    back = functools.partial(solve, backward_solver, batched=batched, axis_name=axis_name)
+    back = functools.partial(find, backward_solver, batched=batched, axis_name=axis_name)
     return _implicit(_Static(function, back), z, (params, x, *consts)), report
 
 
@@ -267,6 +270,12 @@ def _damped(damping: float, z: chex.ArrayTree, image: chex.ArrayTree) -> chex.Ar
     return jax.tree.map(lambda a, b: (1 - damping) * a + damping * b, z, image)
 
 
+def _held(diverged: jax.Array, z: jax.Array, image: jax.Array) -> jax.Array:
+    """The image, except for examples that have diverged, which stay where f is finite."""
+    axes = tuple(range(diverged.ndim, z.ndim))
+    return jnp.where(jnp.expand_dims(diverged, axes), z, image)
+
+
 class _Static(NamedTuple):
     """What the implicit rule closes over."""
 
@@ -288,6 +297,7 @@ def _implicit_jvp(
     (z, arguments), (_, moved) = primals, tangents
     z = _implicit(static, z, arguments)
     _, side = jax.jvp(lambda arguments: static.function(z, *arguments), (arguments,), (moved,))
+    side = placed_like(side, z)
 
     def residual_of(v: chex.ArrayTree) -> chex.ArrayTree:
         _, image = jax.jvp(lambda z: static.function(z, *arguments), (z,), (v,))
@@ -297,7 +307,7 @@ def _implicit_jvp(
         def step(v: chex.ArrayTree) -> chex.ArrayTree:
             return jax.tree.map(lambda v, left, c: v - left + c, v, apply(v), side)
 
-        found, _ = static.solve(step, jax.tree.map(jnp.zeros_like, side))
+        found, _, _ = static.solve(step, placed_like(jax.tree.map(jnp.zeros_like, side), side))
         return found
 
     return z, lax.custom_linear_solve(residual_of, side, solution, transpose_solve=solution)
@@ -377,8 +387,8 @@ def jacobian_penalty(
       Bai et al., `Jacobian regularization <https://arxiv.org/abs/2106.14342>`_, section 4.
     """
     check_integer("num_samples", num_samples, 1)
-    z = jax.tree.map(jnp.asarray, z)
-    _check_image(f, z, params, x)
+    z = checked_state("z", z, batched=False)
+    checked_image(f, (z, params, x), "f(z, params, x)")
     _, pull = jax.vjp(lambda z: f(z, params, x), z)
     leaves, structure = jax.tree.flatten(z)
 
@@ -403,51 +413,12 @@ def jacobian_penalty(
 
 
 def _check_options(solver: Any, backward_solver: Any, gradient: Any) -> None:
-    for name, value in (("solver", solver), ("backward_solver", backward_solver)):
-        if not isinstance(value, FixedPointSolver) and not is_optimistix_solver(value):
-            raise TypeError(
-                f"`{name}` must be a solver, as optax_accel.equilibrium.anderson(), broyden() or "
-                f"fixed_point() make, or one of optimistix; got {shown(value)}."
-            )
-    if not isinstance(gradient, Phantom) and gradient not in ("implicit", "unrolled"):
+    check_solver("solver", solver)
+    check_solver("backward_solver", backward_solver)
+    if isinstance(gradient, Phantom):
+        phantom(*gradient)  # refuses steps and a damping that there are not
+    elif not isinstance(gradient, str) or gradient not in ("implicit", "unrolled"):
         raise ValueError(
             "`gradient` must be 'implicit', 'unrolled' or optax_accel.equilibrium.phantom(steps, "
             f"damping); got {shown(gradient)}."
         )
-
-
-def _check_state(z0: chex.ArrayTree, batched: bool) -> None:
-    leaves = jax.tree_util.tree_leaves_with_path(z0)
-    if not leaves or any(leaf.size == 0 for _, leaf in leaves):
-        raise ValueError("`z0` must contain arrays with entries; got none, or an empty one.")
-    for path, leaf in leaves:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            where = jax.tree_util.keystr(path)
-            raise TypeError(
-                f"`z0` must be of floating-point arrays, got {leaf.dtype} at z0{where}."
-            )
-    if not batched:
-        return
-    examples = {leaf.shape[:1] for _, leaf in leaves}
-    if len(examples) > 1 or () in examples:
-        raise ValueError(
-            "the first axis of every array of `z0` must be that of the examples, got shapes "
-            f"{[leaf.shape for _, leaf in leaves]}: give `batched=False` for a state without one."
-        )
-
-
-def _check_image(f: Any, z: chex.ArrayTree, params: chex.ArrayTree, x: chex.ArrayTree) -> None:
-    image = jax.eval_shape(f, z, params, x)
-    expected, found = str(jax.tree.structure(z)), str(jax.tree.structure(image))
-    if expected != found:
-        raise ValueError(
-            f"f(z, params, x) must have the structure of `z`, {expected}, got {found}."
-        )
-    pairs = zip(jax.tree_util.tree_leaves_with_path(z), jax.tree.leaves(image), strict=True)
-    for (path, leaf), new in pairs:
-        if leaf.shape != new.shape or leaf.dtype != new.dtype:
-            raise ValueError(
-                "f(z, params, x) must have the shapes and dtypes of `z`; at z"
-                f"{jax.tree_util.keystr(path)} it maps {leaf.dtype}{list(leaf.shape)} to "
-                f"{new.dtype}{list(new.shape)}."
-            )

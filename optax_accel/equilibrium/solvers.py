@@ -42,7 +42,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_accel._arguments import check_choice, check_flag, check_integer, check_number
+from optax_accel._arguments import check_choice, check_flag, check_integer, check_number, shown
+from optax_accel._means import vary_like
+from optax_accel._mesh_axes import placed_like, with_auto_axes
+from optax_accel.equilibrium._checks import checked_image, checked_state
 from optax_accel.equilibrium._optimistix import is_optimistix_solver, solve_by_optimistix
 
 Stop = Literal["absolute", "relative"]
@@ -100,7 +103,8 @@ class FixedPointSolver(NamedTuple):
     Attributes:
       name: of the function that made it.
       init: ``init(z, evaluations)`` makes its memory for states of shape (examples, size).
-      update: ``update(step, z, image, memory)`` gives the next state and memory.
+      update: ``update(step, z, image, memory, running)`` gives the next state and memory; what it
+        gives for examples that are not ``running`` is not used.
       max_steps: the most steps.
       evaluations: the evaluations of f that these take.
       tolerance: of the residual.
@@ -112,7 +116,7 @@ class FixedPointSolver(NamedTuple):
 
     name: str
     init: Callable[[jax.Array], Any]
-    update: Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+    update: Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
     max_steps: int
     evaluations: int
     tolerance: float
@@ -174,25 +178,35 @@ def anderson(
     check_number("mixing", mixing, 0, 1, open_low=True)
 
     def init(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-        empty = jnp.zeros((z.shape[0], memory, z.shape[1]), z.dtype)
+        empty = _rows_like(z, memory)
         return empty, empty
 
     def update(
-        step: jax.Array, z: jax.Array, image: jax.Array, pairs: tuple[jax.Array, jax.Array]
+        step: jax.Array,
+        z: jax.Array,
+        image: jax.Array,
+        pairs: tuple[jax.Array, jax.Array],
+        running: jax.Array,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        # Of examples that have stopped nothing may enter the derivatives: 0 times infinity.
         iterates, images = (
-            lax.dynamic_update_index_in_dim(old, new, step % memory, 1)
+            _where(running, lax.dynamic_update_index_in_dim(old, new, step % memory, 1), 0)
             for old, new in zip(pairs, (z, image), strict=True)
         )
         present = jnp.arange(memory) <= step
         residuals = images - iterates
         gram = jnp.einsum("bmd,bnd->bmn", residuals, residuals, precision="highest")
-        weights = mixing_weights(gram, present, ridge, relative_ridge)
+        gram = _where(running, gram, jnp.broadcast_to(jnp.eye(memory, dtype=z.dtype), gram.shape))
+
+        def weigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return mixing_weights(gram, present, ridge, relative_ridge)
+
+        weights, solved = with_auto_axes(weigh, gram, out_like=(gram[:, 0], gram[:, 0, 0]))
         mixed = _combined(weights, images)
         if mixing != 1:
             mixed = mixing * mixed + (1 - mixing) * _combined(weights, iterates)
         # The first step of the authors' loop is a plain one, whatever the mixing.
-        return jnp.where(step == 0, image, mixed), (iterates, images)
+        return _where(solved & (step > 0), mixed, image), (iterates, images)
 
     return FixedPointSolver(
         "anderson", init, update, max_steps, max_steps, tolerance, stop, loop, "best_image"
@@ -244,16 +258,22 @@ def broyden(
     kept = max_steps if memory is None else min(memory, max_steps)
 
     def init(z: jax.Array) -> tuple[jax.Array, ...]:
-        empty = jnp.zeros((z.shape[0], kept, z.shape[1]), z.dtype)
-        return empty, empty, jnp.zeros_like(z), jnp.zeros_like(z)
+        empty, zeros = _rows_like(z, kept), _rows_like(z, 1)[:, 0]
+        return empty, empty, zeros, zeros
 
     def inverse(u: jax.Array, v: jax.Array, x: jax.Array) -> jax.Array:
         return _combined(jnp.einsum("bmd,bd->bm", v, x, precision="highest"), u) - x
 
     def update(
-        step: jax.Array, z: jax.Array, image: jax.Array, memory: tuple[jax.Array, ...]
+        step: jax.Array,
+        z: jax.Array,
+        image: jax.Array,
+        memory: tuple[jax.Array, ...],
+        running: jax.Array,
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        u, v, last_z, last_residual = memory
+        # Of examples that have stopped nothing may enter the derivatives: 0 times infinity.
+        u, v, last_z, last_residual = (_where(running, kept, 0) for kept in memory)
+        z, image = _where(running, z, 0), _where(running, image, 0)
         residual = image - z
         moved, changed = z - last_z, residual - last_residual
         row = inverse(v, u, moved)
@@ -313,7 +333,7 @@ def fixed_point(
     return FixedPointSolver(
         "fixed_point",
         lambda z: (),
-        lambda step, z, image, memory: (image, memory),
+        lambda step, z, image, memory, running: (image, memory),
         max_steps,
         max_steps,
         tolerance,
@@ -330,9 +350,18 @@ def _check(max_steps: int, low: int, tolerance: float, stop: str, loop: str) -> 
     check_choice("loop", loop, ("while", "unrolled"))
 
 
+def check_solver(name: str, value: Any) -> None:
+    """Raises ``TypeError`` if an argument is not a solver of ours or of optimistix."""
+    if not isinstance(value, FixedPointSolver) and not is_optimistix_solver(value):
+        raise TypeError(
+            f"`{name}` must be a solver, as optax_accel.equilibrium.anderson(), broyden() or "
+            f"fixed_point() make, or one of optimistix; got {shown(value)}."
+        )
+
+
 def mixing_weights(
     gram: jax.Array, present: jax.Array, ridge: Any, relative_ridge: Any
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Weights of sum 1 for which the mixed residual is least, with the ridge of the module.
 
     Args:
@@ -342,7 +371,8 @@ def mixing_weights(
       relative_ridge: the ridge as a multiple of the mean squared norm of the residuals.
 
     Returns:
-      The weights, (examples, pairs), 0 for absent pairs.
+      The weights, (examples, pairs), 0 for absent pairs; and for each example whether there are
+      such weights, (examples,): where the system is singular they are 0, and constant.
     """
     examples, size, dtype = gram.shape[0], gram.shape[-1], gram.dtype
     there = present.astype(dtype)
@@ -355,8 +385,40 @@ def mixing_weights(
     first = jnp.concatenate([jnp.zeros((examples, 1), dtype), edge], 1)
     rest = gram + diagonal[:, :, None] * jnp.eye(size, dtype=dtype)[None]
     system = jnp.concatenate([first[:, None], jnp.concatenate([edge[:, :, None], rest], 2)], 1)
-    sides = jnp.zeros((examples, size + 1, 1), dtype).at[:, 0].set(1)
-    return jnp.linalg.solve(system, sides)[:, 1:, 0]
+    first_row = jnp.eye(size + 1, 1, dtype=dtype)
+    sides = vary_like(jnp.broadcast_to(first_row, (examples, size + 1, 1)), system)
+    factors, _, order = lax.linalg.lu(lax.stop_gradient(system))
+    eliminated = jax.vmap(_eliminated)
+    solved = jnp.isfinite(eliminated(factors, order, sides)).all((1, 2))
+    # A guard behind the solution would come too late: the derivative would be 0 times infinity.
+    identity = jnp.broadcast_to(jnp.eye(size + 1, dtype=dtype), system.shape)
+    system, factors = _where(solved, system, identity), _where(solved, factors, identity)
+    solution = lax.custom_linear_solve(
+        lambda y: jnp.matmul(system, y, precision="highest"),
+        sides,
+        lambda _, side: eliminated(factors, order, side),
+        symmetric=True,
+    )
+    return _where(solved, solution[:, 1:, 0], 0), solved
+
+
+def _eliminated(factors: jax.Array, order: jax.Array, side: jax.Array) -> jax.Array:
+    """The solution of one linear system, from its triangular factors and the order of its rows."""
+    half = jax.scipy.linalg.solve_triangular(factors, side[order], lower=True, unit_diagonal=True)
+    return jax.scipy.linalg.solve_triangular(factors, half)
+
+
+def _where(chosen: jax.Array, new: jax.Array, old: Any) -> jax.Array:
+    """Some examples of one array, the others of another one or of a constant."""
+    return jnp.where(chosen.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+
+def _rows_like(z: jax.Array, rows: int) -> jax.Array:
+    """Zeros with so many rows for each example, which lie where the examples lie."""
+    zeros = jnp.where(
+        jnp.zeros((), bool), z, 0
+    )  # keeps what axes it varies over, unlike zeros_like
+    return jnp.broadcast_to(zeros[:, None], (z.shape[0], rows, z.shape[1]))
 
 
 def _combined(weights: jax.Array, rows: jax.Array) -> jax.Array:
@@ -371,6 +433,8 @@ class _Carry(NamedTuple):
     z: jax.Array
     memory: Any
     found: jax.Array
+    iterate: jax.Array
+    diverged: jax.Array
     residual: jax.Array
     relative_residual: jax.Array
     least: jax.Array
@@ -407,8 +471,9 @@ def solve(
       The state, and the report.
 
     Raises:
-      TypeError: ``batched`` or ``differentiable`` is not True or False.
-      ValueError: ``axis_name`` with a solver of optimistix.
+      TypeError: ``z0`` is not of floating-point arrays, or an argument is of another type.
+      ValueError: f(z0) is not like ``z0``; no entries, no axis of examples or examples of different
+        numbers in ``z0``; ``axis_name`` with a solver of optimistix.
 
     Example:
       >>> import jax.numpy as jnp
@@ -418,13 +483,44 @@ def solve(
       >>> round(float(z), 4), bool(report.converged)
       (0.7391, True)
     """
+    check_solver("solver", solver)
     check_flag("batched", batched)
     check_flag("differentiable", differentiable)
+    z0 = checked_state("z0", z0, batched)
+    z0 = placed_like(z0, checked_image(f, (z0,), "f(z)"))
+    z, report, _ = find(
+        solver, f, z0, batched=batched, axis_name=axis_name, differentiable=differentiable
+    )
+    return z, report
+
+
+def find(
+    solver: FixedPointSolver | Any,
+    f: Function,
+    z0: chex.ArrayTree,
+    *,
+    batched: bool,
+    axis_name: str | None,
+    differentiable: bool = False,
+) -> tuple[chex.ArrayTree, FixedPointReport, jax.Array]:
+    """What :func:`solve` does, of arguments that have been checked.
+
+    Args:
+      solver: see :func:`solve`, as for the others.
+      f: the function.
+      z0: where it starts, of arrays that lie where those of ``f(z0)`` lie.
+      batched: whether there is an axis of examples.
+      axis_name: axis over which f communicates, or None.
+      differentiable: whether reverse mode has to go through the steps.
+
+    Returns:
+      The state; the report; and for each example whether it met values that are not finite.
+    """
     if is_optimistix_solver(solver):
         z, fields = solve_by_optimistix(
             solver, f, z0, batched=batched, axis_name=axis_name, differentiable=differentiable
         )
-        return z, FixedPointReport(**fields)
+        return z, FixedPointReport(**fields), ~jnp.isfinite(fields["residual"])
     pack, unpack = _packing(z0, batched)
 
     def image_of(z: jax.Array) -> jax.Array:
@@ -451,26 +547,30 @@ def solve(
         *(carry.residual, carry.relative_residual),
         *(carry.steps, carry.converged, carry.residuals),
     )
+    # What follows from an image near overflow is not finite: the iterate before it is safe.
+    found, diverged = _where(carry.diverged, carry.iterate, carry.found), carry.diverged
     if not batched:
-        report = jax.tree.map(lambda field: field[..., 0], report)
-    return unpack(carry.found), report
+        report, diverged = jax.tree.map(lambda field: field[..., 0], (report, diverged))
+    return unpack(found), report, diverged
 
 
 def _start(solver: FixedPointSolver, z: jax.Array) -> _Carry:
-    examples = z.shape[:1]
-    endless = jnp.full(examples, jnp.inf, z.dtype)
+    zeros = _rows_like(z, 1).sum((1, 2))  # one for each example
+    endless, no = zeros + jnp.inf, zeros > 0
     return _Carry(
         step=jnp.zeros((), jnp.int32),
         z=z,
         memory=solver.init(z),
         found=z,
+        iterate=lax.stop_gradient(z),
+        diverged=no,
         residual=endless,
         relative_residual=endless,
         least=endless,
-        steps=jnp.zeros(examples, jnp.int32),
-        converged=jnp.zeros(examples, bool),
-        running=jnp.ones(examples, bool),
-        residuals=jnp.full((solver.evaluations, *examples), jnp.nan, z.dtype),
+        steps=no.astype(jnp.int32),
+        converged=no,
+        running=~no,
+        residuals=jnp.broadcast_to(zeros + jnp.nan, (solver.evaluations, *zeros.shape)),
     )
 
 
@@ -486,21 +586,25 @@ def _advance(
     compared = residual if solver.stop == "absolute" else relative_residual
     finite = carry.running & jnp.isfinite(residual)
     better = finite & ((compared < carry.least) | (solver.result == "last_image"))
-    converged = carry.converged | (finite & (compared < solver.tolerance))
+    converged = carry.converged | (finite & ((compared < solver.tolerance) | (residual == 0)))
+    diverged = carry.diverged | (carry.running & ~finite)
+    iterate = _where(better, lax.stop_gradient(carry.z), carry.iterate)
     shown = jnp.where(carry.running, compared, jnp.nan)
     residuals = lax.dynamic_update_index_in_dim(carry.residuals, shown, carry.step, 0)
     running = finite & ~converged
     if solver.stagnates and solver.evaluations > _WINDOW:
         running &= ~_is_stagnant(solver, residuals, carry.step)
-    z, memory = solver.update(carry.step, carry.z, image, carry.memory)
-    usable = jnp.isfinite(lax.stop_gradient(z)).all(-1, keepdims=True)
-    z = jnp.where(running[:, None], jnp.where(usable, z, image), carry.z)
+    z, memory = solver.update(carry.step, carry.z, image, carry.memory, running)
+    usable = jnp.isfinite(lax.stop_gradient(z)).all(-1)
+    z = _where(running, _where(usable, z, image), _where(diverged, iterate, carry.z))
     kept = carry.z if solver.result == "best_iterate" else image
     return _Carry(
         step=carry.step + 1,
         z=z,
         memory=memory,
-        found=jnp.where(better[:, None], kept, carry.found),
+        found=_where(better, kept, carry.found),
+        iterate=iterate,
+        diverged=diverged,
         residual=jnp.where(better, residual, carry.residual),
         relative_residual=jnp.where(better, relative_residual, carry.relative_residual),
         least=jnp.where(better, compared, carry.least),
@@ -523,14 +627,14 @@ def _packing(
 ) -> tuple[Callable[[chex.ArrayTree], jax.Array], Callable[[jax.Array], chex.ArrayTree]]:
     """Functions from a state to an array of (examples, size), in at least float32, and back."""
     leaves, structure = jax.tree.flatten(z0)
-    leaves = list(map(jnp.asarray, leaves))
     examples = leaves[0].shape[0] if batched else 1
     dtype = jnp.result_type(*(jnp.promote_types(leaf.dtype, jnp.float32) for leaf in leaves))
     sizes = [leaf.size // examples for leaf in leaves]
 
     def pack(z: chex.ArrayTree) -> jax.Array:
+        parts = zip(jax.tree.leaves(placed_like(z, z0)), sizes, strict=True)
         return jnp.concatenate(
-            [leaf.reshape(examples, -1).astype(dtype) for leaf in jax.tree.leaves(z)], axis=1
+            [leaf.reshape(examples, size).astype(dtype) for leaf, size in parts], axis=1
         )
 
     def unpack(flat: jax.Array) -> chex.ArrayTree:

@@ -38,10 +38,11 @@ def test_golden_anderson(x64):
 
 def test_golden_mixing_weights(x64):
     residuals = np.array([[1.0, 1.0], [0.7, 0.5]])
-    weights = eq.solvers.mixing_weights(
+    weights, solved = eq.solvers.mixing_weights(
         jnp.asarray(residuals @ residuals.T)[None], jnp.ones(2, bool), 1e-4, 0.0
     )
     np.testing.assert_allclose(weights[0], [-1.3518518519, 2.3518518519], atol=1e-9)
+    assert solved.all()
 
 
 def test_golden_broyden(x64):
