@@ -48,8 +48,34 @@ def resolve(params: chex.ArrayTree, mask: Mask, name: str = "mask") -> chex.Arra
     except ValueError as error:
         raise ValueError(
             f"`{name}` must be a pytree of booleans like the parameters (or a prefix of it), or a "
-            f"function that returns one: {error}"
+            f"function that returns one: {other_type(booleans, params, name) or error}"
         ) from error
+
+
+def other_type(
+    tree: Any,
+    params: chex.ArrayTree,
+    name: str,
+    of_leaf: str = "'kernel' in jax.tree_util.keystr(path)",
+) -> str | None:
+    """What to do where a mask or labels are a container of another type than the parameters.
+
+    Args:
+      tree: the mask or the labels.
+      params: the parameters.
+      name: the name of the argument.
+      of_leaf: an example of what makes one of its leaves from a path.
+
+    Returns:
+      The end of a message; ``None`` where the types of both are the same.
+    """
+    if type(tree) is type(params):
+        return None
+    return (
+        f"the parameters are a {type(params).__name__} and `{name}` is a {type(tree).__name__}. "
+        "Make it from the parameters, as in jax.tree_util.tree_map_with_path(lambda path, leaf: "
+        f"{of_leaf}, params)."
+    )
 
 
 def select(tree: chex.ArrayTree, chosen: chex.ArrayTree | None) -> chex.ArrayTree:

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_accel._masking import other_type
 from optax_accel.curvature import blocks
+from optax_accel.curvature._vectors import check_vector, part_of
 from optax_accel.curvature.estimates import Operator, block_product
 
 Labels: TypeAlias = chex.ArrayTree | Callable[[chex.ArrayTree], chex.ArrayTree] | None
@@ -44,11 +46,31 @@ class DiagonalBlock:
         return f"DiagonalBlock(dimension={self.dimension})"
 
     def __call__(self, vector: chex.ArrayTree) -> chex.ArrayTree:
-        """The product with one vector, a pytree like ``like``."""
+        """The product with one vector, a pytree like ``like``.
+
+        Raises:
+          ValueError: the vector has another structure or other shapes.
+        """
+        check_vector(repr(self), self.like, vector)
         return jax.tree.map(lambda b: b[0], self.block(blocks.as_block(vector)))
+
+    def select(self, tree: chex.ArrayTree) -> chex.ArrayTree:
+        """The part of a tree like the vectors of the whole operator that this block acts on.
+
+        Args:
+          tree: a gradient, an update, ..., of the structure of all parameters.
+
+        Returns:
+          A vector of the block: ``optax.MaskedNode`` in place of the leaves of other groups.
+
+        Raises:
+          ValueError: the tree is not like the whole.
+        """
+        return part_of(repr(self), self.like, tree)
 
     def block(self, block: chex.ArrayTree) -> chex.ArrayTree:
         """The products with every row of a block, leaves ``(k, *shape)``."""
+        check_vector(repr(self), self.like, block, num_axes=1)
         leaves = jax.tree.leaves(block)
         num = leaves[0].shape[0] if leaves else 0
         whole = jax.tree.map(
@@ -111,7 +133,12 @@ class BlockDiagonal:
         return DiagonalBlock(self._operator, self.like, chosen)
 
     def __call__(self, vector: chex.ArrayTree) -> chex.ArrayTree:
-        """The product with one vector, a pytree like ``like``."""
+        """The product with one vector, a pytree like ``like``.
+
+        Raises:
+          ValueError: the vector has another structure or other shapes.
+        """
+        check_vector(repr(self), self.like, vector)
         return jax.tree.map(lambda b: b[0], self.block(blocks.as_block(vector)))
 
     def block(self, block: chex.ArrayTree) -> chex.ArrayTree:
@@ -119,6 +146,7 @@ class BlockDiagonal:
 
         Each row is cut into its groups, which makes as many rows for the whole operator.
         """
+        check_vector(repr(self), self.like, block, num_axes=1)
         leaves, treedef = jax.tree.flatten(block)
         if not leaves or leaves[0].shape[0] == 0:
             return block
@@ -202,9 +230,10 @@ def _labels_of_leaves(labels: Labels, like: chex.ArrayTree) -> list[Hashable]:
     try:
         jax.tree.map(put, tree, like)
     except ValueError as error:
+        other = other_type(tree, like, "labels", "jax.tree_util.keystr(path)")
         raise ValueError(
             "`labels` must be a pytree of strings or integers like the vectors (or a prefix of "
-            f"it), or a function that returns one: {error}"
+            f"it), or a function that returns one: {other or error}"
         ) from error
     return spread
 

@@ -76,7 +76,16 @@ def fisher(
     """
     check_choice("likelihood", likelihood, ("categorical", "gaussian"))
     linearize = functools.partial(_fisher, likelihood)
-    return build(f"fisher, {likelihood}", linearize, objective, params, batches, where, batch)
+    return build(
+        f"fisher, {likelihood}",
+        linearize,
+        objective,
+        params,
+        batches,
+        where,
+        batch,
+        needs_outputs=True,
+    )
 
 
 def empirical_fisher(

@@ -98,7 +98,16 @@ def gauss_newton(
       Schraudolph, `Fast curvature matrix-vector products
       <https://doi.org/10.1162/08997660260028683>`_, 2002.
     """
-    return build("gauss_newton", _gauss_newton, objective, params, batches, where, batch)
+    return build(
+        "gauss_newton",
+        _gauss_newton,
+        objective,
+        params,
+        batches,
+        where,
+        batch,
+        needs_outputs=True,
+    )
 
 
 def functional_hessian(
@@ -146,7 +155,14 @@ def functional_hessian(
       maps <https://arxiv.org/abs/2106.16225>`_, 2021.
     """
     return build(
-        "functional_hessian", _functional_hessian, objective, params, batches, where, batch
+        "functional_hessian",
+        _functional_hessian,
+        objective,
+        params,
+        batches,
+        where,
+        batch,
+        needs_outputs=True,
     )
 
 

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from optax_accel._arguments import check_choice, check_integer, check_number, check_product
 from optax_accel._numerics import divided, max_norm, norm, power_of_two, vdot
 from optax_accel.curvature._lanczos import lanczos
+from optax_accel.curvature._vectors import check_vector
 from optax_accel.curvature.eigensolvers import Loop, run_while
 from optax_accel.curvature.estimates import Operator
+from optax_accel.curvature.low_rank import NystromApproximation
 
 Method = Literal["cg", "neumann"]
 
@@ -88,7 +90,8 @@ def inverse_product(
     Args:
       operator: a symmetric operator: a :class:`~optax_accel.curvature.CurvatureOperator` or a
         function of a pytree.
-      vector: the right-hand side.
+      vector: the right-hand side, a vector of the operator: for one with ``where=``,
+        ``operator.select(gradient)``.
       damping: what is added to the diagonal, at least 0; default: 0.
       method: ``"cg"`` (default) or ``"neumann"``.
       preconditioner: multiplies a vector by an approximate inverse of the damped operator, which is
@@ -109,8 +112,10 @@ def inverse_product(
       The solution and a report.
 
     Raises:
-      ValueError: the method or the loop is unknown, or a number is outside its range.
-      TypeError: the operator or the preconditioner is not a function, or a count is not an integer.
+      ValueError: the method or the loop is unknown, a number is outside its range, or ``vector`` or
+        ``start`` has another structure or other shapes than the vectors of the operator.
+      TypeError: the operator or the preconditioner is not a function, the preconditioner is an
+        approximation of the operator rather than of its inverse, or a count is not an integer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -129,6 +134,10 @@ def inverse_product(
     """
     _check(operator, damping, method, preconditioner, tolerance, max_iterations, step_size, loop)
     vector = jax.tree.map(jnp.asarray, vector)
+    if (like := getattr(operator, "like", None)) is not None:
+        check_vector("inverse_product, `vector`", like, vector)
+    if start is not None:
+        check_vector("inverse_product, `start`", vector, start)
     if loop is None:
         loop = "graph" if _traced((vector, start, getattr(operator, "_linear", None))) else "host"
     unit = power_of_two(max_norm(vector))
@@ -187,6 +196,12 @@ def _check(
     check_choice("method", method, ("cg", "neumann"))
     if preconditioner is not None:
         check_product("preconditioner", preconditioner)
+        if isinstance(preconditioner, NystromApproximation):
+            raise TypeError(
+                "`preconditioner` must approximate the inverse of the damped operator, got a "
+                "Nyström approximation of the operator itself: give "
+                "preconditioner=approximation.inverse(damping)."
+            )
     check_number("tolerance", tolerance, 0, 1, open_low=True, open_high=True)
     check_integer("max_iterations", max_iterations, 1)
     if step_size is not None:

@@ -12,6 +12,7 @@ from optax_accel._arguments import check_integer, check_number
 from optax_accel._numerics import divided, max_norm, power_of_two
 from optax_accel._random import as_key
 from optax_accel.curvature import blocks
+from optax_accel.curvature._vectors import check_vector
 from optax_accel.curvature.estimates import (
     Operator,
     block_product,
@@ -43,6 +44,9 @@ class NystromApproximation(NamedTuple):
 
         Returns:
           The product, like the vector.
+
+        Raises:
+          ValueError: the vector has another structure or other shapes.
         """
         return _in_basis(self.basis, self.eigenvalues, vector)
 
@@ -66,8 +70,6 @@ class NystromApproximation(NamedTuple):
           <https://arxiv.org/abs/2110.02820>`_, 2023, section 5.
         """
         check_number("damping", damping, 0, open_low=True)
-        if not self.eigenvalues.shape[0]:
-            return lambda vector: vector
         smallest = self.eigenvalues[-1]
         change = (smallest + damping) / (self.eigenvalues + damping) - 1
 
@@ -91,7 +93,8 @@ def nystrom(
     Args:
       operator: a symmetric positive semidefinite operator: a
         :class:`~optax_accel.curvature.CurvatureOperator` or a function of a pytree.
-      rank: number of eigenpairs, and of products; at most the dimension is used.
+      rank: number of eigenpairs, and of products; at most the dimension, the number of parameters
+        that the operator acts on.
       key: PRNG key of the random block, or an integer seed.
       like: structure, shapes and dtypes of the vectors; default: the operator's own.
 
@@ -100,8 +103,8 @@ def nystrom(
       are nan where the operator was found to be indefinite.
 
     Raises:
-      ValueError: ``rank`` is less than 1, or, outside of ``jit``, the operator is not positive
-        semidefinite or gives numbers that are not finite.
+      ValueError: ``rank`` is less than 1 or above the dimension, or, outside of ``jit``, the
+        operator is not positive semidefinite or gives numbers that are not finite.
       TypeError: ``like`` is missing, or ``rank`` is not an integer.
 
     Example:
@@ -124,10 +127,11 @@ def nystrom(
     """
     check_integer("rank", rank, 1)
     product, like = block_product(operator, like)
-    rank = min(rank, blocks.dimension(like))
-    if rank == 0:
-        none = jnp.zeros((0,), blocks.scalar_dtype(like))
-        return NystromApproximation(none, blocks.zeros(0, like), jnp.zeros((), jnp.int32))
+    if rank > (dimension := blocks.dimension(like)):
+        raise ValueError(
+            f"nystrom: `rank` must be at most {dimension}, the number of rows of the operator, got "
+            f"{rank}."
+        )
     test = orthonormal_rows(random_block(as_key(key), like, rank, "gaussian"))
     eigenvalues, basis = _from_sketch(test, product(test))
     if not isinstance(eigenvalues, jax.core.Tracer) and not jnp.isfinite(eigenvalues).all():
@@ -172,6 +176,8 @@ def _from_sketch(test: chex.ArrayTree, image: chex.ArrayTree) -> tuple[jax.Array
 
 @jax.jit
 def _in_basis(basis: chex.ArrayTree, factors: jax.Array, vector: chex.ArrayTree) -> chex.ArrayTree:
+    row = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), basis)
+    check_vector("nystrom", row, vector)
     coefficients = blocks.inner(basis, blocks.as_block(vector))[:, 0]
     combined = blocks.combine(factors * coefficients, basis)
     return jax.tree.map(lambda c, v: c.astype(v.dtype), combined, vector)

@@ -50,6 +50,7 @@ from optax_accel._derivatives import Constants, LinearFunction
 from optax_accel._extra_args import check_params
 from optax_accel._masking import Mask, merge, resolve, select
 from optax_accel.curvature import blocks
+from optax_accel.curvature._vectors import check_vector, part_of
 from optax_accel.objective import Objective
 
 Batch = Mapping[str, Any]
@@ -99,6 +100,7 @@ class CurvatureOperator:
         self.dimension: int = blocks.dimension(params)
         # Without a constraint the compiler may replicate the products of sharded vectors.
         self._shardings = shardings_of(self.like)
+        self._check = functools.partial(check_vector, name, self.like)
         self._name = name
         self._linear = linear
         self._terms = terms
@@ -107,8 +109,37 @@ class CurvatureOperator:
         return f"CurvatureOperator({self._name}, dimension={self.dimension})"
 
     def __call__(self, vector: chex.ArrayTree) -> chex.ArrayTree:
-        """The product with one vector, a pytree like ``like``."""
+        """The product with one vector, a pytree like ``like``.
+
+        Raises:
+          ValueError: the vector has another structure or other shapes.
+        """
+        self._check(vector)
         return self._mean(lambda linear: _product(linear, vector, self._shardings))
+
+    def select(self, tree: chex.ArrayTree) -> chex.ArrayTree:
+        """The part of a tree like the parameters that the operator acts on (``where=``).
+
+        Args:
+          tree: a gradient, an update, ..., of the structure of all parameters.
+
+        Returns:
+          A vector of the operator: ``optax.MaskedNode`` in place of what is held fixed.
+
+        Raises:
+          ValueError: the tree is not like the parameters.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> import optax_accel as oa
+          >>> from optax_accel import curvature
+          >>> objective = oa.Objective.from_value_fn(lambda p: jnp.sum(p["w"] ** 2) + p["b"] ** 2)
+          >>> params = {"w": jnp.ones(2), "b": jnp.ones(())}
+          >>> operator = curvature.hessian(objective, params, where={"w": True, "b": False})
+          >>> operator.select(objective.grad(params))
+          {'b': MaskedNode(), 'w': Array([2., 2.], dtype=float32)}
+        """
+        return part_of(self._name, self.like, tree)
 
     def block(self, block: chex.ArrayTree) -> chex.ArrayTree:
         """The products with every row of a block, leaves ``(k, *shape)``.
@@ -117,7 +148,11 @@ class CurvatureOperator:
         faster than all at once where it matters (by a quarter on 5,000 MNIST images or on a
         convolutional network: the working set of one row is smaller); on other devices and inside
         ``jit`` they are vectorized.
+
+        Raises:
+          ValueError: the rows have another structure or other shapes than ``like``.
         """
+        self._check(block, num_axes=1)
         leaves = jax.tree.leaves(block)
         if not leaves or leaves[0].shape[0] == 0:
             return block
@@ -270,6 +305,7 @@ def build(
     *,
     per_example: bool = False,
     centred: bool = False,
+    needs_outputs: bool = False,
 ) -> CurvatureOperator:
     """Builds a curvature operator from an objective and its data.
 
@@ -284,6 +320,7 @@ def build(
       batch: the keyword arguments of one batch in memory; empty with ``batches``.
       per_example: whether the batch must have at least one example.
       centred: whether the operator needs the mean gradient of the whole data.
+      needs_outputs: whether the objective must give the outputs of the network.
 
     Returns:
       The operator.
@@ -295,10 +332,13 @@ def build(
         fit the parameters or selects none of them.
     """
     if not isinstance(objective, Objective):
+        wrap = "wrap a function with Objective.from_value_fn"
+        if needs_outputs:
+            wrap = "it needs the network outputs, so build Objective(predict, loss)"
         raise TypeError(
             f"{name}: `objective` must be an optax_accel.Objective, got "
-            f"{type(objective).__name__}; wrap a function with Objective.from_value_fn, once, so "
-            "that what is compiled for it is found again."
+            f"{type(objective).__name__}; {wrap}, once, so that what is compiled for it is found "
+            "again."
         )
     check_params(params, name, f"{name}(objective, params, ...)")
     chosen = _chosen_leaves(name, objective, params, where)

@@ -13,6 +13,7 @@ from optax_accel._arguments import check_choice, check_integer
 from optax_accel._numerics import divided, max_norm, power_of_two
 from optax_accel._random import as_key
 from optax_accel.curvature import blocks
+from optax_accel.curvature._vectors import check_vector
 from optax_accel.curvature.estimates import (
     Estimate,
     Operator,
@@ -159,7 +160,7 @@ def energy_shares(
       Both shares, with standard errors by the delta method.
 
     Raises:
-      ValueError: ``num_probes`` is less than 1.
+      ValueError: ``num_probes`` is less than 1, or the basis is not one of the operator's vectors.
       TypeError: ``num_probes`` is not an integer.
 
     Example:
@@ -174,6 +175,7 @@ def energy_shares(
     check_integer("num_probes", num_probes, 1)
     like = jax.tree.map(lambda b: jax.ShapeDtypeStruct(b.shape[1:], b.dtype), basis)
     product, like = block_product(operator, getattr(operator, "like", like))
+    check_vector("energy_shares, `basis`", like, basis, num_axes=1)
     k, size = jax.tree.leaves(basis)[0].shape[0], blocks.dimension(like)
     num_samples = num_probes if num_probes < size else 0
     if num_samples:

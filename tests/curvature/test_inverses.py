@@ -153,3 +153,22 @@ def test_batches_larger_than_memory(x64):
 def test_wrong_input(arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
         inverse_product(lambda v: v, jnp.ones(2), **arguments)
+
+
+def test_wrong_vectors_are_refused():
+    params = {"w": jnp.ones(2), "b": jnp.ones(())}
+    objective = oa.Objective(lambda p: p["w"] * p["b"], lambda out: jnp.sum(out**2) / 2)
+    operator = curvature.gauss_newton(objective, params, where={"w": True, "b": False})
+    gradient = objective.grad(params)
+    with pytest.raises(ValueError, match=r"`vector`: .*such as \['b'\]; cut .* operator.select"):
+        inverse_product(operator, gradient)
+    with pytest.raises(ValueError, match=r"`vector`: .* a dict, got an array"):
+        inverse_product(operator, jnp.ones(2))
+    vector = operator.select(gradient)
+    with pytest.raises(ValueError, match=r"`start`: .*'w'.* must have the shape \(2,\), got \(\)"):
+        inverse_product(operator, vector, start={**vector, "w": jnp.ones(())})
+    # The block of "w" is the identity.
+    found = inverse_product(operator, vector, damping=1.0)
+    np.testing.assert_allclose(found.solution["w"], gradient["w"] / 2)
+    with pytest.raises(TypeError, match=r"preconditioner=approximation.inverse\(damping\)"):
+        inverse_product(operator, vector, preconditioner=nystrom(operator, 1, key=0))

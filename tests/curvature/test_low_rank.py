@@ -67,7 +67,7 @@ def test_low_rank_matrices_are_found_exactly(x64, dtype, scale):
 
 def test_whole_spectra_and_zero(x64):
     product = operator("outliers")
-    found = nystrom(product, 100, key=0)  # no more than the dimension
+    found = nystrom(product, SIZE, key=0)
     want = np.linalg.eigvalsh(product.matrix)[::-1]
     np.testing.assert_allclose(found.eigenvalues, np.maximum(want, 0), atol=1e-9)
     nothing = nystrom(lambda v: jax.tree.map(jnp.zeros_like, v), 3, key=0, like=product.like)
@@ -77,13 +77,19 @@ def test_whole_spectra_and_zero(x64):
     np.testing.assert_array_equal(nothing.inverse(2.0)(vector)["b"], vector["b"])
 
 
-def test_indefinite_operators_are_refused(x64):
+def test_wrong_operators_and_ranks_are_refused(x64):
     product = operator("indefinite")
     with pytest.raises(ValueError, match=r"nystrom: the operator is not positive semidefinite"):
         nystrom(product, 20, key=0)
     inside = jax.jit(lambda key: nystrom(product, 20, key=key).eigenvalues)(jax.random.key(0))
     assert np.isnan(inside).all()
+    with pytest.raises(ValueError, match=f"`rank` must be at most {SIZE}, .* got {SIZE + 1}"):
+        nystrom(product, SIZE + 1, key=0)
     with pytest.raises(ValueError, match="`rank` must be at least 1, got 0"):
         nystrom(product, 0, key=0)
     with pytest.raises(ValueError, match=r"`damping` must lie in \(0"):
         nystrom(operator("outliers"), 2, key=0).inverse(0.0)
+    found = nystrom(operator("outliers"), 2, key=0)
+    for product in (found, found.inverse(0.1)):
+        with pytest.raises(ValueError, match=r"nystrom: the vector must be a tree .* got an array"):
+            product(jnp.ones(SIZE))

@@ -144,6 +144,62 @@ def test_wrong_selections_are_refused():
     np.testing.assert_allclose(selected.dense(), 2 * np.eye(2))
 
 
+def test_vectors_of_another_structure_are_refused():
+    params = {"w": jnp.ones(2), "b": jnp.ones(2)}
+    objective = oa.Objective.from_value_fn(lambda p: jnp.sum(p["w"] ** 2 * p["b"]))
+    part = curvature.hessian(objective, params, where={"w": True, "b": False})
+    whole = curvature.hessian(objective, params)
+    layers = block_diagonal(whole, {"w": 0, "b": 1})
+    for product in (part, layers.part(0)):
+        with pytest.raises(ValueError, match=r"\['b'\]; cut .* with operator.select\(tree\)"):
+            product(params)
+        np.testing.assert_allclose(product(product.select(params))["w"], 2)
+    with pytest.raises(ValueError, match=r"hessian: .* whose leaf \['b'\] it does not have"):
+        whole({"w": params["w"]})
+    with pytest.raises(ValueError, match=r"BlockDiagonal.* which have no leaf \['c'\]"):
+        layers({**params, "c": params["w"]})
+    with pytest.raises(ValueError, match=r"\['w'\] must have the shape \(2,\), got \(3,\)"):
+        part.select({**params, "w": jnp.ones(3)})
+    with pytest.raises(ValueError, match=r"must have the shape \(number of vectors, \*\(2,\)\)"):
+        whole.block(params)
+    with pytest.raises(ValueError, match="the vectors of the operator: PyTreeDef"):
+        part.select({"w": params["w"]})
+    # Everything that asks the operator for products.
+    with pytest.raises(ValueError, match=r"operator.select"):
+        curvature.lanczos(part, params, 1, key=0, num_products=2)
+    with pytest.raises(ValueError, match=r"operator.select"):
+        curvature.diagonal(part, key=0, like=params)
+    with pytest.raises(ValueError, match=r"energy_shares, `basis`: .*operator.select"):
+        curvature.energy_shares(part, jax.tree.map(lambda x: x[None], params), key=0)
+
+
+def test_masks_and_labels_of_another_type_are_refused():
+    nnx = pytest.importorskip("flax.nnx")
+    graphdef, params = nnx.split(nnx.Linear(2, 1, rngs=nnx.Rngs(0)))
+    objective = oa.Objective.from_value_fn(lambda p: jnp.sum(nnx.merge(graphdef, p)(jnp.ones(2))))
+    message = "the parameters are a State and `{}` is a dict. .*tree_map_with_path"
+    with pytest.raises(ValueError, match=message.format("where")):
+        curvature.hessian(objective, params, where={"kernel": True, "bias": False})
+    with pytest.raises(ValueError, match=message.format("mask")):
+        oa.project_to_bulk(num_directions=1, mask={"kernel": True, "bias": False}).init(params)
+    kernel = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: "kernel" in jax.tree_util.keystr(path), params
+    )
+    operator = curvature.hessian(objective, params, where=kernel)
+    assert operator.dimension == 2
+    assert operator.select(params)["kernel"].get_value() is params["kernel"].get_value()
+    with pytest.raises(ValueError, match=message.format("labels")):
+        block_diagonal(curvature.hessian(objective, params), {"kernel": 0, "bias": 1})
+
+
+def test_operators_of_the_outputs_refuse_a_function():
+    for build in (curvature.gauss_newton, curvature.functional_hessian, curvature.fisher):
+        with pytest.raises(TypeError, match=r"needs the network outputs.*Objective\(predict, loss"):
+            build(jnp.sum, jnp.ones(2))
+    with pytest.raises(TypeError, match=r"wrap a function with Objective.from_value_fn"):
+        curvature.hessian(jnp.sum, jnp.ones(2))
+
+
 class Matrix:
     """A dense matrix as an operator on three leaves in two layers."""
 
