@@ -327,8 +327,8 @@ def _recur(
 def _project_out(vector: chex.ArrayTree, basis: chex.ArrayTree) -> chex.ArrayTree:
     """The vectors, each without its components in its own rows, ``(num_probes, rows, *shape)``.
 
-    By products of each vector with the rows of all: more multiplications, but one pass over the
-    rows, where XLA takes many times as long for a batch of small products on a CPU.
+    By products of each vector with the rows of all: more multiplications, but one product of
+    matrices instead of a batch of small ones.
     """
     num, num_rows = jax.tree.leaves(basis)[0].shape[:2]
     merged = jax.tree.map(lambda b: b.reshape(-1, *b.shape[2:]), basis)
