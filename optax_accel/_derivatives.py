@@ -209,6 +209,23 @@ def differentiable_in(mode: HVPMode) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def differentiable(method: str) -> Iterator[None]:
+    """Names the method in errors of JAX about a gradient that does not exist.
+
+    Raises:
+      TypeError: in place of the error of JAX.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, NotImplementedError) as error:
+        if not _NO_DERIVATIVE.search(str(error)):
+            raise
+        raise TypeError(
+            f"{method} needs a loss with a gradient, and this one has none: {error}"
+        ) from error
+
+
 def _first_result(function: Callable[..., tuple[chex.ArrayTree, ...]], *args: Any) -> Any:
     return function(*args)[0]
 

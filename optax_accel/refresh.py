@@ -22,8 +22,8 @@ reaches every element of a chain; this is what it means to each:
                                                  ``inverses``
 ===============  ==============================  ====================  ====================
 
-:func:`~optax_accel.monitor_curvature` records with the words of which trackers refresh, and with
-the ``monitor`` of a :class:`Refresh`; it has a period of its own.
+:func:`~optax_accel.monitor_curvature` records where trackers refresh, and with the ``monitor`` of a
+:class:`Refresh`; it has a period of its own.
 
 ``"sample"`` is for the steps of the epochs that :func:`~optax_accel.gradsamp` samples instead of
 training them: with it, it returns a sampled update, with ``None`` it decides in the graph, and with
@@ -72,8 +72,8 @@ class Refresh(NamedTuple):
       inverses: whether K-FAC refreshes factors and inverses, default False.
       damping: whether damping and trust region adapt, default False; None lets them decide in the
         graph.
-      monitor: whether :func:`~optax_accel.monitor_curvature` records, in the words of
-        ``eigenspace``: default False; None lets it decide in the graph.
+      monitor: whether :func:`~optax_accel.monitor_curvature` records, default False; None
+        lets it decide in the graph.
 
     Example:
       >>> import optax_accel as oa
@@ -85,7 +85,7 @@ class Refresh(NamedTuple):
     factors: bool | None = False
     inverses: bool = False
     damping: bool | None = False
-    monitor: EigenspaceRefresh = False
+    monitor: bool | None = False
 
 
 RefreshLike: TypeAlias = bool | str | Refresh | None
@@ -99,12 +99,12 @@ def of_eigenspace(refresh: Any) -> EigenspaceRefresh:
     return {"factors": False, "inverses": True, "sample": False}.get(refresh, refresh)
 
 
-def of_monitor(refresh: Any) -> EigenspaceRefresh:
+def of_monitor(refresh: Any) -> bool | None:
     """The meaning of the argument ``refresh`` for a monitor of the curvature."""
+    _check(refresh)
     if isinstance(refresh, Refresh):
-        _check(refresh)
         return refresh.monitor
-    return False if refresh == "inverses" else of_eigenspace(refresh)
+    return None if refresh is None else refresh in (True, "cold", "warm")
 
 
 def of_factors(refresh: Any) -> FactorsRefresh:
@@ -143,10 +143,10 @@ def _check(refresh: Any) -> None:
             'NumPy value, and mark the argument with jax.jit(step, static_argnames="refresh").'
         )
     if isinstance(refresh, Refresh):
-        flags = all(flag in (None, False, True) for flag in (refresh.factors, refresh.damping))
+        optional = (refresh.factors, refresh.damping, refresh.monitor)
+        flags = all(_is_one_of(flag, ()) for flag in optional)
         flags = flags and isinstance(refresh.inverses, bool)
-        spaces = (refresh.eigenspace, refresh.monitor)
-        if flags and all(_is_one_of(word, ("cold", "warm")) for word in spaces):
+        if flags and _is_one_of(refresh.eigenspace, ("cold", "warm")):
             return
     elif _is_one_of(refresh, _WORDS):
         return
@@ -369,16 +369,13 @@ def refresh_at(
             "give refresh_at either the optimizer or `refresh_every` and `start_step`: they are "
             "read from the optimizer."
         )
-    return _joined(
-        step, _periods_of(tx), functools.partial(_eigenspace_at, cold_start=cold_start), cold_start
-    )
+    return _joined(step, _periods_of(tx), functools.partial(_eigenspace_at, cold_start=cold_start))
 
 
 def _joined(
     step: int,
     all_periods: tuple[_Periods, ...],
     eigenspace_at: Callable[[int, _EigenspacePeriods], EigenspaceRefresh],
-    cold_start: bool,
 ) -> RefreshLike:
     """One value for all that an optimizer keeps; None if that is nothing."""
     for periods in all_periods:
@@ -387,7 +384,7 @@ def _joined(
                 return "sample"
             step = periods.trained_before(step)
             others = tuple(other for other in all_periods if other is not periods)
-            return _joined(step, others, eigenspace_at, cold_start) if others else False
+            return _joined(step, others, eigenspace_at) if others else False
     eigenspace: Any = None
     factors: Any = None
     damping: Any = None
@@ -396,7 +393,8 @@ def _joined(
         if isinstance(periods, _EigenspacePeriods):
             eigenspace = eigenspace_at(step, periods)
         elif isinstance(periods, _MonitorPeriods):
-            monitor = _eigenspace_at(step, _EigenspacePeriods(*periods), cold_start)
+            elapsed = step - periods.start_step
+            monitor = elapsed >= 0 and elapsed % periods.every == 0
         elif isinstance(periods, _FactorsPeriods):
             factors = _factors_at(step, periods)
         else:
@@ -410,7 +408,7 @@ def _joined(
         factors=bool(factors),
         inverses=factors == "inverses",
         damping=bool(damping),
-        monitor=False if monitor is None else monitor,
+        monitor=bool(monitor),
     )
 
 
@@ -481,7 +479,7 @@ class RefreshSchedule:
         """
         step = static_integer("step", step, 0)
         at = functools.partial(self._eigenspace_at, state=state)
-        return _joined(step, self._periods, at, self._cold_start)
+        return _joined(step, self._periods, at)
 
     def _eigenspace_at(
         self, step: int, periods: _EigenspacePeriods, state: chex.ArrayTree

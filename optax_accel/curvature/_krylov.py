@@ -1,14 +1,14 @@
-"""Ritz pairs of a Krylov space of fixed size: Lanczos without restarts, for cold starts.
+"""Ritz pairs of a Krylov space of fixed size: Lanczos without restarts.
 
-A cold start runs once and is compiled for that, so it is written to compile soon: with one copy of
-the product, one pass of Gram-Schmidt and one small eigenproblem.
+For cold starts and for records of the curvature, which are run seldom: it is written to compile
+soon, with one copy of the product, one pass of Gram-Schmidt and one small eigenproblem.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import chex
 import jax
@@ -20,9 +20,74 @@ from optax_accel._numerics import divided, max_norm, power_of_two
 from optax_accel.curvature import blocks
 from optax_accel.curvature.eigensolvers import Order, score, sorting_key
 
-_Process: TypeAlias = tuple[chex.ArrayTree, chex.ArrayTree, jax.Array]
+_Process: TypeAlias = tuple[chex.ArrayTree, chex.ArrayTree, jax.Array, jax.Array]
 _Passes: TypeAlias = tuple[chex.ArrayTree, jax.Array, jax.Array, jax.Array]
 _MAX_PASSES = 4
+
+
+class KrylovSpace(NamedTuple):
+    """An orthonormal basis of a Krylov space and the operator in it.
+
+    Attributes:
+      basis: leaves ``(m, *shape)``.
+      projected: the operator between the rows of the basis, ``(m, m)``, symmetric.
+      remainder: the length of what the image of the last row has outside of the space. A Ritz
+        vector with the coefficients ``s`` has the residual norm ``remainder * |s[-1]|`` (Parlett,
+        *The Symmetric Eigenvalue Problem*, section 13.2), and within it of the Ritz value there is
+        an eigenvalue (theorem 4.5.1 there).
+    """
+
+    basis: chex.ArrayTree
+    projected: jax.Array
+    remainder: jax.Array
+
+
+def krylov_space(
+    product: Callable[[chex.ArrayTree], chex.ArrayTree],
+    start: chex.ArrayTree,
+    draw: Callable[[chex.Numeric], chex.ArrayTree],
+    *,
+    num_products: int,
+    unroll: bool = False,
+) -> KrylovSpace:
+    """The span of a vector and its images, in the graph; every product is used.
+
+    The basis is orthogonalized in full. Where the Krylov space is exhausted, it goes on from a
+    random vector, which finds other copies of multiple eigenvalues.
+
+    Args:
+      product: the symmetric operator on a vector.
+      start: the first vector, not zero; it decides structure, shapes and dtypes.
+      draw: gives the random vector of a number from 1 on.
+      num_products: dimension of the space, at most that of the vectors; so many vectors are kept.
+      unroll: static; whether the products are written out one after the other instead of a loop,
+        which compiles longer, but XLA runs convolutions slowly inside loops on a CPU.
+
+    Returns:
+      The :class:`KrylovSpace`.
+    """
+    start = _unit(start)
+
+    def step(index: jax.typing.ArrayLike, process: _Process) -> _Process:
+        basis, row, projected, _ = process
+        image = jax.tree.map(lambda w, x: w.astype(x.dtype), product(row), row)
+        basis = jax.tree.map(functools.partial(_insert, index), basis, row)
+        row, coefficients, length = _following(image, basis, draw(index + 1))
+        return basis, row, _insert(index, projected, coefficients), length
+
+    dtype = blocks.scalar_dtype(start)
+    empty = jnp.zeros((num_products, num_products), dtype)
+    process = (blocks.zeros(num_products, start), start, empty, jnp.zeros((), dtype))
+    # An unsigned index, which cannot count from the end.
+    if unroll:
+        for index in range(num_products):
+            process = step(np.uint32(index), process)
+    else:
+        process = lax.fori_loop(np.uint32(0), np.uint32(num_products), step, process)
+    basis, _, projected, remainder = process
+    # An image has coefficients in its own and the earlier rows.
+    lower = jnp.tril(projected)
+    return KrylovSpace(basis, lower + jnp.tril(projected, -1).T, remainder)
 
 
 def ritz_pairs(
@@ -33,11 +98,10 @@ def ritz_pairs(
     num_products: int,
     order: Order = "algebraic",
 ) -> tuple[jax.Array, chex.ArrayTree, jax.Array]:
-    """Leading Ritz pairs of a Krylov space, in the graph; every product is used.
+    """Leading Ritz pairs of the Krylov space of a random vector.
 
-    The basis is orthogonalized in full. Where the Krylov space is exhausted, it goes on from a
-    random vector, which finds other copies of multiple eigenvalues. Neither accuracy nor missing
-    copies are judged: that is what :func:`~optax_accel.curvature.lanczos` is for.
+    Neither accuracy nor missing copies are judged: that is what
+    :func:`~optax_accel.curvature.lanczos` is for.
 
     Args:
       product: the symmetric operator on a vector.
@@ -53,21 +117,8 @@ def ritz_pairs(
       The Ritz values ``(k,)``, leading one first, the orthonormal block of the Ritz vectors, and
       the smallest Ritz value.
     """
-    start = _unit(draw(0))
-
-    def step(index: jax.Array, process: _Process) -> _Process:
-        basis, row, projected = process
-        image = jax.tree.map(lambda w, x: w.astype(x.dtype), product(row), row)
-        basis = jax.tree.map(functools.partial(_insert, index), basis, row)
-        row, coefficients = _following(image, basis, draw(index + 1))
-        return basis, row, _insert(index, projected, coefficients)
-
-    empty = jnp.zeros((num_products, num_products), blocks.scalar_dtype(start))
-    process = (blocks.zeros(num_products, start), start, empty)
-    # An unsigned index, which cannot count from the end.
-    basis, _, projected = lax.fori_loop(np.uint32(0), np.uint32(num_products), step, process)
-    # An image has coefficients in its own and the earlier rows.
-    values, vectors = jnp.linalg.eigh(projected + jnp.tril(projected, -1).T)
+    space = krylov_space(product, draw(0), draw, num_products=num_products)
+    values, vectors = jnp.linalg.eigh(space.projected)
     smallest = values[0]
     if order == "magnitude":
         index = jnp.argsort(score(values, order))
@@ -78,17 +129,17 @@ def ritz_pairs(
         index = jnp.argsort(sorting_key(values, order))
         values, vectors = values[index], vectors[:, index]
     values, vectors = values[:num_directions], vectors[:, :num_directions]
-    return values, blocks.combine(vectors.T, basis), smallest
+    return values, blocks.combine(vectors.T, space.basis), smallest
 
 
-def _insert(index: jax.Array, block: jax.Array, row: jax.Array) -> jax.Array:
+def _insert(index: jax.typing.ArrayLike, block: jax.Array, row: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(block, row[None], index, 0)
 
 
 def _following(
     image: chex.ArrayTree, basis: chex.ArrayTree, random: chex.ArrayTree
-) -> tuple[chex.ArrayTree, jax.Array]:
-    """The next row of the basis, and the coefficients of an image in the rows that there are.
+) -> tuple[chex.ArrayTree, jax.Array, jax.Array]:
+    """The next row of the basis; an image's coefficients in the rows; the length of its rest.
 
     The row is the image's direction orthogonal to the basis, by classical Gram-Schmidt, again where
     a pass left less than half of the vector (Giraud et al., 2005). In the first one a random vector
@@ -120,7 +171,7 @@ def _following(
     vector, coefficients, *_ = lax.while_loop(
         lambda state: ~state[3] & (state[2] < _MAX_PASSES), one_pass, state
     )
-    return _unit(vector), unit * coefficients
+    return _unit(vector), unit * coefficients, unit * jnp.sqrt(_square(vector))
 
 
 def _square(vector: chex.ArrayTree) -> jax.Array:

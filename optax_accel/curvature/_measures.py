@@ -3,42 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 
 from optax_accel._numerics import norm, vdot
 from optax_accel.curvature import blocks
+from optax_accel.curvature._krylov import krylov_space
 from optax_accel.curvature.estimates import random_block
-from optax_accel.curvature.tracking import (
-    CurvatureTracker,
-    Eigenspace,
-    accept,
-    block_product,
-    cold_start_products,
-    load,
-    solve,
-    vector_like,
-)
+from optax_accel.curvature.tracking import block_product, loops_slowly
 
 Product = Callable[[chex.ArrayTree], chex.ArrayTree]
 
 
-class GivenProduct:
-    """What a tracker asks an objective for: the product with its curvature, linearized before."""
+class Spectrum(NamedTuple):
+    """Both ends of a spectrum, as a Krylov space shows them.
 
-    def __init__(self, product: Product):
-        self._product = product
+    Attributes:
+      leading: the largest Ritz values, ``(k,)``, descending.
+      leading_residuals: their residual norms ``|A v - theta v|``, ``(k,)``.
+      leading_vectors: the orthonormal block of their vectors.
+      smallest: the smallest Ritz values, ``(num_smallest,)``, ascending.
+      smallest_residuals: their residual norms.
+      start: the sum of all these vectors, from which the next space starts.
+    """
 
-    def hessian(self, params: chex.ArrayTree) -> Product:
-        """The product, at whichever parameters it was linearized."""
-        del params
-        return self._product
-
-    gauss_newton = hessian
+    leading: jax.Array
+    leading_residuals: jax.Array
+    leading_vectors: chex.ArrayTree
+    smallest: jax.Array
+    smallest_residuals: jax.Array
+    start: chex.ArrayTree
 
 
 def unit(vector: chex.ArrayTree, like: chex.ArrayTree) -> tuple[chex.ArrayTree, jax.Array]:
@@ -84,68 +82,75 @@ def quotients(
     return values[: len(vectors)], mean
 
 
-def alignment(vector: chex.ArrayTree, space: Eigenspace) -> jax.Array:
-    """The length of a unit vector's projection onto a basis, in [0, 1]."""
-    coefficients = blocks.inner(space.basis, blocks.as_block(vector))
+def alignment(vector: chex.ArrayTree, basis: chex.ArrayTree) -> jax.Array:
+    """The length of a unit vector's projection onto an orthonormal block, in [0, 1]."""
+    coefficients = blocks.inner(basis, blocks.as_block(vector))
     return jnp.sqrt(jnp.minimum(jnp.sum(coefficients**2), 1))
 
 
-def follow_smallest(
-    tracker: CurvatureTracker,
-    space: Eigenspace,
+def spectrum_ends(
     product: Product,
-    params: chex.ArrayTree,
-    cold: bool | None,
-) -> Eigenspace:
-    """The lower end of the spectrum: Lanczos at first, then block steepest descent.
+    before: chex.ArrayTree,
+    gradient: chex.ArrayTree,
+    num_leading: int,
+    num_smallest: int,
+    *,
+    num_products: int,
+    key: chex.PRNGKey,
+    like: chex.ArrayTree,
+) -> Spectrum:
+    """Both ends of the spectrum of a symmetric operator from one Lanczos process.
 
-    The smallest eigenvalues lie next to the bulk, so that a power iteration would follow them far
-    too slowly. A warm step is Rayleigh-Ritz on the span of the basis and of its residuals, that of
-    LOBPCG without a memory of the last step (Knyazev, `Toward the optimal preconditioned
-    eigensolver <https://doi.org/10.1137/S1064827500366124>`_, 2001, section 4), at three products
-    for each direction.
+    A Krylov space approximates both ends at once (Parlett, *The Symmetric Eigenvalue Problem*,
+    section 12.4; Saad, *Numerical Methods for Large Eigenvalue Problems*, 2nd ed., section 6.6),
+    as well as its start is rich in them. Our reading: the start is the sum of three unit vectors,
+    what the last record found, the gradient and a random vector. The first makes a restart of it
+    where the operator has hardly moved; the gradient lies mostly within the leading eigenvectors
+    (Gur-Ari et al., `Gradient descent happens in a tiny subspace
+    <https://arxiv.org/abs/1812.04754>`_, 2018); the last has a component in whatever came up since.
 
     Args:
-      tracker: the dtypes, the seed and the budget of the cold start.
-      space: the space before; its eigenvalues ascend.
-      product: the symmetric operator.
-      params: the parameters.
-      cold: static; whether to start anew; None decides by ``space.ready``.
+      product: the operator.
+      before: the ``start`` of the last record, or zeros.
+      gradient: in the operator's coordinates; zeros are allowed.
+      num_leading: k, how many of the largest eigenvalues, at least 1.
+      num_smallest: how many of the smallest ones.
+      num_products: dimension of the space, at least as many and at most the dimension.
+      key: key of the random vectors.
+      like: shapes and dtypes of a vector.
 
     Returns:
-      The space after a step.
+      The :class:`Spectrum`.
     """
-    num = space.eigenvalues.shape[0]
-    like, packing = vector_like(tracker, params), blocks.Packing(params)
+    packing = blocks.Packing(like)
 
-    def negative(vector: chex.ArrayTree) -> chex.ArrayTree:
-        return jax.tree.map(jnp.negative, product(vector))
+    def packed_product(packed: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return packing.pack(product(packing.unpack(packed)))
 
-    def start(old: Eigenspace) -> Eigenspace:
-        budget = cold_start_products(tracker, params, num)
-        values, basis, *_ = solve(tracker, negative, params, packing, num, num_products=budget)
-        valid = jnp.ones((), bool)
-        return accept(tracker, old, -values, basis, None, valid, packing)
+    def draw(number: chex.Numeric) -> tuple[jax.Array, ...]:
+        return tuple(x[0] for x in packing.random_block(key, like, 1, number))
 
-    def descend(old: Eigenspace) -> Eigenspace:
-        rows = block_product(product, like)
-        basis = load(tracker, old.basis, params)
-        random = blocks.random_basis(jax.random.key(tracker.seed), like, num)
-        basis = jax.tree.map(lambda b, r: jnp.where(old.ready, b, r), basis, random)
-        images = rows(basis)
-        projected = blocks.combine(blocks.inner(images, basis), basis)
-        residuals = jax.tree.map(jnp.subtract, images, projected)
-        both = blocks.orthonormalize(blocks.concatenate(basis, residuals))
-        ritz = blocks.inner(both, rows(both))
-        # A residual of zero stays zero, and its row must not pass for a direction.
-        lengths = jnp.diagonal(blocks.inner(both, both))
-        top = 4 * jnp.max(jnp.abs(ritz)) + 1
-        ritz = (ritz + ritz.T) / 2 + jnp.diag(jnp.where(lengths > 0.5, 0, top))
-        values, vectors = jnp.linalg.eigh(ritz)
-        basis = blocks.combine(vectors[:, :num].T, both)
-        valid = jnp.ones((), bool)
-        return accept(tracker, old, values[:num], basis, None, valid)
-
-    if cold is None:
-        return lax.cond(space.ready, descend, start, space)
-    return start(space) if cold else descend(space)
+    units = [unit(vector, like)[0] for vector in (before, gradient, packing.unpack(draw(0)))]
+    start = jax.tree.map(lambda a, b, c: a + b + c, *units)
+    space = krylov_space(
+        packed_product,
+        packing.pack(start),
+        draw,
+        num_products=num_products,
+        unroll=loops_slowly(product, like),
+    )
+    values, vectors = jnp.linalg.eigh(space.projected)
+    ascending = np.arange(num_products)
+    order = np.concatenate([ascending[::-1][:num_leading], ascending[:num_smallest]])
+    values, vectors = values[order], vectors[:, order]
+    residuals = space.remainder * jnp.abs(vectors[-1])
+    found = blocks.combine(vectors.T, space.basis)
+    mixed = blocks.combine(jnp.ones((len(order),), values.dtype), found)
+    return Spectrum(
+        leading=values[:num_leading],
+        leading_residuals=residuals[:num_leading],
+        leading_vectors=packing.unpack(blocks.rows(found, 0, num_leading), axis=1),
+        smallest=values[num_leading:],
+        smallest_residuals=residuals[num_leading:],
+        start=packing.unpack(mixed),
+    )

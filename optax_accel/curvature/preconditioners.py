@@ -88,8 +88,9 @@ def sgd_preconditioner(momentum: float = 0.0, nesterov: bool = False) -> Precond
       nesterov: whether ``optax.sgd`` was given ``nesterov=True``; default False.
 
     Returns:
-      The :class:`Preconditioner`. Its ``diagonal`` raises ``ValueError`` where there is momentum
-      and the state has no ``optax.TraceState``.
+      The :class:`Preconditioner`. Its ``diagonal`` raises ``ValueError`` where the state is that of
+      another rule: with momentum and without an ``optax.TraceState`` of all the parameters, without
+      momentum and with one, or with what an optimizer such as ``optax.adam`` scales by.
 
     Raises:
       ValueError, TypeError: an argument is outside its range or of the wrong type.
@@ -223,8 +224,7 @@ def rmsprop_preconditioner(
     def diagonal(state: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTree:
         options = f"(centered={centered}, bias_correction={bias_correction})"
         found = _only(name, state, kinds, f"optax.rmsprop{options}")
-        if momentum:
-            _states(name, state, (optax.TraceState,), "optax.rmsprop(momentum=...)")
+        _check_momentum(name, "optax.rmsprop", momentum, state, params)
         weight = one_minus_power(decay, jnp.maximum(found.count, 1)) if bias_correction else 1.0
 
         def entry(nu: jax.Array, mu: jax.Array | None = None) -> jax.Array:
@@ -297,6 +297,8 @@ def preconditioned(
 
     Raises:
       TypeError: ``operator`` is not callable.
+      ValueError: ``diagonal`` is not positive, where its values are known, or does not have the
+        structure and shapes of the vectors, which a function shows when it is called.
 
     Example:
       >>> import jax.numpy as jnp
@@ -307,6 +309,15 @@ def preconditioned(
       [1.0, 1.0]
     """
     check_product("operator", operator)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(diagonal):
+        if not isinstance(leaf, jax.core.Tracer) and jnp.any(jnp.asarray(leaf) <= 0):
+            raise ValueError(
+                "`diagonal` of preconditioned must be positive, and the leaf "
+                f"{jax.tree_util.keystr(path) or '(root)'} is not everywhere: where nothing "
+                "moves, P is infinite."
+            )
+    if isinstance(operator, CurvatureOperator):
+        check_like("`diagonal` of preconditioned", diagonal, operator.like, "the vectors")
     factors = jax.tree.map(lambda d: 1 / jnp.sqrt(_wide(jnp.asarray(d))), diagonal)
     if isinstance(operator, CurvatureOperator):
         return _Preconditioned(operator, factors)
@@ -327,8 +338,15 @@ class Ones:
 
     def __call__(self, state: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTree:
         """Ones, shaped like the parameters."""
-        if self.has_momentum:
-            _states("sgd_preconditioner", state, (optax.TraceState,), "optax.sgd(momentum=...)")
+        name = "sgd_preconditioner"
+        for node in _nodes(state, _scales):
+            fitting = _FITTING.get(type(node).__name__)
+            advice = f"Use {fitting}, which reads it." if fitting else _OWN
+            raise ValueError(
+                f"{name} is for optimizers that scale no entry of the gradient, and the state has "
+                f"a {type(node).__name__}. {advice}"
+            )
+        _check_momentum(name, "optax.sgd", self.has_momentum, state, params)
         return _ones_like(params)
 
 
@@ -346,12 +364,70 @@ class _Preconditioned(CurvatureOperator):
         return _sandwich(self._operator.block, self._factors, block, rows=True)
 
 
+def check_like(
+    name: str, tree: chex.ArrayTree, like: chex.ArrayTree, what: str, *, rows: bool = False
+) -> None:
+    """Raises ``ValueError`` if a pytree has another structure than one or other shapes.
+
+    Args:
+      name: what it is, for the message.
+      tree: the pytree.
+      like: arrays or shapes that it has to be like.
+      what: what these are.
+      rows: whether the arrays of ``like`` have a leading axis more.
+    """
+    structures: tuple[Any, Any] = jax.tree.structure(tree), jax.tree.structure(like)
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"{name} must be a pytree like {what}, {structures[1]}, got {structures[0]}."
+        )
+    pairs = zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like), strict=True)
+    for (path, leaf), other in pairs:
+        shape = jnp.shape(other)[1:] if rows else jnp.shape(other)
+        if jnp.shape(leaf) != shape:
+            raise ValueError(
+                f"{name} must have the shapes of {what}: the leaf "
+                f"{jax.tree_util.keystr(path) or '(root)'} has {jnp.shape(leaf)}, not {shape}."
+            )
+
+
+def check_preconditioner(
+    method: str,
+    preconditioner: Preconditioner,
+    state: chex.ArrayTree,
+    params: chex.ArrayTree,
+    rate: Any,
+) -> None:
+    """Raises if a preconditioner does not fit an optimizer, its parameters and its rate.
+
+    Args:
+      method: who asks, for the message.
+      preconditioner: the preconditioner.
+      state: the state of the optimizer.
+      params: the parameters.
+      rate: a learning rate; scalar.
+    """
+    diagonal, threshold = jax.eval_shape(
+        lambda s, p, r: (preconditioner.diagonal(s, p), preconditioner.threshold(r)),
+        state,
+        params,
+        jnp.asarray(rate, jnp.float32),
+    )
+    where = f"of the `preconditioner` of {method}"
+    check_like(f"what `diagonal` {where} returns", diagonal, params, "the parameters")
+    if getattr(threshold, "shape", None) != ():
+        got = "None" if threshold is None else f"{threshold}"
+        raise ValueError(f"`threshold` {where} must return one number, got {got}.")
+
+
 def _sandwich(
     operator: Callable[[chex.ArrayTree], chex.ArrayTree],
     factors: chex.ArrayTree,
     vector: chex.ArrayTree,
     rows: bool = False,
 ) -> chex.ArrayTree:
+    check_like("`diagonal` of preconditioned", factors, vector, "the vectors", rows=rows)
+
     def scaled(tree: chex.ArrayTree) -> chex.ArrayTree:
         def leaf(x: jax.Array, f: jax.Array) -> jax.Array:
             return x * (f[None] if rows else f).astype(x.dtype)
@@ -388,23 +464,68 @@ def _positive(
         value = entry(*moment)
         return jnp.where(value > 0, value, jnp.inf)
 
+    _check_whole(name, moments[0], params)
+    return jax.tree.map(leaf, *moments)
+
+
+def _check_whole(name: str, moments: chex.ArrayTree, params: chex.ArrayTree) -> None:
+    """Raises if the moments in a state are not those of all parameters."""
     structure: Any = jax.tree.structure(params)
-    if jax.tree.structure(moments[0]) != structure:
+    if jax.tree.structure(moments) != structure:
         raise ValueError(
             f"{name} found the state of a part of the parameters, or of others: its moments are "
-            f"{jax.tree.structure(moments[0])}, the parameters {structure}. Inside optax.masked or "
+            f"{jax.tree.structure(moments)}, the parameters {structure}. Inside optax.masked or "
             f"optax.partition each part has a state of its own. {_OWN}"
         )
-    return jax.tree.map(leaf, *moments)
+
+
+# The states of what scales entries, by name because Optax exports few, and what fits them.
+_FITTING = {
+    "ScaleByAdamState": "adam_preconditioner()",
+    "ScaleByRmsState": "rmsprop_preconditioner()",
+    "ScaleByRmsWithCountState": "rmsprop_preconditioner(bias_correction=True)",
+    "ScaleByRStdDevState": "rmsprop_preconditioner(centered=True)",
+    "ScaleByRStdDevWithCountState": ("rmsprop_preconditioner(centered=True, bias_correction=True)"),
+    "ScaleByRssState": "adagrad_preconditioner()",
+}
+# The states of what scales a step as a whole.
+_NO_ENTRIES = (
+    "ScaleByScheduleState",
+    "ScaleByBacktrackingLinesearchState",
+    "ScaleByZoomLinesearchState",
+)
+
+
+def _scales(node: Any) -> bool:
+    """Whether a part of a state belongs to a rule that scales or turns the entries of gradients."""
+    kind = type(node)
+    if not kind.__module__.startswith("optax.") or kind.__name__ in _NO_ENTRIES:
+        return False
+    return kind.__name__.startswith("ScaleBy") or kind.__name__ in ("MuonState", "FactoredState")
+
+
+def _check_momentum(
+    name: str, rule: str, momentum: float, state: chex.ArrayTree, params: chex.ArrayTree
+) -> None:
+    """Raises if the state has no momentum that there should be, or the other way round."""
+    if momentum:
+        for node in _states(name, state, (optax.TraceState,), f"{rule}(momentum=...)"):
+            _check_whole(name, node.trace, params)
+    elif _nodes(state, lambda node: isinstance(node, optax.TraceState)):
+        raise ValueError(
+            f"{name} was made without momentum, and the state has a TraceState, that of momentum: "
+            f"give {name} the `momentum` (and `nesterov`) of the optimizer. {_OWN}"
+        )
+
+
+def _nodes(state: chex.ArrayTree, is_one: Callable[[Any], bool]) -> list[Any]:
+    """The parts of a state, wherever in that of a chain, that are of some kind."""
+    return [node for node in jax.tree.leaves(state, is_leaf=is_one) if is_one(node)]
 
 
 def _states(name: str, state: chex.ArrayTree, kinds: tuple[type, ...], rule: str) -> list[Any]:
     """The states of some types, wherever in the state of a chain; at least one."""
-
-    def is_one(node: Any) -> bool:
-        return isinstance(node, kinds)
-
-    found = [node for node in jax.tree.leaves(state, is_leaf=is_one) if is_one(node)]
+    found = _nodes(state, lambda node: isinstance(node, kinds))
     if not found:
         raise ValueError(
             f"{name} found no {kinds[0].__name__} in the state of the optimizer: it reads the "

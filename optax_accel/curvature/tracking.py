@@ -328,7 +328,7 @@ def block_product(
       like: shapes and dtypes of a row.
     """
     one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
-    if not one_cpu or has_primitive(jax.make_jaxpr(product)(like).jaxpr, "conv_general_dilated"):
+    if not one_cpu or loops_slowly(product, like):
         return jax.vmap(product)
 
     def products(block: chex.ArrayTree) -> chex.ArrayTree:
@@ -337,6 +337,13 @@ def block_product(
         return lax.map(product, block) if traced else jax.vmap(product)(block)
 
     return products
+
+
+def loops_slowly(product: Callable[[chex.ArrayTree], chex.ArrayTree], like: chex.ArrayTree) -> bool:
+    """Whether XLA runs a product slowly inside loops: one with convolutions, on a CPU."""
+    if jax.default_backend() != "cpu":
+        return False
+    return has_primitive(jax.make_jaxpr(product)(like).jaxpr, "conv_general_dilated")
 
 
 def spectrum_shift(tracker: CurvatureTracker, smallest: jax.Array) -> jax.Array:
