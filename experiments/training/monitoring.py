@@ -36,8 +36,11 @@ PRECONDITIONERS: Mapping[str, Preconditioner] = {
 _NOT_SHOWN = ("recorded_step", "recorded_loss", "noise_moments", "density_nodes", "density_weights")
 _PLURALS = {
     "leading_eigenvalues": "eigenvalue",
+    "leading_residuals": "eigenvalue_residual",
     "smallest_eigenvalues": "smallest_eigenvalue",
+    "smallest_residuals": "smallest_eigenvalue_residual",
     "effective_eigenvalues": "effective_eigenvalue",
+    "effective_residuals": "effective_eigenvalue_residual",
 }
 
 
@@ -74,26 +77,25 @@ def watch(
     )
 
 
-def joined_refresh(refresh: Any, step: int, every: int, *, cold_start: bool) -> Any:
+def joined_refresh(refresh: Any, step: int, every: int) -> Any:
     """The argument ``refresh`` of a step with that of the monitor joined to it.
 
-    >>> joined_refresh(None, 0, 9, cold_start=True), joined_refresh(None, 1, 9, cold_start=True)
-    ('cold', False)
-    >>> joined_refresh("warm", 1, 100, cold_start=True)
+    >>> joined_refresh(None, 0, 9), joined_refresh(None, 1, 9)
+    (True, False)
+    >>> joined_refresh("warm", 1, 100)
     Refresh(eigenspace='warm', factors=True, inverses=True, damping=True, monitor=False)
 
     Args:
       refresh: the argument for the method; None for one without curvature.
       step: zero-based number of the step.
       every: steps between records.
-      cold_start: whether the first record starts with Lanczos.
 
     Returns:
       A static value that means the same to the method.
     """
     if refresh == "sample":
         return refresh
-    monitor = oa.refresh_at(step, refresh_every=every, cold_start=cold_start)
+    monitor = step % every == 0
     if refresh is None:
         return monitor
     factors = of_factors(refresh)

@@ -168,7 +168,7 @@ class OutputOptions(cli.DryRunOptions):
     """Record the curvature that the optimizer sees (sharpness, effective sharpness against its
     stability threshold, alignments and more) in the metrics; the training stays the same."""
     monitor_every: int | None = None
-    """Steps between records of --monitor; default: 400."""
+    """Steps between records of --monitor; default: 1000."""
     log: str = "none"
     """Send the metrics to wandb (Weights & Biases), aim or mlflow, too, if that package is
     installed; a resumed run continues there. none: only to the run's folder."""

@@ -24,7 +24,7 @@ from experiments.training.options import Options, check, read_model_options, tas
 # Validations that are printed where nobody says how many there are to be.
 MOST_LINES = 20
 # Steps between records of the curvature, as in `optax_accel.monitor_curvature`.
-MONITOR_EVERY = 400
+MONITOR_EVERY = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +130,7 @@ class Plan:
         every = self.monitor_every
         if every is None:
             return refresh
-        cold_start = not self.loops_convolutions_slowly
-        return monitoring.joined_refresh(refresh, step, every, cold_start=cold_start)
+        return monitoring.joined_refresh(refresh, step, every)
 
     @property
     def _refresh_options(self) -> dict[str, Any]:

@@ -90,8 +90,6 @@ class Program:
             return None
         plan = self.plan
         products = plan.method.products(refresh, self.shapes.params, plan.task.num_directions)
-        if not products:
-            return "recording the curvature for the first time"
         return f"finding the subspace ({products} products)"
 
     def evaluate(self, state: TrainState, split: data.Split) -> dict[str, float]:

@@ -168,14 +168,14 @@ class MonitorCurvatureState(NamedTuple):
     leading_start: chex.ArrayTree
 
     def without_records(self) -> MonitorCurvatureState:
-        """The state for a step with ``refresh=False``, which touches neither record nor spaces.
+        """The state for a step with ``refresh=False``, which touches nothing of the records.
 
         A compiled step that gets them returns the same arrays, but handing an array through takes
         about 2 microseconds on a CPU, which adds up where a step is short and a network has many
         arrays. They wait outside, for :meth:`with_records_of`.
 
         Returns:
-          The state with None in the place of the record and the spaces.
+          The state with None in the place of the record and of what the next one starts from.
 
         Example:
           >>> import jax, jax.numpy as jnp, optax
@@ -191,12 +191,10 @@ class MonitorCurvatureState(NamedTuple):
           (2, 2.0)
         """
         absent: Any = None
-        return self._replace(
-            record=absent, smallest_space=None, effective_space=None, leading_space=absent
-        )
+        return self._replace(record=absent, effective_start=None, leading_start=absent)
 
     def with_records_of(self, other: MonitorCurvatureState) -> MonitorCurvatureState:
-        """The state with record and spaces of the one that :meth:`without_records` left them in.
+        """The state with what :meth:`without_records` left in another one.
 
         Args:
           other: the state before the step.
@@ -206,9 +204,8 @@ class MonitorCurvatureState(NamedTuple):
         """
         return self._replace(
             record=other.record,
-            smallest_space=other.smallest_space,
-            effective_space=other.effective_space,
-            leading_space=other.leading_space,
+            effective_start=other.effective_start,
+            leading_start=other.leading_start,
         )
 
 

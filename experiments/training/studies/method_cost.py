@@ -438,12 +438,11 @@ def monitor_cases(network: Network) -> list[Case]:
         preconditioner=oa.curvature.adam_preconditioner(),
         inner_learning_rate=LEARNING_RATE,
     )
-    # The cold start is left out: a run has one.
     forms: dict[str, Any] = {
         "adam": (optax.adam(LEARNING_RATE), None, 10),
         "between": (watched, False, 10),
     }
-    forms["record"] = (watched, "warm", 1)
+    forms["record"] = (watched, True, 1)
     cases = []
     for name, (tx, refresh, period) in forms.items():
         tx = optax.with_extra_args_support(tx)

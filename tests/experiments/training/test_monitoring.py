@@ -69,13 +69,13 @@ def test_preconditioners_fit_the_methods_of_the_catalogue(name):
 
 
 def test_the_monitor_has_a_period_of_its_own():
-    join = functools.partial(monitoring.joined_refresh, every=4, cold_start=True)
-    assert [join(None, step) for step in range(5)] == ["cold", False, False, False, "warm"]
+    join = functools.partial(monitoring.joined_refresh, every=4)
+    assert [join(None, step) for step in range(5)] == [True, False, False, False, True]
     assert join("warm", 4).eigenspace == "warm"
-    assert join("warm", 4).monitor == "warm"
+    assert join("warm", 4).monitor is True
     assert join(False, 1) == oa.Refresh()
     assert join("factors", 1) == oa.Refresh(factors=True)
-    assert join("inverses", 4) == oa.Refresh(True, True, True, True, "warm")
+    assert join("inverses", 4) == oa.Refresh(True, True, True, True, True)
     assert join("sample", 4) == "sample"
 
 
