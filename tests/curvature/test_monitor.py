@@ -401,9 +401,10 @@ def test_with_a_loss_scale_it_records_what_it_does_without_one():
     assert int(state.record.recorded_step) == int(state.num_skipped) < 8
     plain = watched(optax.adam(RATE))
     expected = jax.jit(functools.partial(step, plain))(plain.init(PARAMS), PARAMS)[1].record
-    # Its gradients have three digits; the curvature is that of `value_fn`.
+    # Its gradients have three digits; the curvature is that of `value_fn`. Spaces of other random
+    # starts leave other residuals.
     for name, number in expected._asdict().items():
-        if number is not None and name != "recorded_step":
+        if number is not None and name != "recorded_step" and not name.endswith("residuals"):
             tight = name in ("recorded_loss", "sharpness", "leading_eigenvalues")
             np.testing.assert_allclose(
                 getattr(state.record, name), number, rtol=1e-4 if tight else 2e-2, err_msg=name
