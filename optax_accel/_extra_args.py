@@ -61,10 +61,17 @@ def as_objective(
     return value_fn.without_aux.bind(**extra_args)
 
 
-def check_params(params: chex.ArrayTree, method: str, call: str = "tx.init(params)") -> None:
-    """Raises ``ValueError`` if ``params`` is missing or has the holes of ``optax.masked``."""
+def check_params(
+    params: chex.ArrayTree, method: str, call: str = "tx.init(params)", *, loss: bool = True
+) -> None:
+    """Raises ``ValueError`` if ``params`` is missing or has the holes of ``optax.masked``.
+
+    Holes are allowed where the method evaluates no ``loss``.
+    """
     if params is None:
         raise ValueError(f"{method} needs the parameters. Call it as: {call}.")
+    if not loss:
+        return
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
     if any(isinstance(leaf, optax.MaskedNode) for leaf in leaves):
         raise ValueError(

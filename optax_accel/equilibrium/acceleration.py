@@ -86,6 +86,10 @@ def anderson_acceleration(
     large batches, the end of a schedule.  With noisy gradients the weights fit the noise, and the
     safeguard then rejects most extrapolations.
 
+    It has to be the outermost, with all that changes the steps inside: its history takes for the
+    next parameters what its updates lead to.  ``anderson_acceleration(optax.chain(clip, sgd))``,
+    not ``chain(anderson_acceleration(sgd), scale(0.5))``.
+
     ``update`` needs ``params``, and with ``safeguard`` also ``value_fn`` (an
     :class:`~optax_accel.Objective` or a function of the parameters).  It keeps ``memory`` copies of
     the parameters.
@@ -160,7 +164,7 @@ def _anderson_acceleration(
     name = "anderson_acceleration"
 
     def init_fn(params: chex.ArrayTree) -> AndersonAccelerationState:
-        check_params(params, name)
+        check_params(params, name, loss=safeguard)
         check_selected(params, mask, name)
         kept = static_integer("memory", memory, 2)
         period = kept if every is None else static_integer("every", every, kept)
@@ -194,7 +198,7 @@ def _anderson_acceleration(
             why = "compare the loss after an extrapolation with that after the plain step"
             objective = as_objective(value_fn, extra_args, method=name, params=params, why=why)
         else:
-            check_params(params, name, "tx.update(grads, state, params)")
+            check_params(params, name, "tx.update(grads, state, params)", loss=False)
         if value_fn is not None:
             extra_args["value_fn"] = value_fn
         plain, inner_state = inner.update(

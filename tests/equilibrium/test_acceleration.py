@@ -128,6 +128,24 @@ def test_masked_leaves_follow_the_inner_transformation():
     assert quadratic(params["a"]) < 0.5 * quadratic(jnp.asarray((1 - EIGENVALUES[:3]) ** 3))
 
 
+def test_without_the_safeguard_it_stands_within_optax_masked():
+    tx = optax.masked(
+        oa.anderson_acceleration(optax.sgd(1.0), 3, safeguard=False), {"a": True, "b": False}
+    )
+    alone = oa.anderson_acceleration(optax.sgd(1.0), 3, safeguard=False)
+
+    def after_three(tx, params):
+        state = tx.init(params)
+        for _ in range(3):
+            gradients = jax.tree.map(jax.grad(quadratic), params)
+            updates, state = tx.update(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    found = after_three(tx, {"a": jnp.ones(3), "b": jnp.ones(3)})
+    np.testing.assert_array_equal(found["a"], after_three(alone, {"a": jnp.ones(3)})["a"])
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
