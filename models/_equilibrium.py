@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ class Options:
         backward_steps: The same for the linear system of the implicit gradient.
         tolerance: Residual, relative to the norm of the block's output, below which an example has
             converged.
-        memory: Pairs that Anderson (None: 6) or Broyden (None: all) keeps.
+        memory: Pairs that Anderson (None: 6) or Broyden (None: all) keeps; None with "fixed_point".
         gradient: "implicit", "phantom" or "unrolled".
         phantom_steps: Steps of the phantom gradient.
         damping: Share of the block in each of these.
@@ -53,6 +54,14 @@ class Options:
                 raise ValueError(
                     f"unknown {name} {value!r}; valid: {', '.join(str(each) for each in valid)}"
                 )
+        least = 2 if self.solver == "anderson" else 1
+        check_count("max_steps", self.max_steps, least)
+        check_count("backward_steps", self.backward_steps, least)
+        check_count("phantom_steps", self.phantom_steps, 1)
+        if self.memory is not None:
+            check_count("memory", self.memory, 1)
+            if self.solver == "fixed_point":
+                raise ValueError("memory must be None with solver 'fixed_point', which has none")
         # The solvers and the gradient check the rest.
         self._solver(self.max_steps)
         self._solver(self.backward_steps)
@@ -61,7 +70,7 @@ class Options:
     def _solver(self, max_steps: int) -> equilibrium.FixedPointSolver:
         loop = self.loop or ("unrolled" if jax.default_backend() == "cpu" else "while")
         options: dict[str, Any] = {"stop": "relative", "loop": loop}
-        if self.solver != "fixed_point" and self.memory is not None:
+        if self.memory is not None:
             options["memory"] = self.memory
         make: Any = getattr(equilibrium, self.solver)
         solver: equilibrium.FixedPointSolver = make(max_steps, self.tolerance, **options)
@@ -93,6 +102,20 @@ class Options:
             backward_solver=self._solver(self.backward_steps),
             gradient=gradient,
         )
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Refuses what is no count of at least so much.
+
+    Args:
+        name: Of the argument that the user gave.
+        value: Its value.
+        least: The least that is allowed.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def folded(cell: nnx.Module) -> nnx.Module:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models import _common
+from models import _common, _equilibrium
 from optax_accel import equilibrium
 
 STRIDE = 4  # pixels of a cell's side: two convolutions of stride 2
@@ -117,9 +117,9 @@ class DeqFlow(nnx.Module):
                 "DeqFlow needs input_shape=(height, width, 2 * channels) for two pictures, got "
                 f"{self.input_shape}"
             )
-        for name, value in (("width", width), ("radius", radius), ("corrections", corrections)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        counts = {"width": width, "radius": radius, "steps": steps, "corrections": corrections}
+        for name, value in (counts | {"phantom_steps": phantom_steps}).items():
+            _equilibrium.check_count(name, value, 1)
         if steps < 2 * corrections:
             raise ValueError(
                 f"steps must be at least 2 for each of the {corrections} corrections, got {steps}"

@@ -185,7 +185,7 @@ def test_half_precision_keeps_the_flow_in_float32(x):
         ({"radius": 0}, "radius must be at least 1, got 0"),
         ({"corrections": 0}, "corrections must be at least 1, got 0"),
         ({"steps": 3}, "steps must be at least 2 for each of the 2 corrections, got 3"),
-        ({"phantom_steps": 0}, "`steps` must be"),
+        ({"phantom_steps": 0}, "phantom_steps must be at least 1, got 0"),
         ({"loop": "scan"}, "`loop` must be"),
     ],
 )
@@ -195,6 +195,10 @@ def test_wrong_options(options, message):
 
 
 def test_wrong_input(model):
+    with pytest.raises(TypeError, match=r"width must be an integer, got 2\.5"):
+        models.create("deq_flow", **TINY | {"width": 2.5})
+    with pytest.raises(TypeError, match="corrections must be an integer, got 'a'"):
+        models.create("deq_flow", **TINY | {"corrections": "a"})
     with pytest.raises(ValueError, match=r"DeqFlow expects a batch of shape \(N, 8, 12, 2\)"):
         model(jnp.ones((4, 8, 12, 3)))
     assert isinstance(model.solver(6), equilibrium.FixedPointSolver)

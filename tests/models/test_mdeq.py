@@ -149,7 +149,10 @@ def test_nearest_neighbors():
         ({"gradient": "jfb"}, "unknown gradient 'jfb'; valid: implicit, phantom, unrolled"),
         ({"loop": "scan"}, "unknown loop 'scan'; valid: while, unrolled, None"),
         ({"damping": 0.0}, "damping"),
-        ({"backward_steps": 1}, "max_steps"),
+        ({"solver": "broyden", "backward_steps": 0}, "backward_steps must be at least 1, got 0"),
+        ({"solver": "anderson", "backward_steps": 1}, "backward_steps must be at least 2, got 1"),
+        ({"phantom_steps": 0}, "phantom_steps must be at least 1, got 0"),
+        ({"solver": "fixed_point", "memory": 4}, "memory must be None with solver 'fixed_point'"),
     ],
 )
 def test_wrong_options(options, message):
