@@ -8,6 +8,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_accel._arguments import shown
 
@@ -28,12 +29,11 @@ def checked_state(name: str, z: chex.ArrayTree, batched: bool) -> chex.ArrayTree
     leaves = []
     for path, leaf in paths:
         where = f"{name}{jax.tree_util.keystr(path)}"
-        try:
-            leaves.append(jnp.asarray(leaf))
-        except TypeError as error:
+        if not isinstance(leaf, float | int | np.ndarray | np.generic | jax.Array):
             raise TypeError(
                 f"`{name}` must be of floating-point arrays, got {shown(leaf)} at {where}."
-            ) from error
+            )
+        leaves.append(jnp.asarray(leaf))
         if not jnp.issubdtype(leaves[-1].dtype, jnp.floating):
             raise TypeError(
                 f"`{name}` must be of floating-point arrays, got {leaves[-1].dtype} at {where}."

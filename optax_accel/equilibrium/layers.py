@@ -23,13 +23,14 @@ equilibrium models by Jacobian regularization <https://arxiv.org/abs/2106.14342>
 penalty); Bai, Geng, Savani, Kolter, `Deep equilibrium optical flow estimation
 <https://arxiv.org/abs/2204.08442>`_, CVPR 2022 (fixed-point correction).  Faithful to these and to
 the authors' code.  Ours: the implicit gradient is a rule for tangents, whose transpose is that of
-the paper, so that forward mode and derivatives of any order work too.
+the paper, so that forward mode and derivatives of any order work too; an example at which ``f``
+is no longer finite is held constant by the phantom steps.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import chex
@@ -131,8 +132,9 @@ def deq(
         of the package optimistix, where that is installed, takes all examples as one problem,
         decides by its own tolerances and takes at most 256 steps; not with ``corrections`` or
         ``axis_name``.
-      gradient: ``"implicit"`` (default), ``phantom(steps, damping)`` or ``"unrolled"``, which
-        keeps all steps of the solver and takes the largest number of them.
+      gradient: ``"implicit"`` (default), whose derivatives of any order are right where the
+        solvers converge, in both modes, Hessians too; ``phantom(steps, damping)``; or
+        ``"unrolled"``, which keeps all steps of the solver and takes the largest number of them.
       backward_solver: of the implicit gradient; None (default) is ``broyden()``, the authors'
         choice.  It works on tangents or cotangents of the size of ``z0``, from 0; scale
         ``tolerance`` to them, or take ``stop="relative"``.
@@ -316,7 +318,7 @@ def _implicit_jvp(
 # -- losses ----------------------------------------------------------------------------------------
 
 
-def correction_loss(losses: Sequence[chex.Numeric], gamma: float = 0.8) -> jax.Array:
+def correction_loss(losses: Iterable[chex.Numeric], gamma: float = 0.8) -> jax.Array:
     r"""The loss of fixed-point correction, :math:`\sum_i \gamma^{L - 1 - i} \ell_i`.
 
     Args:
@@ -328,7 +330,8 @@ def correction_loss(losses: Sequence[chex.Numeric], gamma: float = 0.8) -> jax.A
       The weighted sum; a scalar.
 
     Raises:
-      ValueError: no losses, or ``gamma`` outside its range.
+      ValueError: no losses, one that is not a scalar, or ``gamma`` outside its range.
+      TypeError: ``losses`` is not a sequence, or an array.
 
     Example:
       >>> import optax_accel as oa
@@ -339,10 +342,18 @@ def correction_loss(losses: Sequence[chex.Numeric], gamma: float = 0.8) -> jax.A
       Bai et al., `Deep equilibrium optical flow <https://arxiv.org/abs/2204.08442>`_, section 3.3.
     """
     check_number("gamma", gamma, 0, 1, open_low=True)
+    if not isinstance(losses, Iterable) or hasattr(losses, "dtype"):
+        raise TypeError(f"`losses` must be a list or a tuple of scalars, got {shown(losses)}.")
+    losses = list(losses)
     if not losses:
         raise ValueError("`losses` must contain the loss of at least one output, got none.")
     total = jnp.zeros(())
-    for loss in losses:
+    for number, loss in enumerate(losses):
+        if jnp.shape(loss) != ():
+            raise ValueError(
+                f"`losses` must be scalars, got one of shape {jnp.shape(loss)} at {number}: take "
+                "its mean or sum."
+            )
         total = gamma * total + loss
     return total
 
@@ -372,7 +383,8 @@ def jacobian_penalty(
       The estimate, a scalar in at least float32.
 
     Raises:
-      ValueError: ``num_samples`` is below 1.
+      ValueError: ``num_samples`` is below 1; ``z`` has no entries; f(z, params, x) is not like it.
+      TypeError: ``z`` is not of floating-point arrays.
 
     Example:
       >>> import jax.numpy as jnp

@@ -5,8 +5,9 @@ Each finds :math:`z = f(z)` for every example of a batch by itself, with
 .. math::
   r_k = f(z_k) - z_k
 
-as its residual: an example whose residual is below the tolerance is frozen, and one whose values
-are no longer finite keeps its best iterate, while the others go on.
+as its residual: an example whose residual is below the tolerance, or 0, is frozen, and one whose
+values are no longer finite keeps an iterate at which f is (the best one, or in plain iteration the
+last one), while the others go on.
 
 * Anderson, with the last n pairs (at most ``memory``), residuals as the rows of G, and mixing beta:
 
@@ -60,10 +61,11 @@ class FixedPointReport(NamedTuple):
     """What a solver says of each example; without an axis of examples these are scalars.
 
     Attributes:
-      residual: the norm of f(z) - z at the best iterate; (examples,), at least float32.
+      residual: the norm of f(z) - z at the best iterate; (examples,), at least float32. For states
+        of lower precision it is of the iterate in float32, before that is rounded to its dtype.
       relative_residual: the same, divided by the norm of f(z).
       steps: evaluations of f until the example converged or the solver stopped; int32.
-      converged: whether the residual came below the tolerance; bool.
+      converged: whether the residual came below the tolerance, or was 0; bool.
       residuals: the residual of every evaluation, (evaluations, examples), of the kind that the
         solver stops by; NaN where the solver had stopped.
     """
@@ -78,7 +80,16 @@ class FixedPointReport(NamedTuple):
         """Raises ``ValueError`` if an example did not converge; outside of ``jit``.
 
         The message shows how the residual of the worst one went.
+
+        Raises:
+          ValueError: an example did not converge.
+          TypeError: within ``jit``, where the values are not known.
         """
+        if isinstance(self.converged, jax.core.Tracer):
+            raise TypeError(
+                "check() of a report looks at its values, which are not known within jit, grad or "
+                "vmap: return the report, and check it outside."
+            )
         converged = jnp.atleast_1d(self.converged)
         if bool(converged.all()):
             return
@@ -86,6 +97,12 @@ class FixedPointReport(NamedTuple):
         distance = jnp.where(converged, -jnp.inf, jnp.atleast_1d(self.residual))
         path = [float(residual) for residual in paths[:, int(jnp.argmax(distance))]]
         path = [residual for residual in path if not math.isnan(residual)]
+        if not path:
+            raise ValueError(
+                f"{int((~converged).sum())} of {converged.size} examples did not reach their fixed "
+                "point: f is not finite at z0. Look for NaN in the parameters and in the input, or "
+                "start where f is defined."
+            )
         shown = ", ".join(f"{residual:.3g}" for residual in path[:3])
         shown += f", ..., {path[-1]:.3g}" if len(path) > 3 else ""
         raise ValueError(
@@ -198,10 +215,10 @@ def anderson(
         gram = jnp.einsum("bmd,bnd->bmn", residuals, residuals, precision="highest")
         gram = _where(running, gram, jnp.broadcast_to(jnp.eye(memory, dtype=z.dtype), gram.shape))
 
-        def weigh(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def weigh(gram: jax.Array, present: jax.Array) -> tuple[jax.Array, jax.Array]:
             return mixing_weights(gram, present, ridge, relative_ridge)
 
-        weights, solved = with_auto_axes(weigh, gram, out_like=(gram[:, 0], gram[:, 0, 0]))
+        weights, solved = with_auto_axes(weigh, gram, present, out_like=(gram[:, 0], gram[:, 0, 0]))
         mixed = _combined(weights, images)
         if mixing != 1:
             mixed = mixing * mixed + (1 - mixing) * _combined(weights, iterates)

@@ -187,9 +187,86 @@ def test_under_vmap_and_with_examples_on_eight_devices():
     np.testing.assert_allclose(by_one(w, x[:, None]).sum(), expected[0], rtol=1e-4)
 
 
+@pytest.mark.parametrize("gradient", ["implicit", eq.phantom(2), "unrolled"])
+def test_in_shard_map_and_on_explicit_axes_it_is_the_same(gradient):
+    """A start that is the same everywhere, examples that are not."""
+    w, x = jnp.asarray(W, jnp.float32), jnp.asarray(np.resize(X, (8, 2)), jnp.float32)
+
+    def value(w, x, start):
+        z, _ = oa.deq(
+            nonlinear, start, w, x, solver=eq.anderson(6, 1e-6), gradient=gradient,
+            backward_solver=eq.broyden(6, 1e-6),
+        )  # fmt: skip
+        return jnp.sum(jnp.sin(z))
+
+    expected = jax.jit(jax.value_and_grad(lambda w: value(w, x, jnp.zeros((8, 2)))))(w)
+
+    def part(w, x):
+        return jax.lax.psum(value(w, x, jnp.zeros((1, 2))), "data")
+
+    mesh = jax.make_mesh((8,), ("data",))
+    specs = {"mesh": mesh, "in_specs": (jax.P(), jax.P("data")), "out_specs": (jax.P(), jax.P())}
+    divided = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+    found = jax.jit(jax.shard_map(jax.value_and_grad(part), **specs))(w, divided)
+    tree_allclose(found, expected, rtol=1e-4)
+    with jax.set_mesh(mesh):
+        explicit = jax.jit(jax.value_and_grad(lambda w, x: value(w, x, jnp.zeros((8, 2)))))
+        tree_allclose(explicit(jax.device_put(w, jax.P()), divided), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("gradient", ["implicit", eq.phantom(2), "unrolled"])
+@pytest.mark.parametrize("solver", [eq.fixed_point(12, 1e-2), eq.broyden(6, 1e-2)])
+def test_a_diverging_example_leaves_the_gradient_of_the_others_alone(gradient, solver):
+    x = jnp.array([[1.0, 1.0], [200.0, 200.0]])
+
+    def f(z, w, x):
+        return jnp.where(x[:, :1] > 100, 1e10 * z**2 + x, jnp.tanh(z @ w + x))
+
+    def value(w, x):
+        z0 = jnp.zeros_like(x)
+        z, report = oa.deq(f, z0, w, x, solver=solver, gradient=gradient)
+        return jnp.sum(jnp.where(report.converged[:, None], z, 0)), report.converged
+
+    run = jax.jit(jax.grad(value, has_aux=True))
+    found, converged = run(jnp.asarray(W, jnp.float32), x)
+    expected, _ = run(jnp.asarray(W, jnp.float32), x[:1])
+    assert list(converged) == [True, False]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "solver", [eq.anderson(8, 1e-6, ridge=0, relative_ridge=1e-8), eq.anderson(8, 0.0, ridge=0)]
+)
+def test_unrolled_gradients_survive_singular_systems(solver):
+    """An example that is solved at once, and more pairs than dimensions."""
+    x, z0 = jnp.array([[1.0, 1.0], [0.0, 0.0]]), jnp.zeros((2, 2))
+    f = lambda z, w, x: z @ w + x  # noqa: E731
+
+    def value(w):
+        z, _ = oa.deq(f, z0, w, x, solver=solver, gradient="unrolled")
+        return jnp.sum(z)
+
+    w = jnp.asarray(W, jnp.float32)
+    gradient = jax.jit(jax.grad(value))(w)
+    assert bool(jnp.isfinite(gradient).all())
+    exact = jax.grad(lambda w: jnp.sum(jnp.linalg.solve(jnp.eye(2) - w.T, x.T)))(w)
+    np.testing.assert_allclose(gradient, exact, rtol=0.2)  # that of the steps, not of their limit
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        ({"gradient": eq.Phantom(0, 0.5)}, ValueError, "`steps` must be at least 1, got 0"),
+        ({"gradient": eq.Phantom(2, 5.0)}, ValueError, r"`damping` must lie in \(0, 1\], got 5"),
+        ({"gradient": np.ones(2)}, ValueError, "`gradient` must be 'implicit', 'unrolled' or"),
+        ({"z0": "a"}, TypeError, "`z0` must be of floating-point arrays, got 'a' at z0"),
+        ({"z0": jnp.zeros((0, 2))}, ValueError, r"with entries, got arrays of shapes \[\(0, 2\)\]"),
+        ({"f": 3}, TypeError, r"`f` must be a function, called as f\(z, params, x\); got 3"),
+        (
+            {"f": lambda z, w: z},
+            TypeError,
+            r"`f` is called as f\(z, params, x\), which .* too many",
+        ),
         ({"gradient": "exact"}, ValueError, "`gradient` must be 'implicit', 'unrolled' or"),
         ({"solver": "anderson"}, TypeError, r"`solver` must be a solver.*anderson\(\)"),
         ({"backward_solver": 3}, TypeError, "`backward_solver` must be a solver"),
@@ -219,5 +296,33 @@ def test_wrong_options_of_gradients_and_losses():
         eq.phantom(0)
     with pytest.raises(ValueError, match=r"`damping` must lie in \(0, 1\], got 2"):
         eq.phantom(1, 2)
-    with pytest.raises(ValueError, match="at least one output"):
-        eq.correction_loss([])
+    for losses in ([], iter(())):
+        with pytest.raises(ValueError, match="at least one output"):
+            eq.correction_loss(losses)
+    for losses in (1.0, jnp.ones(3)):
+        with pytest.raises(TypeError, match="`losses` must be a list or a tuple of scalars"):
+            eq.correction_loss(losses)
+    with pytest.raises(ValueError, match=r"one of shape \(2,\) at 1: take its mean or sum"):
+        eq.correction_loss([1.0, jnp.ones(2)])
+
+
+@pytest.mark.parametrize(
+    ("z", "error", "message"),
+    [
+        ({}, ValueError, "`z` must contain arrays with entries, got none"),
+        (jnp.zeros((0, 2)), ValueError, "`z` must contain arrays with entries"),
+        (jnp.zeros((3, 2), int), TypeError, "`z` must be of floating-point arrays, got int"),
+        (jnp.zeros((3, 2), complex), TypeError, "`z` must be of floating-point arrays, got comp"),
+    ],
+)
+def test_a_penalty_needs_a_real_state(z, error, message):
+    with pytest.raises(error, match=message):
+        eq.jacobian_penalty(lambda z, w, x: z, z, None, None, 0)
+
+
+def test_a_leaf_of_a_state_may_be_empty():
+    f = lambda z, w, x: {"a": jnp.tanh(z["a"] @ w + x), "b": z["b"]}  # noqa: E731
+    z0 = {"a": jnp.zeros((3, 2)), "b": jnp.zeros((3, 0))}
+    z, report = oa.deq(f, z0, jnp.asarray(W, jnp.float32), 1.0, solver=eq.fixed_point(20))
+    assert z["b"].shape == (3, 0)
+    assert bool(report.converged.all())

@@ -144,3 +144,35 @@ def test_broyden_stops_where_nothing_changes():
 def test_wrong_options(build, error, message):
     with pytest.raises(error, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    ("f", "z0", "error", "message"),
+    [
+        (lambda z: z[:, :1], jnp.zeros((3, 2)), ValueError, r"f\(z\) must have the shapes"),
+        (lambda z: (z, z), jnp.zeros((3, 2)), ValueError, r"f\(z\) must have the structure"),
+        (lambda z: z.astype("bfloat16"), jnp.zeros((3, 2)), ValueError, "to bfloat16"),
+        (jnp.cos, jnp.zeros((3, 2), int), TypeError, "`z0` must be of floating-point arrays"),
+        (jnp.cos, None, ValueError, "`z0` must contain arrays with entries, got none"),
+        (jnp.cos, jnp.ones(()), ValueError, "`batched=False`"),
+        (lambda z: z, (jnp.ones((3, 2)), jnp.ones((2, 3))), ValueError, "that of the examples"),
+        (None, jnp.zeros((3, 2)), TypeError, r"`f` must be a function, called as f\(z\); got None"),
+    ],
+)
+def test_solve_checks_what_it_is_given(f, z0, error, message):
+    with pytest.raises(error, match=message):
+        eq.solve(eq.anderson(), f, z0)
+    with pytest.raises(TypeError, match="`solver` must be a solver"):
+        eq.solve("anderson", f, z0)
+
+
+def test_reports_say_where_f_is_not_finite_and_refuse_to_be_checked_in_jit():
+    solver = eq.fixed_point(3, 0.0)
+    _, report = eq.solve(solver, lambda z: z * jnp.nan, jnp.ones((2, 1)))
+    with pytest.raises(ValueError, match=r"2 of 2 examples .*: f is not finite at z0"):
+        report.check()
+    with pytest.raises(TypeError, match="not known within jit"):
+        jax.jit(lambda z: eq.solve(solver, jnp.cos, z)[1].check())(jnp.ones((2, 1)))
+    _, report = eq.solve(solver, lambda z: z, jnp.ones((2, 1)))  # a residual of exactly 0
+    assert list(report.steps) == [1, 1]
+    report.check()
