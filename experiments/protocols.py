@@ -101,7 +101,8 @@ class Options(cli.DryRunOptions):
     study: str | None = None
     """Study: feedback, continual, data_assimilation, edge_of_stability, equilibrium,
     equilibrium_flow, fine_tuning, local_losses, low_memory, sampled_operations, scale or
-    skipped_epochs; it may also stand first, without the option's name."""
+    skipped_epochs; it may also stand first, without the option's name. Without one, a line on each
+    is printed."""
     scale: str = "small"
     """smoke (to try a study out: its verdicts do not go into the ledger), small (minutes on two
     cores), medium or full."""
@@ -115,7 +116,7 @@ class Options(cli.DryRunOptions):
     runs_dir: Path = Path("runs")
     """Where the run's folder is made."""
     evidence_dir: Path = ledger.FOLDER
-    """The ledger's folder."""
+    """The ledger's folder; by default that of the checkout, which is under version control."""
     overwrite: bool = False
     """Replace an earlier run of the same name."""
 
@@ -127,7 +128,8 @@ def find_study(name: str | None) -> tuple[Protocols, MakeRunner]:
       UsageError: there is none, or it is not fair.
     """
     if name is None:
-        raise UsageError(f"no study given; valid: {', '.join(STUDIES)}")
+        lines = [f"  {name:<20} {study.summary}" for name, (study, _) in STUDIES.items()]
+        raise UsageError("\n".join(["no study given; valid:", *lines]))
     cli.check_known("study", name, tuple(STUDIES))
     STUDIES[name][0].check()
     return STUDIES[name]

@@ -21,6 +21,8 @@ from experiments.training import cluster, parallel
 # Steps under way are waited for after this many seconds at the latest, so that the console and the
 # files keep up with slow steps.
 LONGEST_WAIT = 0.5
+# What is shown of the monitor's latest record.
+RECORDED = ("monitor/sharpness", "monitor/stability_ratio")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +89,9 @@ class History:
         self._shown = [
             name
             for name in columns
-            if name not in files_only and not name.startswith(("validation_", "state/"))
+            if name not in files_only and not name.startswith(("validation_", "state/", "monitor/"))
         ]
+        self._recorded: Row = {}  # the latest of RECORDED
         # Only the main process has them.
         self._files: MetricFiles | None = None
         self._remote: RemoteRun | None = None
@@ -209,15 +212,24 @@ class History:
 
     def write(self) -> None:
         """Writes the finished rows and shows the latest one."""
-        rows = [{name: row[name] for name in self._columns if name in row} for row in self._rows]
+        # The monitor's numbers are there in the steps that record them.
+        rows = [
+            {
+                name: row[name]
+                for name in self._columns
+                if name in row and not (name.startswith("monitor/") and row[name] is None)
+            }
+            for row in self._rows
+        ]
         self._rows.clear()
         if self._files is None or not rows:
             return
         self._files.write(rows)
         if self._remote is not None:
             self._remote.write(rows)
-        shown = [
-            f"{name} {rows[-1][name]:.4g}" for name in self._shown if rows[-1].get(name) is not None
-        ]
+        for row in rows:
+            self._recorded |= {name: row[name] for name in RECORDED if name in row}
+        latest = {name: rows[-1].get(name) for name in self._shown} | self._recorded
+        shown = [f"{name} {value:.4g}" for name, value in latest.items() if value is not None]
         self._line.complete(rows[-1]["step"] or 0)
         self._line.tell("  ".join(shown))

@@ -159,7 +159,11 @@ def train(plan: Plan, program: Program, console: Console) -> int | None:
         console.print(f"images drawn: {plan.folder / SAMPLES}", soft_wrap=True)
     if plan.loss == "detection":
         write_detections(program, run.state, plan.folder / DETECTIONS)
-        console.print(f"boxes drawn: {plan.folder / DETECTIONS}", soft_wrap=True)
+        console.print(
+            f"boxes drawn, green: the truth, orange: found, with their class: "
+            f"{plan.folder / DETECTIONS}",
+            soft_wrap=True,
+        )
     return None
 
 
