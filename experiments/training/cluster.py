@@ -25,6 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
@@ -36,6 +37,8 @@ from jax.experimental import multihost_utils
 from experiments.cli import UsageError
 
 T = TypeVar("T")
+# Seconds for the handler of a second signal to run, which waits for the end of a compilation.
+GRACE = 2.0
 
 # Seconds that the processes of a run wait for each other at the start: the nodes of a cluster, and
 # their containers, do not start at the same time. (JAX: 300)
@@ -277,15 +280,19 @@ def gather(numbers: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], int | None]]:
+def stop_signals(say: Callable[[str], None] | None = None) -> Iterator[Callable[[], int | None]]:
     """Records the first Ctrl-C or SIGTERM, so that a loop can ask for it after each step.
 
-    The second Ctrl-C acts at once (so does a second SIGTERM, in a single process).
+    The second Ctrl-C acts at once (so does a second SIGTERM, in a single process). Python's own
+    handlers wait for the end of a compilation; a thread, in a single process, does not.
 
     With several processes, all have to ask equally often. A signal to one of them stops all: JAX's
     preemption service agrees on a step that none has passed. It counts the questions from 1 rather
     than the steps: a signal that arrives before the first question ends the run at that question,
     and would be missed if a resumed run began to count at a later step.
+
+    Args:
+      say: gets a line at once when a signal arrives, from another thread; in a single process.
 
     Yields:
       A function that returns the signal's number (for a signal to another process: SIGTERM) or
@@ -301,12 +308,18 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
             signal.signal(signum, lambda *_: abort("error: stopped at once", 128 + signum))
             signal.raise_signal(signal.SIGTERM)
         else:
-            signal.signal(signum, previous[signum])
+            signal.signal(signum, act)
+
+    def act(signum: int, frame: Any) -> None:
+        handled.set()
+        signal.signal(signum, previous[signum])
+        signal.raise_signal(signum)
 
     # SIGTERM has a handler of JAX's in a distributed run, of which Python knows nothing.
     caught: list[int] = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
     previous: dict[int, Any] = {signum: signal.getsignal(signum) for signum in caught}
     questions = itertools.count(1)
+    handled = threading.Event()
 
     def requested() -> int | None:
         if not several:
@@ -317,10 +330,52 @@ def stop_signals() -> Iterator[Callable[[], int | None]]:
     for signum in caught:
         signal.signal(signum, receive)
     try:
-        yield requested
+        with contextlib.nullcontext() if several else _watched_signals(caught, handled, say):
+            yield requested
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def _watched_signals(
+    caught: list[int], handled: threading.Event, say: Callable[[str], None] | None
+) -> Iterator[None]:
+    """Tells of signals as they arrive, and ends a process that cannot handle the second one.
+
+    Args:
+      caught: which signals.
+      handled: set by the handler of the second signal, which runs between two steps of Python.
+      say: gets the line that says what will happen.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def watch() -> None:
+        arrived = 0
+        while data := reader.recv(1):
+            if data[0] not in caught:
+                continue
+            arrived += 1
+            name = signal.Signals(data[0]).name
+            if arrived == 1 and say is not None:
+                say(f"{name}: the run ends after this step; a second one ends it at once")
+            # The handler is waited for, so that what it runs can clean up.
+            if arrived == 2 and not handled.wait(GRACE):
+                print(f"{name}: stopped at once", file=sys.stderr, flush=True)
+                os._exit(128 + data[0])
+
+    thread = threading.Thread(target=watch, name="signals", daemon=True)
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    thread.start()
+    try:
+        yield
+    finally:
+        handled.set()
+        signal.set_wakeup_fd(before)
+        writer.close()
+        thread.join()
+        reader.close()
 
 
 # Lost workers -----------------------------------------------------------------------------------

@@ -173,6 +173,34 @@ def test_first_signal_is_a_question_the_second_acts(signum):
         signal.signal(signum, before)
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_heard_while_a_process_computes(signum):
+    program = """if True:
+        import ctypes
+        from experiments.training import cluster
+        cluster.GRACE = 0.1
+        with cluster.stop_signals(lambda line: print(line, flush=True)):
+            print("computing", flush=True)
+            # As while it compiles, no handler in Python runs: the process waits for its own lock.
+            lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+            lock(mutex)
+            lock(mutex)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "computing\n"
+        process.send_signal(signum)
+        assert "the run ends after this step; a second one" in process.stdout.readline()
+        process.send_signal(signum)
+        assert "stopped at once" in process.communicate(timeout=60)[1]
+        assert process.returncode == 128 + signum
+
+
 # Starting ---------------------------------------------------------------------------------------
 
 
