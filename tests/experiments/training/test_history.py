@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import types
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,28 @@ def test_activities_are_shown_until_there_are_metrics(tmp_path: Path) -> None:
         history._line.refresh()
         assert "loss 0.25" in shown.getvalue()
         assert "finding" not in shown.getvalue()
+
+
+def test_steps_without_a_record_have_no_numbers_of_the_monitor(tmp_path: Path) -> None:
+    shown, names = io.StringIO(), ["sharpness", "stability_ratio", "skipped"]
+    columns = ["step", "epoch", "loss", *(f"monitor/{name}" for name in names), "seconds"]
+    about = {"steps": 2, "steps_per_epoch": 2, "batch_size": 4, "title": "sgd"}
+    console = Console(file=shown, force_terminal=True, width=150)
+    with History(tmp_path, columns, console=console, **about) as history:  # type: ignore[arg-type]
+        history.begin(0)
+        for step, values in enumerate([(3.0, 0.5, 0), (jnp.nan, jnp.nan, 0)], 1):
+            metrics = {
+                f"monitor/{name}": jnp.array(x) for name, x in zip(names, values, strict=True)
+            }
+            history.add(step, {"loss": jnp.array(0.25), "finite": jnp.array(True)} | metrics, None)
+            history.fetch()
+            history.write()
+        history._line.refresh()
+    first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first["monitor/sharpness"] == 3.0
+    assert not {"monitor/sharpness", "monitor/stability_ratio"} & set(second)
+    assert "loss 0.25  monitor/sharpness 3  monitor/stability_ratio 0.5" in shown.getvalue()
+    assert "skipped" not in shown.getvalue()
 
 
 def test_a_cold_start_names_its_products() -> None:
