@@ -86,7 +86,7 @@ def train(plan: Plan, program: Program, console: Console) -> int | None:
         Checkpoints(plan.folder / "checkpoints", plan.options.keep, warn=console.print) as saved,
         open_history(plan, program, console) as history,
         open_trace(plan) as trace,
-        cluster.stop_signals() as stop_requested,
+        cluster.stop_signals(console.print) as stop_requested,
         cluster.guard(),
         jax.transfer_guard("disallow"),
     ):
@@ -102,6 +102,8 @@ def train(plan: Plan, program: Program, console: Console) -> int | None:
             history.begin_step()
             batch, refresh = next(batches), refresh_at(run.step, run.state)
             if refresh not in compiled:
+                if not compiled and not console.is_terminal:  # where no line shows it
+                    console.print("compiling the first step")
                 compiled.add(refresh)
                 history.tell("compiling")
             with trace.step():

@@ -185,7 +185,7 @@ def test_an_interrupted_study_continues(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "no study given; valid: "),
+        ((), "no study given; valid:\n  feedback "),
         (("huge",), "unknown study 'huge'; valid: "),
         ((*TINY, "--settings", "one,three"), "unknown setting 'three'; valid: one, two"),
     ],
