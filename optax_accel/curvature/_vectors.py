@@ -11,7 +11,12 @@ import optax
 
 
 def check_vector(
-    name: str, like: chex.ArrayTree, vector: chex.ArrayTree, *, num_axes: int = 0
+    name: str,
+    like: chex.ArrayTree,
+    vector: chex.ArrayTree,
+    *,
+    num_axes: int = 0,
+    whose: str = "the vectors of the operator",
 ) -> None:
     """Raises ``ValueError`` if a vector has another structure or other shapes than it must.
 
@@ -20,16 +25,17 @@ def check_vector(
       like: structure and shapes that the vector must have.
       vector: the vector, or a block of vectors.
       num_axes: leading axes of the vector that ``like`` does not have: 1 for a block.
+      whose: what has that structure, in words.
     """
     leaves = jax.tree.leaves(vector)
     wanted: Any = jax.tree.structure(like)
     if jax.tree.structure(vector) != wanted:
-        raise ValueError(f"{name}: {_other_structure(like, vector)}")
+        raise ValueError(f"{name}: {_other_structure(like, vector, whose)}")
     for leaf, (path, want) in zip(leaves, jax.tree_util.tree_leaves_with_path(like), strict=True):
-        shape = jnp.shape(leaf)
-        if len(shape) < num_axes or shape[num_axes:] != want.shape:
+        shape, right = jnp.shape(leaf), jnp.shape(want)
+        if len(shape) < num_axes or shape[num_axes:] != right:
             which = f"the leaf {jax.tree_util.keystr(path)}" if path else "the array"
-            wanted = str(want.shape) if not num_axes else f"(number of vectors, *{want.shape})"
+            wanted = str(right) if not num_axes else f"(number of vectors, *{right})"
             raise ValueError(f"{name}: {which} must have the shape {wanted}, got {shape}.")
 
 
@@ -67,9 +73,9 @@ def _paths(tree: chex.ArrayTree) -> set[str]:
     return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _other_structure(like: chex.ArrayTree, vector: chex.ArrayTree) -> str:
+def _other_structure(like: chex.ArrayTree, vector: chex.ArrayTree, whose: str) -> str:
     """What is wrong with the structure of a vector, and what to do."""
-    must = "the vector must be a tree like the vectors of the operator"
+    must = f"the vector must be a tree like {whose}"
     if type(like) is not type(vector):
         got = "an array" if hasattr(vector, "shape") else f"a {type(vector).__name__}"
         return f"{must}, a {type(like).__name__}, got {got}."

@@ -65,11 +65,11 @@ from optax_accel.curvature._measures import (
     spectrum_ends,
     unit,
 )
+from optax_accel.curvature._vectors import check_vector
 from optax_accel.curvature.density import spectral_density
 from optax_accel.curvature.preconditioners import (
     Ones,
     Preconditioner,
-    check_like,
     check_preconditioner,
     preconditioned,
 )
@@ -548,8 +548,9 @@ class _Monitor:
         accumulation = _accumulation(inner_state)
         applied = updates
         if params is not None:
-            what = f"the updates given to {_NAME}" if gradient is None else f"`grad` of {_NAME}"
-            check_like(what, updates if gradient is None else gradient, params, "the parameters")
+            for what, tree in (("updates", updates), ("`grad`", gradient)):
+                if tree is not None:
+                    check_vector(f"{_NAME}, {what}", params, tree, whose="the parameters")
         if self.inner is not None:
             handed_on = _taken_by(self.inner.update, given)
             applied, inner_state = self.inner.update(

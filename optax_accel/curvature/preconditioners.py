@@ -42,6 +42,7 @@ from jax.tree_util import Partial
 
 from optax_accel._arguments import check_flag, check_number, check_product
 from optax_accel._numerics import one_minus_power
+from optax_accel.curvature._vectors import check_vector
 from optax_accel.curvature.operators import CurvatureOperator
 
 _OWN = (
@@ -317,7 +318,7 @@ def preconditioned(
                 "moves, P is infinite."
             )
     if isinstance(operator, CurvatureOperator):
-        check_like("`diagonal` of preconditioned", diagonal, operator.like, "the vectors")
+        check_vector("preconditioned, `diagonal`", operator.like, diagonal)
     factors = jax.tree.map(lambda d: 1 / jnp.sqrt(_wide(jnp.asarray(d))), diagonal)
     if isinstance(operator, CurvatureOperator):
         return _Preconditioned(operator, factors)
@@ -339,12 +340,12 @@ class Ones:
     def __call__(self, state: chex.ArrayTree, params: chex.ArrayTree) -> chex.ArrayTree:
         """Ones, shaped like the parameters."""
         name = "sgd_preconditioner"
-        for node in _nodes(state, _scales):
-            fitting = _FITTING.get(type(node).__name__)
+        if kinds := {type(node).__name__ for node in _nodes(state, _scales)}:
+            fitting = _FITTING.get(min(kinds)) if len(kinds) == 1 else None
             advice = f"Use {fitting}, which reads it." if fitting else _OWN
             raise ValueError(
                 f"{name} is for optimizers that scale no entry of the gradient, and the state has "
-                f"a {type(node).__name__}. {advice}"
+                f"{' and '.join(sorted(kinds))}. {advice}"
             )
         _check_momentum(name, "optax.sgd", self.has_momentum, state, params)
         return _ones_like(params)
@@ -362,33 +363,6 @@ class _Preconditioned(CurvatureOperator):
 
     def block(self, block: chex.ArrayTree) -> chex.ArrayTree:
         return _sandwich(self._operator.block, self._factors, block, rows=True)
-
-
-def check_like(
-    name: str, tree: chex.ArrayTree, like: chex.ArrayTree, what: str, *, rows: bool = False
-) -> None:
-    """Raises ``ValueError`` if a pytree has another structure than one or other shapes.
-
-    Args:
-      name: what it is, for the message.
-      tree: the pytree.
-      like: arrays or shapes that it has to be like.
-      what: what these are.
-      rows: whether the arrays of ``like`` have a leading axis more.
-    """
-    structures: tuple[Any, Any] = jax.tree.structure(tree), jax.tree.structure(like)
-    if structures[0] != structures[1]:
-        raise ValueError(
-            f"{name} must be a pytree like {what}, {structures[1]}, got {structures[0]}."
-        )
-    pairs = zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(like), strict=True)
-    for (path, leaf), other in pairs:
-        shape = jnp.shape(other)[1:] if rows else jnp.shape(other)
-        if jnp.shape(leaf) != shape:
-            raise ValueError(
-                f"{name} must have the shapes of {what}: the leaf "
-                f"{jax.tree_util.keystr(path) or '(root)'} has {jnp.shape(leaf)}, not {shape}."
-            )
 
 
 def check_preconditioner(
@@ -414,7 +388,7 @@ def check_preconditioner(
         jnp.asarray(rate, jnp.float32),
     )
     where = f"of the `preconditioner` of {method}"
-    check_like(f"what `diagonal` {where} returns", diagonal, params, "the parameters")
+    check_vector(f"`diagonal` {where}", params, diagonal, whose="the parameters")
     if getattr(threshold, "shape", None) != ():
         got = "None" if threshold is None else f"{threshold}"
         raise ValueError(f"`threshold` {where} must return one number, got {got}.")
@@ -426,7 +400,9 @@ def _sandwich(
     vector: chex.ArrayTree,
     rows: bool = False,
 ) -> chex.ArrayTree:
-    check_like("`diagonal` of preconditioned", factors, vector, "the vectors", rows=rows)
+    check_vector(
+        "preconditioned, vector", factors, vector, num_axes=int(rows), whose="the `diagonal`"
+    )
 
     def scaled(tree: chex.ArrayTree) -> chex.ArrayTree:
         def leaf(x: jax.Array, f: jax.Array) -> jax.Array:

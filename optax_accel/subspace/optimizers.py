@@ -85,7 +85,9 @@ def interpolated_sgd(
       sharpness_factor: c; if not None, only directions whose eigenvalue exceeds ``c /
         learning_rate`` count as dominant, at most ``num_directions``. Gradient descent is stable
         along a direction up to ``2 / learning_rate`` (Cohen et al., 2021), so that 2 takes those
-        at the edge of stability and 1 those half way there (ours).
+        at the edge of stability and 1 those half way there (ours). With
+        ``metric="preconditioned"`` it is ``c / 2`` times the stability threshold of the
+        ``preconditioner``, which of Adam is ``38 / learning_rate``: 2 is the edge in both.
       metric: in which metric directions are dominant and projections orthogonal: ``"euclidean"``
         (default) or ``"preconditioned"``, that of the base optimizer's ``preconditioner``.
       preconditioner: with ``metric="preconditioned"``, the
@@ -123,7 +125,10 @@ def interpolated_sgd(
     min_eigenvalue = None
     if sharpness_factor is not None:
         check_number("sharpness_factor", sharpness_factor, 0)
-        min_eigenvalue = functools.partial(_over_rate, sharpness_factor, learning_rate)
+        threshold = _of_descent if preconditioner is None else preconditioner.threshold
+        min_eigenvalue = functools.partial(
+            _share_of_edge, sharpness_factor, threshold, learning_rate
+        )
 
     def make(mask: Mask) -> optax.GradientTransformation:
         projection = interpolate_subspaces(
@@ -180,7 +185,9 @@ def dom_sgd(
       sharpness_factor: c; if not None, only directions whose eigenvalue exceeds ``c /
         learning_rate`` count as dominant, at most ``num_directions``. Gradient descent is stable
         along a direction up to ``2 / learning_rate`` (Cohen et al., 2021), so that 2 takes those
-        at the edge of stability and 1 those half way there (ours).
+        at the edge of stability and 1 those half way there (ours). With
+        ``metric="preconditioned"`` it is ``c / 2`` times the stability threshold of the
+        ``preconditioner``, which of Adam is ``38 / learning_rate``: 2 is the edge in both.
       metric: in which metric directions are dominant and projections orthogonal: ``"euclidean"``
         (default) or ``"preconditioned"``, that of the base optimizer's ``preconditioner``.
       preconditioner: with ``metric="preconditioned"``, the
@@ -254,7 +261,9 @@ def bulk_sgd(
       sharpness_factor: c; if not None, only directions whose eigenvalue exceeds ``c /
         learning_rate`` count as dominant, at most ``num_directions``. Gradient descent is stable
         along a direction up to ``2 / learning_rate`` (Cohen et al., 2021), so that 2 takes those
-        at the edge of stability and 1 those half way there (ours).
+        at the edge of stability and 1 those half way there (ours). With
+        ``metric="preconditioned"`` it is ``c / 2`` times the stability threshold of the
+        ``preconditioner``, which of Adam is ``38 / learning_rate``: 2 is the edge in both.
       metric: in which metric directions are dominant and projections orthogonal: ``"euclidean"``
         (default) or ``"preconditioned"``, that of the base optimizer's ``preconditioner``.
       preconditioner: with ``metric="preconditioned"``, the
@@ -301,10 +310,17 @@ def bulk_sgd(
     )
 
 
-def _over_rate(
-    factor: chex.Numeric, learning_rate: optax.ScalarOrSchedule, count: jax.Array
+def _of_descent(rate: chex.Numeric) -> chex.Numeric:
+    """The stability threshold of gradient descent."""
+    return 2 / rate
+
+
+def _share_of_edge(
+    factor: chex.Numeric,
+    threshold: Callable[[chex.Numeric], chex.Numeric],
+    learning_rate: optax.ScalarOrSchedule,
+    count: jax.Array,
 ) -> jax.Array:
-    """``factor / learning_rate``; infinite at rate 0, where nothing is unstable."""
-    return jnp.asarray(factor, jnp.float32) / jnp.asarray(
-        value_of(learning_rate, count), jnp.float32
-    )
+    """``factor / 2`` times the threshold; infinite at rate 0, where nothing is unstable."""
+    rate = jnp.asarray(value_of(learning_rate, count), jnp.float32)
+    return jnp.asarray(factor, jnp.float32) / 2 * jnp.asarray(threshold(rate), jnp.float32)

@@ -17,6 +17,7 @@ from optax_accel.curvature import (
     Preconditioner,
     SpectralDensity,
     adam_preconditioner,
+    rmsprop_preconditioner,
     sgd_preconditioner,
 )
 
@@ -449,6 +450,101 @@ def test_wrong_settings_are_refused_at_once():
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
     # In steps that are known to record nothing the loss is not needed.
     tx.update(PARAMS, tx.init(PARAMS), PARAMS, refresh=False)
+
+
+def test_wrong_preconditioners_and_rates_are_refused_at_once():
+    def watched(inner, preconditioner, rate=RATE):
+        return oa.monitor_curvature(inner, preconditioner=preconditioner, inner_learning_rate=rate)
+
+    with pytest.raises(ValueError, match=r"learning rate .* must be one number"):
+        watched(optax.sgd(RATE), sgd_preconditioner(), jnp.ones(2))
+    for inner, words in {
+        optax.adam(RATE): r"ScaleByAdamState. Use adam_preconditioner\(\)",
+        optax.rmsprop(RATE): r"ScaleByRmsState. Use rmsprop_preconditioner\(\)",
+        optax.lion(RATE): "ScaleByLionState. .* of your own",
+        optax.contrib.muon(RATE): "MuonState",
+        optax.sgd(RATE, 0.9): "made without momentum",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            watched(inner, sgd_preconditioner()).init({"w": jnp.ones((3, 2))})
+    with pytest.raises(ValueError, match="rmsprop_preconditioner was made without momentum"):
+        watched(optax.rmsprop(RATE, momentum=0.9), rmsprop_preconditioner()).init(PARAMS)
+    part = optax.partition({"a": optax.sgd(RATE), "b": optax.sgd(RATE, 0.9)}, {"w": "a", "c": "b"})
+    with pytest.raises(ValueError, match="state of a part of the parameters"):
+        watched(part, sgd_preconditioner(0.9)).init(PARAMS)
+    ones = jax.tree.map(jnp.ones_like, PARAMS)
+    for diagonal, threshold, words in (
+        (jnp.ones(7), 1.0, "`diagonal` of the .*like the parameters, a dict, got an array"),
+        ({"w": ones["w"], "c": jnp.ones(3)}, 1.0, r"`diagonal`.*\(2,\), got \(3,\)"),
+        (ones, None, "must return one number, got None"),
+        (ones, jnp.ones(2), "must return one number"),
+    ):
+        own = Preconditioner(lambda s, p, d=diagonal: d, lambda rate, t=threshold: t)
+        with pytest.raises(ValueError, match=words):
+            watched(optax.sgd(RATE), own).init(PARAMS)
+    two = {name: optax.inject_hyperparams(optax.sgd)(learning_rate=RATE) for name in "ab"}
+    with pytest.raises(ValueError, match=r"2 learning rates .*'a'.* and .*'b'"):
+        oa.monitor_curvature(
+            optax.partition(two, {"w": "a", "c": "b"}), preconditioner=sgd_preconditioner()
+        ).init(PARAMS)
+    with pytest.raises(ValueError, match="no parameters to watch"):
+        oa.monitor_curvature(optax.sgd(RATE)).init({})
+
+
+def test_wrong_gradients_and_losses_without_one_are_refused():
+    tx = oa.monitor_curvature(optax.sgd(RATE))
+    params = jnp.ones(3)
+    for grads in (jnp.ones(4), {"a": params}):
+        with pytest.raises(ValueError, match="monitor_curvature, updates: "):
+            tx.update(grads, tx.init(params), params, value_fn=jnp.sum, refresh=True)
+
+    def loop(p):
+        return jax.lax.while_loop(lambda s: s < 3, lambda s: s + jnp.sum(p**2), 0.0)
+
+    def callback(p):
+        shape = jax.ShapeDtypeStruct((), p.dtype)
+        return jax.pure_callback(lambda v: np.float32(np.sum(v**2)), shape, p)
+
+    for loss in (loop, callback):
+        with pytest.raises(TypeError, match="monitor_curvature needs a loss with a gradient"):
+            tx.update(params, tx.init(params), params, value_fn=loss, refresh=True)
+
+
+def test_at_rate_zero_the_threshold_is_infinite():
+    schedule = optax.linear_schedule(0.0, RATE, 10)
+    for inner, given in (
+        (optax.sgd(schedule), schedule),
+        (optax.sgd(0.0), 0.0),
+        (optax.inject_hyperparams(optax.sgd)(learning_rate=schedule), None),
+    ):
+        tx = oa.monitor_curvature(
+            inner, preconditioner=sgd_preconditioner(), inner_learning_rate=given
+        )
+        _, state, *_ = step(tx, tx.init(PARAMS), PARAMS, refresh=True)
+        assert (int(state.num_records), int(state.num_skipped)) == (1, 0)
+        assert state.record.stability_threshold == jnp.inf
+        assert state.record.stability_ratio == 0
+
+
+def test_around_micro_steps_it_records_where_an_update_is_applied():
+    schedule = optax.piecewise_constant_schedule(0.2, {1: 0.5, 2: 0.5})
+    tx = oa.monitor_curvature(
+        optax.MultiSteps(optax.sgd(schedule), 3).gradient_transformation(),
+        every=4,
+        preconditioner=sgd_preconditioner(),
+        inner_learning_rate=schedule,
+    )
+    run = jax.jit(functools.partial(step, tx))
+    params, state, seen = PARAMS, tx.init(PARAMS), []
+    for _ in range(9):
+        params, state, *_ = run(state, params)
+        seen.append(int(state.record.recorded_step))
+        if seen[-1] >= 0:
+            assert state.record.update_curvature != 0
+    # Due are 0, 4 and 8.
+    assert seen == [-1, -1, 2, 2, 2, 5, 5, 5, 8]
+    # The third update, of rate 0.05.
+    np.testing.assert_allclose(state.record.stability_threshold, 40, rtol=1e-6)
 
 
 def test_an_objective_without_second_derivatives_is_refused():

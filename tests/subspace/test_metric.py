@@ -174,6 +174,26 @@ def test_num_dominant_by_hand(factor: float, num: int) -> None:
     np.testing.assert_allclose(state[1].space.eigenvalues, [10, 2], rtol=1e-5)
 
 
+def test_in_the_metric_the_threshold_is_that_of_the_preconditioner() -> None:
+    """Eigenvalues between the roots are 3800 and 380; Adam's threshold is 38 / rate."""
+    pre = adam_preconditioner()
+    diagonal = np.array([10 / 3800, 1 / 10, 2 / 380], np.float32)  # of curvatures 10, 1 and 2
+    fixed = pre._replace(diagonal=lambda state, params: jnp.asarray(diagonal))
+    for factor, want in ((0.9 * 2, 2), (1.1 * 2, 1)):
+        tx = oa.bulk_sgd(
+            0.1,
+            2,
+            sharpness_factor=factor,
+            base=optax.adam,
+            metric="preconditioned",
+            preconditioner=fixed,
+        )
+        params = jnp.ones(3)
+        _, state = tx.update(params, tx.init(params), params, value_fn=quadratic)
+        np.testing.assert_allclose(state[1].space.eigenvalues, [3800, 380], rtol=1e-4)
+        assert state[1].num_dominant == want
+
+
 def test_the_count_follows_schedule_and_curvature() -> None:
     """In the graph: with a rate that falls, fewer directions are too sharp for it."""
     rate = optax.piecewise_constant_schedule(0.4, {1: 0.25, 2: 0.25, 3: 0.0})
