@@ -25,7 +25,6 @@ from optax_accel.curvature.estimates import (
     mean_and_error,
     random_block,
 )
-from optax_accel.curvature.tracking import block_product as looped_product
 
 # Lanczos vectors are kept in chunks of this many, so that memory grows with the process.
 _CHUNK = 16
@@ -226,7 +225,13 @@ def spectral_density(
 
     starts = random_block(as_key(key), like, num_probes, probes)
     if loop == "graph":
-        nodes, weights = _in_graph(looped_product(operator, like), starts, num_steps)
+        # The work between products compiles to a few operations for each array of the vectors.
+        packing = blocks.Packing(like)
+
+        def packed(vector: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            return packing.pack(operator(packing.unpack(vector)))
+
+        nodes, weights = _in_graph(jax.vmap(packed), packing.pack(starts, axis=1), num_steps)
         return SpectralDensity(nodes, weights, num_probes * num_steps, blocks.dimension(like))
 
     off = scale = jnp.zeros((num_probes,), blocks.scalar_dtype(like))
@@ -325,17 +330,25 @@ def _recur(
 
 @jax.jit
 def _project_out(vector: chex.ArrayTree, basis: chex.ArrayTree) -> chex.ArrayTree:
-    """The vectors, each without its components in its own rows, ``(num_probes, rows, *shape)``.
+    """The vectors, each without its components in its own rows, ``(num_probes, rows, *shape)``."""
+    dtype = blocks.scalar_dtype(vector)
+    multiply = functools.partial(
+        lax.dot_general, precision=lax.Precision.HIGHEST, preferred_element_type=dtype
+    )
 
-    By products of each vector with the rows of all: more multiplications, but one product of
-    matrices instead of a batch of small ones.
-    """
-    num, num_rows = jax.tree.leaves(basis)[0].shape[:2]
-    merged = jax.tree.map(lambda b: b.reshape(-1, *b.shape[2:]), basis)
-    coefficients = blocks.inner(vector, merged)
-    own = jnp.repeat(jnp.eye(num, dtype=bool), num_rows, axis=1)
-    inside = blocks.combine(jnp.where(own, coefficients, 0), merged)
-    return jax.tree.map(jnp.subtract, vector, inside)
+    def components(rows: jax.Array, x: jax.Array) -> jax.Array:
+        entries = tuple(range(2, rows.ndim)), tuple(range(1, x.ndim))
+        return multiply(rows, x, (entries, ((0,), (0,))))
+
+    coefficients = functools.reduce(
+        jnp.add, jax.tree.leaves(jax.tree.map(components, basis, vector))
+    )
+
+    def without(rows: jax.Array, x: jax.Array) -> jax.Array:
+        inside = multiply(coefficients, rows.astype(dtype), (((1,), (1,)), ((0,), (0,))))
+        return x - inside.astype(x.dtype)
+
+    return jax.tree.map(without, basis, vector)
 
 
 @jax.jit
