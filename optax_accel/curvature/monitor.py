@@ -271,10 +271,11 @@ def monitor_curvature(
       inner: the optimizer that is watched; None (default): the last element of a chain.
       num_directions: k, how many leading eigenvalues are followed, at least 1 (default). The number
         of classes shows chi_k as Song et al. define it.
-      every: steps between records; default 1000 (ours). ``python -m experiments.bench --tables
-        monitor`` measures what a record costs, and the other steps, where its state passes through
-        them or waits outside, as :meth:`~optax_accel.MonitorCurvatureState.without_records` lets
-        it.
+      every: steps between records; default 1000 (ours). On two CPU cores a record of the default
+        size in Adam's metric took as long as 18 plain steps of a small GPT, 18 of a CNN and 36 of
+        an MLP of 1.7 ms: 1 to 4 % of the training (``python -m experiments.bench --tables
+        monitor``). Other steps cost nothing measurable where the records wait outside, as
+        :meth:`~optax_accel.MonitorCurvatureState.without_records` lets them.
       start_step: the step of the first record; default 0.
       preconditioner: what ``inner`` divides its steps by, e.g.
         :func:`~optax_accel.curvature.adam_preconditioner`; None (default): no effective sharpness.
