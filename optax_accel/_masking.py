@@ -67,9 +67,9 @@ def other_type(
       of_leaf: an example of what makes one of its leaves from a path.
 
     Returns:
-      The end of a message; ``None`` where the types of both are the same.
+      The end of a message; ``None`` where the types of both are the same, or one is no container.
     """
-    if type(tree) is type(params):
+    if type(tree) is type(params) or any(map(jax.tree_util.all_leaves, ([tree], [params]))):
         return None
     return (
         f"the parameters are a {type(params).__name__} and `{name}` is a {type(tree).__name__}. "
