@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.tree_util import Partial
 
@@ -311,7 +312,11 @@ def preconditioned(
     """
     check_product("operator", operator)
     for path, leaf in jax.tree_util.tree_leaves_with_path(diagonal):
-        if not isinstance(leaf, jax.core.Tracer) and jnp.any(jnp.asarray(leaf) <= 0):
+        # By NumPy: inside of a conditional JAX traces what is done to known values, too.
+        is_known = not isinstance(leaf, jax.core.Tracer) and getattr(
+            leaf, "is_fully_addressable", True
+        )
+        if is_known and np.any(np.asarray(leaf) <= 0):
             raise ValueError(
                 "`diagonal` of preconditioned must be positive, and the leaf "
                 f"{jax.tree_util.keystr(path) or '(root)'} is not everywhere: where nothing "
