@@ -432,9 +432,8 @@ def _where(chosen: jax.Array, new: jax.Array, old: Any) -> jax.Array:
 
 def _rows_like(z: jax.Array, rows: int) -> jax.Array:
     """Zeros with so many rows for each example, which lie where the examples lie."""
-    zeros = jnp.where(
-        jnp.zeros((), bool), z, 0
-    )  # keeps what axes it varies over, unlike zeros_like
+    # Unlike `zeros_like`, it varies over the axes of a `shard_map` that z varies over.
+    zeros = jnp.where(jnp.zeros((), bool), z, 0)
     return jnp.broadcast_to(zeros[:, None], (z.shape[0], rows, z.shape[1]))
 
 
