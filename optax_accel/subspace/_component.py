@@ -9,8 +9,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from optax_accel._metric import Roots, scaled
 from optax_accel.curvature import Eigenspace, blocks
+from optax_accel.subspace._metric import Roots, scaled
 
 # Combinations of at most this many directions are written out as a sum.
 _UNROLLED = 32

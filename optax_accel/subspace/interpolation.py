@@ -27,11 +27,11 @@ from optax_accel._arguments import (
 from optax_accel._extra_args import as_objective, check_params
 from optax_accel._masking import Mask, check_selected, merge, resolve, select
 from optax_accel._mesh_axes import check_undivided
-from optax_accel._metric import Metric, Roots
 from optax_accel.curvature import BlockTracker, Eigenspace, GradientTracker, Tracker, blocks
 from optax_accel.objective import Objective
 from optax_accel.refresh import Cost, RefreshLike, announce_cost, announce_eigenspace, of_eigenspace
 from optax_accel.subspace._component import dominant_component
+from optax_accel.subspace._metric import Metric, Roots
 
 _NAME = "interpolate_subspaces"
 

@@ -40,8 +40,8 @@ import optax
 
 from optax_accel._arguments import check_learning_rate, check_number, value_of
 from optax_accel._masking import Mask, with_fixed_leaves
-from optax_accel._metric import Metric, chain_in_metric, check_metric
 from optax_accel.curvature import Preconditioner, Tracker
+from optax_accel.subspace._metric import Metric, chain_in_metric, check_metric
 from optax_accel.subspace.interpolation import interpolate_subspaces
 
 BaseOptimizer = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import optax
 
 from optax_accel._masking import Mask
-from optax_accel._metric import Metric
 from optax_accel.curvature import Tracker
+from optax_accel.subspace._metric import Metric
 from optax_accel.subspace.interpolation import interpolate_subspaces
 
 
