@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import optax
 from flax import nnx
 
 import models
-from experiments import data, hlo
+from experiments import data, hlo, timing
 from experiments.training import networks
 from experiments.training.replicas import Replica
 from experiments.training.step import TrainState, init_state
@@ -95,9 +94,7 @@ class Runner:
         """Seconds of an implicit gradient."""
         gradient = self.program(_IMPLICIT).compiled_gradient()
         arguments = self.program(_IMPLICIT).arguments(self.start(0), self.batch(self.order(0)[0]))
-        return min(
-            _timed(functools.partial(gradient, *arguments), time.perf_counter) for _ in "123"
-        )
+        return min(timing.timed(functools.partial(gradient, *arguments))[1] for _ in "123")
 
     def program(self, options: Mapping[str, Any]) -> _Program:
         """The compiled functions of a network with these options, made once."""
@@ -282,15 +279,9 @@ def _ratio(program: _Program, implicit: _Program, state: TrainState, batch: Any)
         functools.partial(each.compiled_gradient(), *each.arguments(state, batch))
         for each in (program, implicit)
     ]
-    seconds = [[_timed(call, time.process_time) for call in calls] for _ in range(_ROUNDS)]
+    seconds = [[timing.timed_cpu(call)[2] for call in calls] for _ in range(_ROUNDS)]
     own, other = np.median(np.asarray(seconds), axis=0)
     return float(own / other)
-
-
-def _timed(call: Callable[[], Any], clock: Callable[[], float]) -> float:
-    begin = clock()
-    jax.block_until_ready(call())
-    return clock() - begin
 
 
 def _flat(tree: PyTree) -> np.ndarray:
